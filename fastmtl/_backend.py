@@ -1,0 +1,125 @@
+"""Which implementation of an op runs: the compiled C++ (`cpu`), the compiled CUDA C++ (`cuda`), Triton
+(`triton`) or plain PyTorch (`reference`)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+
+# the backends that an op prefers, best first, by type of device; all other devices use the reference.
+_PREFERENCE: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+
+
+def _load_extension() -> tuple[Any, str | None]:
+    try:
+        return importlib.import_module("fastmtl._C"), None
+    except ImportError as error:
+        note = Path(__file__).with_name("_build.json")
+        if note.exists():
+            reason = json.loads(note.read_text()).get("extension")
+            if reason:
+                return None, reason
+        return None, f"{type(error).__name__}: {error}"
+
+
+extension, extension_error = _load_extension()
+_forced: list[str] = []
+_warned = False
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled into the extension; an empty dict without one."""
+    return dict(extension.build_info()) if extension is not None else {}
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend for every fastmtl op called inside the `with` block, in this process.
+
+    Args:
+        name: `"cpu"`, `"cuda"`, `"triton"` or `"reference"`. The environment variable `FASTMTL_BACKEND`
+            does the same for a whole run.
+
+    Raises:
+        ValueError: the name is not one of the above.
+        RuntimeError: (from the op) the forced backend cannot serve the call; it never falls back.
+    """
+    _forced.append(_checked(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `use_backend` or `FASTMTL_BACKEND`, or None."""
+    if _forced:
+        return _forced[-1]
+    name = os.environ.get("FASTMTL_BACKEND")
+    return _checked(name, "FASTMTL_BACKEND") if name else None
+
+
+def unavailable(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot serve tensors on `device_type` in this process; None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return "fastmtl has no Triton kernel yet"
+    if extension is None:
+        return f"no compiled extension ({extension_error})"
+    if backend != device_type:
+        return f"the {backend} backend takes {backend} tensors, got tensors on {device_type!r}"
+    if backend == "cuda" and not build_info().get("cuda_architectures"):
+        return "the extension was built without CUDA (no nvcc was found, or FASTMTL_CUDA=0)"
+    return None
+
+
+def choose(op: str, device_type: str, implementations: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The implementation of `op` to run for tensors on `device_type`.
+
+    Raises:
+        RuntimeError: a forced backend has no kernel for this op or this device.
+    """
+    forced = forced_backend()
+    if forced is not None:
+        reason = unavailable(forced, device_type)
+        if reason is None and forced not in implementations:
+            reason = f"it has no kernel for {op}"
+        if reason is not None:
+            raise RuntimeError(f"fastmtl.{op}: backend {forced!r} is forced but cannot serve this call: {reason}")
+        return implementations[forced]
+    for backend in _PREFERENCE.get(device_type, ("reference",)):
+        if backend in implementations and unavailable(backend, device_type) is None:
+            return implementations[backend]
+    if device_type == "cpu":
+        _warn_reference_once()
+    return implementations["reference"]
+
+
+def _warn_reference_once() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"fastmtl runs its plain PyTorch reference: {unavailable('cpu', 'cpu')}. "
+            "Results are right, speed is not what it could be; see `fastmtl info`.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,128 @@
+"""Reading the gradients that the ops take: one `[T, P]` bank, or T lists of n tensors and Nones.
+
+Lists travel through op schemas as the tensors that exist plus their positions `task * n + parameter`
+(a `Tensor?[]` argument would silently not be differentiable).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+MAX_TASKS = 128
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+GradLists: TypeAlias = Sequence[Sequence[Tensor | None]]
+Grads: TypeAlias = Tensor | GradLists
+
+
+class Rows(NamedTuple):
+    """T gradient rows of n tensors each, without the Nones."""
+
+    tensors: list[Tensor]
+    index: list[int]  # position of each tensor: task * num_params + parameter, strictly increasing
+    num_tasks: int
+    num_params: int
+
+
+def accumulate_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """dtype of a Gram matrix: float64 if any gradient is float64, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def check_num_tasks(num_tasks: int, argument: str) -> None:
+    if not 1 <= num_tasks <= MAX_TASKS:
+        raise ValueError(f"{argument}: expected 1 to {MAX_TASKS} tasks, got {num_tasks}")
+
+
+def _check_tensor(x: Tensor, where: str) -> None:
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{where}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{where}: expected a dense (strided) tensor, got layout {x.layout}")
+
+
+def check_bank(grads: Tensor, argument: str = "grads") -> None:
+    if grads.dim() != 2:
+        raise ValueError(f"{argument}: expected a [T, P] tensor, got shape {tuple(grads.shape)}")
+    check_num_tasks(grads.shape[0], argument)
+    _check_tensor(grads, argument)
+
+
+def is_bank(grads: Grads, argument: str = "grads") -> bool:
+    if isinstance(grads, Tensor):
+        return True
+    if isinstance(grads, (str, bytes)) or not isinstance(grads, Sequence):
+        raise TypeError(f"{argument}: expected a [T, P] tensor or T lists of tensors, got {type(grads).__name__}")
+    return False
+
+
+def read_lists(grads: GradLists, argument: str = "grads") -> Rows:
+    """Checks T lists of n tensors (None: a zero gradient) and drops the Nones.
+
+    Raises:
+        TypeError: an entry is not a dense floating-point tensor, or dtypes differ between tasks.
+        ValueError: no task, more than 128, lists of different lengths, shapes or devices that differ.
+    """
+    num_tasks = len(grads)
+    check_num_tasks(num_tasks, argument)
+    for t, row in enumerate(grads):
+        if isinstance(row, Tensor) or not isinstance(row, Sequence):
+            raise TypeError(f"{argument}[{t}]: expected a list of tensors, got {type(row).__name__}")
+    num_params = len(grads[0])
+    first: list[Tensor | None] = [None] * num_params
+    device: torch.device | None = None
+    tensors: list[Tensor] = []
+    index: list[int] = []
+    for t, row in enumerate(grads):
+        if len(row) != num_params:
+            raise ValueError(f"{argument}[{t}]: expected {num_params} tensors as in {argument}[0], got {len(row)}")
+        for i, x in enumerate(row):
+            if x is None:
+                continue
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{argument}[{t}][{i}]: expected a tensor or None, got {type(x).__name__}")
+            reference = first[i]
+            if reference is None:
+                _check_tensor(x, f"{argument}[{t}][{i}]")
+                first[i] = x
+                if device is None:
+                    device = x.device
+            else:
+                if x.shape != reference.shape:
+                    raise ValueError(
+                        f"{argument}[{t}][{i}]: expected shape {tuple(reference.shape)} as in the tasks before it, "
+                        f"got {tuple(x.shape)}"
+                    )
+                if x.dtype != reference.dtype:
+                    raise TypeError(
+                        f"{argument}[{t}][{i}]: expected {reference.dtype} as in the tasks before it, got {x.dtype}"
+                    )
+                if x.layout is not torch.strided:
+                    _check_tensor(x, f"{argument}[{t}][{i}]")
+            if x.device != device:
+                raise ValueError(f"{argument}[{t}][{i}]: expected device {device}, got {x.device}")
+            tensors.append(x)
+            index.append(t * num_params + i)
+    return Rows(tensors, index, num_tasks, num_params)
+
+
+def bank_rows(grads: Tensor) -> Rows:
+    """The rows of a `[T, P]` bank as T lists of one tensor (views)."""
+    return Rows(list(grads.unbind(0)), list(range(grads.shape[0])), grads.shape[0], 1)
+
+
+def present_params(index: Sequence[int], num_params: int) -> list[int]:
+    """Parameters with a gradient in at least one task, in order."""
+    return sorted({k % num_params for k in index}) if num_params else []
+
+
+def first_of_params(tensors: Sequence[Tensor], index: Sequence[int], num_params: int) -> dict[int, Tensor]:
+    """The first tensor of each present parameter, by parameter, in order: it gives shape, dtype and layout."""
+    found: dict[int, Tensor] = {}
+    for x, k in zip(tensors, index, strict=True):
+        found.setdefault(k % num_params, x)
+    return dict(sorted(found.items()))

@@ -1,0 +1,216 @@
+"""Weighted sums of T task gradients, w G or C G: one read of G."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl._backend import choose
+from fastmtl._library import define_kernel, define_op
+from fastmtl.ops import reference
+from fastmtl.ops._rows import (
+    Grads,
+    accumulate_dtype,
+    bank_rows,
+    check_bank,
+    first_of_params,
+    is_bank,
+    present_params,
+    read_lists,
+)
+
+_combine_kernel = define_kernel(
+    "_combine(Tensor weights, Tensor[] tensors, int[] index, int num_params, Tensor(a!)[] out) -> ()"
+)
+
+
+def combine(weights: Tensor, grads: Grads) -> Tensor | list[Tensor | None] | list[list[Tensor | None]]:
+    """Weighted sum of T task gradients, `sum_t w_t g_t`, or K such sums at once.
+
+    Args:
+        weights: `[T]` or `[K, T]`, floating-point, on the device of the gradients.
+        grads: a `[T, P]` bank (any strides), or T lists of n tensors (None: a zero gradient), as for `gram`.
+
+    Returns:
+        In the dtype of the gradients, accumulated in at least float32: `[P]` or `[K, P]` for a bank; a list of
+        n tensors or K such lists for lists, each in the memory layout of its parameter's first gradient, None
+        where a parameter has no gradient in any task. Zero weights are not skipped: a non-finite row shows.
+
+    Raises:
+        TypeError: weights or gradients that are not floating-point tensors, sparse gradients.
+        ValueError: weights of the wrong length or device; what `gram` raises for the gradients.
+
+    Differentiable in both arguments, twice.
+
+    Example:
+        >>> combine(torch.tensor([1.0, 0.5]), torch.tensor([[1.0, 2.0], [4.0, -2.0]]))
+        tensor([3., 1.])
+    """
+    if is_bank(grads):
+        check_bank(grads)
+        check_weights(weights, grads.shape[0], grads.device)
+        return combine_op(weights, grads)
+    rows = read_lists(grads)
+    check_weights(weights, rows.num_tasks, rows.tensors[0].device if rows.tensors else None)
+    columns = combine_list_op(weights, rows.tensors, rows.index, rows.num_params)
+    if weights.dim() == 1:
+        return with_absent(columns, rows.index, rows.num_params)
+    width = len(columns) // weights.shape[0] if weights.shape[0] else 0
+    return [
+        with_absent(columns[k * width : (k + 1) * width], rows.index, rows.num_params) for k in range(weights.shape[0])
+    ]
+
+
+def check_weights(weights: Tensor, num_tasks: int, device: torch.device | None) -> None:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights: expected a tensor, got {type(weights).__name__}")
+    if not weights.is_floating_point():
+        raise TypeError(f"weights: expected a floating-point tensor, got {weights.dtype}")
+    if weights.dim() not in (1, 2) or weights.shape[-1] != num_tasks:
+        raise ValueError(
+            f"weights: expected shape [{num_tasks}] or [K, {num_tasks}] for {num_tasks} tasks, "
+            f"got {list(weights.shape)}"
+        )
+    if device is not None and weights.device != device:
+        raise ValueError(f"weights: expected device {device} as the gradients, got {weights.device}")
+
+
+def with_absent(columns: Sequence[Tensor], index: Sequence[int], num_params: int) -> list[Tensor | None]:
+    """n entries from the tensors of the present parameters; None for the others."""
+    out: list[Tensor | None] = [None] * num_params
+    for i, column in zip(present_params(index, num_params), columns, strict=True):
+        out[i] = column
+    return out
+
+
+def kernel_weights(weights: Tensor) -> Tensor:
+    """`[K, T]` float64, contiguous: the one form that the kernels take."""
+    return weights.detach().to(torch.float64).reshape(-1, weights.shape[-1]).contiguous()
+
+
+def _bank_compiled(weights: Tensor, grads: Tensor) -> Tensor:
+    rows = bank_rows(grads)
+    out = torch.empty(weights.shape[:-1] + grads.shape[1:], dtype=grads.dtype, device=grads.device)
+    outs = [out] if weights.dim() == 1 else list(out.unbind(0))
+    _combine_kernel(kernel_weights(weights), rows.tensors, rows.index, 1, outs)
+    return out
+
+
+def _list_compiled(weights: Tensor, tensors: Sequence[Tensor], index: Sequence[int], num_params: int) -> list[Tensor]:
+    out = _combine_list_fake(weights, tensors, index, num_params)
+    _combine_kernel(kernel_weights(weights), tensors, index, num_params, out)
+    return out
+
+
+_BANK = {"cpu": _bank_compiled, "cuda": _bank_compiled, "reference": reference.combine}
+_LISTS = {"cpu": _list_compiled, "cuda": _list_compiled, "reference": reference.combine_list}
+
+
+def _combine(weights: Tensor, grads: Tensor) -> Tensor:
+    check_bank(grads)
+    check_weights(weights, grads.shape[0], grads.device)
+    return choose("combine", grads.device.type, _BANK)(weights, grads)
+
+
+def _combine_list(weights: Tensor, tensors: Sequence[Tensor], index: Sequence[int], num_params: int) -> list[Tensor]:
+    return choose("combine", weights.device.type, _LISTS)(weights, tensors, index, num_params)
+
+
+def _combine_fake(weights: Tensor, grads: Tensor) -> Tensor:
+    return grads.new_empty(weights.shape[:-1] + grads.shape[1:])
+
+
+def _combine_list_fake(
+    weights: Tensor, tensors: Sequence[Tensor], index: Sequence[int], num_params: int
+) -> list[Tensor]:
+    like = list(first_of_params(tensors, index, num_params).values())
+    count = 1 if weights.dim() == 1 else weights.shape[0]
+    return [torch.empty_like(x) for _ in range(count) for x in like]
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _combine_backward(ctx, grad_out: Tensor):
+    weights, grads = ctx.saved_tensors
+    # [T], [P] is the case K = 1
+    w = weights.reshape(-1, weights.shape[-1])
+    g = grad_out.reshape(w.shape[0], -1)
+    grad_weights = grad_grads = None
+    if ctx.needs_input_grad[0]:
+        grad_weights = inner_products(g, grads).reshape(weights.shape).to(weights.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_grads = combine_op(w.mT, g)
+    return grad_weights, grad_grads
+
+
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """`[K, P], [T, P] -> [K, T]` in the accumulation dtype; plain torch, so differentiable to any order."""
+    dtype = accumulate_dtype([a.dtype, b.dtype])
+    return a.to(dtype) @ b.to(dtype).mT
+
+
+def inner_products_list(
+    columns: Sequence[Tensor], tensors: Sequence[Tensor], index: Sequence[int], num_rows: int, num_tasks: int, n: int
+) -> Tensor:
+    """`inner_products` of K lists of the present parameters with T lists: `[K, T]`."""
+    present = present_params(index, n)
+    by_position = dict(zip(index, tensors, strict=True))
+    dtype = accumulate_dtype([x.dtype for x in tensors])
+    device = tensors[0].device if tensors else None
+    total = torch.zeros(num_rows, num_tasks, dtype=dtype, device=device)
+    for slot, i in enumerate(present):
+        a = torch.stack([columns[k * len(present) + slot].reshape(-1) for k in range(num_rows)])
+        like = by_position[min(k for k in index if k % n == i)]
+        zero = torch.zeros_like(like)
+        b = torch.stack([by_position.get(t * n + i, zero).reshape(-1) for t in range(num_tasks)])
+        total = total + inner_products(a, b)
+    return total
+
+
+def pick_positions(columns: Sequence[Tensor], index: Sequence[int], num_params: int) -> list[Tensor]:
+    """Of T lists of the present parameters, the tensors at the positions in `index`."""
+    present = present_params(index, num_params)
+    slot = {i: k for k, i in enumerate(present)}
+    return [columns[(k // num_params) * len(present) + slot[k % num_params]] for k in index]
+
+
+def _setup_list(ctx, inputs, output) -> None:
+    weights, tensors, ctx.index, ctx.num_params = inputs
+    ctx.save_for_backward(weights, *tensors)
+
+
+def _combine_list_backward(ctx, grad_columns: Sequence[Tensor]):
+    weights, *tensors = ctx.saved_tensors
+    n = ctx.num_params
+    w = weights.reshape(-1, weights.shape[-1])
+    grad_weights = None
+    grad_tensors: list[Tensor] = []
+    if ctx.needs_input_grad[0]:
+        grad_weights = inner_products_list(grad_columns, tensors, ctx.index, w.shape[0], w.shape[1], n)
+        grad_weights = grad_weights.reshape(weights.shape).to(weights.dtype)
+    if tensors:
+        present = present_params(ctx.index, n)
+        position = [k * n + i for k in range(w.shape[0]) for i in present]
+        columns = combine_list_op(w.mT, list(grad_columns), position, n)
+        grad_tensors = pick_positions(columns, ctx.index, n)
+    return grad_weights, grad_tensors, None, None
+
+
+combine_op = define_op(
+    "combine(Tensor weights, Tensor grads) -> Tensor",
+    _combine,
+    _combine_fake,
+    backward=_combine_backward,
+    setup_context=_setup,
+)
+combine_list_op = define_op(
+    "combine_list(Tensor weights, Tensor[] tensors, int[] index, int num_params) -> Tensor[]",
+    _combine_list,
+    _combine_list_fake,
+    backward=_combine_list_backward,
+    setup_context=_setup_list,
+)

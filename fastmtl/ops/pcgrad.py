@@ -1,0 +1,473 @@
+"""PCGrad: the T x T problem on its own, and fused with the two reads of G around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl._backend import choose
+from fastmtl._library import define_kernel, define_op
+from fastmtl.ops import reference
+from fastmtl.ops._rows import Grads, Rows, bank_rows, check_bank, check_num_tasks, is_bank, read_lists
+from fastmtl.ops.combine import combine_list_op, combine_op, inner_products, inner_products_list, pick_positions
+from fastmtl.ops.combine import _combine_list_fake as combine_list_fake
+from fastmtl.ops.combine import with_absent
+from fastmtl.ops.gram import gram_list_op, gram_op
+
+REDUCTIONS = ("sum", "mean")
+
+_coefficients_kernel = define_kernel(
+    "_pcgrad_coefficients(Tensor gram, Tensor order, bool include_self, Tensor(a!) out) -> ()"
+)
+_coefficients_backward_kernel = define_kernel(
+    "_pcgrad_coefficients_backward(Tensor grad, Tensor gram, Tensor order, bool include_self, Tensor(a!) out) -> ()"
+)
+# weights are the column sums of the coefficients times `scale`; `project` writes every projected gradient instead
+_pcgrad_kernel = define_kernel(
+    "_pcgrad(Tensor[] tensors, int[] index, int num_tasks, int num_params, Tensor order, bool include_self, "
+    "bool project, float scale, Tensor(a!)[] out) -> ()"
+)
+
+
+def random_order(
+    num_tasks: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """A fresh uniformly random visiting order for every task, `[T, T]` int64: row i is a permutation of the tasks.
+
+    Args:
+        num_tasks: T, 1 to 128.
+        generator: source of randomness; None: torch's default generator of `device`.
+        device: where the order is drawn, without waiting for the host. Default: the CPU.
+    """
+    check_num_tasks(num_tasks, "num_tasks")
+    return torch.rand(num_tasks, num_tasks, generator=generator, device=device).argsort(dim=1)
+
+
+def pcgrad_coefficients(gram: Tensor, order: Tensor, *, include_self: bool = False) -> Tensor:
+    """Coefficients of the projected gradients, from the Gram matrix alone.
+
+    Row i starts as e_i; for each j in `order[i]`: `d = c_i . M[:, j]`; if `d < 0` then `c_i[j] -= d / M[j, j]`.
+    The projected gradient is `c_i G`.
+
+    Args:
+        gram: `[T, T]` floating-point Gram matrix, T from 1 to 128.
+        order: `[T, K]` int32 or int64, values in 0..T-1: row i lists the tasks that i visits, in turn.
+        include_self: visit j = i as some ports do, instead of skipping it as the paper does.
+
+    Returns:
+        `[T, T]` float64. A task with `M[j, j] == 0` is never divided by. A non-finite entry met on the way makes
+        row i NaN (a comparison with NaN is false, and would silently leave the row alone).
+
+    Raises:
+        TypeError: dtypes other than the above.
+        ValueError: shapes that do not agree, values out of range (checked on the CPU; on a GPU such an entry
+            makes row i NaN, since it can't be seen without waiting for the device).
+
+    Differentiable in `gram`. Source: Yu et al. 2020, *Gradient Surgery for Multi-Task Learning*, Algorithm 1.
+
+    Example:
+        >>> m = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
+        >>> pcgrad_coefficients(m, torch.tensor([[1], [0]]))
+        tensor([[1.0000, 0.5000],
+                [0.5000, 1.0000]], dtype=torch.float64)
+    """
+    check_gram(gram)
+    check_order(order, gram.shape[0], gram.device)
+    return coefficients_op(gram, order, include_self)
+
+
+def pcgrad(
+    grads: Grads,
+    order: Tensor | None = None,
+    *,
+    reduction: str = "sum",
+    generator: torch.Generator | None = None,
+    include_self: bool = False,
+) -> Tensor | list[Tensor | None]:
+    """The PCGrad update: conflicting gradients are projected, then reduced. Two reads of G in all.
+
+    Args:
+        grads: a `[T, P]` bank (any strides), or T lists of n tensors (None: a zero gradient), as for `gram`.
+        order: `[T, K]` int32 or int64 visiting order, as for `pcgrad_coefficients`; None: a fresh random order,
+            drawn on the device of the gradients.
+        reduction: `"sum"` (the paper) or `"mean"` (the older PyTorch port).
+        generator: source of the random order; None: torch's default generator of that device.
+        include_self: as for `pcgrad_coefficients`.
+
+    Returns:
+        `[P]` for a bank, a list of n tensors for lists (None where no task has a gradient), in the dtype of the
+        gradients. NaN or inf in any task shows in the result.
+
+    Raises:
+        TypeError, ValueError: as `gram` and `pcgrad_coefficients`; an unknown reduction.
+
+    Differentiable in `grads`, once. Source: Yu et al. 2020, Algorithm 1.
+
+    Example:
+        >>> g = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+        >>> pcgrad(g, torch.tensor([[1], [0]]))
+        tensor([0.5000, 1.5000])
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+    if is_bank(grads):
+        check_bank(grads)
+        order = _given_or_drawn(order, grads.shape[0], grads.device, generator)
+        return pcgrad_op(grads, order, reduction, include_self)
+    rows = read_lists(grads)
+    order = _given_or_drawn(order, rows.num_tasks, rows.tensors[0].device if rows.tensors else None, generator)
+    return with_absent(pcgrad_list_op(*rows, order, reduction, include_self), rows.index, rows.num_params)
+
+
+def pcgrad_project(
+    grads: Grads,
+    order: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    include_self: bool = False,
+) -> Tensor | list[list[Tensor | None]]:
+    """Every task's projected gradient, unreduced.
+
+    Arguments, errors and source as for `pcgrad`.
+
+    Returns:
+        `[T, P]` for a bank; T lists of n tensors for lists.
+
+    Example:
+        >>> g = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+        >>> pcgrad_project(g, torch.tensor([[1], [0]]))
+        tensor([[0.5000, 0.5000],
+                [0.0000, 1.0000]])
+    """
+    if is_bank(grads):
+        check_bank(grads)
+        order = _given_or_drawn(order, grads.shape[0], grads.device, generator)
+        return pcgrad_project_op(grads, order, include_self)
+    rows = read_lists(grads)
+    order = _given_or_drawn(order, rows.num_tasks, rows.tensors[0].device if rows.tensors else None, generator)
+    columns = pcgrad_project_list_op(*rows, order, include_self)
+    width = len(columns) // rows.num_tasks
+    return [
+        with_absent(columns[t * width : (t + 1) * width], rows.index, rows.num_params) for t in range(rows.num_tasks)
+    ]
+
+
+def check_gram(gram: Tensor, argument: str = "gram") -> None:
+    """Raises unless `gram` is a square floating-point matrix of 1 to 128 tasks."""
+    if not isinstance(gram, Tensor):
+        raise TypeError(f"{argument}: expected a tensor, got {type(gram).__name__}")
+    if not gram.is_floating_point():
+        raise TypeError(f"{argument}: expected a floating-point tensor, got {gram.dtype}")
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"{argument}: expected a square [T, T] matrix, got shape {list(gram.shape)}")
+    check_num_tasks(gram.shape[0], argument)
+
+
+def check_order(order: Tensor, num_tasks: int, device: torch.device | None) -> None:
+    if not isinstance(order, Tensor):
+        raise TypeError(f"order: expected a tensor, got {type(order).__name__}")
+    if order.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"order: expected int32 or int64, got {order.dtype}")
+    if order.dim() != 2 or order.shape[0] != num_tasks:
+        raise ValueError(f"order: expected shape [{num_tasks}, K] for {num_tasks} tasks, got {list(order.shape)}")
+    if device is not None and order.device != device:
+        raise ValueError(f"order: expected device {device}, got {order.device}")
+
+
+def _check_order_values(order: Tensor, num_tasks: int) -> None:
+    # looking at the values would make a GPU wait for the host
+    if order.device.type == "cpu" and order.numel():
+        low, high = order.aminmax()
+        if low < 0 or high >= num_tasks:
+            raise ValueError(f"order: expected entries in 0..{num_tasks - 1}, got {int(low)}..{int(high)}")
+
+
+def _given_or_drawn(
+    order: Tensor | None, num_tasks: int, device: torch.device | None, generator: torch.Generator | None
+) -> Tensor:
+    if order is None:
+        return random_order(num_tasks, generator=generator, device=device)
+    check_order(order, num_tasks, device)
+    return order
+
+
+def _kernel_order(order: Tensor) -> Tensor:
+    return order.to(torch.int64).contiguous()
+
+
+# --- pcgrad_coefficients
+
+
+def _coefficients_compiled(gram: Tensor, order: Tensor, include_self: bool) -> Tensor:
+    out = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
+    _coefficients_kernel(gram.to(torch.float64).contiguous(), _kernel_order(order), include_self, out)
+    return out
+
+
+def _coefficients_backward_compiled(grad: Tensor, gram: Tensor, order: Tensor, include_self: bool) -> Tensor:
+    out = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
+    m = gram.to(torch.float64).contiguous()
+    _coefficients_backward_kernel(grad.contiguous(), m, _kernel_order(order), include_self, out)
+    return out.to(gram.dtype)
+
+
+_COEFFICIENTS = {"cpu": _coefficients_compiled, "reference": reference.pcgrad_coefficients}
+_COEFFICIENTS_BACKWARD = {
+    "cpu": _coefficients_backward_compiled,
+    "reference": reference.pcgrad_coefficients_backward,
+}
+
+
+def _coefficients(gram: Tensor, order: Tensor, include_self: bool = False) -> Tensor:
+    _check_order_values(order, gram.shape[0])
+    return choose("pcgrad_coefficients", gram.device.type, _COEFFICIENTS)(gram, order, include_self)
+
+
+def _coefficients_fake(gram: Tensor, order: Tensor, include_self: bool = False) -> Tensor:
+    return gram.new_empty(gram.shape, dtype=torch.float64)
+
+
+def _setup_coefficients(ctx, inputs, output) -> None:
+    gram, order, ctx.include_self = inputs
+    ctx.save_for_backward(gram, order)
+
+
+def _coefficients_gradient(ctx, grad: Tensor):
+    gram, order = ctx.saved_tensors
+    return coefficients_backward_op(grad, gram, order, ctx.include_self), None, None
+
+
+def _coefficients_backward(grad: Tensor, gram: Tensor, order: Tensor, include_self: bool) -> Tensor:
+    implementation = choose("pcgrad_coefficients_backward", gram.device.type, _COEFFICIENTS_BACKWARD)
+    return implementation(grad, gram, order, include_self)
+
+
+def _coefficients_backward_fake(grad: Tensor, gram: Tensor, order: Tensor, include_self: bool) -> Tensor:
+    return torch.empty_like(gram, memory_format=torch.contiguous_format)
+
+
+def _no_second_derivative(ctx, *grads: Any):
+    raise RuntimeError("fastmtl: the projection coefficients of PCGrad are differentiable once, not twice")
+
+
+coefficients_op = define_op(
+    "pcgrad_coefficients(Tensor gram, Tensor order, bool include_self=False) -> Tensor",
+    _coefficients,
+    _coefficients_fake,
+    backward=_coefficients_gradient,
+    setup_context=_setup_coefficients,
+)
+coefficients_backward_op = define_op(
+    "pcgrad_coefficients_backward(Tensor grad, Tensor gram, Tensor order, bool include_self) -> Tensor",
+    _coefficients_backward,
+    _coefficients_backward_fake,
+    backward=_no_second_derivative,
+    setup_context=lambda ctx, inputs, output: None,
+)
+
+
+# --- fused: Gram, coefficients and combine in one call
+
+
+def _scale(reduction: str, num_tasks: int) -> float:
+    return 1.0 / num_tasks if reduction == "mean" else 1.0
+
+
+def _fused(rows: Rows, order: Tensor, include_self: bool, project: bool, scale: float, out: list[Tensor]) -> None:
+    _pcgrad_kernel(*rows, _kernel_order(order), include_self, project, scale, out)
+
+
+def _pcgrad_bank_compiled(grads: Tensor, order: Tensor, reduction: str, include_self: bool) -> Tensor:
+    out = _pcgrad_fake(grads, order, reduction, include_self)
+    _fused(bank_rows(grads), order, include_self, False, _scale(reduction, grads.shape[0]), [out])
+    return out
+
+
+def _project_bank_compiled(grads: Tensor, order: Tensor, include_self: bool) -> Tensor:
+    out = _project_fake(grads, order, include_self)
+    _fused(bank_rows(grads), order, include_self, True, 1.0, list(out.unbind(0)))
+    return out
+
+
+def _pcgrad_list_compiled(
+    tensors: Sequence[Tensor],
+    index: Sequence[int],
+    num_tasks: int,
+    num_params: int,
+    order: Tensor,
+    reduction: str,
+    include_self: bool,
+) -> list[Tensor]:
+    rows = Rows(list(tensors), list(index), num_tasks, num_params)
+    out = _pcgrad_list_fake(*rows, order, reduction, include_self)
+    _fused(rows, order, include_self, False, _scale(reduction, num_tasks), out)
+    return out
+
+
+def _project_list_compiled(
+    tensors: Sequence[Tensor],
+    index: Sequence[int],
+    num_tasks: int,
+    num_params: int,
+    order: Tensor,
+    include_self: bool,
+) -> list[Tensor]:
+    rows = Rows(list(tensors), list(index), num_tasks, num_params)
+    out = _project_list_fake(*rows, order, include_self)
+    _fused(rows, order, include_self, True, 1.0, out)
+    return out
+
+
+_FUSED: dict[str, dict[str, Callable[..., Any]]] = {
+    "pcgrad": {"cpu": _pcgrad_bank_compiled, "reference": reference.pcgrad},
+    "pcgrad_list": {"cpu": _pcgrad_list_compiled, "reference": reference.pcgrad_list},
+    "pcgrad_project": {"cpu": _project_bank_compiled, "reference": reference.pcgrad_project},
+    "pcgrad_project_list": {"cpu": _project_list_compiled, "reference": reference.pcgrad_project_list},
+}
+
+
+def _pcgrad(grads: Tensor, order: Tensor, reduction: str, include_self: bool) -> Tensor:
+    check_bank(grads)
+    check_order(order, grads.shape[0], grads.device)
+    _check_order_values(order, grads.shape[0])
+    return choose("pcgrad", grads.device.type, _FUSED["pcgrad"])(grads, order, reduction, include_self)
+
+
+def _project(grads: Tensor, order: Tensor, include_self: bool) -> Tensor:
+    check_bank(grads)
+    check_order(order, grads.shape[0], grads.device)
+    _check_order_values(order, grads.shape[0])
+    return choose("pcgrad_project", grads.device.type, _FUSED["pcgrad_project"])(grads, order, include_self)
+
+
+def _pcgrad_list(tensors, index, num_tasks, num_params, order, reduction, include_self) -> list[Tensor]:
+    _check_order_values(order, num_tasks)
+    implementation = choose("pcgrad", order.device.type, _FUSED["pcgrad_list"])
+    return implementation(tensors, index, num_tasks, num_params, order, reduction, include_self)
+
+
+def _project_list(tensors, index, num_tasks, num_params, order, include_self) -> list[Tensor]:
+    _check_order_values(order, num_tasks)
+    implementation = choose("pcgrad_project", order.device.type, _FUSED["pcgrad_project_list"])
+    return implementation(tensors, index, num_tasks, num_params, order, include_self)
+
+
+def _pcgrad_fake(grads: Tensor, order: Tensor, reduction: str, include_self: bool) -> Tensor:
+    return grads.new_empty(grads.shape[1:])
+
+
+def _project_fake(grads: Tensor, order: Tensor, include_self: bool) -> Tensor:
+    return grads.new_empty(grads.shape)
+
+
+def _pcgrad_list_fake(tensors, index, num_tasks, num_params, order, reduction, include_self) -> list[Tensor]:
+    return combine_list_fake(order.new_empty(num_tasks), tensors, index, num_params)
+
+
+def _project_list_fake(tensors, index, num_tasks, num_params, order, include_self) -> list[Tensor]:
+    return combine_list_fake(order.new_empty(num_tasks, num_tasks), tensors, index, num_params)
+
+
+def _setup_bank(ctx, inputs, output) -> None:
+    grads, order, *ctx.options = inputs
+    ctx.save_for_backward(grads, order)
+
+
+def _setup_lists(ctx, inputs, output) -> None:
+    tensors, ctx.index, ctx.num_tasks, ctx.num_params, order, *ctx.options = inputs
+    ctx.save_for_backward(order, *tensors)
+
+
+def _gram_gradient(grad_coefficients: Tensor, gram: Tensor, order: Tensor, include_self: bool) -> Tensor:
+    """Gradient of the loss with respect to G through the coefficients is this `[T, T]` matrix times G."""
+    grad_gram = coefficients_backward_op(grad_coefficients.to(torch.float64), gram, order, include_self)
+    return grad_gram + grad_gram.mT
+
+
+def _pcgrad_backward(ctx, grad_out: Tensor):
+    grads, order = ctx.saved_tensors
+    reduction, include_self = ctx.options
+    num_tasks = grads.shape[0]
+    m = gram_op(grads).to(torch.float64)
+    w = coefficients_op(m, order, include_self).sum(0) * _scale(reduction, num_tasks)
+    grad_w = inner_products(grad_out[None], grads) * _scale(reduction, num_tasks)
+    through_gram = _gram_gradient(grad_w.expand(num_tasks, num_tasks), m, order, include_self)
+    return combine_op(w[:, None], grad_out[None]) + combine_op(through_gram, grads), None, None, None
+
+
+def _project_backward(ctx, grad_out: Tensor):
+    grads, order = ctx.saved_tensors
+    (include_self,) = ctx.options
+    m = gram_op(grads).to(torch.float64)
+    c = coefficients_op(m, order, include_self)
+    through_gram = _gram_gradient(inner_products(grad_out, grads), m, order, include_self)
+    return combine_op(c.mT, grad_out) + combine_op(through_gram, grads), None, None
+
+
+def _lists_gradient(
+    ctx, weights: Tensor, grad_columns: Sequence[Tensor], through_gram: Tensor, tensors: list[Tensor]
+) -> list[Tensor]:
+    """`weights^T grad_out + through_gram G`, at the positions that exist. weights: `[K, T]`."""
+    n, width = ctx.num_params, len(grad_columns) // weights.shape[0]
+    present = sorted({k % n for k in ctx.index}) if n else []
+    position = [k * n + i for k in range(weights.shape[0]) for i in present[:width]]
+    direct = combine_list_op(weights.mT, list(grad_columns), position, n)
+    indirect = combine_list_op(through_gram, tensors, ctx.index, n)
+    return pick_positions([a + b for a, b in zip(direct, indirect, strict=True)], ctx.index, n)
+
+
+def _pcgrad_list_backward(ctx, grad_columns: Sequence[Tensor]):
+    order, *tensors = ctx.saved_tensors
+    reduction, include_self = ctx.options
+    num_tasks, n = ctx.num_tasks, ctx.num_params
+    m = gram_list_op(tensors, ctx.index, num_tasks, n).to(torch.float64)
+    w = coefficients_op(m, order, include_self).sum(0) * _scale(reduction, num_tasks)
+    grad_w = inner_products_list(grad_columns, tensors, ctx.index, 1, num_tasks, n) * _scale(reduction, num_tasks)
+    through_gram = _gram_gradient(grad_w.expand(num_tasks, num_tasks), m, order, include_self)
+    return _lists_gradient(ctx, w[None], grad_columns, through_gram, tensors), *[None] * 6
+
+
+def _project_list_backward(ctx, grad_columns: Sequence[Tensor]):
+    order, *tensors = ctx.saved_tensors
+    (include_self,) = ctx.options
+    num_tasks, n = ctx.num_tasks, ctx.num_params
+    m = gram_list_op(tensors, ctx.index, num_tasks, n).to(torch.float64)
+    c = coefficients_op(m, order, include_self)
+    grad_c = inner_products_list(grad_columns, tensors, ctx.index, num_tasks, num_tasks, n)
+    through_gram = _gram_gradient(grad_c, m, order, include_self)
+    return _lists_gradient(ctx, c, grad_columns, through_gram, tensors), *[None] * 5
+
+
+pcgrad_op = define_op(
+    "pcgrad(Tensor grads, Tensor order, str reduction, bool include_self) -> Tensor",
+    _pcgrad,
+    _pcgrad_fake,
+    backward=_pcgrad_backward,
+    setup_context=_setup_bank,
+)
+pcgrad_project_op = define_op(
+    "pcgrad_project(Tensor grads, Tensor order, bool include_self) -> Tensor",
+    _project,
+    _project_fake,
+    backward=_project_backward,
+    setup_context=_setup_bank,
+)
+pcgrad_list_op = define_op(
+    "pcgrad_list(Tensor[] tensors, int[] index, int num_tasks, int num_params, Tensor order, str reduction, "
+    "bool include_self) -> Tensor[]",
+    _pcgrad_list,
+    _pcgrad_list_fake,
+    backward=_pcgrad_list_backward,
+    setup_context=_setup_lists,
+)
+pcgrad_project_list_op = define_op(
+    "pcgrad_project_list(Tensor[] tensors, int[] index, int num_tasks, int num_params, Tensor order, "
+    "bool include_self) -> Tensor[]",
+    _project_list,
+    _project_list_fake,
+    backward=_project_list_backward,
+    setup_context=_setup_lists,
+)
