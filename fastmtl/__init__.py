@@ -1,8 +1,20 @@
 """fastmtl: fused kernels for multi-task learning in PyTorch."""
 
-from fastmtl import ops
+from fastmtl import methods, ops, optim
 from fastmtl._backend import use_backend
+from fastmtl._marks import mark_per_task
+from fastmtl._version import __version__
+from fastmtl.bank import GradientBank
+from fastmtl.surgery import Surgery, backward
 
-__version__ = "0.1.0"
-
-__all__ = ["ops", "use_backend", "__version__"]
+__all__ = [
+    "GradientBank",
+    "Surgery",
+    "__version__",
+    "backward",
+    "mark_per_task",
+    "methods",
+    "ops",
+    "optim",
+    "use_backend",
+]

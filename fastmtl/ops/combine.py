@@ -11,6 +11,7 @@ from fastmtl._backend import choose
 from fastmtl._library import define_kernel, define_op
 from fastmtl.ops import reference
 from fastmtl.ops._rows import (
+    MAX_TASKS,
     Grads,
     accumulate_dtype,
     bank_rows,
@@ -138,12 +139,14 @@ def _combine_backward(ctx, grad_out: Tensor):
     weights, grads = ctx.saved_tensors
     # [T], [P] is the case K = 1
     w = weights.reshape(-1, weights.shape[-1])
-    g = grad_out.reshape(w.shape[0], -1)
+    g = grad_out.reshape(w.shape[0], grads.shape[1])
     grad_weights = grad_grads = None
     if ctx.needs_input_grad[0]:
         grad_weights = inner_products(g, grads).reshape(weights.shape).to(weights.dtype)
     if ctx.needs_input_grad[1]:
-        grad_grads = combine_op(w.mT, g)
+        # K may be beyond the number of rows that one combine takes, or 0
+        parts = [combine_op(w[k : k + MAX_TASKS].mT, g[k : k + MAX_TASKS]) for k in range(0, w.shape[0], MAX_TASKS)]
+        grad_grads = sum(parts[1:], parts[0]) if parts else torch.zeros_like(grads)
     return grad_weights, grad_grads
 
 
@@ -194,9 +197,14 @@ def _combine_list_backward(ctx, grad_columns: Sequence[Tensor]):
         grad_weights = grad_weights.reshape(weights.shape).to(weights.dtype)
     if tensors:
         present = present_params(ctx.index, n)
-        position = [k * n + i for k in range(w.shape[0]) for i in present]
-        columns = combine_list_op(w.mT, list(grad_columns), position, n)
-        grad_tensors = pick_positions(columns, ctx.index, n)
+        width = len(present)
+        for first in range(0, w.shape[0], MAX_TASKS):
+            part = w[first : first + MAX_TASKS]
+            position = [k * n + i for k in range(part.shape[0]) for i in present]
+            columns = list(grad_columns[first * width : first * width + len(position)])
+            picked = pick_positions(combine_list_op(part.mT, columns, position, n), ctx.index, n)
+            grad_tensors = [a + b for a, b in zip(grad_tensors, picked, strict=True)] if grad_tensors else picked
+        grad_tensors = grad_tensors or [torch.zeros_like(x) for x in tensors]
     return grad_weights, grad_tensors, None, None
 
 

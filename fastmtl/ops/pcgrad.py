@@ -41,6 +41,15 @@ def random_order(
         num_tasks: T, 1 to 128.
         generator: source of randomness; None: torch's default generator of `device`.
         device: where the order is drawn, without waiting for the host. Default: the CPU.
+
+    Raises:
+        ValueError: `num_tasks` outside 1 to 128.
+
+    Example:
+        >>> random_order(3).sort(dim=1).values
+        tensor([[0, 1, 2],
+                [0, 1, 2],
+                [0, 1, 2]])
     """
     check_num_tasks(num_tasks, "num_tasks")
     return torch.rand(num_tasks, num_tasks, generator=generator, device=device).argsort(dim=1)

@@ -25,10 +25,15 @@ def bank_from_lists(tensors: Sequence[Tensor], index: Sequence[int], num_tasks: 
     return torch.cat(columns, dim=1) if columns else torch.zeros(num_tasks, 0, dtype=dtype)
 
 
+def _mirrored(m: Tensor) -> Tensor:
+    # a matrix product may round M[s, t] and M[t, s] differently
+    return m.triu() + m.triu(1).mT
+
+
 def gram(grads: Tensor) -> Tensor:
-    """M = G G^T. `[T, P] -> [T, T]`, float32 (float64 for float64)."""
+    """M = G G^T. `[T, P] -> [T, T]`, symmetric, float32 (float64 for float64)."""
     rows = grads.to(accumulate_dtype([grads.dtype]))
-    return rows @ rows.mT
+    return _mirrored(rows @ rows.mT)
 
 
 def gram_list(tensors: Sequence[Tensor], index: Sequence[int], num_tasks: int, num_params: int) -> Tensor:
@@ -41,7 +46,7 @@ def gram_list(tensors: Sequence[Tensor], index: Sequence[int], num_tasks: int, n
         zero = torch.zeros_like(like)
         rows = torch.stack([by_position.get(t * num_params + i, zero).reshape(-1) for t in range(num_tasks)]).to(dtype)
         total = total + rows @ rows.mT
-    return total
+    return _mirrored(total)
 
 
 def combine(weights: Tensor, grads: Tensor) -> Tensor:
@@ -54,15 +59,17 @@ def combine_list(weights: Tensor, tensors: Sequence[Tensor], index: Sequence[int
     """`combine` of T lists: n' tensors, or K n' for `[K, T]` weights; n' counts the present parameters."""
     num_tasks = weights.shape[-1]
     by_position = dict(zip(index, tensors, strict=True))
+    first = first_of_params(tensors, index, num_params)
     columns = []
-    for i, like in first_of_params(tensors, index, num_params).items():
+    for i, like in first.items():
         zero = torch.zeros_like(like)
-        rows = torch.stack([by_position.get(t * num_params + i, zero) for t in range(num_tasks)])
-        flat = combine(weights, rows.reshape(num_tasks, -1))
-        columns.append(flat.reshape(weights.shape[:-1] + like.shape))
-    if weights.dim() == 1:
-        return [torch.empty_like(c).copy_(c) for c in columns]
-    return [c[k].clone() for k in range(weights.shape[0]) for c in columns]
+        rows = torch.stack([by_position.get(t * num_params + i, zero).reshape(-1) for t in range(num_tasks)])
+        flat = combine(weights.reshape(-1, num_tasks), rows)
+        columns.append(flat.reshape(flat.shape[0], *like.shape))
+    # each in the memory layout of its parameter's first gradient
+    likes = list(first.values())
+    count = 1 if weights.dim() == 1 else weights.shape[0]
+    return [torch.empty_like(x).copy_(c[k]) for k in range(count) for x, c in zip(likes, columns, strict=True)]
 
 
 def pcgrad_coefficients(gram: Tensor, order: Tensor, include_self: bool = False) -> Tensor:

@@ -1,0 +1,416 @@
+"""Suite `surgery`: the ops on task gradients, as one bank and as lists, over T, P and dtype."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl import ops
+from fastmtl.benchmarks import baselines, peers
+from fastmtl.benchmarks.registry import Candidate, Case, Check
+from fastmtl.ops import reference
+
+TASKS = (2, 4, 8, 16, 32, 64)
+SIZES = (100_000, 1_000_000, 11_000_000, 25_000_000)
+DTYPES = (torch.float32, torch.bfloat16)
+# a bank larger than this is left out: baselines hold a copy of it, and the machine has other work
+MOST_BYTES = 7 << 30
+
+# largest error against the float64 oracle that passes, relative to the scale of the result
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One set of inputs. `order=None`: everyone draws an own random order, as in training."""
+
+    grads: Tensor | list[list[Tensor]]
+    weights: Tensor
+    order: Tensor | None = None
+    bank: Tensor | None = None  # the same numbers as `grads`, where those are lists
+    params: Sequence[nn.Parameter] = ()  # with TorchJD's `.jac`, where grads are lists
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """Flat gradients: views of a bank, and for lists the copies that everyday code makes."""
+        if isinstance(self.grads, Tensor):
+            return list(self.grads.unbind(0))
+        return [baselines.flatten(row) for row in self.grads]
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.grads if isinstance(self.grads, Tensor) else torch.stack(self.rows)
+
+
+def resnet18_shapes() -> list[tuple[int, ...]]:
+    """Shapes of the 62 parameter tensors of ResNet-18 (1000 classes), 11,689,512 numbers in all."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    before = 64
+    for width in (64, 128, 256, 512):
+        for block in range(2):
+            entering = before if block == 0 else width
+            shapes += [(width, entering, 3, 3), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
+            if block == 0 and entering != width:
+                shapes += [(width, entering, 1, 1), (width,), (width,)]
+        before = width
+    return [*shapes, (1000, 512), (1000,)]
+
+
+@cache
+def _noise(device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn((1 << 24) + 1, generator=generator, device=device)
+
+
+def _window(noise: Tensor, start: int, length: int) -> Tensor:
+    over = start + length - noise.numel()
+    return noise[start : start + length] if over <= 0 else torch.cat((noise[start:], noise[:over]))
+
+
+def random_bank(num_tasks: int, num_params: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    """Random gradients that conflict and differ in norm: shifted noise, plus one direction with either sign."""
+    noise = _noise(device)
+    generator = torch.Generator().manual_seed(seed)
+    shifts = torch.randint(noise.numel(), (num_tasks + 1,), generator=generator).tolist()
+    scales = (0.5 + torch.rand(num_tasks, generator=generator)).tolist()
+    bank = torch.empty(num_tasks, num_params, dtype=dtype, device=device)
+    # one period of the noise at a time: drawing a large bank number by number takes minutes
+    for start in range(0, num_params, noise.numel()):
+        length = min(noise.numel(), num_params - start)
+        common = _window(noise, shifts[-1], length)
+        for t, scale in enumerate(scales):
+            sign = 0.4 if t % 2 else -0.4
+            bank[t, start : start + length] = _window(noise, shifts[t], length).add(common, alpha=sign).mul_(scale)
+    return bank
+
+
+# --- the check: the timed inputs themselves against float64, a block of columns at a time
+
+
+def _blocks(grads: Tensor | list[list[Tensor]], width: int = 1 << 18) -> Iterator[Tensor]:
+    """Blocks of columns, `[T, n]` float64."""
+    if isinstance(grads, Tensor):
+        for block in grads.split(width, 1):
+            yield block.double()
+    else:
+        for rows in zip(*grads, strict=True):
+            yield torch.stack([x.reshape(-1) for x in rows]).double()
+
+
+def _result_blocks(result: Any, grads: Tensor | list[list[Tensor]], width: int = 1 << 18) -> Iterator[Tensor]:
+    """The same blocks of a result, `[n]` or `[K, n]`."""
+    if isinstance(grads, Tensor):
+        yield from result.split(width, -1)
+    elif isinstance(result[0], Tensor):
+        yield from (x.reshape(-1) for x in result)
+    else:
+        yield from (torch.stack([x.reshape(-1) for x in rows]) for rows in zip(*result, strict=True))
+
+
+def oracle_gram(grads: Tensor | list[list[Tensor]]) -> Tensor:
+    total: Any = 0
+    for block in _blocks(grads):
+        total = total + reference.gram(block)
+    return total
+
+
+def _check_gram(result: Tensor, inputs: Inputs, dtype: torch.dtype) -> Check:
+    expected = oracle_gram(inputs.grads)
+    norms = expected.diagonal().sqrt()
+    error = ((result.double() - expected).abs() / (norms[:, None] * norms)).max()
+    # the products of bfloat16 numbers are exact in float32, so the dtype of the gradients does not matter
+    return Check(float(error), TOLERANCE[torch.float32], "float64 oracle on the timed inputs")
+
+
+def _check_combined(result: Any, weights: Tensor, inputs: Inputs, dtype: torch.dtype) -> Check:
+    worst = scale = torch.zeros((), dtype=torch.float64, device=weights.device)
+    for block, got in zip(_blocks(inputs.grads), _result_blocks(result, inputs.grads), strict=True):
+        expected = reference.combine(weights.double(), block)
+        # torch.maximum hands NaN on
+        worst = torch.maximum(worst, (got.double() - expected).abs().max())
+        scale = torch.maximum(scale, expected.abs().max())
+    return Check(float(worst / scale), TOLERANCE[dtype], "float64 oracle on the timed inputs")
+
+
+def _norm_weights(gram: Tensor) -> Tensor:
+    """The simplest method there is: every gradient at unit length."""
+    return gram.diagonal().rsqrt()
+
+
+def _coefficients(inputs: Inputs) -> Tensor:
+    return reference.pcgrad_coefficients(oracle_gram(inputs.grads), inputs.order)
+
+
+# --- the cases
+
+
+@dataclass(frozen=True)
+class _Op:
+    """An op that reads gradients: its call, its baselines, its bytes in units of P b, its oracle's weights."""
+
+    covers: tuple[str, ...]
+    ours: Callable[[Inputs], Any]
+    naive: Callable[[list[Tensor], Inputs], Any]  # takes the flat rows
+    naive_passes: Callable[[int], float]
+    plain: Callable[[Tensor, Inputs], Any]  # takes the matrix
+    blocked: Callable[[Tensor, Inputs], Any] | None  # faster than `plain` on a CPU
+    moved: Callable[[int], int]
+    two_reads: bool
+    flops: Callable[[int], int]  # per column
+    weights: Callable[[Inputs], Tensor] | None  # None: the result is the Gram matrix
+
+
+def _pairs(t: int) -> int:
+    return t * (t + 1)
+
+
+OPS: dict[str, _Op] = {
+    "gram": _Op(
+        covers=("gram",),
+        ours=lambda x: ops.gram(x.grads),
+        naive=lambda rows, x: baselines.naive_gram(rows),
+        naive_passes=lambda t: 2 * t * t,
+        plain=lambda g, x: g @ g.T,
+        blocked=lambda g, x: baselines.blocked_gram(g),
+        moved=lambda t: t,
+        two_reads=False,
+        flops=_pairs,
+        weights=None,
+    ),
+    "combine": _Op(
+        covers=("combine",),
+        ours=lambda x: ops.combine(x.weights, x.grads),
+        naive=lambda rows, x: baselines.naive_combine(x.weights, rows),
+        naive_passes=lambda t: 5 * t,
+        plain=lambda g, x: x.weights.to(g.dtype) @ g,
+        blocked=lambda g, x: baselines.axpy_combine(x.weights, g),
+        moved=lambda t: t + 1,
+        two_reads=False,
+        flops=lambda t: 2 * t,
+        weights=lambda x: x.weights,
+    ),
+    "gram+combine": _Op(
+        covers=("gram", "combine"),
+        ours=lambda x: ops.combine(_norm_weights(ops.gram(x.grads)), x.grads),
+        naive=lambda rows, x: baselines.naive_combine(_norm_weights(baselines.naive_gram(rows)), rows),
+        naive_passes=lambda t: 2 * t * t + 5 * t,
+        plain=lambda g, x: _norm_weights(g @ g.T) @ g,
+        blocked=lambda g, x: baselines.axpy_combine(_norm_weights(baselines.blocked_gram(g)), g),
+        moved=lambda t: 2 * t + 1,
+        two_reads=True,
+        flops=lambda t: _pairs(t) + 2 * t,
+        weights=lambda x: _norm_weights(oracle_gram(x.grads)),
+    ),
+    "pcgrad": _Op(
+        covers=("pcgrad",),
+        ours=lambda x: ops.pcgrad(x.grads, x.order),
+        naive=lambda rows, x: baselines.naive_pcgrad(rows, x.order),
+        naive_passes=lambda t: t * t * 5.5,
+        plain=lambda g, x: baselines.plain_pcgrad(g, x.order),
+        blocked=lambda g, x: baselines.blocked_pcgrad(g, x.order),
+        moved=lambda t: 2 * t + 1,
+        two_reads=True,
+        flops=lambda t: _pairs(t) + 2 * t,
+        weights=lambda x: _coefficients(x).sum(0),
+    ),
+    "pcgrad_project": _Op(
+        covers=("pcgrad_project",),
+        ours=lambda x: ops.pcgrad_project(x.grads, x.order),
+        naive=lambda rows, x: torch.stack(baselines.naive_project(rows, x.order)),
+        naive_passes=lambda t: t * t * 5.5,
+        plain=lambda g, x: baselines.plain_project(g, x.order),
+        blocked=None,
+        moved=lambda t: 3 * t,
+        two_reads=False,
+        flops=lambda t: _pairs(t) + 2 * t * t,
+        weights=_coefficients,
+    ),
+}
+
+
+def _jacobians_to_grads(x: Inputs, gramian: bool) -> Any:
+    return peers.jacobians_to_grads(x.params, gramian=gramian)
+
+
+def _candidates(op: str, num_tasks: int, row_bytes: int, lists: bool) -> tuple[Candidate, ...]:
+    it = OPS[op]
+    naive_traffic = int(it.naive_passes(num_tasks) * row_bytes)
+    found = [
+        Candidate("ours", it.ours, f"fastmtl.ops: {op}", "ours", traffic=it.moved(num_tasks) * row_bytes, graph=True),
+        Candidate("naive", lambda x: it.naive(x.rows, x), "flat copies and a Python loop over pairs of tasks", traffic=naive_traffic),
+        Candidate("plain", lambda x: it.plain(x.matrix, x), "`G @ G.T`, T x T problem, `w @ G`", graph=True),
+    ]
+    blocked = it.blocked
+    if blocked is not None:
+        detail = "batched product over blocks of columns, T passes of `add_`"
+        found.append(Candidate("plain_blocked", lambda x: blocked(x.matrix, x), detail))
+    if op == "pcgrad" and not lists:
+        found.append(peers.candidate("torchjd", lambda x: peers.aggregate(x.matrix), "PCGrad aggregator on the bank"))
+    if op == "pcgrad" and lists:
+        for label, gramian in (("torchjd", False), ("torchjd_gramian", True)):
+            detail = f"jac_to_grad, PCGrad, optimize_gramian_computation={gramian}"
+            call = partial(_jacobians_to_grads, gramian=gramian)
+            found.append(peers.candidate(label, call, detail))
+    if lists:
+        on_bank = Candidate("bank", lambda x: it.ours(replace(x, grads=x.bank)), "ours on one bank", "yardstick")
+        found.append(on_bank)
+    return tuple(found)
+
+
+def _check(op: str, dtype: torch.dtype) -> Callable[[Inputs, Callable[[Inputs], Any]], Check]:
+    def check(inputs: Inputs, ours: Callable[[Inputs], Any]) -> Check:
+        num_tasks = inputs.weights.shape[0]
+        generator = torch.Generator().manual_seed(1)
+        order = ops.random_order(num_tasks, generator=generator).to(inputs.weights.device)
+        inputs = replace(inputs, order=order)
+        result = ours(inputs)
+        weights = OPS[op].weights
+        if weights is None:
+            return _check_gram(result, inputs, dtype)
+        return _check_combined(result, weights(inputs), inputs, dtype)
+
+    return check
+
+
+def _size(num_params: int) -> str:
+    return f"{num_params / 1e6:g}M" if num_params >= 1_000_000 else f"{num_params / 1e3:g}k"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def bank_case(
+    op: str, num_tasks: int, num_params: int, dtype: torch.dtype = torch.float32, *, quick: bool = False
+) -> Case:
+    """A case of `op` (a key of `OPS`) on a `[T, P]` bank."""
+    row_bytes = num_params * dtype.itemsize
+    seeds = itertools.count()
+
+    def make(device: torch.device) -> Inputs:
+        seed = next(seeds)
+        weights = torch.rand(num_tasks, generator=torch.Generator().manual_seed(seed)).to(device)
+        return Inputs(random_bank(num_tasks, num_params, dtype, device, seed), weights)
+
+    it = OPS[op]
+    moved = {"floor": it.moved(num_tasks) * row_bytes}
+    if it.two_reads:
+        moved["two_reads"] = 2 * num_tasks * row_bytes
+    return Case(
+        suite="surgery",
+        name=f"{op} T={num_tasks} P={_size(num_params)} {_dtype(dtype)}",
+        op=op,
+        covers=frozenset(it.covers),
+        params={"T": num_tasks, "P": num_params, "dtype": _dtype(dtype), "layout": "bank"},
+        make=make,
+        candidates=_candidates(op, num_tasks, row_bytes, lists=False),
+        check=_check(op, dtype),
+        input_bytes=num_tasks * row_bytes,
+        moved=moved,
+        flops=it.flops(num_tasks) * num_params,
+        quick=quick,
+    )
+
+
+def list_case(
+    op: str,
+    num_tasks: int,
+    shapes: Sequence[tuple[int, ...]],
+    network: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    quick: bool = False,
+) -> Case:
+    """A case of `op` on T lists of separate tensors, as autograd makes them; the bank of the same size beside it."""
+    num_params = sum(torch.Size(shape).numel() for shape in shapes)
+    bank = bank_case(op, num_tasks, num_params, dtype)
+
+    def make(device: torch.device) -> Inputs:
+        inputs = bank.make(device)
+        like = [torch.empty(shape, device="meta") for shape in shapes]
+        grads = [[x.clone() for x in baselines.unflatten(row, like)] for row in inputs.grads.unbind(0)]
+        params = peers.jacobian_params(grads) if op == "pcgrad" and peers.torchjd_missing() is None else ()
+        return replace(inputs, grads=grads, bank=inputs.grads, params=params)
+
+    return replace(
+        bank,
+        name=f"{op} T={num_tasks} {network} lists {_dtype(dtype)}",
+        covers=frozenset(f"{name}_list" for name in bank.covers),
+        params={**bank.params, "layout": "list", "tensors": len(shapes), "network": network},
+        make=make,
+        candidates=_candidates(op, num_tasks, num_params * dtype.itemsize, lists=True),
+        quick=quick,
+    )
+
+
+def coefficients_case(num_tasks: int, *, quick: bool = False) -> Case:
+    """The T x T problem alone: latency, not bytes, so it has no floor."""
+
+    def make(device: torch.device) -> Inputs:
+        bank = random_bank(num_tasks, 1000, torch.float32, device, seed=num_tasks)
+        order = ops.random_order(num_tasks, generator=torch.Generator().manual_seed(0)).to(device)
+        return Inputs(bank @ bank.T, torch.ones(num_tasks, device=device), order)
+
+    def check(inputs: Inputs, ours: Callable[[Inputs], Any]) -> Check:
+        expected = reference.pcgrad_coefficients(inputs.grads, inputs.order)
+        error = (ours(inputs) - expected).abs().max() / expected.abs().max()
+        return Check(float(error), 1e-9, "float64 oracle on the timed inputs")
+
+    def naive(x: Inputs) -> Tensor:
+        c = torch.eye(num_tasks)
+        for i, visits in enumerate(x.order.tolist()):
+            for j in visits:
+                dot = c[i] @ x.grads[:, j]
+                if j != i and dot < 0:
+                    c[i, j] -= dot / x.grads[j, j]
+        return c
+
+    return Case(
+        suite="surgery",
+        name=f"pcgrad_coefficients T={num_tasks}",
+        op="pcgrad_coefficients",
+        covers=frozenset({"pcgrad_coefficients"}),
+        params={"T": num_tasks, "dtype": "float64"},
+        make=make,
+        candidates=(
+            Candidate("ours", lambda x: ops.pcgrad_coefficients(x.grads, x.order), "fastmtl.ops", "ours", graph=True),
+            Candidate("naive", naive, "a Python loop over pairs of tasks"),
+            Candidate("plain", lambda x: baselines.solve(x.grads, x.order), "all rows at once", graph=True),
+            peers.candidate("torchjd", lambda x: peers.coefficients(x.grads), "PCGradWeighting"),
+        ),
+        check=check,
+        quick=quick,
+    )
+
+
+def cases(device: torch.device, quick: bool = False) -> list[Case]:
+    """The suite; `quick`: a telling few."""
+    million, f32, bf16 = 1_000_000, torch.float32, torch.bfloat16
+    headline = {("gram", 8, 11 * million, f32), ("combine", 8, 11 * million, f32), ("pcgrad_project", 8, million, f32)}
+    headline |= {("gram+combine", 8, 11 * million, dtype) for dtype in DTYPES}
+    headline |= {("pcgrad", t, million, f32) for t in TASKS}
+    headline |= {("pcgrad", t, 11 * million, f32) for t in (2, 8)} | {("pcgrad", 8, 11 * million, bf16)}
+    sizes = {"gram": SIZES[1:3], "combine": SIZES[1:3], "pcgrad_project": SIZES[1:3]}
+    found = [
+        bank_case(op, t, p, dtype, quick=(op, t, p, dtype) in headline)
+        for op in OPS
+        for dtype in DTYPES
+        for p in sizes.get(op, SIZES)
+        for t in TASKS
+        if t * p * 4 <= MOST_BYTES and not (op == "pcgrad_project" and t * p > 16 * 11 * million)
+    ]
+    shapes = resnet18_shapes()
+    found += [
+        list_case("pcgrad", t, shapes, "ResNet-18", dtype, quick=(t, dtype) == (8, f32))
+        for dtype in DTYPES
+        for t in (2, 8, 16)
+    ]
+    found += [list_case(op, 8, shapes, "ResNet-18") for op in ("gram+combine", "pcgrad_project")]
+    found += [coefficients_case(t, quick=True) for t in (8, 64)]
+    return [case for case in found if case.quick or not quick]

@@ -1,0 +1,194 @@
+"""Losses as callers give them, and which parameters each one reaches, read from the graph in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmtl.ops._rows import MAX_TASKS
+
+# nodes that act on each element of a vector alone, as long as they have one input that needs a gradient
+_ELEMENTWISE = frozenset(
+    {
+        "MulBackward0",
+        "DivBackward0",
+        "AddBackward0",
+        "SubBackward0",
+        "NegBackward0",
+        "ToCopyBackward0",
+        "CloneBackward0",
+    }
+)
+
+
+class Reach(NamedTuple):
+    """Sets of tasks are bit masks: bit t stands for task t."""
+
+    leaves: dict[Tensor, int]  # leaf that needs a gradient -> tasks whose loss reaches it
+    overlap: list[int]  # task -> tasks whose graph has a node in common with its own
+    compiled: int  # tasks that go through a compiled graph together with another task
+    entangled: int  # tasks whose losses are elements of one vector that can't be followed to separate scalars
+
+
+def reach(losses: Sequence[Tensor | None]) -> Reach:
+    """One pass over the graphs of all losses: O(nodes + edges), without recursion.
+
+    A loss that is an element of a vector made by `torch.stack` or `torch.cat` of scalars (perhaps scaled since,
+    by constants) is followed to its own scalar. Of other vectors all elements reach all leaves: `entangled`.
+    A loss that turns out to be a constant reaches nothing.
+    """
+    masks: dict[Any, int] = {}
+    vectors: dict[Any, int] = {}
+    unclear: dict[Any, int] = {}
+    for t, loss in enumerate(losses):
+        if loss is None:
+            continue
+        root, path, clear = _root(loss)
+        if root is not None:
+            masks[root] = masks.get(root, 0) | 1 << t
+        for node in path:
+            vectors[node] = vectors.get(node, 0) | 1 << t
+        if not clear:
+            unclear[path[0]] = unclear.get(path[0], 0) | 1 << t
+
+    edges: dict[Any, list[Any]] = {}
+    parents: dict[Any, int] = {}
+    todo = list(masks)
+    while todo:
+        node = todo.pop()
+        if node in edges:
+            continue
+        edges[node] = children = [child for child, _ in node.next_functions if child is not None]
+        for child in children:
+            parents[child] = parents.get(child, 0) + 1
+            todo.append(child)
+
+    # a node is passed once all of its parents were, so every mask is complete when it is handed on
+    leaves: dict[Tensor, int] = {}
+    inner: set[int] = set()
+    compiled = 0
+    ready = [node for node in edges if node not in parents]
+    while ready:
+        node = ready.pop()
+        mask = masks[node]
+        kind = type(node).__name__
+        if kind == "AccumulateGrad":
+            leaves[node.variable] = mask
+            continue
+        inner.add(mask)
+        if "CompiledFunctionBackward" in kind and _several(mask):
+            compiled |= mask
+        for child in edges[node]:
+            masks[child] = masks.get(child, 0) | mask
+            parents[child] -= 1
+            if not parents[child]:
+                ready.append(child)
+
+    overlap = [0] * len(losses)
+    for mask in inner.union(vectors.values()):
+        for t in tasks_of(mask):
+            overlap[t] |= mask & ~(1 << t)
+    entangled = 0
+    for mask in unclear.values():
+        if _several(mask):
+            entangled |= mask
+    return Reach(leaves, overlap, compiled, entangled)
+
+
+def tasks_of(mask: int) -> list[int]:
+    """The tasks in a bit mask, in order."""
+    return [t for t in range(mask.bit_length()) if mask >> t & 1]
+
+
+def _several(mask: int) -> bool:
+    return mask & (mask - 1) != 0
+
+
+def _root(loss: Tensor) -> tuple[Any, list[Any], bool]:
+    """Where the walk of one loss starts (None: a constant), the nodes of the vectors it was picked from, and
+    whether it could be followed through them."""
+    node = loss.grad_fn
+    if node is None:
+        return torch.autograd.graph.get_gradient_edge(loss).node, [], True
+    kind = type(node).__name__
+    if kind == "UnbindBackward0":
+        position = loss.output_nr
+    elif kind == "SelectBackward0" and len(node._saved_self_sym_sizes) == 1:
+        position = node._saved_index
+        if position >= 1 << 63:  # a negative index, shown as unsigned
+            position += node._saved_self_sym_sizes[0] - (1 << 64)
+    else:
+        return node, [], True
+    path = [node.next_functions[0][0]]
+    if type(path[0]).__name__ == "AccumulateGrad":
+        return path[0], path, True
+    while type(path[-1]).__name__ in _ELEMENTWISE:
+        inputs = [child for child, _ in path[-1].next_functions if child is not None]
+        if len(inputs) != 1:
+            return node, path, False
+        path.append(inputs[0])
+    if _is_row_of_scalars(path[-1], position):
+        return path[-1].next_functions[position][0], path, True
+    return node, path, False
+
+
+def _is_row_of_scalars(node: Any, position: int) -> bool:
+    """Whether `node` joins scalars (stack), or tensors of one element (cat), more than `position` of them."""
+    if position >= len(node.next_functions):
+        return False
+    kind = type(node).__name__
+    if kind == "StackBackward0":
+        return True
+    # a constant among the inputs of a cat does not tell its length
+    return kind == "CatBackward0" and all(
+        child is not None and tuple(child._input_metadata[number].shape) == (1,)
+        for child, number in node.next_functions
+    )
+
+
+def read_losses(
+    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None],
+) -> tuple[list[str], list[Tensor | None]]:
+    """Task names and losses, None where absent, checked."""
+    if isinstance(losses, Tensor):
+        if losses.dim() != 1:
+            raise ValueError(
+                f"losses: expected a 1-D tensor of scalars or a sequence, got a tensor of shape {list(losses.shape)}"
+            )
+        with torch.enable_grad():  # under no_grad the elements would lose the graph
+            tasks: list[Tensor | None] = list(losses.unbind())
+        names = [str(t) for t in range(len(tasks))]
+    elif isinstance(losses, Mapping):
+        names, tasks = [str(name) for name in losses], list(losses.values())
+        if len(set(names)) != len(names):
+            raise ValueError(f"losses: expected different names, got {names}")
+    elif isinstance(losses, Sequence) and not isinstance(losses, (str, bytes)):
+        tasks = list(losses)
+        names = [str(t) for t in range(len(tasks))]
+    else:
+        raise TypeError(f"losses: expected a sequence, a 1-D tensor or a dict, got {type(losses).__name__}")
+    if not tasks:
+        raise ValueError("losses: expected at least one loss, got none")
+    if len(tasks) > MAX_TASKS:
+        raise ValueError(f"losses: expected at most {MAX_TASKS} losses, got {len(tasks)}")
+    if all(loss is None for loss in tasks):
+        raise ValueError(f"losses: expected at least one loss, got {len(tasks)} times None")
+    for name, loss in zip(names, tasks, strict=True):
+        if loss is None:
+            continue
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss {name!r}: expected a scalar tensor or None, got {type(loss).__name__}")
+        if not loss.is_floating_point():
+            raise TypeError(f"loss {name!r}: expected a floating-point tensor, got {loss.dtype}")
+        if loss.dim() != 0:
+            raise ValueError(f"loss {name!r}: expected a scalar (0 dimensions), got shape {list(loss.shape)}")
+        if not loss.requires_grad:
+            raise ValueError(f"loss {name!r}: needs no gradient: it was computed without parameters, or detached")
+    return names, tasks
+
+
+def names_of(mask: int, names: Sequence[str]) -> str:
+    return ", ".join(repr(names[t]) for t in tasks_of(mask))

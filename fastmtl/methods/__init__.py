@@ -1,0 +1,36 @@
+"""Gradient methods: each turns the Gram matrix of T task gradients into T weights."""
+
+from __future__ import annotations
+
+from fastmtl.methods.base import Method, Weighting, solve
+from fastmtl.methods.mean import Mean
+from fastmtl.methods.pcgrad import PCGrad
+from fastmtl.methods.random_weights import RandomWeights
+from fastmtl.methods.sum import Sum
+
+_METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in (PCGrad, Sum, Mean, RandomWeights)}
+
+
+def get(method: str | Weighting) -> Weighting:
+    """The method of that lower-case name with its default arguments; a method or a callable comes back as it is.
+
+    Raises:
+        ValueError: no method has that name.
+        TypeError: neither a name, nor a `Method`, nor a callable `[T, T] -> [T]`.
+
+    Example:
+        >>> get("pcgrad")
+        PCGrad('sum')
+    """
+    if isinstance(method, str):
+        if method not in _METHODS:
+            raise ValueError(f"method: expected one of {', '.join(sorted(_METHODS))}, got {method!r}")
+        return _METHODS[method]()
+    if isinstance(method, type):
+        raise TypeError(f"method: expected an instance, got the class {method.__name__}: write {method.__name__}()")
+    if isinstance(method, Method) or callable(method):
+        return method
+    raise TypeError(f"method: expected a name, a Method or a callable [T, T] -> [T], got {type(method).__name__}")
+
+
+__all__ = ["Mean", "Method", "PCGrad", "RandomWeights", "Sum", "Weighting", "get", "solve"]

@@ -1,0 +1,69 @@
+"""PCGrad: project conflicting gradients (Yu et al. 2020)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.methods.base import Method
+from fastmtl.ops._rows import Grads
+from fastmtl.ops.pcgrad import REDUCTIONS
+
+
+class PCGrad(Method):
+    """Each gradient is projected onto the normal plane of every task that it conflicts with, in random order.
+
+    Args:
+        reduction: `"sum"` of the projected gradients (the paper) or their `"mean"` over the present tasks (the
+            older PyTorch port).
+        order: `[T, K]` int32 or int64 visiting order on the device of the gradients: row i lists the tasks that
+            i visits, in turn. None: a fresh random one at each call.
+        generator: source of the random order; None: torch's default generator of that device.
+        include_self: visit j = i as some ports do, instead of skipping it as the paper does.
+
+    Raises:
+        ValueError: an unknown reduction.
+        TypeError, ValueError: (when called) an order that does not fit the gradients.
+
+    Source: Yu et al. 2020, *Gradient Surgery for Multi-Task Learning*, Algorithm 1.
+
+    Example:
+        >>> m = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
+        >>> PCGrad().weights(m)
+        tensor([1.5000, 1.5000], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        reduction: str = "sum",
+        *,
+        order: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        include_self: bool = False,
+    ) -> None:
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+        self.reduction = reduction
+        self.order = order
+        self.generator = generator
+        self.include_self = include_self
+
+    def __call__(self, grads: Grads) -> Tensor | list[Tensor | None]:
+        return ops.pcgrad(
+            grads, self.order, reduction=self.reduction, generator=self.generator, include_self=self.include_self
+        )
+
+    def _solve(self, gram: Tensor, present: Tensor | None) -> Tensor:
+        order = self.order
+        if order is None:
+            order = ops.random_order(gram.shape[0], generator=self.generator, device=gram.device)
+        c = ops.pcgrad_coefficients(gram, order, include_self=self.include_self)
+        # an absent task has a zero column, which no row is projected on; its own row must not count
+        w = (c if present is None else torch.where(present[:, None], c, 0.0)).sum(0)
+        if self.reduction == "mean":
+            w = w / (gram.shape[0] if present is None else present.sum())
+        return w
+
+    def __repr__(self) -> str:
+        return f"PCGrad({self.reduction!r})"

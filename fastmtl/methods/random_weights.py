@@ -1,0 +1,36 @@
+"""Random weights (Lin et al. 2022)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.methods.base import Method
+
+
+class RandomWeights(Method):
+    """Softmax, over the present tasks, of fresh standard normal draws: weights that sum to 1.
+
+    Args:
+        generator: source of randomness, on the device of the gradients; None: torch's default generator there.
+
+    Source: Lin, Ye, Zhang, Tsang 2022, *Reasonable Effectiveness of Random Weighting: A Litmus Test for
+    Multi-Task Learning*, with the normal distribution; applied to gradients (RGW in the paper).
+
+    Example:
+        >>> w = RandomWeights().weights(torch.eye(3))
+        >>> bool(torch.isclose(w.sum(), torch.ones((), dtype=torch.float64)))
+        True
+    """
+
+    def __init__(self, *, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
+
+    def _solve(self, gram: Tensor, present: Tensor | None) -> Tensor:
+        draws = torch.randn(gram.shape[0], generator=self.generator, dtype=torch.float64, device=gram.device)
+        if present is not None:
+            draws = torch.where(present, draws, -torch.inf)
+        return draws.softmax(0)
+
+    def __repr__(self) -> str:
+        return "RandomWeights()"

@@ -1,0 +1,78 @@
+"""The optimizer wrapper that loops written for the older PyTorch port of PCGrad expect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import methods
+from fastmtl.surgery import Surgery, run_backward
+
+
+class PCGrad:
+    """Wraps an optimizer: `pc_backward(losses)` in place of `sum(losses).backward()`, then `step()`.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`; its parameters are those that get gradients. Learning rate schedulers
+            take `.optimizer`.
+        reduction: `"mean"` of the projected gradients, as the port does, or `"sum"`, as the paper does.
+
+    Raises:
+        TypeError: `optimizer` is not a `torch.optim.Optimizer`.
+        ValueError: an unknown reduction.
+
+    `pc_backward` overwrites `.grad` (loops written for the port never call `zero_grad`): a parameter that no loss
+    reaches is left with `.grad = None`. As everywhere in fastmtl, and unlike the port, a head that only one loss
+    reaches gets its gradient unchanged and does not count in the projections.
+
+    Source: Yu et al. 2020, *Gradient Surgery for Multi-Task Learning*, Algorithm 1.
+
+    Example:
+        >>> net = torch.nn.Linear(4, 2)
+        >>> opt = PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+        >>> y = net(torch.ones(3, 4))
+        >>> surgery = opt.pc_backward([y[:, 0].mean(), y[:, 1].square().mean()])
+        >>> opt.step()
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, reduction: str = "mean") -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self._method = methods.PCGrad(reduction)
+        self._optimizer = optimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The wrapped optimizer."""
+        return self._optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def pc_backward(self, losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None]) -> Surgery:
+        """Computes the update of PCGrad from the losses and overwrites `.grad` of all parameters with it.
+
+        Args and errors as for `fastmtl.backward`; on an error no `.grad` has changed.
+        """
+        params = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return run_backward(losses, params, None, self._method, False, None, accumulate=False)
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """The wrapped optimizer's step."""
+        return self._optimizer.step() if closure is None else self._optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._optimizer.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return f"fastmtl.optim.PCGrad({self._optimizer!r}, reduction={self._method.reduction!r})"

@@ -1,0 +1,396 @@
+"""`fastmtl.backward`: the backward passes of several losses, with gradient surgery on what they share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import methods, ops
+from fastmtl._graph import names_of, reach, read_losses
+from fastmtl._marks import Params, describe, is_per_task, read_params
+from fastmtl.methods import Weighting
+from fastmtl.ops._rows import FLOAT_DTYPES
+
+Row = list[Tensor | None]
+
+
+class Surgery:
+    """What one surgery saw and decided. All tensors are on the device of the gradients; nothing is copied to the
+    host until asked.
+
+    Attributes:
+        gram: `[T, T]` Gram matrix of the shared parameters' gradients, float32 (float64 for float64 gradients),
+            already divided by `loss_scale**2`. Zero for absent tasks.
+        weights: `[T]` float64 (what a callable returned, for one): the update of the shared parameters is
+            `sum_t weights[t] * g_t`. 0 for absent tasks. Where no parameter is shared the method is not asked: every
+            present task has weight 1.
+        names: the T task names.
+        present: per task, whether it had a loss (or a gradient, in a bank).
+    """
+
+    __slots__ = ("gram", "names", "present", "weights")
+
+    def __init__(self, gram: Tensor, weights: Tensor, names: Sequence[str], present: Sequence[bool]) -> None:
+        self.gram = gram
+        self.weights = weights
+        self.names = tuple(names)
+        self.present = tuple(present)
+
+    def cosines(self) -> Tensor:
+        """`[T, T]` float64 cosines between the tasks' gradients; 0 where one of the two is zero."""
+        m = self.gram.to(torch.float64)
+        norms = m.diagonal().sqrt()
+        scale = norms[:, None] * norms
+        return torch.where(scale == 0, 0.0, m / torch.where(scale == 0, 1.0, scale))
+
+    def conflicts(self) -> Tensor:
+        """`[T, T]` bool: which pairs of gradients have a negative inner product."""
+        return self.gram < 0  # a diagonal entry is a squared norm
+
+    def grad_norm(self) -> Tensor:
+        """0-d float64: norm of the shared parameters' update, `sqrt(w^T M w)`, without the loss scale."""
+        w = self.weights.to(torch.float64)
+        return (w @ self.gram.to(torch.float64) @ w).clamp(min=0).sqrt()
+
+    def log_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """0-d tensors for a logger: `weight/<task>`, `norm/<task>` and `conflicts/<task>` (with how many tasks) of
+        every present task, `grad_norm`, and `conflicts` (pairs). `prefix` is put before each key.
+        """
+        norms = self.gram.diagonal().sqrt()
+        conflicts = self.conflicts().sum(1)
+        out = {f"{prefix}grad_norm": self.grad_norm(), f"{prefix}conflicts": conflicts.sum() // 2}
+        for t, (name, here) in enumerate(zip(self.names, self.present, strict=True)):
+            if here:
+                out[f"{prefix}weight/{name}"] = self.weights[t]
+                out[f"{prefix}norm/{name}"] = norms[t]
+                out[f"{prefix}conflicts/{name}"] = conflicts[t]
+        return out
+
+    def __repr__(self) -> str:
+        # no values: showing them would wait for the device
+        tasks = zip(self.names, self.present, strict=True)
+        return f"Surgery({', '.join(name if here else f'{name} (absent)' for name, here in tasks)})"
+
+
+def backward(
+    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None],
+    params: Params | None = None,
+    *,
+    shared: Params | None = None,
+    method: str | Weighting = "pcgrad",
+    retain_graph: bool = False,
+    features: Any = None,
+    loss_scale: float | Tensor | None = None,
+    groups: Any = None,
+    process_group: Any = None,
+) -> Surgery:
+    """Replaces `sum(losses).backward()`: accumulates into `.grad`, with gradient surgery on shared parameters.
+
+    A parameter that two or more losses reach is shared: its T gradients go into the Gram matrix, and their sum
+    weighted by `method` comes out. A loss that does not reach it counts as a zero gradient. A parameter that one
+    loss alone reaches (a head) gets that gradient as it is.
+
+    Args:
+        losses: a sequence or 1-D tensor of T scalars (named "0", "1", ...), or a dict name -> scalar; T from 1 to
+            128. None in a sequence or dict: that task is absent. Elements of one vector are told apart where it
+            was made by `torch.stack` or `torch.cat` of scalars and scaled by constants since; of other vectors
+            (a mean over one dimension of a loss matrix) each element reaches everything, and `shared` is needed.
+        params: a module or an iterable of parameters; others get nothing. None: every leaf that the losses
+            reach. Frozen parameters are left out, tied ones count once.
+        shared: the shared ones among `params`, as a module or an iterable, where reach does not say it: all others
+            get the plain sum of their gradients. Needed for compiled models. Parameters marked by
+            `mark_per_task` are never shared.
+        method: a name (see `fastmtl.methods.get`), a `Method`, or a callable from the Gram matrix `[T, T]` to the
+            weights `[T]`. It is not asked when nothing is shared, as with a single loss and no `shared`.
+        retain_graph: keep the graphs for a further backward pass.
+        loss_scale: what the losses were multiplied by (`scaler.get_scale()`, or better a device tensor): the
+            method sees the Gram matrix divided by its square. The result stays scaled like the losses.
+        features, groups, process_group: not available yet.
+
+    Returns:
+        A `Surgery`: Gram matrix, weights, cosines, conflicts.
+
+    Raises:
+        TypeError: losses that are not floating-point tensors; shared parameters of other dtypes than float64, 32, 16
+            and bfloat16, complex parameters, a sparse gradient of a shared parameter; a method that returns no
+            floating-point tensor.
+        ValueError: no loss, more than 128, a loss that is not a scalar or needs no gradient; no parameter reached;
+            reach that can't be read without `shared`; shared parameters on several devices; weights of the wrong
+            length; an unknown method.
+        RuntimeError: in a process group of several ranks, which would silently diverge; what autograd raises.
+        NotImplementedError: `features`, `groups` or `process_group` are given.
+        Nothing has been written to any `.grad` when one of these is raised.
+
+    A non-finite gradient in any task shows in `.grad`, so that `GradScaler` skips the step. Peak extra memory: the
+    T gradients of the shared parameters and one result. Hooks on a parameter run once per task; hooks after
+    accumulation (`register_post_accumulate_grad_hook`) don't run. Graphs compiled by inductor with donated buffers
+    refuse a second backward pass: set `torch._functorch.config.donated_buffer = False`, or use `GradientBank`.
+
+    Source: the shared/own split and PCGrad, Yu et al. 2020, Algorithm 1.
+
+    Example:
+        >>> trunk, heads = torch.nn.Linear(4, 8), torch.nn.ModuleList(torch.nn.Linear(8, 1) for _ in range(2))
+        >>> x = trunk(torch.ones(3, 4)).relu()
+        >>> surgery = backward([head(x).square().mean() for head in heads], method="sum")
+        >>> surgery.weights
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    for name, value in (("features", features), ("groups", groups), ("process_group", process_group)):
+        if value is not None:
+            raise NotImplementedError(f"fastmtl.backward: {name} is not available yet")
+    return run_backward(losses, params, shared, method, retain_graph, loss_scale, accumulate=True)
+
+
+def run_backward(
+    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None],
+    params: Params | None,
+    shared: Params | None,
+    method: str | Weighting,
+    retain_graph: bool,
+    loss_scale: float | Tensor | None,
+    *,
+    accumulate: bool,
+) -> Surgery:
+    """`backward`; with `accumulate=False` every `.grad` of `params` is overwritten, by None where not reached."""
+    check_single_process()
+    method = methods.get(method)
+    scale = read_loss_scale(loss_scale)
+    names, tasks = read_losses(losses)
+    named = None if params is None else read_params(params, "params")
+    shared_named = None if shared is None else read_params(shared, "shared")
+    found = reach(tasks)
+    if shared is None and (found.compiled or found.entangled):
+        through = names_of(found.compiled or found.entangled, names)
+        if found.compiled:
+            raise ValueError(
+                f"losses {through} pass through the same compiled graph (torch.compile), which does not tell what "
+                "each of them reaches: pass shared=, the parameters (or the module) that the tasks share"
+            )
+        raise ValueError(
+            f"losses {through} are elements of one vector, each of which reaches all that the vector reaches: "
+            "pass them as a list of scalars computed apart, or pass shared=, the parameters (or the module) that "
+            "the tasks share"
+        )
+    if named is not None and shared_named is not None:
+        check_within(shared_named, named)
+    if named is None:
+        # a name for what was found in the graph: the one in `shared`, else its position
+        known = shared_named or {}
+        named = {p: known.get(p, f"{i} (of those that the losses reach)") for i, p in enumerate(found.leaves)}
+    reached = {p: found.leaves[p] for p in named if p in found.leaves}
+    if not reached:
+        raise ValueError(f"params: no loss reaches any of the {len(named)} parameters")
+    common = split_shared(reached, named, shared_named)
+
+    flags = [loss is not None for loss in tasks]
+    rows, own = _task_gradients(tasks, reached, common, named, found.overlap, retain_graph)
+    device = next(loss for loss in tasks if loss is not None).device
+    updates, surgery = operate(common, rows, own, flags, names, method, scale, device)
+    if not accumulate:
+        for p in named:
+            p.grad = None
+    write(updates)
+    return surgery
+
+
+def _task_gradients(
+    tasks: Sequence[Tensor | None],
+    reached: Mapping[Tensor, int],
+    common: Sequence[Tensor],
+    named: Mapping[Tensor, str],
+    overlap: Sequence[int],
+    retain_graph: bool,
+) -> tuple[list[Row], dict[Tensor, Tensor]]:
+    """T rows of the shared parameters' gradients, and the summed gradients of the others."""
+    slots = {p: i for i, p in enumerate(common)}
+    inputs = [(p, mask, slots.get(p)) for p, mask in reached.items()]
+    rows: list[Row] = [[None] * len(common) for _ in tasks]
+    own: dict[Tensor, Tensor] = {}
+    for t, loss in enumerate(tasks):
+        mine = [(p, slot) for p, mask, slot in inputs if mask >> t & 1]
+        if loss is None or not mine:
+            continue
+        # a graph that no later loss needs is freed at once
+        keep = retain_graph or overlap[t] >> t != 0
+        grads = torch.autograd.grad(loss, [p for p, _ in mine], retain_graph=keep, allow_unused=True)
+        row = rows[t]
+        for (p, slot), g in zip(mine, grads, strict=True):
+            if slot is None:
+                if g is not None:
+                    add_own(own, p, g)
+            else:
+                if g is not None and g.layout is not torch.strided:
+                    raise sparse_shared(g, p, named)
+                row[slot] = g
+    return rows, own
+
+
+def split_shared(
+    reached: Mapping[Tensor, int], named: Mapping[Tensor, str], shared: Mapping[Tensor, str] | None
+) -> list[Tensor]:
+    """The shared parameters among the reached ones (parameter -> bit mask of tasks), checked.
+
+    Raises:
+        TypeError: complex parameters, or shared ones of a dtype that has no kernel.
+        ValueError: no loss reaches any parameter in `shared`; several devices.
+    """
+    if shared is not None and not any(p in reached for p in shared) and any(p.requires_grad for p in shared):
+        raise ValueError("shared: no loss reaches any of these parameters")
+    common = []
+    for p, mask in reached.items():
+        if p.is_complex():
+            raise TypeError(f"{describe(p, named[p])}: expected a real parameter, got {p.dtype}")
+        if is_per_task(p) or not (mask & (mask - 1) if shared is None else p in shared):
+            continue
+        if p.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{describe(p, named[p])} is shared: expected float64, float32, bfloat16 or float16, got {p.dtype}"
+            )
+        if common and p.device != common[0].device:
+            raise ValueError(
+                f"{describe(p, named[p])} is shared and on {p.device}, but {describe(common[0], named[common[0]])} "
+                f"is on {common[0].device}: the parameters in one Gram matrix must be on one device"
+            )
+        common.append(p)
+    return common
+
+
+def check_within(shared: Mapping[Tensor, str], named: Mapping[Tensor, str]) -> None:
+    for p, name in shared.items():
+        if p.requires_grad and p not in named:
+            raise ValueError(f"shared: {describe(p, name)} is not among params")
+
+
+def sparse_shared(grad: Tensor, param: Tensor, named: Mapping[Tensor, str]) -> TypeError:
+    return TypeError(
+        f"{describe(param, named[param])} is shared and has a sparse gradient ({grad.layout}), which has no place "
+        "in a Gram matrix: leave it out of shared= (it then gets the plain sum of its gradients), or make the "
+        "gradient dense"
+    )
+
+
+def add_own(own: dict[Tensor, Tensor], param: Tensor, grad: Tensor) -> None:
+    """Sums gradients of a parameter that is not shared; never in place, since autograd may hold `grad` too."""
+    before = own.get(param)
+    if before is None:
+        own[param] = grad
+    else:
+        with torch.no_grad():
+            # sparse + dense is not defined, dense + sparse is
+            own[param] = grad + before if before.layout is not torch.strided else before + grad
+
+
+def operate(
+    common: Sequence[Tensor],
+    rows: list[Row],
+    own: Mapping[Tensor, Tensor],
+    present: Sequence[bool],
+    names: Sequence[str],
+    method: Weighting,
+    scale: float | Tensor | None,
+    device: torch.device,
+) -> tuple[list[tuple[Tensor, Tensor]], Surgery]:
+    """The surgery itself: T rows of shared gradients in, every parameter with its update out. Empties `rows`.
+
+    `device` is where the Gram matrix goes when there is no shared gradient.
+    """
+    updates: list[tuple[Tensor, Tensor]] = []
+    num_tasks = len(names)
+    with torch.no_grad(), _without_autocast(common[0].device if common else device):
+        if any(g is not None for row in rows for g in row):
+            gram = ops.gram(rows)
+            if scale is not None:
+                gram = (gram.to(torch.float64) / _squared(scale)).to(gram.dtype)
+            weights = methods.solve(method, gram, present)
+            for p, g in zip(common, ops.combine(weights, rows), strict=True):
+                if g is not None:
+                    updates.append((p, g))
+        else:
+            gram = torch.zeros(num_tasks, num_tasks, device=device)
+            weights = torch.zeros(num_tasks, dtype=torch.float64, device=device)
+            for t, here in enumerate(present):
+                if here:
+                    weights[t].fill_(1.0)
+        rows.clear()
+    updates.extend(own.items())
+    return updates, Surgery(gram, weights, names, present)
+
+
+def _squared(scale: float | Tensor) -> float | Tensor:
+    return scale.to(torch.float64) ** 2 if isinstance(scale, Tensor) else scale**2
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    # a call inside an autocast region must not compute the Gram matrix in bfloat16
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def write(updates: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Accumulates into `.grad` as autograd does: in place where there is one, else in the parameter's layout."""
+    seen: set[int] = set()
+    with torch.no_grad():
+        for p, g in updates:
+            if p.grad is None:
+                p.grad = g if _can_keep(p, g, seen) else _copy_like(p, g)
+            elif p.grad.layout is not torch.strided and g.layout is torch.strided:
+                p.grad = g + p.grad
+            else:
+                p.grad.add_(g)
+
+
+def _can_keep(param: Tensor, grad: Tensor, seen: set[int]) -> bool:
+    """Whether `grad` may become `.grad` itself: right layout, and nobody else holds it or looks into its memory."""
+    if id(grad) in seen or param._backward_hooks:  # a hook may have kept it
+        return False
+    seen.add(id(grad))
+    if grad.layout is not torch.strided:
+        return True
+    storage = grad.untyped_storage()
+    return (
+        grad.stride() == param.stride()
+        and storage.nbytes() == grad.numel() * grad.element_size()
+        and _holders(storage) <= 2  # `grad`, and the Python object `storage`
+    )
+
+
+def _holders(storage: torch.UntypedStorage) -> int:
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return 3 if count is None else count(storage._cdata)
+
+
+def _copy_like(param: Tensor, grad: Tensor) -> Tensor:
+    if grad.layout is not torch.strided:
+        return grad.clone()
+    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+
+
+def check_single_process() -> None:
+    """Raises RuntimeError under several ranks: each would draw and weigh for itself, and silently diverge."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        size = torch.distributed.get_world_size()
+        if size > 1:
+            raise RuntimeError(
+                f"fastmtl: gradient surgery over {size} ranks is not supported yet; the ranks would silently diverge"
+            )
+
+
+def read_loss_scale(scale: float | Tensor | None) -> float | Tensor | None:
+    if isinstance(scale, Tensor):
+        if not scale.is_floating_point():
+            raise TypeError(f"loss_scale: expected a floating-point tensor, got {scale.dtype}")
+        if scale.numel() != 1:
+            raise ValueError(f"loss_scale: expected a single number, got shape {list(scale.shape)}")
+        return scale.detach().reshape(())
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"loss_scale: expected a number or a tensor, got {type(scale).__name__}")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"loss_scale: expected a positive finite number, got {scale}")
+    return float(scale)

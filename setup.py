@@ -1,0 +1,113 @@
+"""Builds the one compiled extension, `fastmtl._C`, against torch's stable ABI.
+
+CUDA sources are compiled whenever `nvcc` is found, with or without a GPU and whatever the torch build
+(FASTMTL_CUDA=0 turns it off; TORCH_CUDA_ARCH_LIST as usual). Without a C++ compiler the package installs
+without the extension and says so: `fastmtl info` shows why.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+# torch 2.10: the oldest release whose stable ABI has all that csrc/ uses
+TORCH_TARGET_VERSION = "0x020a000000000000"
+DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+
+
+def find_cxx() -> str | None:
+    if os.environ.get("CXX"):
+        return shutil.which(os.environ["CXX"].split()[0])
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def find_cuda_home() -> tuple[Path | None, str | None]:
+    """The toolkit's root, or None and the reason."""
+    if os.environ.get("FASTMTL_CUDA", "1") == "0":
+        return None, "FASTMTL_CUDA=0 was set when it was built"
+    candidates = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        candidates.append(Path(nvcc).resolve().parent.parent)
+    candidates.append(Path("/usr/local/cuda"))
+    for home in candidates:
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            return home, None
+    return None, "no nvcc was found when it was built (CUDA_HOME, PATH, /usr/local/cuda)"
+
+
+def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]]:
+    """Extension modules, build commands, and why parts are missing."""
+    if find_cxx() is None:
+        reason = "no C++ compiler was found when it was installed (CXX, c++, g++, clang++)"
+        print(f"fastmtl: {reason}: installing without compiled kernels", file=sys.stderr)
+        return [], {}, {"extension": reason}
+
+    import pybind11
+    from torch.utils import cpp_extension
+
+    cuda_home, no_cuda = find_cuda_home()
+    sources = sorted(str(p.relative_to(ROOT)) for pattern in ("csrc/*.cpp", "csrc/cpu/*.cpp") for p in ROOT.glob(pattern))
+    common = ["-O3", "-g0", "-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+    cxx = [*common, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+    nvcc = [*(flag for flag in common if flag != "-g0"), "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills", "--threads=2"]
+    # libtorch.so must stay among the needed libraries: on a CUDA torch it brings libtorch_cuda, and with it the
+    # weak symbols that the CUDA half calls
+    torch_lib = cpp_extension.library_paths()[0]
+    link = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
+    library_dirs = [torch_lib]
+    if cuda_home is not None:
+        cpp_extension.CUDA_HOME = str(cuda_home)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+        sources += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
+        cxx.append("-DFASTMTL_WITH_CUDA")
+        library_dirs.append(str(cuda_home / "lib64"))
+        link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+    class Build(cpp_extension.BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # one lasting place for objects, in editable builds too, so that ninja rebuilds what changed
+            tag = f"{sys.implementation.cache_tag}-{'cuda' if cuda_home else 'cpu'}"
+            self.build_temp = str(ROOT / "build" / f"temp-{tag}")
+
+    include = [str(ROOT / "csrc"), pybind11.get_include(), *cpp_extension.include_paths()]
+    if cuda_home is not None:
+        include.append(str(cuda_home / "include"))
+    module = Extension(
+        "fastmtl._C",
+        sources,
+        include_dirs=include,
+        library_dirs=library_dirs,
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=link,
+        language="c++",
+    )
+    return [module], {"build_ext": Build.with_options(use_ninja=True)}, {"extension": None, "cuda": no_cuda}
+
+
+ext_modules, commands, missing = extension()
+
+
+class BuildPy(build_py):
+    """Leaves a note of what was not built and why, for `fastmtl info`."""
+
+    def run(self) -> None:
+        super().run()
+        package = ROOT / "fastmtl" if self.editable_mode else Path(self.build_lib) / "fastmtl"
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build.json").write_text(json.dumps(missing))
+
+
+setup(
+    packages=[*find_packages(include=["fastmtl", "fastmtl.*"]), "fastmtl.benchmarks"],
+    package_dir={"fastmtl.benchmarks": "benchmarks"},
+    package_data={"fastmtl": ["py.typed"]},
+    ext_modules=ext_modules,
+    cmdclass={"build_py": BuildPy, **commands},
+)
