@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 MIB = 1 << 20
+WORTH_REPEATING_S = 4.0
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
@@ -53,23 +54,31 @@ def capture(call: Callable[[Any], Any], arguments: Sequence[Any]) -> torch.cuda.
     return graph
 
 
+def _timed(sample: Callable[[], float]) -> tuple[float, float]:
+    begin = time.perf_counter()
+    first = sample()
+    return time.perf_counter() - begin, first
+
+
 def interleave(
     samplers: Mapping[str, Callable[[], float]],
     budget_s: float,
     *,
     fewest: int = 3,
     most: int = 60,
+    at_least: Mapping[str, int] | None = None,
     reps: int | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Takes turns between candidates until the time is spent; what else the machine does then hits them alike.
 
-    Each is called once to warm up. One whose single call exceeds its share of the budget keeps that call as its
-    only sample.
+    Each is sampled twice to warm up (the first may import, build or allocate). One whose single sample exceeds its
+    share of the budget, and a second, keeps that as its only sample.
 
     Args:
         samplers: label -> a function that takes one sample, in seconds.
         budget_s: seconds for all of them together.
+        fewest, most: bounds on the number of samples of each; `at_least` raises the lower one for some labels.
         reps: a fixed number of samples of each, instead of the budget.
         tick: called after every sample.
 
@@ -81,20 +90,23 @@ def interleave(
     wanted: dict[str, int] = {}
     share = budget_s / max(len(samplers), 1)
     for label, sample in samplers.items():
-        begin = time.perf_counter()
+        lower = max(fewest, (at_least or {}).get(label, 0))
         try:
-            first = sample()
+            took, first = _timed(sample)
+            tick()
+            if reps is not None:
+                wanted[label], samples[label] = reps, []
+                continue
+            if took < WORTH_REPEATING_S:
+                took, first = _timed(sample)
+                tick()
         except Exception as error:
             failed[label] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
-        took = time.perf_counter() - begin
-        tick()
-        if reps is not None:
-            wanted[label], samples[label] = reps, []
-        elif took > max(share, 1.0):
+        if took > max(share, 1.0) and lower == fewest:
             wanted[label], samples[label] = 0, [first]
         else:
-            wanted[label], samples[label] = min(most, max(fewest, int(share / took))), []
+            wanted[label], samples[label] = min(most, max(lower, int(share / took))), []
     rounds = max(wanted.values(), default=0)
     order = list(samples)
     for turn in range(rounds):

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from fastmtl.benchmarks.registry import Candidate
+from torch import Tensor, nn
 
 
 def torchjd_missing() -> str | None:

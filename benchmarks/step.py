@@ -10,15 +10,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastmtl.benchmarks import baselines, digits, peers
+from fastmtl.benchmarks.registry import Candidate, Case, Check
 from torch import Tensor, nn
 
 import fastmtl
-from fastmtl.benchmarks import baselines, digits, peers
-from fastmtl.benchmarks.registry import Candidate, Case, Check
 from fastmtl.ops import reference
 
 BATCH = 64
-STEPS, QUICK_STEPS = 200, 20
+STEPS, QUICK_STEPS = 300, 20
 PASSES, QUICK_PASSES = 40, 15
 
 

@@ -77,8 +77,8 @@ Rows read_rows(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
                   " parameters");
 
   Rows result;
-  result.num_tasks = static_cast<int>(num_tasks);
   result.params.reserve(n);
+  result.num_tasks = static_cast<int>(num_tasks);
   size_t i = 0;
   for (auto& [position, members] : present) {
     const Tensor& first = *members.front().second;
@@ -92,9 +92,15 @@ Rows read_rows(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
                       "fastmtl: output ", k, " does not match its parameter");
       p.out.push_back(out[k].mutable_data_ptr());
     }
+    const bool plain = like.is_contiguous();
+    p.rows.reserve(members.size());
     for (auto& [task, tensor] : members) {
-      STD_TORCH_CHECK(tensor->dim() == first.dim() && tensor->numel() == p.numel && dtype_of(*tensor) == p.dtype,
-                      "fastmtl: task ", task, ", parameter ", position, " differs in shape or dtype");
+      STD_TORCH_CHECK(tensor->numel() == p.numel && dtype_of(*tensor) == p.dtype, "fastmtl: task ", task,
+                      ", parameter ", position, " differs in shape or dtype");
+      if (plain && tensor->is_contiguous()) {
+        p.rows.push_back({tensor->const_data_ptr(), 1, task});
+        continue;
+      }
       const int64_t stride = single_stride(*tensor);
       if (stride >= 0) {
         p.rows.push_back({tensor->const_data_ptr(), stride, task});

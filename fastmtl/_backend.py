@@ -21,16 +21,17 @@ _PREFERENCE: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def build_note(part: str) -> str | None:
+    """Why setup.py left out `"extension"` or `"cuda"`; None if it did not, or left no note."""
+    note = Path(__file__).with_name("_build.json")
+    return json.loads(note.read_text()).get(part) if note.exists() else None
+
+
 def _load_extension() -> tuple[Any, str | None]:
     try:
         return importlib.import_module("fastmtl._C"), None
     except ImportError as error:
-        note = Path(__file__).with_name("_build.json")
-        if note.exists():
-            reason = json.loads(note.read_text()).get("extension")
-            if reason:
-                return None, reason
-        return None, f"{type(error).__name__}: {error}"
+        return None, build_note("extension") or f"{type(error).__name__}: {error}"
 
 
 extension, extension_error = _load_extension()

@@ -192,3 +192,19 @@ def read_losses(
 
 def names_of(mask: int, names: Sequence[str]) -> str:
     return ", ".join(repr(names[t]) for t in tasks_of(mask))
+
+
+def read_loss_scale(scale: float | Tensor | None) -> float | Tensor | None:
+    if isinstance(scale, Tensor):
+        if not scale.is_floating_point():
+            raise TypeError(f"loss_scale: expected a floating-point tensor, got {scale.dtype}")
+        if scale.numel() != 1:
+            raise ValueError(f"loss_scale: expected a single number, got shape {list(scale.shape)}")
+        return scale.detach().reshape(())
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"loss_scale: expected a number or a tensor, got {type(scale).__name__}")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"loss_scale: expected a positive finite number, got {scale}")
+    return float(scale)

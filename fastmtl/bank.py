@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import methods
+from fastmtl._graph import read_loss_scale
 from fastmtl._marks import Params, compiled_module, is_per_task, read_params
 from fastmtl.methods import Weighting
 from fastmtl.ops._rows import check_num_tasks
@@ -20,7 +21,6 @@ from fastmtl.surgery import (
     check_single_process,
     check_within,
     operate,
-    read_loss_scale,
     sparse_shared,
     split_shared,
     write,

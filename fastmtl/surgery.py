@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl import methods, ops
-from fastmtl._graph import names_of, reach, read_losses
+from fastmtl import methods
+from fastmtl._graph import names_of, reach, read_loss_scale, read_losses
 from fastmtl._marks import Params, describe, is_per_task, read_params
 from fastmtl.methods import Weighting
-from fastmtl.ops._rows import FLOAT_DTYPES
+from fastmtl.ops._rows import FLOAT_DTYPES, present_params
+from fastmtl.ops.combine import combine_list_op
+from fastmtl.ops.gram import gram_list_op
 
 Row = list[Tensor | None]
 
@@ -299,23 +301,25 @@ def operate(
     `device` is where the Gram matrix goes when there is no shared gradient.
     """
     updates: list[tuple[Tensor, Tensor]] = []
-    num_tasks = len(names)
+    num_tasks, n = len(names), len(common)
+    # what ops.gram checks is known here: autograd gives every gradient its parameter's shape, dtype and device
+    index = [t * n + i for t, row in enumerate(rows) for i, g in enumerate(row) if g is not None]
+    tensors = [g for row in rows for g in row if g is not None]
+    rows.clear()
     with torch.no_grad(), _without_autocast(common[0].device if common else device):
-        if any(g is not None for row in rows for g in row):
-            gram = ops.gram(rows)
+        if tensors:
+            gram = gram_list_op(tensors, index, num_tasks, n)
             if scale is not None:
                 gram = (gram.to(torch.float64) / _squared(scale)).to(gram.dtype)
             weights = methods.solve(method, gram, present)
-            for p, g in zip(common, ops.combine(weights, rows), strict=True):
-                if g is not None:
-                    updates.append((p, g))
+            columns = combine_list_op(weights, tensors, index, n)
+            updates.extend(zip([common[i] for i in present_params(index, n)], columns, strict=True))
         else:
             gram = torch.zeros(num_tasks, num_tasks, device=device)
             weights = torch.zeros(num_tasks, dtype=torch.float64, device=device)
             for t, here in enumerate(present):
                 if here:
                     weights[t].fill_(1.0)
-        rows.clear()
     updates.extend(own.items())
     return updates, Surgery(gram, weights, names, present)
 
@@ -355,13 +359,16 @@ def _can_keep(param: Tensor, grad: Tensor, seen: set[int]) -> bool:
     return (
         grad.stride() == param.stride()
         and storage.nbytes() == grad.numel() * grad.element_size()
-        and _holders(storage) <= 2  # `grad`, and the Python object `storage`
+        and _unheld(grad, storage)
     )
 
 
-def _holders(storage: torch.UntypedStorage) -> int:
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    return 3 if count is None else count(storage._cdata)
+def _unheld(grad: Tensor, storage: torch.UntypedStorage) -> bool:
+    # a custom backward may return a tensor that it saved, which autograd would copy as well
+    of_tensor, of_storage = getattr(grad, "_use_count", None), getattr(torch._C, "_storage_Use_Count", None)
+    if of_tensor is None or of_storage is None:
+        return False
+    return of_tensor() <= 1 and of_storage(storage._cdata) <= 2  # held by `grad`, and by the object `storage`
 
 
 def _copy_like(param: Tensor, grad: Tensor) -> Tensor:
@@ -378,19 +385,3 @@ def check_single_process() -> None:
             raise RuntimeError(
                 f"fastmtl: gradient surgery over {size} ranks is not supported yet; the ranks would silently diverge"
             )
-
-
-def read_loss_scale(scale: float | Tensor | None) -> float | Tensor | None:
-    if isinstance(scale, Tensor):
-        if not scale.is_floating_point():
-            raise TypeError(f"loss_scale: expected a floating-point tensor, got {scale.dtype}")
-        if scale.numel() != 1:
-            raise ValueError(f"loss_scale: expected a single number, got shape {list(scale.shape)}")
-        return scale.detach().reshape(())
-    if scale is None:
-        return None
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"loss_scale: expected a number or a tensor, got {type(scale).__name__}")
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"loss_scale: expected a positive finite number, got {scale}")
-    return float(scale)

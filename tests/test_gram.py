@@ -70,11 +70,12 @@ def test_long_sum_of_ones_is_exact(level: Backend) -> None:
     assert gram(torch.ones(1, 1).expand(1, n)).item() == n
 
 
-def test_large_part_cancels(level: Backend) -> None:
+def test_one_huge_column(level: Backend) -> None:
     """A column of size 1e4 next to 70000 small ones: what is summed in float32 must be short."""
     grads = BankCase(3, 70000).make()
     grads[:, 17] *= 1e4
-    cases.assert_gram(gram(grads), grads.double(), [torch.float32], cases.gram_slack(level.name))
+    slack = cases.gram_slack(level.name) * cases.BIASED_SLACK
+    cases.assert_gram(gram(grads), grads.double(), [torch.float32], slack)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.short)

@@ -41,7 +41,7 @@ void combine(const double* weights, int64_t num_out, const Rows& rows) {
   const bool stream = out_bytes >= kStreamBytes;
   parallel_chunks(plan, [&](int64_t first, int64_t last) {
     BlockRows block_rows;
-    std::vector<double> wide(static_cast<size_t>(kMaxTasks) * kMaxTasks);
+    std::vector<double> wide(static_cast<size_t>(std::min<int64_t>(num_out, kMaxTasks)) * T);
     std::vector<float> narrow(wide.size());
     void* out[kMaxTasks];
     const Param* prepared = nullptr;
@@ -78,8 +78,8 @@ void combine(const double* weights, int64_t num_out, const Rows& rows) {
 
 namespace {
 
-void combine_op(Tensor weights, const std::vector<Tensor> tensors, const std::vector<int64_t> index,
-                int64_t num_params, const std::vector<Tensor> out) {
+void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::vector<int64_t>& index,
+                int64_t num_params, const std::vector<Tensor>& out) {
   STD_TORCH_CHECK(weights.dim() == 2 && dtype_of(weights) == DType::f64 && weights.is_contiguous(),
                   "fastmtl: kernel weights must be a contiguous [K, T] float64 tensor");
   if (tensors.empty() || weights.size(0) == 0) return;

@@ -39,7 +39,7 @@ std::vector<double> gram(const Rows& rows) {
 
 namespace {
 
-void gram_op(const std::vector<Tensor> tensors, const std::vector<int64_t> index, int64_t num_tasks,
+void gram_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
              int64_t num_params, Tensor out) {
   const Rows rows = read_rows(tensors, index, num_tasks, num_params, {});
   const DType type = dtype_of(out);

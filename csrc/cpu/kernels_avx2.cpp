@@ -51,11 +51,10 @@ struct VF {
   void stream(float* p) const { _mm256_stream_ps(p, v); }
   void stream(BF16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), bf16()); }
   void stream(F16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), f16()); }
-  double total() const {
-    const __m256d two = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)),
-                                      _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
-    const __m128d one = _mm_add_pd(_mm256_castpd256_pd128(two), _mm256_extractf128_pd(two, 1));
-    return _mm_cvtsd_f64(_mm_add_sd(one, _mm_unpackhi_pd(one, one)));
+  static void totals(VF a, VF b, VF c, VF d, double* out) {
+    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+    _mm256_storeu_pd(out, _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(sums)),
+                                        _mm256_cvtps_pd(_mm256_extractf128_ps(sums, 1))));
   }
 };
 inline VF fma(VF a, VF b, VF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
@@ -68,9 +67,9 @@ struct VD {
   static VD load(const double* p) { return {_mm256_loadu_pd(p)}; }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
   void stream(double* p) const { _mm256_stream_pd(p, v); }
-  double total() const {
-    const __m128d one = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
-    return _mm_cvtsd_f64(_mm_add_sd(one, _mm_unpackhi_pd(one, one)));
+  static void totals(VD a, VD b, VD c, VD d, double* out) {
+    const __m256d ab = _mm256_hadd_pd(a.v, b.v), cd = _mm256_hadd_pd(c.v, d.v);
+    _mm256_storeu_pd(out, _mm256_add_pd(_mm256_permute2f128_pd(ab, cd, 0x20), _mm256_permute2f128_pd(ab, cd, 0x31)));
   }
 };
 inline VD fma(VD a, VD b, VD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }

@@ -18,7 +18,7 @@ namespace {
 struct BF16 { uint16_t bits; };
 struct F16 { uint16_t bits; };
 
-constexpr int kTileA = 4, kTileB = 4;  // 16 accumulators + 4 + 1 of 32 registers
+constexpr int kTileA = 6, kTileB = 4;  // 24 accumulators + 4 + 1 of 32 registers; a row from L2 serves 6 products
 
 
 struct VF {
@@ -48,9 +48,11 @@ struct VF {
   void stream(float* p) const { _mm512_stream_ps(p, v); }
   void stream(BF16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bf16()); }
   void stream(F16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), f16()); }
-  double total() const {
-    return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)),
-                                              _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
+  __m256 folded() const { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+  static void totals(VF a, VF b, VF c, VF d, double* out) {
+    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a.folded(), b.folded()), _mm256_hadd_ps(c.folded(), d.folded()));
+    _mm256_storeu_pd(out, _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(sums)),
+                                        _mm256_cvtps_pd(_mm256_extractf128_ps(sums, 1))));
   }
 };
 inline VF fma(VF a, VF b, VF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -63,7 +65,11 @@ struct VD {
   static VD load(const double* p) { return {_mm512_loadu_pd(p)}; }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   void stream(double* p) const { _mm512_stream_pd(p, v); }
-  double total() const { return _mm512_reduce_add_pd(v); }
+  __m256d folded() const { return _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1)); }
+  static void totals(VD a, VD b, VD c, VD d, double* out) {
+    const __m256d ab = _mm256_hadd_pd(a.folded(), b.folded()), cd = _mm256_hadd_pd(c.folded(), d.folded());
+    _mm256_storeu_pd(out, _mm256_add_pd(_mm256_permute2f128_pd(ab, cd, 0x20), _mm256_permute2f128_pd(ab, cd, 0x31)));
+  }
 };
 inline VD fma(VD a, VD b, VD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 

@@ -95,10 +95,14 @@ struct Lanes {
   void stream(P* p) const {
     store(p);
   }
-  double total() const {
-    double sum = 0;
-    for (int i = 0; i < N; ++i) sum += v[i];
-    return sum;
+  static void totals(Lanes a, Lanes b, Lanes c, Lanes d, double* out) {
+    for (int k = 0; k < 4; ++k) out[k] = 0;
+    for (int i = 0; i < N; ++i) {
+      out[0] += a.v[i];
+      out[1] += b.v[i];
+      out[2] += c.v[i];
+      out[3] += d.v[i];
+    }
   }
 };
 template <class S, int N>

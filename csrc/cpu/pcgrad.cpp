@@ -102,9 +102,9 @@ void coefficients_backward_op(Tensor grad, Tensor gram, Tensor order, bool inclu
   }
 }
 
-void pcgrad_op(const std::vector<Tensor> tensors, const std::vector<int64_t> index, int64_t num_tasks,
+void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
                int64_t num_params, Tensor order, bool include_self, bool project, double scale,
-               const std::vector<Tensor> out) {
+               const std::vector<Tensor>& out) {
   if (tensors.empty()) return;
   const Rows rows = read_rows(tensors, index, num_tasks, num_params, out);
   const int T = rows.num_tasks;

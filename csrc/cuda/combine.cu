@@ -75,8 +75,8 @@ void combine_param(CombineParams p, int num_out, unsigned most_blocks, cudaStrea
   }
 }
 
-void combine_op(Tensor weights, const std::vector<Tensor> tensors, const std::vector<int64_t> index,
-                int64_t num_params, const std::vector<Tensor> out) {
+void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::vector<int64_t>& index,
+                int64_t num_params, const std::vector<Tensor>& out) {
   STD_TORCH_CHECK(weights.dim() == 2 && dtype_of(weights) == DType::f64 && weights.is_contiguous(),
                   "fastmtl: kernel weights must be a contiguous [K, T] float64 tensor");
   if (tensors.empty() || weights.size(0) == 0) return;

@@ -1,0 +1,57 @@
+# `make bench` and `make test` do all the set-up on a fresh machine, each from nothing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# without a GPU the pinned release: a plain `torch` would bring gigabytes of CUDA packages
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+PIP = $(BIN)/pip --disable-pip-version-check -q
+STAMP = $(VENV)/.installed
+SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
+
+.PHONY: dev test test-slow bench bench-full readme lint format aot abi gpu-check clean
+
+dev: $(STAMP)  ## environment with an editable build
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "setuptools>=77" ninja "pybind11>=2.13" numpy "$(TORCH)"
+	touch $@
+
+$(STAMP): $(VENV)/.torch $(SOURCES)
+	$(PIP) install --no-build-isolation -e ".[bench,test,dev]"
+	touch $@
+
+test: dev  ## everything that runs without a GPU; GPU tests skip with a reason
+	FASTMTL_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest tests -m "not slow"
+
+test-slow: dev
+	FASTMTL_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest tests
+
+bench: dev  ## a telling few cases, under 6 minutes on two cores; uses the GPU where there is one
+	$(BIN)/fastmtl bench --quick --out build/bench
+
+bench-full: dev  ## every case; results go where the README reads them
+	$(BIN)/fastmtl bench --out benchmarks/results
+
+readme: dev  ## redraws the README's table and plot from the newest committed results
+	$(BIN)/python -m fastmtl.benchmarks.report --readme README.md
+
+lint: dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inc')
+
+format: dev
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inc')
+
+aot: dev  ## compiles every configuration of every GPU kernel and checks registers and spills
+	FASTMTL_AOT=all $(BIN)/python -m pytest tests/test_cuda_build.py
+
+abi: dev  ## one build under several torch releases; downloads gigabytes
+	bash tests/abi/check.sh $(BIN)/python
+
+gpu-check:  ## on a machine with a GPU and torch: build, GPU tests, GPU benchmarks; results to $$OUT
+	bash benchmarks/gpu_check.sh
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) fastmtl/*.so fastmtl/_build.json

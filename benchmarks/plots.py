@@ -1,0 +1,132 @@
+"""Plots of the results, as PNG files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+LABELS = {
+    "ours": "fastmtl",
+    "sum": "sum(losses)",
+    "naive": "naive PCGrad",
+    "plain": "plain torch",
+    "torchjd": "TorchJD",
+    "torchjd_autogram": "TorchJD autogram",
+}
+MARKERS = {100_000: "v", 1_000_000: "o", 11_000_000: "s", 25_000_000: "D"}
+
+
+def relative(path: Path, root: Path) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def _axes(width: float = 7.0) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(width, 4.2), dpi=120)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})
+    pyplot.close(figure)
+    return path
+
+
+def _lines(results: dict[str, Any]) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Rows of `pcgrad` on a bank, by P and dtype, in order of T."""
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        p = row["params"]
+        if row["op"] == "pcgrad" and p.get("layout") == "bank" and row["status"] == "ok":
+            found.setdefault((p["P"], p["dtype"]), []).append(row)
+    return {key: sorted(rows, key=lambda row: row["params"]["T"]) for key, rows in sorted(found.items())}
+
+
+def _tasks_axis(axes: Any, lines: dict[Any, list[dict[str, Any]]]) -> None:
+    ticks = sorted({row["params"]["T"] for rows in lines.values() for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.set_xlabel("tasks T")
+
+
+def _floor(results: dict[str, Any], path: Path) -> Path | None:
+    lines = _lines(results)
+    if not lines:
+        return None
+    figure, axes = _axes()
+    for (size, dtype), rows in lines.items():
+        axes.plot(
+            [row["params"]["T"] for row in rows],
+            [row["time_over"]["two_reads"] for row in rows],
+            marker=MARKERS.get(size, "x"),
+            linestyle="-" if dtype == "float32" else "--",
+            label=f"P = {size / 1e6:g}M, {dtype}",
+        )
+    axes.axhline(1.0, color="0.5", linewidth=0.8)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("time / two reads of G at copy speed")
+    axes.set_title(f"pcgrad on {results['machine']['device']}", fontsize=10)
+    _tasks_axis(axes, lines)
+    axes.legend(fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def _speedup(results: dict[str, Any], path: Path) -> Path | None:
+    lines = {key: rows for key, rows in _lines(results).items() if key[1] == "float32"}
+    if not lines:
+        return None
+    figure, axes = _axes()
+    colours = {"naive": "C3", "plain": "C0", "torchjd": "C2"}
+    for (size, _), rows in lines.items():
+        for family, colour in colours.items():
+            points = [(r["params"]["T"], r["speedup_over_best"].get(family)) for r in rows]
+            points = [(t, ratio) for t, ratio in points if ratio is not None]
+            if points:
+                label = f"{LABELS[family]}, P = {size / 1e6:g}M"
+                axes.plot(*zip(*points, strict=True), marker=MARKERS.get(size, "x"), color=colour, label=label)
+    axes.axhline(1.0, color="0.5", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.set_ylabel("how many times faster fastmtl is")
+    axes.set_title(f"pcgrad, float32, on {results['machine']['device']}", fontsize=10)
+    _tasks_axis(axes, lines)
+    axes.legend(fontsize=7, frameon=False, ncols=2)
+    return _save(figure, path)
+
+
+def _step(results: dict[str, Any], path: Path) -> Path | None:
+    rows = [row for row in results["rows"] if row["op"] == "training step" and row["status"] == "ok"]
+    if not rows:
+        return None
+    row = rows[0]
+    bars = {label: entry for label, entry in row["times"].items() if "median" in entry}
+    figure, axes = _axes()
+    heights = [1e3 * entry["median"] for entry in bars.values()]
+    spread = [
+        [1e3 * (entry["median"] - entry["p20"]) for entry in bars.values()],
+        [1e3 * (entry["p80"] - entry["median"]) for entry in bars.values()],
+    ]
+    colours = ["C1" if label == "ours" else "0.7" for label in bars]
+    axes.bar([LABELS.get(label, label) for label in bars], heights, yerr=spread, color=colours, capsize=3)
+    axes.set_ylabel("ms per training step")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_title(f"{row['params']['T']} tasks on overlaid digits, {results['machine']['device']}", fontsize=10)
+    return _save(figure, path)
+
+
+def draw(results: dict[str, Any], out: Path) -> list[Path]:
+    """Draws what the results have rows for; returns the files `<slug>-floor.png`, `-speedup.png`, `-step.png`."""
+    out.mkdir(parents=True, exist_ok=True)
+    found = [
+        draw_one(results, out / f"{results['slug']}-{name}.png")
+        for name, draw_one in (("floor", _floor), ("speedup", _speedup), ("step", _step))
+    ]
+    return [path for path in found if path is not None]

@@ -1,0 +1,28 @@
+"""The command line: `fastmtl bench`, `fastmtl info`; the same through `python -m fastmtl`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    from fastmtl.benchmarks import cli
+
+    parser = argparse.ArgumentParser(prog="fastmtl", description="Fused kernels for multi-task learning in PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    bench = commands.add_parser("bench", help="measure this machine against naive PyTorch and the peers")
+    cli.add_arguments(bench)
+    commands.add_parser("info", help="what was built, what was found, and why a backend is off")
+    options = parser.parse_args(argv)
+    if options.command == "bench":
+        return cli.run(options)
+    from fastmtl import info
+
+    return info.main() or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""`fastmtl info`: what was built, what is active, and why each inactive backend is off."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from fastmtl import _backend
+from fastmtl._version import __version__
+
+
+def collect() -> dict[str, Any]:
+    """Versions, compiled parts and the state of every backend, as plain data."""
+    build = _backend.build_info()
+    extension = _backend.extension
+    backends = {
+        name: _backend.unavailable(name, "cuda" if name in ("cuda", "triton") else "cpu") or _no_device(name)
+        for name in _backend.BACKENDS
+    }
+    return {
+        "fastmtl": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "extension": getattr(extension, "__file__", None),
+        "extension_error": _backend.extension_error,
+        "compiler": build.get("compiler"),
+        "torch_stable_abi": build.get("torch_target"),
+        "cpu_levels_compiled": build.get("cpu_levels", []),
+        "cpu_level_active": extension.cpu_level() if extension is not None else None,
+        "cuda_architectures": [f"sm_{arch}" for arch in build.get("cuda_architectures", [])],
+        "cuda_reason": None if build.get("cuda_architectures") else _backend.build_note("cuda"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "forced_backend": _backend.forced_backend(),
+        "inactive": {name: reason for name, reason in backends.items() if reason is not None},
+        "active": [name for name, reason in backends.items() if reason is None],
+    }
+
+
+def _no_device(backend: str) -> str | None:
+    if backend not in ("cuda", "triton") or torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) was built without CUDA"
+    return "torch sees no CUDA device"
+
+
+def report() -> str:
+    """The text that `fastmtl info` prints."""
+    found = collect()
+    target = found["torch_stable_abi"]
+    abi = f"{int(target, 16) >> 56}.{int(target, 16) >> 48 & 0xFF} and later" if target else "-"
+    lines = [
+        f"fastmtl {found['fastmtl']}  (python {found['python']}, torch {found['torch']}, {found['platform']})",
+        f"extension   {found['extension'] or 'none: ' + str(found['extension_error'])}",
+    ]
+    if found["extension"]:
+        cuda = ", ".join(found["cuda_architectures"]) or f"none: {found['cuda_reason']}"
+        lines += [
+            f"  compiler  {found['compiler']}, torch stable ABI: {abi}",
+            f"  CPU       {', '.join(found['cpu_levels_compiled'])} compiled, {found['cpu_level_active']} in use, "
+            f"{found['threads']} threads",
+            f"  CUDA      {cuda}",
+        ]
+    lines.append(f"GPU         {found['gpu'] or 'none'}")
+    if found["forced_backend"]:
+        lines.append(f"forced      {found['forced_backend']}")
+    lines.append(f"active      {', '.join(found['active'])}")
+    lines += [f"off         {name}: {reason}" for name, reason in found["inactive"].items()]
+    lines.append("other devices (MPS, XPU, ROCm) run the reference")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    print(report())
+    return 0

@@ -1,0 +1,202 @@
+"""Fails when a registered op lacks its oracle, fake, case or benchmark entry; and checks the checks."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import OPCHECK_SAMPLES, BankCase
+from conftest import Backend, skip_or_fail
+from torch import Tensor
+
+from fastmtl._library import PUBLIC_OPS
+from fastmtl.ops import combine, reference
+
+
+def missing(
+    ops: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]],
+    oracles: object,
+    samples: Collection[str],
+    benchmarks: Collection[str] | None = None,
+) -> list[str]:
+    """What the ops lack, one line each; `benchmarks=None` leaves the benchmark entries out."""
+    lacking = []
+    for name, (implementation, fake) in sorted(ops.items()):
+        oracle = getattr(oracles, name, None)
+        if not callable(oracle):
+            lacking.append(f"{name}: no oracle of that name in fastmtl/ops/reference.py")
+        elif len(inspect.signature(oracle).parameters) != len(inspect.signature(implementation).parameters):
+            lacking.append(f"{name}: its oracle takes other arguments than the op")
+        if not callable(fake):
+            lacking.append(f"{name}: no fake implementation")
+        if name not in samples:
+            lacking.append(f"{name}: no entry in OPCHECK_SAMPLES of tests/cases.py")
+        # a backward is timed as part of its op
+        if benchmarks is not None and not name.endswith("_backward") and name not in benchmarks:
+            lacking.append(f"{name}: no entry in benchmarks/registry.py")
+    return lacking
+
+
+def registered() -> set[str]:
+    """Every public name in `torch.ops.fastmtl`, as the dispatcher knows them."""
+    names = {
+        name.removeprefix("fastmtl::").split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("fastmtl::")
+    }
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_every_op_is_complete() -> None:
+    assert missing(PUBLIC_OPS, reference, OPCHECK_SAMPLES) == []
+
+
+def test_every_registered_op_is_in_the_table() -> None:
+    assert registered() == PUBLIC_OPS.keys()
+
+
+def test_every_op_has_a_benchmark() -> None:
+    try:
+        registry = importlib.import_module("fastmtl.benchmarks.registry")
+    except ModuleNotFoundError as error:
+        skip_or_fail(f"fastmtl.benchmarks is not installed ({error})")
+    assert missing(PUBLIC_OPS, reference, OPCHECK_SAMPLES, registry.covered_ops()) == []
+
+
+def test_no_sample_without_an_op() -> None:
+    assert OPCHECK_SAMPLES.keys() <= PUBLIC_OPS.keys()
+
+
+def test_a_new_op_is_seen() -> None:
+    """The check can fail: a copy of the table with an op that has nothing."""
+    ops = {**PUBLIC_OPS, "gram_of_nothing": (lambda grads: grads, None)}
+    lacking = missing(ops, reference, OPCHECK_SAMPLES, benchmarks=PUBLIC_OPS.keys())
+    assert [line.split(": ")[0] for line in lacking] == ["gram_of_nothing"] * 4
+    for what in ("no oracle", "no fake", "OPCHECK_SAMPLES", "benchmarks/registry.py"):
+        assert any(what in line for line in lacking), what
+
+
+@pytest.mark.parametrize("name", PUBLIC_OPS)
+def test_a_missing_entry_is_seen(name: str) -> None:
+    rest = PUBLIC_OPS.keys() - {name}
+    assert missing(PUBLIC_OPS, reference, rest) == [f"{name}: no entry in OPCHECK_SAMPLES of tests/cases.py"]
+    oracles = type("Oracles", (), {other: staticmethod(getattr(reference, other)) for other in rest})
+    assert missing(PUBLIC_OPS, oracles, OPCHECK_SAMPLES) == [
+        f"{name}: no oracle of that name in fastmtl/ops/reference.py"
+    ]
+    expected = [] if name.endswith("_backward") else [f"{name}: no entry in benchmarks/registry.py"]
+    assert missing(PUBLIC_OPS, reference, OPCHECK_SAMPLES, rest) == expected
+
+
+# --- every op on its samples
+
+
+def _samples() -> list[Any]:
+    return [
+        pytest.param(name, k, id=f"{name}-{k}")
+        for name in sorted(OPCHECK_SAMPLES)
+        for k in range(len(OPCHECK_SAMPLES[name]()))
+    ]
+
+
+@pytest.mark.parametrize(("name", "number"), _samples())
+def test_opcheck(name: str, number: int, backend: Backend) -> None:
+    """Schema, fake against real (shapes, dtypes, strides), autograd registration, and AOT with dynamic shapes."""
+    torch.library.opcheck(getattr(torch.ops.fastmtl, name).default, OPCHECK_SAMPLES[name]()[number])
+
+
+def _upcast(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.detach().double() if x.is_floating_point() else x
+    return [_upcast(y) for y in x] if isinstance(x, list) else x
+
+
+@pytest.mark.parametrize(("name", "number"), _samples())
+def test_op_equals_its_oracle(name: str, number: int, backend: Backend) -> None:
+    """The op as registered, without its Python wrapper, against the float64 oracle of the same name."""
+    args = OPCHECK_SAMPLES[name]()[number]
+    out = getattr(torch.ops.fastmtl, name)(*args)
+    expected = getattr(reference, name)(*_upcast(list(args)))
+    if isinstance(out, Tensor):
+        out, expected = [out], [expected]
+    for x, y in zip(out, expected, strict=True):
+        assert y.dtype == torch.float64
+        tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}[x.dtype]
+        # lists of several dtypes: conflicts are decided by a sum that is partly float32
+        tolerance = max(tolerance, 1e-6) if name.endswith("_list") else tolerance
+        torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=tolerance * max(1.0, _largest(y)))
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+# --- the tests' own tools
+
+
+def test_poisoned_memory_shows_an_unwritten_element() -> None:
+    like = torch.ones(2, 3)
+    for x in (
+        torch.empty(3),
+        torch.empty(3, dtype=torch.bfloat16),
+        torch.empty_like(like),
+        like.new_empty(4),
+        torch.empty_strided((2, 2), (2, 1), dtype=torch.float64),
+        torch.empty_like(like.to(torch.float16).expand(4, 2, 3)),
+    ):
+        assert torch.isnan(x).all()
+
+    def forgets_the_last_column(weights: Tensor, grads: Tensor) -> Tensor:
+        out = grads.new_empty(grads.shape[1:])
+        out[:-1] = (weights @ grads)[:-1]
+        return out
+
+    grads = BankCase(3, 65).make()
+    weights = torch.ones(3)
+    bound = torch.full((65,), 1e3, dtype=torch.float64)
+    with pytest.raises(AssertionError, match=r"1 of 65 elements are off; at \(64,\): got nan"):
+        cases.assert_within(forgets_the_last_column(weights, grads), grads.double().sum(0), bound)
+    cases.assert_within(combine(weights, grads), grads.double().sum(0), bound)
+
+
+def test_poisoned_memory_reaches_the_extension() -> None:
+    """What C++ allocates through torch is poisoned too: it is filled below Python."""
+    assert torch.isnan(torch.ops.aten.empty_like.default(torch.ones(3))).all()
+    assert torch.isnan(torch.ops.aten.new_empty.default(torch.ones(3), [5])).all()
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_layouts_hold_the_same_values(layout: str) -> None:
+    x = cases.random_gradients(3, 5, torch.Generator().manual_seed(0))
+    y = cases.LAYOUTS[layout](x)
+    assert y.shape == x.shape
+    if layout.startswith("expanded"):
+        assert 0 in y.stride() and torch.equal(y[0, 0], x[0, 0])
+    elif layout == "overlapping_rows":
+        assert torch.equal(y[0, 1:], y[1, :-1])
+    else:
+        assert torch.equal(y, x)
+        assert layout in ("contiguous", "misaligned") or y.stride() != x.stride()
+
+
+def test_cases_have_their_features() -> None:
+    made = {case.kind: case.make() for case in cases.LIST_CASES if case.num_tasks == 3}
+    assert any(x is None for row in made["nones"] for x in row)
+    assert all(row[0] is None for row in made["absent_parameter"])
+    assert all(x is None for x in made["absent_task"][1])
+    assert made["channels_last"][0][0].is_contiguous(memory_format=torch.channels_last)
+    assert len({row[0].stride() for row in made["mixed_layouts"]}) == 3
+    assert len({x.dtype for x in made["mixed_dtypes"][0]}) >= 3
+    assert made["no_parameter"] == [[], [], []]
+    assert made["scalars"][0][0].dim() == 0
+
+
+def test_random_gradients_conflict() -> None:
+    m = reference.gram(cases.bank64(BankCase(8, 1024)))
+    share = (m < 0).double().mean()
+    assert 0.2 < share < 0.8

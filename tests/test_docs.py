@@ -1,0 +1,75 @@
+"""Public names say what they take, raise and give; their examples run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import fastmtl
+from fastmtl import ops
+
+
+def public(module: Any) -> dict[str, Any]:
+    """The functions and classes that a module exports, by dotted name."""
+    names = {name: getattr(module, name) for name in module.__all__}
+    return {f"{module.__name__}.{n}": x for n, x in names.items() if inspect.isfunction(x) or inspect.isclass(x)}
+
+
+def _modules() -> list[Any]:
+    found = [fastmtl, *(getattr(fastmtl, name) for name in fastmtl.__all__ if inspect.ismodule(getattr(fastmtl, name)))]
+    return [module for module in found if hasattr(module, "__all__")]
+
+
+PUBLIC = {name: x for module in _modules() for name, x in public(module).items()}
+OPS = public(ops)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_has_a_docstring(name: str) -> None:
+    doc = inspect.getdoc(PUBLIC[name])
+    assert doc and len(doc.splitlines()[0]) > 20, f"{name} does not say what it is for"
+    assert doc.splitlines()[0].rstrip().endswith((".", ":", ",")) or len(doc.splitlines()) > 1
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op_docstring_is_complete(name: str) -> None:
+    doc = inspect.getdoc(OPS[name])
+    assert "Example:" in doc and ">>>" in doc, f"{name} shows no example"
+    # or a reference to the op that raises the same
+    assert "Raises:" in doc or ("errors" in doc and "as for" in doc), f"{name} does not say what it raises"
+    for parameter in inspect.signature(OPS[name]).parameters:
+        assert f"{parameter}:" in doc or "as for" in doc, f"{name} does not explain {parameter!r}"
+
+
+def _doctests(function: Any, namespace: dict[str, Any]) -> list[doctest.DocTest]:
+    finder = doctest.DocTestFinder(recurse=inspect.isclass(function))
+    tests = finder.find(function, globs=dict(namespace))
+    return [test for test in tests if test.examples]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.filterwarnings("ignore:fastmtl runs its plain PyTorch reference:RuntimeWarning")
+def test_examples_run(name: str) -> None:
+    module = importlib.import_module(name.rpartition(".")[0])
+    namespace = {"torch": torch, "fastmtl": fastmtl, **{n: getattr(module, n) for n in module.__all__}}
+    report: list[str] = []
+    for test in _doctests(PUBLIC[name], namespace):
+        runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+        if runner.run(test, out=report.append).failed:
+            pytest.fail("".join(report))
+
+
+def test_a_wrong_example_is_seen() -> None:
+    def wrong() -> None:
+        """
+        >>> 1 + 1
+        3
+        """
+
+    (test,) = _doctests(wrong, {})
+    assert doctest.DocTestRunner().run(test, out=lambda text: None).failed == 1
