@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from fastmtl.benchmarks import registry
 from fastmtl.benchmarks.machine import describe, slug
 from fastmtl.benchmarks.runner import QUICK, Runner, Settings
@@ -64,9 +65,10 @@ def run(options: argparse.Namespace) -> int:
 
 def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, out: Path) -> dict[str, Any]:
     """Runs the cases with a progress display, prints the table, writes the files; returns the results."""
-    from fastmtl.benchmarks import report
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from fastmtl.benchmarks import report
 
     # into a file or a pipe: wide enough for the table
     console = Console(width=None if sys.stdout.isatty() else 150)

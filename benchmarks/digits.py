@@ -56,6 +56,8 @@ class Block(nn.Module):
         self.norm1 = nn.GroupNorm(8, channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.norm2 = nn.GroupNorm(8, channels)
+        # every block starts as the way around it: twenty steps then already learn something
+        nn.init.zeros_(self.norm2.weight)
         self.around: nn.Module = nn.Identity()
         if stride != 1 or channels_in != channels:
             self.around = nn.Sequential(

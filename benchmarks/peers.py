@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from fastmtl.benchmarks.registry import Candidate
 from torch import Tensor, nn
+
+from fastmtl.benchmarks.registry import Candidate
 
 
 def torchjd_missing() -> str | None:
@@ -44,10 +45,12 @@ def jacobians_to_grads(params: Sequence[nn.Parameter], *, gramian: bool) -> list
     from torchjd.aggregation import PCGrad
     from torchjd.autojac import jac_to_grad
 
+    jac_to_grad(params, PCGrad(), retain_jac=True, optimize_gramian_computation=gramian)
+    grads = [p.grad for p in params]
+    # the next call starts without: `jac_to_grad` would add, and peak memory would miss what it replaces
     for p in params:
         p.grad = None
-    jac_to_grad(params, PCGrad(), retain_jac=True, optimize_gramian_computation=gramian)
-    return [p.grad for p in params]
+    return grads
 
 
 def candidate(

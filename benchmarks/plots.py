@@ -21,7 +21,7 @@ def relative(path: Path, root: Path) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
-def _axes(width: float = 7.0) -> tuple[Any, Any]:
+def _axes(width: float = 9.0) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -76,7 +76,7 @@ def _floor(results: dict[str, Any], path: Path) -> Path | None:
     axes.set_ylabel("time / two reads of G at copy speed")
     axes.set_title(f"pcgrad on {results['machine']['device']}", fontsize=10)
     _tasks_axis(axes, lines)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _save(figure, path)
 
 
@@ -98,7 +98,7 @@ def _speedup(results: dict[str, Any], path: Path) -> Path | None:
     axes.set_ylabel("how many times faster fastmtl is")
     axes.set_title(f"pcgrad, float32, on {results['machine']['device']}", fontsize=10)
     _tasks_axis(axes, lines)
-    axes.legend(fontsize=7, frameon=False, ncols=2)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _save(figure, path)
 
 
@@ -108,7 +108,7 @@ def _step(results: dict[str, Any], path: Path) -> Path | None:
         return None
     row = rows[0]
     bars = {label: entry for label, entry in row["times"].items() if "median" in entry}
-    figure, axes = _axes()
+    figure, axes = _axes(7.5)
     heights = [1e3 * entry["median"] for entry in bars.values()]
     spread = [
         [1e3 * (entry["median"] - entry["p20"]) for entry in bars.values()],

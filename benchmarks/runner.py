@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from fastmtl.benchmarks import measure
 from fastmtl.benchmarks.measure import Rates
 from fastmtl.benchmarks.registry import Candidate, Case

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from fastmtl.benchmarks import baselines, digits, peers
-from fastmtl.benchmarks.registry import Candidate, Case, Check
 from torch import Tensor, nn
 
 import fastmtl
+from fastmtl.benchmarks import baselines, digits, peers
+from fastmtl.benchmarks.registry import Candidate, Case, Check
 from fastmtl.ops import reference
 
 BATCH = 64

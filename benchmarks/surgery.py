@@ -9,6 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from fastmtl import ops
 from fastmtl.benchmarks import baselines, peers
 from fastmtl.benchmarks.gradients import (
     Inputs,
@@ -19,9 +22,6 @@ from fastmtl.benchmarks.gradients import (
     resnet18_shapes,
 )
 from fastmtl.benchmarks.registry import Candidate, Case, Check
-from torch import Tensor
-
-from fastmtl import ops
 from fastmtl.ops import reference
 
 TASKS = (2, 4, 8, 16, 32, 64)
@@ -261,7 +261,7 @@ def coefficients_case(num_tasks: int, *, quick: bool = False) -> Case:
         return Check(float(error), 1e-9, "float64 oracle on the timed inputs")
 
     def naive(x: Inputs) -> Tensor:
-        c = torch.eye(num_tasks)
+        c = torch.eye(num_tasks, device=x.grads.device)
         for i, visits in enumerate(x.order.tolist()):
             for j in visits:
                 dot = c[i] @ x.grads[:, j]

@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+
 from fastmtl.benchmarks import registry
 
 pytest.importorskip("pytest_benchmark")
+
+
+def _id(case: registry.Case, candidate: registry.Candidate) -> str:
+    # without spaces and "=", so that `-k` takes any part of it
+    return f"{case.suite}-{case.name}-{candidate.label}".replace(" ", "-").replace("=", "").replace("+", "-")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -21,7 +27,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(
         ("checked", "candidate"),
         [((case, device), candidate) for case in cases for candidate in case.candidates],
-        ids=[f"{case.suite}/{case.name}/{candidate.label}" for case in cases for candidate in case.candidates],
+        ids=[_id(case, candidate) for case in cases for candidate in case.candidates],
         indirect=["checked"],
         scope="module",
     )

@@ -172,6 +172,9 @@ BANK_SHAPES = (
 )
 LAYOUT_SHAPES = ((1, 1), (3, 65), (8, 1000), (17, 1025))
 
+# results of 4 MB and more take another way to memory, and more columns than 128 chunks of 8192 make chunks longer
+LARGE_BANKS = (BankCase(3, 1_200_003), BankCase(2, 2_200_003, torch.bfloat16))
+
 BANK_CASES = [BankCase(t, p, dtype) for t, p in BANK_SHAPES for dtype in DTYPES] + [
     BankCase(t, p, dtype, layout)
     for layout in LAYOUTS
@@ -179,6 +182,7 @@ BANK_CASES = [BankCase(t, p, dtype) for t, p in BANK_SHAPES for dtype in DTYPES]
     for t, p in LAYOUT_SHAPES
     for dtype in DTYPES
 ]
+BANK_CASES += LARGE_BANKS
 
 
 # --- lists of tensors
@@ -233,6 +237,7 @@ LIST_SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "scalars": ((), (3,), ()),
     "mixed_dtypes": ((9, 9), (130,), (33,), (), (65,)),
     "large": ((70000,), (3,), (257, 129)),
+    "huge": ((1_100_003,), (7,), (300, 401)),
     "many": tuple((1 + k % 7, 1 + k % 5) for k in range(70)),
 }
 
@@ -283,9 +288,10 @@ class ListCase:
 
 
 LIST_CASES = [
-    *(ListCase(kind, 3, dtype) for kind in LIST_SHAPES for dtype in DTYPES),
+    *(ListCase(kind, 3, dtype) for kind in LIST_SHAPES if kind != "huge" for dtype in DTYPES),
     *(ListCase(kind, t) for kind in ("dense", "nones", "mixed_layouts") for t in (1, 2, 8, 17, 33)),
     ListCase("nones", 128),
+    ListCase("huge", 2),
     ListCase("many", 64, torch.bfloat16),
 ]
 

@@ -107,6 +107,16 @@ def test_result_is_new_memory(level: Backend) -> None:
     assert torch.equal(column, grads[0]) and column.data_ptr() != grads.data_ptr()
 
 
+def test_empty_tensor_with_any_strides(level: Backend) -> None:
+    """`sum().backward()` hands over an expanded gradient: of an empty tensor too, with every stride 0."""
+    empty = torch.ones(()).expand(3, 0, 2)
+    out = combine(torch.ones(2), [[empty, torch.ones(2)], [empty, torch.ones(2)]])
+    assert out[0].shape == (3, 0, 2) and torch.equal(out[1], torch.full((2,), 2.0))
+    made = [[torch.ones(3, 0, 2, requires_grad=True), torch.ones(2, requires_grad=True)] for _ in range(2)]
+    sum(x.sum() for x in combine(torch.ones(2), made)).backward()
+    assert made[1][0].grad.shape == (3, 0, 2) and torch.equal(made[1][1].grad, torch.ones(2))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_zero_weight_is_not_skipped(value: float, level: Backend) -> None:
     for num_columns in (1, 65, 2049):

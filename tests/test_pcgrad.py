@@ -225,6 +225,14 @@ def test_non_finite_entries_anywhere(level: Backend) -> None:
     assert seen > 20
 
 
+def test_oracle_turns_a_wrong_order_into_nan() -> None:
+    """On a GPU nobody can look at the values first: nothing out of bounds is read, and the row shows it."""
+    m = torch.tensor([[1.0, -0.5, 0.2], [-0.5, 1.0, 0.1], [0.2, 0.1, 1.0]], dtype=torch.float64)
+    for wrong in (3, -1, 2**40):
+        c = reference.pcgrad_coefficients(m, torch.tensor([[1, 2], [0, wrong], [0, 1]]))
+        assert torch.isnan(c[1]).all() and torch.isfinite(c[[0, 2]]).all()
+
+
 # --- gradients that are zero, tiny, huge, not finite
 
 

@@ -25,7 +25,8 @@ std::vector<double> gram(const Rows& rows) {
         const void* const* pointers =
             widen ? block_rows.widened(block, kernel.widen[type]) : block_rows.pointers();
         kernel.gram[widen ? static_cast<int>(DType::f32) : type](pointers, block_rows.count(), block.length,
-                                                                 block_rows.tasks(), total, T, block_rows.ahead());
+                                                                 block_rows.tasks(), total, T,
+                                                                 block_rows.count() > 2 ? block_rows.ahead() : Ahead{});
       });
     }
   });

@@ -86,6 +86,9 @@ def pcgrad_coefficients(gram: Tensor, order: Tensor, include_self: bool = False)
     for step in range(order.shape[1]):
         j = order[:, step].to(m.device, torch.int64)
         visit = torch.ones_like(bad) if include_self else j != rows
+        # out of range: seen by the caller on the CPU; on a GPU it must neither be read nor pass unseen
+        bad = bad | (j < 0) | (j >= num_tasks)
+        j = j.clamp(0, num_tasks - 1)
         # only columns that the row uses are met: 0 * NaN must not leak from a task never visited
         terms = torch.where(c != 0, c * m[:, j].mT, torch.zeros_like(c))
         d = terms.sum(1)
@@ -131,7 +134,7 @@ def pcgrad_coefficients_backward(grad: Tensor, gram: Tensor, order: Tensor, incl
     """Gradient of `pcgrad_coefficients` with respect to the Gram matrix: the steps of each row, undone in turn."""
     m = gram.to(torch.float64)
     num_tasks = m.shape[0]
-    grad_gram = torch.zeros_like(m)
+    grad_gram = torch.zeros_like(m, memory_format=torch.contiguous_format)
     order = order.to(m.device, torch.int64)
     for i in range(num_tasks):
         c = torch.eye(num_tasks, dtype=torch.float64, device=m.device)[i]
