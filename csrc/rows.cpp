@@ -82,6 +82,10 @@ Rows read_rows(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
   size_t i = 0;
   for (auto& [position, members] : present) {
     const Tensor& first = *members.front().second;
+    if (first.numel() == 0) {  // nothing to read, and its strides mean nothing
+      ++i;
+      continue;
+    }
     Tensor like = !out.empty() ? out[i] : is_dense(first) ? first : torch::stable::empty_like(first);
     Param p;
     p.numel = first.numel();
@@ -113,7 +117,7 @@ Rows read_rows(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
         result.copies.push_back(copy);
       }
     }
-    if (p.numel > 0) result.params.push_back(std::move(p));
+    result.params.push_back(std::move(p));
     ++i;
   }
   return result;

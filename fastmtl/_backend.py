@@ -14,10 +14,11 @@ from typing import Any
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
-# the backends that an op prefers, best first, by type of device; all other devices use the reference.
+# the backends that an op prefers, best first, by type of device; the reference comes last, and serves all
+# other devices.
 _PREFERENCE: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
+    "cpu": ("cpu",),
+    "cuda": ("cuda", "triton"),
 }
 
 
@@ -106,10 +107,10 @@ def choose(op: str, device_type: str, implementations: Mapping[str, Callable[...
         if reason is not None:
             raise RuntimeError(f"fastmtl.{op}: backend {forced!r} is forced but cannot serve this call: {reason}")
         return implementations[forced]
-    for backend in _PREFERENCE.get(device_type, ("reference",)):
+    for backend in _PREFERENCE.get(device_type, ()):
         if backend in implementations and unavailable(backend, device_type) is None:
             return implementations[backend]
-    if device_type == "cpu":
+    if device_type == "cpu" and extension is None:
         _warn_reference_once()
     return implementations["reference"]
 

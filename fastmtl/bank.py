@@ -171,7 +171,7 @@ class GradientBank:
                     raise sparse_shared(g, p, self._named)
         rows: list[Row] = [[row.get(p) for p in common] for row in self._rows]
         device = next(iter(reached)).device
-        updates, surgery = operate(common, rows, own, self._present, self.names, method, scale, device)
+        updates, surgery = operate(common, rows, own, self._present, self.names, method, scale, device, held=1)
         self.clear()
         write(updates)
         return surgery

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from fastmtl import methods
 from fastmtl._graph import names_of, reach, read_loss_scale, read_losses
 from fastmtl._marks import Params, describe, is_per_task, read_params
 from fastmtl.methods import Weighting
-from fastmtl.ops._rows import FLOAT_DTYPES, present_params
-from fastmtl.ops.combine import combine_list_op
+from fastmtl.ops._rows import FLOAT_DTYPES, Rows, present_params
+from fastmtl.ops.combine import combine_into
 from fastmtl.ops.gram import gram_list_op
 
 Row = list[Tensor | None]
@@ -128,7 +129,7 @@ def backward(
         Nothing has been written to any `.grad` when one of these is raised.
 
     A non-finite gradient in any task shows in `.grad`, so that `GradScaler` skips the step. Peak extra memory: the
-    T gradients of the shared parameters and one result. Hooks on a parameter run once per task; hooks after
+    T gradients of the shared parameters; the result is written into the first of them. Hooks on a parameter run once per task; hooks after
     accumulation (`register_post_accumulate_grad_hook`) don't run. Graphs compiled by inductor with donated buffers
     refuse a second backward pass: set `torch._functorch.config.donated_buffer = False`, or use `GradientBank`.
 
@@ -295,10 +296,13 @@ def operate(
     method: Weighting,
     scale: float | Tensor | None,
     device: torch.device,
+    held: int = 0,
 ) -> tuple[list[tuple[Tensor, Tensor]], Surgery]:
     """The surgery itself: T rows of shared gradients in, every parameter with its update out. Empties `rows`.
 
-    `device` is where the Gram matrix goes when there is no shared gradient.
+    `device` is where the Gram matrix goes when there is no shared gradient; `held` counts the references that the
+    caller still has to each gradient, besides `rows`. Updates are written into the gradients' own memory where
+    nobody else can see it.
     """
     updates: list[tuple[Tensor, Tensor]] = []
     num_tasks, n = len(names), len(common)
@@ -312,8 +316,10 @@ def operate(
             if scale is not None:
                 gram = (gram.to(torch.float64) / _squared(scale)).to(gram.dtype)
             weights = methods.solve(method, gram, present)
-            columns = combine_list_op(weights, tensors, index, n)
-            updates.extend(zip([common[i] for i in present_params(index, n)], columns, strict=True))
+            params = [common[i] for i in present_params(index, n)]
+            columns = _result_memory(params, tensors, index, n, held)
+            combine_into(weights, Rows(tensors, index, num_tasks, n), columns)
+            updates.extend(zip(params, columns, strict=True))
         else:
             gram = torch.zeros(num_tasks, num_tasks, device=device)
             weights = torch.zeros(num_tasks, dtype=torch.float64, device=device)
@@ -322,6 +328,29 @@ def operate(
                     weights[t].fill_(1.0)
     updates.extend(own.items())
     return updates, Surgery(gram, weights, names, present)
+
+
+def _result_memory(
+    params: Sequence[Tensor], tensors: Sequence[Tensor], index: Sequence[int], n: int, held: int
+) -> list[Tensor]:
+    """For each parameter its first task's gradient, to be overwritten, if nobody else holds it; else new memory.
+
+    New memory would add P to the peak, and on a CPU its first touch costs as much as the combine itself.
+    """
+    first: dict[int, int] = {}
+    for k, position in enumerate(index):
+        first.setdefault(position % n, k)
+    seen: set[int] = set()
+    g = object()
+    alone = sys.getrefcount(g) + 1  # an object in one local variable and one list
+    memory = []
+    for p, (_, k) in zip(params, sorted(first.items()), strict=True):
+        g = tensors[k]
+        if sys.getrefcount(g) <= alone + held and _can_keep(p, g, seen):
+            memory.append(g)
+        else:
+            memory.append(torch.empty_like(p, dtype=g.dtype))
+    return memory
 
 
 def _squared(scale: float | Tensor) -> float | Tensor:

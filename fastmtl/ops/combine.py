@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fastmtl.ops import reference
 from fastmtl.ops._rows import (
     MAX_TASKS,
     Grads,
+    Rows,
     accumulate_dtype,
     bank_rows,
     check_bank,
@@ -27,21 +29,28 @@ _combine_kernel = define_kernel(
 )
 
 
-def combine(weights: Tensor, grads: Grads) -> Tensor | list[Tensor | None] | list[list[Tensor | None]]:
+def combine(
+    weights: Tensor, grads: Grads, *, out: Tensor | Sequence[Any] | None = None
+) -> Tensor | list[Tensor | None] | list[list[Tensor | None]]:
     """Weighted sum of T task gradients, `sum_t w_t g_t`, or K such sums at once.
 
     Args:
         weights: `[T]` or `[K, T]`, floating-point, on the device of the gradients.
         grads: a `[T, P]` bank (any strides), or T lists of n tensors (None: a zero gradient), as for `gram`.
+        out: memory for the result, of its shape and dtype, each tensor dense; not recorded for autograd. For one
+            sum it may be a gradient's own memory, which is then overwritten; it must not overlap one otherwise.
+            None: new memory, whose first touch can cost as much as the sum (large results ask for huge pages).
 
     Returns:
-        In the dtype of the gradients, accumulated in at least float32: `[P]` or `[K, P]` for a bank; a list of
+        `out`, or in the dtype of the gradients, accumulated in at least float32: `[P]` or `[K, P]` for a bank; a list of
         n tensors or K such lists for lists, each in the memory layout of its parameter's first gradient, None
         where a parameter has no gradient in any task. Zero weights are not skipped: a non-finite row shows.
 
     Raises:
         TypeError: weights or gradients that are not floating-point tensors, sparse gradients.
-        ValueError: weights of the wrong length or device; what `gram` raises for the gradients.
+        ValueError: weights of the wrong length or device; an `out` that does not fit; what `gram` raises for the
+            gradients.
+        RuntimeError: `out` together with an argument that needs a gradient.
 
     Differentiable in both arguments, twice.
 
@@ -52,9 +61,20 @@ def combine(weights: Tensor, grads: Grads) -> Tensor | list[Tensor | None] | lis
     if is_bank(grads):
         check_bank(grads)
         check_weights(weights, grads.shape[0], grads.device)
-        return combine_op(weights, grads)
+        if out is None:
+            return combine_op(weights, grads)
+        targets = read_out_bank(out, weights.shape[:-1] + grads.shape[1:], grads)
+        check_unrecorded(weights, grads)
+        combine_into(weights, bank_rows(grads), targets)
+        return out
     rows = read_lists(grads)
     check_weights(weights, rows.num_tasks, rows.tensors[0].device if rows.tensors else None)
+    if out is not None:
+        count = 1 if weights.dim() == 1 else weights.shape[0]
+        targets = read_out_lists([out] if weights.dim() == 1 else out, count, rows)
+        check_unrecorded(weights, *rows.tensors)
+        combine_into(weights, rows, targets)
+        return out
     columns = combine_list_op(weights, rows.tensors, rows.index, rows.num_params)
     if weights.dim() == 1:
         return with_absent(columns, rows.index, rows.num_params)
@@ -100,9 +120,95 @@ def _bank_compiled(weights: Tensor, grads: Tensor) -> Tensor:
 
 
 def _list_compiled(weights: Tensor, tensors: Sequence[Tensor], index: Sequence[int], num_params: int) -> list[Tensor]:
-    out = _combine_list_fake(weights, tensors, index, num_params)
+    out = combine_list_fake(weights, tensors, index, num_params)
     _combine_kernel(kernel_weights(weights), tensors, index, num_params, out)
     return out
+
+
+def _into_compiled(weights: Tensor, rows: Rows, out: Sequence[Tensor]) -> None:
+    _combine_kernel(kernel_weights(weights), rows.tensors, rows.index, rows.num_params, out)
+
+
+def _into_reference(weights: Tensor, rows: Rows, out: Sequence[Tensor]) -> None:
+    for target, x in zip(
+        out, reference.combine_list(weights, rows.tensors, rows.index, rows.num_params), strict=True
+    ):
+        target.copy_(x)
+
+
+_INTO = {"cpu": _into_compiled, "cuda": _into_compiled, "reference": _into_reference}
+
+
+def combine_into(weights: Tensor, rows: Rows, out: Sequence[Tensor]) -> None:
+    """`combine_list` into given memory: the present parameters, or K times those. Nothing is checked here."""
+    with torch.no_grad():
+        choose("combine", weights.device.type, _INTO)(weights, rows, out)
+
+
+def check_unrecorded(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise RuntimeError("out: can't be recorded for autograd: leave it out, detach the arguments or use no_grad")
+
+
+def read_out_bank(out: Any, shape: torch.Size, grads: Tensor) -> list[Tensor]:
+    """The rows of a result `[P]` or `[K, P]`, checked."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
+    if out.shape != shape or out.dtype != grads.dtype or out.device != grads.device:
+        raise ValueError(
+            f"out: expected shape {list(shape)}, {grads.dtype}, {grads.device}, "
+            f"got {list(out.shape)}, {out.dtype}, {out.device}"
+        )
+    if out.shape[-1] > 1 and out.stride(-1) != 1:
+        raise ValueError(f"out: expected rows without gaps, got strides {list(out.stride())}")
+    rows = [out] if out.dim() == 1 else list(out.unbind(0))
+    if len(rows) > 1:
+        _check_apart(rows, [grads])
+    return rows
+
+
+def read_out_lists(out: Any, count: int, rows: Rows) -> list[Tensor]:
+    """`count` lists of n result tensors (None where no task has a gradient), checked, the Nones dropped."""
+    like = first_of_params(rows.tensors, rows.index, rows.num_params)
+    if isinstance(out, Tensor) or not isinstance(out, Sequence):
+        raise TypeError(f"out: expected lists of tensors as the gradients, got {type(out).__name__}")
+    if len(out) != count or any(isinstance(x, Tensor) or len(x) != rows.num_params for x in out):
+        raise ValueError(f"out: expected {rows.num_params} tensors for each of {count} sums")
+    found: list[Tensor] = []
+    strides: dict[int, tuple[int, ...]] = {}
+    for target in out:
+        for i, x in like.items():
+            t = target[i]
+            if not isinstance(t, Tensor):
+                raise TypeError(f"out[{i}]: expected a tensor, got {type(t).__name__}")
+            if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
+                raise ValueError(
+                    f"out[{i}]: expected shape {list(x.shape)}, {x.dtype}, {x.device}, "
+                    f"got {list(t.shape)}, {t.dtype}, {t.device}"
+                )
+            stride = strides.setdefault(i, t.stride())  # all sums share one walk over the gradients
+            if t.stride() != stride or not is_dense(t):
+                raise ValueError(f"out[{i}]: expected dense memory in one layout, got strides {list(t.stride())}")
+            found.append(t)
+    if count > 1:
+        _check_apart(found, rows.tensors)
+    return found
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in some order of the dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if stride != expected:
+            return x.numel() == 0
+        expected *= size
+    return True
+
+
+def _check_apart(out: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    held = {x.untyped_storage().data_ptr() for x in grads}
+    if any(x.numel() and x.untyped_storage().data_ptr() in held for x in out):
+        raise ValueError("out: several sums can't be written into the memory of the gradients")
 
 
 _BANK = {"cpu": _bank_compiled, "cuda": _bank_compiled, "reference": reference.combine}
@@ -123,7 +229,7 @@ def _combine_fake(weights: Tensor, grads: Tensor) -> Tensor:
     return grads.new_empty(weights.shape[:-1] + grads.shape[1:])
 
 
-def _combine_list_fake(
+def combine_list_fake(
     weights: Tensor, tensors: Sequence[Tensor], index: Sequence[int], num_params: int
 ) -> list[Tensor]:
     like = list(first_of_params(tensors, index, num_params).values())
@@ -218,7 +324,7 @@ combine_op = define_op(
 combine_list_op = define_op(
     "combine_list(Tensor weights, Tensor[] tensors, int[] index, int num_params) -> Tensor[]",
     _combine_list,
-    _combine_list_fake,
+    combine_list_fake,
     backward=_combine_list_backward,
     setup_context=_setup_list,
 )

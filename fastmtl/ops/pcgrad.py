@@ -12,9 +12,18 @@ from fastmtl._backend import choose
 from fastmtl._library import define_kernel, define_op
 from fastmtl.ops import reference
 from fastmtl.ops._rows import Grads, Rows, bank_rows, check_bank, check_num_tasks, is_bank, read_lists
-from fastmtl.ops.combine import combine_list_op, combine_op, inner_products, inner_products_list, pick_positions
-from fastmtl.ops.combine import _combine_list_fake as combine_list_fake
-from fastmtl.ops.combine import with_absent
+from fastmtl.ops.combine import (
+    check_unrecorded,
+    combine_list_fake,
+    combine_list_op,
+    combine_op,
+    inner_products,
+    inner_products_list,
+    pick_positions,
+    read_out_bank,
+    read_out_lists,
+    with_absent,
+)
 from fastmtl.ops.gram import gram_list_op, gram_op
 
 REDUCTIONS = ("sum", "mean")
@@ -95,6 +104,7 @@ def pcgrad(
     reduction: str = "sum",
     generator: torch.Generator | None = None,
     include_self: bool = False,
+    out: Tensor | Sequence[Tensor | None] | None = None,
 ) -> Tensor | list[Tensor | None]:
     """The PCGrad update: conflicting gradients are projected, then reduced. Two reads of G in all.
 
@@ -105,13 +115,15 @@ def pcgrad(
         reduction: `"sum"` (the paper) or `"mean"` (the older PyTorch port).
         generator: source of the random order; None: torch's default generator of that device.
         include_self: as for `pcgrad_coefficients`.
+        out: memory for the result, as for `combine`: it may be a gradient's own.
 
     Returns:
-        `[P]` for a bank, a list of n tensors for lists (None where no task has a gradient), in the dtype of the
+        `out`, or `[P]` for a bank, a list of n tensors for lists (None where no task has a gradient), in the dtype of the
         gradients. NaN or inf in any task shows in the result.
 
     Raises:
-        TypeError, ValueError: as `gram` and `pcgrad_coefficients`; an unknown reduction.
+        TypeError, ValueError: as `gram` and `pcgrad_coefficients`; an unknown reduction; an `out` that does not fit.
+        RuntimeError: `out` together with gradients that need a gradient.
 
     Differentiable in `grads`, once. Source: Yu et al. 2020, Algorithm 1.
 
@@ -125,9 +137,19 @@ def pcgrad(
     if is_bank(grads):
         check_bank(grads)
         order = _given_or_drawn(order, grads.shape[0], grads.device, generator)
-        return pcgrad_op(grads, order, reduction, include_self)
+        if out is None:
+            return pcgrad_op(grads, order, reduction, include_self)
+        targets = read_out_bank(out, grads.shape[1:], grads)
+        check_unrecorded(grads)
+        _pcgrad_into(bank_rows(grads), order, reduction, include_self, targets)
+        return out
     rows = read_lists(grads)
     order = _given_or_drawn(order, rows.num_tasks, rows.tensors[0].device if rows.tensors else None, generator)
+    if out is not None:
+        targets = read_out_lists([out], 1, rows)
+        check_unrecorded(*rows.tensors)
+        _pcgrad_into(rows, order, reduction, include_self, targets)
+        return out
     return with_absent(pcgrad_list_op(*rows, order, reduction, include_self), rows.index, rows.num_params)
 
 
@@ -328,6 +350,22 @@ def _project_list_compiled(
     out = _project_list_fake(*rows, order, include_self)
     _fused(rows, order, include_self, True, 1.0, out)
     return out
+
+
+def _into_compiled(rows: Rows, order: Tensor, reduction: str, include_self: bool, out: list[Tensor]) -> None:
+    _fused(rows, order, include_self, False, _scale(reduction, rows.num_tasks), out)
+
+
+def _into_reference(rows: Rows, order: Tensor, reduction: str, include_self: bool, out: list[Tensor]) -> None:
+    for target, x in zip(out, reference.pcgrad_list(*rows, order, reduction, include_self), strict=True):
+        target.copy_(x)
+
+
+def _pcgrad_into(rows: Rows, order: Tensor, reduction: str, include_self: bool, out: list[Tensor]) -> None:
+    _check_order_values(order, rows.num_tasks)
+    with torch.no_grad():
+        implementation = choose("pcgrad", order.device.type, {"cpu": _into_compiled, "reference": _into_reference})
+        implementation(rows, order, reduction, include_self, out)
 
 
 _FUSED: dict[str, dict[str, Callable[..., Any]]] = {
