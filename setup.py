@@ -52,10 +52,18 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
     from torch.utils import cpp_extension
 
     cuda_home, no_cuda = find_cuda_home()
-    sources = sorted(str(p.relative_to(ROOT)) for pattern in ("csrc/*.cpp", "csrc/cpu/*.cpp") for p in ROOT.glob(pattern))
+    sources = sorted(
+        str(p.relative_to(ROOT)) for pattern in ("csrc/*.cpp", "csrc/cpu/*.cpp") for p in ROOT.glob(pattern)
+    )
     common = ["-O3", "-g0", "-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     cxx = [*common, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
-    nvcc = [*(flag for flag in common if flag != "-g0"), "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills", "--threads=2"]
+    nvcc = [
+        *(flag for flag in common if flag != "-g0"),
+        "-DUSE_CUDA",
+        "-Xcompiler=-fvisibility=hidden",
+        "-Xptxas=-warn-spills",
+        "--threads=2",
+    ]
     # libtorch.so must stay among the needed libraries: on a CUDA torch it brings libtorch_cuda, and with it the
     # weak symbols that the CUDA half calls
     torch_lib = cpp_extension.library_paths()[0]

@@ -127,9 +127,14 @@ def solve(gram: Tensor, order: Tensor | None) -> Tensor:
     return c
 
 
-def plain_pcgrad(grads: Tensor, order: Tensor | None) -> Tensor:
+def plain_combine(weights: Tensor, grads: Tensor, out: Tensor | None = None) -> Tensor:
+    w = weights.to(grads.dtype)
+    return w @ grads if out is None else torch.mm(w[None], grads, out=out[None])[0]
+
+
+def plain_pcgrad(grads: Tensor, order: Tensor | None, out: Tensor | None = None) -> Tensor:
     """One `G @ G.T`, the T x T problem, one `w @ G`."""
-    return solve(grads @ grads.T, order).sum(0).to(grads.dtype) @ grads
+    return plain_combine(solve(grads @ grads.T, order).sum(0), grads, out)
 
 
 def plain_project(grads: Tensor, order: Tensor | None) -> Tensor:
@@ -147,17 +152,17 @@ def blocked_gram(grads: Tensor) -> Tensor:
     return torch.bmm(blocks, blocks.mT).sum(0) + rest @ rest.T
 
 
-def axpy_combine(weights: Tensor, grads: Tensor) -> Tensor:
+def axpy_combine(weights: Tensor, grads: Tensor, out: Tensor | None = None) -> Tensor:
     """`w @ G` as T passes of `add_`; on a CPU faster than the matrix-vector product."""
     first, *others = weights.tolist()
-    total = grads[0] * first
+    total = torch.mul(grads[0], first, out=out)
     for w, g in zip(others, grads[1:], strict=True):
         total.add_(g, alpha=w)
     return total
 
 
-def blocked_pcgrad(grads: Tensor, order: Tensor | None) -> Tensor:
-    return axpy_combine(solve(blocked_gram(grads), order).sum(0), grads)
+def blocked_pcgrad(grads: Tensor, order: Tensor | None, out: Tensor | None = None) -> Tensor:
+    return axpy_combine(solve(blocked_gram(grads), order).sum(0), grads, out)
 
 
 # --- a whole step

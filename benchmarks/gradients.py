@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -27,6 +27,19 @@ class Inputs:
     order: Tensor | None = None
     bank: Tensor | None = None  # the same numbers as `grads`, where those are lists
     params: Sequence[nn.Parameter] = ()  # with TorchJD's `.jac`, where grads are lists
+    out: Any = None  # memory for the result, of ours and of plain torch; None: new memory at each call
+
+    flat_out: Tensor | None = None  # where grads are lists: memory for a flat result
+
+    @property
+    def flat(self) -> Inputs:
+        """For what works on the matrix: the flat memory, where the gradients are lists."""
+        return replace(self, out=self.flat_out) if self.bank is not None else self
+
+    @property
+    def on_bank(self) -> Inputs:
+        """The same numbers as one bank, where the gradients are lists."""
+        return replace(self.flat, grads=self.bank, bank=None)
 
     @property
     def rows(self) -> list[Tensor]:

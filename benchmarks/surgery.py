@@ -78,11 +78,11 @@ OPS: dict[str, _Op] = {
     ),
     "combine": _Op(
         covers=("combine",),
-        ours=lambda x: ops.combine(x.weights, x.grads),
+        ours=lambda x: ops.combine(x.weights, x.grads, out=x.out),
         naive=lambda rows, x: baselines.naive_combine(x.weights, rows),
         naive_passes=lambda t: 5 * t,
-        plain=lambda g, x: x.weights.to(g.dtype) @ g,
-        blocked=lambda g, x: baselines.axpy_combine(x.weights, g),
+        plain=lambda g, x: baselines.plain_combine(x.weights, g, x.out),
+        blocked=lambda g, x: baselines.axpy_combine(x.weights, g, x.out),
         moved=lambda t: t + 1,
         two_reads=False,
         flops=lambda t: 2 * t,
@@ -90,11 +90,11 @@ OPS: dict[str, _Op] = {
     ),
     "gram+combine": _Op(
         covers=("gram", "combine"),
-        ours=lambda x: ops.combine(_norm_weights(ops.gram(x.grads)), x.grads),
+        ours=lambda x: ops.combine(_norm_weights(ops.gram(x.grads)), x.grads, out=x.out),
         naive=lambda rows, x: baselines.naive_combine(_norm_weights(baselines.naive_gram(rows)), rows),
         naive_passes=lambda t: 2 * t * t + 5 * t,
-        plain=lambda g, x: _norm_weights(g @ g.T) @ g,
-        blocked=lambda g, x: baselines.axpy_combine(_norm_weights(baselines.blocked_gram(g)), g),
+        plain=lambda g, x: baselines.plain_combine(_norm_weights(g @ g.T), g, x.out),
+        blocked=lambda g, x: baselines.axpy_combine(_norm_weights(baselines.blocked_gram(g)), g, x.out),
         moved=lambda t: 2 * t + 1,
         two_reads=True,
         flops=lambda t: _pairs(t) + 2 * t,
@@ -102,11 +102,11 @@ OPS: dict[str, _Op] = {
     ),
     "pcgrad": _Op(
         covers=("pcgrad",),
-        ours=lambda x: ops.pcgrad(x.grads, x.order),
+        ours=lambda x: ops.pcgrad(x.grads, x.order, out=x.out),
         naive=lambda rows, x: baselines.naive_pcgrad(rows, x.order),
         naive_passes=lambda t: t * t * 5.5,
-        plain=lambda g, x: baselines.plain_pcgrad(g, x.order),
-        blocked=lambda g, x: baselines.blocked_pcgrad(g, x.order),
+        plain=lambda g, x: baselines.plain_pcgrad(g, x.order, x.out),
+        blocked=lambda g, x: baselines.blocked_pcgrad(g, x.order, x.out),
         moved=lambda t: 2 * t + 1,
         two_reads=True,
         flops=lambda t: _pairs(t) + 2 * t,
@@ -142,12 +142,12 @@ def _candidates(op: str, num_tasks: int, row_bytes: int, lists: bool) -> tuple[C
             "flat copies and a Python loop over pairs of tasks",
             traffic=naive_traffic,
         ),
-        Candidate("plain", lambda x: it.plain(x.matrix, x), "`G @ G.T`, T x T problem, `w @ G`", graph=True),
+        Candidate("plain", lambda x: it.plain(x.matrix, x.flat), "`G @ G.T`, T x T problem, `w @ G`", graph=True),
     ]
     blocked = it.blocked
     if blocked is not None:
         detail = "batched product over blocks of columns, T passes of `add_`"
-        found.append(Candidate("plain_blocked", lambda x: blocked(x.matrix, x), detail))
+        found.append(Candidate("plain_blocked", lambda x: blocked(x.matrix, x.flat), detail))
     if op == "pcgrad" and not lists:
         found.append(peers.candidate("torchjd", lambda x: peers.aggregate(x.matrix), "PCGrad aggregator on the bank"))
     if op == "pcgrad" and lists:
@@ -156,8 +156,11 @@ def _candidates(op: str, num_tasks: int, row_bytes: int, lists: bool) -> tuple[C
             call = partial(_jacobians_to_grads, gramian=gramian)
             found.append(peers.candidate(label, call, detail))
     if lists:
-        on_bank = Candidate("bank", lambda x: it.ours(replace(x, grads=x.bank)), "ours on one bank", "yardstick")
+        on_bank = Candidate("bank", lambda x: it.ours(x.on_bank), "ours on one bank", "yardstick")
         found.append(on_bank)
+    if op not in ("gram", "pcgrad_project"):
+        fresh = Candidate("fresh", lambda x: it.ours(replace(x, out=None)), "ours, into new memory", "yardstick")
+        found.append(fresh)
     return tuple(found)
 
 
@@ -194,7 +197,8 @@ def bank_case(
     def make(device: torch.device) -> Inputs:
         seed = next(seeds)
         weights = torch.rand(num_tasks, generator=torch.Generator().manual_seed(seed)).to(device)
-        return Inputs(random_bank(num_tasks, num_params, dtype, device, seed), weights)
+        out = torch.ones(num_params, dtype=dtype, device=device) if it.two_reads or op == "combine" else None
+        return Inputs(random_bank(num_tasks, num_params, dtype, device, seed), weights, out=out)
 
     it = OPS[op]
     moved = {"floor": it.moved(num_tasks) * row_bytes}
@@ -234,7 +238,8 @@ def list_case(
         like = [torch.empty(shape, device="meta") for shape in shapes]
         grads = [[x.clone() for x in baselines.unflatten(row, like)] for row in inputs.grads.unbind(0)]
         params = peers.jacobian_params(grads) if op == "pcgrad" and peers.torchjd_missing() is None else ()
-        return replace(inputs, grads=grads, bank=inputs.grads, params=params)
+        out = None if inputs.out is None else [torch.ones_like(x) for x in grads[0]]
+        return replace(inputs, grads=grads, bank=inputs.grads, params=params, out=out, flat_out=inputs.out)
 
     return replace(
         bank,
@@ -294,13 +299,13 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     headline |= {("gram+combine", 8, 11 * million, dtype) for dtype in DTYPES}
     headline |= {("pcgrad", t, million, f32) for t in TASKS}
     headline |= {("pcgrad", t, 11 * million, f32) for t in (2, 8)} | {("pcgrad", 8, 11 * million, bf16)}
-    sizes = {"gram": SIZES[1:3], "combine": SIZES[1:3], "pcgrad_project": SIZES[1:3]}
+    grid = [("pcgrad", t, p, f32) for p in SIZES for t in TASKS]
+    grid += [("gram+combine", t, p, f32) for p in SIZES[1:] for t in TASKS]
+    grid += [(op, t, 11 * million, bf16) for op in ("pcgrad", "gram+combine") for t in TASKS]
+    grid += [(op, t, p, f32) for op in ("gram", "combine", "pcgrad_project") for p in SIZES[1:3] for t in (2, 8, 32)]
     found = [
         bank_case(op, t, p, dtype, quick=(op, t, p, dtype) in headline)
-        for op in OPS
-        for dtype in DTYPES
-        for p in sizes.get(op, SIZES)
-        for t in TASKS
+        for op, t, p, dtype in grid
         if t * p * 4 <= MOST_BYTES and not (op == "pcgrad_project" and t * p > 16 * 11 * million)
     ]
     shapes = resnet18_shapes()

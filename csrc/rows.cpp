@@ -91,9 +91,9 @@ Rows read_rows(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
     p.numel = first.numel();
     p.dtype = dtype_of(first);
     for (size_t k = i; k < out.size(); k += n) {
-      STD_TORCH_CHECK(out[k].numel() == p.numel && dtype_of(out[k]) == p.dtype && is_dense(out[k]) &&
-                          same_strides(out[k], like),
-                      "fastmtl: output ", k, " does not match its parameter");
+      STD_TORCH_CHECK(
+          out[k].numel() == p.numel && dtype_of(out[k]) == p.dtype && is_dense(out[k]) && same_strides(out[k], like),
+          "fastmtl: output ", k, " does not match its parameter");
       p.out.push_back(out[k].mutable_data_ptr());
     }
     const bool plain = like.is_contiguous();

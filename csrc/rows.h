@@ -35,7 +35,7 @@ struct Param {
 
 struct Rows {
   int num_tasks;
-  std::vector<Param> params;  // those with a gradient in at least one task, in order
+  std::vector<Param> params;   // those with a gradient in at least one task, in order
   std::vector<Tensor> copies;  // keeps rows alive whose layout had to be changed
 };
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -370,7 +371,8 @@ def write(updates: Sequence[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for p, g in updates:
             if p.grad is None:
-                p.grad = g if _can_keep(p, g, seen) else _copy_like(p, g)
+                # detached, a view lets go of its base
+                p.grad = g.detach() if _can_keep(p, g, seen) else _copy_like(p, g)
             elif p.grad.layout is not torch.strided and g.layout is torch.strided:
                 p.grad = g + p.grad
             else:
@@ -397,7 +399,24 @@ def _unheld(grad: Tensor, storage: torch.UntypedStorage) -> bool:
     of_tensor, of_storage = getattr(grad, "_use_count", None), getattr(torch._C, "_storage_Use_Count", None)
     if of_tensor is None or of_storage is None:
         return False
-    return of_tensor() <= 1 and of_storage(storage._cdata) <= 2  # held by `grad`, and by the object `storage`
+    holders = 2  # `grad`, and the object `storage`
+    base = grad._base
+    if base is not None:
+        # the weight gradient of a linear layer is a transposed view of a tensor that nobody else has
+        fresh_uses, fresh_references = _fresh_base()
+        if base._use_count() > fresh_uses or sys.getrefcount(base) > fresh_references:
+            return False
+        holders += 1
+    return of_tensor() <= 1 and of_storage(storage._cdata) <= holders
+
+
+@functools.cache
+def _fresh_base() -> tuple[int, int]:
+    """Uses and references of the base of a view, where the view alone holds it."""
+    view = torch.empty(1, 2).t()
+    base = view._base
+    assert base is not None
+    return base._use_count(), sys.getrefcount(base)
 
 
 def _copy_like(param: Tensor, grad: Tensor) -> Tensor:

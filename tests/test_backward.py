@@ -762,3 +762,80 @@ def test_mark_per_task_refuses_other_things():
     p = nn.Parameter(torch.ones(2))
     assert fastmtl.mark_per_task(p) is p
     assert fastmtl.mark_per_task([p]) == [p]
+
+
+# --- the result is written into the first gradient, unless somebody else can see it
+
+
+class _ReturnsWhatItSaved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, constant: Tensor) -> Tensor:
+        ctx.constant = constant
+        return (weight * constant).sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.constant, None
+
+
+class _ReturnsAView(_ReturnsWhatItSaved):
+    @staticmethod
+    def forward(ctx, weight: Tensor, constant: Tensor) -> Tensor:
+        ctx.constant = constant
+        return (weight * constant.t()).sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.constant.t(), None
+
+
+@pytest.mark.parametrize("function", [_ReturnsWhatItSaved, _ReturnsAView])
+def test_tensor_that_a_custom_backward_returns_is_not_overwritten(function: type) -> None:
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    constants = [torch.randn(3, 3) for _ in range(2)]
+    before = [c.clone() for c in constants]
+    fastmtl.backward([function.apply(weight, c) for c in constants], method="sum")
+    assert all(torch.equal(c, b) for c, b in zip(constants, before, strict=True))
+    expected = sum(before) if function is _ReturnsWhatItSaved else sum(before).t()
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_gradient_that_a_hook_kept_is_not_overwritten() -> None:
+    weight = torch.nn.Parameter(torch.randn(4))
+    kept: list[Tensor] = []
+    weight.register_hook(kept.append)
+    fastmtl.backward([(weight * 2.0).sum(), (weight * torch.arange(4.0)).sum()], method="sum")
+    torch.testing.assert_close(kept[0], torch.full((4,), 2.0))
+    torch.testing.assert_close(kept[1], torch.arange(4.0))
+    torch.testing.assert_close(weight.grad, 2.0 + torch.arange(4.0))
+
+
+def test_two_parameters_with_one_gradient_tensor() -> None:
+    # the gradient of a + b is one and the same tensor for both
+    a, b = (torch.nn.Parameter(torch.randn(5)) for _ in range(2))
+    x, y = torch.randn(5), torch.randn(5)
+    fastmtl.backward([((a + b) * x).sum(), ((a + b) * y).sum()], method="sum")
+    for p in (a, b):
+        torch.testing.assert_close(p.grad, x + y)
+    assert a.grad.data_ptr() != b.grad.data_ptr()
+
+
+def test_result_takes_the_memory_of_the_first_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastmtl import surgery
+
+    seen: list[tuple[set[int], list[int]]] = []
+    choose_memory = surgery._result_memory
+
+    def spy(params, tensors, index, n, held):
+        memory = choose_memory(params, tensors, index, n, held)
+        seen.append(({x.data_ptr() for x in tensors}, [x.data_ptr() for x in memory]))
+        return memory
+
+    monkeypatch.setattr(surgery, "_result_memory", spy)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 16, 3))
+    out = net(torch.randn(2, 1, 6, 6))
+    fastmtl.backward([out[:, t].square().mean() for t in range(3)])
+    ((gradients, memory),) = seen
+    assert len(memory) == 4 and all(pointer in gradients for pointer in memory)
+    assert sorted(p.grad.data_ptr() for p in net.parameters()) == sorted(memory)
+    assert all(p.grad._base is None for p in net.parameters())

@@ -374,3 +374,15 @@ def test_a_refused_apply_writes_nothing_and_keeps_the_rows(net, x, arguments, er
     bank.clear()
     with pytest.raises(RuntimeError, match="no gradient"):
         bank.apply()
+
+
+def test_gradient_that_the_caller_still_holds_is_not_overwritten() -> None:
+    net = torch.nn.Linear(4, 3)
+    bank = fastmtl.GradientBank(net, 3, shared=net)
+    kept = []
+    for t in range(3):
+        with bank.task(t):
+            net(torch.randn(5, 4))[:, t].mean().backward()
+            kept.append((net.weight.grad, net.weight.grad.clone()))
+    bank.apply()
+    assert all(torch.equal(held, copy) for held, copy in kept)

@@ -63,8 +63,7 @@ void combine(const double* weights, int64_t num_out, const Rows& rows) {
             prepared = &p;
             prepared_out = o;
           }
-          for (int k = 0; k < group; ++k)
-            out[k] = static_cast<char*>(p.out[o + k]) + block.offset * size_of(p.dtype);
+          for (int k = 0; k < group; ++k) out[k] = static_cast<char*>(p.out[o + k]) + block.offset * size_of(p.dtype);
           const void* w = p.dtype == DType::f64 ? static_cast<const void*>(wide.data()) : narrow.data();
           kernel.combine[static_cast<int>(p.dtype)](w, group, block_rows.pointers(), count, block.length, out, stream,
                                                     count <= 8 ? block_rows.ahead() : Ahead{});

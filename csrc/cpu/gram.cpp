@@ -22,8 +22,7 @@ std::vector<double> gram(const Rows& rows) {
         const int type = static_cast<int>(block.param->dtype);
         // beyond one tile every row is loaded several times: convert it once
         const bool widen = kernel.widen[type] && block_rows.count() > 4;
-        const void* const* pointers =
-            widen ? block_rows.widened(block, kernel.widen[type]) : block_rows.pointers();
+        const void* const* pointers = widen ? block_rows.widened(block, kernel.widen[type]) : block_rows.pointers();
         kernel.gram[widen ? static_cast<int>(DType::f32) : type](pointers, block_rows.count(), block.length,
                                                                  block_rows.tasks(), total, T,
                                                                  block_rows.count() > 2 ? block_rows.ahead() : Ahead{});
@@ -44,9 +43,9 @@ void gram_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& ind
              int64_t num_params, Tensor out) {
   const Rows rows = read_rows(tensors, index, num_tasks, num_params, {});
   const DType type = dtype_of(out);
-  STD_TORCH_CHECK(out.numel() == num_tasks * num_tasks && out.is_contiguous() &&
-                      (type == DType::f32 || type == DType::f64),
-                  "fastmtl: the Gram matrix must be a contiguous [T, T] float32 or float64 tensor");
+  STD_TORCH_CHECK(
+      out.numel() == num_tasks * num_tasks && out.is_contiguous() && (type == DType::f32 || type == DType::f64),
+      "fastmtl: the Gram matrix must be a contiguous [T, T] float32 or float64 tensor");
   const std::vector<double> m = gram(rows);
   if (type == DType::f64) {
     std::copy(m.begin(), m.end(), static_cast<double*>(out.mutable_data_ptr()));

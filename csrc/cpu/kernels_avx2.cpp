@@ -15,11 +15,14 @@
 namespace fastmtl::cpu::avx2 {
 namespace {
 
-struct BF16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
 
 constexpr int kTileA = 4, kTileB = 3;  // 12 accumulators + 3 + 1 = 16 registers
-
 
 struct VF {
   __m256 v;

@@ -6,11 +6,14 @@
 namespace fastmtl::cpu::portable {
 namespace {
 
-struct BF16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
 
 constexpr int kTileA = 4, kTileB = 2;
-
 
 float from_bf16(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -32,8 +35,8 @@ float from_f16(uint16_t h) {
     x = static_cast<float>(mantissa) * 0x1p-24f;  // subnormal or zero
     return sign ? -x : x;
   }
-  const uint32_t bits = exponent == 31 ? sign | 0x7f800000 | (mantissa << 13)
-                                       : sign | ((exponent + 112) << 23) | (mantissa << 13);
+  const uint32_t bits =
+      exponent == 31 ? sign | 0x7f800000 | (mantissa << 13) : sign | ((exponent + 112) << 23) | (mantissa << 13);
   std::memcpy(&x, &bits, 4);
   return x;
 }
@@ -44,7 +47,7 @@ uint16_t to_f16(float x) {
   const uint32_t magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff));
   if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
-  if (magnitude < 0x38800000) {                                             // subnormal: count steps of 2^-24
+  if (magnitude < 0x38800000) {                                              // subnormal: count steps of 2^-24
     float a;
     std::memcpy(&a, &magnitude, 4);
     const float scaled = a * 0x1p24f;  // exact; below 1024

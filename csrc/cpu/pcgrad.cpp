@@ -117,8 +117,7 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
                   "fastmtl: the order must be a contiguous [T, K] int64 tensor");
   const std::vector<double> m = gram(rows);
   std::vector<double> c(static_cast<size_t>(T) * T);
-  coefficients(m.data(), T, static_cast<const int64_t*>(order.const_data_ptr()), order.size(1), include_self,
-               c.data());
+  coefficients(m.data(), T, static_cast<const int64_t*>(order.const_data_ptr()), order.size(1), include_self, c.data());
   if (project) {
     combine(c.data(), T, rows);
     return;

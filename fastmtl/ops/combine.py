@@ -130,9 +130,7 @@ def _into_compiled(weights: Tensor, rows: Rows, out: Sequence[Tensor]) -> None:
 
 
 def _into_reference(weights: Tensor, rows: Rows, out: Sequence[Tensor]) -> None:
-    for target, x in zip(
-        out, reference.combine_list(weights, rows.tensors, rows.index, rows.num_params), strict=True
-    ):
+    for target, x in zip(out, reference.combine_list(weights, rows.tensors, rows.index, rows.num_params), strict=True):
         target.copy_(x)
 
 

@@ -13,7 +13,9 @@ from fastmtl.ops import reference
 from fastmtl.ops._rows import Grads, Rows, accumulate_dtype, bank_rows, check_bank, is_bank, read_lists
 from fastmtl.ops.combine import combine_list_op, combine_op, pick_positions
 
-_gram_kernel = define_kernel("_gram(Tensor[] tensors, int[] index, int num_tasks, int num_params, Tensor(a!) out) -> ()")
+_gram_kernel = define_kernel(
+    "_gram(Tensor[] tensors, int[] index, int num_tasks, int num_params, Tensor(a!) out) -> ()"
+)
 
 
 def gram(grads: Grads) -> Tensor:
