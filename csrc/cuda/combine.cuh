@@ -68,7 +68,7 @@ struct alignas(sizeof(In) * N) Vector {
 
 // kVector elements at once (1: any stride, any alignment); every thread walks the columns with the grid's stride
 template <class In, int kVector, int kOut>
-__global__ void __launch_bounds__(256) combine_fwd_kernel(const CombineParams p) {
+__global__ void __launch_bounds__(256, 4) combine_fwd_kernel(const CombineParams p) {
   using Acc = typename Accumulator<In>::type;
   using Vec = Vector<In, kVector>;
   __shared__ Acc weight[kRows][kOut];

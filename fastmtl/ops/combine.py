@@ -42,9 +42,10 @@ def combine(
             None: new memory, whose first touch can cost as much as the sum (large results ask for huge pages).
 
     Returns:
-        `out`, or in the dtype of the gradients, accumulated in at least float32: `[P]` or `[K, P]` for a bank; a list of
-        n tensors or K such lists for lists, each in the memory layout of its parameter's first gradient, None
-        where a parameter has no gradient in any task. Zero weights are not skipped: a non-finite row shows.
+        `out`, or new memory in the dtype of the gradients, accumulated in at least float32. `[P]` or `[K, P]` for a
+        bank; for lists a list of n tensors or K such lists, each tensor in the memory layout of its parameter's
+        first gradient, None where a parameter has no gradient in any task. Zero weights are not skipped: a
+        non-finite row shows.
 
     Raises:
         TypeError: weights or gradients that are not floating-point tensors, sparse gradients.

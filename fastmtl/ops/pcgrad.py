@@ -118,8 +118,8 @@ def pcgrad(
         out: memory for the result, as for `combine`: it may be a gradient's own.
 
     Returns:
-        `out`, or `[P]` for a bank, a list of n tensors for lists (None where no task has a gradient), in the dtype of the
-        gradients. NaN or inf in any task shows in the result.
+        `out`, or `[P]` for a bank, a list of n tensors for lists (None where no task has a gradient), in the dtype
+        of the gradients. NaN or inf in any task shows in the result.
 
     Raises:
         TypeError, ValueError: as `gram` and `pcgrad_coefficients`; an unknown reduction; an `out` that does not fit.

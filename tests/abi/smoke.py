@@ -1,0 +1,23 @@
+"""Run against an installed wheel, outside the checkout: every op and `backward` on the compiled backend."""
+
+import torch
+
+import fastmtl
+from fastmtl import _backend, ops
+from fastmtl.ops import reference
+
+assert _backend.extension is not None, _backend.extension_error
+assert "site-packages" in fastmtl.__file__, fastmtl.__file__
+g = torch.randn(5, 1234)
+order = ops.random_order(5)
+with fastmtl.use_backend("cpu"):
+    torch.testing.assert_close(ops.gram(g), g @ g.T, rtol=1e-4, atol=1e-3)
+    expected = reference.pcgrad(g.double(), order).float()
+    torch.testing.assert_close(ops.pcgrad(g, order), expected, rtol=1e-4, atol=1e-4)
+    rows = [[x[:1000].reshape(10, 100), x[1000:]] for x in g]
+    lists = torch.cat([x.reshape(-1) for x in ops.pcgrad(rows, order)])
+    torch.testing.assert_close(lists, expected, rtol=1e-4, atol=1e-4)
+    net = torch.nn.Linear(7, 3)
+    surgery = fastmtl.backward([x.square().mean() for x in net(torch.randn(4, 7)).unbind(1)])
+    assert net.weight.grad is not None and surgery.gram.shape == (3, 3)
+print("torch", torch.__version__, "fastmtl", fastmtl.__version__, _backend.build_info(), "ok")
