@@ -131,9 +131,8 @@ def backward(
 
     A non-finite gradient in any task shows in `.grad`, so that `GradScaler` skips the step. Peak extra memory: the
     T gradients of the shared parameters; the result is written into the first of them. Hooks on a parameter run
-    once per task; hooks after
-    accumulation (`register_post_accumulate_grad_hook`) don't run. Graphs compiled by inductor with donated buffers
-    refuse a second backward pass: set `torch._functorch.config.donated_buffer = False`, or use `GradientBank`.
+    once per task; hooks after accumulation (`register_post_accumulate_grad_hook`) don't run. Graphs compiled by
+    inductor with donated buffers refuse a second backward pass: set `torch._functorch.config.donated_buffer = False`, or use `GradientBank`.
 
     Source: the shared/own split and PCGrad, Yu et al. 2020, Algorithm 1.
 
