@@ -22,7 +22,10 @@ DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 def find_cxx() -> str | None:
     if os.environ.get("CXX"):
-        return shutil.which(os.environ["CXX"].split()[0])
+        found = shutil.which(os.environ["CXX"].split()[0])
+        if found is None:
+            raise SystemExit(f"fastmtl: CXX={os.environ['CXX']!r} is no program that can be found")
+        return found
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
@@ -44,7 +47,7 @@ def find_cuda_home() -> tuple[Path | None, str | None]:
 def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]]:
     """Extension modules, build commands, and why parts are missing."""
     if find_cxx() is None:
-        reason = "no C++ compiler was found when it was installed (CXX, c++, g++, clang++)"
+        reason = "no C++ compiler was found when it was installed (c++, g++, clang++)"
         print(f"fastmtl: {reason}: installing without compiled kernels", file=sys.stderr)
         return [], {}, {"extension": reason}
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+
+from fastmtl._version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -12,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastmtl.benchmarks import cli
 
     parser = argparse.ArgumentParser(prog="fastmtl", description="Fused kernels for multi-task learning in PyTorch.")
+    parser.add_argument("--version", action="version", version=f"fastmtl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     bench = commands.add_parser("bench", help="measure this machine against naive PyTorch and the peers")
     cli.add_arguments(bench)
@@ -21,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.run(options)
     from fastmtl import info
 
-    return info.main() or 0
+    try:
+        return info.main()
+    except BrokenPipeError:  # `fastmtl info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,12 @@ _ELEMENTWISE = frozenset(
 )
 
 
+_JOINS = frozenset({"CatBackward0", "StackBackward0"})
+# nodes that take a part of a tensor
+_PARTS = frozenset({"SelectBackward0", "SliceBackward0", "IndexBackward0", "IndexSelectBackward0"})
+_SPLITS = frozenset({"UnbindBackward0", "SplitBackward0", "SplitWithSizesBackward0", "UnsafeSplitBackward0"})
+
+
 class Reach(NamedTuple):
     """Sets of tasks are bit masks: bit t stands for task t."""
 
@@ -31,6 +37,7 @@ class Reach(NamedTuple):
     overlap: list[int]  # task -> tasks whose graph has a node in common with its own
     compiled: int  # tasks that go through a compiled graph together with another task
     entangled: int  # tasks whose losses are elements of one vector that can't be followed to separate scalars
+    joined: int  # tasks that take different parts of one tensor joined by cat or stack
 
 
 def reach(losses: Sequence[Tensor | None]) -> Reach:
@@ -69,7 +76,8 @@ def reach(losses: Sequence[Tensor | None]) -> Reach:
     # a node is passed once all of its parents were, so every mask is complete when it is handed on
     leaves: dict[Tensor, int] = {}
     inner: set[int] = set()
-    compiled = 0
+    compiled = joined = 0
+    parts: dict[Any, tuple[bool, set[int]]] = {}  # join -> only parts of it are taken; by which tasks each
     ready = [node for node in edges if node not in parents]
     while ready:
         node = ready.pop()
@@ -81,7 +89,16 @@ def reach(losses: Sequence[Tensor | None]) -> Reach:
         inner.add(mask)
         if "CompiledFunctionBackward" in kind and _several(mask):
             compiled |= mask
+        if kind in _JOINS and _several(mask):
+            only_parts, takers = parts.get(node, (False, set()))
+            if only_parts and takers != {mask}:
+                joined |= mask
         for child in edges[node]:
+            if type(child).__name__ in _JOINS:
+                only_parts, takers = parts.get(child, (True, set()))
+                # the outputs of a split are not told apart here: each may go to another task
+                taken = {0, mask} if kind in _SPLITS else {mask}
+                parts[child] = (only_parts and kind in _PARTS | _SPLITS, takers | taken)
             masks[child] = masks.get(child, 0) | mask
             parents[child] -= 1
             if not parents[child]:
@@ -95,7 +112,7 @@ def reach(losses: Sequence[Tensor | None]) -> Reach:
     for mask in unclear.values():
         if _several(mask):
             entangled |= mask
-    return Reach(leaves, overlap, compiled, entangled)
+    return Reach(leaves, overlap, compiled, entangled, joined)
 
 
 def tasks_of(mask: int) -> list[int]:
@@ -165,8 +182,8 @@ def read_losses(
         names, tasks = [str(name) for name in losses], list(losses.values())
         if len(set(names)) != len(names):
             raise ValueError(f"losses: expected different names, got {names}")
-    elif isinstance(losses, Sequence) and not isinstance(losses, (str, bytes)):
-        tasks = list(losses)
+    elif isinstance(losses, Iterable) and not isinstance(losses, (str, bytes)):
+        tasks = list(losses)  # dict.values() and generators too
         names = [str(t) for t in range(len(tasks))]
     else:
         raise TypeError(f"losses: expected a sequence, a 1-D tensor or a dict, got {type(losses).__name__}")
@@ -184,7 +201,8 @@ def read_losses(
         if not loss.is_floating_point():
             raise TypeError(f"loss {name!r}: expected a floating-point tensor, got {loss.dtype}")
         if loss.dim() != 0:
-            raise ValueError(f"loss {name!r}: expected a scalar (0 dimensions), got shape {list(loss.shape)}")
+            hint = ": squeeze it" if loss.numel() == 1 else ""
+            raise ValueError(f"loss {name!r}: expected a scalar (0 dimensions), got shape {list(loss.shape)}{hint}")
         if not loss.requires_grad:
             raise ValueError(f"loss {name!r}: needs no gradient: it was computed without parameters, or detached")
     return names, tasks

@@ -5,10 +5,38 @@ The compiled extension only registers implementations for the private `_*` schem
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off, where it is on: the ops accumulate in at least float32, whatever region they are called in."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _first_device_type(args: Sequence[Any]) -> str:
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            return x.device.type
+        if isinstance(x, (list, tuple)) and x and isinstance(x[0], torch.Tensor):
+            return x[0].device.type
+    return "cpu"
+
+
+def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(implementation)
+    def call(*args: Any) -> Any:
+        with without_autocast(_first_device_type(args)):
+            return implementation(*args)
+
+    return call
+
 
 LIBRARY = torch.library.Library("fastmtl", "DEF")
 
@@ -31,7 +59,7 @@ def define_op(
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _outside_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastmtl::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd(f"fastmtl::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     PUBLIC_OPS[name] = (implementation, fake)

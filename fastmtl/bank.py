@@ -135,6 +135,7 @@ class GradientBank:
             else:
                 add_own(row, p, g)
 
+    @torch._disable_dynamo
     def apply(self, method: str | Weighting = "pcgrad", *, loss_scale: float | Tensor | None = None) -> Surgery:
         """Operates on the collected rows, accumulates the result into `.grad`, and empties the bank.
 

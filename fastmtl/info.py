@@ -76,5 +76,5 @@ def report() -> str:
 
 
 def main() -> int:
-    print(report())
+    print(report(), flush=True)
     return 0

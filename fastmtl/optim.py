@@ -53,6 +53,7 @@ class PCGrad:
     def param_groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
 
+    @torch._disable_dynamo
     def pc_backward(self, losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None]) -> Surgery:
         """Computes the update of PCGrad from the losses and overwrites `.grad` of all parameters with it.
 

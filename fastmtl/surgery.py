@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from fastmtl import methods
 from fastmtl._graph import names_of, reach, read_loss_scale, read_losses
+from fastmtl._library import without_autocast
 from fastmtl._marks import Params, describe, is_per_task, read_params
 from fastmtl.methods import Weighting
 from fastmtl.ops._rows import FLOAT_DTYPES, Rows, present_params
@@ -80,6 +80,7 @@ class Surgery:
         return f"Surgery({', '.join(name if here else f'{name} (absent)' for name, here in tasks)})"
 
 
+@torch._disable_dynamo  # inside a compiled step it runs eagerly, between two graphs
 def backward(
     losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None],
     params: Params | None = None,
@@ -104,12 +105,15 @@ def backward(
             was made by `torch.stack` or `torch.cat` of scalars and scaled by constants since; of other vectors
             (a mean over one dimension of a loss matrix) each element reaches everything, and `shared` is needed.
         params: a module or an iterable of parameters; others get nothing. None: every leaf that the losses
-            reach. Frozen parameters are left out, tied ones count once.
+            reach; a leaf that is no `nn.Parameter` (an input that needs a gradient) then gets the plain sum of its
+            gradients, unless no `nn.Parameter` is reached at all. Frozen parameters are left out, tied ones count
+            once.
         shared: the shared ones among `params`, as a module or an iterable, where reach does not say it: all others
             get the plain sum of their gradients. Needed for compiled models. Parameters marked by
             `mark_per_task` are never shared.
-        method: a name (see `fastmtl.methods.get`), a `Method`, or a callable from the Gram matrix `[T, T]` to the
-            weights `[T]`. It is not asked when nothing is shared, as with a single loss and no `shared`.
+        method: "pcgrad" (which draws its order from torch's default generator) or another name (see
+            `fastmtl.methods.get`), a `Method`, or a callable from the Gram matrix `[T, T]` to the weights `[T]`. It
+            is not asked when nothing is shared, as with a single loss and no `shared`.
         retain_graph: keep the graphs for a further backward pass.
         loss_scale: what the losses were multiplied by (`scaler.get_scale()`, or better a device tensor): the
             method sees the Gram matrix divided by its square. The result stays scaled like the losses.
@@ -130,9 +134,10 @@ def backward(
         Nothing has been written to any `.grad` when one of these is raised.
 
     A non-finite gradient in any task shows in `.grad`, so that `GradScaler` skips the step. Peak extra memory: the
-    T gradients of the shared parameters; the result is written into the first of them. Hooks on a parameter run
-    once per task; hooks after accumulation (`register_post_accumulate_grad_hook`) don't run. Graphs compiled by
-    inductor with donated buffers refuse a second backward pass: set `torch._functorch.config.donated_buffer = False`, or use `GradientBank`.
+    T gradients of the shared parameters; the result is written into the first of them where nobody else holds it.
+    Hooks on a parameter run once per task; hooks after accumulation (`register_post_accumulate_grad_hook`) don't
+    run. Graphs compiled by inductor with donated buffers refuse a second backward pass: set
+    `torch._functorch.config.donated_buffer = False`, or use `GradientBank`.
 
     Source: the shared/own split and PCGrad, Yu et al. 2020, Algorithm 1.
 
@@ -167,12 +172,18 @@ def run_backward(
     named = None if params is None else read_params(params, "params")
     shared_named = None if shared is None else read_params(shared, "shared")
     found = reach(tasks)
-    if shared is None and (found.compiled or found.entangled):
-        through = names_of(found.compiled or found.entangled, names)
+    if shared is None and (found.compiled or found.entangled or found.joined):
+        through = names_of(found.compiled or found.entangled or found.joined, names)
         if found.compiled:
             raise ValueError(
                 f"losses {through} pass through the same compiled graph (torch.compile), which does not tell what "
                 "each of them reaches: pass shared=, the parameters (or the module) that the tasks share"
+            )
+        if not found.entangled:
+            raise ValueError(
+                f"losses {through} take different parts of one tensor made by torch.cat or torch.stack, which does "
+                "not tell what each of them reaches: use what was joined apart, or pass shared=, the parameters (or "
+                "the module) that the tasks share"
             )
         raise ValueError(
             f"losses {through} are elements of one vector, each of which reaches all that the vector reaches: "
@@ -188,7 +199,11 @@ def run_backward(
     reached = {p: found.leaves[p] for p in named if p in found.leaves}
     if not reached:
         raise ValueError(f"params: no loss reaches any of the {len(named)} parameters")
-    common = split_shared(reached, named, shared_named)
+    candidates = reached
+    if params is None and shared is None and any(isinstance(p, torch.nn.Parameter) for p in reached):
+        # the gradient of a picture is no part of the tasks' conflict over the network
+        candidates = {p: mask for p, mask in reached.items() if isinstance(p, torch.nn.Parameter)}
+    common = split_shared(candidates, named, shared_named)
 
     flags = [loss is not None for loss in tasks]
     rows, own = _task_gradients(tasks, reached, common, named, found.overlap, retain_graph)
@@ -272,8 +287,8 @@ def check_within(shared: Mapping[Tensor, str], named: Mapping[Tensor, str]) -> N
 def sparse_shared(grad: Tensor, param: Tensor, named: Mapping[Tensor, str]) -> TypeError:
     return TypeError(
         f"{describe(param, named[param])} is shared and has a sparse gradient ({grad.layout}), which has no place "
-        "in a Gram matrix: leave it out of shared= (it then gets the plain sum of its gradients), or make the "
-        "gradient dense"
+        "in a Gram matrix: mark it with fastmtl.mark_per_task or leave it out of shared= (it then gets the plain sum "
+        "of its gradients), or make the gradient dense"
     )
 
 
@@ -291,7 +306,7 @@ def add_own(own: dict[Tensor, Tensor], param: Tensor, grad: Tensor) -> None:
 def operate(
     common: Sequence[Tensor],
     rows: list[Row],
-    own: Mapping[Tensor, Tensor],
+    own: dict[Tensor, Tensor],
     present: Sequence[bool],
     names: Sequence[str],
     method: Weighting,
@@ -299,7 +314,7 @@ def operate(
     device: torch.device,
     held: int = 0,
 ) -> tuple[list[tuple[Tensor, Tensor]], Surgery]:
-    """The surgery itself: T rows of shared gradients in, every parameter with its update out. Empties `rows`.
+    """The surgery itself: T rows of shared gradients in, every parameter with its update out. Empties `rows` and `own`.
 
     `device` is where the Gram matrix goes when there is no shared gradient; `held` counts the references that the
     caller still has to each gradient, besides `rows`. Updates are written into the gradients' own memory where
@@ -311,7 +326,7 @@ def operate(
     index = [t * n + i for t, row in enumerate(rows) for i, g in enumerate(row) if g is not None]
     tensors = [g for row in rows for g in row if g is not None]
     rows.clear()
-    with torch.no_grad(), _without_autocast(common[0].device if common else device):
+    with torch.no_grad(), without_autocast((common[0].device if common else device).type):
         if tensors:
             gram = gram_list_op(tensors, index, num_tasks, n)
             if scale is not None:
@@ -328,6 +343,7 @@ def operate(
                 if here:
                     weights[t].fill_(1.0)
     updates.extend(own.items())
+    own.clear()  # another reference to each
     return updates, Surgery(gram, weights, names, present)
 
 
@@ -342,8 +358,7 @@ def _result_memory(
     for k, position in enumerate(index):
         first.setdefault(position % n, k)
     seen: set[int] = set()
-    g = object()
-    alone = sys.getrefcount(g) + 1  # an object in one local variable and one list
+    alone = _references_alone()
     memory = []
     for p, (_, k) in zip(params, sorted(first.items()), strict=True):
         g = tensors[k]
@@ -358,29 +373,37 @@ def _squared(scale: float | Tensor) -> float | Tensor:
     return scale.to(torch.float64) ** 2 if isinstance(scale, Tensor) else scale**2
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    # a call inside an autocast region must not compute the Gram matrix in bfloat16
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def write(updates: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Accumulates into `.grad` as autograd does: in place where there is one, else in the parameter's layout."""
     seen: set[int] = set()
+    alone = _references_alone()
     with torch.no_grad():
         for p, g in updates:
-            if p.grad is None:
+            before = p.grad
+            if before is None:
                 # detached, a view lets go of its base
-                p.grad = g.detach() if _can_keep(p, g, seen) else _copy_like(p, g)
-            elif p.grad.layout is not torch.strided and g.layout is torch.strided:
-                p.grad = g + p.grad
+                keep = sys.getrefcount(g) <= alone and _can_keep(p, g, seen)
+                p.grad = g.detach() if keep else _copy_like(p, g)
+            elif before.layout is not torch.strided and g.layout is torch.strided:
+                p.grad = g + before
+            elif before.layout is torch.strided and 0 in before.stride():
+                p.grad = before + g  # an expanded tensor can't be added to in place
             else:
-                p.grad.add_(g)
+                before.add_(g)
+
+
+@functools.cache
+def _references_alone() -> int:
+    """What getrefcount shows for an object that one local variable and one container hold."""
+    g = object()
+    return sys.getrefcount(g) + 1
 
 
 def _can_keep(param: Tensor, grad: Tensor, seen: set[int]) -> bool:
-    """Whether `grad` may become `.grad` itself: right layout, and nobody else holds it or looks into its memory."""
+    """Whether `grad` may become `.grad` itself: right layout, and nobody else looks into its memory.
+
+    The caller has counted the references to the object `grad`.
+    """
     if id(grad) in seen or param._backward_hooks:  # a hook may have kept it
         return False
     seen.add(id(grad))
@@ -390,8 +413,18 @@ def _can_keep(param: Tensor, grad: Tensor, seen: set[int]) -> bool:
     return (
         grad.stride() == param.stride()
         and storage.nbytes() == grad.numel() * grad.element_size()
+        and storage.resizable()  # not somebody else's memory, as of a numpy array
+        and sys.getrefcount(storage) <= _fresh_storage()
         and _unheld(grad, storage)
     )
+
+
+@functools.cache
+def _fresh_storage() -> int:
+    """References to the storage object of a tensor whose storage nobody asked for."""
+    fresh = torch.empty(1)
+    storage = fresh.untyped_storage()
+    return sys.getrefcount(storage)
 
 
 def _unheld(grad: Tensor, storage: torch.UntypedStorage) -> bool:

@@ -12,6 +12,8 @@ from cases import BAD_GRADS, BANK_CASES, FEW_BANKS, FEW_LISTS, LIST_CASES, BadGr
 from conftest import Backend
 from torch import Tensor
 
+import fastmtl
+from fastmtl import _backend, ops
 from fastmtl.ops import combine, reference
 
 # the smallest float16 is 2**-24: below it a result is rounded by half of that
@@ -390,3 +392,84 @@ def test_bad_weights(grads: Any, weights: Any, error: type[Exception], match: st
 def test_op_itself_checks_a_bank(backend: Backend) -> None:
     with pytest.raises(ValueError, match=r"weights: expected shape \[3\]"):
         torch.ops.fastmtl.combine(torch.ones(2), torch.ones(3, 4))
+
+
+# --- out=
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_out_of_lists_and_banks(backend: str) -> None:
+    if (reason := _backend.unavailable(backend, "cpu")) is not None:
+        pytest.skip(reason)
+    g, w = torch.randn(3, 70), torch.randn(2, 3)
+    rows = [[x[:60].reshape(6, 10), None, x[60:]] for x in g]
+    order = ops.random_order(3)
+    with fastmtl.use_backend(backend):
+        for weights, shape in ((w, (2, 70)), (w[0], (70,))):
+            out = torch.full(shape, torch.nan)
+            assert ops.combine(weights, g, out=out) is out
+            torch.testing.assert_close(out, weights @ g)
+        lists = [[torch.full((6, 10), torch.nan), None, torch.full((10,), torch.nan)] for _ in range(2)]
+        assert ops.combine(w, rows, out=lists) is lists
+        torch.testing.assert_close(torch.stack([torch.cat([x[0].flatten(), x[2]]) for x in lists]), w @ g)
+        expected = ops.pcgrad(g, order)
+        mine = g.clone()
+        ops.pcgrad(mine, order, out=mine[1])  # a gradient's own memory
+        torch.testing.assert_close(mine[1], expected)
+        target = [torch.empty(6, 10), None, torch.empty(10)]
+        ops.pcgrad(rows, order, out=target)
+        torch.testing.assert_close(torch.cat([target[0].flatten(), target[2]]), expected)
+
+
+def test_out_is_seen_by_autograd() -> None:
+    a, x = torch.ones(5, requires_grad=True), torch.ones(5)
+    for call in (
+        lambda: ops.combine(torch.ones(2), torch.ones(2, 5), out=x),
+        lambda: ops.pcgrad(torch.ones(2, 5), out=x),
+    ):
+        y = (a * x).sum()
+        call()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+
+def test_refuses_out_that_does_not_fit() -> None:
+    g, w = torch.randn(2, 6), torch.ones(2)
+    one, two = torch.randn(3), torch.randn(3)
+    rows = [[one, two], [torch.randn(3), torch.randn(3)]]
+    needs = torch.zeros(6, requires_grad=True)
+    refused = [
+        (lambda: ops.combine(w, g, out=torch.empty(5)), ValueError, "shape"),
+        (lambda: ops.combine(w, g, out=torch.empty(6, dtype=torch.float64)), ValueError, "float64"),
+        (lambda: ops.combine(w, g, out=[torch.empty(6)]), TypeError, "got list"),
+        (lambda: ops.combine(w, g, out=torch.empty(12)[::2]), ValueError, "without gaps"),
+        (lambda: ops.combine(torch.eye(2), g, out=torch.zeros(6).expand(2, 6)), ValueError, "overlap"),
+        (lambda: ops.combine(torch.eye(2), g, out=g), ValueError, "memory of the gradients"),
+        (lambda: ops.combine(w, g, out=needs), RuntimeError, "autograd"),
+        (lambda: ops.pcgrad(g, out=needs), RuntimeError, "autograd"),
+        (lambda: ops.combine(w, rows, out=[torch.empty(3)]), ValueError, "2 tensors"),
+        (lambda: ops.combine(w, rows, out=[torch.empty(3), None]), TypeError, r"out\[1\]"),
+        (lambda: ops.combine(w, rows, out=[torch.empty(3), torch.empty(4)]), ValueError, r"out\[1\]"),
+        (lambda: ops.combine(w, rows, out=[needs[:3].detach()] * 2), ValueError, "one twice"),
+        (lambda: ops.combine(w, rows, out=[two, torch.empty(3)]), ValueError, "gradient of parameter 1"),
+    ]
+    before = (g.clone(), one.clone(), two.clone())
+    for call, error, match in refused:
+        with pytest.raises(error, match=match):
+            call()
+    assert torch.equal(g, before[0]) and torch.equal(one, before[1]) and torch.equal(two, before[2])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_does_not_lower_the_precision(backend: str) -> None:
+    if (reason := _backend.unavailable(backend, "cpu")) is not None:
+        pytest.skip(reason)
+    g = torch.randn(4, 500, requires_grad=True)
+    w = torch.randn(4, requires_grad=True)
+    with fastmtl.use_backend(backend):
+        expected = (ops.gram(g), ops.combine(w, g), *torch.autograd.grad(ops.combine(w, g).square().sum(), (w, g)))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = (ops.gram(g), ops.combine(w, g), *torch.autograd.grad(ops.combine(w, g).square().sum(), (w, g)))
+    for x, y in zip(got, expected, strict=True):
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)

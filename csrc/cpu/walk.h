@@ -26,8 +26,8 @@ inline Plan make_plan(const Rows& rows) {
     blocks += (p.numel + kBlock - 1) / kBlock;
   }
   plan.first_block.push_back(blocks);
-  // at most 128 chunks; large enough that a chunk's T x T partial sums stay under 1% of its gradients
-  constexpr int64_t kMaxChunks = 128;
+  // at most 512 chunks; large enough that a chunk's T x T partial sums stay under 1% of its gradients
+  constexpr int64_t kMaxChunks = 512;
   plan.blocks_per_chunk = std::max<int64_t>({(blocks + kMaxChunks - 1) / kMaxChunks, 4, rows.num_tasks / 4});
   plan.num_chunks = (blocks + plan.blocks_per_chunk - 1) / plan.blocks_per_chunk;
   return plan;

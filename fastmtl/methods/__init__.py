@@ -12,7 +12,9 @@ _METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in (PCGrad, Sum
 
 
 def get(method: str | Weighting) -> Weighting:
-    """The method of that lower-case name with its default arguments; a method or a callable comes back as it is.
+    """The method of that name with its default arguments; a method or a callable comes back as it is.
+
+    Names are the classes' in lower case; other cases are accepted.
 
     Raises:
         ValueError: no method has that name.
@@ -23,9 +25,9 @@ def get(method: str | Weighting) -> Weighting:
         PCGrad('sum')
     """
     if isinstance(method, str):
-        if method not in _METHODS:
+        if method.lower() not in _METHODS:
             raise ValueError(f"method: expected one of {', '.join(sorted(_METHODS))}, got {method!r}")
-        return _METHODS[method]()
+        return _METHODS[method.lower()]()
     if isinstance(method, type):
         raise TypeError(f"method: expected an instance, got the class {method.__name__}: write {method.__name__}()")
     if isinstance(method, Method) or callable(method):

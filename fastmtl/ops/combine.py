@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl._backend import choose
-from fastmtl._library import define_kernel, define_op
+from fastmtl._library import define_kernel, define_op, without_autocast
 from fastmtl.ops import reference
 from fastmtl.ops._rows import (
     MAX_TASKS,
@@ -65,7 +65,7 @@ def combine(
         if out is None:
             return combine_op(weights, grads)
         targets = read_out_bank(out, weights.shape[:-1] + grads.shape[1:], grads)
-        check_unrecorded(weights, grads)
+        check_unrecorded(weights, grads, *targets)
         combine_into(weights, bank_rows(grads), targets)
         return out
     rows = read_lists(grads)
@@ -73,7 +73,7 @@ def combine(
     if out is not None:
         count = 1 if weights.dim() == 1 else weights.shape[0]
         targets = read_out_lists([out] if weights.dim() == 1 else out, count, rows)
-        check_unrecorded(weights, *rows.tensors)
+        check_unrecorded(weights, *rows.tensors, *targets)
         combine_into(weights, rows, targets)
         return out
     columns = combine_list_op(weights, rows.tensors, rows.index, rows.num_params)
@@ -140,13 +140,20 @@ _INTO = {"cpu": _into_compiled, "cuda": _into_compiled, "reference": _into_refer
 
 def combine_into(weights: Tensor, rows: Rows, out: Sequence[Tensor]) -> None:
     """`combine_list` into given memory: the present parameters, or K times those. Nothing is checked here."""
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(weights.device.type):
         choose("combine", weights.device.type, _INTO)(weights, rows, out)
+    mark_written(out)
+
+
+def mark_written(out: Sequence[Tensor]) -> None:
+    """Tells autograd, which then refuses a backward pass that had saved one of these."""
+    if not torch.compiler.is_compiling():  # where the kernel's schema says so
+        torch.autograd.graph.increment_version(out)
 
 
 def check_unrecorded(*tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise RuntimeError("out: can't be recorded for autograd: leave it out, detach the arguments or use no_grad")
+        raise RuntimeError("out: can't be recorded for autograd: leave it out, or detach the arguments and `out`")
 
 
 def read_out_bank(out: Any, shape: torch.Size, grads: Tensor) -> list[Tensor]:
@@ -160,6 +167,8 @@ def read_out_bank(out: Any, shape: torch.Size, grads: Tensor) -> list[Tensor]:
         )
     if out.shape[-1] > 1 and out.stride(-1) != 1:
         raise ValueError(f"out: expected rows without gaps, got strides {list(out.stride())}")
+    if out.dim() == 2 and out.shape[0] > 1 and abs(out.stride(0)) < out.shape[1]:
+        raise ValueError(f"out: expected rows that don't overlap, got strides {list(out.stride())}")
     rows = [out] if out.dim() == 1 else list(out.unbind(0))
     if len(rows) > 1:
         _check_apart(rows, [grads])
@@ -189,8 +198,16 @@ def read_out_lists(out: Any, count: int, rows: Rows) -> list[Tensor]:
             if t.stride() != stride or not is_dense(t):
                 raise ValueError(f"out[{i}]: expected dense memory in one layout, got strides {list(t.stride())}")
             found.append(t)
+    pointers = [x.data_ptr() for x in found if x.numel()]
+    if len(set(pointers)) != len(pointers):
+        raise ValueError("out: expected different tensors, got one twice")
     if count > 1:
         _check_apart(found, rows.tensors)
+    else:
+        held = {x.data_ptr(): k % rows.num_params for x, k in zip(rows.tensors, rows.index, strict=True) if x.numel()}
+        for i, x in zip(like, found, strict=True):
+            if x.numel() and held.get(x.data_ptr(), i) != i:
+                raise ValueError(f"out[{i}]: is the gradient of parameter {held[x.data_ptr()]}, which is still needed")
     return found
 
 
@@ -258,7 +275,8 @@ def _combine_backward(ctx, grad_out: Tensor):
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """`[K, P], [T, P] -> [K, T]` in the accumulation dtype; plain torch, so differentiable to any order."""
     dtype = accumulate_dtype([a.dtype, b.dtype])
-    return a.to(dtype) @ b.to(dtype).mT
+    with without_autocast(a.device.type):
+        return a.to(dtype) @ b.to(dtype).mT
 
 
 def inner_products_list(

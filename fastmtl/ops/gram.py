@@ -28,7 +28,7 @@ def gram(grads: Grads) -> Tensor:
 
     Returns:
         `[T, T]`, symmetric: float64 if any gradient is float64, else float32. On the CPU products are summed in
-        float32 within blocks of at most 2048 columns (float64 for float64 input) and in float64 across blocks, in
+        float32 within blocks of at most 1024 columns (float64 for float64 input) and in float64 across blocks, in
         a fixed order: the same input gives the same bits, whatever the number of threads.
         A sum beyond the range of float32 shows as inf or NaN; products of float32 gradients with norms
         below about 1e-19 underflow to zero.

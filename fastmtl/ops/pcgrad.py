@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl._backend import choose
-from fastmtl._library import define_kernel, define_op
+from fastmtl._library import define_kernel, define_op, without_autocast
 from fastmtl.ops import reference
 from fastmtl.ops._rows import Grads, Rows, bank_rows, check_bank, check_num_tasks, is_bank, read_lists
 from fastmtl.ops.combine import (
@@ -19,6 +19,7 @@ from fastmtl.ops.combine import (
     combine_op,
     inner_products,
     inner_products_list,
+    mark_written,
     pick_positions,
     read_out_bank,
     read_out_lists,
@@ -140,14 +141,14 @@ def pcgrad(
         if out is None:
             return pcgrad_op(grads, order, reduction, include_self)
         targets = read_out_bank(out, grads.shape[1:], grads)
-        check_unrecorded(grads)
+        check_unrecorded(grads, *targets)
         _pcgrad_into(bank_rows(grads), order, reduction, include_self, targets)
         return out
     rows = read_lists(grads)
     order = _given_or_drawn(order, rows.num_tasks, rows.tensors[0].device if rows.tensors else None, generator)
     if out is not None:
         targets = read_out_lists([out], 1, rows)
-        check_unrecorded(*rows.tensors)
+        check_unrecorded(*rows.tensors, *targets)
         _pcgrad_into(rows, order, reduction, include_self, targets)
         return out
     return with_absent(pcgrad_list_op(*rows, order, reduction, include_self), rows.index, rows.num_params)
@@ -363,9 +364,10 @@ def _into_reference(rows: Rows, order: Tensor, reduction: str, include_self: boo
 
 def _pcgrad_into(rows: Rows, order: Tensor, reduction: str, include_self: bool, out: list[Tensor]) -> None:
     _check_order_values(order, rows.num_tasks)
-    with torch.no_grad():
-        implementation = choose("pcgrad", order.device.type, {"cpu": _into_compiled, "reference": _into_reference})
+    implementation = choose("pcgrad", order.device.type, {"cpu": _into_compiled, "reference": _into_reference})
+    with torch.no_grad(), without_autocast(order.device.type):
         implementation(rows, order, reduction, include_self, out)
+    mark_written(out)
 
 
 _FUSED: dict[str, dict[str, Callable[..., Any]]] = {
