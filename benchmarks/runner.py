@@ -32,12 +32,12 @@ class Settings:
         memory: whether peak memory is measured.
     """
 
-    budget_s: float = 6.0
-    longest_s: float = 20.0
+    budget_s: float = 3.0
+    longest_s: float = 10.0
     memory: bool = True
 
 
-QUICK = Settings(budget_s=2.5, longest_s=1.0)
+QUICK = Settings(budget_s=2.0, longest_s=1.0)
 
 
 class Runner:

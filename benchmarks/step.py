@@ -18,7 +18,7 @@ from fastmtl.benchmarks.registry import Candidate, Case, Check
 from fastmtl.ops import reference
 
 BATCH = 64
-STEPS, QUICK_STEPS = 300, 20
+STEPS, QUICK_STEPS = 120, 20
 PASSES, QUICK_PASSES = 40, 15
 
 
