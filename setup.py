@@ -116,8 +116,8 @@ class BuildPy(build_py):
 
 
 setup(
-    packages=[*find_packages(include=["fastmtl", "fastmtl.*"]), "fastmtl.benchmarks"],
-    package_dir={"fastmtl.benchmarks": "benchmarks"},
+    packages=[*find_packages(include=["fastmtl", "fastmtl.*"]), "fastmtl.benchmarks", "fastmtl.kernels"],
+    package_dir={"fastmtl.benchmarks": "benchmarks", "fastmtl.kernels": "kernels"},
     package_data={"fastmtl": ["py.typed"]},
     ext_modules=ext_modules,
     cmdclass={"build_py": BuildPy, **commands},

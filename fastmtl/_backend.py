@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -83,7 +84,7 @@ def unavailable(backend: str, device_type: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
-        return "fastmtl has no Triton kernel yet"
+        return _triton_unavailable(device_type)
     if extension is None:
         return f"no compiled extension ({extension_error})"
     if backend != device_type:
@@ -93,22 +94,62 @@ def unavailable(backend: str, device_type: str) -> str | None:
     return None
 
 
-def choose(op: str, device_type: str, implementations: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, and so on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _triton_import_error() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return None
+
+
+def _triton_unavailable(device_type: str) -> str | None:
+    if _triton_import_error() is not None:
+        return _triton_import_error()
+    if device_type == "cuda" or (device_type == "cpu" and interpreting()):
+        return None
+    hint = " (on the CPU only in its interpreter: TRITON_INTERPRET=1)" if device_type == "cpu" else ""
+    return f"the triton backend takes cuda tensors, got tensors on {device_type!r}{hint}"
+
+
+def triton_kernels(module: str) -> Any:
+    """A module of `kernels/`, imported when it is first used: it imports Triton."""
+    return importlib.import_module(f"fastmtl.kernels.{module}")
+
+
+def choose(
+    op: str,
+    device_type: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    unsupported: Mapping[str, str | None] | None = None,
+) -> Callable[..., Any]:
     """The implementation of `op` to run for tensors on `device_type`.
 
+    Args:
+        op, device_type: for errors, and for what is preferred.
+        implementations: by backend.
+        unsupported: backend -> why it cannot serve these arguments (None: it can).
+
     Raises:
-        RuntimeError: a forced backend has no kernel for this op or this device.
+        RuntimeError: a forced backend has no kernel for this op, this device or these arguments.
     """
+    declined = {} if unsupported is None else unsupported
     forced = forced_backend()
     if forced is not None:
         reason = unavailable(forced, device_type)
         if reason is None and forced not in implementations:
             reason = f"it has no kernel for {op}"
+        reason = reason or declined.get(forced)
         if reason is not None:
             raise RuntimeError(f"fastmtl.{op}: backend {forced!r} is forced but cannot serve this call: {reason}")
         return implementations[forced]
     for backend in _PREFERENCE.get(device_type, ()):
-        if backend in implementations and unavailable(backend, device_type) is None:
+        if backend in implementations and not declined.get(backend) and unavailable(backend, device_type) is None:
             return implementations[backend]
     if device_type == "cpu" and extension is None:
         _warn_reference_once()

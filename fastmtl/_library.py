@@ -49,10 +49,12 @@ def define_op(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    backward: Callable[..., Any],
-    setup_context: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
 ) -> Any:
     """Defines a public op with an implementation for every device, a fake and an autograd formula.
+
+    Without `backward` the op is not differentiable: its results are integers, or it writes into an argument.
 
     `implementation` chooses the backend itself (see `fastmtl._backend.choose`), so that the choice is
     made when the op runs, in eager mode and inside a compiled graph alike.
@@ -61,7 +63,8 @@ def define_op(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, _outside_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastmtl::{name}", fake, lib=LIBRARY)
-    torch.library.register_autograd(f"fastmtl::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"fastmtl::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     PUBLIC_OPS[name] = (implementation, fake)
     return getattr(torch.ops.fastmtl, name).default
 

@@ -1,7 +1,29 @@
-"""Fused ops on task gradients. All live in `torch.ops.fastmtl`; these are their checked Python calls."""
+"""Fused ops on task gradients and with per-task weights.
 
+All live in `torch.ops.fastmtl`; these are their checked Python calls.
+"""
+
+from fastmtl.ops._task import TaskPlan
 from fastmtl.ops.combine import combine
 from fastmtl.ops.gram import gram
 from fastmtl.ops.pcgrad import pcgrad, pcgrad_coefficients, pcgrad_project, random_order
+from fastmtl.ops.task_conv2d import task_conv2d, task_conv2d_weight_grad
+from fastmtl.ops.task_linear import task_linear, task_linear_weight_grad
+from fastmtl.ops.task_plan import task_plan
+from fastmtl.ops.task_scale_shift import task_scale_shift
 
-__all__ = ["combine", "gram", "pcgrad", "pcgrad_coefficients", "pcgrad_project", "random_order"]
+__all__ = [
+    "TaskPlan",
+    "combine",
+    "gram",
+    "pcgrad",
+    "pcgrad_coefficients",
+    "pcgrad_project",
+    "random_order",
+    "task_conv2d",
+    "task_conv2d_weight_grad",
+    "task_linear",
+    "task_linear_weight_grad",
+    "task_plan",
+    "task_scale_shift",
+]
