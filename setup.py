@@ -116,7 +116,7 @@ class BuildPy(build_py):
 
 
 setup(
-    packages=[*find_packages(include=["fastmtl", "fastmtl.*"]), "fastmtl.benchmarks", "fastmtl.kernels"],
+    packages=[*find_packages(include=["fastmtl", "fastmtl.*"]), "fastmtl.benchmarks"],
     package_dir={"fastmtl.benchmarks": "benchmarks", "fastmtl.kernels": "kernels"},
     package_data={"fastmtl": ["py.typed"]},
     ext_modules=ext_modules,

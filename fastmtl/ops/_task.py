@@ -20,6 +20,10 @@ class TaskPlan(NamedTuple):
 
     `order[offsets[t] : offsets[t + 1]]` are the samples of task t, in the order in which the batch has them. Samples
     whose id is out of range (only on a GPU; the CPU raises) come last, from `offsets[T]` on.
+
+    Example:
+        >>> task_plan(torch.tensor([1, 0, 1]), 2).offsets
+        tensor([0, 1, 3])
     """
 
     task_ids: Tensor  # as given: [N], or [N, L] for packed sequences

@@ -61,7 +61,10 @@ def task_conv2d(
         gate: s, `[T]`; None: all ones. A gate that is exactly 0: that Delta is not read, neither forward nor for the
             gradients of x, `weight` and `delta` (which is zero); the gate's own gradient is `<dW_eff[t], Delta_t>`.
         bias: `[Cout]`, or `[T, Cout]`: one per task.
-        stride, padding, dilation, groups: as in `F.conv2d`, `padding="same"` and `"valid"` included.
+        stride: as for `F.conv2d`, as are `padding` (`"same"` and `"valid"` included), `dilation` and `groups`.
+        padding: see `stride`.
+        dilation: see `stride`.
+        groups: see `stride`; `groups=Cin` is a depthwise convolution.
 
     Returns:
         `[N, Cout, Ho, Wo]` in the dtype of x (or autocast's); channels_last if x is.
@@ -128,7 +131,10 @@ def task_conv2d_weight_grad(
         task_ids: `[N]` int32 or int64 from 0 to T - 1, or a `TaskPlan`.
         num_tasks: T.
         kernel_size: kh and kw, or one number for both.
-        stride, padding, dilation, groups: of the convolution.
+        stride: of the convolution, as are `padding`, `dilation` and `groups`.
+        padding: see `stride`.
+        dilation: see `stride`.
+        groups: see `stride`.
         dtype: of the result; None: that of x.
         out: memory for the result, `[T, Cout, Cin / groups, kh, kw]` of any strides that do not overlap and any
             floating-point dtype: rows of a gradient bank in the parameter's own memory order, for instance. Not

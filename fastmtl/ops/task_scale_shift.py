@@ -30,7 +30,8 @@ def task_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, task_ids: Tensor |
     Args:
         x: `[N, C, ...]` of any rank from 2 on, any strides; float64 (CPU), float32, bfloat16 or float16. Under autocast
             it is cast to autocast's dtype.
-        scale, shift: `[T, C]`, in the dtype of x, or float32 beside a 16-bit x.
+        scale: `[T, C]`, in the dtype of x, or float32 beside a 16-bit x.
+        shift: as `scale`.
         task_ids: `[N]` int32 or int64 from 0 to T - 1, or a `TaskPlan`.
 
     Returns:
