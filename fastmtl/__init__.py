@@ -1,6 +1,6 @@
 """fastmtl: fused kernels for multi-task learning in PyTorch."""
 
-from fastmtl import methods, ops, optim
+from fastmtl import methods, nn, ops, optim
 from fastmtl._backend import use_backend
 from fastmtl._marks import mark_per_task
 from fastmtl._version import __version__
@@ -14,6 +14,7 @@ __all__ = [
     "backward",
     "mark_per_task",
     "methods",
+    "nn",
     "ops",
     "optim",
     "use_backend",
