@@ -1,0 +1,134 @@
+"""Launching of Triton kernels, and what launchers need around it: pointer tables, facts about the device."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmtl._backend import interpreting
+from fastmtl.kernels.configs import ASSUMED_SHARED, ASSUMED_SMS
+
+POINTERS_PER_LAUNCH = 16
+TABLES_KEPT = 512
+# an address that no tensor has: the arguments must be 64 bit whatever they hold
+NO_POINTER = -(1 << 62)
+
+
+class Launch(NamedTuple):
+    """A launch as it would be made, for compiling ahead of time."""
+
+    fn: Any
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_recorded: list[list[Launch]] = []
+_tables: collections.OrderedDict[tuple[Any, ...], Tensor] = collections.OrderedDict()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collects the launches made inside the block, on tensors of the meta device, instead of running them."""
+    _recorded.append([])
+    try:
+        yield _recorded[-1]
+    finally:
+        _recorded.pop()
+
+
+def launch(fn: Any, grid: Sequence[int], num_warps: int = 4, num_stages: int = 1, **arguments: Any) -> None:
+    """Runs `fn` on the device of its tensors; an empty grid runs nothing."""
+    if _recorded:
+        _recorded[-1].append(Launch(fn, arguments, num_warps, num_stages))
+        return
+    if min(grid) == 0:
+        return
+    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        fn[tuple(grid)](**arguments, num_warps=num_warps, num_stages=num_stages)
+
+
+def num_sms(device: torch.device) -> int:
+    return _properties(device)[0]
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block may take."""
+    return _properties(device)[1]
+
+
+@functools.cache
+def _properties(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda":
+        return ASSUMED_SMS, ASSUMED_SHARED
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.shared_memory_per_block_optin
+
+
+@triton.jit(do_not_specialize=[f"a{k}" for k in range(POINTERS_PER_LAUNCH)] + ["first", "count"])
+def pointer_table_kernel(
+    p_table,
+    first,
+    count,
+    a0: tl.int64, a1: tl.int64, a2: tl.int64, a3: tl.int64, a4: tl.int64, a5: tl.int64, a6: tl.int64, a7: tl.int64,
+    a8: tl.int64, a9: tl.int64, a10: tl.int64, a11: tl.int64, a12: tl.int64, a13: tl.int64, a14: tl.int64,
+    a15: tl.int64,
+    NONE: tl.constexpr,
+):  # fmt: skip
+    addresses = (a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15)
+    for k in tl.static_range(16):
+        if k < count:
+            address = addresses[k]
+            tl.store(p_table + first + k, tl.where(address == NONE, 0, address))
+
+
+def pointer_table(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Addresses as an int64 tensor on the device; 0 for None.
+
+    They travel as kernel arguments: no copy from the host, so this may stand in a captured graph. Tables are kept by
+    device, stream and addresses; a graph under capture gets one of its own, which lives as long as the graph does.
+    """
+    device = next(x.device for x in tensors if x is not None)
+    addresses = [NO_POINTER if x is None else x.data_ptr() for x in tensors]
+    if device.type == "cuda":
+        capturing = torch.cuda.is_current_stream_capturing()
+        key = (device, torch.cuda.current_stream(device).cuda_stream, *addresses)
+    else:
+        capturing, key = bool(_recorded), (device, 0, *addresses)
+    if not capturing and key in _tables:
+        _tables.move_to_end(key)
+        return _tables[key]
+    table = torch.empty(len(addresses), dtype=torch.int64, device=device)
+    for first in range(0, len(addresses), POINTERS_PER_LAUNCH):
+        part = addresses[first : first + POINTERS_PER_LAUNCH]
+        filled = part + [NO_POINTER] * (POINTERS_PER_LAUNCH - len(part))
+        launch(
+            pointer_table_kernel,
+            (1,),
+            num_warps=1,
+            p_table=table,
+            first=first,
+            count=len(part),
+            **{f"a{k}": a for k, a in enumerate(filled)},
+            NONE=NO_POINTER,
+        )
+    if not capturing:
+        _tables[key] = table
+        if len(_tables) > TABLES_KEPT:
+            _tables.popitem(last=False)
+    return table
+
+
+def in_interpreter() -> bool:
+    """For kernels: the interpreter's bfloat16 products are wrong, so operands are made float32 there."""
+    return interpreting()

@@ -1,0 +1,166 @@
+"""Forward: an implicit GEMM over (sample, output pixel) in order of tasks."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastmtl.kernels.stage import delta_pointer, find_tile, has_delta, multiply, task_scale
+
+
+@triton.jit(do_not_specialize=["num_samples", "num_tasks", "shared_slot", "height", "width", "out_width", "pixels"])
+def task_conv2d_fwd_kernel(
+    p_x,
+    p_w,
+    p_delta,
+    p_table,
+    p_gate,
+    p_bias,
+    p_y,
+    p_order,
+    p_offsets,
+    num_samples,
+    num_tasks,
+    shared_slot,
+    height,
+    width,
+    out_width,
+    pixels,
+    channels,
+    features,
+    pad_h,
+    pad_w,
+    x_n,
+    x_c,
+    x_h,
+    x_w,
+    w_t,
+    w_co,
+    w_ci,
+    w_kh,
+    w_kw,
+    d_t,
+    d_co,
+    d_ci,
+    d_kh,
+    d_kw,
+    y_n,
+    y_c,
+    y_h,
+    y_w,
+    b_t,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    PACKED: tl.constexpr,
+    FUSED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    CAST: tl.constexpr,
+    TB: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """y[row, co] = sum over (tap, ci) of x[row moved by tap, ci] W_eff[co, tap, ci] + bias[co]. One task per tile.
+
+    channels, features: per group. Staged: p_w is the workspace of `stage_kernel`; FUSED: it is W.
+    PACKED: a K block spans taps, for few channels.
+    """
+    blocks_n = tl.cdiv(features, BN)
+    tile = tl.program_id(0) // blocks_n
+    column = tl.program_id(0) - tile * blocks_n
+    group = tl.program_id(1)
+    task, low, high = find_tile(p_offsets, tile, BM, num_tasks, num_samples, pixels, TB)
+    if low >= high:
+        return
+    if not WIDE:
+        low = low.to(tl.int32)
+        high = high.to(tl.int32)
+
+    row = low + tl.arange(0, BM)
+    row_ok = row < high
+    sample = row // pixels
+    pixel = row - sample * pixels
+    oh = pixel // out_width
+    ow = pixel - oh * out_width
+    n = tl.load(p_order + sample, mask=row_ok, other=0).to(tl.int64)
+    ih = oh * SH - pad_h
+    iw = ow * SW - pad_w
+    p_rows = p_x + n * x_n + (ih * x_h + iw * x_w)
+
+    f = column * BN + tl.arange(0, BN)
+    f_ok = f < features
+    co = group * features + f
+    if WIDE:
+        co = co.to(tl.int64)
+    first_channel = group * channels
+
+    scale = task_scale(p_gate, task, num_tasks)
+    opened = has_delta(p_delta, p_table, task, num_tasks) & (scale != 0)
+    if FUSED:
+        if p_w is not None:
+            p_w_columns = p_w + co * w_co
+        if p_delta is not None:
+            p_d_columns = delta_pointer(p_delta, p_table, task, num_tasks, d_t, ALIGNED) + co * d_co
+    else:
+        slot = tl.where(opened, task, shared_slot).to(tl.int64)
+        p_w_columns = p_w + slot * w_t + co * w_co
+
+    k = tl.arange(0, BK)
+    if PACKED:
+        depth = KH * KW * channels
+        steps = tl.cdiv(depth, BK)
+    else:
+        blocks_k = tl.cdiv(channels, BK)
+        steps = KH * KW * blocks_k
+    # rows of no task become NaN: no weight is read for them
+    steps = tl.where(task == num_tasks, 0, steps)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for step in range(0, steps):
+        if PACKED:
+            flat = step * BK + k
+            tap = flat // channels
+            ci = flat - tap * channels
+            k_ok = flat < depth
+        else:
+            tap = step // blocks_k
+            ci = (step - tap * blocks_k) * BK + k
+            k_ok = ci < channels
+        kh = tap // KW
+        kw = tap - kh * KW
+        if PACKED:
+            at_h = ih[:, None] + (kh * DH)[None, :]
+            at_w = iw[:, None] + (kw * DW)[None, :]
+        else:
+            at_h = (ih + kh * DH)[:, None]
+            at_w = (iw + kw * DW)[:, None]
+        inside = row_ok[:, None] & (at_h >= 0) & (at_h < height) & (at_w >= 0) & (at_w < width)
+        moved = kh * (DH * x_h) + kw * (DW * x_w) + (first_channel + ci) * x_c
+        a = tl.load(p_rows[:, None] + moved[None, :], mask=inside & k_ok[None, :], other=0.0)
+        w_ok = k_ok[:, None] & f_ok[None, :]
+        if FUSED:
+            b_eff = tl.zeros((BK, BN), tl.float32)
+            if p_w is not None:
+                moved_w = kh * w_kh + kw * w_kw + ci * w_ci
+                b_eff = tl.load(p_w_columns[None, :] + moved_w[:, None], mask=w_ok, other=0.0).to(tl.float32)
+            if p_delta is not None:
+                moved_d = kh * d_kh + kw * d_kw + ci * d_ci
+                b_d = tl.load(p_d_columns[None, :] + moved_d[:, None], mask=w_ok & opened, other=0.0)
+                b_eff += scale * b_d.to(tl.float32)
+            b = b_eff.to(a.dtype)
+        else:
+            moved_w = kh * w_kh + kw * w_kw + ci * w_ci
+            b = tl.load(p_w_columns[None, :] + moved_w[:, None], mask=w_ok, other=0.0)
+        acc = multiply(a, b, acc, CAST)
+
+    if p_bias is not None:
+        bias_task = tl.minimum(task, num_tasks - 1)
+        acc += tl.load(p_bias + bias_task * b_t + co, mask=f_ok, other=0.0).to(tl.float32)[None, :]
+    acc = tl.where(task == num_tasks, float("nan"), acc)
+    p_y_rows = p_y + n * y_n + (oh * y_h + ow * y_w)
+    p_out = p_y_rows[:, None] + (co * y_c)[None, :]
+    tl.store(p_out, acc.to(p_y.dtype.element_ty), mask=row_ok[:, None] & f_ok[None, :])
