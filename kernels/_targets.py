@@ -31,7 +31,7 @@ def as_target(name: str, made: Launch, dtype: torch.dtype, representative: bool,
     attrs: dict[tuple[int], list[list[Any]]] = {}
     for position, param in enumerate(made.fn.params):
         value = made.arguments[param.name]
-        fixed = param.is_constexpr or value is None or (value == 1 and not isinstance(value, Tensor))
+        fixed = param.is_constexpr or value is None or (not isinstance(value, Tensor) and value == 1)
         if fixed and (param.is_constexpr or not param.do_not_specialize or value is None):
             signature[param.name] = "constexpr"
             constexprs[param.name] = value
@@ -119,5 +119,6 @@ def build_targets() -> Iterator[BuildTarget]:
             for target in part(dtype):
                 short = _TYPE_NAMES[dtype]
                 yield target._replace(name=f"{target.name}-{short}")
-    for module in ("task_plan", "task_scale_shift"):
-        yield from importlib.import_module(f"fastmtl.kernels.{module}").build_targets()
+    for name in ("task_plan", "task_scale_shift"):
+        module = importlib.import_module(f"fastmtl.kernels.{name}")
+        yield from getattr(module, "build_targets", tuple)()
