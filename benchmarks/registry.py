@@ -13,6 +13,7 @@ import torch
 SUITES: dict[str, str] = {
     "surgery": "fastmtl.benchmarks.surgery",
     "step": "fastmtl.benchmarks.step",
+    "conv": "fastmtl.benchmarks.conv",
 }
 
 
@@ -69,6 +70,7 @@ class Case:
         input_bytes: size of one set of inputs: small ones are rotated so that no cache serves them. 0: one set.
         moved: name of a floor -> bytes that must move for it; the name `floor` takes `flops` into account too.
         flops: floating-point operations that must be done, for `floor`.
+        floor_from: label of a yardstick whose time in the same run is added to the bytes of `floor`.
         prepare: (inputs, label) -> argument of the call; not timed.
         reps: a fixed number of samples instead of a time budget.
         finish: inputs -> further figures, after the timing.
@@ -86,6 +88,7 @@ class Case:
     input_bytes: int = 0
     moved: Mapping[str, int] = field(default_factory=dict)
     flops: int = 0
+    floor_from: str | None = None
     prepare: Callable[[Any, str], Any] | None = None
     reps: int | None = None
     finish: Callable[[Any], dict[str, Any]] | None = None

@@ -158,7 +158,8 @@ class Runner:
             self.report(f"timing, sample {done[0]}")
 
         # what every ratio of the row hangs on is sampled more often
-        at_least = dict.fromkeys((case.ours.label, "(copy)"), FEWEST_OF_OURS)
+        hinges = [case.ours.label, "(copy)", *([case.floor_from] if case.floor_from else [])]
+        at_least = dict.fromkeys(hinges, FEWEST_OF_OURS)
         return measure.interleave(samplers, self.settings.budget_s, at_least=at_least, reps=case.reps, tick=tick)
 
     def _too_slow(self, candidate: Candidate) -> str | None:
@@ -228,6 +229,14 @@ class Runner:
             floor = row["floors"]["floor"]
             floor |= {"flops": case.flops, "bytes_s": floor["s"], "flops_s": case.flops * multiply}
             floor["s"] = max(floor["bytes_s"], floor["flops_s"])
+        if case.floor_from is not None:
+            least = self.best_seconds(row["times"][case.floor_from])
+            if least is None:
+                # it could not run, so there is no floor
+                del row["floors"]["floor"]
+                return
+            floor = row["floors"]["floor"]
+            floor |= {"from": case.floor_from, "from_s": least, "bytes_s": floor["s"], "s": floor["s"] + least}
 
     @staticmethod
     def best_seconds(entry: dict[str, Any]) -> float | None:
