@@ -59,6 +59,11 @@ class TaskParameters(nn.ParameterDict):
         super().__setstate__(state)
         self._mark()
 
+    def extra_repr(self) -> str:
+        # one line for all tasks: a network has dozens of such layers
+        shapes = list(dict.fromkeys(str(list(p.shape)) for p in self.values()))
+        return f"{len(self)} x {' or '.join(shapes)}" if shapes else ""
+
     def _mark(self) -> None:
         mark_per_task([p for p in self._parameters.values() if p is not None])
 
