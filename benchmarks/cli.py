@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastmtl.benchmarks import registry
+from fastmtl.benchmarks import registry, report
 from fastmtl.benchmarks.machine import describe, slug
 from fastmtl.benchmarks.runner import QUICK, Runner, Settings
 
@@ -59,21 +58,26 @@ def run(options: argparse.Namespace) -> int:
     if not cases:
         print(f"fastmtl bench: no case has {options.filter!r} in its name", file=sys.stderr)
         return 2
+    try:
+        # before the run, not after it
+        kept = report.file_of(slug(describe(device)), options.out)
+        if kept.exists():
+            report.read(kept)
+    except ValueError as error:
+        print(f"fastmtl bench: {error}", file=sys.stderr)
+        return 2
     results = run_cases(cases, device, quick=options.quick, out=options.out)
     return 0 if all(row["status"] == "ok" for row in results["rows"]) else 1
 
 
 def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, out: Path) -> dict[str, Any]:
-    """Runs the cases with a progress display, prints the table, writes the files; returns the results."""
+    """Runs the cases with a progress display, prints the table, writes the files; returns the results of this run."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from fastmtl.benchmarks import report
 
     # into a file or a pipe: wide enough for the table
     console = Console(width=None if sys.stdout.isatty() else 150)
     settings = QUICK if quick else Settings()
-    begin = time.perf_counter()
     machine = describe(device)
     console.print(
         f"fastmtl {machine['versions']['fastmtl']}, torch {machine['versions']['torch']}: {machine['device']}"
@@ -93,12 +97,12 @@ def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, 
             progress.advance(task)
             name, ours, floor, *_ = report.cells(row)
             progress.console.print(f"{name}: {ours}, {floor} x floor", highlight=False, markup=False)
+    how = {"quick": quick, "budget_s": settings.budget_s, "longest_s": settings.longest_s}
     results = {
-        "schema": 1,
+        "schema": 2,
         "slug": slug(machine),
         "machine": machine,
-        "settings": {"quick": quick, "budget_s": settings.budget_s, "longest_s": settings.longest_s},
-        "took_s": time.perf_counter() - begin,
+        "suites": report.suite_runs(rows, machine, how),
         "rows": rows,
     }
     report.print_table(results, console)

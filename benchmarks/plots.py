@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,60 @@ def _step(results: dict[str, Any], path: Path) -> Path | None:
     return _save(figure, path)
 
 
+def _conv(results: dict[str, Any], path: Path) -> Path | None:
+    """Forward and backward over the floor, by layer: T = 8 and 32, sorted and unsorted."""
+    main = ("both", "on", "channels_last", "list", False)
+    keys = ("direction", "gates", "layout", "delta", "gates_trained")
+    found: dict[tuple[int, bool], dict[str, float]] = {}
+    rows = [
+        row
+        for row in results["rows"]
+        if row["suite"] == "conv" and row["status"] == "ok" and "floor" in row.get("time_over", {})
+    ]
+    rows = [row for row in rows if tuple(row["params"].get(key) for key in keys) == main and row["op"] == "task_conv2d"]
+    if not rows:
+        return None
+    # one batch size and dtype: those with the most rows
+    setups = Counter((row["params"]["B"], row["params"]["dtype"], row["params"]["weight_dtype"]) for row in rows)
+    setup = setups.most_common(1)[0][0]
+    for row in rows:
+        p = row["params"]
+        if (p["B"], p["dtype"], p["weight_dtype"]) == setup and p["T"] in (8, 32):
+            found.setdefault((p["T"], p["sorted"]), {})[p["layer"]] = row["time_over"]["floor"]
+    if not found:
+        return None
+    layers = list(dict.fromkeys(layer for ratios in found.values() for layer in ratios))
+    figure, axes = _axes(10.0)
+    for (tasks, in_order), ratios in sorted(found.items()):
+        axes.plot(
+            [layers.index(layer) for layer in ratios],
+            list(ratios.values()),
+            marker="o" if in_order else "s",
+            fillstyle="full" if in_order else "none",
+            linestyle="none",
+            color={8: "C0", 32: "C1"}[tasks],
+            label=f"T = {tasks}, {'sorted' if in_order else 'unsorted'}",
+        )
+    axes.axhline(1.0, color="0.5", linewidth=0.8)
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(range(len(layers)), [layer.replace(" ", "\n", 2) for layer in layers], fontsize=7)
+    axes.set_ylabel("time / (one shared convolution + deltas at copy speed)", fontsize=8)
+    title = f"task_conv2d, forward + backward, batch {setup[0]}, {setup[1]}, on {results['machine']['device']}"
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return _save(figure, path)
+
+
 def draw(results: dict[str, Any], out: Path) -> list[Path]:
-    """Draws what the results have rows for; returns the files `<slug>-floor.png`, `-speedup.png`, `-step.png`."""
+    """Draws what the results have rows for; returns the files `<slug>-floor.png` and so on."""
     out.mkdir(parents=True, exist_ok=True)
     found = [
         draw_one(results, out / f"{results['slug']}-{name}.png")
-        for name, draw_one in (("floor", _floor), ("speedup", _speedup), ("step", _step))
+        for name, draw_one in (
+            ("floor", _floor),
+            ("speedup", _speedup),
+            ("step", _step),
+            ("conv", _conv),
+        )
     ]
     return [path for path in found if path is not None]

@@ -23,6 +23,20 @@ COLUMNS = (
     "vs TorchJD",
     "peak extra memory",
 )
+CONV_COLUMNS = (
+    "case",
+    "ours",
+    "x floor",
+    "x shared",
+    "vs fair loop",
+    "vs stacked loop",
+    "vs best other",
+    "extra memory / weight",
+)
+# of a row of suite `conv`: what is neither loop
+OTHERS = ("grouped", "vmap", "groupedmm", "adapter", "plain")
+# what tells runs of different suites in one file apart
+RUN = ("commit", "uncommitted_changes", "date", "versions", "system")
 
 
 def seconds(value: float | None) -> str:
@@ -60,15 +74,49 @@ def _versus(row: dict[str, Any], family: str) -> str:
     return "-"
 
 
+def _best_other(row: dict[str, Any]) -> str:
+    """Against the fastest of what is neither loop, and which that is."""
+    ratios = {family: row["speedup_over_best"][family] for family in OTHERS if family in row["speedup_over_best"]}
+    if not ratios:
+        return next((text for text in (_versus(row, family) for family in OTHERS) if text != "-"), "-")
+    family = min(ratios, key=lambda name: ratios[name])
+    return f"{_versus(row, family)} ({family})"
+
+
+def extra_weights(row: dict[str, Any]) -> float | None:
+    """Peak memory of a call beyond what it returns, in units of one weight."""
+    memory, weight = row.get("memory", {}).get("ours"), row["params"].get("weight_bytes")
+    if memory is None or not weight:
+        return None
+    return max(memory["peak_extra_bytes"] - memory["result_bytes"], 0) / weight
+
+
+def columns(row: dict[str, Any]) -> tuple[str, ...]:
+    """The header of the table that a row stands in."""
+    return CONV_COLUMNS if row["suite"] == "conv" else COLUMNS
+
+
 def cells(row: dict[str, Any]) -> list[str]:
-    """One line of the table, by `COLUMNS`."""
+    """One line of the table, by `columns(row)`."""
     name = row["case"] if row["device"] == "cpu" else f"{row['case']} ({row['device']})"
     if row["status"] != "ok":
-        return [name, row["status"].upper(), *["-"] * (len(COLUMNS) - 2)]
+        return [name, row["status"].upper(), *["-"] * (len(columns(row)) - 2)]
     ours = row["times"]["ours"]
     time = seconds(ours["median"])
     if "graph" in ours:
         time = f"{seconds(ours['graph']['median'])} (eager {time})"
+    if row["suite"] == "conv":
+        weights = extra_weights(row)
+        return [
+            name,
+            time,
+            _over(row, "floor"),
+            _over(row, "shared"),
+            _versus(row, "loop"),
+            _versus(row, "stacked"),
+            _best_other(row),
+            "-" if weights is None else f"{weights:.2g}",
+        ]
     floor = _over(row, "floor")
     for label, text in (("t_backwards", "of T passes"), ("sum", "of a plain step")):
         if label in row["time_over"]:
@@ -85,17 +133,25 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _by_table(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    tables: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        tables.setdefault(columns(row), []).append(row)
+    return tables
+
+
 def print_table(results: dict[str, Any], console: Any) -> None:
-    """A rich table of all rows, and accuracy by method where networks were trained."""
+    """A rich table of all rows of the same kind, and accuracy by method where networks were trained."""
     from rich.table import Table
 
-    table = Table(title=results["machine"]["device"], title_justify="left")
-    for k, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if k == 0 else "right", no_wrap=k == 0)
-    for row in results["rows"]:
-        style = {"failed": "red", "error": "red"}.get(row["status"])
-        table.add_row(*cells(row), style=style)
-    console.print(table)
+    for header, rows in _by_table(results["rows"]).items():
+        table = Table(title=results["machine"]["device"], title_justify="left")
+        for k, column in enumerate(header):
+            table.add_column(column, justify="left" if k == 0 else "right", no_wrap=k == 0)
+        for row in rows:
+            style = {"failed": "red", "error": "red"}.get(row["status"])
+            table.add_row(*cells(row), style=style)
+        console.print(table)
     for row in results["rows"]:
         if row["status"] != "ok":
             console.print(f"{row['case']}: {row['error']}", style="red", markup=False)
@@ -128,11 +184,59 @@ def _accuracy_table(row: dict[str, Any]) -> Any:
     return table
 
 
+# --- the file
+
+
+def suite_runs(rows: Sequence[dict[str, Any]], machine: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Suite -> commit, date, versions, settings and seconds of the run that its rows are from."""
+    return {
+        suite: {
+            **{key: machine.get(key) for key in RUN},
+            "settings": settings,
+            "took_s": sum(row.get("took_s", 0.0) for row in rows if row["suite"] == suite),
+        }
+        for suite in dict.fromkeys(row["suite"] for row in rows)
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A results file; one of an older version, whose rows are all of one run, as this version has it.
+
+    Raises:
+        ValueError: it is not a results file.
+    """
+    try:
+        results = json.loads(path.read_text())
+        if "suites" not in results:
+            results["suites"] = suite_runs(results["rows"], results["machine"], results.pop("settings", {}))
+            results.pop("took_s", None)
+        return results | {"schema": 2}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not a file of results ({type(error).__name__}: {error})") from error
+
+
+def file_of(results_slug: str, out: Path) -> Path:
+    return out / f"{results_slug}.json"
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new results, and of the old ones the suites that did not run again: a suite's rows are all of one run."""
+    suites = {**old["suites"], **new["suites"]}
+    rows = [row for row in old["rows"] if row["suite"] not in new["suites"]] + new["rows"]
+    place = list(suites)
+    return {**new, "suites": suites, "rows": sorted(rows, key=lambda row: place.index(row["suite"]))}
+
+
 def write(results: dict[str, Any], out: Path) -> tuple[Path, list[Path]]:
-    """Writes `<out>/<slug>.json` and the plots; returns their paths."""
+    """Writes `<out>/<slug>.json`, in which it keeps the suites that did not run, and the plots; returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{results['slug']}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path = file_of(results["slug"], out)
+    if path.exists():
+        results = merged(read(path), results)
+    # whole or not at all: the file holds figures of other runs
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.replace(path)
     return path, plots.draw(results, out)
 
 
@@ -144,17 +248,36 @@ def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in table)
 
 
+def _run_text(run: dict[str, Any]) -> str:
+    versions = run["versions"]
+    peer = f", TorchJD {versions['torchjd']}" if versions.get("torchjd") else ""
+    commit = (run["commit"] or "unknown")[:10] + (" with local changes" if run["uncommitted_changes"] else "")
+    return f"{run['date'][:10]}, commit {commit}, torch {versions['torch']}{peer}"
+
+
+def _when(results: dict[str, Any]) -> str:
+    """Date, commit and versions: once if all suites share them, else by suite."""
+    by_text: dict[str, list[str]] = {}
+    for suite, run in results["suites"].items():
+        by_text.setdefault(_run_text(run), []).append(suite)
+    if len(by_text) == 1:
+        return next(iter(by_text))
+    return "; ".join(f"{', '.join(suites)}: {text}" for text, suites in by_text.items())
+
+
 def readme_section(results: dict[str, Any], images: Sequence[str]) -> str:
     """The text between the markers: machine, headline rows, accuracy, plots."""
-    machine = results["machine"]
-    versions = machine["versions"]
-    peer = f", TorchJD {versions['torchjd']}" if versions.get("torchjd") else ""
-    commit = (machine["commit"] or "unknown")[:10] + (" with local changes" if machine["uncommitted_changes"] else "")
     parts = [
-        f"Measured on {machine['device']} ({machine['date'][:10]}, commit {commit}, torch {versions['torch']}{peer}); "
-        f"medians; floor: the bytes that must move, at the copy rate of the same run.",
-        _markdown(COLUMNS, [cells(row) for row in results["rows"] if row["headline"]]),
+        f"Measured on {results['machine']['device']} ({_when(results)}); "
+        f"medians; floor: the bytes that must move, at the copy rate of the same run."
     ]
+    for header, rows in _by_table([row for row in results["rows"] if row["headline"]]).items():
+        if header == CONV_COLUMNS:
+            parts.append(
+                "Per-task weights; floor: one shared layer in the same run, and the bytes of the deltas in use (one "
+                "read forward, two reads and one write with the backward pass) at the copy rate:"
+            )
+        parts.append(_markdown(header, [cells(row) for row in rows]))
     for row in results["rows"]:
         if "accuracy" in row.get("extra", {}):
             header, lines = _accuracy_lines(row)
@@ -186,7 +309,7 @@ def rewrite_readme(readme: Path, results_path: Path) -> None:
     begin, end = text.find(BEGIN), text.find(END)
     if text.count(BEGIN) != 1 or text.count(END) != 1 or end < begin:
         raise ValueError(f"{readme}: expected one {BEGIN} and after it one {END}")
-    results = json.loads(results_path.read_text())
+    results = read(results_path)
     drawn = plots.draw(results, results_path.parent)
     root = readme.resolve().parent
     images = [plots.relative(path.resolve(), root) for path in drawn]
