@@ -270,6 +270,8 @@ def task_conv2d_backward(
     for t, rows in segments(order, offsets):
         part, w = grad_out[rows], effective_weight(weights, t, x.dtype, num_tasks)
         inputs = x[rows]
+        if inputs.numel() == 0:
+            continue  # rows of no width, which a convolution refuses
         grad_x = grad_x.index_copy(0, rows, torch.nn.grad.conv2d_input(inputs.shape, w, part, *geometry))
         grad_eff[t] = torch.nn.grad.conv2d_weight(inputs, w.shape, part, *geometry).to(wide)
         grad_bias[t] = part.to(wide).sum((0, 2, 3))
@@ -341,9 +343,14 @@ def task_conv2d_weight_grad_out(
     out.copy_(task_conv2d_weight_grad(x, grad_out, order, offsets, size, stride, padding, dilation, groups, out.dtype))
 
 
+def _samples(x: Tensor, num_samples: int) -> Tensor:
+    """`[N, ..., C]` as `[N, R, C]`; either of N and R may be 0."""
+    return x.reshape(num_samples, x.shape[:-1].numel() // max(num_samples, 1), x.shape[-1])
+
+
 def _images(x: Tensor, num_samples: int) -> Tensor:
     """`[N, ..., C]` as N images of one row: `[N, C, 1, R]`, a view of contiguous x."""
-    return x.reshape(num_samples, -1, x.shape[-1]).transpose(1, 2).unsqueeze(2)
+    return _samples(x, num_samples).transpose(1, 2).unsqueeze(2)
 
 
 def task_linear(
@@ -359,7 +366,7 @@ def task_linear(
     """Each task's rows through `W + s_t Delta_t`; the samples are the first `order.numel()` slices of x."""
     weights = TaskWeights(weight, delta, delta_tasks, gate)
     num_tasks = offsets.shape[0] - 1
-    rows_of = x.reshape(order.shape[0], -1, x.shape[-1])
+    rows_of = _samples(x, order.shape[0])
     y = torch.full((*rows_of.shape[:2], weights.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
     for t, rows in segments(order, offsets):
         b = None if bias is None else (bias if bias.dim() == 1 else bias[t]).to(x.dtype)
@@ -389,7 +396,7 @@ def task_linear_backward(
     )  # fmt: skip
     out = []
     if wanted[0]:
-        out.append(found.pop(0).squeeze(2).transpose(1, 2).reshape(x.shape))
+        out.append(found.pop(0).squeeze(2).transpose(1, 2).reshape(x.shape).contiguous())
     count = len(wanted_delta) + (wanted[1] and weight is not None)
     return [*out, *(w[..., 0, 0].contiguous() for w in found[:count]), *found[count:]]
 
@@ -398,7 +405,7 @@ def task_linear_weight_grad(
     x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Each task's gradient of a shared weight: `[T, Cout, Cin]`."""
-    inputs, grads = (y.reshape(order.shape[0], -1, y.shape[-1]) for y in (x, grad_out))
+    inputs, grads = (_samples(y, order.shape[0]) for y in (x, grad_out))
     shape = (grad_out.shape[-1], x.shape[-1])
     dtype = dtype or x.dtype
     found = [torch.zeros(shape, dtype=dtype, device=x.device)] * (offsets.shape[0] - 1)
