@@ -440,7 +440,7 @@ def build_targets() -> Iterator[BuildTarget]:
                 name = f"{made.fn.__name__}-{layout}-{k}-{str(dtype).removeprefix('torch.')}"
                 # the last kernel reads one float32 per thread and row
                 wide = not layout.endswith("odd") and made.fn is not task_scale_shift_bwd_finish_kernel
-                yield as_target(name, made, dtype, layout == "channels_last" and k < 3, False, wide)
+                yield as_target(name, made, dtype, layout == "channels_last" and k < 4, False, wide)
 
 
 _TARGET_SIZES = {
