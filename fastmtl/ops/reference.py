@@ -196,6 +196,10 @@ def task_plan(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(ordered, torch.arange(num_tasks + 1, device=ids.device))
 
 
+def _recorded(gate: Tensor) -> bool:
+    return torch.is_grad_enabled() and gate.requires_grad
+
+
 def effective_weight(weights: TaskWeights, task: int, dtype: torch.dtype, num_tasks: int) -> Tensor:
     """`W + s_t Delta_t` in `dtype`, added in the widest dtype of the weights. A closed gate does not read Delta.
 
@@ -204,7 +208,7 @@ def effective_weight(weights: TaskWeights, task: int, dtype: torch.dtype, num_ta
     weight, delta, gate = weights.weight, weights.by_task(num_tasks)[task], weights.gate
     wide = torch.promote_types(weights.like.dtype, torch.float32)
     base = torch.zeros_like(weights.like, dtype=wide) if weight is None else weight.to(wide)
-    if delta is None or (gate is not None and gate[task] == 0 and not torch.is_grad_enabled()):
+    if delta is None or (gate is not None and gate[task] == 0 and not _recorded(gate)):
         return base.to(dtype)
     return (base + (delta.to(wide) if gate is None else gate[task].to(wide) * delta.to(wide))).to(dtype)
 
@@ -277,7 +281,7 @@ def task_conv2d_backward(
         grad_bias[t] = part.to(wide).sum((0, 2, 3))
     grad_delta = []
     for t in range(num_tasks):
-        closed = gate is not None and gate[t] == 0 and not torch.is_grad_enabled()
+        closed = gate is not None and gate[t] == 0 and not _recorded(gate)
         scaled = grad_eff[t] if gate is None else gate[t].to(wide) * grad_eff[t]
         grad_delta.append(torch.zeros_like(scaled) if closed else scaled)
     out = []
