@@ -1,10 +1,9 @@
-"""Launching of Triton kernels, and what launchers need around it: pointer tables, facts about the device."""
+"""Launching of Triton kernels, and what launchers need around it: pointer tables, recording."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmtl._backend import interpreting
-from fastmtl.kernels.configs import ASSUMED_SHARED, ASSUMED_SMS
 
 POINTERS_PER_LAUNCH = 16
 TABLES_KEPT = 512
@@ -56,23 +54,6 @@ def launch(fn: Any, grid: Sequence[int], num_warps: int = 4, num_stages: int = 1
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         fn[tuple(grid)](**arguments, num_warps=num_warps, num_stages=num_stages)
-
-
-def num_sms(device: torch.device) -> int:
-    return _properties(device)[0]
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block may take."""
-    return _properties(device)[1]
-
-
-@functools.cache
-def _properties(device: torch.device) -> tuple[int, int]:
-    if device.type != "cuda":
-        return ASSUMED_SMS, ASSUMED_SHARED
-    found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, found.shared_memory_per_block_optin
 
 
 @triton.jit(do_not_specialize=[f"a{k}" for k in range(POINTERS_PER_LAUNCH)] + ["first", "count"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 # where there is no device to ask: an H100's
 ASSUMED_SMS = 132
@@ -21,6 +23,9 @@ CHANNELS_LAST_MIN_CHANNELS = 8
 PACKED_MAX_CHANNELS = 24
 # elements that a block of the staging kernel writes
 STAGE_BLOCK = 2048
+# likewise of the kernel that finishes a split weight gradient; and columns, rows of a step of the bias gradient
+FINISH_BLOCK = 512
+BIAS_TILE = (64, 32)
 # blocks per SM that a weight gradient should at least have; below, rows are split too
 WGRAD_BLOCKS_PER_SM = 1
 # rows that a split of the weight gradient should at least have
@@ -61,8 +66,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "fwd": {
         _WIDE: (
             Tile(128, 128, 64, 8, 3),
-            Tile(128, 64, 64, 4, 4),
-            Tile(64, 128, 64, 4, 3),
+            Tile(128, 64, 64, 8, 4),
             Tile(64, 64, 64, 4, 4),
             Tile(64, 32, 64, 4, 4),
             Tile(64, 16, 32, 4, 4),
@@ -78,6 +82,45 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
             Tile(16, 64, 32, 4, 3),
         ),
     },
+    "fwd_fused": {
+        _WIDE: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
+        _NARROW: (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
+    },
+    "fwd_packed": {
+        _WIDE: (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2), Tile(64, 16, 16, 4, 2)),
+        _NARROW: (Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 4, 2), Tile(64, 16, 16, 4, 2)),
+    },
+    "dgrad": {
+        _WIDE: (
+            Tile(128, 128, 64, 8, 3),
+            Tile(128, 64, 64, 8, 4),
+            Tile(64, 64, 64, 4, 4),
+            Tile(64, 32, 64, 4, 4),
+            Tile(64, 16, 32, 4, 4),
+            Tile(32, 64, 64, 4, 4),
+            Tile(16, 64, 64, 4, 4),
+        ),
+        _NARROW: (
+            Tile(128, 64, 32, 8, 3),
+            Tile(64, 64, 32, 4, 3),
+            Tile(64, 32, 32, 4, 3),
+            Tile(64, 16, 32, 4, 3),
+            Tile(32, 64, 32, 4, 3),
+            Tile(16, 64, 32, 4, 3),
+        ),
+    },
+    "dgrad_fused": {
+        _WIDE: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
+        _NARROW: (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
+    },
+    "wgrad": {
+        _WIDE: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3)),
+        _NARROW: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
+    },
+    "wgrad_packed": {
+        _WIDE: (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 4, 2), Tile(16, 16, 32, 4, 2)),
+        _NARROW: (Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 4, 2), Tile(16, 16, 16, 4, 2)),
+    },
 }
 
 # bytes of traffic weighed against products in the wave model below. To be set by measurement.
@@ -91,8 +134,8 @@ def force(**choices: Any) -> Iterator[None]:
     """Overrides the rules inside the block, for tests and measurements.
 
     Args:
-        choices: `schedule` ("staged" or "fused"), `wgrad` ("walk" or "split"), `chunks` (of tasks), `split_rows`, and
-            the tiles `fwd`, `dgrad`, `wgrad_tile` (a `Tile`).
+        choices: `schedule` ("staged" or "fused"); of the weight gradient `mode` ("walk" or "split"), `chunks` (of
+            tasks) and `split_rows`; and a `Tile` under the name of any kernel of `TILES`.
     """
     before = dict(_forced)
     _forced.update(choices)
@@ -111,6 +154,15 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@functools.cache
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Processors, and bytes of shared memory that a block may take."""
+    if device.type != "cuda":
+        return ASSUMED_SMS, ASSUMED_SHARED
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.shared_memory_per_block_optin
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -119,41 +171,62 @@ def tiles_of(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     return TILES[kernel][_NARROW if dtype == torch.float32 else _WIDE]
 
 
-def pick_tile(
-    kernel: str,
-    dtype: torch.dtype,
-    num_tasks: int,
-    rows: int,
-    cols: int,
-    depth: int,
-    groups: int,
-    sms: int,
-    shared: int,
-) -> Tile:
+def pick_tile(kernel: str, parts: int, rows: int, cols: int, groups: int, operand: Tensor) -> Tile:
     """The tile with the least cost: waves of blocks, each the products and loads of its tile.
 
     Args:
         kernel: of `TILES`.
-        dtype: of the operands.
-        num_tasks: parts of which a tile holds one only.
-        rows: of each part.
-        cols: of the product, per group; depth: likewise.
-        groups: independent products.
-        sms: processors of the device.
-        shared: bytes of shared memory that a block may take.
+        parts: products of `rows` x `cols`, of which a tile holds one only; and so `groups` times.
+        rows, cols, groups: see `parts`.
+        operand: a tensor of the operands' dtype and device.
     """
     if (tile := forced(kernel)) is not None:
         return tile
+    sms, shared = device_limits(operand.device)
 
     def cost(tile: Tile) -> int:
-        blocks = num_tasks * _cdiv(rows, tile.rows) * _cdiv(cols, tile.cols) * groups
-        work = tile.rows * tile.cols + LOAD_COST * (tile.rows + tile.cols)
-        return _cdiv(blocks, sms) * work
+        blocks = parts * _cdiv(rows, tile.rows) * _cdiv(cols, tile.cols) * groups
+        return _cdiv(blocks, sms) * (tile.rows * tile.cols + LOAD_COST * (tile.rows + tile.cols))
 
-    best = min(tiles_of(kernel, dtype), key=cost)
-    block = (best.rows + best.cols) * best.depth * dtype.itemsize
-    stages = max(1, min(best.num_stages, shared // max(block, 1)))
-    return best._replace(num_stages=stages, depth=min(best.depth, max(16, next_power_of_2(depth))))
+    best = min(tiles_of(kernel, operand.dtype), key=cost)
+    # fused: two filters on the way in
+    block = (best.rows + best.cols * (2 if kernel.endswith("fused") else 1)) * best.depth * operand.dtype.itemsize
+    return best._replace(num_stages=max(1, min(best.num_stages, shared // block)))
+
+
+class WgradPlan(NamedTuple):
+    """How a weight gradient is shared out. `split_rows` 0: a block walks the tasks of a chunk."""
+
+    chunk_tasks: int
+    split_rows: int
+
+
+def pick_wgrad(tiles: int, num_tasks: int, parts: int, rows: int, depth: int, operand: Tensor) -> WgradPlan:
+    """Walk where tiles, or tiles and chunks of tasks, fill the device; else split the rows.
+
+    Args:
+        tiles: of the filter.
+        num_tasks: T; `parts` of them can have rows.
+        rows: of the batch; `depth` of them in a step.
+        parts, depth: see above.
+        operand: a tensor on the device.
+    """
+    sms = device_limits(operand.device)[0]
+    chunks = min(max(1, sms * WGRAD_BLOCKS_PER_SM // max(tiles, 1)), num_tasks)
+    walk = (chunks == 1 and tiles >= sms // 2) or parts >= 2 * chunks > 2
+    mode = forced("mode") or ("walk" if walk else "split")
+    chunk_tasks = _cdiv(num_tasks, forced("chunks") or chunks)
+    if mode == "walk":
+        return WgradPlan(chunk_tasks, 0)
+    return WgradPlan(chunk_tasks, pick_split_rows(tiles, rows, depth, operand))
+
+
+def pick_split_rows(tiles: int, rows: int, depth: int, operand: Tensor) -> int:
+    """Rows of a split, a multiple of `depth`, so that `tiles` times the splits fill the device."""
+    if (split := forced("split_rows")) is not None:
+        return split
+    splits = max(1, device_limits(operand.device)[0] * WGRAD_BLOCKS_PER_SM // max(tiles, 1))
+    return _cdiv(max(_cdiv(rows, splits), WGRAD_MIN_SPLIT_ROWS), depth) * depth
 
 
 def pick_schedule(rows_per_task: int, channels_contiguous: bool) -> str:

@@ -84,9 +84,9 @@ def task_conv2d_fwd_kernel(
     row = low + tl.arange(0, BM)
     row_ok = row < high
     sample = row // pixels
-    pixel = row - sample * pixels
+    pixel = row % pixels
     oh = pixel // out_width
-    ow = pixel - oh * out_width
+    ow = pixel % out_width
     n = tl.load(p_order + sample, mask=row_ok, other=0).to(tl.int64)
     ih = oh * SH - pad_h
     iw = ow * SW - pad_w
@@ -124,10 +124,11 @@ def task_conv2d_fwd_kernel(
         if PACKED:
             flat = step * BK + k
             tap = flat // channels
-            ci = flat - tap * channels
+            ci = flat % channels
             k_ok = flat < depth
         else:
-            tap = step // blocks_k
+            # the compiler does not see that the only tap is 0, and would load single elements
+            tap = step // blocks_k if KH * KW > 1 else 0
             ci = (step - tap * blocks_k) * BK + k
             k_ok = ci < channels
         kh = tap // KW

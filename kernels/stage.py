@@ -66,7 +66,7 @@ def delta_pointer(p_delta, p_table, task, num_tasks, d_t, ALIGNED: tl.constexpr)
         return p
 
 
-@triton.jit(do_not_specialize=["num_tasks", "rows"])
+@triton.jit(do_not_specialize=["num_tasks"])
 def stage_kernel(
     p_out,
     p_w,
@@ -108,9 +108,14 @@ def stage_kernel(
         row = block * BR + tl.arange(0, BR)
         tap = tl.arange(0, BT)
         co = row // channels
-        ci = row - co * channels
-        kh = tap // KW
-        kw = tap - kh * KW
+        ci = row % channels
+        if KH * KW == 1:
+            # the compiler does not see that the only tap is 0, and would load single elements
+            kh = tl.zeros((BT,), tl.int32)
+            kw = kh
+        else:
+            kh = tap // KW
+            kw = tap - kh * KW
         inside = (row < rows)[:, None] & (tap < KH * KW)[None, :]
         value = tl.zeros((BR, BT), tl.float32)
         if p_w is not None:

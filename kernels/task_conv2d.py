@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,12 +13,59 @@ import torch
 from torch import Tensor
 
 from fastmtl.kernels import configs
-from fastmtl.kernels._launch import in_interpreter, launch, num_sms, pointer_table, shared_memory
+from fastmtl.kernels._launch import in_interpreter, launch, pointer_table
+from fastmtl.kernels.conv_dgrad import task_conv2d_dgrad_kernel
 from fastmtl.kernels.conv_fwd import task_conv2d_fwd_kernel
+from fastmtl.kernels.conv_wgrad import (
+    bias_grad_kernel,
+    gate_grad_kernel,
+    sum_parts_kernel,
+    task_conv2d_wgrad_split_kernel,
+    task_conv2d_wgrad_walk_kernel,
+    wgrad_finish_kernel,
+)
 from fastmtl.kernels.stage import stage_kernel
 from fastmtl.ops._task import Geometry, TaskWeights, memory_format
 
 INT32_MAX = 2**31 - 1
+NO_DELTAS_STRIDES = (0,) * 5
+
+
+class Batch(NamedTuple):
+    """A sorted batch, with what the choice of tiles needs to know of it."""
+
+    order: Tensor
+    offsets: Tensor
+    num_samples: int
+    num_tasks: int
+
+    @classmethod
+    def of(cls, order: Tensor, offsets: Tensor) -> Batch:
+        return cls(order, offsets, order.shape[0], offsets.shape[0] - 1)
+
+    def together(self) -> Batch:
+        """The same samples as those of one task; samples of no task stay out."""
+        offsets = self.offsets if self.num_tasks == 1 else self.offsets[:: self.num_tasks].contiguous()
+        return Batch.of(self.order, offsets)
+
+    @property
+    def parts(self) -> int:
+        """How many tasks it can hold at most."""
+        return max(1, min(self.num_tasks, self.num_samples))
+
+    def rows_per_task(self, pixels: int) -> int:
+        return -(-self.num_samples * pixels // self.parts)
+
+    def row_tiles(self, pixels: int, rows: int) -> int:
+        """As many as there can be where no tile holds two tasks; samples of no task are one more."""
+        if self.num_samples * pixels == 0:
+            return 0
+        return -(-self.num_samples * pixels // rows) + min(self.num_tasks + 1, self.num_samples) - 1
+
+    @property
+    def block(self) -> int:
+        """For the kernels' search among the offsets."""
+        return configs.next_power_of_2(self.num_tasks + 1)
 
 
 class Deltas(NamedTuple):
@@ -35,20 +83,22 @@ def conv2d(
 ) -> Tensor:
     """Forward: `[N, Cout, Ho, Wo]`, channels_last if x is; rows of no task are NaN."""
     features, channels, kh, kw = weights.shape
-    out_size = geometry.output_size(x.shape[2:], (kh, kw))
-    y = torch.empty((x.shape[0], features, *out_size), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-    x = _read_by_channel(x, channels)
-    groups, pixels = geometry.groups, out_size[0] * out_size[1]
-    num_tasks, parts, rows_per_task = _split_of_batch(x.shape[0], offsets, pixels)
+    height, width = geometry.output_size(x.shape[2:], (kh, kw))
+    y = torch.empty(
+        (x.shape[0], features, height, width), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
+    )
+    x = _by_channel(x, channels)
+    batch, pixels, groups = Batch.of(order, offsets), height * width, geometry.groups
     features //= groups
-    tile = configs.pick_tile(
-        "fwd", x.dtype, parts, rows_per_task, features, channels * kh * kw, groups,
-        num_sms(x.device), shared_memory(x.device),
-    )  # fmt: skip
-    operand = _weights(x.dtype, weights, offsets, rows_per_task)
+    rows = batch.rows_per_task(pixels)
+    deltas = _deltas(weights.delta, weights.delta_tasks, batch.num_tasks)
+    operand = _operand(x.dtype, weights, deltas, batch, rows)
+    packed = channels <= configs.PACKED_MAX_CHANNELS
+    kernel = "fwd_packed" if packed else "fwd_fused" if operand["FUSED"] else "fwd"
+    tile = configs.pick_tile(kernel, batch.parts, rows, features, groups, x)
     launch(
         task_conv2d_fwd_kernel,
-        (_row_tiles(x.shape[0], num_tasks, pixels, tile.rows) * -(-features // tile.cols), groups),
+        (batch.row_tiles(pixels, tile.rows) * -(-features // tile.cols), groups),
         tile.num_warps,
         tile.num_stages,
         p_x=x,
@@ -58,24 +108,23 @@ def conv2d(
         p_y=y,
         p_order=order,
         p_offsets=offsets,
-        num_samples=x.shape[0],
-        num_tasks=num_tasks,
+        num_samples=batch.num_samples,
+        num_tasks=batch.num_tasks,
         height=x.shape[2],
         width=x.shape[3],
-        out_width=out_size[1],
+        out_width=width,
         pixels=pixels,
         channels=channels,
         features=features,
-        pad_h=geometry.padding[0],
-        pad_w=geometry.padding[1],
-        **_strides("x", "n c h w", x),
-        **_strides("y", "n c h w", y),
+        **_named("pad", "h w", geometry.padding),
+        **_named("x", "n c h w", x.stride()),
+        **_named("y", "n c h w", y.stride()),
         b_t=0 if bias is None or bias.dim() == 1 else bias.shape[1],
         **_filter_constants(kh, kw, geometry),
-        PACKED=channels <= configs.PACKED_MAX_CHANNELS,
-        WIDE=_wide(x.shape[0] * pixels, x, y, *_operands(weights)),
+        PACKED=packed,
+        WIDE=_wide(batch.num_samples * pixels, x, y, *_held(weights)),
         CAST=in_interpreter(),
-        TB=configs.next_power_of_2(num_tasks + 1),
+        TB=batch.block,
         BM=tile.rows,
         BN=tile.cols,
         BK=tile.depth,
@@ -83,53 +132,377 @@ def conv2d(
     return y
 
 
+def conv2d_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weights: TaskWeights,
+    bias: Tensor | None,
+    order: Tensor,
+    offsets: Tensor,
+    geometry: Geometry,
+    wanted: Sequence[bool],
+    wanted_delta: Sequence[int],
+) -> list[Tensor]:
+    """The gradients of x, weight, deltas, gate and bias, of these the wanted ones; as the reference gives them."""
+    # the op's own memory for gradients; at import it would be a circle
+    from fastmtl.ops.task_conv2d import empty_gradients
+
+    out = empty_gradients(x, weights, bias, wanted, wanted_delta)
+    left = iter(out)
+    grad_x = next(left) if wanted[0] else None
+    grad_weight = next(left) if wanted[1] and weights.weight is not None else None
+    grad_delta = [next(left) for _ in wanted_delta]
+    grad_gate = next(left) if wanted[2] and weights.gate is not None else None
+    grad_bias = next(left) if wanted[3] and bias is not None else None
+
+    features, channels = weights.shape[:2]
+    grad_out = _by_channel(grad_out, features // geometry.groups)
+    batch = Batch.of(order, offsets)
+    by_task = grad_gate is not None or bool(grad_delta)
+    deltas = None
+    if grad_x is not None or grad_gate is not None:
+        deltas = _deltas(weights.delta, weights.delta_tasks, batch.num_tasks)
+    if grad_x is not None:
+        _input_grad(grad_out, grad_x, weights, deltas, batch, geometry)
+    if grad_weight is not None or by_task:
+        tasks = [weights.delta_tasks[k] for k in wanted_delta] if weights.delta_tasks else []
+        _weight_grads(
+            _by_channel(x, channels),
+            grad_out,
+            batch if by_task else batch.together(),
+            geometry,
+            tuple(weights.shape),
+            gate=weights.gate if by_task else None,
+            deltas=deltas if grad_gate is not None else None,
+            grad_delta=grad_delta,
+            grad_tasks=tasks,
+            grad_gate=grad_gate,
+            grad_weight=grad_weight,
+        )
+    if grad_bias is not None:
+        _bias_grad(grad_out, batch if grad_bias.dim() == 2 else batch.together(), grad_bias)
+    return out
+
+
+def weight_grad(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, geometry: Geometry, out: Tensor) -> None:
+    """Each task's gradient of a shared filter into out, `[T, Cout, Cin / groups, kh, kw]` of any strides and dtype."""
+    features, channels = out.shape[1:3]
+    x, grad_out = _by_channel(x, channels), _by_channel(grad_out, features // geometry.groups)
+    _weight_grads(x, grad_out, Batch.of(order, offsets), geometry, tuple(out.shape[1:]), grad_delta=[out])
+
+
+# --- gradients
+
+
+def _input_grad(
+    grad_out: Tensor, grad_x: Tensor, weights: TaskWeights, deltas: Deltas, batch: Batch, geometry: Geometry
+) -> None:
+    features, channels, kh, kw = weights.shape
+    groups, (sh, sw) = geometry.groups, geometry.stride
+    features //= groups
+    height, width = grad_x.shape[2:]
+    # of the largest residue class
+    pixels = -(-height // sh) * -(-width // sw)
+    rows = batch.rows_per_task(pixels)
+    operand = _operand(grad_out.dtype, weights, deltas, batch, rows)
+    tile = configs.pick_tile(
+        "dgrad_fused" if operand["FUSED"] else "dgrad", batch.parts, rows, channels, groups * sh * sw, grad_out
+    )
+    launch(
+        task_conv2d_dgrad_kernel,
+        (batch.row_tiles(pixels, tile.rows) * -(-channels // tile.cols), groups, sh * sw),
+        tile.num_warps,
+        tile.num_stages,
+        p_dy=grad_out,
+        **operand,
+        p_gate=None if weights.gate is None else weights.gate.contiguous(),
+        p_dx=grad_x,
+        p_order=batch.order,
+        p_offsets=batch.offsets,
+        num_samples=batch.num_samples,
+        num_tasks=batch.num_tasks,
+        height=height,
+        width=width,
+        out_height=grad_out.shape[2],
+        out_width=grad_out.shape[3],
+        channels=channels,
+        features=features,
+        **_named("pad", "h w", geometry.padding),
+        **_named("x", "n c h w", grad_x.stride()),
+        **_named("y", "n c h w", grad_out.stride()),
+        **_filter_constants(kh, kw, geometry),
+        STEP_H=sh // math.gcd(sh, geometry.dilation[0]),
+        STEP_W=sw // math.gcd(sw, geometry.dilation[1]),
+        WIDE=_wide(batch.num_samples * pixels, grad_x, grad_out, *_held(weights)),
+        CAST=in_interpreter(),
+        TB=batch.block,
+        BM=tile.rows,
+        BN=tile.cols,
+        BK=tile.depth,
+    )
+
+
+def _weight_grads(
+    x: Tensor,
+    grad_out: Tensor,
+    batch: Batch,
+    geometry: Geometry,
+    shape: tuple[int, ...],
+    gate: Tensor | None = None,
+    deltas: Deltas | None = None,
+    grad_delta: Sequence[Tensor] = (),
+    grad_tasks: Sequence[int] = (),
+    grad_gate: Tensor | None = None,
+    grad_weight: Tensor | None = None,
+) -> None:
+    """One walk over the batch for the gradients of W, deltas and gate. `deltas` are read for the gate's only."""
+    features, channels, kh, kw = shape
+    groups, pixels = geometry.groups, grad_out.shape[2] * grad_out.shape[3]
+    size = features * channels * kh * kw
+    if deltas is None or deltas.base is None:
+        if grad_gate is not None:
+            grad_gate.zero_()
+            grad_gate = None
+        deltas = Deltas(None, None, NO_DELTAS_STRIDES, False, [])
+        if grad_weight is None and not grad_delta:
+            return
+    # gradients of another memory order than the first's are written in its order, and copied
+    grads = _deltas(grad_delta, grad_tasks, batch.num_tasks, copy=False)
+    packed = channels <= configs.PACKED_MAX_CHANNELS
+    cols = channels * kh * kw if packed else channels
+    taps = 1 if packed else kh * kw
+    rows_out = features // groups
+    tile = configs.pick_tile("wgrad_packed" if packed else "wgrad", taps, rows_out, cols, groups, x)
+    tiles = -(-rows_out // tile.rows) * -(-cols // tile.cols) * taps
+    plan = configs.pick_wgrad(tiles * groups, batch.num_tasks, batch.parts, batch.num_samples * pixels, tile.depth, x)
+    chunks = -(-batch.num_tasks // plan.chunk_tasks)
+
+    total, total_strides = grad_weight, (0, 0, 0, 0, 0)
+    if grad_weight is not None and chunks > 1:
+        total = torch.empty((chunks, features, kh, kw, channels), dtype=torch.float32, device=x.device)
+        total_strides = (size, kh * kw * channels, 1, kw * channels, channels)
+    elif grad_weight is not None:
+        total_strides = (0, *grad_weight.stride())
+    blocks = -(-size // configs.FINISH_BLOCK)
+    gate_parts = None
+    if grad_gate is not None:
+        count = tiles * groups if plan.split_rows == 0 else blocks
+        gate_parts = torch.empty((batch.num_tasks, count), dtype=torch.float32, device=x.device)
+    wide = _wide(batch.num_samples * pixels, x, grad_out, *(d for d in (grad_weight, grads.base) if d is not None))
+    wide = wide or size > INT32_MAX
+    gate = None if gate is None else gate.contiguous()
+    into: dict[str, Any] = {
+        "p_gate": gate,
+        "p_delta": deltas.base,
+        "p_table": deltas.table,
+        "p_grad": grads.base,
+        "p_grad_table": grads.table,
+        "p_partial": gate_parts,
+        "p_dw": total,
+        "num_tasks": batch.num_tasks,
+        "chunk_tasks": plan.chunk_tasks,
+        **_named("d", "t co ci kh kw", deltas.strides),
+        **_named("g", "t co ci kh kw", grads.strides),
+        **_named("w", "chunk co ci kh kw", total_strides),
+        "ALIGNED": deltas.aligned,
+        "GRAD_ALIGNED": grads.aligned,
+    }
+    read: dict[str, Any] = {
+        "p_x": x,
+        "p_dy": grad_out,
+        "p_order": batch.order,
+        "p_offsets": batch.offsets,
+        "height": x.shape[2],
+        "width": x.shape[3],
+        "out_width": grad_out.shape[3],
+        "pixels": pixels,
+        "channels": channels,
+        "features": rows_out,
+        **_named("pad", "h w", geometry.padding),
+        **_named("x", "n c h w", x.stride()),
+        **_named("y", "n c h w", grad_out.stride()),
+        **_filter_constants(kh, kw, geometry),
+        "PACKED": packed,
+        "WIDE": wide,
+        "CAST": in_interpreter(),
+        "BM": tile.rows,
+        "BN": tile.cols,
+        "BP": tile.depth,
+    }
+    if plan.split_rows == 0:
+        grid = (tiles, groups, chunks)
+        launch(task_conv2d_wgrad_walk_kernel, grid, tile.num_warps, tile.num_stages, **read, **into)
+    else:
+        splits = batch.row_tiles(pixels, plan.split_rows)
+        parts = torch.empty((splits, size), dtype=torch.float32, device=x.device)
+        launch(
+            task_conv2d_wgrad_split_kernel,
+            (tiles, groups, splits),
+            tile.num_warps,
+            tile.num_stages,
+            **read,
+            p_gate=gate,
+            p_grad=grads.base,
+            p_grad_table=grads.table,
+            p_parts=parts,
+            num_samples=batch.num_samples,
+            num_tasks=batch.num_tasks,
+            split_rows=plan.split_rows,
+            size=size,
+            DELTA_ONLY=total is None and gate_parts is None,
+            TB=batch.block,
+        )
+        _finish(parts, batch, pixels, plan.split_rows, (size, channels, kh, kw), wide, chunks, into)
+    if total is not grad_weight and grad_weight is not None:
+        launch(
+            sum_parts_kernel,
+            (blocks,),
+            p_parts=total,
+            p_out=grad_weight,
+            count=chunks,
+            size=size,
+            channels=channels,
+            step=size,
+            **_named("o", "co ci kh kw", grad_weight.stride()),
+            KH=kh,
+            KW=kw,
+            WIDE=wide,
+            BE=configs.FINISH_BLOCK,
+        )
+    if grad_gate is not None:
+        launch(
+            gate_grad_kernel,
+            (batch.num_tasks,),
+            p_partial=gate_parts,
+            p_out=grad_gate,
+            count=gate_parts.shape[1],
+            BE=configs.FINISH_BLOCK,
+        )
+    for made, grad in zip(grads.held, grad_delta, strict=True):
+        if made is not grad:
+            grad.copy_(made)
+
+
+def _finish(
+    parts: Tensor,
+    batch: Batch,
+    pixels: int,
+    split_rows: int,
+    shape: tuple[int, ...],
+    wide: bool,
+    chunks: int,
+    into: dict[str, Any],
+) -> None:
+    size, channels, kh, kw = shape
+    launch(
+        wgrad_finish_kernel,
+        (-(-size // configs.FINISH_BLOCK), chunks),
+        **into,
+        p_parts=parts,
+        p_offsets=batch.offsets,
+        pixels=pixels,
+        split_rows=split_rows,
+        channels=channels,
+        size=size,
+        KH=kh,
+        KW=kw,
+        WIDE=wide,
+        TB=batch.block,
+        BE=configs.FINISH_BLOCK,
+    )
+
+
+def _bias_grad(grad_out: Tensor, batch: Batch, grad_bias: Tensor) -> None:
+    """Sums of grad_out by task, `[T, Cout]`, or over one, `[Cout]`."""
+    features, pixels = grad_out.shape[1], grad_out.shape[2] * grad_out.shape[3]
+    columns, rows = configs.BIAS_TILE
+    blocks = -(-features // columns)
+    split_rows = configs.pick_split_rows(blocks, batch.num_samples * pixels, rows, grad_out)
+    splits = batch.row_tiles(pixels, split_rows)
+    parts = torch.empty((splits, features), dtype=torch.float32, device=grad_out.device)
+    wide = _wide(batch.num_samples * pixels, grad_out)
+    launch(
+        bias_grad_kernel,
+        (blocks, splits),
+        p_dy=grad_out,
+        p_order=batch.order,
+        p_offsets=batch.offsets,
+        p_parts=parts,
+        num_samples=batch.num_samples,
+        num_tasks=batch.num_tasks,
+        split_rows=split_rows,
+        out_width=grad_out.shape[3],
+        pixels=pixels,
+        features=features,
+        **_named("y", "n c h w", grad_out.stride()),
+        WIDE=wide,
+        TB=batch.block,
+        BP=rows,
+        BN=columns,
+    )
+    # the same finish as for a filter of one tap and one channel, with each task's sum as its delta's gradient
+    into: dict[str, Any] = {
+        **dict.fromkeys(("p_gate", "p_delta", "p_table", "p_grad_table", "p_partial", "p_dw")),
+        "p_grad": grad_bias,
+        "num_tasks": batch.num_tasks,
+        "chunk_tasks": 1,
+        **_named("d", "t co ci kh kw", NO_DELTAS_STRIDES),
+        **_named("g", "t co ci kh kw", (features, 1, 0, 0, 0)),
+        **_named("w", "chunk co ci kh kw", (0,) * 5),
+        "ALIGNED": False,
+        "GRAD_ALIGNED": False,
+    }
+    _finish(parts, batch, pixels, split_rows, (features, 1, 1, 1), wide, batch.num_tasks, into)
+
+
 # --- operands
 
 
-def _read_by_channel(x: Tensor, channels: int) -> Tensor:
+def _by_channel(x: Tensor, channels: int) -> Tensor:
     """x with channels next to each other, by a copy unless it is so or has few: else single elements are loaded."""
     if x.stride(1) == 1 or channels < configs.CHANNELS_LAST_MIN_CHANNELS:
         return x
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _deltas(tensors: Sequence[Tensor], tasks: Sequence[int], num_tasks: int) -> Deltas:
+def _deltas(tensors: Sequence[Tensor], tasks: Sequence[int], num_tasks: int, copy: bool = True) -> Deltas:
     if not tensors:
-        return Deltas(None, None, (0,) * 5, False, [])
+        return Deltas(None, None, NO_DELTAS_STRIDES, False, [])
     if not tasks:
         (stacked,) = tensors
         return Deltas(stacked, None, stacked.stride(), False, [stacked])
-    # one kernel reads them all by the same strides: the odd ones are copied
+    # one kernel meets them all with the same strides: for odd ones there are others in their place
     strides = tensors[0].stride()
-    same = [d if d.stride() == strides else d.new_empty_strided(d.shape, strides).copy_(d) for d in tensors]
+    same = [d if d.stride() == strides else d.new_empty_strided(d.shape, strides) for d in tensors]
     by_task: list[Tensor | None] = [None] * num_tasks
-    for t, d in zip(tasks, same, strict=True):
+    for t, d, given in zip(tasks, same, tensors, strict=True):
+        if copy and d is not given:
+            d.copy_(given)
         by_task[t] = d
     aligned = all(d.data_ptr() % 16 == 0 for d in same)
     return Deltas(same[0], pointer_table(by_task), (0, *strides), aligned, same)
 
 
-def _weights(dtype: torch.dtype, weights: TaskWeights, offsets: Tensor, rows_per_task: int) -> dict[str, Any]:
+def _operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batch: Batch, rows: int) -> dict[str, Any]:
     """The kernels' arguments for W + s_t Delta_t: staged here, or to be added in their main loop."""
-    num_tasks = offsets.shape[0] - 1
     weight, (features, channels, kh, kw) = weights.weight, weights.shape
-    deltas = _deltas(weights.delta, weights.delta_tasks, num_tasks)
     common = {"p_delta": deltas.base, "p_table": deltas.table, "ALIGNED": deltas.aligned}
+    w_strides = (0,) * 4 if weight is None else weight.stride()
+    given = {
+        **common,
+        "p_w": weight,
+        "shared_slot": 0,
+        **_named("w", "t co ci kh kw", (0, *w_strides)),
+        **_named("d", "t co ci kh kw", deltas.strides),
+    }
     if deltas.base is None and weight is not None and weight.dtype == dtype and weight.stride(1) == 1:
         # every task sees W, which can be read as it is
-        return {
-            **common, "p_w": weight, "shared_slot": 0, "FUSED": False, "w_t": 0,
-            **_strides("w", "co ci kh kw", weight), **_named("d", "t co ci kh kw", deltas.strides),
-        }  # fmt: skip
+        return {**given, "FUSED": False}
     contiguous = (weight is None or weight.stride(1) == 1) and (deltas.base is None or deltas.strides[2] == 1)
-    if configs.pick_schedule(rows_per_task, contiguous) == "fused":
-        return {
-            **common, "p_w": weight, "shared_slot": 0, "FUSED": True, "w_t": 0,
-            **_named("w", "co ci kh kw", (0,) * 4 if weight is None else weight.stride()),
-            **_named("d", "t co ci kh kw", deltas.strides),
-        }  # fmt: skip
-    slots = 1 if deltas.base is None else num_tasks + 1
-    staged = torch.empty((slots, features, kh, kw, channels), dtype=dtype, device=offsets.device)
+    if configs.pick_schedule(rows, contiguous) == "fused":
+        return {**given, "FUSED": True}
+    slots = 1 if deltas.base is None else batch.num_tasks + 1
+    staged = torch.empty((slots, features, kh, kw, channels), dtype=dtype, device=batch.offsets.device)
     taps = configs.next_power_of_2(kh * kw)
     block = max(16, configs.STAGE_BLOCK // taps)
     launch(
@@ -140,29 +513,33 @@ def _weights(dtype: torch.dtype, weights: TaskWeights, offsets: Tensor, rows_per
         p_delta=deltas.base,
         p_table=deltas.table,
         p_gate=None if weights.gate is None else weights.gate.contiguous(),
-        p_offsets=offsets,
+        p_offsets=batch.offsets,
         num_tasks=slots - 1,
         channels=channels,
         rows=features * channels,
-        **_named("w", "co ci kh kw", (0,) * 4 if weight is None else weight.stride()),
+        **_named("w", "co ci kh kw", w_strides),
         **_named("d", "t co ci kh kw", deltas.strides),
         KH=kh,
         KW=kw,
         ALIGNED=deltas.aligned,
-        WIDE=_wide(0, *_operands(weights)),
+        WIDE=_wide(0, *_held(weights)),
         BR=block,
         BT=taps,
     )
-    # the deltas are not read any more: constants in place of their strides, so that layers share a kernel
     size = features * channels * kh * kw
     return {
-        **common, "p_w": staged, "shared_slot": slots - 1, "FUSED": False, "ALIGNED": False,
+        **common,
+        "p_w": staged,
+        "shared_slot": slots - 1,
         **_named("w", "t co ci kh kw", (size, kh * kw * channels, 1, kw * channels, channels)),
-        **_named("d", "t co ci kh kw", (0,) * 5),
-    }  # fmt: skip
+        # not read any more: constants, so that layers share a compiled kernel
+        **_named("d", "t co ci kh kw", NO_DELTAS_STRIDES),
+        "ALIGNED": False,
+        "FUSED": False,
+    }
 
 
-def _operands(weights: TaskWeights) -> list[Tensor]:
+def _held(weights: TaskWeights) -> list[Tensor]:
     return [w for w in (weights.weight, *weights.delta[:1]) if w is not None]
 
 
@@ -173,32 +550,12 @@ def _named(prefix: str, names: str, values: Sequence[int]) -> dict[str, int]:
     return {f"{prefix}_{name}": v for name, v in zip(names.split(), values, strict=True)}
 
 
-def _strides(prefix: str, names: str, x: Tensor) -> dict[str, int]:
-    return _named(prefix, names, x.stride())
-
-
 def _filter_constants(kh: int, kw: int, geometry: Geometry) -> dict[str, int]:
     (sh, sw), (dh, dw) = geometry.stride, geometry.dilation
     return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "DH": dh, "DW": dw}
 
 
-def _split_of_batch(num_samples: int, offsets: Tensor, pixels: int) -> tuple[int, int, int]:
-    """T, how many tasks a batch can hold at most, and the rows that each then has."""
-    num_tasks = offsets.shape[0] - 1
-    parts = max(1, min(num_tasks, num_samples))
-    return num_tasks, parts, -(-num_samples * pixels // parts)
-
-
-def _row_tiles(num_samples: int, num_tasks: int, pixels: int, rows: int) -> int:
-    """As many as there can be where no tile holds two tasks; samples of no task are one more."""
-    if num_samples * pixels == 0:
-        return 0
-    return -(-num_samples * pixels // rows) + min(num_tasks + 1, num_samples) - 1
-
-
 def _wide(rows: int, *tensors: Tensor) -> bool:
-    """Whether offsets inside one sample or one weight, or counts of rows, can pass 32 bits."""
-    longest = max(
-        (sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in tensors), default=0
-    )
-    return max(2 * longest, rows + 2**16) > INT32_MAX
+    """Whether counts of rows, or offsets inside one sample or one weight, can pass 32 bits."""
+    reach = [sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in tensors]
+    return max(2 * max(reach, default=0), rows + 2**16) > INT32_MAX
