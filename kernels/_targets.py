@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmtl.kernels import configs
 from fastmtl.kernels._launch import Launch, recording
-from fastmtl.kernels.configs import BuildTarget, Tile
+from fastmtl.kernels.configs import BuildTarget
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TYPE_NAMES = {
@@ -55,10 +56,16 @@ def _empty(*size: int, dtype: torch.dtype, channels_last: bool = True) -> Tensor
 
 
 class Problem:
-    """A layer on the meta device: 8 tasks, 64 pictures, bfloat16 or another dtype."""
+    """A layer on the meta device: 8 tasks, 64 pictures. order: whether its filters are channels_last."""
 
     def __init__(
-        self, dtype: torch.dtype, kernel: int, stride: int = 1, channels: int = _CHANNELS, listed: bool = True
+        self,
+        dtype: torch.dtype,
+        kernel: int,
+        stride: int = 1,
+        channels: int = _CHANNELS,
+        listed: bool = True,
+        order: bool = True,
     ) -> None:
         from fastmtl.ops._task import Geometry, TaskWeights
 
@@ -67,17 +74,32 @@ class Problem:
         self.y = _empty(64, _FEATURES, *self.geometry.output_size((28, 28), (kernel, kernel)), dtype=dtype)
         shape = (_FEATURES, channels, kernel, kernel)
         tasks = list(range(_TASKS)) if listed else []
-        delta = [_empty(*shape, dtype=dtype) for _ in tasks] or [_empty(_TASKS, *shape, dtype=dtype)]
+        delta = [_empty(*shape, dtype=dtype, channels_last=order) for _ in tasks] or [self._stacked(shape, dtype)]
         gate = _empty(_TASKS, dtype=torch.float32)
-        self.weights = TaskWeights(_empty(*shape, dtype=dtype), delta, tasks, gate)
+        self.weights = TaskWeights(_empty(*shape, dtype=dtype, channels_last=order), delta, tasks, gate)
         self.bias = _empty(_TASKS, _FEATURES, dtype=dtype)
         self.order = torch.empty(64, dtype=torch.int64, device="meta")
         self.offsets = torch.empty(_TASKS + 1, dtype=torch.int64, device="meta")
+
+    @staticmethod
+    def _stacked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        # channels last within each task, as a stack of channels_last filters is
+        co, ci, kh, kw = shape
+        return _empty(_TASKS, co, kh, kw, ci, dtype=dtype).permute(0, 1, 4, 2, 3)
 
     def forward(self) -> None:
         from fastmtl.kernels import task_conv2d
 
         task_conv2d.conv2d(self.x, self.weights, self.bias, self.order, self.offsets, self.geometry)
+
+    def backward(self, *wanted: bool) -> None:
+        """`wanted`: x, weight, gate, bias, deltas."""
+        from fastmtl.kernels import task_conv2d
+
+        deltas = range(len(self.weights.delta)) if wanted[4] else []
+        task_conv2d.conv2d_backward(
+            self.y, self.x, self.weights, self.bias, self.order, self.offsets, self.geometry, wanted[:4], deltas
+        )
 
 
 def _recorded(run: Callable[[], None], kernel: str, **forced: Any) -> Launch:
@@ -86,39 +108,75 @@ def _recorded(run: Callable[[], None], kernel: str, **forced: Any) -> Launch:
     return next(made for made in launches if made.fn.__name__ == kernel)
 
 
-def _tile_name(tile: Tile) -> str:
-    return f"{tile.rows}x{tile.cols}x{tile.depth}"
+# what a backward is asked for: only the input's gradient, only W's, all but the input's, only the deltas'
+_ONLY_X, _ONLY_W = (True, False, False, False, False), (False, True, False, False, False)
+_ALL_BUT_X, _ONLY_DELTAS = (False, True, True, True, True), (False, False, False, False, True)
 
 
-def _forward(dtype: torch.dtype) -> Iterator[BuildTarget]:
-    kernel = "task_conv2d_fwd_kernel"
-    for tile in configs.tiles_of("fwd", dtype):
-        first = tile == configs.tiles_of("fwd", dtype)[0]
-        for schedule, size in (("staged", 3), ("fused", 1)):
-            problem = Problem(dtype, size)
-            made = _recorded(problem.forward, kernel, fwd=tile, schedule=schedule)
-            name = f"{kernel}-{schedule}-{_tile_name(tile)}"
-            yield as_target(name, made, dtype, first and schedule == "staged", True, True)
-        made = _recorded(Problem(dtype, 3, 2, channels=3).forward, kernel, fwd=tile, schedule="staged")
-        yield as_target(f"{kernel}-packed-{_tile_name(tile)}", made, dtype, False, True, False)
+class Case(NamedTuple):
+    """A variant of a kernel, in all tiles of one table."""
+
+    kernel: str
+    variant: str
+    tiles: str  # of `configs.TILES`; empty: the kernel has no tiles
+    problem: dict[str, Any]
+    wanted: tuple[bool, ...] | None  # None: the forward
+    force: dict[str, Any]
+    wide_loads: bool = True
+    representative: bool = False
 
 
-def _stage(dtype: torch.dtype) -> Iterator[BuildTarget]:
-    for size in (1, 3, 7):
-        for listed in (True, False):
-            problem = Problem(dtype, size, listed=listed)
-            made = _recorded(problem.forward, "stage_kernel", schedule="staged")
-            name = f"stage_kernel-{size}x{size}-{'list' if listed else 'stacked'}"
-            yield as_target(name, made, dtype, size == 3 and listed, False, False)
+_FWD, _DGRAD = "task_conv2d_fwd_kernel", "task_conv2d_dgrad_kernel"
+_WALK, _SPLIT = "task_conv2d_wgrad_walk_kernel", "task_conv2d_wgrad_split_kernel"
+_STEM = {"kernel": 7, "stride": 2, "channels": 3}
+
+CASES = (
+    Case(_FWD, "staged", "fwd", {"kernel": 3}, None, {"schedule": "staged"}, representative=True),
+    Case(_FWD, "fused", "fwd_fused", {"kernel": 1}, None, {"schedule": "fused"}, representative=True),
+    Case(_FWD, "fused-3x3-stacked", "fwd_fused", {"kernel": 3, "listed": False}, None, {"schedule": "fused"}),
+    Case(_FWD, "packed", "fwd_packed", _STEM, None, {"schedule": "staged"}, wide_loads=False),
+    Case(_DGRAD, "staged", "dgrad", {"kernel": 3}, _ONLY_X, {"schedule": "staged"}, representative=True),
+    Case(_DGRAD, "strided", "dgrad", {"kernel": 3, "stride": 2}, _ONLY_X, {"schedule": "staged"}),
+    Case(_DGRAD, "fused", "dgrad_fused", {"kernel": 1}, _ONLY_X, {"schedule": "fused"}, representative=True),
+    Case(_DGRAD, "fused-3x3-stacked", "dgrad_fused", {"kernel": 3, "listed": False}, _ONLY_X, {"schedule": "fused"}),
+    Case(_WALK, "all", "wgrad", {"kernel": 3}, _ALL_BUT_X, {"mode": "walk"}, representative=True),
+    Case(_WALK, "deltas", "wgrad", {"kernel": 1, "listed": False}, _ONLY_DELTAS, {"mode": "walk"}),
+    Case(_WALK, "weight", "wgrad", {"kernel": 3}, _ONLY_W, {"mode": "walk"}),
+    Case(_WALK, "packed", "wgrad_packed", _STEM, _ALL_BUT_X, {"mode": "walk"}, wide_loads=False),
+    Case(_SPLIT, "all", "wgrad", {"kernel": 3}, _ALL_BUT_X, {"mode": "split"}, representative=True),
+    Case(_SPLIT, "deltas", "wgrad", {"kernel": 1, "listed": False}, _ONLY_DELTAS, {"mode": "split"}),
+    Case(_SPLIT, "packed", "wgrad_packed", _STEM, _ALL_BUT_X, {"mode": "split"}, wide_loads=False),
+    Case("stage_kernel", "1x1", "", {"kernel": 1}, None, {"schedule": "staged"}),
+    Case("stage_kernel", "3x3", "", {"kernel": 3}, None, {"schedule": "staged"}, representative=True),
+    Case("stage_kernel", "3x3-contiguous", "", {"kernel": 3, "order": False}, None, {"schedule": "staged"}, False),
+    Case("stage_kernel", "7x7-stacked", "", {"kernel": 7, "listed": False}, None, {"schedule": "staged"}, False),
+    Case("wgrad_finish_kernel", "all", "", {"kernel": 3}, _ALL_BUT_X, {"mode": "split"}, representative=True),
+    Case("wgrad_finish_kernel", "deltas", "", {"kernel": 3}, _ONLY_DELTAS, {"mode": "split"}),
+    Case("sum_parts_kernel", "3x3", "", {"kernel": 3}, _ALL_BUT_X, {"chunks": 4}, representative=True),
+    Case("gate_grad_kernel", "gate", "", {"kernel": 3}, _ALL_BUT_X, {}, False, representative=True),
+    Case("bias_grad_kernel", "bias", "", {"kernel": 3}, _ALL_BUT_X, {}, representative=True),
+    Case("pointer_table_kernel", "list", "", {"kernel": 3}, None, {}, False, representative=True),
+)
+
+
+def _targets(case: Case, dtype: torch.dtype) -> Iterator[BuildTarget]:
+    problem = Problem(dtype, **case.problem)
+    run = problem.forward if case.wanted is None else functools.partial(problem.backward, *case.wanted)
+    for position, tile in enumerate(configs.tiles_of(case.tiles, dtype) if case.tiles else (None,)):
+        forced = case.force if tile is None else {**case.force, case.tiles: tile}
+        made = _recorded(run, case.kernel, **forced)
+        size = "" if tile is None else f"-{tile.rows}x{tile.cols}x{tile.depth}"
+        name = f"{case.kernel}-{case.variant}{size}-{_TYPE_NAMES[dtype]}"
+        # tiles of 16 leave some loads with less than 16 bytes a thread
+        representative = case.representative and position == 0
+        yield as_target(name, made, dtype, representative, tile is not None, case.wide_loads)
 
 
 def build_targets() -> Iterator[BuildTarget]:
     """Every kernel in every configuration."""
     for dtype in DTYPES:
-        for part in (_forward, _stage):
-            for target in part(dtype):
-                short = _TYPE_NAMES[dtype]
-                yield target._replace(name=f"{target.name}-{short}")
+        for case in CASES:
+            yield from _targets(case, dtype)
     for name in ("task_plan", "task_scale_shift"):
         module = importlib.import_module(f"fastmtl.kernels.{name}")
         yield from getattr(module, "build_targets", tuple)()
