@@ -73,7 +73,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.mT.contiguous().mT,
     "batch_inside": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
     "expanded_batch": lambda x: x[:1].clone().expand(x.shape),
-    "expanded": lambda x: x.flatten()[:1].clone().view([1] * x.dim()).expand(x.shape),
+    "expanded": lambda x: x[tuple(slice(0, 1) for _ in x.shape)].clone().expand(x.shape) if x.numel() else x.clone(),
 }
 X_LAYOUTS = tuple(LAYOUTS)
 LINEAR_LAYOUTS = ("contiguous", "sliced", "transposed", "batch_inside", "expanded_batch", "expanded")

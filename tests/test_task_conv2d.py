@@ -70,6 +70,7 @@ def test_values_and_gradients(case: ConvCase, backend: Backend) -> None:
     for name, g in found.items():
         if g is not None:
             table.assert_dense(g, name)
+    assert "delta" not in found or found["delta"].is_contiguous(), f"strides {found['delta'].stride()}"
     table.assert_own_memory({"y": y, **{f"grad {n}": g for n, g in found.items()}}, made.named())
     for (name, x), old in zip(made.named().items(), before.named().values(), strict=True):
         assert torch.equal(x, old), f"{name} was written to"

@@ -291,7 +291,7 @@ def task_conv2d_backward(
         out.append(sum(grad_eff, zero).to(weight.dtype).contiguous(memory_format=memory_format(weight)))
     for k in wanted_delta:
         if weights.stacked:
-            out.append(torch.stack(grad_delta).to(delta[k].dtype))
+            out.append(torch.stack(grad_delta).to(delta[k].dtype).contiguous())
         else:
             d = delta[k]
             out.append(grad_delta[delta_tasks[k]].to(d.dtype).contiguous(memory_format=memory_format(d)))
@@ -328,7 +328,7 @@ def task_conv2d_weight_grad(
     found = [torch.zeros(shape, dtype=dtype, device=x.device)] * (offsets.shape[0] - 1)
     for t, rows in segments(order, offsets):
         found[t] = torch.nn.grad.conv2d_weight(x[rows], shape, grad_out[rows], *geometry).to(dtype)
-    return torch.stack(found)
+    return torch.stack(found).contiguous()
 
 
 def task_conv2d_weight_grad_out(
