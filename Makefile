@@ -6,6 +6,8 @@ BIN = $(VENV)/bin
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 PIP = $(BIN)/pip --disable-pip-version-check -q
 STAMP = $(VENV)/.installed
+# Triton kernels on CPU tensors, one program after another; read when Triton is imported, so in a process of its own
+INTERPRET = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
 .PHONY: dev test test-slow bench bench-full readme lint format aot abi gpu-check clean
@@ -23,9 +25,11 @@ $(STAMP): $(VENV)/.torch $(SOURCES)
 
 test: dev  ## everything that runs without a GPU; GPU tests skip with a reason
 	FASTMTL_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest tests -m "not slow"
+	$(INTERPRET) $(BIN)/python -m pytest tests/interpreter -m "not slow"
 
 test-slow: dev
 	FASTMTL_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest tests
+	$(INTERPRET) $(BIN)/python -m pytest tests/interpreter
 
 bench: dev  ## a telling few cases, under 6 minutes on two cores; uses the GPU where there is one
 	$(BIN)/fastmtl bench --quick --out build/bench
@@ -44,8 +48,8 @@ format: dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inc')
 
-aot: dev  ## compiles every configuration of every GPU kernel and checks registers and spills
-	FASTMTL_AOT=all $(BIN)/python -m pytest tests/test_cuda_build.py
+aot: dev  ## compiles every configuration of every GPU kernel and checks registers, spills and instructions
+	FASTMTL_AOT=all $(BIN)/python -m pytest tests/test_cuda_build.py tests/test_triton_build.py
 
 abi: dev  ## one build under several torch releases; downloads gigabytes
 	bash tests/abi/check.sh $(BIN)/python

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def collect() -> dict[str, Any]:
         "cpu_level_active": extension.cpu_level() if extension is not None else None,
         "cuda_architectures": [f"sm_{arch}" for arch in build.get("cuda_architectures", [])],
         "cuda_reason": None if build.get("cuda_architectures") else _backend.build_note("cuda"),
+        "triton": _triton_version(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "forced_backend": _backend.forced_backend(),
@@ -47,6 +49,13 @@ def _no_device(backend: str) -> str | None:
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) was built without CUDA"
     return "torch sees no CUDA device"
+
+
+def _triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
 
 
 def report() -> str:
@@ -66,6 +75,8 @@ def report() -> str:
             f"{found['threads']} threads",
             f"  CUDA      {cuda}",
         ]
+    interpreted = ", interpreted on CPU tensors (TRITON_INTERPRET=1)" if _backend.interpreting() else ""
+    lines.append(f"Triton      {found['triton'] or 'none'}{interpreted}")
     lines.append(f"GPU         {found['gpu'] or 'none'}")
     if found["forced_backend"]:
         lines.append(f"forced      {found['forced_backend']}")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 
 import cases
 import pytest
@@ -133,8 +134,48 @@ def test_reasons(no_extension: None) -> None:
     assert _backend.unavailable("reference", "mps") is None
     for name in ("cpu", "cuda"):
         assert "hidden by a test" in _backend.unavailable(name, name)
-    assert _backend.unavailable("triton", "cuda")
     assert _backend.build_info() == {}
+
+
+@pytest.fixture
+def fresh_import_of_triton() -> Iterator[None]:
+    _backend._triton_import_error.cache_clear()
+    yield
+    _backend._triton_import_error.cache_clear()
+
+
+def test_reasons_of_triton(monkeypatch: pytest.MonkeyPatch, fresh_import_of_triton: None) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for device in ("cuda", "cpu"):
+        assert "Triton cannot be imported (" in (_backend.unavailable("triton", device) or "")
+
+
+def test_triton_takes_cuda_tensors_and_cpu_ones_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert _backend.unavailable("triton", "cuda") is None
+    assert _backend.unavailable("triton", "cpu") == (
+        "the triton backend takes cuda tensors, got tensors on 'cpu' "
+        "(on the CPU only in its interpreter: TRITON_INTERPRET=1)"
+    )
+    assert _backend.unavailable("triton", "mps") == "the triton backend takes cuda tensors, got tensors on 'mps'"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _backend.unavailable("triton", "cpu") is None
+    assert _backend.unavailable("triton", "mps")
+
+
+def test_cuda_prefers_what_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton where an op has nothing compiled for CUDA; the reference where the arguments are declined."""
+    monkeypatch.setattr(_backend, "unavailable", lambda backend, device: None)
+    table = {name: (lambda name=name: name) for name in ("cpu", "triton", "reference")}
+    assert _backend.choose("op", "cuda", table)() == "triton"
+    assert _backend.choose("op", "cuda", {**table, "cuda": lambda: "cuda"})() == "cuda"
+    assert _backend.choose("op", "cuda", table, {"triton": "no float64"})() == "reference"
+    with (
+        fastmtl.use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"fastmtl\.op: backend 'triton' is forced .*: no float64"),
+    ):
+        _backend.choose("op", "cuda", table, {"triton": "no float64"})
 
 
 def test_backend_of_another_device() -> None:
