@@ -76,7 +76,7 @@ def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     # into a file or a pipe: wide enough for the table
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     settings = QUICK if quick else Settings()
     machine = describe(device)
     console.print(

@@ -31,7 +31,7 @@ CONV_COLUMNS = (
     "vs fair loop",
     "vs stacked loop",
     "vs best other",
-    "extra memory / weight",
+    "extra memory (weights)",
 )
 # of a row of suite `conv`: what is neither loop
 OTHERS = ("grouped", "vmap", "groupedmm", "adapter", "plain")
@@ -83,12 +83,13 @@ def _best_other(row: dict[str, Any]) -> str:
     return f"{_versus(row, family)} ({family})"
 
 
-def extra_weights(row: dict[str, Any]) -> float | None:
-    """Peak memory of a call beyond what it returns, in units of one weight."""
+def _extra_memory(row: dict[str, Any]) -> str:
+    """Peak memory of a call beyond what it returns, and how many weights of the layer that is."""
     memory, weight = row.get("memory", {}).get("ours"), row["params"].get("weight_bytes")
-    if memory is None or not weight:
-        return None
-    return max(memory["peak_extra_bytes"] - memory["result_bytes"], 0) / weight
+    if memory is None:
+        return "-"
+    extra = max(memory["peak_extra_bytes"] - memory["result_bytes"], 0)
+    return f"{mebibytes(extra)} ({extra / weight:.1f})" if weight else mebibytes(extra)
 
 
 def columns(row: dict[str, Any]) -> tuple[str, ...]:
@@ -106,7 +107,6 @@ def cells(row: dict[str, Any]) -> list[str]:
     if "graph" in ours:
         time = f"{seconds(ours['graph']['median'])} (eager {time})"
     if row["suite"] == "conv":
-        weights = extra_weights(row)
         return [
             name,
             time,
@@ -115,7 +115,7 @@ def cells(row: dict[str, Any]) -> list[str]:
             _versus(row, "loop"),
             _versus(row, "stacked"),
             _best_other(row),
-            "-" if weights is None else f"{weights:.2g}",
+            _extra_memory(row),
         ]
     floor = _over(row, "floor")
     for label, text in (("t_backwards", "of T passes"), ("sum", "of a plain step")):

@@ -48,14 +48,14 @@ def test_case_names_are_unique():
     names = [(case.suite, case.name) for case in registry.collect(registry.SUITES, CPU)]
     assert len(names) == len(set(names))
     quick = registry.collect(registry.SUITES, CPU, quick=True)
-    assert 10 <= len(quick) < len(names)
+    assert 20 <= len(quick) < len(names)
     assert all(case.quick for case in quick)
 
 
 def test_collect_filters_and_refuses():
     only = registry.collect(["surgery"], CPU, quick=True, pattern="coefficients")
     assert {case.op for case in only} == {"pcgrad_coefficients"}
-    with pytest.raises(ValueError, match="expected one of surgery, step, got 'speed'"):
+    with pytest.raises(ValueError, match="expected one of surgery, step, conv, got 'speed'"):
         registry.collect(["speed"], CPU)
 
 
@@ -305,6 +305,60 @@ def test_results_are_written(written, capsys):
         "step.png",
     }
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in out.glob("*.png"))
+
+
+def run_of(suite: str, *cases: str, commit: str = "c0", date: str = "2026-01-01") -> dict:
+    """Results of a run of one suite, as `run_cases` makes them."""
+    machine = {"device": "chip", "date": date, "commit": commit, "versions": {"torch": "2"}, "system": "s"}
+    rows = [{"suite": suite, "case": case, "op": "x", "params": {}, "status": "ok", "took_s": 1.5} for case in cases]
+    suites = report.suite_runs(rows, machine, {"quick": False})
+    return {"schema": 2, "slug": "chip", "machine": machine, "suites": suites, "rows": rows}
+
+
+def test_a_suite_that_runs_again_replaces_its_own_rows_only(tmp_path):
+    def stored():
+        return json.loads((tmp_path / "chip.json").read_text())
+
+    def names():
+        return [(row["suite"], row["case"]) for row in stored()["rows"]]
+
+    report.write(run_of("surgery", "a", "b"), tmp_path)
+    report.write(run_of("conv", "a", commit="c1", date="2026-02-02"), tmp_path)
+    assert names() == [("surgery", "a"), ("surgery", "b"), ("conv", "a")]
+    # each suite says where its rows are from
+    assert {suite: run["commit"] for suite, run in stored()["suites"].items()} == {"surgery": "c0", "conv": "c1"}
+    assert stored()["suites"]["surgery"]["took_s"] == 3.0
+    assert stored()["machine"]["date"] == "2026-02-02"
+    report.write(run_of("surgery", "b", commit="c2"), tmp_path)
+    assert names() == [("surgery", "b"), ("conv", "a")]
+    assert {suite: run["commit"] for suite, run in stored()["suites"].items()} == {"surgery": "c2", "conv": "c1"}
+    assert [path.name for path in tmp_path.iterdir()] == ["chip.json"]
+
+
+def test_a_file_of_the_older_version_is_kept(tmp_path):
+    old = run_of("surgery", "a")
+    del old["suites"]
+    path = tmp_path / "chip.json"
+    path.write_text(json.dumps(old | {"schema": 1, "settings": {"quick": True}, "took_s": 9.0}))
+    report.write(run_of("conv", "b", commit="c1"), tmp_path)
+    results = report.read(path)
+    assert results["schema"] == 2 and len(results["rows"]) == 2
+    assert results["suites"]["surgery"]["settings"] == {"quick": True}
+    assert results["suites"]["surgery"]["commit"] == "c0"
+    text = report.readme_section(results | {"rows": []}, [])
+    assert "surgery: 2026-01-01, commit c0" in text and "conv: 2026-01-01, commit c1" in text
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}'], ids=["broken", "list", "no machine"])
+def test_a_file_that_is_not_of_results_is_refused_before_the_run(text, tmp_path, capsys):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"{cli.slug(cli.describe(CPU))}.json"
+    path.write_text(text)
+    case = ["--suite", "surgery", "--quick", "--filter", "coefficients T=8", "--device", "cpu"]
+    assert bench(*case, "--out", str(tmp_path)) == 2
+    assert "not a file of results" in capsys.readouterr().err
+    assert path.read_text() == text
 
 
 def test_readme_is_rewritten(written, tmp_path):
