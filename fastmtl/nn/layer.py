@@ -239,14 +239,18 @@ class TaskLayer(nn.Module):
     def _plan(self) -> TaskPlan:
         return current_plan(len(self.tasks), type(self).__name__)
 
+    def _in_order(self, params: TaskParameters) -> list[Tensor]:
+        # not params[name]: twice the time, and there may be dozens of tasks
+        return [getattr(params, name) for name in self.tasks]
+
     def _of_tasks(self) -> dict[str, Any]:
         """Delta, gate and bias as the ops take them."""
         bias = self.bias
         if self.task_bias is not None:
-            own = torch.stack([self.task_bias[name] for name in self.tasks])
+            own = torch.stack(self._in_order(self.task_bias))
             bias = own if bias is None else bias + own
-        gate = None if self.gate is None else torch.stack([self.gate[name] for name in self.tasks])
-        return {"delta": [self.delta[name] for name in self.tasks], "gate": gate, "bias": bias}
+        gate = None if self.gate is None else torch.stack(self._in_order(self.gate))
+        return {"delta": self._in_order(self.delta), "gate": gate, "bias": bias}
 
     def _repr_of_tasks(self) -> str:
         named = len(self.tasks) <= 8 and self.tasks != tuple(str(t) for t in range(len(self.tasks)))
