@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import cases
 import pytest
 import torch
-from cases import OPCHECK_SAMPLES, BankCase
+from cases import BankCase
 from conftest import Backend, skip_or_fail
+from samples_task import TASK_OPCHECK_SAMPLES
 from torch import Tensor
 
 from fastmtl._library import PUBLIC_OPS
 from fastmtl.ops import combine, reference
+
+OPCHECK_SAMPLES = cases.OPCHECK_SAMPLES | TASK_OPCHECK_SAMPLES
+
+
+def argument_count(name: str, implementation: Callable[..., Any]) -> int:
+    """By the op's schema; of an op that is not registered, by its implementation."""
+    op = getattr(torch.ops.fastmtl, name, None)
+    if op is None:
+        return len(inspect.signature(implementation).parameters)
+    return len(op.default._schema.arguments)
 
 
 def missing(
@@ -30,12 +41,12 @@ def missing(
         oracle = getattr(oracles, name, None)
         if not callable(oracle):
             lacking.append(f"{name}: no oracle of that name in fastmtl/ops/reference.py")
-        elif len(inspect.signature(oracle).parameters) != len(inspect.signature(implementation).parameters):
+        elif len(inspect.signature(oracle).parameters) != argument_count(name, implementation):
             lacking.append(f"{name}: its oracle takes other arguments than the op")
         if not callable(fake):
             lacking.append(f"{name}: no fake implementation")
         if name not in samples:
-            lacking.append(f"{name}: no entry in OPCHECK_SAMPLES of tests/cases.py")
+            lacking.append(f"{name}: no entry in the opcheck samples of tests/")
         # a backward is timed as part of its op
         if benchmarks is not None and not name.endswith("_backward") and name not in benchmarks:
             lacking.append(f"{name}: no entry in benchmarks/registry.py")
@@ -77,14 +88,14 @@ def test_a_new_op_is_seen() -> None:
     ops = {**PUBLIC_OPS, "gram_of_nothing": (lambda grads: grads, None)}
     lacking = missing(ops, reference, OPCHECK_SAMPLES, benchmarks=PUBLIC_OPS.keys())
     assert [line.split(": ")[0] for line in lacking] == ["gram_of_nothing"] * 4
-    for what in ("no oracle", "no fake", "OPCHECK_SAMPLES", "benchmarks/registry.py"):
+    for what in ("no oracle", "no fake", "opcheck samples", "benchmarks/registry.py"):
         assert any(what in line for line in lacking), what
 
 
 @pytest.mark.parametrize("name", PUBLIC_OPS)
 def test_a_missing_entry_is_seen(name: str) -> None:
     rest = PUBLIC_OPS.keys() - {name}
-    assert missing(PUBLIC_OPS, reference, rest) == [f"{name}: no entry in OPCHECK_SAMPLES of tests/cases.py"]
+    assert missing(PUBLIC_OPS, reference, rest) == [f"{name}: no entry in the opcheck samples of tests/"]
     oracles = type("Oracles", (), {other: staticmethod(getattr(reference, other)) for other in rest})
     assert missing(PUBLIC_OPS, oracles, OPCHECK_SAMPLES) == [
         f"{name}: no oracle of that name in fastmtl/ops/reference.py"
@@ -111,22 +122,44 @@ def test_opcheck(name: str, number: int, backend: Backend) -> None:
 
 
 def _upcast(x: Any) -> Any:
+    """Tensors to new float64 ones, and a dtype asked for to float64."""
     if isinstance(x, Tensor):
-        return x.detach().double() if x.is_floating_point() else x
+        return x.detach().to(torch.float64, copy=True) if x.is_floating_point() else x
+    if isinstance(x, torch.dtype):
+        return torch.float64
     return [_upcast(y) for y in x] if isinstance(x, list) else x
+
+
+OP_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+def _results(op: Callable[..., Any], args: Sequence[Any]) -> list[Tensor]:
+    """What the op returns, or what it wrote into its last argument."""
+    out = op(*args)
+    if out is None:
+        return [args[-1]]
+    return [out] if isinstance(out, Tensor) else list(out)
 
 
 @pytest.mark.parametrize(("name", "number"), _samples())
 def test_op_equals_its_oracle(name: str, number: int, backend: Backend) -> None:
     """The op as registered, without its Python wrapper, against the float64 oracle of the same name."""
     args = OPCHECK_SAMPLES[name]()[number]
-    out = getattr(torch.ops.fastmtl, name)(*args)
-    expected = getattr(reference, name)(*_upcast(list(args)))
-    if isinstance(out, Tensor):
-        out, expected = [out], [expected]
+    wide = _upcast(list(args))
+    out = _results(getattr(torch.ops.fastmtl, name), args)
+    with torch.no_grad():
+        expected = _results(getattr(reference, name), wide)
+    assert out or name.endswith("_backward")
     for x, y in zip(out, expected, strict=True):
+        if not x.is_floating_point():
+            assert torch.equal(x, y)
+            continue
         assert y.dtype == torch.float64
-        tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}[x.dtype]
+        dtypes = {x.dtype}
+        if name.startswith("task_"):
+            # computed in the dtype of x, whatever that of the result
+            dtypes |= {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}
+        tolerance = max(OP_TOLERANCE[dtype] for dtype in dtypes)
         # lists of several dtypes: conflicts are decided by a sum that is partly float32
         tolerance = max(tolerance, 1e-6) if name.endswith("_list") else tolerance
         torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=tolerance * max(1.0, _largest(y)))

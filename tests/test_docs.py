@@ -40,6 +40,9 @@ def test_has_a_docstring(name: str) -> None:
 def test_op_docstring_is_complete(name: str) -> None:
     doc = inspect.getdoc(OPS[name])
     assert "Example:" in doc and ">>>" in doc, f"{name} shows no example"
+    if inspect.isclass(OPS[name]):
+        # what an op returns: it takes nothing from the user, and raises nothing
+        return
     # or a reference to the op that raises the same
     assert "Raises:" in doc or ("errors" in doc and "as for" in doc), f"{name} does not say what it raises"
     for parameter in inspect.signature(OPS[name]).parameters:
