@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a GPU and torch: build, GPU tests, GPU benchmarks, each with its own time limit.
 # Usage: gpu_check.sh, with OUT (default build/gpu-check) and PYTHON (default python3, whose environment has torch,
-# setuptools, ninja, pybind11, pytest, Triton and what `fastmtl bench` needs). No network is needed. All of it fits into 9
-# minutes; what a stage printed before its limit stands in its log.
+# Triton, setuptools, ninja, pybind11, pytest and what `fastmtl bench` needs). No network is needed. All of it fits into
+# 9 minutes; what a stage printed before its limit stands in its log.
 set -u
 cd "$(dirname "$0")/.."
 out=${OUT:-build/gpu-check}
@@ -13,7 +13,7 @@ stage() {  # NAME SECONDS COMMAND...
   local name=$1 limit=$2
   shift 2
   echo "== $name"
-  if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then echo "   ok"; else echo "   FAILED ($?)"; failed=1; fi
+  if timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1; then echo "   ok"; else echo "   FAILED ($?)"; failed=1; fi
   tail -n 4 "$out/$name.log"
 }
 # the limits add up to 530 seconds
