@@ -501,10 +501,28 @@ def through_meta(layer: nn.Module) -> nn.Module:
     return made
 
 
-WAYS = [copy.deepcopy, through_pickle, through_torch_save, through_assigned_state, through_meta, lambda x: x.double()]
+def through_swapped_state(layer: nn.Module) -> nn.Module:
+    made = make(TaskConv2d, gate=1.0, per_task_bias=True)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        made.load_state_dict(copy.deepcopy(layer.state_dict()))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    return made
 
 
-@pytest.mark.parametrize("way", WAYS, ids=["deepcopy", "pickle", "torch_save", "assign", "meta", "double"])
+WAYS = {
+    "deepcopy": copy.deepcopy,
+    "pickle": through_pickle,
+    "torch_save": through_torch_save,
+    "assign": through_assigned_state,
+    "swap": through_swapped_state,
+    "meta": through_meta,
+    "double": lambda layer: layer.double(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_copies_and_conversions(way: Callable[[nn.Module], nn.Module]) -> None:
     layer = make(TaskConv2d, gate=1.0, per_task_bias=True)
     assert marked(layer)
