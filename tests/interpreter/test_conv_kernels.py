@@ -1,0 +1,369 @@
+"""The kernels of `task_conv2d` and `task_linear` in Triton's interpreter, against the float64 oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_within
+from cases_task import (
+    BF16,
+    F16,
+    F32,
+    ConvCase,
+    LinearCase,
+    Made,
+    TaskCase,
+    expected_of,
+    gradients,
+    present_tasks,
+)
+from torch import Tensor
+
+import fastmtl
+from fastmtl import _backend
+from fastmtl.ops import TaskPlan, reference, task_conv2d, task_conv2d_weight_grad, task_linear_weight_grad
+
+if not _backend.interpreting():
+    pytest.skip("needs TRITON_INTERPRET=1, set before Triton is imported", allow_module_level=True)
+pytest.importorskip("triton")
+
+from fastmtl.kernels import _launch, configs
+from fastmtl.kernels import task_conv2d as launchers
+from fastmtl.kernels.configs import Tile
+from fastmtl.ops._task import TaskWeights
+
+# of one rounding to the dtype; the interpreter cuts bfloat16 off instead of rounding: 2^-8 on a GPU
+UNIT = {F32: 2.0**-24, BF16: 2.0**-7, F16: 2.0**-11}
+# relative to the sum of the magnitudes that are added: W + s Delta is rounded once to a 16-bit dtype
+TOLERANCE = {F32: 1e-6, BF16: 2.0**-7, F16: 2.0**-11}
+SMALLEST = {F32: 1e-38, BF16: 1e-38, F16: 2.0**-24}
+
+# smaller than the layers below, so that every loop goes round more than once
+SMALL = {name: Tile(16, 16, 32, 4, 1) for name in ("fwd", "fwd_fused", "fwd_packed", "dgrad", "dgrad_fused")}
+SMALL |= {"wgrad": Tile(16, 16, 16, 4, 1), "wgrad_packed": Tile(16, 32, 16, 4, 1)}
+STAGED = {"schedule": "staged", "mode": "walk"}
+FUSED = {"schedule": "fused", "mode": "split", "split_rows": 16}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles() -> Iterator[None]:
+    with fastmtl.use_backend("triton"), configs.force(**SMALL):
+        yield
+
+
+def assert_close(x: Tensor, exact: Tensor, size: Tensor, dtype: torch.dtype) -> None:
+    assert x.shape == exact.shape
+    bound = TOLERANCE[dtype] * size + 1.001 * UNIT[x.dtype] * exact.abs() + SMALLEST[x.dtype]
+    assert_within(x.double(), exact, bound)
+
+
+def check(case: TaskCase, made: Made | None = None, exact: Made | None = None, **forced: Any) -> dict[str, Any]:
+    """Result and every gradient; `exact`: what the oracle gets, where `made` has a NaN that nobody may read."""
+    made = case.make() if made is None else made
+    want = expected_of(case, made if exact is None else exact)
+    leaves = made.leaves()
+    with configs.force(**forced):
+        y = case.run(leaves)
+        found = gradients(y, leaves)
+    assert y.dtype == case.dtype
+    assert_close(y.detach(), want.y, want.y_size, case.dtype)
+    for name, g in found.items():
+        if name.startswith("delta[") and int(name[6:-1]) not in present_tasks(case, made):
+            assert g is None
+            continue
+        assert g is not None and g.dtype == leaves.named()[name].dtype, name
+        assert_close(g, want.grads[name], want.grad_sizes[name], case.dtype)
+    return found
+
+
+PLAIN = ConvCase(gate="values", bias="per_task", delta="nones", cin=4, cout=17, n=4, size=(3, 4))
+# more channels than a block of the product is deep
+WIDE = PLAIN.but(cin=33, cout=18, n=3, size=(2, 3), x_layout="channels_last", kernel=(1, 2), padding=(0, 1))
+
+STAGED_LAYERS = [
+    PLAIN,
+    WIDE,
+    PLAIN.but(delta="stacked", gate="zeros", ids="absent", num_tasks=5, cout=3),
+    PLAIN.but(delta="stacked_permuted", gate=None, bias=None, cout=3),
+    WIDE.but(kernel=(1, 1), padding=0, stride=2, weight_layout="mixed"),
+    PLAIN.but(kernel=(3, 2), stride=(2, 1), dilation=(2, 3), padding=(2, 2), weight_layout="channels_last", cout=3),
+    PLAIN.but(kernel=(2, 2), stride=3, padding=1, dilation=2, size=(5, 4), cout=3, n=3),
+    PLAIN.but(kernel=(3, 2), padding="same", x_layout="transposed", grad_layout="expanded", cout=3, n=3),
+    PLAIN.but(groups=3, cin=6, cout=9, stride=2, weight_layout="mixed", n=3),
+    PLAIN.but(groups=3, cin=3, cout=6, bias="shared", x_layout="expanded_batch", n=3),
+    PLAIN.but(num_tasks=20, n=3, cout=3, kernel=(1, 2)),
+]
+FUSED_LAYERS = [
+    PLAIN,
+    WIDE,
+    PLAIN.but(delta="list", gate=None, bias="shared", shared=False, cout=3),
+    PLAIN.but(delta="all_none", ids="reversed", cout=3),
+    WIDE.but(delta="stacked", kernel=(1, 1), padding=0, gate="closed"),
+    WIDE.but(kernel=(2, 1), stride=2, num_tasks=1, delta="list"),
+    PLAIN.but(kernel=(3, 3), stride=(2, 3), dilation=(4, 3), padding=(5, 4), n=3, cout=3),
+    PLAIN.but(kernel=(2, 3), padding="same", x_layout="channels_last_sliced", grad_layout="channels_last", cout=3),
+    PLAIN.but(groups=2, cin=50, cout=34, x_layout="channels_last", n=2, size=(2, 2), kernel=(1, 2)),
+    PLAIN.but(groups=4, cin=4, cout=4, delta="stacked", n=3),
+    PLAIN.but(ids="one", ids_dtype=torch.int32, x_layout="batch_inside", cout=3),
+]
+
+
+@pytest.mark.parametrize("case", STAGED_LAYERS, ids=str)
+def test_staged_and_walked(case: ConvCase) -> None:
+    check(case, **STAGED)
+
+
+@pytest.mark.parametrize("case", FUSED_LAYERS, ids=str)
+def test_fused_and_split(case: ConvCase) -> None:
+    check(case, **FUSED)
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(BF16, None), (F16, None), (BF16, F32), (F16, F32)])
+def test_sixteen_bits(dtype: torch.dtype, weight_dtype: torch.dtype | None) -> None:
+    case = PLAIN.but(dtype=dtype, weight_dtype=weight_dtype, n=3, cout=3)
+    check(case.but(x_layout="channels_last"), **STAGED)
+    check(case.but(delta="stacked", stride=2), **FUSED)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        LinearCase(gate="values", bias="per_task", cin=37, cout=18, leading=(9,), delta="nones"),
+        LinearCase(gate="zeros", bias="shared", cin=21, leading=(3, 5), delta="stacked", x_layout="transposed"),
+        LinearCase(gate="values", leading=(3, 5), ids_dims=2, shared=False, dtype=BF16, weight_dtype=F32),
+    ],
+    ids=str,
+)
+def test_linear_and_gradients(case: LinearCase) -> None:
+    check(case, **STAGED)
+    check(case, **FUSED)
+
+
+@pytest.mark.parametrize("mode", ["walk", "split"])
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_tasks_in_chunks(mode: str, chunks: int) -> None:
+    case = PLAIN.but(num_tasks=5, cin=2, cout=3, delta="list", kernel=(1, 2), padding=0)
+    check(case, schedule="staged", mode=mode, chunks=chunks, split_rows=16)
+
+
+@pytest.mark.parametrize("case", [PLAIN, WIDE], ids=["packed", "wide"])
+def test_tiles_and_schedules_as_the_rules_choose_them(case: ConvCase) -> None:
+    with configs.force(**dict.fromkeys(SMALL)):
+        check(case)
+
+
+@pytest.mark.parametrize("case", [PLAIN.but(n=2, cout=3), WIDE.but(n=2, stride=2)], ids=["packed", "wide"])
+@pytest.mark.parametrize("forced", [STAGED, FUSED], ids=["staged-walk", "fused-split"])
+def test_offsets_of_64_bits(case: ConvCase, forced: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "INT32_MAX", 0)
+    check(case, **forced)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["list", "stacked"])
+@pytest.mark.parametrize("forced", [STAGED, FUSED], ids=["staged-walk", "fused-split"])
+def test_nothing_behind_a_closed_gate_is_read(stacked: bool, forced: dict[str, Any]) -> None:
+    # tasks 0 and 2 are closed, task 1 has no samples
+    case = ConvCase(
+        cin=2, cout=3, n=5, size=(2, 3), gate="zeros", ids="absent", num_tasks=4, delta="stacked" if stacked else "list"
+    )
+    made, exact = case.make(), case.make()
+    for t in (0, 1, 2):
+        made.delta[t].fill_(torch.nan)
+    want = expected_of(case, exact)
+    leaves = made.leaves()
+    with configs.force(**forced):
+        y = case.run(leaves)
+        found = gradients(y, leaves)
+    assert_close(y.detach(), want.y, want.y_size, F32)
+    for name, g in found.items():
+        if name == "gate":
+            continue
+        if g is not None:
+            assert_close(g, want.grads[name], want.grad_sizes[name], F32)
+    closed = found["delta"][0] if stacked else found["delta[0]"]
+    assert torch.equal(closed, torch.zeros_like(closed))
+    # its own gradient shows it, where the task has samples; that of the absent task does not
+    assert torch.isnan(found["gate"][0]) and found["gate"][1] == 0 and torch.isfinite(found["gate"][3])
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "delta", "gate", "bias", "one delta"])
+@pytest.mark.parametrize("mode", ["walk", "split"])
+def test_each_gradient_alone(wanted: str, mode: str) -> None:
+    case = ConvCase(cin=2, cout=3, n=5, size=(2, 3), gate="zeros", bias="shared", delta="list", ids="turns")
+    made = case.make()
+    want = expected_of(case, made)
+    name = {"delta": "delta[1]", "one delta": "delta[0]"}.get(wanted, wanted)
+    names = [f"delta[{t}]" for t in range(3)] if wanted == "delta" else [name]
+    for n in names:
+        made.named()[n].requires_grad_()
+    with configs.force(mode=mode, split_rows=16):
+        found = torch.autograd.grad(case.run(made), [made.named()[n] for n in names], made.grad_out)
+    for n, g in zip(names, found, strict=True):
+        assert_close(g, want.grads[n], want.grad_sizes[n], F32)
+
+
+@pytest.mark.parametrize("forced", [STAGED, FUSED], ids=["staged-walk", "fused-split"])
+def test_samples_of_no_task(forced: dict[str, Any]) -> None:
+    case = ConvCase(cin=2, cout=3, n=6, size=(2, 3), gate="values", bias="per_task", delta="nones")
+    made = case.make()
+    ids = torch.tensor([-1, 2, 7, 0, 3, 2])
+    plan = TaskPlan(ids, *reference.task_plan(ids, 3))
+    good = (ids >= 0) & (ids < 3)
+    leaves = made.leaves()
+    with configs.force(**forced):
+        y = case.run(leaves, plan)
+        found = gradients(y, leaves)
+    for rows in (y, found["x"]):
+        assert torch.isnan(rows[~good]).all()
+    # the others as if the batch had only them
+    fewer = case.but(n=int(good.sum()))
+    kept = Made(made.x[good], made.weight, made.delta, made.gate, made.bias, ids[good], made.grad_out[good])
+    want = expected_of(fewer, kept)
+    assert_close(y.detach()[good], want.y, want.y_size, F32)
+    assert_close(found.pop("x")[good], want.grads["x"], want.grad_sizes["x"], F32)
+    for name, g in found.items():
+        if g is not None:
+            assert_close(g, want.grads[name], want.grad_sizes[name], F32)
+
+
+def test_only_the_shared_gradients_with_samples_of_no_task() -> None:
+    # W's and the bias' gradients are made over the whole batch at once: those samples must stay out
+    x, grad_out = torch.randn(5, 3, 3, 2), torch.randn(5, 4, 3, 2)
+    ids = torch.tensor([0, 9, 1, -3, 0])
+    plan = TaskPlan(ids, *reference.task_plan(ids, 2))
+    w, b = torch.randn(4, 3, 3, 3, requires_grad=True), torch.randn(4, requires_grad=True)
+    y = task_conv2d(x, w, None, plan, gate=torch.ones(2), bias=b, padding=1)
+    found = torch.autograd.grad(y, [w, b], grad_out)
+    good = torch.tensor([0, 2, 4])
+    weight = w.detach().double().requires_grad_()
+    bias = b.detach().double().requires_grad_()
+    exact = torch.nn.functional.conv2d(x[good].double(), weight, bias, padding=1)
+    want = torch.autograd.grad(exact, [weight, bias], grad_out[good].double())
+    for g, e in zip(found, want, strict=True):
+        assert_close(g, e, e.abs() + 10, F32)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("mode", ["walk", "split"])
+def test_small_batches(n: int, mode: str) -> None:
+    case = ConvCase(n=n, cin=2, cout=3, size=(2, 3), gate="values", bias="per_task", delta="stacked")
+    check(case, mode=mode)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_memory_orders_of_results(layout: str) -> None:
+    case = PLAIN.but(x_layout=layout, weight_layout=layout, delta="list", n=2, cout=3)
+    made = case.make().leaves()
+    order = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    y = case.run(made)
+    assert y.is_contiguous(memory_format=order)
+    found = gradients(y, made)
+    for name in ("x", "weight", f"delta[{next(iter(present_tasks(case, made)))}]"):
+        assert found[name].is_contiguous(memory_format=order), name
+
+
+WEIGHT_GRADS = [
+    (ConvCase(cin=3, cout=18, stride=2, n=3), "walk", None),
+    (
+        ConvCase(cin=26, cout=5, n=4, size=(3, 3), kernel=(2, 1), ids="absent", num_tasks=4, x_layout="channels_last"),
+        "split",
+        F16,
+    ),
+    (ConvCase(cin=6, cout=4, n=3, groups=2, dtype=BF16), "walk", F32),
+]
+
+
+@pytest.mark.parametrize(("case", "mode", "dtype"), WEIGHT_GRADS, ids=["strided", "absent", "groups"])
+def test_weight_grad(case: ConvCase, mode: str, dtype: torch.dtype | None) -> None:
+    made = case.make()
+    exact, size = (
+        reference.task_conv2d_weight_grad(
+            m.x, m.grad_out, *reference.task_plan(made.task_ids, case.num_tasks), case.kernel,
+            *[(v, v) if isinstance(v, int) else v for v in (case.stride, case.padding, case.dilation)], case.groups,
+        )
+        for m in (made.double(), made.double().map(torch.abs))
+    )  # fmt: skip
+    with configs.force(mode=mode, split_rows=16):
+        found = task_conv2d_weight_grad(
+            made.x, made.grad_out, made.task_ids, case.num_tasks, case.kernel, dtype=dtype, **case.options
+        )
+        assert found.dtype == (dtype or case.dtype)
+        assert_close(found, exact, size, case.dtype)
+        # rows of a bank, in the memory order of a channels_last filter
+        columns = exact[0].numel()
+        bank = torch.full((case.num_tasks, columns + 7), -1.0)
+        co, ci, kh, kw = exact.shape[1:]
+        out = bank[:, 3 : 3 + columns].unflatten(1, (co, kh, kw, ci)).permute(0, 1, 4, 2, 3)
+        task_conv2d_weight_grad(
+            made.x, made.grad_out, made.task_ids, case.num_tasks, case.kernel, out=out, **case.options
+        )
+    assert_close(out, exact, size, case.dtype)
+    assert (bank[:, :3] == -1).all() and (bank[:, 3 + columns :] == -1).all()
+
+
+def test_linear_weight_grad() -> None:
+    x, grad_out, ids = torch.randn(3, 4, 21), torch.randn(3, 4, 5), torch.tensor([2, 0, 2])
+    bank = torch.full((3, 5 * 21 + 4), -1.0)
+    out = bank[:, 4:].unflatten(1, (5, 21))
+    task_linear_weight_grad(x, grad_out, ids, 3, out=out)
+    plan = reference.task_plan(ids, 3)
+    exact = reference.task_linear_weight_grad(x.double(), grad_out.double(), *plan)
+    assert_close(out, exact, reference.task_linear_weight_grad(x.double().abs(), grad_out.double().abs(), *plan), F32)
+    assert (bank[:, :4] == -1).all()
+
+
+def test_the_same_bits_twice() -> None:
+    case = PLAIN.but(delta="list", cout=3)
+    runs = []
+    for _ in range(2):
+        made = case.make().leaves()
+        with configs.force(mode="split", split_rows=16):
+            y = case.run(made)
+            runs.append([y.detach(), *(g for g in gradients(y, made).values() if g is not None)])
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_pointer_table() -> None:
+    tensors = [None if k % 3 == 1 else torch.ones(k + 1) for k in range(37)]
+    table = _launch.pointer_table(tensors)
+    assert table.tolist() == [0 if x is None else x.data_ptr() for x in tensors]
+    assert _launch.pointer_table(tensors) is table
+    assert _launch.pointer_table(tensors[1:] + tensors[:1]) is not table
+
+
+def test_rules() -> None:
+    """Large layers get large tiles, and rows are split only where tiles do not fill the device."""
+    x = torch.empty(0, dtype=BF16)
+    with configs.force(**dict.fromkeys(SMALL)):
+        large = configs.pick_tile("fwd", 8, 6272, 256, 1, x)
+        small = configs.pick_tile("fwd", 8, 8, 64, 1, x)
+    assert large.rows * large.cols > small.rows * small.cols
+    assert configs.pick_wgrad(400, 8, 8, 12544, 32, x) == configs.WgradPlan(8, 0)
+    split = configs.pick_wgrad(4, 1, 1, 12544, 32, x)
+    assert split.chunk_tasks == 1 and 0 < split.split_rows < 12544 and split.split_rows % 32 == 0
+    assert configs.pick_schedule(configs.FUSED_MAX_ROWS, True) == "fused"
+    assert configs.pick_schedule(configs.FUSED_MAX_ROWS + 1, True) == "staged"
+    assert configs.pick_schedule(1, False) == "staged"
+
+
+def test_staging_skips_what_nobody_needs() -> None:
+    """Slots of closed and absent tasks are not written: the kernels take W's slot for them."""
+    case = ConvCase(num_tasks=4, gate="zeros", ids="absent", n=5, delta="list", cout=3)
+    made = case.make()
+    weights = TaskWeights(made.weight, made.delta, [0, 1, 2, 3], made.gate)
+    order, offsets = reference.task_plan(made.task_ids, 4)
+    deltas = launchers._deltas(weights.delta, weights.delta_tasks, 4)
+    with configs.force(schedule="staged"):
+        staged = launchers._operand(F32, weights, deltas, launchers.Batch.of(order, offsets), 64)["p_w"]
+    open_tasks = [t for t in present_tasks(case, made) if made.gate[t] != 0]
+    assert torch.equal(staged[4], made.weight.permute(0, 2, 3, 1))
+    for t in range(4):
+        if t in open_tasks:
+            exact = made.weight.double() + made.gate[t].double() * made.delta[t].double()
+            assert_close(staged[t], exact.permute(0, 2, 3, 1), exact.abs().permute(0, 2, 3, 1), F32)
+        else:
+            assert torch.isnan(staged[t]).all()
