@@ -167,7 +167,6 @@ def _targets(case: Case, dtype: torch.dtype) -> Iterator[BuildTarget]:
         made = _recorded(run, case.kernel, **forced)
         size = "" if tile is None else f"-{tile.rows}x{tile.cols}x{tile.depth}"
         name = f"{case.kernel}-{case.variant}{size}-{_TYPE_NAMES[dtype]}"
-        # tiles of 16 leave some loads with less than 16 bytes a thread
         representative = case.representative and position == 0
         yield as_target(name, made, dtype, representative, tile is not None, case.wide_loads)
 
@@ -178,5 +177,4 @@ def build_targets() -> Iterator[BuildTarget]:
         for case in CASES:
             yield from _targets(case, dtype)
     for name in ("task_plan", "task_scale_shift"):
-        module = importlib.import_module(f"fastmtl.kernels.{name}")
-        yield from getattr(module, "build_targets", tuple)()
+        yield from importlib.import_module(f"fastmtl.kernels.{name}").build_targets()
