@@ -59,7 +59,7 @@ def delta_pointer(p_delta, p_table, task, num_tasks, d_t, ALIGNED: tl.constexpr)
     if p_table is None:
         return p_delta + task.to(tl.int64) * d_t
     else:
-        # no branch around it: behind one the compiler no longer knows the alignment, and loads single elements
+        # a null pointer where there is none: loads through it are masked
         p = tl.load(p_table + task, mask=task < num_tasks, other=0).to(tl.pointer_type(p_delta.dtype.element_ty))
         if ALIGNED:
             p = tl.multiple_of(p, 16)
