@@ -1,11 +1,8 @@
 // w G and C G: one read of G, walked backwards.
 #include <torch/csrc/stable/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "cpu/gram.h"
+#include "cpu/pages.h"
 #include "cpu/walk.h"
 
 namespace fastmtl::cpu {
@@ -13,17 +10,6 @@ namespace {
 
 // results larger than this go past the cache: they would only push the gradients out of it
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
-
-// A large result is fresh memory from mmap, and 4 KB page faults cost more than the sums themselves (25M floats:
-// 76 ms against 13 ms with 2 MB pages): ask for huge pages before the first write. Only a hint.
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 }  // namespace
 

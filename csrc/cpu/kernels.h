@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/tiles.h"
 #include "rows.h"
 
 namespace fastmtl::cpu {
@@ -35,6 +36,7 @@ struct Kernels {
   GramBlock gram[4];        // by DType
   CombineBlock combine[4];  // weights are float, double for f64
   WidenBlock widen[4];      // bf16 and f16 to float
+  Tiles tiles;
 };
 
 extern const Kernels kPortable;

@@ -1,8 +1,10 @@
-"""Per-task weights on the CPU: the batch in segments of one weight each, through torch's own convolution.
+"""Per-task weights on the CPU: the batch in segments of one weight each.
 
-oneDNN's convolution is hard to beat; what costs is around it. One scratch weight holds `W + s_t Delta_t` of one task
-at a time, tasks that see W itself are one segment, samples are copied only where calls on the runs in which they lie
-would cost more, and the weight gradient of a task is spread over dDelta, dW and the gate while it is in the cache.
+Segments with many rows (output pixels) go through torch's own convolution: oneDNN is hard to beat, and what costs is
+around it. One scratch weight holds `W + s_t Delta_t` of one task at a time, tasks that see W itself are one segment,
+samples are copied only where calls on the runs in which they lie would cost more, and the weight gradient of a task is
+spread over dDelta, dW and the gate while it is in the cache. Segments with few rows are bound by the weights, which
+oneDNN would reorder first: they go through `csrc/cpu/task_conv.cpp`, which reads each weight once and copies no sample.
 """
 
 from __future__ import annotations
@@ -15,13 +17,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmtl._library import define_kernel
 from fastmtl.ops._task import Geometry, TaskWeights, is_channels_last, memory_format
+
+_rows_kernel = define_kernel(
+    "_task_conv2d_rows(Tensor x, Tensor? weight, Tensor? delta, float gate, Tensor? bias, int[] samples, "
+    "int[] geometry, Tensor(a!) y) -> ()"
+)
+_rows_backward_kernel = define_kernel(
+    "_task_conv2d_rows_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor? delta, float gate, int[] samples, "
+    "int[] geometry, Tensor(a!)? grad_x, Tensor(b!)? grad_weight, bool add, Tensor(c!)? grad_delta, "
+    "Tensor(d!)? grad_gate) -> ()"
+)
+_advise_huge_pages = define_kernel("_advise_huge_pages(Tensor(a!) x) -> ()")
 
 # what decides between copying the samples of a segment together and one call per run of neighbours:
 # bytes that could be copied while torch and oneDNN prepare one more call
 CALL_BYTES = 1_000_000
 # passes over the weight that such a call makes before it multiplies: oneDNN reorders it, and reads it
 WEIGHT_PASSES = 3
+# a segment of at most so many rows goes through the direct product; docs/task-kernels-cpu.md has the figures
+FORWARD_ROWS = 96
+INPUT_GRADIENT_ROWS = 64
+# the weight gradient, by the memory order of the weights: oneDNN is slow for few rows in channels_last
+WEIGHT_GRADIENT_ROWS = {True: 256, False: 128}
+# results from this size on ask for huge pages
+HUGE_BYTES = 4 << 20
 
 
 class Segment(NamedTuple):
@@ -97,6 +118,116 @@ class Stage:
         if base is None:
             return torch.mul(delta, gate, out=self._scratch)
         return torch.add(base.detach(), delta, alpha=gate, out=self._scratch)
+
+
+class Direct:
+    """The direct product for segments with few rows: one group, all weights dense in one memory order.
+
+    It computes in float32; samples in 16 bits are widened first, once for all segments.
+    """
+
+    def __init__(self, x: Tensor, weights: TaskWeights, batch: Batch, geometry: Geometry, pixels: int) -> None:
+        self.pixels, self.batch = pixels, batch
+        self.last = is_channels_last(weights.like)
+        kernel = weights.shape[2:]
+        self.geometry = [*kernel, *geometry.stride, *geometry.padding, *geometry.dilation, int(self.last)]
+        self.serves = geometry.groups == 1 and x.numel() > 0 and torch.float64 not in (x.dtype, weights.like.dtype)
+        self.weight: Tensor | None = None
+        if self.serves and weights.weight is not None:
+            self.weight = self.rows(weights.weight)
+            self.serves = self.weight is not None
+        self._wide: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def rows(self, w: Tensor) -> Tensor | None:
+        """`[Cout, Cin kh kw]` in the order of memory; None if `w` is not dense in the common order."""
+        w = w.detach()
+        w = w.permute(0, 2, 3, 1) if self.last else w
+        return w.view(w.shape[0], -1) if w.is_contiguous() else None
+
+    def as_filter(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        """Rows back as `[Cout, Cin, kh, kw]`."""
+        out, channels, height, width = shape
+        if self.last:
+            return rows.view(out, height, width, channels).permute(0, 3, 1, 2)
+        return rows.view(out, channels, height, width)
+
+    def _delta(self, task: int | None) -> Tensor | None:
+        if task is None:
+            return None
+        delta = self.batch.deltas[task]
+        assert delta is not None
+        return self.rows(delta)
+
+    def takes(self, segment: Segment, limit: int) -> bool:
+        """Whether the segment has few rows, a weight at all, and that as rows."""
+        if not self.serves or len(segment.samples) * self.pixels > limit:
+            return False
+        return self.weight is not None if segment.task is None else self._delta(segment.task) is not None
+
+    def _weights(self, segment: Segment) -> tuple[Tensor | None, Tensor | None, float]:
+        gate = 1.0 if segment.task is None else self.batch.gate(segment.task)
+        return self.weight, self._delta(segment.task), gate
+
+    def _in_float32(self, x: Tensor, copy: bool = True) -> Tensor:
+        if x.dtype == torch.float32:
+            return x
+        if id(x) not in self._wide:
+            wide = torch.empty_like(x, dtype=torch.float32, requires_grad=False)
+            self._wide[id(x)] = x, wide.copy_(x) if copy else wide
+        return self._wide[id(x)][1]
+
+    def _put(self, wide: Tensor, out: Tensor, segment: Segment) -> None:
+        if wide is not out:
+            for first, end in segment.runs:
+                out[first:end].copy_(wide[first:end])
+
+    def forward(self, segment: Segment, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """Into the samples of y."""
+        wide = self._in_float32(y, copy=False)
+        bias = None if bias is None else bias.to(torch.float32).contiguous()
+        samples = segment.samples.tolist()
+        _rows_kernel(self._in_float32(x), *self._weights(segment), bias, samples, self.geometry, wide)
+        self._put(wide, y, segment)
+
+    def input_gradient(self, segment: Segment, grad_out: Tensor, x: Tensor, grad_x: Tensor) -> None:
+        """Into the samples of grad_x."""
+        wide = self._in_float32(grad_x, copy=False)
+        sides = self._in_float32(grad_out), self._in_float32(x)
+        none = None, False, None, None
+        samples = segment.samples.tolist()
+        _rows_backward_kernel(*sides, *self._weights(segment), samples, self.geometry, wide, *none)
+        self._put(wide, grad_x, segment)
+
+    def weight_gradient(
+        self,
+        segment: Segment,
+        grad_out: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        add: bool,
+        delta: Tensor | None,
+        gate: Tensor | None,
+    ) -> None:
+        """Into `weight` (added with `add`), `delta` and one element of the gate's gradient, those that are given."""
+        sides = self._in_float32(grad_out), self._in_float32(x)
+        samples = segment.samples.tolist()
+        total = None if weight is None else self.rows(weight)
+        own = None if delta is None else self.rows(delta)
+        if delta is not None and own is None:
+            # dDelta_t is wanted in another memory order than the weights have
+            own = torch.empty(delta.shape[0], delta[0].numel(), dtype=delta.dtype)
+        targets = None, total, add, own, gate
+        _rows_backward_kernel(*sides, *self._weights(segment), samples, self.geometry, *targets)
+        if delta is not None and own is not None and own.data_ptr() != delta.data_ptr():
+            delta.copy_(self.as_filter(own, delta.shape))
+
+
+def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Memory for a result like x."""
+    y = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
+    if y.nbytes >= HUGE_BYTES:
+        _advise_huge_pages(y)
+    return y
 
 
 # --- samples as rows of memory
@@ -177,19 +308,25 @@ def conv2d(
     """`task_conv2d`; see there."""
     shape = weights.shape
     size = (x.shape[0], shape[0], *geometry.output_size(x.shape[2:], shape[2:]))
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    y = fresh(size, x)
     if y.numel() == 0:
         return y
     batch = Batch(weights, order, offsets)
     stage = Stage(weights, batch, x.dtype)
+    direct = Direct(x, weights, batch, geometry, size[2] * size[3])
     x = dense_samples(x.detach())
     shared_bias = None if bias is None or bias.dim() == 2 else bias.detach().to(x.dtype)
     weight_bytes = shape.numel() * x.element_size()
     for segment in batch.segments():
-        w = stage.weight(segment.task)
         own_bias = shared_bias
         if bias is not None and bias.dim() == 2 and segment.task is not None:
             own_bias = bias[segment.task].detach().to(x.dtype)
+        if direct.takes(segment, FORWARD_ROWS):
+            direct.forward(segment, x, own_bias, y)
+            if bias is not None and segment.task is None and bias.dim() == 2:
+                _add_bias(y, bias.detach(), batch, segment)
+            continue
+        w = stage.weight(segment.task)
         for cut in cuts(segment, _sample_bytes(x, y), weight_bytes):
             if w is None:
                 cut.fill(y)
@@ -228,11 +365,14 @@ def conv2d_backward(
     want_x, want_weight = wanted[0], wanted[1] and weights.weight is not None
     want_gate, want_bias = wanted[2] and weights.gate is not None, wanted[3] and bias is not None
     batch = Batch(weights, order, offsets)
+    empty = grad_out.numel() == 0 or x.numel() == 0
+    if empty:
+        batch.present = []
     grads = Gradients(x, weights, batch, want_weight, wanted_delta, want_gate)
     grad_x = None
     if want_x:
-        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-    if grad_out.numel() and x.numel():
+        grad_x = fresh(x.shape, x)
+    if not empty:
         like = memory_format(x)
         # dx and dW of a segment are one call: both sides in one memory order
         grad_out = dense_samples(grad_out.detach().contiguous(memory_format=like))
@@ -259,6 +399,7 @@ def _walk(
 ) -> None:
     """One walk over the segments for dx, and for the weight gradients of the tasks that need one of their own."""
     stage = Stage(weights, batch, x.dtype)
+    direct = Direct(x, weights, batch, geometry, grad_out.shape[2] * grad_out.shape[3])
     weight_bytes = weights.shape.numel() * x.element_size()
     sample_bytes = _sample_bytes(x, grad_out)
     alone = grads.alone
@@ -269,31 +410,42 @@ def _walk(
         members = [segment.task] if segment.task is not None else [t for t in batch.present if not batch.is_open(t)]
         own = segment.task is not None and segment.task in alone
         joint = segment.task is None and members == rest
-        if grad_x is None and not own and not joint:
+        want_x = grad_x is not None
+        want_weight = own or (joint and weights.weight is not None)
+        if own and direct.takes(segment, WEIGHT_GRADIENT_ROWS[direct.last]):
+            grads.spread_direct(segment, direct, grad_out, x)
+            done.add(segment.task)
+            want_weight = own = False
+        if grad_x is not None and not want_weight and direct.takes(segment, INPUT_GRADIENT_ROWS):
+            direct.input_gradient(segment, grad_out, x, grad_x)
+            want_x = False
+        if not want_x and not want_weight:
             continue
         w = stage.weight(segment.task)
         for cut in cuts(segment, sample_bytes, weight_bytes):
-            g = cut.take(grad_out)
             if w is None:
-                if grad_x is not None:
-                    cut.fill(grad_x)
+                cut.fill(grad_x)
                 continue
-            gx, gw = convolution_backward(g, cut.take(x), w, geometry, grad_x is not None, own or joint)
-            if grad_x is not None:
+            gx, gw = convolution_backward(cut.take(grad_out), cut.take(x), w, geometry, want_x, want_weight)
+            if want_x:
                 cut.put(gx, grad_x)
             if own:
                 grads.hold(gw)
-            elif joint:
+            elif want_weight:
                 grads.add_to_weight(gw)
         if own:
             grads.spread(segment.task)
             done.add(segment.task)
-        elif joint and w is not None:
+        elif want_weight:
             rest = []
     like = weights.like.detach().to(x.dtype)
     for t in sorted(alone - done):
         # closed, and only its gate wants to know
-        for cut in cuts(Segment(t, batch.samples([t])), sample_bytes, weight_bytes):
+        segment = Segment(t, batch.samples([t]))
+        if direct.takes(segment, WEIGHT_GRADIENT_ROWS[direct.last]):
+            grads.spread_direct(segment, direct, grad_out, x)
+            continue
+        for cut in cuts(segment, sample_bytes, weight_bytes):
             grads.hold(convolution_backward(cut.take(grad_out), cut.take(x), like, geometry, False, True)[1])
         grads.spread(t)
     if rest:
@@ -354,7 +506,8 @@ class Gradients:
         self.weight: Tensor | None = None
         if want_weight:
             assert weights.weight is not None
-            self.weight = like_parameter(weights.weight)
+            # summed in at least float32
+            self.weight = like_parameter(weights.weight.detach().to(self.wide))
         self._weight_empty = True
         self.gate = torch.zeros(batch.num_tasks, dtype=self.wide) if want_gate else None
         present = set(batch.present)
@@ -364,6 +517,8 @@ class Gradients:
         self._likes: list[Tensor] = []
         if wanted_delta and weights.stacked:
             self._stacked = like_stacked(weights.delta[0])
+            if self._stacked.nbytes >= HUGE_BYTES:
+                _advise_huge_pages(self._stacked)
             wanted_tasks = list(range(batch.num_tasks))
         else:
             wanted_tasks = [weights.delta_tasks[k] for k in wanted_delta]
@@ -384,7 +539,11 @@ class Gradients:
 
     def hold(self, grad: Tensor) -> None:
         """One task's weight gradient, or a part of it, until it is spread."""
-        self._held = grad if self._held is None else self._held.add_(grad)
+        if self._held is None:
+            self._held = grad
+        else:
+            # parts of 16-bit samples are rounded once each, their sum is not
+            self._held = self._held.to(self.wide).add_(grad)
 
     def add_to_weight(self, grad: Tensor) -> None:
         assert self.weight is not None
@@ -393,6 +552,31 @@ class Gradients:
             self._weight_empty = False
         else:
             self.weight.add_(grad)
+
+    def spread_direct(self, segment: Segment, direct: Direct, grad_out: Tensor, x: Tensor) -> None:
+        """One task's weight gradient by the direct product, over dW, dDelta_t and the gate as it is made."""
+        task = segment.task
+        assert task is not None
+        direct.weight_gradient(
+            segment,
+            grad_out,
+            x,
+            self.weight,
+            not self._weight_empty,
+            self._target(task) if task in self._wanted else None,
+            None if self.gate is None else self.gate[task : task + 1],
+        )
+        self._weight_empty = self._weight_empty and self.weight is None
+
+    def _target(self, task: int) -> Tensor:
+        """Memory for dDelta_t."""
+        if self._stacked is not None:
+            return self._stacked[task]
+        from fastmtl.ops.task_conv2d import like_parameter
+
+        k = self._slots[task]
+        self._list[k] = like_parameter(self._likes[k])
+        return self._list[k]
 
     def spread(self, task: int) -> None:
         """What is held, over dW, dDelta_t and the gate."""
@@ -407,27 +591,24 @@ class Gradients:
         if task not in self._wanted:
             return
         gate = self.batch.gate(task)
-        if self._stacked is not None:
-            torch.mul(grad, gate, out=self._stacked[task])
-            return
-        k = self._slots[task]
-        like = self._likes[k]
-        target = torch.empty(0)
-        if gate == 1 and grad.dtype == like.dtype and grad.is_contiguous(memory_format=memory_format(like)):
-            # the gradient itself; nobody else holds it
-            target = grad
-        else:
-            from fastmtl.ops.task_conv2d import like_parameter
-
-            target = torch.mul(grad, gate, out=like_parameter(like))
-        self._list[k] = target
+        if self._stacked is None and gate == 1:
+            k = self._slots[task]
+            like = self._likes[k]
+            if grad.dtype == like.dtype and grad.is_contiguous(memory_format=memory_format(like)):
+                # the gradient itself; nobody else holds it
+                self._list[k] = grad
+                return
+        # in the dtype of the weights, which may be wider than that of x
+        target = self._target(task)
+        torch.mul(grad.to(target.dtype), gate, out=target)
 
     def collect(self) -> list[Tensor]:
         out: list[Tensor] = []
         if self.weight is not None:
             if self._weight_empty:
                 self.weight.zero_()
-            out.append(self.weight)
+            assert self.weights.weight is not None
+            out.append(self.weight.to(self.weights.weight.dtype))
         if self._stacked is not None:
             out.append(self._stacked)
         out += [g for g in self._list if g is not None]
