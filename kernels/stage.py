@@ -31,7 +31,7 @@ def find_tile(p_offsets, tile, rows_per_tile, num_tasks, num_samples, pixels, TB
     first = tl.sum(tl.where(here, last - tiles, 0), 0)
     low = tl.sum(tl.where(here, begin, 0), 0) * pixels + (tile - first) * rows_per_tile
     high = tl.sum(tl.where(here, end, 0), 0) * pixels
-    return task, low, tl.maximum(high, low)
+    return task, low, high
 
 
 @triton.jit

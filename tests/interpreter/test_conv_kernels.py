@@ -44,8 +44,8 @@ SMALLEST = {F32: 1e-38, BF16: 1e-38, F16: 2.0**-24}
 # smaller than the layers below, so that every loop goes round more than once
 SMALL = {name: Tile(16, 16, 32, 4, 1) for name in ("fwd", "fwd_fused", "fwd_packed", "dgrad", "dgrad_fused")}
 SMALL |= {"wgrad": Tile(16, 16, 16, 4, 1), "wgrad_packed": Tile(16, 32, 16, 4, 1)}
-STAGED = {"schedule": "staged", "mode": "walk"}
-FUSED = {"schedule": "fused", "mode": "split", "split_rows": 16}
+STAGED = {"schedule": "staged", "mode": "walk", "chunks": 1}
+FUSED = {"schedule": "fused", "mode": "split", "split_rows": 16, "chunks": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +187,24 @@ def test_nothing_behind_a_closed_gate_is_read(stacked: bool, forced: dict[str, A
     assert torch.equal(closed, torch.zeros_like(closed))
     # its own gradient shows it, where the task has samples; that of the absent task does not
     assert torch.isnan(found["gate"][0]) and found["gate"][1] == 0 and torch.isfinite(found["gate"][3])
+
+
+@pytest.mark.parametrize("forced", [STAGED, FUSED], ids=["staged-walk", "fused-split"])
+def test_non_finite_samples_and_gates(forced: dict[str, Any]) -> None:
+    # task 0 is closed, task 1 is not, task 2 has no samples and an infinite gate
+    x, grad_out = torch.randn(4, 2, 2, 3), torch.randn(4, 3, 2, 3)
+    x[0, 1, 0, 0] = torch.nan
+    ids = torch.tensor([0, 1, 1, 0])
+    weight = torch.randn(3, 2, 1, 1, requires_grad=True)
+    delta = torch.randn(3, 3, 2, 1, 1, requires_grad=True)
+    gate = torch.tensor([0.0, 0.5, torch.inf], requires_grad=True)
+    with configs.force(**forced):
+        y = task_conv2d(x, weight, delta, ids, gate=gate)
+        grad_weight, grad_delta, grad_gate = torch.autograd.grad(y, [weight, delta, gate], grad_out)
+    assert torch.isnan(y).nonzero()[:, 0].unique().tolist() == [0]
+    assert torch.isnan(grad_weight[:, 1]).all() and torch.isfinite(grad_weight[:, 0]).all()
+    assert (grad_delta[[0, 2]] == 0).all() and torch.isfinite(grad_delta[1]).all()
+    assert torch.isnan(grad_gate[0]) and torch.isfinite(grad_gate[1]) and grad_gate[2] == 0
 
 
 @pytest.mark.parametrize("wanted", ["x", "weight", "delta", "gate", "bias", "one delta"])
