@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -380,6 +381,30 @@ void backward_op(Tensor grad_out, Tensor x, std::optional<Tensor> weight, std::o
   }
 }
 
+// rows of `source` (in turn, or those listed) into rows of `target` (likewise); a row is dense
+void copy_rows_op(Tensor source, std::optional<Tensor> from, Tensor target, std::optional<Tensor> to) {
+  auto positions = [](const std::optional<Tensor>& rows) {
+    return rows.has_value() ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
+  };
+  const int64_t* read = positions(from);
+  const int64_t* write = positions(to);
+  const int64_t count = read ? from->size(0) : source.size(0), width = source.size(1);
+  STD_TORCH_CHECK(source.dim() == 2 && target.dim() == 2 && target.size(1) == width &&
+                      dtype_of(source) == dtype_of(target) && (write ? to->size(0) : target.size(0)) == count &&
+                      (width <= 1 || (source.stride(1) == 1 && target.stride(1) == 1)),
+                  "fastmtl: rows that do not fit");
+  const int64_t size = size_of(dtype_of(source)), bytes = width * size;
+  const char* in = static_cast<const char*>(source.const_data_ptr());
+  char* out = static_cast<char*>(target.mutable_data_ptr());
+  constexpr int64_t kBytesPerThread = 64 << 10;
+  const int64_t grain = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(bytes, 1));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t end) {
+    for (int64_t k = first; k < end; ++k)
+      std::memcpy(out + (write ? write[k] : k) * target.stride(0) * size,
+                  in + (read ? read[k] : k) * source.stride(0) * size, static_cast<size_t>(bytes));
+  });
+}
+
 void advise_op(Tensor x) {
   advise_huge_pages(x.mutable_data_ptr(), x.numel() * static_cast<int64_t>(size_of(dtype_of(x))));
 }
@@ -390,5 +415,6 @@ void advise_op(Tensor x) {
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("_task_conv2d_rows", TORCH_BOX(&fastmtl::cpu::forward_op));
   m.impl("_task_conv2d_rows_backward", TORCH_BOX(&fastmtl::cpu::backward_op));
+  m.impl("_copy_rows", TORCH_BOX(&fastmtl::cpu::copy_rows_op));
   m.impl("_advise_huge_pages", TORCH_BOX(&fastmtl::cpu::advise_op));
 }

@@ -9,8 +9,7 @@ oneDNN would reorder first: they go through `csrc/cpu/task_conv.cpp`, which read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,81 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl._library import define_kernel
-from fastmtl.ops._task import Geometry, TaskWeights, is_channels_last, memory_format
+from fastmtl.ops._task import Geometry, TaskWeights, memory_format
+from fastmtl.ops._task_batch import Batch, Samples, Segment, cuts
+from fastmtl.ops._task_direct import Direct
 
-_rows_kernel = define_kernel(
-    "_task_conv2d_rows(Tensor x, Tensor? weight, Tensor? delta, float gate, Tensor? bias, int[] samples, "
-    "int[] geometry, Tensor(a!) y) -> ()"
-)
-_rows_backward_kernel = define_kernel(
-    "_task_conv2d_rows_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor? delta, float gate, int[] samples, "
-    "int[] geometry, Tensor(a!)? grad_x, Tensor(b!)? grad_weight, bool add, Tensor(c!)? grad_delta, "
-    "Tensor(d!)? grad_gate) -> ()"
-)
 _advise_huge_pages = define_kernel("_advise_huge_pages(Tensor(a!) x) -> ()")
 
-# what decides between copying the samples of a segment together and one call per run of neighbours:
-# bytes that could be copied while torch and oneDNN prepare one more call
-CALL_BYTES = 1_000_000
-# passes over the weight that such a call makes before it multiplies: oneDNN reorders it, and reads it
-WEIGHT_PASSES = 3
-# a segment of at most so many rows goes through the direct product; docs/task-kernels-cpu.md has the figures
-FORWARD_ROWS = 96
-INPUT_GRADIENT_ROWS = 64
-# the weight gradient, by the memory order of the weights: oneDNN is slow for few rows in channels_last
-WEIGHT_GRADIENT_ROWS = {True: 256, False: 128}
 # results from this size on ask for huge pages
 HUGE_BYTES = 4 << 20
-
-
-class Segment(NamedTuple):
-    """Samples that see one weight.
-
-    `task`: whose `W + s_t Delta_t`; None: W itself. `samples`: ascending positions in the batch.
-    """
-
-    task: int | None
-    samples: np.ndarray
-
-    @property
-    def runs(self) -> list[tuple[int, int]]:
-        """Neighbours in the batch, as (first, end)."""
-        s = self.samples
-        if s[-1] - s[0] + 1 == len(s):
-            return [(int(s[0]), int(s[-1]) + 1)]
-        cuts = np.flatnonzero(np.diff(s) != 1) + 1
-        return [(int(part[0]), int(part[-1]) + 1) for part in np.split(s, cuts)]
-
-
-class Batch:
-    """A batch cut by task; everything here is on the host."""
-
-    def __init__(self, weights: TaskWeights, order: Tensor, offsets: Tensor) -> None:
-        self.num_tasks = offsets.shape[0] - 1
-        self.deltas = weights.by_task(self.num_tasks)
-        self.gates = None if weights.gate is None else weights.gate.detach().tolist()
-        self._positions = order.numpy()
-        self._bounds = offsets.tolist()
-        self.present = [t for t in range(self.num_tasks) if self._bounds[t + 1] > self._bounds[t]]
-
-    def samples(self, tasks: Sequence[int]) -> np.ndarray:
-        parts = [self._positions[self._bounds[t] : self._bounds[t + 1]] for t in tasks]
-        return parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts))
-
-    def gate(self, task: int) -> float:
-        return 1.0 if self.gates is None else self.gates[task]
-
-    def is_open(self, task: int) -> bool:
-        """Whether the task sees its Delta. A gate that is NaN is open."""
-        return self.deltas[task] is not None and self.gate(task) != 0
-
-    def segments(self) -> list[Segment]:
-        """One per task that sees its Delta, and one for all others."""
-        found = [Segment(t, self.samples([t])) for t in self.present if self.is_open(t)]
-        shared = [t for t in self.present if not self.is_open(t)]
-        if shared:
-            found.append(Segment(None, self.samples(shared)))
-        return found
 
 
 class Stage:
@@ -120,183 +52,12 @@ class Stage:
         return torch.add(base.detach(), delta, alpha=gate, out=self._scratch)
 
 
-class Direct:
-    """The direct product for segments with few rows: one group, all weights dense in one memory order.
-
-    It computes in float32; samples in 16 bits are widened first, once for all segments.
-    """
-
-    def __init__(self, x: Tensor, weights: TaskWeights, batch: Batch, geometry: Geometry, pixels: int) -> None:
-        self.pixels, self.batch = pixels, batch
-        self.last = is_channels_last(weights.like)
-        kernel = weights.shape[2:]
-        self.geometry = [*kernel, *geometry.stride, *geometry.padding, *geometry.dilation, int(self.last)]
-        self.serves = geometry.groups == 1 and x.numel() > 0 and torch.float64 not in (x.dtype, weights.like.dtype)
-        self.weight: Tensor | None = None
-        if self.serves and weights.weight is not None:
-            self.weight = self.rows(weights.weight)
-            self.serves = self.weight is not None
-        self._wide: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def rows(self, w: Tensor) -> Tensor | None:
-        """`[Cout, Cin kh kw]` in the order of memory; None if `w` is not dense in the common order."""
-        w = w.detach()
-        w = w.permute(0, 2, 3, 1) if self.last else w
-        return w.view(w.shape[0], -1) if w.is_contiguous() else None
-
-    def as_filter(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
-        """Rows back as `[Cout, Cin, kh, kw]`."""
-        out, channels, height, width = shape
-        if self.last:
-            return rows.view(out, height, width, channels).permute(0, 3, 1, 2)
-        return rows.view(out, channels, height, width)
-
-    def _delta(self, task: int | None) -> Tensor | None:
-        if task is None:
-            return None
-        delta = self.batch.deltas[task]
-        assert delta is not None
-        return self.rows(delta)
-
-    def takes(self, segment: Segment, limit: int) -> bool:
-        """Whether the segment has few rows, a weight at all, and that as rows."""
-        if not self.serves or len(segment.samples) * self.pixels > limit:
-            return False
-        return self.weight is not None if segment.task is None else self._delta(segment.task) is not None
-
-    def _weights(self, segment: Segment) -> tuple[Tensor | None, Tensor | None, float]:
-        gate = 1.0 if segment.task is None else self.batch.gate(segment.task)
-        return self.weight, self._delta(segment.task), gate
-
-    def _in_float32(self, x: Tensor, copy: bool = True) -> Tensor:
-        if x.dtype == torch.float32:
-            return x
-        if id(x) not in self._wide:
-            wide = torch.empty_like(x, dtype=torch.float32, requires_grad=False)
-            self._wide[id(x)] = x, wide.copy_(x) if copy else wide
-        return self._wide[id(x)][1]
-
-    def _put(self, wide: Tensor, out: Tensor, segment: Segment) -> None:
-        if wide is not out:
-            for first, end in segment.runs:
-                out[first:end].copy_(wide[first:end])
-
-    def forward(self, segment: Segment, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        """Into the samples of y."""
-        wide = self._in_float32(y, copy=False)
-        bias = None if bias is None else bias.to(torch.float32).contiguous()
-        samples = segment.samples.tolist()
-        _rows_kernel(self._in_float32(x), *self._weights(segment), bias, samples, self.geometry, wide)
-        self._put(wide, y, segment)
-
-    def input_gradient(self, segment: Segment, grad_out: Tensor, x: Tensor, grad_x: Tensor) -> None:
-        """Into the samples of grad_x."""
-        wide = self._in_float32(grad_x, copy=False)
-        sides = self._in_float32(grad_out), self._in_float32(x)
-        none = None, False, None, None
-        samples = segment.samples.tolist()
-        _rows_backward_kernel(*sides, *self._weights(segment), samples, self.geometry, wide, *none)
-        self._put(wide, grad_x, segment)
-
-    def weight_gradient(
-        self,
-        segment: Segment,
-        grad_out: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        add: bool,
-        delta: Tensor | None,
-        gate: Tensor | None,
-    ) -> None:
-        """Into `weight` (added with `add`), `delta` and one element of the gate's gradient, those that are given."""
-        sides = self._in_float32(grad_out), self._in_float32(x)
-        samples = segment.samples.tolist()
-        total = None if weight is None else self.rows(weight)
-        own = None if delta is None else self.rows(delta)
-        if delta is not None and own is None:
-            # dDelta_t is wanted in another memory order than the weights have
-            own = torch.empty(delta.shape[0], delta[0].numel(), dtype=delta.dtype)
-        targets = None, total, add, own, gate
-        _rows_backward_kernel(*sides, *self._weights(segment), samples, self.geometry, *targets)
-        if delta is not None and own is not None and own.data_ptr() != delta.data_ptr():
-            delta.copy_(self.as_filter(own, delta.shape))
-
-
 def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
     """Memory for a result like x."""
     y = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
     if y.nbytes >= HUGE_BYTES:
         _advise_huge_pages(y)
     return y
-
-
-# --- samples as rows of memory
-
-
-def dense_samples(x: Tensor) -> Tensor:
-    """x, each sample without gaps in NCHW or channels_last order; copied only if it is not so."""
-    _, c, h, w = x.shape
-    plain, last = (c * h * w, h * w, w, 1), (c * h * w, 1, w * c, c)
-    wanted = last if is_channels_last(x) else plain
-    if all(x.shape[d] == 1 or x.stride(d) == wanted[d] for d in (1, 2, 3)):
-        return x
-    return x.contiguous(memory_format=memory_format(x))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`[N, C H W]`, a view of dense samples in the order of memory."""
-    n = x.shape[0]
-    width = x.numel() // n
-    return x.as_strided((n, width), (x.stride(0) if n > 1 else width, 1))
-
-
-def _like_rows(rows: Tensor, x: Tensor) -> Tensor:
-    """Rows of dense samples back as pictures in the memory order of x."""
-    c, h, w = x.shape[1:]
-    strides = (1, w * c, c) if is_channels_last(x) else (h * w, w, 1)
-    return rows.as_strided((rows.shape[0], c, h, w), (rows.stride(0) if rows.shape[0] > 1 else c * h * w, *strides))
-
-
-def _worth_gathering(segment: Segment, runs: int, sample_bytes: int, weight_bytes: int) -> bool:
-    copied = 2 * sample_bytes * len(segment.samples)
-    return (runs - 1) * (CALL_BYTES + WEIGHT_PASSES * weight_bytes) > copied
-
-
-class Cut(NamedTuple):
-    """A part of a segment that is one call: a slice of the batch, or samples to gather."""
-
-    first: int
-    end: int
-    samples: Tensor | None  # positions, if they are to be gathered
-
-    def take(self, x: Tensor) -> Tensor:
-        if self.samples is None:
-            return x[self.first : self.end]
-        return _like_rows(_rows(x).index_select(0, self.samples), x)
-
-    def put(self, result: Tensor, out: Tensor) -> None:
-        """Into the samples of `out`; both dense, in one memory order."""
-        if self.samples is None:
-            out[self.first : self.end].copy_(result)
-            return
-        source, target = _rows(result.contiguous(memory_format=memory_format(out))), _rows(out)
-        target.index_copy_(0, self.samples, source)
-
-    def fill(self, out: Tensor) -> None:
-        """Zeros in the samples of `out`."""
-        if self.samples is None:
-            out[self.first : self.end].zero_()
-        else:
-            out.index_fill_(0, self.samples, 0)
-
-
-def cuts(segment: Segment, sample_bytes: int, weight_bytes: int) -> Iterator[Cut]:
-    runs = segment.runs
-    if len(runs) > 1 and _worth_gathering(segment, len(runs), sample_bytes, weight_bytes):
-        yield Cut(0, 0, torch.from_numpy(segment.samples))
-        return
-    for first, end in runs:
-        yield Cut(first, end, None)
 
 
 # --- the ops
@@ -314,31 +75,27 @@ def conv2d(
     batch = Batch(weights, order, offsets)
     stage = Stage(weights, batch, x.dtype)
     direct = Direct(x, weights, batch, geometry, size[2] * size[3])
-    x = dense_samples(x.detach())
+    source, target = Samples(x), Samples(y)
     shared_bias = None if bias is None or bias.dim() == 2 else bias.detach().to(x.dtype)
     weight_bytes = shape.numel() * x.element_size()
     for segment in batch.segments():
         own_bias = shared_bias
         if bias is not None and bias.dim() == 2 and segment.task is not None:
             own_bias = bias[segment.task].detach().to(x.dtype)
-        if direct.takes(segment, FORWARD_ROWS):
-            direct.forward(segment, x, own_bias, y)
+        if direct.takes_forward(segment):
+            direct.forward(segment, source.x, own_bias, y)
             if bias is not None and segment.task is None and bias.dim() == 2:
                 _add_bias(y, bias.detach(), batch, segment)
             continue
         w = stage.weight(segment.task)
-        for cut in cuts(segment, _sample_bytes(x, y), weight_bytes):
+        for cut in cuts(segment, source.sample_bytes + target.sample_bytes, weight_bytes):
             if w is None:
-                cut.fill(y)
+                target.fill(cut)
             else:
-                cut.put(F.conv2d(cut.take(x), w, own_bias, *geometry), y)
+                target.put(cut, F.conv2d(source.take(cut), w, own_bias, *geometry))
         if bias is not None and (w is None or (segment.task is None and bias.dim() == 2)):
             _add_bias(y, bias.detach(), batch, segment)
     return y
-
-
-def _sample_bytes(x: Tensor, y: Tensor) -> int:
-    return (x[0].numel() + y[0].numel()) * x.element_size()
 
 
 def _add_bias(y: Tensor, bias: Tensor, batch: Batch, segment: Segment) -> None:
@@ -373,11 +130,10 @@ def conv2d_backward(
     if want_x:
         grad_x = fresh(x.shape, x)
     if not empty:
-        like = memory_format(x)
+        source = Samples(x)
         # dx and dW of a segment are one call: both sides in one memory order
-        grad_out = dense_samples(grad_out.detach().contiguous(memory_format=like))
-        x = dense_samples(x.detach())
-        _walk(grad_out, x, weights, batch, geometry, grad_x, grads)
+        back = Samples(grad_out, like=x)
+        _walk(back, source, weights, batch, geometry, None if grad_x is None else Samples(grad_x), grads)
     elif grad_x is not None:
         grad_x.zero_()
     out = [] if grad_x is None else [grad_x]
@@ -389,19 +145,20 @@ def conv2d_backward(
 
 
 def _walk(
-    grad_out: Tensor,
-    x: Tensor,
+    grad_out: Samples,
+    source: Samples,
     weights: TaskWeights,
     batch: Batch,
     geometry: Geometry,
-    grad_x: Tensor | None,
+    grad_x: Samples | None,
     grads: Gradients,
 ) -> None:
     """One walk over the segments for dx, and for the weight gradients of the tasks that need one of their own."""
+    x, g = source.x, grad_out.x
     stage = Stage(weights, batch, x.dtype)
-    direct = Direct(x, weights, batch, geometry, grad_out.shape[2] * grad_out.shape[3])
+    direct = Direct(x, weights, batch, geometry, g.shape[2] * g.shape[3])
     weight_bytes = weights.shape.numel() * x.element_size()
-    sample_bytes = _sample_bytes(x, grad_out)
+    sample_bytes = source.sample_bytes + grad_out.sample_bytes
     alone = grads.alone
     # the samples whose weight gradient goes into dW alone
     rest = [t for t in batch.present if t not in alone] if grads.weight is not None else []
@@ -412,23 +169,25 @@ def _walk(
         joint = segment.task is None and members == rest
         want_x = grad_x is not None
         want_weight = own or (joint and weights.weight is not None)
-        if own and direct.takes(segment, WEIGHT_GRADIENT_ROWS[direct.last]):
-            grads.spread_direct(segment, direct, grad_out, x)
+        if own and direct.takes_weight_gradient(segment):
+            grads.spread_direct(segment, direct, g, x)
             done.add(segment.task)
             want_weight = own = False
-        if grad_x is not None and not want_weight and direct.takes(segment, INPUT_GRADIENT_ROWS):
-            direct.input_gradient(segment, grad_out, x, grad_x)
+        if grad_x is not None and not want_weight and direct.takes_input_gradient(segment):
+            direct.input_gradient(segment, g, x, grad_x.x)
             want_x = False
         if not want_x and not want_weight:
             continue
         w = stage.weight(segment.task)
         for cut in cuts(segment, sample_bytes, weight_bytes):
             if w is None:
-                cut.fill(grad_x)
+                # W is zero: there is only dx to write
+                assert grad_x is not None
+                grad_x.fill(cut)
                 continue
-            gx, gw = convolution_backward(cut.take(grad_out), cut.take(x), w, geometry, want_x, want_weight)
-            if want_x:
-                cut.put(gx, grad_x)
+            gx, gw = convolution_backward(grad_out.take(cut), source.take(cut), w, geometry, want_x, want_weight)
+            if want_x and grad_x is not None:
+                grad_x.put(cut, gx)
             if own:
                 grads.hold(gw)
             elif want_weight:
@@ -442,17 +201,17 @@ def _walk(
     for t in sorted(alone - done):
         # closed, and only its gate wants to know
         segment = Segment(t, batch.samples([t]))
-        if direct.takes(segment, WEIGHT_GRADIENT_ROWS[direct.last]):
-            grads.spread_direct(segment, direct, grad_out, x)
+        if direct.takes_weight_gradient(segment):
+            grads.spread_direct(segment, direct, g, x)
             continue
         for cut in cuts(segment, sample_bytes, weight_bytes):
-            grads.hold(convolution_backward(cut.take(grad_out), cut.take(x), like, geometry, False, True)[1])
+            grads.hold(convolution_backward(grad_out.take(cut), source.take(cut), like, geometry, False, True)[1])
         grads.spread(t)
     if rest:
         everything = len(rest) == len(batch.present)
         whole = np.arange(x.shape[0]) if everything else batch.samples(rest)
         for cut in cuts(Segment(None, whole), sample_bytes, weight_bytes):
-            gw = convolution_backward(cut.take(grad_out), cut.take(x), like, geometry, False, True)[1]
+            gw = convolution_backward(grad_out.take(cut), source.take(cut), like, geometry, False, True)[1]
             grads.add_to_weight(gw)
 
 
@@ -624,18 +383,17 @@ def weight_grad(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, geo
         out.zero_()
         return
     bounds, positions = offsets.tolist(), order.numpy()
-    x = dense_samples(x.detach())
-    grad_out = dense_samples(grad_out.detach().contiguous(memory_format=memory_format(x)))
+    source, back = Samples(x), Samples(grad_out, like=x)
     # only its shape and memory order are read
     like = torch.empty(out.shape[1:], dtype=x.dtype, memory_format=memory_format(out[0]))
-    weight_bytes, sample_bytes = like.nbytes, _sample_bytes(x, grad_out)
+    weight_bytes, sample_bytes = like.nbytes, source.sample_bytes + back.sample_bytes
     for t in range(out.shape[0]):
         if bounds[t] == bounds[t + 1]:
             out[t].zero_()
             continue
         segment = Segment(t, positions[bounds[t] : bounds[t + 1]])
         for k, cut in enumerate(cuts(segment, sample_bytes, weight_bytes)):
-            grad = convolution_backward(cut.take(grad_out), cut.take(x), like, geometry, False, True)[1]
+            grad = convolution_backward(back.take(cut), source.take(cut), like, geometry, False, True)[1]
             if k == 0:
                 out[t].copy_(grad)
             else:
