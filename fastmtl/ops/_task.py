@@ -47,6 +47,10 @@ class Geometry(NamedTuple):
     def of(cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
         return cls((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
 
+    def pixelwise(self, kernel: Sequence[int]) -> bool:
+        """Whether each output pixel sees the one input pixel in its place."""
+        return (*kernel, *self.stride, *self.padding) == (1, 1, 1, 1, 0, 0)
+
     def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
         h, w = (
             (size[k] + 2 * self.padding[k] - self.dilation[k] * (kernel[k] - 1) - 1) // self.stride[k] + 1

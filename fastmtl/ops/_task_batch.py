@@ -102,10 +102,12 @@ def cuts(segment: Segment, sample_bytes: int, weight_bytes: int) -> Iterator[Cut
 class Samples:
     """The samples of a tensor as rows of memory, each without gaps, all in NCHW or all in channels_last order.
 
-    `x`: the tensor, copied only if its samples are not so, or not in the order of `like`.
+    `x`: the tensor, copied only if its samples are not so, or not in the order of `like`. `pixelwise`: the convolution
+    sees each pixel alone, so that the samples of a call may be one long picture: oneDNN is up to four times slower on
+    many small ones.
     """
 
-    def __init__(self, x: Tensor, like: Tensor | None = None) -> None:
+    def __init__(self, x: Tensor, like: Tensor | None = None, *, pixelwise: bool = False) -> None:
         x = x.detach()
         last = is_channels_last(x if like is None else like)
         n, c, h, w = x.shape
@@ -115,6 +117,7 @@ class Samples:
         self.x = x
         self.width = c * h * w
         self.rows = x.as_strided((n, self.width), (x.stride(0) if n > 1 else self.width, 1))
+        self._joined = pixelwise and last
 
     def _dense(self, x: Tensor) -> bool:
         inner = self.inner
@@ -125,19 +128,30 @@ class Samples:
         return self.width * self.x.element_size()
 
     def take(self, cut: Cut) -> Tensor:
+        """The samples of a cut, as pictures or as one long picture."""
         if cut.samples is None:
-            return self.x[cut.first : cut.end]
-        count = cut.samples.shape[0]
-        rows = torch.empty(count, self.width, dtype=self.x.dtype)
-        _copy_rows(self.rows, cut.samples, rows, None)
-        return rows.as_strided((count, *self.x.shape[1:]), (self.width, *self.inner))
+            rows = self.rows[cut.first : cut.end]
+        else:
+            rows = torch.empty(cut.samples.shape[0], self.width, dtype=self.x.dtype)
+            _copy_rows(self.rows, cut.samples, rows, None)
+        count, (_, c, h, w) = rows.shape[0], self.x.shape
+        stride = rows.stride(0) if count > 1 else self.width
+        if self._joined and stride == self.width:
+            length = count * h * w
+            return rows.as_strided((1, c, 1, length), (length * c, 1, length * c, c))
+        return rows.as_strided((count, c, h, w), (stride, *self.inner))
 
     def put(self, cut: Cut, result: Tensor) -> None:
-        """Into the samples of the cut; the result may be in another order of memory."""
-        if not self._dense(result):
-            result = result.contiguous(memory_format=memory_format(self.x))
-        count = result.shape[0]
-        source = result.as_strided((count, self.width), (result.stride(0) if count > 1 else self.width, 1))
+        """What a call made of the samples of a cut, in any order of memory, into those of this tensor."""
+        count = cut.end - cut.first if cut.samples is None else cut.samples.shape[0]
+        if result.shape[0] == count and result.shape[1:] == self.x.shape[1:]:
+            if not self._dense(result):
+                result = result.contiguous(memory_format=memory_format(self.x))
+            stride = result.stride(0) if count > 1 else self.width
+        else:
+            # one long picture
+            result, stride = result.contiguous(memory_format=torch.channels_last), self.width
+        source = result.as_strided((count, self.width), (stride, 1))
         if cut.samples is None:
             _copy_rows(source, None, self.rows[cut.first : cut.end], None)
         else:

@@ -75,7 +75,8 @@ def conv2d(
     batch = Batch(weights, order, offsets)
     stage = Stage(weights, batch, x.dtype)
     direct = Direct(x, weights, batch, geometry, size[2] * size[3])
-    source, target = Samples(x), Samples(y)
+    pixelwise = geometry.pixelwise(shape[2:])
+    source, target = Samples(x, pixelwise=pixelwise), Samples(y, like=x)
     shared_bias = None if bias is None or bias.dim() == 2 else bias.detach().to(x.dtype)
     weight_bytes = shape.numel() * x.element_size()
     for segment in batch.segments():
@@ -130,10 +131,12 @@ def conv2d_backward(
     if want_x:
         grad_x = fresh(x.shape, x)
     if not empty:
-        source = Samples(x)
+        pixelwise = geometry.pixelwise(weights.shape[2:])
+        source = Samples(x, pixelwise=pixelwise)
         # dx and dW of a segment are one call: both sides in one memory order
-        back = Samples(grad_out, like=x)
-        _walk(back, source, weights, batch, geometry, None if grad_x is None else Samples(grad_x), grads)
+        back = Samples(grad_out, like=x, pixelwise=pixelwise)
+        target = None if grad_x is None else Samples(grad_x, like=x)
+        _walk(back, source, weights, batch, geometry, target, grads)
     elif grad_x is not None:
         grad_x.zero_()
     out = [] if grad_x is None else [grad_x]
@@ -383,7 +386,8 @@ def weight_grad(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, geo
         out.zero_()
         return
     bounds, positions = offsets.tolist(), order.numpy()
-    source, back = Samples(x), Samples(grad_out, like=x)
+    pixelwise = geometry.pixelwise(out.shape[3:])
+    source, back = Samples(x, pixelwise=pixelwise), Samples(grad_out, like=x, pixelwise=pixelwise)
     # only its shape and memory order are read
     like = torch.empty(out.shape[1:], dtype=x.dtype, memory_format=memory_format(out[0]))
     weight_bytes, sample_bytes = like.nbytes, source.sample_bytes + back.sample_bytes

@@ -24,7 +24,7 @@ _rows_backward_kernel = define_kernel(
 # a segment of at most so many rows (output pixels) is served; docs/cpu-kernels.md has the figures
 FORWARD_ROWS = 96
 INPUT_GRADIENT_ROWS = 64
-# the weight gradient, by whether the weights are channels_last: oneDNN is slow for few rows then
+# the weight gradient, by whether x is channels_last: oneDNN is slow for few rows then
 WEIGHT_GRADIENT_ROWS = {True: 256, False: 128}
 
 
@@ -37,6 +37,7 @@ class Direct:
     def __init__(self, x: Tensor, weights: TaskWeights, batch: Batch, geometry: Geometry, pixels: int) -> None:
         self.pixels, self.batch = pixels, batch
         self.last = is_channels_last(weights.like)
+        self._weight_gradient_rows = WEIGHT_GRADIENT_ROWS[is_channels_last(x)]
         kernel = weights.shape[2:]
         self.geometry = [*kernel, *geometry.stride, *geometry.padding, *geometry.dilation, int(self.last)]
         self.serves = geometry.groups == 1 and x.numel() > 0 and torch.float64 not in (x.dtype, weights.like.dtype)
@@ -79,7 +80,7 @@ class Direct:
         return self._takes(segment, INPUT_GRADIENT_ROWS)
 
     def takes_weight_gradient(self, segment: Segment) -> bool:
-        return self._takes(segment, WEIGHT_GRADIENT_ROWS[self.last])
+        return self._takes(segment, self._weight_gradient_rows)
 
     def _weights(self, segment: Segment) -> tuple[Tensor | None, Tensor | None, float]:
         gate = 1.0 if segment.task is None else self.batch.gate(segment.task)
