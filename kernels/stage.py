@@ -46,9 +46,9 @@ def task_scale(p_gate, task, num_tasks):
 @triton.jit
 def has_delta(p_delta, p_table, task, num_tasks):
     if p_delta is None:
-        return (task < 0).to(tl.int1)
+        return task < 0
     elif p_table is None:
-        return (task < num_tasks).to(tl.int1)
+        return task < num_tasks
     else:
         return tl.load(p_table + task, mask=task < num_tasks, other=0) != 0
 
