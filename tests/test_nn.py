@@ -120,9 +120,28 @@ def test_an_absent_task_has_no_gradient() -> None:
     with tasks(torch.tensor([0, 0, 2])):
         layer(picture(3)).square().sum().backward()
     assert layer.delta["sketch"].grad is None and layer.delta["photo"].grad.any()
-    # gates and biases travel as one tensor
-    assert not layer.gate["sketch"].grad.any() and not layer.task_bias["sketch"].grad.any()
+    assert layer.gate["sketch"].grad is None and layer.task_bias["sketch"].grad is None
     assert layer.gate["photo"].grad.any() and layer.task_bias["photo"].grad.any()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_torchs_fused_transformer_does_not_pass_the_deltas_by(layers: int) -> None:
+    block = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    block.linear1, block.linear2 = (TaskLinear.from_layer(x, NAMES) for x in (block.linear1, block.linear2))
+    for name, p in block.named_parameters():
+        if "delta" in name:
+            torch.nn.init.normal_(p)
+    model = torch.nn.TransformerEncoder(block, layers)
+    x, ids = torch.randn(3, 5, 8), torch.tensor([2, 0, 1])
+    with tasks(ids):
+        expected = model.train()(x)
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(x), expected)
+
+
+def test_the_projection_of_an_attention_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"out_proj of nn\.MultiheadAttention"):
+        TaskLinear.from_layer(torch.nn.MultiheadAttention(8, 2).out_proj, NAMES)
 
 
 # --- made from plain layers

@@ -108,7 +108,6 @@ class TaskConv2d(TaskLayer):
         return task_conv2d(
             x,
             self.weight,
-            task_ids=self._plan(),
             **self._of_tasks(),
             stride=self.stride,
             padding=self.padding,

@@ -243,14 +243,23 @@ class TaskLayer(nn.Module):
         # not params[name]: twice the time, and there may be dozens of tasks
         return [getattr(params, name) for name in self.tasks]
 
+    def _stacked(self, params: TaskParameters, plan: TaskPlan) -> Tensor:
+        rows = self._in_order(params)
+        if plan.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+            # a task without samples gets no gradient, as its delta gets none
+            bounds = plan.offsets.tolist()
+            rows = [p if bounds[t + 1] > bounds[t] else p.detach() for t, p in enumerate(rows)]
+        return torch.stack(rows)
+
     def _of_tasks(self) -> dict[str, Any]:
-        """Delta, gate and bias as the ops take them."""
+        """Ids, delta, gate and bias as the ops take them."""
+        plan = self._plan()
         bias = self.bias
         if self.task_bias is not None:
-            own = torch.stack(self._in_order(self.task_bias))
+            own = self._stacked(self.task_bias, plan)
             bias = own if bias is None else bias + own
-        gate = None if self.gate is None else torch.stack(self._in_order(self.gate))
-        return {"delta": self._in_order(self.delta), "gate": gate, "bias": bias}
+        gate = None if self.gate is None else self._stacked(self.gate, plan)
+        return {"task_ids": plan, "delta": self._in_order(self.delta), "gate": gate, "bias": bias}
 
     def _repr_of_tasks(self) -> str:
         named = len(self.tasks) <= 8 and self.tasks != tuple(str(t) for t in range(len(self.tasks)))

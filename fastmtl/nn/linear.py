@@ -11,6 +11,10 @@ from fastmtl.nn.layer import TaskLayer, Tasks, check_plain
 from fastmtl.ops import task_linear
 
 
+def _must_run(layer: nn.Module, args: Any) -> None:
+    """A hook that does nothing: torch's fused Transformer layers read `weight` past a forward that has none."""
+
+
 class TaskLinear(TaskLayer):
     """`nn.Linear` in which sample b sees `weight + gate[t] * delta[t]`, t its task as `fastmtl.nn.tasks` tells it.
 
@@ -54,6 +58,7 @@ class TaskLinear(TaskLayer):
     ) -> None:
         super().__init__((out_features, in_features), tasks, bias, gate, per_task_bias, device, dtype)
         self.in_features, self.out_features = in_features, out_features
+        self.register_forward_pre_hook(_must_run)
 
     @classmethod
     def from_layer(
@@ -71,13 +76,18 @@ class TaskLinear(TaskLayer):
             TypeError: another layer, or one with a forward of its own.
             ValueError: a weight that is computed (weight_norm, parametrizations), hooks, or what the class raises.
         """
+        if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise TypeError(
+                "layer: expected a layer whose forward runs, got the out_proj of nn.MultiheadAttention, which reads "
+                "its weight only"
+            )
         check_plain(layer, nn.Linear, "forward")
         size = layer.in_features, layer.out_features
         made = cls(*size, tasks, layer.bias is not None, gate=gate, per_task_bias=per_task_bias, device="meta")
         return made._take(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return task_linear(x, self.weight, task_ids=self._plan(), **self._of_tasks())
+        return task_linear(x, self.weight, **self._of_tasks())
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}" + self._repr_of_tasks()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-Delta: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
+Delta: TypeAlias = "Tensor | Sequence[Tensor | None] | torch.nn.ParameterList | None"
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -173,6 +173,8 @@ def read_weights(
         held = [("delta", delta)]
         tasks["delta"] = delta.shape[0]
     elif delta is not None:
+        if isinstance(delta, torch.nn.ParameterList):
+            delta = list(delta)
         if isinstance(delta, (str, bytes, dict)) or not isinstance(delta, Sequence):
             raise TypeError(
                 f"delta: expected a [T, ...] tensor, a list of T tensors or None, got {type(delta).__name__}"
