@@ -14,7 +14,7 @@ from cases_task import BF16, DTYPES, F16, F32, F64, GEOMETRIES, TASK_TOLERANCE, 
 from conftest import Backend
 from torch import Tensor
 
-from fastmtl.ops import _task_cpu, task_conv2d_weight_grad, task_linear_weight_grad, task_plan
+from fastmtl.ops import _task_batch, task_conv2d_weight_grad, task_linear_weight_grad, task_plan
 
 
 def run(case: TaskCase, x: Tensor, grad_out: Tensor, ids: Any, **options: Any) -> Tensor:
@@ -133,8 +133,8 @@ def test_is_the_gradient_of_a_layer_without_deltas(case: TaskCase, backend: Back
 @pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_both_ways_to_reach_the_samples(case: TaskCase, gather: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_task_cpu, "CALL_BYTES", 10**12 if gather else 0)
-    monkeypatch.setattr(_task_cpu, "WEIGHT_PASSES", 0)
+    monkeypatch.setattr(_task_batch, "CALL_BYTES", 10**12 if gather else 0)
+    monkeypatch.setattr(_task_batch, "WEIGHT_PASSES", 0)
     made = case.make()
     found = run(case, made.x, made.grad_out, made.task_ids)
     assert_weight_grad(case, found, made.x, made.grad_out, made.task_ids)

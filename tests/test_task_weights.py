@@ -13,7 +13,7 @@ from cases_task import BF16, F32, F64, FEW_CASES, GEOMETRIES, ConvCase, LinearCa
 from conftest import Backend
 from torch import Tensor
 
-from fastmtl.ops import _task_cpu, task_plan
+from fastmtl.ops import _task_batch, _task_direct, task_plan
 
 # one of each kind, small
 LAYERS: dict[str, TaskCase] = {
@@ -228,6 +228,39 @@ def test_permuted_batch(case: TaskCase, backend: Backend) -> None:
     table.assert_gradients(case, made, found, want)
 
 
+def without_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All segments through torch's convolution: small ones go through the direct product otherwise."""
+    monkeypatch.setattr(_task_direct, "FORWARD_ROWS", 0)
+    monkeypatch.setattr(_task_direct, "INPUT_GRADIENT_ROWS", 0)
+    monkeypatch.setattr(_task_direct, "WEIGHT_GRADIENT_ROWS", {True: 0, False: 0})
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("x_layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        # more panels than one pass takes, a last panel that is not full, and more rows than are staged at a time
+        {"cin": 70, "cout": 71, "size": (3, 3)},
+        {"cin": 1100, "cout": 13, "size": (2, 3), "kernel": (1, 1), "padding": 0},
+        {"cin": 3, "cout": 130, "size": (7, 6), "stride": 2},
+    ],
+    ids=str,
+)
+def test_direct_product_in_several_passes(
+    geometry: dict[str, Any], x_layout: str, dtype: torch.dtype, level: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FORWARD_ROWS", "INPUT_GRADIENT_ROWS"):
+        monkeypatch.setattr(_task_direct, name, 10**9)
+    monkeypatch.setattr(_task_direct, "WEIGHT_GRADIENT_ROWS", {True: 10**9, False: 10**9})
+    for options in ({"gate": "values", "bias": "per_task"}, {"gate": "zeros", "delta": "nones"}):
+        case = ConvCase(dtype=dtype, x_layout=x_layout, weight_layout=x_layout, **geometry, **options)
+        made, want = case.make().leaves(), table.expected(case)
+        y = case.run(made)
+        table.assert_result(case, y, want)
+        table.assert_gradients(case, made, table.gradients(y, made), want)
+
+
 @pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("ids", ["random", "runs", "turns", "reversed"])
 @pytest.mark.parametrize("x_layout", ["contiguous", "channels_last", "sliced"])
@@ -238,8 +271,9 @@ def test_both_ways_to_reach_the_samples(
     """The CPU copies the samples of a task together, or makes a call per run of neighbours; small cases only copy."""
     if isinstance(layer, LinearCase) and x_layout == "channels_last":
         x_layout = "transposed"
-    monkeypatch.setattr(_task_cpu, "CALL_BYTES", 10**12 if gather else 0)
-    monkeypatch.setattr(_task_cpu, "WEIGHT_PASSES", 0)
+    monkeypatch.setattr(_task_batch, "CALL_BYTES", 10**12 if gather else 0)
+    monkeypatch.setattr(_task_batch, "WEIGHT_PASSES", 0)
+    without_direct(monkeypatch)
     for options in (
         {"delta": "list", "gate": "values", "bias": "per_task"},
         {"delta": "nones", "gate": "zeros", "bias": "per_task"},
