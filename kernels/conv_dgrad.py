@@ -153,7 +153,7 @@ def task_conv2d_dgrad_kernel(
             if p_delta is not None:
                 moved_d = kh * d_kh + kw * d_kw + co * d_co
                 b_d = tl.load(p_d_columns[None, :] + moved_d[:, None], mask=w_ok & opened, other=0.0)
-                b_eff += scale * b_d.to(tl.float32)
+                b_eff += tl.where(opened, scale, 0.0) * b_d.to(tl.float32)
             b = b_eff.to(a.dtype)
         else:
             moved_w = kh * w_kh + kw * w_kw + co * w_co
@@ -164,6 +164,8 @@ def task_conv2d_dgrad_kernel(
     ih = qh * SH + class_h
     iw = qw * SW + class_w
     ci = group * channels + c
+    if WIDE:
+        ci = ci.to(tl.int64)
     p_dx_rows = p_dx + n * x_n + (ih * x_h + iw * x_w)
     p_out = p_dx_rows[:, None] + (ci * x_c)[None, :]
     tl.store(p_out, acc.to(p_dx.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])

@@ -140,7 +140,10 @@ def task_conv2d_fwd_kernel(
             at_h = (ih + kh * DH)[:, None]
             at_w = (iw + kw * DW)[:, None]
         inside = row_ok[:, None] & (at_h >= 0) & (at_h < height) & (at_w >= 0) & (at_w < width)
-        moved = kh * (DH * x_h) + kw * (DW * x_w) + (first_channel + ci) * x_c
+        channel = first_channel + ci
+        if WIDE:
+            channel = channel.to(tl.int64)
+        moved = kh * (DH * x_h) + kw * (DW * x_w) + channel * x_c
         a = tl.load(p_rows[:, None] + moved[None, :], mask=inside & k_ok[None, :], other=0.0)
         w_ok = k_ok[:, None] & f_ok[None, :]
         if FUSED:
@@ -151,7 +154,8 @@ def task_conv2d_fwd_kernel(
             if p_delta is not None:
                 moved_d = kh * d_kh + kw * d_kw + ci * d_ci
                 b_d = tl.load(p_d_columns[None, :] + moved_d[:, None], mask=w_ok & opened, other=0.0)
-                b_eff += scale * b_d.to(tl.float32)
+                # a gate that is not finite must not reach a task without a delta
+                b_eff += tl.where(opened, scale, 0.0) * b_d.to(tl.float32)
             b = b_eff.to(a.dtype)
         else:
             moved_w = kh * w_kh + kw * w_kw + ci * w_ci

@@ -464,6 +464,8 @@ def bias_grad_kernel(
         high = high.to(tl.int32)
     co = tl.program_id(0) * BN + tl.arange(0, BN)
     co_ok = co < features
+    if WIDE:
+        co = co.to(tl.int64)
     acc = tl.zeros((BP, BN), tl.float32)
     for first in range(low, high, BP):
         row = first + tl.arange(0, BP)

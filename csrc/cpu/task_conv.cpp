@@ -383,11 +383,18 @@ void backward_op(Tensor grad_out, Tensor x, std::optional<Tensor> weight, std::o
 
 // rows of `source` (in turn, or those listed) into rows of `target` (likewise); a row is dense
 void copy_rows_op(Tensor source, std::optional<Tensor> from, Tensor target, std::optional<Tensor> to) {
-  auto positions = [](const std::optional<Tensor>& rows) {
-    return rows.has_value() ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
+  auto positions = [](const std::optional<Tensor>& rows, int64_t count) -> const int64_t* {
+    if (!rows.has_value()) return nullptr;
+    STD_TORCH_CHECK(
+        rows->dim() == 1 && rows->is_contiguous() && rows->scalar_type() == torch::headeronly::ScalarType::Long,
+        "fastmtl: positions must be contiguous int64");
+    const int64_t* list = static_cast<const int64_t*>(rows->const_data_ptr());
+    for (int64_t k = 0; k < rows->size(0); ++k)
+      STD_TORCH_CHECK(list[k] >= 0 && list[k] < count, "fastmtl: sample ", list[k], " of ", count);
+    return list;
   };
-  const int64_t* read = positions(from);
-  const int64_t* write = positions(to);
+  const int64_t* read = positions(from, source.size(0));
+  const int64_t* write = positions(to, target.size(0));
   const int64_t count = read ? from->size(0) : source.size(0), width = source.size(1);
   STD_TORCH_CHECK(source.dim() == 2 && target.dim() == 2 && target.size(1) == width &&
                       dtype_of(source) == dtype_of(target) && (write ? to->size(0) : target.size(0)) == count &&

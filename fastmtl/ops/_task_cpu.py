@@ -27,6 +27,14 @@ _advise_huge_pages = define_kernel("_advise_huge_pages(Tensor(a!) x) -> ()")
 HUGE_BYTES = 4 << 20
 
 
+def plain_strides(w: Tensor) -> Tensor:
+    """w, its dimensions of size 1 with the strides that torch itself would give them: oneDNN misreads others."""
+    for fmt in (memory_format(w), torch.channels_last):
+        if w.is_contiguous(memory_format=fmt):
+            return w.as_strided(w.shape, torch.empty(w.shape, device="meta", memory_format=fmt).stride())
+    return w
+
+
 class Stage:
     """The one scratch weight."""
 
@@ -38,15 +46,15 @@ class Stage:
         """`W + s_t Delta_t` in the dtype of x, valid until the next call; W for None; None where that is zero."""
         base = self.weights.weight
         if task is None:
-            return None if base is None else base.detach().to(self.dtype)
+            return None if base is None else plain_strides(base.detach().to(self.dtype))
         delta, gate = self.batch.deltas[task], self.batch.gate(task)
         assert delta is not None
         delta = delta.detach()
         if base is None and gate == 1:
-            return delta.to(self.dtype)
+            return plain_strides(delta.to(self.dtype))
         if self._scratch is None:
             like = delta if base is None else base
-            self._scratch = torch.empty_like(like, dtype=self.dtype, requires_grad=False)
+            self._scratch = plain_strides(torch.empty_like(like, dtype=self.dtype, requires_grad=False))
         if base is None:
             return torch.mul(delta, gate, out=self._scratch)
         return torch.add(base.detach(), delta, alpha=gate, out=self._scratch)
@@ -102,8 +110,16 @@ def conv2d(
 def _add_bias(y: Tensor, bias: Tensor, batch: Batch, segment: Segment) -> None:
     """To the samples of a segment of several tasks, each its own."""
     members = [segment.task] if segment.task is not None else [t for t in batch.present if not batch.is_open(t)]
+    bias = (bias if bias.dim() == 2 else bias[None]).to(y.dtype)
+    if len(members) == batch.num_tasks or segment.num_runs > len(members):
+        samples = torch.from_numpy(np.concatenate([batch.samples([t]) for t in members]))
+        counts = torch.tensor([len(batch.samples([t])) for t in members])
+        tasks = torch.tensor(members).repeat_interleave(counts)
+        rows = bias.index_select(0, tasks if bias.shape[0] > 1 else torch.zeros_like(tasks))
+        y.index_add_(0, samples, rows[:, :, None, None].expand(-1, -1, *y.shape[2:]))
+        return
     for t in members:
-        row = (bias if bias.dim() == 1 else bias[t]).to(y.dtype)[:, None, None]
+        row = bias[t if bias.shape[0] > 1 else 0][:, None, None]
         for first, end in Segment(t, batch.samples([t])).runs:
             y[first:end] += row
 
@@ -200,7 +216,7 @@ def _walk(
             done.add(segment.task)
         elif want_weight:
             rest = []
-    like = weights.like.detach().to(x.dtype)
+    like = plain_strides(weights.like.detach().to(x.dtype))
     for t in sorted(alone - done):
         # closed, and only its gate wants to know
         segment = Segment(t, batch.samples([t]))
@@ -390,18 +406,20 @@ def weight_grad(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, geo
     source, back = Samples(x, pixelwise=pixelwise), Samples(grad_out, like=x, pixelwise=pixelwise)
     # only its shape and memory order are read
     like = torch.empty(out.shape[1:], dtype=x.dtype, memory_format=memory_format(out[0]))
+    wide = torch.promote_types(x.dtype, torch.float32)
     weight_bytes, sample_bytes = like.nbytes, source.sample_bytes + back.sample_bytes
     for t in range(out.shape[0]):
         if bounds[t] == bounds[t + 1]:
             out[t].zero_()
             continue
         segment = Segment(t, positions[bounds[t] : bounds[t + 1]])
-        for k, cut in enumerate(cuts(segment, sample_bytes, weight_bytes)):
+        total: Tensor | None = None
+        for cut in cuts(segment, sample_bytes, weight_bytes):
             grad = convolution_backward(back.take(cut), source.take(cut), like, geometry, False, True)[1]
-            if k == 0:
-                out[t].copy_(grad)
-            else:
-                out[t].add_(grad)
+            # parts of 16-bit samples are rounded once each, their sum is not
+            total = grad if total is None else total.to(wide).add_(grad)
+        assert total is not None
+        out[t].copy_(total)
 
 
 # --- scale and shift

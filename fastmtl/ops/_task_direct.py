@@ -41,6 +41,9 @@ class Direct:
         kernel = weights.shape[2:]
         self.geometry = [*kernel, *geometry.stride, *geometry.padding, *geometry.dilation, int(self.last)]
         self.serves = geometry.groups == 1 and x.numel() > 0 and torch.float64 not in (x.dtype, weights.like.dtype)
+        # widening all samples must be little beside the weights
+        pictures = x.numel() + x.shape[0] * weights.shape[0] * pixels
+        self.serves = self.serves and (x.dtype == torch.float32 or pictures <= 2 * weights.shape.numel())
         self.weight: Tensor | None = None
         if self.serves and weights.weight is not None:
             self.weight = self.rows(weights.weight)

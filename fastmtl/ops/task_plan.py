@@ -57,6 +57,13 @@ def read_plan(task_ids: Tensor | TaskPlan, num_tasks: int) -> TaskPlan:
             f"task_ids: expected a plan as `task_plan` makes it, got {plan.order.shape[0]} positions for "
             f"{plan.task_ids.numel()} ids"
         )
+    if plan.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = plan.offsets.tolist()
+        if bounds[0] != 0 or bounds[-1] != plan.order.shape[0] or sorted(bounds) != bounds:
+            raise ValueError(
+                f"task_ids: expected a plan as `task_plan` makes it, got offsets that do not cut {plan.order.shape[0]} "
+                "samples by task"
+            )
     return plan
 
 
