@@ -127,3 +127,17 @@ def test_plan_that_is_none(name: str, backend: Backend) -> None:
     ):
         with pytest.raises(ValueError, match=r"task_ids: expected a plan as `task_plan` makes it, got"):
             CALLS[name](bad)
+
+
+@pytest.mark.parametrize("offsets", [[0, 1, 2], [1, 2, 3], [0, 4, 3]])
+def test_offsets_that_do_not_cut_the_batch(offsets: list[int], backend: Backend) -> None:
+    plan = task_plan(torch.tensor([0, 1, 1]), 2)._replace(offsets=torch.tensor(offsets))
+    with pytest.raises(ValueError, match="task_ids: expected a plan as `task_plan` makes it, got offsets"):
+        task_linear(torch.ones(3, 2), torch.ones(1, 2), [None, torch.ones(1, 2)], plan)
+
+
+def test_positions_beyond_the_batch_are_not_read() -> None:
+    plan = task_plan(torch.tensor([0, 1] * 300), 2)
+    plan = plan._replace(order=plan.order.index_fill(0, torch.tensor([5]), 400_000))
+    with pytest.raises(RuntimeError, match="sample 400000 of 600"):
+        task_linear(torch.ones(600, 2), torch.ones(1, 2), [None, torch.ones(1, 2)], plan)

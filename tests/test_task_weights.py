@@ -13,7 +13,7 @@ from cases_task import BF16, F32, F64, FEW_CASES, GEOMETRIES, ConvCase, LinearCa
 from conftest import Backend
 from torch import Tensor
 
-from fastmtl.ops import _task_batch, _task_direct, task_plan
+from fastmtl.ops import _task_batch, _task_direct, task_conv2d, task_linear, task_plan
 
 # one of each kind, small
 LAYERS: dict[str, TaskCase] = {
@@ -259,6 +259,44 @@ def test_direct_product_in_several_passes(
         y = case.run(made)
         table.assert_result(case, y, want)
         table.assert_gradients(case, made, table.gradients(y, made), want)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("channels", [slice(0, 8), slice(1, 7)])
+def test_pixelwise_with_gaps_between_samples(
+    every: int, channels: slice, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1x1 on channels_last pictures that are not side by side: both sides of the backward call are cut alike."""
+    without_direct(monkeypatch)
+    whole = torch.randn(8, 8, 2, 3, dtype=F64).contiguous(memory_format=torch.channels_last)
+    x = whole[::every, channels].requires_grad_()
+    ids = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0])[: x.shape[0]]
+    weight = torch.randn(5, x.shape[1], 1, 1, dtype=F64, requires_grad=True)
+    delta = torch.randn(2, *weight.shape, dtype=F64, requires_grad=True)
+    leaves = [x, weight, delta]
+    found = torch.autograd.grad(task_conv2d(x, weight, delta, ids).square().sum(), leaves)
+    by_hand = torch.einsum("nchw,noc->nohw", x, (weight + delta[ids])[..., 0, 0])
+    for a, b in zip(found, torch.autograd.grad(by_hand.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_strides_of_sizes_of_one_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own convolution misreads such a weight beside channels_last pictures."""
+    without_direct(monkeypatch)
+    x = torch.randn(3, 128, 2, 7).contiguous(memory_format=torch.channels_last)
+    weight, delta = (torch.randn(10 * 64 * 3).as_strided((10, 64, 1, 3), (192, 1, 1, 64)) for _ in range(2))
+    options = {"stride": (3, 1), "dilation": (2, 1), "groups": 2}
+    y = task_conv2d(x, weight, [delta, None], torch.tensor([0, 1, 0]), **options)
+    for b, w in enumerate((weight + delta, weight, weight + delta)):
+        expected = torch.nn.functional.conv2d(x[b : b + 1].double(), w.double().contiguous(), **options)
+        torch.testing.assert_close(y[b : b + 1].double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_many_runs_under_one_weight_get_each_their_bias(backend: Backend) -> None:
+    x, bias, ids = torch.randn(50, 4), torch.randn(3, 2), torch.arange(50) % 3
+    weight = torch.randn(2, 4)
+    y = task_linear(x, weight, [None, None, None], ids, bias=bias)
+    torch.testing.assert_close(y, x @ weight.T + bias[ids])
 
 
 @pytest.mark.parametrize("gather", [True, False])
