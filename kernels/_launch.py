@@ -113,3 +113,74 @@ def pointer_table(tensors: Sequence[Tensor | None]) -> Tensor:
 def in_interpreter() -> bool:
     """For kernels: the interpreter's bfloat16 products are wrong, so operands are made float32 there."""
     return interpreting()
+
+
+def integer_table(values: Sequence[int], device: torch.device) -> Tensor:
+    """`values` as int64 on the device, without waiting for it. Kept and captured as `pointer_table`'s are."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    capturing = torch.cuda.is_current_stream_capturing()
+    key = (device, torch.cuda.current_stream(device).cuda_stream, "integers", *values)
+    if not capturing and key in _tables:
+        _tables.move_to_end(key)
+        return _tables[key]
+    if not capturing:
+        # pinned, so that the copy is one of the stream's; its memory is not given out again before the copy is done
+        table = torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+        _tables[key] = table
+        if len(_tables) > TABLES_KEPT:
+            _tables.popitem(last=False)
+        return table
+    table = torch.empty(len(values), dtype=torch.int64, device=device)
+    for first in range(0, len(values), POINTERS_PER_LAUNCH):
+        part = list(values[first : first + POINTERS_PER_LAUNCH])
+        filled = part + [NO_POINTER] * (POINTERS_PER_LAUNCH - len(part))
+        launch(
+            pointer_table_kernel,
+            (1,),
+            num_warps=1,
+            p_table=table,
+            first=first,
+            count=len(part),
+            **{f"a{k}": a for k, a in enumerate(filled)},
+            NONE=NO_POINTER,
+        )
+    return table
+
+
+# groups of programs whose last one is found by a ticket, and one ticket more for the groups
+MAX_GROUPS = 255
+TICKETS_PER_BATCH = 256
+
+
+class _Tickets:
+    """Zeroed counters; a kernel that counts with them leaves them zero."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[torch.device, int], Tensor] = {}
+        self._free: dict[torch.device, list[Tensor]] = {}
+
+    def take(self, device: torch.device) -> Tensor:
+        """`[1 + MAX_GROUPS]` int32, of the current stream; in a CUDA graph capture of this one call for good."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            free = self._free.get(device)
+            # without one made before the capture, zeroing it is a part of the graph
+            return free.pop() if free else torch.zeros(1 + MAX_GROUPS, dtype=torch.int32, device=device)
+        stream = 0
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device).cuda_stream
+            self._prepare(device)
+        key = (device, stream)
+        if key not in self._kept:
+            self._kept[key] = torch.zeros(1 + MAX_GROUPS, dtype=torch.int32, device=device)
+        return self._kept[key]
+
+    def _prepare(self, device: torch.device) -> None:
+        if len(self._free.get(device, ())) < TICKETS_PER_BATCH // 2:
+            batch = torch.zeros(TICKETS_PER_BATCH, 1 + MAX_GROUPS, dtype=torch.int32, device=device)
+            # a graph may be captured and replayed on other streams than this one
+            torch.cuda.current_stream(device).synchronize()
+            self._free[device] = list(batch.unbind(0))
+
+
+tickets = _Tickets()
