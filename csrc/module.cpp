@@ -10,8 +10,10 @@
 namespace fastmtl::cuda {
 #if defined(FASTMTL_WITH_CUDA)
 std::vector<int> architectures();
+std::vector<std::string> kernels();
 #else
 inline std::vector<int> architectures() { return {}; }
+inline std::vector<std::string> kernels() { return {}; }
 #endif
 }  // namespace fastmtl::cuda
 
@@ -23,11 +25,13 @@ PYBIND11_MODULE(_C, m) {
         pybind11::dict info;
         info["cpu_levels"] = fastmtl::cpu::compiled_levels();
         info["cuda_architectures"] = fastmtl::cuda::architectures();
+        info["cuda_kernels"] = fastmtl::cuda::kernels();
         info["compiler"] = __VERSION__;
         info["torch_target"] = FASTMTL_TEXT(TORCH_TARGET_VERSION);
         return info;
       },
-      "What was compiled: CPU vector levels (best first), CUDA architectures (80: sm_80), compiler, torch ABI.");
+      "What was compiled: CPU vector levels (best first), CUDA architectures (80: sm_80) and kernels, compiler, torch "
+      "ABI.");
   m.def("cpu_level", [] { return std::string(fastmtl::cpu::kernels().name); }, "The vector level in use.");
   m.def("available_cpu_levels", &fastmtl::cpu::available_levels, "The compiled levels that this CPU can run.");
   m.def("set_cpu_level", &fastmtl::cpu::set_level, pybind11::arg("name"),

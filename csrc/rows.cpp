@@ -46,6 +46,31 @@ int64_t single_stride(const Tensor& x) {
   return dims <= 1 ? found : -1;
 }
 
+Rows read_bank(const Tensor& bank, int64_t num_tasks, const std::vector<Tensor>& out) {
+  STD_TORCH_CHECK(bank.dim() == 2 && bank.size(0) == num_tasks && out.size() <= 1, "fastmtl: expected a bank of ",
+                  num_tasks, " rows and one output");
+  Rows result;
+  result.num_tasks = static_cast<int>(num_tasks);
+  Param p;
+  p.numel = bank.size(1);
+  p.dtype = dtype_of(bank);
+  if (p.numel == 0) return result;
+  const char* data = static_cast<const char*>(bank.const_data_ptr());
+  const int64_t stride = p.numel > 1 ? bank.stride(1) : 1;
+  for (int t = 0; t < num_tasks; ++t) p.rows.push_back({data + t * bank.stride(0) * size_of(p.dtype), stride, t});
+  for (const Tensor& x : out) {
+    const int64_t last = x.dim() - 1;
+    STD_TORCH_CHECK((last == 0 || last == 1) && x.size(last) == p.numel && dtype_of(x) == p.dtype &&
+                        (p.numel == 1 || x.stride(last) == 1),
+                    "fastmtl: the output does not match the bank");
+    char* first = static_cast<char*>(x.mutable_data_ptr());
+    for (int64_t k = 0; k < (last == 0 ? 1 : x.size(0)); ++k)
+      p.out.push_back(first + (last == 0 ? 0 : k * x.stride(0) * size_of(p.dtype)));
+  }
+  result.params.push_back(std::move(p));
+  return result;
+}
+
 }  // namespace
 
 DType dtype_of(const Tensor& x) {
@@ -64,6 +89,7 @@ DType dtype_of(const Tensor& x) {
 Rows read_rows(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
                int64_t num_params, const std::vector<Tensor>& out) {
   STD_TORCH_CHECK(num_tasks >= 1 && num_tasks <= kMaxTasks, "fastmtl: expected 1 to 128 tasks, got ", num_tasks);
+  if (index.empty() && tensors.size() == 1) return read_bank(tensors[0], num_tasks, out);
   STD_TORCH_CHECK(tensors.size() == index.size(), "fastmtl: ", tensors.size(), " tensors, ", index.size(),
                   " positions");
   std::map<int64_t, std::vector<std::pair<int, const Tensor*>>> present;  // parameter -> (task, tensor)

@@ -12,6 +12,29 @@
 
 namespace fastmtl {
 
+// Number n of the SplitMix64 stream `key` (Steele, Lea, Flood 2014), as the signed integer that orders are sorted by.
+FASTMTL_HOST_DEVICE inline int64_t random_number(uint64_t key, uint64_t n) {
+  uint64_t z = key + (n + 1) * 0x9E3779B97F4A7C15u;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  return static_cast<int64_t>(z ^ (z >> 31));
+}
+
+// The numbers of one counter; fastmtl/ops/order.py says the same.
+constexpr uint64_t kNumbersPerCount = 128 * 128;
+
+// Row i of the random order: the tasks by rising random number, equal ones by task. numbers (T values) is scratch.
+template <class Visit>
+FASTMTL_HOST_DEVICE inline void random_visits(uint64_t key, uint64_t counter, int T, int i, int64_t* numbers,
+                                              Visit* visits) {
+  for (int t = 0; t < T; ++t) numbers[t] = random_number(key, counter * kNumbersPerCount + uint64_t(i) * T + t);
+  for (int t = 0; t < T; ++t) {
+    int rank = 0;
+    for (int u = 0; u < T; ++u) rank += numbers[u] < numbers[t] || (numbers[u] == numbers[t] && u < t);
+    visits[rank] = static_cast<Visit>(t);
+  }
+}
+
 // Row i of PCGrad's coefficients (Yu et al. 2020, Algorithm 1): c starts as e_i; for each j in visits,
 // d = c . M[:, j]; if d < 0, c[j] -= d / M[j, j]. A non-finite entry met, or a j out of range, makes the row NaN.
 // product (T values) is scratch: c M, kept up to date so that a visit without a conflict costs nothing.

@@ -33,6 +33,7 @@ def collect() -> dict[str, Any]:
         "cpu_levels_compiled": build.get("cpu_levels", []),
         "cpu_level_active": extension.cpu_level() if extension is not None else None,
         "cuda_architectures": [f"sm_{arch}" for arch in build.get("cuda_architectures", [])],
+        "cuda_kernels": build.get("cuda_kernels", []),
         "cuda_reason": None if build.get("cuda_architectures") else _backend.build_note("cuda"),
         "triton": _triton_version(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -69,6 +70,8 @@ def report() -> str:
     ]
     if found["extension"]:
         cuda = ", ".join(found["cuda_architectures"]) or f"none: {found['cuda_reason']}"
+        if found["cuda_kernels"]:
+            cuda += f"; kernels: {', '.join(found['cuda_kernels'])}"
         lines += [
             f"  compiler  {found['compiler']}, torch stable ABI: {abi}",
             f"  CPU       {', '.join(found['cpu_levels_compiled'])} compiled, {found['cpu_level_active']} in use, "

@@ -111,7 +111,7 @@ def backward(
         shared: the shared ones among `params`, as a module or an iterable, where reach does not say it: all others
             get the plain sum of their gradients. Needed for compiled models. Parameters marked by
             `mark_per_task` are never shared.
-        method: "pcgrad" (which draws its order from torch's default generator) or another name (see
+        method: "pcgrad" (which draws its order from torch's default CPU generator) or another name (see
             `fastmtl.methods.get`), a `Method`, or a callable from the Gram matrix `[T, T]` to the weights `[T]`. It
             is not asked when nothing is shared, as with a single loss and no `shared`.
         retain_graph: keep the graphs for a further backward pass.
@@ -328,13 +328,15 @@ def operate(
     rows.clear()
     with torch.no_grad(), without_autocast((common[0].device if common else device).type):
         if tensors:
-            gram = gram_list_op(tensors, index, num_tasks, n)
-            if scale is not None:
-                gram = (gram.to(torch.float64) / _squared(scale)).to(gram.dtype)
-            weights = methods.solve(method, gram, present)
             params = [common[i] for i in present_params(index, n)]
             columns = _result_memory(params, tensors, index, n, held)
-            combine_into(weights, Rows(tensors, index, num_tasks, n), columns)
+            if type(method) is methods.PCGrad:  # whose weights don't depend on the scale
+                gram, weights = method.operate(Rows(tensors, index, num_tasks, n), columns, present)
+                gram = _unscaled(gram, scale)
+            else:
+                gram = _unscaled(gram_list_op(tensors, index, num_tasks, n), scale)
+                weights = methods.solve(method, gram, present)
+                combine_into(weights, Rows(tensors, index, num_tasks, n), columns)
             updates.extend(zip(params, columns, strict=True))
         else:
             gram = torch.zeros(num_tasks, num_tasks, device=device)
@@ -369,8 +371,12 @@ def _result_memory(
     return memory
 
 
-def _squared(scale: float | Tensor) -> float | Tensor:
-    return scale.to(torch.float64) ** 2 if isinstance(scale, Tensor) else scale**2
+def _unscaled(gram: Tensor, scale: float | Tensor | None) -> Tensor:
+    """The Gram matrix of the gradients without the loss scale."""
+    if scale is None:
+        return gram
+    squared = scale.to(torch.float64) ** 2 if isinstance(scale, Tensor) else scale**2
+    return (gram.to(torch.float64) / squared).to(gram.dtype)
 
 
 def write(updates: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -37,22 +37,24 @@ std::vector<double> gram(const Rows& rows) {
   return partial;
 }
 
-namespace {
-
-void gram_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
-             int64_t num_params, Tensor out) {
-  const Rows rows = read_rows(tensors, index, num_tasks, num_params, {});
+void write_gram(const std::vector<double>& m, int64_t num_tasks, Tensor& out) {
   const DType type = dtype_of(out);
   STD_TORCH_CHECK(
       out.numel() == num_tasks * num_tasks && out.is_contiguous() && (type == DType::f32 || type == DType::f64),
       "fastmtl: the Gram matrix must be a contiguous [T, T] float32 or float64 tensor");
-  const std::vector<double> m = gram(rows);
   if (type == DType::f64) {
     std::copy(m.begin(), m.end(), static_cast<double*>(out.mutable_data_ptr()));
   } else {
     float* target = static_cast<float*>(out.mutable_data_ptr());
     for (size_t k = 0; k < m.size(); ++k) target[k] = static_cast<float>(m[k]);
   }
+}
+
+namespace {
+
+void gram_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
+             int64_t num_params, Tensor out) {
+  write_gram(gram(read_rows(tensors, index, num_tasks, num_params, {})), num_tasks, out);
 }
 
 }  // namespace

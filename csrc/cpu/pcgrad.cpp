@@ -1,6 +1,8 @@
 // PCGrad: the T x T problem, its gradient, and the fused Gram -> coefficients -> combine.
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
+
 #include "cpu/gram.h"
 #include "cpu/walk.h"
 #include "solvers.h"
@@ -102,31 +104,66 @@ void coefficients_backward_op(Tensor grad, Tensor gram, Tensor order, bool inclu
   }
 }
 
+// The visiting order as given, or drawn from a key and a state (key, counter), which is advanced.
+std::vector<int64_t> read_order(const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
+                                int T) {
+  using torch::headeronly::ScalarType;
+  if (order.has_value()) {
+    STD_TORCH_CHECK(
+        order->dim() == 2 && order->size(0) == T && order->is_contiguous() && order->scalar_type() == ScalarType::Long,
+        "fastmtl: the order must be a contiguous [T, K] int64 tensor");
+    const auto* visits = static_cast<const int64_t*>(order->const_data_ptr());
+    return {visits, visits + order->numel()};
+  }
+  uint64_t stream = static_cast<uint64_t>(key), counter = 0;
+  if (state.has_value()) {
+    STD_TORCH_CHECK(state->numel() == 2 && state->is_contiguous() && state->scalar_type() == ScalarType::Long,
+                    "fastmtl: the state must be a contiguous [2] int64 tensor");
+    auto* words = static_cast<int64_t*>(state->mutable_data_ptr());
+    stream ^= static_cast<uint64_t>(words[0]);
+    counter = static_cast<uint64_t>(words[1]++);
+  }
+  std::vector<int64_t> visits(static_cast<size_t>(T) * T), numbers(T);
+  for (int i = 0; i < T; ++i) random_visits(stream, counter, T, i, numbers.data(), visits.data() + i * T);
+  return visits;
+}
+
 void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
-               int64_t num_params, Tensor order, bool include_self, bool project, double scale,
-               const std::vector<Tensor>& out) {
-  if (tensors.empty()) return;
+               int64_t num_params, const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
+               bool include_self, const std::vector<int64_t>& present, bool mean, const std::vector<Tensor>& out,
+               Tensor gram_out, Tensor weights_out) {
   const Rows rows = read_rows(tensors, index, num_tasks, num_params, out);
   const int T = rows.num_tasks;
+  const bool project = weights_out.dim() == 2;
   const int64_t num_out = project ? T : 1;
   for (const Param& p : rows.params)
     STD_TORCH_CHECK(static_cast<int64_t>(p.out.size()) == num_out, "fastmtl: expected ", num_out,
                     " outputs a parameter, got ", p.out.size());
-  STD_TORCH_CHECK(order.dim() == 2 && order.size(0) == T && order.is_contiguous() &&
-                      order.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "fastmtl: the order must be a contiguous [T, K] int64 tensor");
+  STD_TORCH_CHECK(present.empty() || static_cast<int>(present.size()) == T, "fastmtl: expected ", T, " flags");
+  STD_TORCH_CHECK(
+      weights_out.numel() == num_out * T && dtype_of(weights_out) == DType::f64 && weights_out.is_contiguous(),
+      "fastmtl: the weights must be a contiguous float64 tensor");
+  const std::vector<int64_t> visits = read_order(order, key, state, T);
   const std::vector<double> m = gram(rows);
+  write_gram(m, T, gram_out);
   std::vector<double> c(static_cast<size_t>(T) * T);
-  coefficients(m.data(), T, static_cast<const int64_t*>(order.const_data_ptr()), order.size(1), include_self, c.data());
+  coefficients(m.data(), T, visits.data(), static_cast<int64_t>(visits.size()) / T, include_self, c.data());
+  double* w = static_cast<double*>(weights_out.mutable_data_ptr());
   if (project) {
-    combine(c.data(), T, rows);
-    return;
+    std::copy(c.begin(), c.end(), w);
+  } else {
+    auto here = [&](int t) { return present.empty() || present[t] != 0; };
+    int count = 0;
+    for (int i = 0; i < T; ++i) count += here(i);
+    const double scale = mean ? 1.0 / count : 1.0;
+    for (int t = 0; t < T; ++t) {
+      double sum = 0.0;
+      for (int i = 0; i < T; ++i)
+        if (here(i)) sum += c[i * T + t];
+      w[t] = here(t) ? scale * sum : 0.0;
+    }
   }
-  std::vector<double> w(T, 0.0);
-  for (int i = 0; i < T; ++i)
-    for (int t = 0; t < T; ++t) w[t] += c[i * T + t];
-  for (double& x : w) x *= scale;
-  combine(w.data(), 1, rows);
+  combine(w, num_out, rows);
 }
 
 }  // namespace

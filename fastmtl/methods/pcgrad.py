@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.methods.base import Method
-from fastmtl.ops._rows import Grads
-from fastmtl.ops.pcgrad import REDUCTIONS
+from fastmtl.ops._rows import Grads, Rows
+from fastmtl.ops.order import Draw, Randomness, draw_source
+from fastmtl.ops.pcgrad import REDUCTIONS, check_order, operate_rows
 
 
 class PCGrad(Method):
@@ -19,7 +22,8 @@ class PCGrad(Method):
             older PyTorch port).
         order: `[T, K]` int32 or int64 visiting order on the device of the gradients: row i lists the tasks that
             i visits, in turn. None: a fresh random one at each call.
-        generator: source of the random order; None: torch's default generator of that device.
+        generator: source of the random order, as for `fastmtl.ops.random_order`: a `torch.Generator`, or a state made
+            by `fastmtl.ops.order_state`; None: torch's default CPU generator.
         include_self: visit j = i as some ports do, instead of skipping it as the paper does.
 
     Raises:
@@ -39,7 +43,7 @@ class PCGrad(Method):
         reduction: str = "sum",
         *,
         order: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Randomness | None = None,
         include_self: bool = False,
     ) -> None:
         if reduction not in REDUCTIONS:
@@ -64,6 +68,14 @@ class PCGrad(Method):
         if self.reduction == "mean":
             w = w / (gram.shape[0] if present is None else present.sum())
         return w
+
+    def operate(self, rows: Rows, out: Sequence[Tensor], present: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """The whole method on these rows, into `out`, in two launches on a GPU: the Gram matrix and the weights."""
+        source = draw_source(self.generator, rows.tensors[0].device) if self.order is None else Draw(0, None)
+        if self.order is not None:
+            check_order(self.order, rows.num_tasks, rows.tensors[0].device)
+        mean = self.reduction == "mean"
+        return operate_rows(rows, self.order, source, out, mean=mean, include_self=self.include_self, present=present)
 
     def __repr__(self) -> str:
         return f"PCGrad({self.reduction!r})"

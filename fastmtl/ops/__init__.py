@@ -6,7 +6,8 @@ All live in `torch.ops.fastmtl`; these are their checked Python calls.
 from fastmtl.ops._task import TaskPlan
 from fastmtl.ops.combine import combine
 from fastmtl.ops.gram import gram
-from fastmtl.ops.pcgrad import pcgrad, pcgrad_coefficients, pcgrad_project, random_order
+from fastmtl.ops.order import order_state, random_order
+from fastmtl.ops.pcgrad import pcgrad, pcgrad_coefficients, pcgrad_project
 from fastmtl.ops.task_conv2d import task_conv2d, task_conv2d_weight_grad
 from fastmtl.ops.task_linear import task_linear, task_linear_weight_grad
 from fastmtl.ops.task_plan import task_plan
@@ -16,6 +17,7 @@ __all__ = [
     "TaskPlan",
     "combine",
     "gram",
+    "order_state",
     "pcgrad",
     "pcgrad_coefficients",
     "pcgrad_project",

@@ -20,12 +20,16 @@ Grads: TypeAlias = Tensor | GradLists
 
 
 class Rows(NamedTuple):
-    """T gradient rows of n tensors each, without the Nones."""
+    """T gradient rows of n tensors each, without the Nones; or one bank, the form that the kernels take alike."""
 
-    tensors: list[Tensor]
-    index: list[int]  # position of each tensor: task * num_params + parameter, strictly increasing
+    tensors: list[Tensor]  # or the `[T, P]` bank alone
+    index: list[int]  # position of each tensor: task * num_params + parameter, strictly increasing; empty for a bank
     num_tasks: int
     num_params: int
+
+    @property
+    def bank(self) -> Tensor | None:
+        return self.tensors[0] if self.tensors and not self.index else None
 
 
 def accumulate_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -111,8 +115,8 @@ def read_lists(grads: GradLists, argument: str = "grads") -> Rows:
 
 
 def bank_rows(grads: Tensor) -> Rows:
-    """The rows of a `[T, P]` bank as T lists of one tensor (views)."""
-    return Rows(list(grads.unbind(0)), list(range(grads.shape[0])), grads.shape[0], 1)
+    """A `[T, P]` bank in the form that the kernels take."""
+    return Rows([grads], [], grads.shape[0], 1)
 
 
 def present_params(index: Sequence[int], num_params: int) -> list[int]:

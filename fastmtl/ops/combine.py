@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl._backend import choose
+from fastmtl._backend import choose, triton_kernels
 from fastmtl._library import define_kernel, define_op, without_autocast
 from fastmtl.ops import reference
 from fastmtl.ops._rows import (
@@ -113,10 +113,8 @@ def kernel_weights(weights: Tensor) -> Tensor:
 
 
 def _bank_compiled(weights: Tensor, grads: Tensor) -> Tensor:
-    rows = bank_rows(grads)
     out = torch.empty(weights.shape[:-1] + grads.shape[1:], dtype=grads.dtype, device=grads.device)
-    outs = [out] if weights.dim() == 1 else list(out.unbind(0))
-    _combine_kernel(kernel_weights(weights), rows.tensors, rows.index, 1, outs)
+    _into_compiled(weights, bank_rows(grads), [out])
     return out
 
 
@@ -130,16 +128,35 @@ def _into_compiled(weights: Tensor, rows: Rows, out: Sequence[Tensor]) -> None:
     _combine_kernel(kernel_weights(weights), rows.tensors, rows.index, rows.num_params, out)
 
 
+def _bank_triton(weights: Tensor, grads: Tensor) -> Tensor:
+    out = torch.empty(weights.shape[:-1] + grads.shape[1:], dtype=grads.dtype, device=grads.device)
+    _into_triton(weights, bank_rows(grads), [out])
+    return out
+
+
+def _list_triton(weights: Tensor, tensors: Sequence[Tensor], index: Sequence[int], num_params: int) -> list[Tensor]:
+    out = combine_list_fake(weights, tensors, index, num_params)
+    _into_triton(weights, Rows(list(tensors), list(index), weights.shape[-1], num_params), out)
+    return out
+
+
+def _into_triton(weights: Tensor, rows: Rows, out: Sequence[Tensor]) -> None:
+    triton_kernels("surgery").combine(kernel_weights(weights), rows, out)
+
+
 def _into_reference(weights: Tensor, rows: Rows, out: Sequence[Tensor]) -> None:
+    if rows.bank is not None:
+        out[0].copy_(reference.combine(weights, rows.bank))
+        return
     for target, x in zip(out, reference.combine_list(weights, rows.tensors, rows.index, rows.num_params), strict=True):
         target.copy_(x)
 
 
-_INTO = {"cpu": _into_compiled, "cuda": _into_compiled, "reference": _into_reference}
+_INTO = {"cpu": _into_compiled, "cuda": _into_compiled, "triton": _into_triton, "reference": _into_reference}
 
 
 def combine_into(weights: Tensor, rows: Rows, out: Sequence[Tensor]) -> None:
-    """`combine_list` into given memory: the present parameters, or K times those. Nothing is checked here."""
+    """`combine` into given memory, of the whole bank or of K times the present parameters. Nothing is checked here."""
     with torch.no_grad(), without_autocast(weights.device.type):
         choose("combine", weights.device.type, _INTO)(weights, rows, out)
     mark_written(out)
@@ -157,7 +174,7 @@ def check_unrecorded(*tensors: Tensor) -> None:
 
 
 def read_out_bank(out: Any, shape: torch.Size, grads: Tensor) -> list[Tensor]:
-    """The rows of a result `[P]` or `[K, P]`, checked."""
+    """The result `[P]` or `[K, P]`, checked, in the form that the kernels take."""
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
     if out.shape != shape or out.dtype != grads.dtype or out.device != grads.device:
@@ -169,10 +186,9 @@ def read_out_bank(out: Any, shape: torch.Size, grads: Tensor) -> list[Tensor]:
         raise ValueError(f"out: expected rows without gaps, got strides {list(out.stride())}")
     if out.dim() == 2 and out.shape[0] > 1 and abs(out.stride(0)) < out.shape[1]:
         raise ValueError(f"out: expected rows that don't overlap, got strides {list(out.stride())}")
-    rows = [out] if out.dim() == 1 else list(out.unbind(0))
-    if len(rows) > 1:
-        _check_apart(rows, [grads])
-    return rows
+    if out.dim() == 2 and out.shape[0] > 1:
+        _check_apart([out], [grads])
+    return [out]
 
 
 def read_out_lists(out: Any, count: int, rows: Rows) -> list[Tensor]:
@@ -227,8 +243,8 @@ def _check_apart(out: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         raise ValueError("out: several sums can't be written into the memory of the gradients")
 
 
-_BANK = {"cpu": _bank_compiled, "cuda": _bank_compiled, "reference": reference.combine}
-_LISTS = {"cpu": _list_compiled, "cuda": _list_compiled, "reference": reference.combine_list}
+_BANK = {"cpu": _bank_compiled, "cuda": _bank_compiled, "triton": _bank_triton, "reference": reference.combine}
+_LISTS = {"cpu": _list_compiled, "cuda": _list_compiled, "triton": _list_triton, "reference": reference.combine_list}
 
 
 def _combine(weights: Tensor, grads: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmtl._backend import choose
+from fastmtl._backend import choose, triton_kernels
 from fastmtl._library import define_kernel, define_op
 from fastmtl.ops import reference
 from fastmtl.ops._rows import Grads, Rows, accumulate_dtype, bank_rows, check_bank, is_bank, read_lists
@@ -28,8 +29,9 @@ def gram(grads: Grads) -> Tensor:
 
     Returns:
         `[T, T]`, symmetric: float64 if any gradient is float64, else float32. On the CPU products are summed in
-        float32 within blocks of at most 1024 columns (float64 for float64 input) and in float64 across blocks, in
-        a fixed order: the same input gives the same bits, whatever the number of threads.
+        float32 within blocks of at most 1024 columns (float64 for float64 input) and in float64 across blocks; on a
+        GPU likewise, a block being what one thread sums. In a fixed order: the same input gives the same bits,
+        whatever the number of threads or multiprocessors.
         A sum beyond the range of float32 shows as inf or NaN; products of float32 gradients with norms
         below about 1e-19 underflow to zero.
 
@@ -52,15 +54,44 @@ def gram(grads: Grads) -> Tensor:
 
 
 def _compiled(rows: Rows) -> Tensor:
-    device = rows.tensors[0].device if rows.tensors else None
-    dtype = accumulate_dtype([x.dtype for x in rows.tensors])
-    out = torch.empty(rows.num_tasks, rows.num_tasks, dtype=dtype, device=device)
+    out = empty_gram(rows)
     _gram_kernel(*rows, out)
     return out
 
 
-_BANK = {"cpu": lambda grads: _compiled(bank_rows(grads)), "reference": reference.gram}
-_LISTS = {"cpu": lambda *rows: _compiled(Rows(*rows)), "reference": reference.gram_list}
+def _triton(rows: Rows) -> Tensor:
+    out = empty_gram(rows)
+    triton_kernels("surgery").gram(rows, out)
+    return out
+
+
+def empty_gram(rows: Rows) -> Tensor:
+    """Memory for the Gram matrix of these rows."""
+    device = rows.tensors[0].device if rows.tensors else None
+    dtype = accumulate_dtype([x.dtype for x in rows.tensors])
+    return torch.empty(rows.num_tasks, rows.num_tasks, dtype=dtype, device=device)
+
+
+def _bank_compiled(grads: Tensor) -> Tensor:
+    return _compiled(bank_rows(grads))
+
+
+def _list_compiled(*rows: Any) -> Tensor:
+    return _compiled(Rows(*rows))
+
+
+_BANK = {
+    "cpu": _bank_compiled,
+    "cuda": _bank_compiled,
+    "triton": lambda grads: _triton(bank_rows(grads)),
+    "reference": reference.gram,
+}
+_LISTS = {
+    "cpu": _list_compiled,
+    "cuda": _list_compiled,
+    "triton": lambda *rows: _triton(Rows(*rows)),
+    "reference": reference.gram_list,
+}
 
 
 def _gram(grads: Tensor) -> Tensor:

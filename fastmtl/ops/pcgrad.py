@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl._backend import choose
+from fastmtl._backend import choose, triton_kernels
 from fastmtl._library import define_kernel, define_op, without_autocast
 from fastmtl.ops import reference
 from fastmtl.ops._rows import Grads, Rows, bank_rows, check_bank, check_num_tasks, is_bank, read_lists
@@ -25,7 +25,8 @@ from fastmtl.ops.combine import (
     read_out_lists,
     with_absent,
 )
-from fastmtl.ops.gram import gram_list_op, gram_op
+from fastmtl.ops.gram import empty_gram, gram_list_op, gram_op
+from fastmtl.ops.order import Draw, Randomness, draw_source, drawn_order, random_order
 
 REDUCTIONS = ("sum", "mean")
 
@@ -35,34 +36,13 @@ _coefficients_kernel = define_kernel(
 _coefficients_backward_kernel = define_kernel(
     "_pcgrad_coefficients_backward(Tensor grad, Tensor gram, Tensor order, bool include_self, Tensor(a!) out) -> ()"
 )
-# weights are the column sums of the coefficients times `scale`; `project` writes every projected gradient instead
+# order: None draws one from `key` and `state` (see fastmtl/ops/order.py), and advances the state. present: a flag per
+# task, empty: all. weights `[T]`: the column sums of the coefficients (over the present tasks; `mean`: divided by
+# their number); `[T, T]`: the coefficients themselves, for the projected gradients.
 _pcgrad_kernel = define_kernel(
-    "_pcgrad(Tensor[] tensors, int[] index, int num_tasks, int num_params, Tensor order, bool include_self, "
-    "bool project, float scale, Tensor(a!)[] out) -> ()"
+    "_pcgrad(Tensor[] tensors, int[] index, int num_tasks, int num_params, Tensor? order, int key, Tensor(a!)? state, "
+    "bool include_self, int[] present, bool mean, Tensor(b!)[] out, Tensor(c!) gram, Tensor(d!) weights) -> ()"
 )
-
-
-def random_order(
-    num_tasks: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
-) -> Tensor:
-    """A fresh uniformly random visiting order for every task, `[T, T]` int64: row i is a permutation of the tasks.
-
-    Args:
-        num_tasks: T, 1 to 128.
-        generator: source of randomness; None: torch's default generator of `device`.
-        device: where the order is drawn, without waiting for the host. Default: the CPU.
-
-    Raises:
-        ValueError: `num_tasks` outside 1 to 128.
-
-    Example:
-        >>> random_order(3).sort(dim=1).values
-        tensor([[0, 1, 2],
-                [0, 1, 2],
-                [0, 1, 2]])
-    """
-    check_num_tasks(num_tasks, "num_tasks")
-    return torch.rand(num_tasks, num_tasks, generator=generator, device=device).argsort(dim=1)
 
 
 def pcgrad_coefficients(gram: Tensor, order: Tensor, *, include_self: bool = False) -> Tensor:
@@ -103,18 +83,19 @@ def pcgrad(
     order: Tensor | None = None,
     *,
     reduction: str = "sum",
-    generator: torch.Generator | None = None,
+    generator: Randomness | None = None,
     include_self: bool = False,
     out: Tensor | Sequence[Tensor | None] | None = None,
 ) -> Tensor | list[Tensor | None]:
-    """The PCGrad update: conflicting gradients are projected, then reduced. Two reads of G in all.
+    """The PCGrad update: conflicting gradients are projected, then reduced. Two reads of G; on a GPU, two launches.
 
     Args:
         grads: a `[T, P]` bank (any strides), or T lists of n tensors (None: a zero gradient), as for `gram`.
         order: `[T, K]` int32 or int64 visiting order, as for `pcgrad_coefficients`; None: a fresh random order,
-            drawn on the device of the gradients.
+            drawn where the gradients are.
         reduction: `"sum"` (the paper) or `"mean"` (the older PyTorch port).
-        generator: source of the random order; None: torch's default generator of that device.
+        generator: source of the random order, as for `random_order`: a `torch.Generator`, or a state made by
+            `order_state`; None: torch's default CPU generator.
         include_self: as for `pcgrad_coefficients`.
         out: memory for the result, as for `combine`: it may be a gradient's own.
 
@@ -135,30 +116,38 @@ def pcgrad(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+    mean = reduction == "mean"
     if is_bank(grads):
         check_bank(grads)
-        order = _given_or_drawn(order, grads.shape[0], grads.device, generator)
-        if out is None:
+        rows = bank_rows(grads)
+        order, source = _order_or_source(order, rows, generator, out is not None)
+        if out is None and source is None:
             return pcgrad_op(grads, order, reduction, include_self)
-        targets = read_out_bank(out, grads.shape[1:], grads)
+        result = grads.new_empty(grads.shape[1:]) if out is None else out
+        targets = [result] if out is None else read_out_bank(out, grads.shape[1:], grads)
         check_unrecorded(grads, *targets)
-        _pcgrad_into(bank_rows(grads), order, reduction, include_self, targets)
-        return out
+        operate_rows(rows, order, source, targets, mean=mean, include_self=include_self)
+        return result
     rows = read_lists(grads)
-    order = _given_or_drawn(order, rows.num_tasks, rows.tensors[0].device if rows.tensors else None, generator)
+    order, source = _order_or_source(order, rows, generator, out is not None)
     if out is not None:
         targets = read_out_lists([out], 1, rows)
         check_unrecorded(*rows.tensors, *targets)
-        _pcgrad_into(rows, order, reduction, include_self, targets)
+        operate_rows(rows, order, source, targets, mean=mean, include_self=include_self)
         return out
-    return with_absent(pcgrad_list_op(*rows, order, reduction, include_self), rows.index, rows.num_params)
+    if source is None:
+        columns = pcgrad_list_op(*rows, order, reduction, include_self)
+    else:
+        columns = combine_list_fake(torch.empty(rows.num_tasks), rows.tensors, rows.index, rows.num_params)
+        operate_rows(rows, order, source, columns, mean=mean, include_self=include_self)
+    return with_absent(columns, rows.index, rows.num_params)
 
 
 def pcgrad_project(
     grads: Grads,
     order: Tensor | None = None,
     *,
-    generator: torch.Generator | None = None,
+    generator: Randomness | None = None,
     include_self: bool = False,
 ) -> Tensor | list[list[Tensor | None]]:
     """Every task's projected gradient, unreduced.
@@ -176,11 +165,21 @@ def pcgrad_project(
     """
     if is_bank(grads):
         check_bank(grads)
-        order = _given_or_drawn(order, grads.shape[0], grads.device, generator)
-        return pcgrad_project_op(grads, order, include_self)
+        rows = bank_rows(grads)
+        order, source = _order_or_source(order, rows, generator, False)
+        if source is None:
+            return pcgrad_project_op(grads, order, include_self)
+        result = grads.new_empty(grads.shape)
+        operate_rows(rows, order, source, [result], project=True, include_self=include_self)
+        return result
     rows = read_lists(grads)
-    order = _given_or_drawn(order, rows.num_tasks, rows.tensors[0].device if rows.tensors else None, generator)
-    columns = pcgrad_project_list_op(*rows, order, include_self)
+    order, source = _order_or_source(order, rows, generator, False)
+    if source is None:
+        columns = pcgrad_project_list_op(*rows, order, include_self)
+    else:
+        shape = torch.empty(rows.num_tasks, rows.num_tasks)
+        columns = combine_list_fake(shape, rows.tensors, rows.index, rows.num_params)
+        operate_rows(rows, order, source, columns, project=True, include_self=include_self)
     width = len(columns) // rows.num_tasks
     return [
         with_absent(columns[t * width : (t + 1) * width], rows.index, rows.num_params) for t in range(rows.num_tasks)
@@ -217,13 +216,31 @@ def _check_order_values(order: Tensor, num_tasks: int) -> None:
             raise ValueError(f"order: expected entries in 0..{num_tasks - 1}, got {int(low)}..{int(high)}")
 
 
-def _given_or_drawn(
-    order: Tensor | None, num_tasks: int, device: torch.device | None, generator: torch.Generator | None
-) -> Tensor:
-    if order is None:
-        return random_order(num_tasks, generator=generator, device=device)
-    check_order(order, num_tasks, device)
-    return order
+def _order_or_source(
+    order: Tensor | None, rows: Rows, generator: Randomness | None, into: bool
+) -> tuple[Tensor | None, Draw | None]:
+    """The order, given or drawn; or where the kernel shall draw it, in which case nothing can be recorded.
+
+    `into`: the result goes into given memory.
+    """
+    device = rows.tensors[0].device if rows.tensors else torch.device("cpu")
+    if order is not None:
+        check_order(order, rows.num_tasks, device if rows.tensors else None)
+        return order, Draw(0, None) if into else None
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in rows.tensors)
+    if recorded or not rows.tensors or torch.compiler.is_compiling() or not _plain(rows.tensors):
+        # here the order must be a tensor that the op is given
+        order = random_order(rows.num_tasks, generator=generator, device=device)
+        return order, Draw(0, None) if into else None
+    return None, draw_source(generator, device)
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are tensors with memory of their own, and no subclass that must see the op."""
+    return all(
+        type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        for x in tensors
+    )
 
 
 def _kernel_order(order: Tensor) -> Tensor:
@@ -246,7 +263,18 @@ def _coefficients_backward_compiled(grad: Tensor, gram: Tensor, order: Tensor, i
     return out.to(gram.dtype)
 
 
-_COEFFICIENTS = {"cpu": _coefficients_compiled, "reference": reference.pcgrad_coefficients}
+def _coefficients_triton(gram: Tensor, order: Tensor, include_self: bool) -> Tensor:
+    out = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
+    triton_kernels("surgery").coefficients(gram.to(torch.float64).contiguous(), _kernel_order(order), include_self, out)
+    return out
+
+
+_COEFFICIENTS = {
+    "cpu": _coefficients_compiled,
+    "cuda": _coefficients_compiled,
+    "triton": _coefficients_triton,
+    "reference": reference.pcgrad_coefficients,
+}
 _COEFFICIENTS_BACKWARD = {
     "cpu": _coefficients_backward_compiled,
     "reference": reference.pcgrad_coefficients_backward,
@@ -308,73 +336,135 @@ def _scale(reduction: str, num_tasks: int) -> float:
     return 1.0 / num_tasks if reduction == "mean" else 1.0
 
 
-def _fused(rows: Rows, order: Tensor, include_self: bool, project: bool, scale: float, out: list[Tensor]) -> None:
-    _pcgrad_kernel(*rows, _kernel_order(order), include_self, project, scale, out)
+def operate_rows(
+    rows: Rows,
+    order: Tensor | None,
+    source: Draw,
+    out: Sequence[Tensor],
+    *,
+    mean: bool = False,
+    project: bool = False,
+    include_self: bool = False,
+    present: Sequence[bool] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PCGrad of these rows into `out`, which may be the first rows' own memory; only the order is checked.
 
-
-def _pcgrad_bank_compiled(grads: Tensor, order: Tensor, reduction: str, include_self: bool) -> Tensor:
-    out = _pcgrad_fake(grads, order, reduction, include_self)
-    _fused(bank_rows(grads), order, include_self, False, _scale(reduction, grads.shape[0]), [out])
-    return out
-
-
-def _project_bank_compiled(grads: Tensor, order: Tensor, include_self: bool) -> Tensor:
-    out = _project_fake(grads, order, include_self)
-    _fused(bank_rows(grads), order, include_self, True, 1.0, list(out.unbind(0)))
-    return out
-
-
-def _pcgrad_list_compiled(
-    tensors: Sequence[Tensor],
-    index: Sequence[int],
-    num_tasks: int,
-    num_params: int,
-    order: Tensor,
-    reduction: str,
-    include_self: bool,
-) -> list[Tensor]:
-    rows = Rows(list(tensors), list(index), num_tasks, num_params)
-    out = _pcgrad_list_fake(*rows, order, reduction, include_self)
-    _fused(rows, order, include_self, False, _scale(reduction, num_tasks), out)
-    return out
-
-
-def _project_list_compiled(
-    tensors: Sequence[Tensor],
-    index: Sequence[int],
-    num_tasks: int,
-    num_params: int,
-    order: Tensor,
-    include_self: bool,
-) -> list[Tensor]:
-    rows = Rows(list(tensors), list(index), num_tasks, num_params)
-    out = _project_list_fake(*rows, order, include_self)
-    _fused(rows, order, include_self, True, 1.0, out)
-    return out
-
-
-def _into_compiled(rows: Rows, order: Tensor, reduction: str, include_self: bool, out: list[Tensor]) -> None:
-    _fused(rows, order, include_self, False, _scale(reduction, rows.num_tasks), out)
-
-
-def _into_reference(rows: Rows, order: Tensor, reduction: str, include_self: bool, out: list[Tensor]) -> None:
-    for target, x in zip(out, reference.pcgrad_list(*rows, order, reduction, include_self), strict=True):
-        target.copy_(x)
-
-
-def _pcgrad_into(rows: Rows, order: Tensor, reduction: str, include_self: bool, out: list[Tensor]) -> None:
-    _check_order_values(order, rows.num_tasks)
-    implementation = choose("pcgrad", order.device.type, {"cpu": _into_compiled, "reference": _into_reference})
-    with torch.no_grad(), without_autocast(order.device.type):
-        implementation(rows, order, reduction, include_self, out)
+    Returns the Gram matrix and the weights: `[T]` float64, 0 for tasks that are not present; or, to `project`, the
+    coefficients `[T, T]`.
+    """
+    device_type = rows.tensors[0].device.type if rows.tensors else "cpu"
+    if order is not None:
+        _check_order_values(order, rows.num_tasks)
+    implementation = choose("pcgrad", device_type, _OPERATE)
+    flags = [] if present is None or all(present) else [int(here) for here in present]
+    with torch.no_grad(), without_autocast(device_type):
+        found = implementation(rows, order, source, include_self, flags, mean, project, out)
     mark_written(out)
+    return found
+
+
+def _results(rows: Rows, project: bool) -> tuple[Tensor, Tensor]:
+    gram = empty_gram(rows)
+    shape = (rows.num_tasks, rows.num_tasks) if project else (rows.num_tasks,)
+    return gram, torch.empty(shape, dtype=torch.float64, device=gram.device)
+
+
+def _operate_compiled(rows, order, source, include_self, present, mean, project, out) -> tuple[Tensor, Tensor]:
+    found = _results(rows, project)
+    visits = None if order is None else _kernel_order(order)
+    _pcgrad_kernel(*rows, visits, source.key, source.state, include_self, present, mean, out, *found)
+    return found
+
+
+def _operate_triton(rows, order, source, include_self, present, mean, project, out) -> tuple[Tensor, Tensor]:
+    found = _results(rows, project)
+    visits = None if order is None else _kernel_order(order)
+    kernel = triton_kernels("surgery").pcgrad
+    kernel(rows, visits, source.key, source.state, include_self, present, mean, out, *found)
+    return found
+
+
+def _operate_reference(rows, order, source, include_self, present, mean, project, out) -> tuple[Tensor, Tensor]:
+    gram = reference.gram_list(*rows) if rows.bank is None else reference.gram(rows.bank)
+    visits = drawn_order(source, rows.num_tasks, gram.device) if order is None else order
+    w = reference.pcgrad_coefficients(gram, visits, include_self)
+    if not project:
+        absent = [t for t, here in enumerate(present) if not here]
+        for t in absent:
+            w[t].fill_(0.0)
+        w = w.sum(0) / (rows.num_tasks - len(absent) if mean else 1)
+        for t in absent:
+            w[t].fill_(0.0)
+    if rows.bank is not None:
+        out[0].copy_(reference.combine(w, rows.bank))
+    else:
+        columns = reference.combine_list(w, rows.tensors, rows.index, rows.num_params)
+        for target, x in zip(out, columns, strict=True):
+            target.copy_(x)
+    return gram, w
+
+
+_OPERATE = {
+    "cpu": _operate_compiled,
+    "cuda": _operate_compiled,
+    "triton": _operate_triton,
+    "reference": _operate_reference,
+}
+_NO_DRAW = Draw(0, None)
+
+
+def _bank_by(operate: Callable[..., Any]) -> Callable[..., Tensor]:
+    def run(grads: Tensor, order: Tensor, reduction: str, include_self: bool) -> Tensor:
+        out = _pcgrad_fake(grads, order, reduction, include_self)
+        operate(bank_rows(grads), order, _NO_DRAW, include_self, [], reduction == "mean", False, [out])
+        return out
+
+    return run
+
+
+def _project_bank_by(operate: Callable[..., Any]) -> Callable[..., Tensor]:
+    def run(grads: Tensor, order: Tensor, include_self: bool) -> Tensor:
+        out = _project_fake(grads, order, include_self)
+        operate(bank_rows(grads), order, _NO_DRAW, include_self, [], False, True, [out])
+        return out
+
+    return run
+
+
+def _list_by(operate: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    def run(tensors, index, num_tasks, num_params, order, reduction, include_self) -> list[Tensor]:
+        rows = Rows(list(tensors), list(index), num_tasks, num_params)
+        out = _pcgrad_list_fake(*rows, order, reduction, include_self)
+        operate(rows, order, _NO_DRAW, include_self, [], reduction == "mean", False, out)
+        return out
+
+    return run
+
+
+def _project_list_by(operate: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    def run(tensors, index, num_tasks, num_params, order, include_self) -> list[Tensor]:
+        rows = Rows(list(tensors), list(index), num_tasks, num_params)
+        out = _project_list_fake(*rows, order, include_self)
+        operate(rows, order, _NO_DRAW, include_self, [], False, True, out)
+        return out
+
+    return run
+
+
+def _kernels_and(reference_form: Callable[..., Any], by: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    return {
+        "cpu": by(_operate_compiled),
+        "cuda": by(_operate_compiled),
+        "triton": by(_operate_triton),
+        "reference": reference_form,
+    }
 
 
 _FUSED: dict[str, dict[str, Callable[..., Any]]] = {
-    "pcgrad": {"cpu": _pcgrad_bank_compiled, "reference": reference.pcgrad},
-    "pcgrad_list": {"cpu": _pcgrad_list_compiled, "reference": reference.pcgrad_list},
-    "pcgrad_project": {"cpu": _project_bank_compiled, "reference": reference.pcgrad_project},
-    "pcgrad_project_list": {"cpu": _project_list_compiled, "reference": reference.pcgrad_project_list},
+    "pcgrad": _kernels_and(reference.pcgrad, _bank_by),
+    "pcgrad_list": _kernels_and(reference.pcgrad_list, _list_by),
+    "pcgrad_project": _kernels_and(reference.pcgrad_project, _project_bank_by),
+    "pcgrad_project_list": _kernels_and(reference.pcgrad_project_list, _project_list_by),
 }
 
 

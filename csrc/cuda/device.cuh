@@ -1,0 +1,113 @@
+// What the kernel bodies need of the device: dtypes, wide loads, tensor core products. Compiled by nvcc; or by a host
+// compiler under tests/host/cuda_on_host.h, which defines the same names, so that tests can run the bodies.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+// one block of shared memory per kernel, as a struct
+#define FASTMTL_SHARED(Type, name)                            \
+  __shared__ alignas(16) unsigned char name##_[sizeof(Type)]; \
+  Type& name = *reinterpret_cast<Type*>(name##_)
+#else
+#include "cuda_on_host.h"
+#endif
+
+namespace fastmtl::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+
+// float32 accumulates everything but float64
+template <class In>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+
+// torch compiles with the implicit conversions of the half types switched off
+template <class In>
+__device__ inline typename Accumulator<In>::type widen(In x) {
+  return x;
+}
+template <class In>
+__device__ inline In narrow(typename Accumulator<In>::type x) {
+  return x;
+}
+template <>
+__device__ inline float widen<__nv_bfloat16>(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+template <>
+__device__ inline float widen<__half>(__half x) {
+  return __half2float(x);
+}
+template <>
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ inline __half narrow<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+// N elements that are loaded and stored at once
+template <class In, int N>
+struct alignas(sizeof(In) * N) Vector {
+  In v[N];
+};
+
+#if defined(__CUDACC__)
+// float32 to tf32, to nearest
+__device__ inline uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+// Tensor core products of one warp: d = a b, or with kAdd d += a b. A is 16 x k by rows, B is k x 8 by columns, two
+// numbers of 16 bits or one of 32 to a register; lane 4 g + t holds of A the rows g and g + 8, of B the column g, of D
+// the columns 2 t and 2 t + 1 (PTX ISA, fragments of mma.m16n8k8 and .m16n8k16).
+#define FASTMTL_MMA(shape, type)                                             \
+  if constexpr (kAdd)                                                        \
+    asm("mma.sync.aligned." shape ".row.col.f32." type "." type              \
+        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "                       \
+        "{%0,%1,%2,%3};"                                                     \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                     \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])); \
+  else                                                                       \
+    asm("mma.sync.aligned." shape ".row.col.f32." type "." type              \
+        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "                       \
+        "{%10,%10,%10,%10};"                                                 \
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                     \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f))
+template <bool kAdd>
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {  // tf32
+  FASTMTL_MMA("m16n8k8", "tf32");
+}
+template <bool kAdd>
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) {
+  FASTMTL_MMA("m16n8k16", "bf16");
+}
+template <bool kAdd>
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
+  FASTMTL_MMA("m16n8k16", "f16");
+}
+#undef FASTMTL_MMA
+// d += a b in float64. A is 8 x 4, B is 4 x 8: lane 4 g + t holds A[g][t], B[t][g], and of D the columns 2 t and 2 t +
+// 1 of row g
+__device__ inline void mma(double (&d)[2], double a, double b) {
+  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
+      : "+d"(d[0]), "+d"(d[1])
+      : "d"(a), "d"(b));
+}
+#endif
+
+}  // namespace fastmtl::cuda

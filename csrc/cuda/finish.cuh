@@ -1,0 +1,116 @@
+// From the blocks' partial sums to the Gram matrix, and on to the T x T problem, without another launch: the block that
+// arrives last at a ticket adds up what the others have left, in a fixed order.
+#pragma once
+
+#include "grads.cuh"
+#include "solve.cuh"
+
+namespace fastmtl::cuda {
+
+struct GramParams {
+  Grads grads;
+  int64_t columns_per_slot;
+  // partial sums, one row of T (T + 1) / 2 per slot: M[i][j], i <= j, row by row. The slots of all launches of one call
+  // (one per dtype) are counted through, and cut into groups of which each has a ticket; the last ticket is the
+  // groups'.
+  double* partial;
+  double* group_partial;
+  unsigned* tickets;
+  int first_slot, num_slots;  // of this launch, of all
+  int slots_per_group, num_groups;
+  int blocks_per_slot;
+  double* gram64;  // [T, T], and scratch for the solver behind it
+  void* gram;      // the result, or null
+  bool gram_is_double;
+  Solve solve;
+};
+
+__host__ __device__ inline int num_entries(int T) { return T * (T + 1) / 2; }
+__device__ inline int entry_of(int T, int i, int j) { return i * T - i * (i - 1) / 2 + (j - i); }  // i <= j
+
+// Whether this block is the last of `expected` at the ticket, which is then ready for the next launch.
+__device__ inline bool arrives_last(unsigned* ticket, unsigned expected, int& shared_flag) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const bool last = atomicAdd(ticket, 1u) == expected - 1;
+    if (last) *ticket = 0;
+    shared_flag = last;
+  }
+  __syncthreads();
+  const bool last = shared_flag != 0;
+  if (last) __threadfence();
+  return last;
+}
+
+// Sums rows first, ..., last - 1 of `from` column by column, in a fixed order; write(column, sum) by one thread each.
+template <class Write>
+__device__ inline void sum_rows(const double* from, int first, int last, int columns, const Write& write) {
+  const int tid = threadIdx.x;
+  // as many threads to a column as there are to spare, each a warp's share at most
+  int split = 1;
+  while (split < kWarp && 2 * split * columns <= kThreads) split *= 2;
+  const int per_round = kThreads / split;
+  for (int base = 0; base < columns; base += per_round) {
+    const int column = base + tid / split;
+    double sum = 0.0;
+    if (column < columns) {
+#pragma unroll 8
+      for (int r = first + tid % split; r < last; r += split)
+        sum += __ldcg(from + static_cast<int64_t>(r) * columns + column);
+    }
+    for (int step = split / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (column < columns && tid % split == 0) write(column, sum);
+  }
+}
+
+// Called by every block after its partial sums are written. kShared: T is at most 16, and the scratch in `small`.
+struct SmallScratch {
+  double gram[16 * 16], c[16 * 16];
+  int64_t numbers[16 * 16], visits[16 * 16];
+};
+
+template <int kLanes, int kValues, bool kShared>
+__device__ inline void finish(const GramParams& p, int slot, int& shared_flag, SmallScratch* small) {
+  const int T = p.grads.num_tasks, entries = num_entries(T);
+  const int group = slot / p.slots_per_group;
+  const int first = group * p.slots_per_group;
+  const int last = first + p.slots_per_group < p.num_slots ? first + p.slots_per_group : p.num_slots;
+  if (!arrives_last(p.tickets + group, static_cast<unsigned>((last - first) * p.blocks_per_slot), shared_flag)) return;
+
+  Scratch scratch;
+  if constexpr (kShared) {
+    scratch = {small->gram, small->c, small->numbers, small->visits};
+  } else {
+    const int64_t square = static_cast<int64_t>(T) * T;
+    auto* words = reinterpret_cast<int64_t*>(p.gram64 + 2 * square);
+    scratch = {p.gram64, p.gram64 + square, words, words + square};
+  }
+  auto write_gram = [&](int entry, double sum) {
+    int i = 0;
+    while (entry >= T - i) entry -= T - i++;
+    const int j = i + entry;
+    scratch.gram[i * T + j] = scratch.gram[j * T + i] = sum;
+    if (p.gram == nullptr) return;
+    if (p.gram_is_double) {
+      auto* out = static_cast<double*>(p.gram);
+      out[i * T + j] = out[j * T + i] = sum;
+    } else {
+      auto* out = static_cast<float*>(p.gram);
+      out[i * T + j] = out[j * T + i] = static_cast<float>(sum);
+    }
+  };
+  if (p.num_groups == 1) {
+    sum_rows(p.partial, first, last, entries, write_gram);
+  } else {
+    double* mine = p.group_partial + static_cast<int64_t>(group) * entries;
+    sum_rows(p.partial, first, last, entries, [&](int entry, double sum) { mine[entry] = sum; });
+    if (!arrives_last(p.tickets + p.num_groups, static_cast<unsigned>(p.num_groups), shared_flag)) return;
+    sum_rows(p.group_partial, 0, p.num_groups, entries, write_gram);
+  }
+  if (!p.solve.wanted) return;
+  __syncthreads();
+  solve_pcgrad<kLanes, kValues, kShared>(p.solve, T, scratch);
+}
+
+}  // namespace fastmtl::cuda

@@ -1,0 +1,2 @@
+#define FASTMTL_IN float
+#include "kernels.inc"

@@ -1,0 +1,23 @@
+// Launches of the kernels, one translation unit per dtype: kernels_<dtype>.cu.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "combine.cuh"
+#include "finish.cuh"
+
+namespace fastmtl::cuda {
+
+// blocks that share a slot's columns
+inline int blocks_per_slot(int T) {
+  const int bands = (T + 31) / 32;
+  return T <= 64 ? 1 : bands * (bands - 1) / 2;
+}
+
+// slots: of this launch
+template <class In>
+void launch_gram(const GramParams& p, int slots, cudaStream_t stream);
+template <class In>
+void launch_combine(const CombineParams& p, int64_t slots, cudaStream_t stream);
+
+}  // namespace fastmtl::cuda

@@ -1,0 +1,44 @@
+// How the columns of a call are cut among blocks: by T and the number of columns alone, so that sums are added in the
+// same order on every card.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fastmtl::cuda {
+
+struct Slots {
+  int64_t columns;  // of a slot
+  int64_t count;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// counted columns (see grads.cuh) of one launch
+inline Slots gram_slots(int64_t columns) {
+  // four steps of a block or more where that still gives every multiprocessor two blocks; many small slots, so that
+  // the last ones end together; never so long that one thread's float32 sums lose digits
+  constexpr int64_t kFew = 264, kMany = 1056, kShortest = 1024, kLongest = 65536;
+  const int64_t wanted = std::clamp(columns / 4096, std::min(kFew, ceil_div(columns, kShortest)), kMany);
+  int64_t each = ceil_div(columns, std::max<int64_t>(wanted, 1));
+  each = std::min(ceil_div(std::max<int64_t>(each, 1), 64) * 64, kLongest);
+  return {each, std::max<int64_t>(ceil_div(columns, each), 1)};
+}
+
+inline Slots combine_slots(int64_t columns) {
+  constexpr int64_t kMany = 1056, kShortest = 1024, kLongest = 16384;
+  const int64_t each = std::clamp(ceil_div(ceil_div(columns, kMany), 64) * 64, kShortest, kLongest);
+  return {each, ceil_div(columns, each)};
+}
+
+constexpr int kMaxGroups = 255;
+
+// how many slots share a ticket: one group where the last block reads little, else about as many groups as slots
+inline int slots_per_group(int T, int64_t slots) {
+  int64_t each = T <= 16 ? (slots <= 128 ? slots : 64) : 1;
+  if (T > 16)
+    while (each * each < slots) ++each;
+  return static_cast<int>(std::max(each, ceil_div(slots, kMaxGroups)));
+}
+
+}  // namespace fastmtl::cuda
