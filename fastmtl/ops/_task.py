@@ -1,4 +1,4 @@
-"""What the per-task ops share: reading weights, deltas, gates, biases and task ids, with their errors."""
+"""What the per-task ops share: reading their arguments, with their errors; memory for their gradients."""
 
 from __future__ import annotations
 
@@ -126,6 +126,38 @@ def cast_by_autocast(x: Tensor) -> Tensor:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x
     return x.to(torch.get_autocast_dtype(kind)) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+# --- memory for gradients
+
+
+def like_parameter(p: Tensor) -> Tensor:
+    """An empty gradient in the dtype and memory order of a weight, as autograd's own are."""
+    if p.dim() == 4:
+        return torch.empty(p.shape, dtype=p.dtype, device=p.device, memory_format=memory_format(p))
+    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
+
+
+def like_stacked(delta: Tensor) -> Tensor:
+    """An empty gradient of a `[T, ...]` delta, contiguous."""
+    return torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
+
+
+def empty_gradients(
+    x: Tensor, weights: TaskWeights, bias: Tensor | None, wanted: Sequence[bool], wanted_delta: Sequence[int]
+) -> list[Tensor]:
+    """Memory for what a backward op returns: x, weight, deltas, gate, bias, of these the wanted ones."""
+    out = []
+    if wanted[0]:
+        out.append(torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
+    if wanted[1] and weights.weight is not None:
+        out.append(like_parameter(weights.weight))
+    for k in wanted_delta:
+        out.append(like_stacked(weights.delta[k]) if weights.stacked else like_parameter(weights.delta[k]))
+    for want, p in zip(wanted[2:], (weights.gate, bias), strict=True):
+        if want and p is not None:
+            out.append(torch.empty(p.shape, dtype=p.dtype, device=p.device))
+    return out
 
 
 # --- checks

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl._library import define_kernel
-from fastmtl.ops._task import Geometry, TaskWeights, memory_format
+from fastmtl.ops._task import Geometry, TaskWeights, like_parameter, like_stacked, memory_format
 from fastmtl.ops._task_batch import Batch, Samples, Segment, cuts
 from fastmtl.ops._task_direct import Direct
 
@@ -277,8 +277,6 @@ class Gradients:
         wanted_delta: Sequence[int],
         want_gate: bool,
     ) -> None:
-        from fastmtl.ops.task_conv2d import like_parameter, like_stacked
-
         self.batch, self.weights = batch, weights
         self.wide = torch.promote_types(weights.like.dtype, torch.float32)
         self.weight: Tensor | None = None
@@ -350,8 +348,6 @@ class Gradients:
         """Memory for dDelta_t."""
         if self._stacked is not None:
             return self._stacked[task]
-        from fastmtl.ops.task_conv2d import like_parameter
-
         k = self._slots[task]
         self._list[k] = like_parameter(self._likes[k])
         return self._list[k]

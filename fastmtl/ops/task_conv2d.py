@@ -24,6 +24,7 @@ from fastmtl.ops._task import (
     check_ids,
     check_input,
     check_leading,
+    empty_gradients,
     memory_format,
     read_weights,
     triton_declines,
@@ -330,35 +331,6 @@ _BACKWARD = {"cpu": _backward_cpu, "triton": _backward_triton, "reference": refe
 
 def _task_conv2d_backward(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
     return choose("task_conv2d", x.device.type, _BACKWARD, triton_declines(x))(grad_out, x, *args)
-
-
-def like_parameter(p: Tensor) -> Tensor:
-    """An empty gradient in the dtype and memory order of a weight, as autograd's own are."""
-    if p.dim() == 4:
-        return torch.empty(p.shape, dtype=p.dtype, device=p.device, memory_format=memory_format(p))
-    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
-
-
-def like_stacked(delta: Tensor) -> Tensor:
-    """An empty gradient of a `[T, ...]` delta, contiguous."""
-    return torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
-
-
-def empty_gradients(
-    x: Tensor, weights: TaskWeights, bias: Tensor | None, wanted: Sequence[bool], wanted_delta: Sequence[int]
-) -> list[Tensor]:
-    """Memory for what a backward op returns: x, weight, deltas, gate, bias, of these the wanted ones."""
-    out = []
-    if wanted[0]:
-        out.append(torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
-    if wanted[1] and weights.weight is not None:
-        out.append(like_parameter(weights.weight))
-    for k in wanted_delta:
-        out.append(like_stacked(weights.delta[k]) if weights.stacked else like_parameter(weights.delta[k]))
-    for want, p in zip(wanted[2:], (weights.gate, bias), strict=True):
-        if want and p is not None:
-            out.append(torch.empty(p.shape, dtype=p.dtype, device=p.device))
-    return out
 
 
 def _backward_fake(

@@ -26,6 +26,7 @@ from fastmtl.ops._task import (
     check_ids,
     check_input,
     check_leading,
+    empty_gradients,
     read_weights,
     triton_declines,
 )
@@ -34,7 +35,6 @@ from fastmtl.ops.task_conv2d import (
     check_grad_out,
     check_out,
     check_result_dtype,
-    empty_gradients,
     gradients_by_argument,
     no_gradient,
     wanted_deltas,
