@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Delta: TypeAlias = "Tensor | Sequence[Tensor | None] | torch.nn.ParameterList | None"
+Pair: TypeAlias = int | Sequence[int]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -170,6 +171,17 @@ def check_input(x: Any, argument: str = "x") -> None:
         raise TypeError(f"{argument}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"{argument}: expected a dense (strided) tensor, got layout {x.layout}")
+
+
+def read_pair(value: Any, argument: str, least: int) -> tuple[int, int]:
+    """An int or a pair of ints, as height and width of at least `least` each."""
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, (tuple, list)) or len(pair) not in (1, 2) or not all(isinstance(v, int) for v in pair):
+        raise TypeError(f"{argument}: expected an int or a pair of ints, got {value!r}")
+    pair = (pair[0], pair[-1])
+    if min(pair) < least:
+        raise ValueError(f"{argument}: expected at least {least}, got {value!r}")
+    return pair
 
 
 def check_companion(value: Any, argument: str, x: Tensor) -> None:

@@ -16,6 +16,7 @@ from fastmtl.ops._composed import composed_backward
 from fastmtl.ops._task import (
     Delta,
     Geometry,
+    Pair,
     TaskPlan,
     TaskWeights,
     agreed_tasks,
@@ -26,13 +27,12 @@ from fastmtl.ops._task import (
     check_leading,
     empty_gradients,
     memory_format,
+    read_pair,
     read_weights,
     triton_declines,
 )
 from fastmtl.ops.combine import check_unrecorded, mark_written
 from fastmtl.ops.task_plan import read_plan
-
-Pair = int | Sequence[int]
 
 
 def task_conv2d(
@@ -161,7 +161,7 @@ def task_conv2d_weight_grad(
         raise ValueError(f"x: expected shape [N, Cin, H, W], got {list(x.shape)}")
     check_ids(task_ids, x.device)
     check_grad_out(grad_out, x)
-    kernel = _pair(kernel_size, "kernel_size", 1)
+    kernel = read_pair(kernel_size, "kernel_size", 1)
     geometry, extra = read_geometry(stride, padding, dilation, groups, kernel)
     check_leading(task_ids, x.shape[:1])
     if extra != (0, 0):
@@ -190,21 +190,11 @@ def task_conv2d_weight_grad(
 # --- checks
 
 
-def _pair(value: Any, argument: str, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if not isinstance(pair, (tuple, list)) or len(pair) not in (1, 2) or not all(isinstance(v, int) for v in pair):
-        raise TypeError(f"{argument}: expected an int or a pair of ints, got {value!r}")
-    pair = (pair[0], pair[-1])
-    if min(pair) < least:
-        raise ValueError(f"{argument}: expected at least {least}, got {value!r}")
-    return pair
-
-
 def read_geometry(
     stride: Pair, padding: Pair | str, dilation: Pair, groups: int, kernel: Sequence[int]
 ) -> tuple[Geometry, tuple[int, int]]:
     """The geometry, and rows and columns of zeros that `padding="same"` needs after x beyond it."""
-    strides, dilations = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
+    strides, dilations = read_pair(stride, "stride", 1), read_pair(dilation, "dilation", 1)
     if not isinstance(groups, int) or isinstance(groups, bool):
         raise TypeError(f"groups: expected an int, got {type(groups).__name__}")
     if groups < 1:
@@ -221,7 +211,7 @@ def read_geometry(
         pads = (total[0] // 2, total[1] // 2)
         extra = (total[0] % 2, total[1] % 2)
     else:
-        pads = _pair(padding, "padding", 0)
+        pads = read_pair(padding, "padding", 0)
     return Geometry(strides, pads, dilations, groups), extra
 
 
