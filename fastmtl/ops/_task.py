@@ -13,6 +13,10 @@ from torch import Tensor
 Delta: TypeAlias = "Tensor | Sequence[Tensor | None] | torch.nn.ParameterList | None"
 Pair: TypeAlias = int | Sequence[int]
 
+# a grid has at most 65535 programs along y and z, where the kernels have one for each task and, where rows are split,
+# up to one more for each processor of the device
+TRITON_MAX_TASKS = 65_535 - 1_024
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -309,7 +313,12 @@ def segments(order: Tensor, offsets: Tensor) -> Iterator[tuple[int, Tensor]]:
             yield t, order[begin:end]
 
 
-def triton_declines(*tensors: Tensor) -> dict[str, str | None]:
-    """For `choose`: why the Triton kernels cannot take these tensors."""
-    double = any(x.dtype == torch.float64 for x in tensors)
-    return {"triton": "its kernels have no float64" if double else None}
+def triton_declines(*tensors: Tensor, offsets: Tensor | None = None) -> dict[str, str | None]:
+    """For `choose`: why the Triton kernels cannot take these tensors, or the tasks of a plan."""
+    num_tasks = 0 if offsets is None else offsets.shape[0] - 1
+    reason = None
+    if any(x.dtype == torch.float64 for x in tensors):
+        reason = "its kernels have no float64"
+    elif num_tasks > TRITON_MAX_TASKS:
+        reason = f"its kernels take at most {TRITON_MAX_TASKS} tasks, got {num_tasks}"
+    return {"triton": reason}

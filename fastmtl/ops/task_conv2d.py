@@ -286,8 +286,9 @@ def _triton(x, weight, delta, delta_tasks, gate, bias, order, offsets, stride, p
 _FORWARD = {"cpu": _cpu, "triton": _triton, "reference": reference.task_conv2d}
 
 
-def _task_conv2d(x: Tensor, *args: Any) -> Tensor:
-    return choose("task_conv2d", x.device.type, _FORWARD, triton_declines(x))(x, *args)
+def _task_conv2d(x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry) -> Tensor:
+    run = choose("task_conv2d", x.device.type, _FORWARD, triton_declines(x, offsets=offsets))
+    return run(x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry)
 
 
 def _fake(x, weight, delta, delta_tasks, gate, bias, order, offsets, stride, padding, dilation, groups):
@@ -319,8 +320,11 @@ def _backward_triton(
 _BACKWARD = {"cpu": _backward_cpu, "triton": _backward_triton, "reference": reference.task_conv2d_backward}
 
 
-def _task_conv2d_backward(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
-    return choose("task_conv2d", x.device.type, _BACKWARD, triton_declines(x))(grad_out, x, *args)
+def _task_conv2d_backward(
+    grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry_and_wanted
+) -> list[Tensor]:
+    run = choose("task_conv2d", x.device.type, _BACKWARD, triton_declines(x, offsets=offsets))
+    return run(grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry_and_wanted)
 
 
 def _backward_fake(
@@ -362,7 +366,7 @@ def _weight_grad(
     groups: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    run = choose("task_conv2d_weight_grad", x.device.type, _WEIGHT_GRAD, triton_declines(x))
+    run = choose("task_conv2d_weight_grad", x.device.type, _WEIGHT_GRAD, triton_declines(x, offsets=offsets))
     return run(x, grad_out, order, offsets, kernel_size, stride, padding, dilation, groups, dtype)
 
 
@@ -388,7 +392,7 @@ _WEIGHT_GRAD_OUT = {
 
 
 def _weight_grad_out(x, grad_out, order, offsets, stride, padding, dilation, groups, out) -> None:
-    run = choose("task_conv2d_weight_grad", x.device.type, _WEIGHT_GRAD_OUT, triton_declines(x, out))
+    run = choose("task_conv2d_weight_grad", x.device.type, _WEIGHT_GRAD_OUT, triton_declines(x, out, offsets=offsets))
     run(x, grad_out, order, offsets, stride, padding, dilation, groups, out)
 
 
