@@ -25,7 +25,7 @@ from fastmtl.kernels.conv_wgrad import (
     wgrad_finish_kernel,
 )
 from fastmtl.kernels.stage import stage_kernel
-from fastmtl.ops._task import Geometry, TaskWeights, memory_format
+from fastmtl.ops._task import Geometry, TaskWeights, empty_gradients, memory_format
 
 INT32_MAX = 2**31 - 1
 NO_DELTAS_STRIDES = (0,) * 5
@@ -144,9 +144,6 @@ def conv2d_backward(
     wanted_delta: Sequence[int],
 ) -> list[Tensor]:
     """The gradients of x, weight, deltas, gate and bias, of these the wanted ones; as the reference gives them."""
-    # the op's own memory for gradients; at import it would be a circle
-    from fastmtl.ops.task_conv2d import empty_gradients
-
     out = empty_gradients(x, weights, bias, wanted, wanted_delta)
     left = iter(out)
     grad_x = next(left) if wanted[0] else None

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fastmtl.nn.layer import TaskLayer, Tasks, check_plain
 from fastmtl.ops import task_conv2d
-from fastmtl.ops.task_conv2d import Pair, _pair, read_geometry
+from fastmtl.ops._task import Pair, read_pair
+from fastmtl.ops.task_conv2d import read_geometry
 
 
 class TaskConv2d(TaskLayer):
@@ -65,7 +66,7 @@ class TaskConv2d(TaskLayer):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        kernel = _pair(kernel_size, "kernel_size", 1)
+        kernel = read_pair(kernel_size, "kernel_size", 1)
         geometry, _ = read_geometry(stride, padding, dilation, groups, kernel)
         if in_channels % groups or out_channels % groups:
             raise ValueError(

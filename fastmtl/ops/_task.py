@@ -1,4 +1,4 @@
-"""What the per-task ops share: reading weights, deltas, gates, biases and task ids, with their errors."""
+"""What the per-task ops share: reading their arguments, with their errors; memory for their gradients."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 Delta: TypeAlias = "Tensor | Sequence[Tensor | None] | torch.nn.ParameterList | None"
+Pair: TypeAlias = int | Sequence[int]
+
+# a grid has at most 65535 programs along y and z, where the kernels have one for each task and, where rows are split,
+# up to one more for each processor of the device
+TRITON_MAX_TASKS = 65_535 - 1_024
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -128,6 +133,38 @@ def cast_by_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
+# --- memory for gradients
+
+
+def like_parameter(p: Tensor) -> Tensor:
+    """An empty gradient in the dtype and memory order of a weight, as autograd's own are."""
+    if p.dim() == 4:
+        return torch.empty(p.shape, dtype=p.dtype, device=p.device, memory_format=memory_format(p))
+    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
+
+
+def like_stacked(delta: Tensor) -> Tensor:
+    """An empty gradient of a `[T, ...]` delta, contiguous."""
+    return torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
+
+
+def empty_gradients(
+    x: Tensor, weights: TaskWeights, bias: Tensor | None, wanted: Sequence[bool], wanted_delta: Sequence[int]
+) -> list[Tensor]:
+    """Memory for what a backward op returns: x, weight, deltas, gate, bias, of these the wanted ones."""
+    out = []
+    if wanted[0]:
+        out.append(torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
+    if wanted[1] and weights.weight is not None:
+        out.append(like_parameter(weights.weight))
+    for k in wanted_delta:
+        out.append(like_stacked(weights.delta[k]) if weights.stacked else like_parameter(weights.delta[k]))
+    for want, p in zip(wanted[2:], (weights.gate, bias), strict=True):
+        if want and p is not None:
+            out.append(torch.empty(p.shape, dtype=p.dtype, device=p.device))
+    return out
+
+
 # --- checks
 
 
@@ -138,6 +175,17 @@ def check_input(x: Any, argument: str = "x") -> None:
         raise TypeError(f"{argument}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"{argument}: expected a dense (strided) tensor, got layout {x.layout}")
+
+
+def read_pair(value: Any, argument: str, least: int) -> tuple[int, int]:
+    """An int or a pair of ints, as height and width of at least `least` each."""
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, (tuple, list)) or len(pair) not in (1, 2) or not all(isinstance(v, int) for v in pair):
+        raise TypeError(f"{argument}: expected an int or a pair of ints, got {value!r}")
+    pair = (pair[0], pair[-1])
+    if min(pair) < least:
+        raise ValueError(f"{argument}: expected at least {least}, got {value!r}")
+    return pair
 
 
 def check_companion(value: Any, argument: str, x: Tensor) -> None:
@@ -265,7 +313,12 @@ def segments(order: Tensor, offsets: Tensor) -> Iterator[tuple[int, Tensor]]:
             yield t, order[begin:end]
 
 
-def triton_declines(*tensors: Tensor) -> dict[str, str | None]:
-    """For `choose`: why the Triton kernels cannot take these tensors."""
-    double = any(x.dtype == torch.float64 for x in tensors)
-    return {"triton": "its kernels have no float64" if double else None}
+def triton_declines(*tensors: Tensor, offsets: Tensor | None = None) -> dict[str, str | None]:
+    """For `choose`: why the Triton kernels cannot take these tensors, or the tasks of a plan."""
+    num_tasks = 0 if offsets is None else offsets.shape[0] - 1
+    reason = None
+    if any(x.dtype == torch.float64 for x in tensors):
+        reason = "its kernels have no float64"
+    elif num_tasks > TRITON_MAX_TASKS:
+        reason = f"its kernels take at most {TRITON_MAX_TASKS} tasks, got {num_tasks}"
+    return {"triton": reason}

@@ -56,12 +56,13 @@ class Batch:
         self.num_tasks = offsets.shape[0] - 1
         self.deltas = weights.by_task(self.num_tasks)
         self.gates = None if weights.gate is None else weights.gate.detach().tolist()
-        self._positions = order.numpy()
-        self._bounds = offsets.tolist()
-        self.present = [t for t in range(self.num_tasks) if self._bounds[t + 1] > self._bounds[t]]
+        positions, bounds = order.numpy(), offsets.tolist()
+        self.present = [t for t in range(self.num_tasks) if bounds[t + 1] > bounds[t]]
+        self._samples = {t: positions[bounds[t] : bounds[t + 1]] for t in self.present}
 
     def samples(self, tasks: Sequence[int]) -> np.ndarray:
-        parts = [self._positions[self._bounds[t] : self._bounds[t + 1]] for t in tasks]
+        """Of tasks that have some, in the order of the batch."""
+        parts = [self._samples[t] for t in tasks]
         return parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts))
 
     def gate(self, task: int) -> float:

@@ -9,6 +9,7 @@ oneDNN would reorder first: they go through `csrc/cpu/task_conv.cpp`, which read
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl._library import define_kernel
-from fastmtl.ops._task import Geometry, TaskWeights, memory_format
+from fastmtl.ops._task import Geometry, TaskWeights, like_parameter, like_stacked, memory_format
 from fastmtl.ops._task_batch import Batch, Samples, Segment, cuts
 from fastmtl.ops._task_direct import Direct
 
@@ -58,6 +59,12 @@ class Stage:
         if base is None:
             return torch.mul(delta, gate, out=self._scratch)
         return torch.add(base.detach(), delta, alpha=gate, out=self._scratch)
+
+    @functools.cached_property
+    def like(self) -> Tensor:
+        """For weight gradients alone: of it only shape, dtype and memory order are read."""
+        like = self.weights.like.detach()
+        return plain_strides(like if like.dtype == self.dtype else torch.empty_like(like, dtype=self.dtype))
 
 
 def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -193,7 +200,7 @@ def _walk(
             done.add(segment.task)
             want_weight = own = False
         if grad_x is not None and not want_weight and direct.takes_input_gradient(segment):
-            direct.input_gradient(segment, g, x, grad_x.x)
+            direct.input_gradient(segment, g, grad_x.x)
             want_x = False
         if not want_x and not want_weight:
             continue
@@ -216,7 +223,6 @@ def _walk(
             done.add(segment.task)
         elif want_weight:
             rest = []
-    like = plain_strides(weights.like.detach().to(x.dtype))
     for t in sorted(alone - done):
         # closed, and only its gate wants to know
         segment = Segment(t, batch.samples([t]))
@@ -224,13 +230,13 @@ def _walk(
             grads.spread_direct(segment, direct, g, x)
             continue
         for cut in cuts(segment, sample_bytes, weight_bytes):
-            grads.hold(convolution_backward(grad_out.take(cut), source.take(cut), like, geometry, False, True)[1])
+            grads.hold(convolution_backward(grad_out.take(cut), source.take(cut), stage.like, geometry, False, True)[1])
         grads.spread(t)
     if rest:
         everything = len(rest) == len(batch.present)
         whole = np.arange(x.shape[0]) if everything else batch.samples(rest)
         for cut in cuts(Segment(None, whole), sample_bytes, weight_bytes):
-            gw = convolution_backward(grad_out.take(cut), source.take(cut), like, geometry, False, True)[1]
+            gw = convolution_backward(grad_out.take(cut), source.take(cut), stage.like, geometry, False, True)[1]
             grads.add_to_weight(gw)
 
 
@@ -277,8 +283,6 @@ class Gradients:
         wanted_delta: Sequence[int],
         want_gate: bool,
     ) -> None:
-        from fastmtl.ops.task_conv2d import like_parameter, like_stacked
-
         self.batch, self.weights = batch, weights
         self.wide = torch.promote_types(weights.like.dtype, torch.float32)
         self.weight: Tensor | None = None
@@ -350,8 +354,6 @@ class Gradients:
         """Memory for dDelta_t."""
         if self._stacked is not None:
             return self._stacked[task]
-        from fastmtl.ops.task_conv2d import like_parameter
-
         k = self._slots[task]
         self._list[k] = like_parameter(self._likes[k])
         return self._list[k]

@@ -110,10 +110,11 @@ class Direct:
         _rows_kernel(self._in_float32(x), *self._weights(segment), bias, samples, self.geometry, wide)
         self._put(wide, y, segment)
 
-    def input_gradient(self, segment: Segment, grad_out: Tensor, x: Tensor, grad_x: Tensor) -> None:
+    def input_gradient(self, segment: Segment, grad_out: Tensor, grad_x: Tensor) -> None:
         """Into the samples of grad_x."""
         wide = self._in_float32(grad_x, copy=False)
-        sides = self._in_float32(grad_out), self._in_float32(x)
+        # in the place of x, of which the kernel takes the sizes here
+        sides = self._in_float32(grad_out), wide
         none = None, False, None, None
         samples = segment.samples.tolist()
         _rows_backward_kernel(*sides, *self._weights(segment), samples, self.geometry, wide, *none)

@@ -16,6 +16,7 @@ from fastmtl.ops._composed import composed_backward
 from fastmtl.ops._task import (
     Delta,
     Geometry,
+    Pair,
     TaskPlan,
     TaskWeights,
     agreed_tasks,
@@ -24,14 +25,14 @@ from fastmtl.ops._task import (
     check_ids,
     check_input,
     check_leading,
+    empty_gradients,
     memory_format,
+    read_pair,
     read_weights,
     triton_declines,
 )
 from fastmtl.ops.combine import check_unrecorded, mark_written
 from fastmtl.ops.task_plan import read_plan
-
-Pair = int | Sequence[int]
 
 
 def task_conv2d(
@@ -160,7 +161,7 @@ def task_conv2d_weight_grad(
         raise ValueError(f"x: expected shape [N, Cin, H, W], got {list(x.shape)}")
     check_ids(task_ids, x.device)
     check_grad_out(grad_out, x)
-    kernel = _pair(kernel_size, "kernel_size", 1)
+    kernel = read_pair(kernel_size, "kernel_size", 1)
     geometry, extra = read_geometry(stride, padding, dilation, groups, kernel)
     check_leading(task_ids, x.shape[:1])
     if extra != (0, 0):
@@ -189,21 +190,11 @@ def task_conv2d_weight_grad(
 # --- checks
 
 
-def _pair(value: Any, argument: str, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if not isinstance(pair, (tuple, list)) or len(pair) not in (1, 2) or not all(isinstance(v, int) for v in pair):
-        raise TypeError(f"{argument}: expected an int or a pair of ints, got {value!r}")
-    pair = (pair[0], pair[-1])
-    if min(pair) < least:
-        raise ValueError(f"{argument}: expected at least {least}, got {value!r}")
-    return pair
-
-
 def read_geometry(
     stride: Pair, padding: Pair | str, dilation: Pair, groups: int, kernel: Sequence[int]
 ) -> tuple[Geometry, tuple[int, int]]:
     """The geometry, and rows and columns of zeros that `padding="same"` needs after x beyond it."""
-    strides, dilations = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
+    strides, dilations = read_pair(stride, "stride", 1), read_pair(dilation, "dilation", 1)
     if not isinstance(groups, int) or isinstance(groups, bool):
         raise TypeError(f"groups: expected an int, got {type(groups).__name__}")
     if groups < 1:
@@ -220,7 +211,7 @@ def read_geometry(
         pads = (total[0] // 2, total[1] // 2)
         extra = (total[0] % 2, total[1] % 2)
     else:
-        pads = _pair(padding, "padding", 0)
+        pads = read_pair(padding, "padding", 0)
     return Geometry(strides, pads, dilations, groups), extra
 
 
@@ -295,8 +286,9 @@ def _triton(x, weight, delta, delta_tasks, gate, bias, order, offsets, stride, p
 _FORWARD = {"cpu": _cpu, "triton": _triton, "reference": reference.task_conv2d}
 
 
-def _task_conv2d(x: Tensor, *args: Any) -> Tensor:
-    return choose("task_conv2d", x.device.type, _FORWARD, triton_declines(x))(x, *args)
+def _task_conv2d(x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry) -> Tensor:
+    run = choose("task_conv2d", x.device.type, _FORWARD, triton_declines(x, offsets=offsets))
+    return run(x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry)
 
 
 def _fake(x, weight, delta, delta_tasks, gate, bias, order, offsets, stride, padding, dilation, groups):
@@ -328,37 +320,11 @@ def _backward_triton(
 _BACKWARD = {"cpu": _backward_cpu, "triton": _backward_triton, "reference": reference.task_conv2d_backward}
 
 
-def _task_conv2d_backward(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
-    return choose("task_conv2d", x.device.type, _BACKWARD, triton_declines(x))(grad_out, x, *args)
-
-
-def like_parameter(p: Tensor) -> Tensor:
-    """An empty gradient in the dtype and memory order of a weight, as autograd's own are."""
-    if p.dim() == 4:
-        return torch.empty(p.shape, dtype=p.dtype, device=p.device, memory_format=memory_format(p))
-    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
-
-
-def like_stacked(delta: Tensor) -> Tensor:
-    """An empty gradient of a `[T, ...]` delta, contiguous."""
-    return torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
-
-
-def empty_gradients(
-    x: Tensor, weights: TaskWeights, bias: Tensor | None, wanted: Sequence[bool], wanted_delta: Sequence[int]
+def _task_conv2d_backward(
+    grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry_and_wanted
 ) -> list[Tensor]:
-    """Memory for what a backward op returns: x, weight, deltas, gate, bias, of these the wanted ones."""
-    out = []
-    if wanted[0]:
-        out.append(torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
-    if wanted[1] and weights.weight is not None:
-        out.append(like_parameter(weights.weight))
-    for k in wanted_delta:
-        out.append(like_stacked(weights.delta[k]) if weights.stacked else like_parameter(weights.delta[k]))
-    for want, p in zip(wanted[2:], (weights.gate, bias), strict=True):
-        if want and p is not None:
-            out.append(torch.empty(p.shape, dtype=p.dtype, device=p.device))
-    return out
+    run = choose("task_conv2d", x.device.type, _BACKWARD, triton_declines(x, offsets=offsets))
+    return run(grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry_and_wanted)
 
 
 def _backward_fake(
@@ -400,7 +366,7 @@ def _weight_grad(
     groups: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    run = choose("task_conv2d_weight_grad", x.device.type, _WEIGHT_GRAD, triton_declines(x))
+    run = choose("task_conv2d_weight_grad", x.device.type, _WEIGHT_GRAD, triton_declines(x, offsets=offsets))
     return run(x, grad_out, order, offsets, kernel_size, stride, padding, dilation, groups, dtype)
 
 
@@ -426,7 +392,7 @@ _WEIGHT_GRAD_OUT = {
 
 
 def _weight_grad_out(x, grad_out, order, offsets, stride, padding, dilation, groups, out) -> None:
-    run = choose("task_conv2d_weight_grad", x.device.type, _WEIGHT_GRAD_OUT, triton_declines(x, out))
+    run = choose("task_conv2d_weight_grad", x.device.type, _WEIGHT_GRAD_OUT, triton_declines(x, out, offsets=offsets))
     run(x, grad_out, order, offsets, stride, padding, dilation, groups, out)
 
 

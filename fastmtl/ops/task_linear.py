@@ -26,6 +26,7 @@ from fastmtl.ops._task import (
     check_ids,
     check_input,
     check_leading,
+    empty_gradients,
     read_weights,
     triton_declines,
 )
@@ -34,7 +35,6 @@ from fastmtl.ops.task_conv2d import (
     check_grad_out,
     check_out,
     check_result_dtype,
-    empty_gradients,
     gradients_by_argument,
     no_gradient,
     wanted_deltas,
@@ -190,8 +190,9 @@ def _rows(y: Tensor, x: Tensor) -> Tensor:
 _FORWARD = {"cpu": _cpu, "triton": _triton, "reference": reference.task_linear}
 
 
-def _task_linear(x: Tensor, *args) -> Tensor:
-    return choose("task_linear", x.device.type, _FORWARD, triton_declines(x))(x, *args)
+def _task_linear(x, weight, delta, delta_tasks, gate, bias, order, offsets) -> Tensor:
+    run = choose("task_linear", x.device.type, _FORWARD, triton_declines(x, offsets=offsets))
+    return run(x, weight, delta, delta_tasks, gate, bias, order, offsets)
 
 
 def _fake(x, weight, delta, delta_tasks, gate, bias, order, offsets):
@@ -233,7 +234,7 @@ _BACKWARD = {"cpu": _backward_cpu, "triton": _backward_triton, "reference": refe
 def _task_linear_backward(
     grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, wanted, wanted_delta
 ) -> list[Tensor]:
-    run = choose("task_linear", x.device.type, _BACKWARD, triton_declines(x))
+    run = choose("task_linear", x.device.type, _BACKWARD, triton_declines(x, offsets=offsets))
     return run(grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, wanted, wanted_delta)
 
 
@@ -266,7 +267,7 @@ _WEIGHT_GRAD = {
 def _weight_grad(
     x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    run = choose("task_linear_weight_grad", x.device.type, _WEIGHT_GRAD, triton_declines(x))
+    run = choose("task_linear_weight_grad", x.device.type, _WEIGHT_GRAD, triton_declines(x, offsets=offsets))
     return run(x, grad_out, order, offsets, dtype)
 
 
@@ -291,7 +292,7 @@ _WEIGHT_GRAD_OUT = {
 
 
 def _weight_grad_out(x, grad_out, order, offsets, out) -> None:
-    run = choose("task_linear_weight_grad", x.device.type, _WEIGHT_GRAD_OUT, triton_declines(x, out))
+    run = choose("task_linear_weight_grad", x.device.type, _WEIGHT_GRAD_OUT, triton_declines(x, out, offsets=offsets))
     run(x, grad_out, order, offsets, out)
 
 

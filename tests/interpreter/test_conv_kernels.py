@@ -24,7 +24,14 @@ from torch import Tensor
 
 import fastmtl
 from fastmtl import _backend
-from fastmtl.ops import TaskPlan, reference, task_conv2d, task_conv2d_weight_grad, task_linear_weight_grad
+from fastmtl.ops import (
+    TaskPlan,
+    reference,
+    task_conv2d,
+    task_conv2d_weight_grad,
+    task_linear,
+    task_linear_weight_grad,
+)
 
 if not _backend.interpreting():
     pytest.skip("needs TRITON_INTERPRET=1, set before Triton is imported", allow_module_level=True)
@@ -33,7 +40,7 @@ pytest.importorskip("triton")
 from fastmtl.kernels import _launch, configs
 from fastmtl.kernels import task_conv2d as launchers
 from fastmtl.kernels.configs import Tile
-from fastmtl.ops._task import TaskWeights
+from fastmtl.ops._task import TRITON_MAX_TASKS, Geometry, TaskWeights, triton_declines
 
 # of one rounding to the dtype; the interpreter cuts bfloat16 off instead of rounding: 2^-8 on a GPU
 UNIT = {F32: 2.0**-24, BF16: 2.0**-7, F16: 2.0**-11}
@@ -207,6 +214,27 @@ def test_non_finite_samples_and_gates(forced: dict[str, Any]) -> None:
     assert torch.isnan(grad_gate[0]) and torch.isfinite(grad_gate[1]) and grad_gate[2] == 0
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("forced", [STAGED, FUSED], ids=["staged-walk", "fused-split"])
+def test_a_gate_that_is_not_finite_beside_no_delta(forced: dict[str, Any], value: float) -> None:
+    # task 0 sees W as it is, whatever its gate
+    x, ids, grad_out = torch.randn(4, 2, 2, 3), torch.tensor([0, 1, 1, 0]), torch.randn(4, 3, 2, 3)
+    x.requires_grad_()
+    weight, own = (torch.randn(3, 2, 1, 1, requires_grad=True) for _ in range(2))
+    gate = torch.tensor([value, 0.5], requires_grad=True)
+    leaves = [x, weight, own]
+    with configs.force(**forced):
+        y = task_conv2d(x, weight, [None, own], ids, gate=gate)
+        *found, grad_gate = torch.autograd.grad(y, [*leaves, gate], grad_out)
+    exact = [p.detach().double().requires_grad_() for p in leaves]
+    each = exact[1] + torch.tensor([0.0, 0.5])[ids].double()[:, None, None, None, None] * exact[2]
+    want = torch.einsum("nchw,noc->nohw", exact[0], each[..., 0, 0])
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    for a, b in zip(found, torch.autograd.grad(want, exact, grad_out.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    assert grad_gate[0] == 0 and torch.isfinite(grad_gate[1])
+
+
 @pytest.mark.parametrize("wanted", ["x", "weight", "delta", "gate", "bias", "one delta"])
 @pytest.mark.parametrize("mode", ["walk", "split"])
 def test_each_gradient_alone(wanted: str, mode: str) -> None:
@@ -366,6 +394,50 @@ def test_rules() -> None:
     assert configs.pick_schedule(configs.FUSED_MAX_ROWS, True) == "fused"
     assert configs.pick_schedule(configs.FUSED_MAX_ROWS + 1, True) == "staged"
     assert configs.pick_schedule(1, False) == "staged"
+
+
+@pytest.mark.parametrize("mode", ["walk", "split"])
+def test_grids_of_the_most_tasks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more samples than tasks, so that every split may hold a task of its own."""
+    grids: list[tuple[str, tuple[int, ...]]] = []
+    monkeypatch.setattr(launchers, "launch", lambda fn, grid, *args, **kwargs: grids.append((fn.__name__, grid)))
+    tasks, samples = TRITON_MAX_TASKS, 2 * TRITON_MAX_TASKS
+    x, y, weight, delta, gate, bias = (
+        torch.empty(size, device="meta")
+        for size in ((samples, 32, 3, 3), (samples, 8, 3, 3), (8, 32, 1, 1), (tasks, 8, 32, 1, 1), tasks, (tasks, 8))
+    )
+    order, offsets = (torch.empty(n, dtype=torch.int64, device="meta") for n in (samples, tasks + 1))
+    weights = TaskWeights(weight, [delta], [], gate)
+    with configs.force(**dict.fromkeys(SMALL), schedule="staged", mode=mode):
+        launchers.conv2d(x, weights, bias, order, offsets, Geometry())
+        launchers.conv2d_backward(y, x, weights, bias, order, offsets, Geometry(), [True] * 4, [0])
+    names = {name for name, _ in grids}
+    assert {"stage_kernel", f"task_conv2d_wgrad_{mode}_kernel", "bias_grad_kernel", "wgrad_finish_kernel"} <= names
+    assert tasks < max(max(grid[1:], default=0) for _, grid in grids) < 65_536
+    assert max(grid[0] for _, grid in grids) < 2**31
+
+
+def test_more_tasks_than_a_grid_has_programs() -> None:
+    num_tasks = TRITON_MAX_TASKS + 1
+    x, ids, gate = torch.randn(2, 3), torch.tensor([0, num_tasks - 1]), torch.ones(num_tasks)
+    x.requires_grad_()
+    weight = torch.randn(2, 3)
+    plan = TaskPlan(ids, *reference.task_plan(ids, num_tasks))
+    match = rf"backend 'triton' is forced .*at most {TRITON_MAX_TASKS} tasks, got {num_tasks}"
+    calls = (
+        lambda: task_linear(x, weight, None, plan, gate=gate),
+        lambda: task_conv2d(x[..., None, None], weight[..., None, None], None, plan, gate=gate),
+        lambda: task_linear_weight_grad(x, x, plan, num_tasks),
+        lambda: task_conv2d_weight_grad(x[..., None, None], x[..., None, None], plan, num_tasks, 1),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match=match):
+            call()
+    with fastmtl.use_backend("reference"):
+        y = task_linear(x, weight, None, plan, gate=gate)
+    with pytest.raises(RuntimeError, match=match):
+        y.sum().backward()
+    assert triton_declines(x, offsets=plan.offsets[1:]) == {"triton": None}
 
 
 def test_staging_skips_what_nobody_needs() -> None:
