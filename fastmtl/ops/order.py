@@ -90,8 +90,8 @@ def random_order(
     if device is None and isinstance(generator, Tensor):
         device = generator.device
     where = torch.empty(0, device=device).device  # "cuda" is the current one of them
-    if torch.compiler.is_compiling() and not isinstance(generator, Tensor):
-        # in a compiled graph the key can't be a number of the host's
+    # in a graph being compiled, or among fake tensors, the key can't be a number of the host's
+    if not isinstance(generator, Tensor) and (torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor):
         key = torch.randint(0, (1 << 63) - 1, (1,), generator=generator, device=where)
         generator = torch.cat([key, torch.zeros_like(key)])
     return drawn_order(draw_source(generator, where), num_tasks, where)
