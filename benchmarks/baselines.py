@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -161,8 +163,33 @@ def axpy_combine(weights: Tensor, grads: Tensor, out: Tensor | None = None) -> T
     return total
 
 
-def blocked_pcgrad(grads: Tensor, order: Tensor | None, out: Tensor | None = None) -> Tensor:
-    return axpy_combine(solve(blocked_gram(grads), order).sum(0), grads, out)
+def blocked_pcgrad(
+    grads: Tensor,
+    order: Tensor | None,
+    out: Tensor | None = None,
+    *,
+    combine: Callable[[Tensor, Tensor, Tensor | None], Tensor] = axpy_combine,
+) -> Tensor:
+    return combine(solve(blocked_gram(grads), order).sum(0), grads, out)
+
+
+class Compiled:
+    """`torch.compile` of a function of tensors, without dynamic shapes; compiled at the first call.
+
+    Every instance has code of its own: what was compiled for one case is no entry in the next one's cache, which is
+    searched at each call and has a limit.
+    """
+
+    def __init__(self, function: Callable[..., Any], mode: str) -> None:
+        code = function.__code__
+        # equal to the original, but another object
+        own = types.FunctionType(
+            code.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        )
+        self._call = torch.compile(own, mode=mode, dynamic=False, fullgraph=True)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
 
 
 # --- a whole step

@@ -25,6 +25,7 @@ class Inputs:
     grads: Tensor | list[list[Tensor]]
     weights: Tensor
     order: Tensor | None = None
+    given: Tensor | None = None  # an order, for what is timed with a given one
     bank: Tensor | None = None  # the same numbers as `grads`, where those are lists
     params: Sequence[nn.Parameter] = ()  # with TorchJD's `.jac`, where grads are lists
     out: Any = None  # memory for the result, of ours and of plain torch; None: new memory at each call
@@ -71,6 +72,29 @@ def resnet18_shapes() -> list[tuple[int, ...]]:
                 shapes += [(width, entering, 1, 1), (width,), (width,)]
         before = width
     return [*shapes, (1000, 512), (1000,)]
+
+
+def resnet50_shapes() -> list[tuple[int, ...]]:
+    """Shapes of the 161 parameter tensors of ResNet-50 (1000 classes), 25,557,032 numbers in all."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    before = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            entering = before if block == 0 else 4 * width
+            shapes += [(width, entering, 1, 1), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
+            shapes += [(4 * width, width, 1, 1), (4 * width,), (4 * width,)]
+            if block == 0:
+                shapes += [(4 * width, entering, 1, 1), (4 * width,), (4 * width,)]
+        before = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def transformer_shapes() -> list[tuple[int, ...]]:
+    """Shapes of the 146 tensors of a decoder as Llama 3.2 1B is: 16 layers, tied embeddings, 1,235,814,400 numbers."""
+    width, hidden, keys = 2048, 8192, 512
+    layer = [(width, width), (keys, width), (keys, width), (width, width)]
+    layer += [(hidden, width), (hidden, width), (width, hidden)]
+    return [(128_256, width), *[*layer, (width,), (width,)] * 16, (width,)]
 
 
 @cache

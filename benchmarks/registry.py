@@ -30,6 +30,7 @@ class Candidate:
         traffic: bytes it moves, roughly: tells what would take too long before it is tried.
         graph: on a GPU, whether it can be captured in a CUDA graph (it never waits for the host).
         unavailable: why it cannot run here, if so.
+        builds: its first call compiles for seconds: it is called once before the clock starts.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Candidate:
     traffic: int = 0
     graph: bool = False
     unavailable: str | None = None
+    builds: bool = False
 
 
 @dataclass(frozen=True)

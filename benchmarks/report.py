@@ -23,6 +23,18 @@ COLUMNS = (
     "vs TorchJD",
     "peak extra memory",
 )
+GPU_COLUMNS = (
+    "case",
+    "ours",
+    "x floor",
+    "x 2 reads",
+    "by Triton",
+    "x one bank",
+    "vs naive",
+    "vs best plain torch",
+    "vs TorchJD",
+    "peak extra memory",
+)
 CONV_COLUMNS = (
     "case",
     "ours",
@@ -94,7 +106,21 @@ def _extra_memory(row: dict[str, Any]) -> str:
 
 def columns(row: dict[str, Any]) -> tuple[str, ...]:
     """The header of the table that a row stands in."""
-    return CONV_COLUMNS if row["suite"] == "conv" else COLUMNS
+    if row["suite"] == "conv":
+        return CONV_COLUMNS
+    return GPU_COLUMNS if _on_gpu(row) else COLUMNS
+
+
+def _on_gpu(row: dict[str, Any]) -> bool:
+    return row["suite"] == "surgery" and row["device"] == "cuda"
+
+
+def _time(entry: dict[str, Any]) -> str:
+    """Median time, of graph replays where there are any, with the eager one beside it."""
+    if "median" not in entry:
+        return entry.get("skipped", "failed")
+    time = seconds(entry["median"])
+    return f"{seconds(entry['graph']['median'])} (eager {time})" if "graph" in entry else time
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -102,10 +128,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     name = row["case"] if row["device"] == "cpu" else f"{row['case']} ({row['device']})"
     if row["status"] != "ok":
         return [name, row["status"].upper(), *["-"] * (len(columns(row)) - 2)]
-    ours = row["times"]["ours"]
-    time = seconds(ours["median"])
-    if "graph" in ours:
-        time = f"{seconds(ours['graph']['median'])} (eager {time})"
+    time = _time(row["times"]["ours"])
     if row["suite"] == "conv":
         return [
             name,
@@ -122,15 +145,14 @@ def cells(row: dict[str, Any]) -> list[str]:
         if label in row["time_over"]:
             floor = f"{row['time_over'][label]:.3f} {text}"
     memory = row.get("memory", {}).get("ours")
-    return [
-        name,
-        time,
-        floor,
-        _over(row, "two_reads"),
-        _in_new_memory(row),
+    common = [
         *(_versus(row, family) for family in ("naive", "plain", "torchjd")),
         mebibytes(memory["peak_extra_bytes"]) if memory else "-",
     ]
+    if _on_gpu(row):
+        triton = _time(row["times"]["triton"]) if "triton" in row["times"] else "-"
+        return [name, time, floor, _over(row, "two_reads"), triton, _over(row, "bank"), *common]
+    return [name, time, floor, _over(row, "two_reads"), _in_new_memory(row), *common]
 
 
 def _by_table(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[str, Any]]]:

@@ -127,6 +127,8 @@ class Runner:
             reason = candidate.unavailable or self._too_slow(candidate)
             if reason:
                 times[candidate.label] = {"skipped": reason, "detail": candidate.detail}
+            elif candidate.builds and (error := self._built(candidate, inputs[0])):
+                times[candidate.label] = {"failed": error, "detail": candidate.detail}
             else:
                 samplers[candidate.label] = self._sampler(case, candidate, inputs, turn)
         if case.moved:
@@ -161,6 +163,15 @@ class Runner:
         hinges = [case.ours.label, "(copy)", *([case.floor_from] if case.floor_from else [])]
         at_least = dict.fromkeys(hinges, FEWEST_OF_OURS)
         return measure.interleave(samplers, self.settings.budget_s, at_least=at_least, reps=case.reps, tick=tick)
+
+    def _built(self, candidate: Candidate, inputs: Any) -> str | None:
+        """Calls it once, so that no sample holds what it compiles; what it raised, if it did."""
+        self.report(f"compiling {candidate.label}")
+        try:
+            candidate.call(inputs)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        return None
 
     def _too_slow(self, candidate: Candidate) -> str | None:
         expected = candidate.traffic * self.seconds_per_byte

@@ -146,10 +146,99 @@ def test_a_baseline_may_fail_be_missing_or_be_too_slow(runner):
     assert report.cells(row)[5:8] == ["skipped", "failed", "not installed"]
 
 
-def test_resnet18_shapes():
-    shapes = gradients.resnet18_shapes()
-    assert len(shapes) == 62
-    assert sum(torch.Size(shape).numel() for shape in shapes) == 11_689_512
+# --- the suite on a GPU, as far as it can be seen without one
+
+CUDA = torch.device("cuda")
+
+
+def test_gpu_cases_are_built_without_a_device():
+    cases = surgery.cases(CUDA)
+    assert not torch.cuda.is_initialized() or torch.cuda.is_available()
+    names = [case.name for case in cases]
+    assert len(names) == len(set(names))
+    if torch.cuda.is_available():
+        return  # what fits depends on its memory
+    quick = surgery.cases(CUDA, quick=True)
+    assert 10 <= len(quick) < len(cases) and {case.name for case in quick} <= set(names)
+    found = {(c.op, c.params["T"], c.params["P"], c.params["dtype"]) for c in cases if c.params.get("layout") == "bank"}
+    for num_tasks in surgery.TASKS:
+        for num_params in surgery.GPU_SIZES:
+            for dtype in ("float32", "bfloat16"):
+                fits = num_tasks * num_params * (4 if dtype == "float32" else 2) <= 0.85 * 141e9
+                for op in ("pcgrad", "gram+combine"):
+                    assert ((op, num_tasks, num_params, dtype) in found) == fits
+    assert {("pcgrad", 50, 100_000, "float32"), ("pcgrad", 50, 1_000_000, "float32")} <= found
+    networks = {(c.params["network"], c.params["dtype"], c.params["tensors"]) for c in cases if "network" in c.params}
+    assert networks >= {("ResNet-50", "float32", 161), ("1.2B transformer", "bfloat16", 146)}
+
+
+def test_gpu_cases_have_every_candidate():
+    for case in surgery.cases(CUDA):
+        labels = [candidate.label for candidate in case.candidates]
+        assert labels[0] == "ours" and len(labels) == len(set(labels))
+        assert {"naive", "plain", "triton"} <= set(labels)
+        if case.params.get("layout") == "bank":
+            assert "plain_compiled" in labels
+        if case.params.get("layout") == "list":
+            assert "bank" in labels
+        if case.op == "pcgrad":
+            assert "torchjd" in labels
+            assert ("given" in labels) == (case.params["P"] <= surgery.SMALL)
+        # a replay is compared with replays
+        assert all(c.graph for c in case.candidates if c.kind != "baseline")
+        # and what waits for the host has none
+        assert not any(c.graph for c in case.candidates if c.label == "naive" or c.label.startswith("torchjd"))
+
+
+@pytest.mark.parametrize("op", ["gram+combine", "pcgrad"])
+def test_gpu_candidates_compute_what_ours_computes(op, fresh_compiler):
+    case = surgery.on_gpu(surgery.bank_case(op, 3, 9000))
+    inputs = case.make(CPU)
+    inputs = replace(inputs, order=inputs.given)
+    expected = case.ours.call(inputs).clone()
+    checked = {c.label: c for c in case.candidates if c.label in ("plain_blocked", "plain_compiled", "given")}
+    assert len(checked) == 2 + (op == "pcgrad")
+    for candidate in checked.values():
+        torch.testing.assert_close(candidate.call(inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gpu_case_gives_a_row(runner):
+    """On the CPU, where Triton is out of reach: its entry says so, and the rest of the row stands."""
+    case = surgery.on_gpu(surgery.bank_case("gram+combine", 2, 1000))
+    candidates = tuple(c for c in case.candidates if c.label != "plain_compiled")
+    row = json.loads(json.dumps(runner.run_case(replace(case, candidates=candidates))))
+    assert row["status"] == "ok", row
+    triton = row["times"]["triton"]
+    assert "backend 'triton' is forced" in triton.get("failed", "") or "Triton cannot be imported" in triton["skipped"]
+    assert row["speedup"]["plain_blocked"] > 0 and row["params"]["backend"] in ("cuda", "triton")
+    row["device"] = "cuda"
+    row["times"]["ours"]["graph"] = row["times"]["ours"]
+    row["times"]["triton"] = row["times"]["ours"]
+    cells = dict(zip(report.columns(row), report.cells(row), strict=True))
+    assert cells["by Triton"] == cells["ours"] and "(eager " in cells["ours"]
+    assert cells["x one bank"] == "-" and cells["vs TorchJD"] == "-"
+
+
+def test_what_compiles_is_called_once_before_the_clock_starts(runner):
+    calls = []
+    case = surgery.bank_case("gram", 2, 1000)
+    slow = registry.Candidate("triton", lambda x: calls.append(x), "", "yardstick", builds=True)
+    row = runner.run_case(replace(case, candidates=(case.ours, slow), reps=1))
+    # before the clock, to warm up, the sample, and for its peak memory
+    assert row["status"] == "ok" and len(calls) >= 4
+
+
+@pytest.mark.parametrize(
+    ("shapes", "tensors", "numbers"),
+    [
+        (gradients.resnet18_shapes, 62, 11_689_512),
+        (gradients.resnet50_shapes, 161, 25_557_032),
+        (gradients.transformer_shapes, 146, 1_235_814_400),
+    ],
+)
+def test_shapes_of_networks(shapes, tensors, numbers):
+    assert len(shapes()) == tensors
+    assert sum(torch.Size(shape).numel() for shape in shapes()) == numbers
 
 
 @pytest.mark.parametrize("dtype", surgery.DTYPES)
