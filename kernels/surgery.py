@@ -32,11 +32,11 @@ CHUNKS = {"paired": 1056, "product": 528}
 MAX_TILES = 64
 # tasks -> columns of a product, by bytes of an element, and warps
 PRODUCT_BLOCKS = {2: {16: 128, 32: 128, 64: 64, 128: 64}, 4: {16: 64, 32: 64, 64: 32, 128: 16}}
-PRODUCT_BLOCKS[8] = {16: 32, 32: 16, 64: 16, 128: 16}
-PRODUCT_WARPS = {16: 4, 32: 4, 64: 8, 128: 8}
+PRODUCT_BLOCKS[8] = {16: 16, 32: 16, 64: 16, 128: 16}
+PRODUCT_WARPS = {16: 4, 32: 8, 64: 8, 128: 8}
 PRODUCT_STAGES = 3
 # entries of partial sums that a program adds up at once; coefficients that it holds
-SUM_TILE = 4096
+SUM_TILE = 2048
 SOLVE_TILE = 2048
 # sums that are made of one tile while it is in registers, rows that are read before they are added
 MAX_SUMS, MAX_ROWS = 8, 16
@@ -68,7 +68,8 @@ class _Group:
         if self.paired:
             self.tile = LANES * (16 // dtype.itemsize if wide else 1)
         else:
-            self.tile = 2 * PRODUCT_BLOCKS[dtype.itemsize][padded]
+            # without wide loads a tile passes through registers
+            self.tile = 2 * max(PRODUCT_BLOCKS[dtype.itemsize][padded] // (1 if wide else 2), 16)
         self.tiles_per_chunk = 1
         self.tiles_per_block = 1
 
@@ -206,7 +207,7 @@ def _launch_gram(
         "group_size": group_size,
         "TP": padded,
         "SOLVE_ROWS": min(padded, SOLVE_TILE // padded),
-        "SUM_ROWS": SUM_TILE // sum_block,
+        "SUM_ROWS": max(SUM_TILE // sum_block, 1),
         "SUM_BLOCK": sum_block,
         **(_NO_METHOD | method),
     }

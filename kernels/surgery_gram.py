@@ -217,12 +217,15 @@ def gram_product_kernel(
     for k in range(full):
         one = k * TILE + column
         two = one + BLOCK
-        # tensor cores may round sums toward zero: few terms in them, and the rest here. Two products, because the
-        # compiler would fold the sum with a single one into the product again
-        b_gram = tl.zeros((TP, TP), ACC)
+        b_gram = acc if tl.float64 == ACC else tl.zeros((TP, TP), ACC)
         b_gram = _product_tile(b_gram, row, there, one if WIDE else one * col_stride, None, CAST)
         b_gram = _product_tile(b_gram, row, there, two if WIDE else two * col_stride, None, CAST)
-        acc += b_gram
+        if tl.float64 == ACC:
+            acc = b_gram
+        else:
+            # tensor cores may round sums toward zero: few terms there, the rest here. Two products, because the
+            # compiler would fold the sum with a single one into the product again
+            acc += b_gram
     for at in range(full * TILE, left, BLOCK):
         one = at + column
         acc += _product_tile(tl.zeros((TP, TP), ACC), row, there, one if WIDE else one * col_stride, one < left, CAST)
