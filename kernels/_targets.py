@@ -19,6 +19,7 @@ _TYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.float64: "fp64",
     torch.int64: "i64",
     torch.int32: "i32",
 }
@@ -176,5 +177,5 @@ def build_targets() -> Iterator[BuildTarget]:
     for dtype in DTYPES:
         for case in CASES:
             yield from _targets(case, dtype)
-    for name in ("task_plan", "task_scale_shift"):
+    for name in ("task_plan", "task_scale_shift", "surgery"):
         yield from importlib.import_module(f"fastmtl.kernels.{name}").build_targets()

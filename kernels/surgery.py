@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmtl.kernels._launch import MAX_GROUPS, in_interpreter, integer_table, launch, tickets
-from fastmtl.kernels.configs import next_power_of_2
+from fastmtl.kernels._launch import MAX_GROUPS, Launch, in_interpreter, integer_table, launch, recording, tickets
+from fastmtl.kernels.configs import BuildTarget, next_power_of_2
 from fastmtl.kernels.surgery_combine import combine_fwd_kernel
 from fastmtl.kernels.surgery_gram import MAX_PAIRED, gram_paired_kernel, gram_product_kernel
 from fastmtl.kernels.surgery_solver import pcgrad_coefficients_kernel
@@ -32,9 +32,9 @@ CHUNKS = {"paired": 1056, "product": 528}
 MAX_TILES = 64
 # tasks -> columns of a product, by bytes of an element, and warps
 PRODUCT_BLOCKS = {2: {16: 128, 32: 128, 64: 64, 128: 64}, 4: {16: 64, 32: 64, 64: 32, 128: 16}}
-PRODUCT_BLOCKS[8] = {16: 16, 32: 16, 64: 16, 128: 16}
+PRODUCT_BLOCKS[8] = {16: 64, 32: 16, 64: 16, 128: 16}
 PRODUCT_WARPS = {16: 4, 32: 8, 64: 8, 128: 8}
-PRODUCT_STAGES = 3
+PRODUCT_STAGES = {16: 3, 32: 3, 64: 3, 128: 2}
 # entries of partial sums that a program adds up at once; coefficients that it holds
 SUM_TILE = 2048
 SOLVE_TILE = 2048
@@ -224,7 +224,7 @@ def _launch_gram(
                 gram_product_kernel,
                 (g.num_chunks(),),
                 PRODUCT_WARPS[padded],
-                PRODUCT_STAGES,
+                PRODUCT_STAGES[padded],
                 **rows,
                 **common,
                 **own,
@@ -351,3 +351,55 @@ def pcgrad(
         DRAW=drawn,
     )
     _launch_combine(groups, tables, weights if weights.dim() == 2 else weights[None])
+
+
+_TARGET_COLUMNS = 1 << 20
+
+
+def _record(dtype: torch.dtype, num_tasks: int, form: str, num_sums: int) -> list[Launch]:
+    """The launches of one call on the meta device: PCGrad with an order drawn, its sums or projections; and `gram`."""
+    total = torch.float64 if dtype == torch.float64 else torch.float32
+    # rows of an odd length are not aligned
+    columns = _TARGET_COLUMNS + (form == "strided")
+    out: list[Tensor] = [torch.empty(columns, dtype=dtype, device="meta") for _ in range(num_sums)]
+    if form == "lists":
+        tensors = [torch.empty(columns, dtype=dtype, device="meta") for _ in range(num_tasks)]
+        rows = Rows(tensors, list(range(num_tasks)), num_tasks, 1)
+    else:
+        rows = Rows([torch.empty(num_tasks, columns, dtype=dtype, device="meta")], [], num_tasks, 1)
+        out = [torch.empty(num_sums, columns, dtype=dtype, device="meta")]
+    m = torch.empty(num_tasks, num_tasks, dtype=total, device="meta")
+    state = torch.empty(2, dtype=torch.int64, device="meta")
+    weights = torch.empty((num_sums, num_tasks) if num_sums > 1 else (num_tasks,), dtype=torch.float64, device="meta")
+    with recording() as launches:
+        pcgrad(rows, None, 0, state, False, [], False, out, m, weights)
+        if form == "bank":
+            gram(rows, m)
+    return launches
+
+
+def build_targets() -> Iterator[BuildTarget]:
+    """Every kernel for every dtype, padded number of tasks and form of the gradients."""
+    from fastmtl.kernels._targets import as_target
+
+    for dtype, padded in itertools.product(
+        (torch.bfloat16, torch.float16, torch.float32, torch.float64), (1, 2, 4, 8, 16, 32, 64, 128)
+    ):
+        short = str(dtype).removeprefix("torch.")
+        for form in ("bank", "strided", "lists"):
+            made = _record(dtype, padded, form, 1)
+            if padded > 1:
+                made += [_record(dtype, padded, form, padded)[1]]
+            for k, one in enumerate(made):
+                name = f"{one.fn.__name__}-{form}-T{padded}-{k}-{short}"
+                product = one.fn is gram_product_kernel
+                representative = form == "bank" and padded in (8, 64) and k < 2
+                # float64 has matrix instructions too, under another name
+                mma = product and dtype != torch.float64
+                yield as_target(name, one, dtype, representative, mma, form != "strided")
+    for padded in (1, 2, 4, 8, 16, 32, 64, 128):
+        with recording() as launches:
+            matrix = torch.empty(padded, padded, dtype=torch.float64, device="meta")
+            coefficients(matrix, torch.empty(padded, padded, dtype=torch.int64, device="meta"), False, matrix)
+        name = f"pcgrad_coefficients_kernel-T{padded}"
+        yield as_target(name, launches[0], torch.float64, padded in (8, 64), False, False)

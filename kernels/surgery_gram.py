@@ -214,19 +214,20 @@ def gram_product_kernel(
     column = tl.arange(0, BLOCK)
     acc = tl.zeros((TP, TP), ACC)
     full = left // TILE
-    for k in range(full):
-        one = k * TILE + column
-        two = one + BLOCK
-        b_gram = acc if tl.float64 == ACC else tl.zeros((TP, TP), ACC)
-        b_gram = _product_tile(b_gram, row, there, one if WIDE else one * col_stride, None, CAST)
-        b_gram = _product_tile(b_gram, row, there, two if WIDE else two * col_stride, None, CAST)
-        if tl.float64 == ACC:
-            acc = b_gram
-        else:
-            # tensor cores may round sums toward zero: few terms there, the rest here. Two products, because the
-            # compiler would fold the sum with a single one into the product again
-            acc += b_gram
-    for at in range(full * TILE, left, BLOCK):
+    if p_rows.dtype.element_ty.primitive_bitwidth == 16:
+        # tensor cores may round sums toward zero: few terms there, the rest here. Two products, because the compiler
+        # would fold the sum with a single one into the product again
+        for k in range(full):
+            one = k * TILE + column
+            two = one + BLOCK
+            b_gram = _product_tile(tl.zeros((TP, TP), ACC), row, there, one if WIDE else one * col_stride, None, CAST)
+            acc += _product_tile(b_gram, row, there, two if WIDE else two * col_stride, None, CAST)
+    else:
+        # tf32x3 adds each product to the sum outside of the tensor cores, and those of float64 round to nearest
+        for k in range(2 * full):
+            one = k * BLOCK + column
+            acc = _product_tile(acc, row, there, one if WIDE else one * col_stride, None, CAST)
+    for at in tl.range(full * TILE, left, BLOCK, num_stages=1):
         one = at + column
         acc += _product_tile(tl.zeros((TP, TP), ACC), row, there, one if WIDE else one * col_stride, one < left, CAST)
     entry = task[:, None] * TP + task[None, :]

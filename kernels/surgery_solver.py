@@ -29,12 +29,15 @@ def draw_visits(p_order, p_state, key, row, num_tasks, TP: tl.constexpr):
     if p_state is not None:
         stream = stream ^ tl.load(p_state).to(tl.uint64, bitcast=True)
         n += tl.load(p_state + 1).to(tl.uint64, bitcast=True) * NUMBERS_PER_COUNT
+    BLOCK: tl.constexpr = min(TP, 32)
     t = tl.arange(0, TP)
-    u = tl.arange(0, TP)
     mine = random_number(stream, n + t.to(tl.uint64))[:, None]  # [TP, 1]
-    other = random_number(stream, n + u.to(tl.uint64))[None, :]  # [1, TP]
-    before = (other < mine) | ((other == mine) & (u[None, :] < t[:, None]))
-    rank = tl.sum((before & (u < num_tasks)[None, :]).to(tl.int32), axis=1)
+    rank = tl.zeros((TP,), tl.int32)
+    for begin in range(0, num_tasks, BLOCK):
+        u = begin + tl.arange(0, BLOCK)
+        other = random_number(stream, n + u.to(tl.uint64))[None, :]  # [1, BLOCK]
+        before = (other < mine) | ((other == mine) & (u[None, :] < t[:, None]))
+        rank += tl.sum((before & (u < num_tasks)[None, :]).to(tl.int32), axis=1)
     tl.store(p_order + row * num_tasks + rank, t.to(tl.int64), mask=t < num_tasks)
 
 
