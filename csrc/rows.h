@@ -1,4 +1,4 @@
-// T gradient rows of n parameters as the kernels see them: pointers, lengths, element strides, no torch type.
+// From torch's tensors to T gradient rows of n parameters.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -6,32 +6,15 @@
 #include <cstdint>
 #include <vector>
 
+#include "params.h"
+
 namespace fastmtl {
 
 using torch::stable::Tensor;
 
 constexpr int kMaxTasks = 128;
 
-enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
-
-inline int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
-
 DType dtype_of(const Tensor& x);
-
-// one row of one parameter: element k lies at data + k * stride elements
-struct Row {
-  const void* data;
-  int64_t stride;
-  int task;
-};
-
-// one parameter: only the tasks that have a gradient, in order of task
-struct Param {
-  int64_t numel;
-  DType dtype;
-  std::vector<Row> rows;
-  std::vector<void*> out;  // K outputs of stride 1, in the same memory order; empty for the Gram matrix
-};
 
 struct Rows {
   int num_tasks;

@@ -23,18 +23,6 @@ FASTMTL_HOST_DEVICE inline int64_t random_number(uint64_t key, uint64_t n) {
 // The numbers of one counter; fastmtl/ops/order.py says the same.
 constexpr uint64_t kNumbersPerCount = 128 * 128;
 
-// Row i of the random order: the tasks by rising random number, equal ones by task. numbers (T values) is scratch.
-template <class Visit>
-FASTMTL_HOST_DEVICE inline void random_visits(uint64_t key, uint64_t counter, int T, int i, int64_t* numbers,
-                                              Visit* visits) {
-  for (int t = 0; t < T; ++t) numbers[t] = random_number(key, counter * kNumbersPerCount + uint64_t(i) * T + t);
-  for (int t = 0; t < T; ++t) {
-    int rank = 0;
-    for (int u = 0; u < T; ++u) rank += numbers[u] < numbers[t] || (numbers[u] == numbers[t] && u < t);
-    visits[rank] = static_cast<Visit>(t);
-  }
-}
-
 // Row i of PCGrad's coefficients (Yu et al. 2020, Algorithm 1): c starts as e_i; for each j in visits,
 // d = c . M[:, j]; if d < 0, c[j] -= d / M[j, j]. A non-finite entry met, or a j out of range, makes the row NaN.
 // product (T values) is scratch: c M, kept up to date so that a visit without a conflict costs nothing.

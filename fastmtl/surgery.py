@@ -17,7 +17,7 @@ from fastmtl._marks import Params, describe, is_per_task, read_params
 from fastmtl.methods import Weighting
 from fastmtl.ops._rows import FLOAT_DTYPES, Rows, present_params
 from fastmtl.ops.combine import combine_into
-from fastmtl.ops.gram import gram_list_op
+from fastmtl.ops.gram import gram_rows
 
 Row = list[Tensor | None]
 
@@ -330,13 +330,14 @@ def operate(
         if tensors:
             params = [common[i] for i in present_params(index, n)]
             columns = _result_memory(params, tensors, index, n, held)
+            known = Rows(tensors, index, num_tasks, n)
             if type(method) is methods.PCGrad:  # whose weights don't depend on the scale
-                gram, weights = method.operate(Rows(tensors, index, num_tasks, n), columns, present)
+                gram, weights = method.operate(known, columns, present)
                 gram = _unscaled(gram, scale)
             else:
-                gram = _unscaled(gram_list_op(tensors, index, num_tasks, n), scale)
+                gram = _unscaled(gram_rows(known), scale)
                 weights = methods.solve(method, gram, present)
-                combine_into(weights, Rows(tensors, index, num_tasks, n), columns)
+                combine_into(weights, known, columns)
             updates.extend(zip(params, columns, strict=True))
         else:
             gram = torch.zeros(num_tasks, num_tasks, device=device)

@@ -1,7 +1,9 @@
 // PCGrad: the T x T problem, its gradient, and the fused Gram -> coefficients -> combine.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "cpu/gram.h"
 #include "cpu/walk.h"
@@ -123,8 +125,14 @@ std::vector<int64_t> read_order(const std::optional<Tensor>& order, int64_t key,
     stream ^= static_cast<uint64_t>(words[0]);
     counter = static_cast<uint64_t>(words[1]++);
   }
-  std::vector<int64_t> visits(static_cast<size_t>(T) * T), numbers(T);
-  for (int i = 0; i < T; ++i) random_visits(stream, counter, T, i, numbers.data(), visits.data() + i * T);
+  // each row: the tasks by rising random number, equal ones by task
+  std::vector<int64_t> visits(static_cast<size_t>(T) * T);
+  std::vector<std::pair<int64_t, int>> numbers(T);
+  for (int i = 0; i < T; ++i) {
+    for (int t = 0; t < T; ++t) numbers[t] = {random_number(stream, counter * kNumbersPerCount + i * T + t), t};
+    std::sort(numbers.begin(), numbers.end());
+    for (int t = 0; t < T; ++t) visits[i * T + t] = numbers[t].second;
+  }
   return visits;
 }
 

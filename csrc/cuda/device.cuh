@@ -12,12 +12,15 @@
 #define FASTMTL_SHARED(Type, name)                            \
   __shared__ alignas(16) unsigned char name##_[sizeof(Type)]; \
   Type& name = *reinterpret_cast<Type*>(name##_)
+// the kernel comes last, since its template arguments have commas
+#define FASTMTL_LAUNCH(blocks, stream, arguments, ...) __VA_ARGS__<<<blocks, kThreads, 0, stream>>> arguments
 #else
 #include "cuda_on_host.h"
 #endif
 
 namespace fastmtl::cuda {
 
+constexpr int kMaxTasks = 128;
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;

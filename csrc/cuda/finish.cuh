@@ -19,7 +19,7 @@ struct GramParams {
   int first_slot, num_slots;  // of this launch, of all
   int slots_per_group, num_groups;
   int blocks_per_slot;
-  double* gram64;  // [T, T], and scratch for the solver behind it
+  double* more;  // 2 T^2, for the solver
   void* gram;      // the result, or null
   bool gram_is_double;
   Solve solve;
@@ -64,28 +64,22 @@ __device__ inline void sum_rows(const double* from, int first, int last, int col
   }
 }
 
-// Called by every block after its partial sums are written. kShared: T is at most 16, and the scratch in `small`.
-struct SmallScratch {
-  double gram[16 * 16], c[16 * 16];
-  int64_t numbers[16 * 16], visits[16 * 16];
-};
-
-template <int kLanes, int kValues, bool kShared>
-__device__ inline void finish(const GramParams& p, int slot, int& shared_flag, SmallScratch* small) {
+// Called by every block after its partial sums are written. `memory` may lie where these have been.
+template <int kLanes, int kValues, int kMost>
+__device__ inline void finish(const GramParams& p, int slot, int& shared_flag, SolverMemory<kMost>& memory) {
   const int T = p.grads.num_tasks, entries = num_entries(T);
   const int group = slot / p.slots_per_group;
   const int first = group * p.slots_per_group;
   const int last = first + p.slots_per_group < p.num_slots ? first + p.slots_per_group : p.num_slots;
   if (!arrives_last(p.tickets + group, static_cast<unsigned>((last - first) * p.blocks_per_slot), shared_flag)) return;
 
-  Scratch scratch;
-  if constexpr (kShared) {
-    scratch = {small->gram, small->c, small->numbers, small->visits};
-  } else {
-    const int64_t square = static_cast<int64_t>(T) * T;
-    auto* words = reinterpret_cast<int64_t*>(p.gram64 + 2 * square);
-    scratch = {p.gram64, p.gram64 + square, words, words + square};
+  if (p.num_groups > 1) {
+    double* mine = p.group_partial + static_cast<int64_t>(group) * entries;
+    sum_rows(p.partial, first, last, entries, [&](int entry, double sum) { mine[entry] = sum; });
+    if (!arrives_last(p.tickets + p.num_groups, static_cast<unsigned>(p.num_groups), shared_flag)) return;
   }
+  const Scratch scratch = memory.scratch(T, p.more);
+  if (p.solve.wanted) stage_order(p.solve, T, scratch);
   auto write_gram = [&](int entry, double sum) {
     int i = 0;
     while (entry >= T - i) entry -= T - i++;
@@ -100,17 +94,11 @@ __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, S
       out[i * T + j] = out[j * T + i] = static_cast<float>(sum);
     }
   };
-  if (p.num_groups == 1) {
-    sum_rows(p.partial, first, last, entries, write_gram);
-  } else {
-    double* mine = p.group_partial + static_cast<int64_t>(group) * entries;
-    sum_rows(p.partial, first, last, entries, [&](int entry, double sum) { mine[entry] = sum; });
-    if (!arrives_last(p.tickets + p.num_groups, static_cast<unsigned>(p.num_groups), shared_flag)) return;
-    sum_rows(p.group_partial, 0, p.num_groups, entries, write_gram);
-  }
+  if (p.num_groups == 1) sum_rows(p.partial, first, last, entries, write_gram);
+  else sum_rows(p.group_partial, 0, p.num_groups, entries, write_gram);
   if (!p.solve.wanted) return;
   __syncthreads();
-  solve_pcgrad<kLanes, kValues, kShared>(p.solve, T, scratch);
+  solve_pcgrad<kLanes, kValues, SolverMemory<kMost>::kSmall>(p.solve, T, scratch);
 }
 
 }  // namespace fastmtl::cuda

@@ -9,7 +9,6 @@
 namespace fastmtl::cuda {
 
 constexpr int64_t kAlign = 64;
-constexpr int kMaxTasks = 128;
 // parameters whose pointers a block fetches at once
 constexpr int kBatch = 4;
 

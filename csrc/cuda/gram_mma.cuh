@@ -128,8 +128,13 @@ struct MmaShape {
   static constexpr int kRound = 4;  // tiles that the warps add up at a time
 
   struct Shared {
-    Batch<kGroups * 8, 0> batch;
-    Acc sums[kWarps][kRound][kTileSize];
+    union {
+      struct {
+        Batch<kGroups * 8, 0> batch;
+        Acc sums[kWarps][kRound][kTileSize];
+      };
+      SolverMemory<kMaxTasks> solver;
+    };
     int flag;
   };
 };
@@ -158,7 +163,7 @@ __device__ inline bool owns(const Bands& b, int row, int column) {
   const int i = row / kBand, j = column / kBand;
   if (b.whole || i != j) return true;
   const int low = b.first / kBand, high = b.second / kBand;
-  return high == low + 1 && (i == 0 || high == b.count - 1);
+  return high == low + 1 && (i == low || high == b.count - 1);
 }
 
 template <class In, int kGroups>
@@ -249,11 +254,11 @@ __global__ void __launch_bounds__(kThreads, 1) gram_mma_kernel(const __grid_cons
   }
   if constexpr (kGroups == 8) {
     if (T > 64) {
-      finish<4, 32, false>(p, slot, shared.flag, nullptr);
+      finish<4, 32>(p, slot, shared.flag, shared.solver);
       return;
     }
   }
-  finish<4, 16, false>(p, slot, shared.flag, nullptr);
+  finish<4, 16>(p, slot, shared.flag, shared.solver);
 }
 
 }  // namespace fastmtl::cuda

@@ -20,7 +20,7 @@ struct RowsShape {
     Batch<kRows, 0> batch;
     union {
       Acc sums[kPairs][kWarps * kLeft];
-      SmallScratch scratch;
+      SolverMemory<16> solver;
     };
     int flag;
   };
@@ -43,7 +43,7 @@ __device__ inline void add_products(const Vector<In, kVector> (&g)[kRows],
 }
 
 template <class In, int kRows>
-__global__ void __launch_bounds__(kThreads, 1) gram_rows_kernel(const __grid_constant__ GramParams p) {
+__global__ void __launch_bounds__(kThreads, kRows <= 8 && sizeof(In) < 8 ? 2 : 1) gram_rows_kernel(const __grid_constant__ GramParams p) {
   using Shape = RowsShape<In, kRows>;
   using Acc = typename Shape::Acc;
   using Vec = Vector<In, Shape::kVector>;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, 1) gram_rows_kernel(const __grid_con
       if (i + rest < T) partial[entry_of(T, i, i + rest)] = sum;
     }
   }
-  finish<16, 1, true>(p, slot, shared.flag, &shared.scratch);
+  finish<16, 1>(p, slot, shared.flag, shared.solver);
 }
 
 }  // namespace fastmtl::cuda

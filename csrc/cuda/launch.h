@@ -1,7 +1,5 @@
-// Launches of the kernels, one translation unit per dtype: kernels_<dtype>.cu.
+// Launches of the kernels: one translation unit per dtype, kernels_<dtype>.cu, and kernels_solve.cu.
 #pragma once
-
-#include <cuda_runtime.h>
 
 #include "combine.cuh"
 #include "finish.cuh"
@@ -19,5 +17,7 @@ template <class In>
 void launch_gram(const GramParams& p, int slots, cudaStream_t stream);
 template <class In>
 void launch_combine(const CombineParams& p, int64_t slots, cudaStream_t stream);
+// PCGrad's coefficients of a float64 Gram matrix
+void launch_coefficients(const double* gram, int num_tasks, const Solve& solve, cudaStream_t stream);
 
 }  // namespace fastmtl::cuda

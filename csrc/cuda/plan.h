@@ -15,14 +15,15 @@ struct Slots {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // counted columns (see grads.cuh) of one launch
-inline Slots gram_slots(int64_t columns) {
-  // four steps of a block or more where that still gives every multiprocessor two blocks; many small slots, so that
-  // the last ones end together; never so long that one thread's float32 sums lose digits
-  constexpr int64_t kFew = 264, kMany = 1056, kShortest = 1024, kLongest = 65536;
-  const int64_t wanted = std::clamp(columns / 4096, std::min(kFew, ceil_div(columns, kShortest)), kMany);
-  int64_t each = ceil_div(columns, std::max<int64_t>(wanted, 1));
-  each = std::min(ceil_div(std::max<int64_t>(each, 1), 64) * 64, kLongest);
-  return {each, std::max<int64_t>(ceil_div(columns, each), 1)};
+inline Slots gram_slots(int64_t columns, int T) {
+  // few columns: one wave of blocks, of which two fit on a multiprocessor, or of the tensor core kernel one; many: small
+  // slots enough that the last ones end together, but never so long that one thread's float32 sums lose digits
+  constexpr int64_t kMany = 1056, kLongest = 65536;
+  const bool mma = T > 16;
+  const int64_t few = std::min<int64_t>(mma ? 128 : 264, ceil_div(columns, mma ? 256 : 1024));
+  const int64_t wanted = std::clamp(columns / 4096, std::max<int64_t>(few, 1), kMany);
+  const int64_t each = ceil_div(std::max<int64_t>(ceil_div(columns, wanted), 1), 64) * 64;
+  return {std::min(each, kLongest), std::max<int64_t>(ceil_div(columns, std::min(each, kLongest)), 1)};
 }
 
 inline Slots combine_slots(int64_t columns) {

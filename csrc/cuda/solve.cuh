@@ -19,36 +19,75 @@ struct Solve {
   double* result;
 };
 
-// Scratch of a T x T problem: in shared memory where T is small, else in device memory.
+// Where a T x T problem stands. The random numbers of an order lie where the Gram matrix will.
 struct Scratch {
   double* gram;
   double* c;
   int64_t* numbers;
-  int64_t* visits;
+  int num_numbers;
+  uint8_t* visits;  // [T, T] at most
+};
+
+// Shared memory of the solver for up to kMost tasks. To 16 tasks everything is in it; to 64 the Gram matrix and the
+// order; beyond, the order. The coefficients, which nobody waits for, are then in device memory, where they are wanted.
+template <int kMost>
+struct SolverMemory {
+  static constexpr bool kSmall = kMost <= 16;
+  int64_t words[kSmall ? 256 : 4096];
+  double c[kSmall ? 256 : 1];
+  uint8_t visits[kSmall ? 256 : 4096];
+
+  // more: device memory, 2 T^2 float64
+  __device__ Scratch scratch(int T, double* more) {
+    auto* matrix = reinterpret_cast<double*>(words);
+    if constexpr (kSmall) return {matrix, c, words, 256, visits};
+    else if (T <= 64) return {matrix, more, words, 4096, visits};
+    else return {more + T * T, more, words, 2048, reinterpret_cast<uint8_t*>(words + 2048)};
+  }
 };
 
 __device__ inline bool is_absent(const Solve& s, int t) { return (t < 64 ? s.absent[0] : s.absent[1]) >> (t % 64) & 1; }
 
-// The random order, one thread per entry: its rank among the row's numbers is the step at which it is visited.
-__device__ inline void draw_order(const Solve& s, int T, const Scratch& scratch) {
+// An entry that no task has, for one out of range.
+constexpr uint8_t kNobody = 255;
+
+__device__ inline bool is_staged(const Solve& s, int T) { return s.draw || s.num_visits <= T; }
+
+// The order into scratch.visits, if it fits: copied, or drawn, one thread per entry, whose rank among the row's random
+// numbers is the step at which it is visited.
+__device__ inline void stage_order(const Solve& s, int T, const Scratch& scratch) {
   const int tid = threadIdx.x;
+  if (!s.draw) {
+    if (!is_staged(s, T)) return;
+    for (int e = tid; e < T * s.num_visits; e += kThreads) {
+      const int64_t j = s.order[e];
+      scratch.visits[e] = j >= 0 && j < T ? static_cast<uint8_t>(j) : kNobody;
+    }
+    __syncthreads();
+    return;
+  }
   uint64_t key = s.key, counter = 0;
   if (s.state != nullptr) {
     key ^= static_cast<uint64_t>(s.state[0]);
     counter = static_cast<uint64_t>(s.state[1]);
   }
-  for (int e = tid; e < T * T; e += kThreads) scratch.numbers[e] = random_number(key, counter * kNumbersPerCount + e);
-  __syncthreads();
-  if (s.state != nullptr && tid == 0) s.state[1] = static_cast<int64_t>(counter + 1);
-  for (int e = tid; e < T * T; e += kThreads) {
-    const int i = e / T, t = e % T;
-    const int64_t* row = scratch.numbers + i * T;
-    const int64_t mine = row[t];
-    int rank = 0;
-    for (int u = 0; u < T; ++u) rank += row[u] < mine || (row[u] == mine && u < t);
-    scratch.visits[i * T + rank] = t;
+  const int rows = scratch.num_numbers / T;  // at a time
+  for (int first = 0; first < T; first += rows) {
+    const int count = (T - first < rows ? T - first : rows) * T;
+    for (int e = tid; e < count; e += kThreads)
+      scratch.numbers[e] = random_number(key, counter * kNumbersPerCount + first * T + e);
+    __syncthreads();
+    if (s.state != nullptr && tid == 0) s.state[1] = static_cast<int64_t>(counter + 1);
+    for (int e = tid; e < count; e += kThreads) {
+      const int i = e / T, t = e % T;
+      const int64_t* row = scratch.numbers + i * T;
+      const int64_t mine = row[t];
+      int rank = 0;
+      for (int u = 0; u < T; ++u) rank += row[u] < mine || (row[u] == mine && u < t);
+      scratch.visits[(first + i) * T + rank] = static_cast<uint8_t>(t);
+    }
+    __syncthreads();
   }
-  __syncthreads();
 }
 
 // values[k] of an array in registers, by halves; kCount is a power of two
@@ -72,12 +111,9 @@ __device__ inline void solve_rows(const Solve& s, int T, const Scratch& scratch)
   const int tid = threadIdx.x;
   const int lane = tid % kLanes;
   const double* m = scratch.gram;
-  const int64_t* visits = scratch.visits;
-  int64_t num_visits = T;
-  if (!s.draw) {
-    visits = s.order;
-    num_visits = s.num_visits;
-  }
+  const bool staged = is_staged(s, T);
+  const int64_t num_visits = s.draw ? T : s.num_visits;
+  auto visit = [&](int64_t e) { return staged ? scratch.visits[e] : s.order[e]; };
   for (int first = 0; first < T; first += kThreads / kLanes) {
     const int i = first + tid / kLanes;
     const bool here = i < T;
@@ -89,10 +125,10 @@ __device__ inline void solve_rows(const Solve& s, int T, const Scratch& scratch)
       if (here && t < T) scratch.c[i * T + t] = t == i ? 1.0 : 0.0;
     }
     bool bad = false;
-    int64_t next = here && num_visits > 0 ? visits[i * num_visits] : 0;
+    int64_t next = here && num_visits > 0 ? visit(i * num_visits) : 0;
     for (int64_t k = 0; k < num_visits; ++k) {
       const int64_t j = next;
-      if (here && k + 1 < num_visits) next = visits[i * num_visits + k + 1];  // early: it waits for nothing
+      if (here && k + 1 < num_visits) next = visit(i * num_visits + k + 1);  // early: it waits for nothing
       const bool in_range = j >= 0 && j < T;
       const int jj = in_range ? static_cast<int>(j) : 0;
       const double d = __shfl_sync(~0u, pick<kValues>(product, jj / kLanes), jj % kLanes, kLanes);
@@ -116,11 +152,10 @@ __device__ inline void solve_rows(const Solve& s, int T, const Scratch& scratch)
   }
 }
 
-// The order, the rows, and what the caller wants of them.
+// The rows, and what the caller wants of them, from the Gram matrix and the order in scratch.
 template <int kLanes, int kValues, bool kShared>
 __device__ inline void solve_pcgrad(const Solve& s, int T, const Scratch& scratch) {
   const int tid = threadIdx.x;
-  if (s.draw) draw_order(s, T, scratch);
   solve_rows<kLanes, kValues, kShared>(s, T, scratch);
   __threadfence();
   __syncthreads();
@@ -146,7 +181,11 @@ __device__ inline void solve_pcgrad(const Solve& s, int T, const Scratch& scratc
 template <int kLanes, int kValues>
 __global__ void __launch_bounds__(kThreads)
     pcgrad_coefficients_kernel(const double* gram, int T, const __grid_constant__ Solve s) {
-  solve_pcgrad<kLanes, kValues, false>(s, T, Scratch{const_cast<double*>(gram), s.result, nullptr, nullptr});
+  FASTMTL_SHARED(SolverMemory<kMaxTasks>, shared);
+  Scratch scratch = shared.scratch(T, s.result);
+  stage_order(s, T, scratch);
+  scratch.gram = const_cast<double*>(gram);
+  solve_pcgrad<kLanes, kValues, false>(s, T, scratch);
 }
 
 }  // namespace fastmtl::cuda

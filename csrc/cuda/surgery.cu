@@ -9,7 +9,7 @@
 #include <string>
 
 #include "launch.h"
-#include "plan.h"
+#include "parts.h"
 #include "rows.h"
 #include "runtime.h"
 
@@ -27,146 +27,50 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-bool is_wide(const Param& p) {
-  bool wide = true;
-  for (const Row& row : p.rows) wide = wide && row.stride == 1 && is_aligned(row.data);
-  for (const void* out : p.out) wide = wide && is_aligned(out);
-  return wide;
-}
-
-// the parameters of one dtype
-struct Part {
-  DType dtype;
-  Grads grads;
-  std::optional<Tensor> table;  // keeps grads.table alive
+// what the kernels need of the caller's gradients; the tables must outlive the launches' queueing
+struct Parts {
+  std::vector<Part> parts;
+  std::vector<Tensor> tables;
 };
 
-int64_t counted(int64_t numel) { return ceil_div(numel, kAlign) * kAlign; }
-
-// one bank without a table, whose rows and outputs lie at equal distances
-Part bank_part(const Param& p, int num_tasks) {
-  auto at = [](const void* x) { return reinterpret_cast<intptr_t>(x); };
-  Grads g{};
-  g.bank = p.rows[0].data;
-  g.row_stride = num_tasks > 1 ? at(p.rows[1].data) - at(p.rows[0].data) : 0;
-  g.column_stride = p.rows[0].stride;
-  g.numel = p.numel;
-  g.num_out = static_cast<int>(p.out.size());
-  if (g.num_out > 0) g.out = p.out[0];
-  if (g.num_out > 1) g.out_stride = at(p.out[1]) - at(p.out[0]);
-  g.wide = is_wide(p);
-  g.num_params = 1;
-  g.num_tasks = num_tasks;
-  g.columns = counted(p.numel);
-  return {p.dtype, g, std::nullopt};
-}
-
-Part list_part(const std::vector<const Param*>& params, int num_tasks, int device, cudaStream_t stream) {
-  const int64_t n = static_cast<int64_t>(params.size()), T = num_tasks;
-  const int64_t num_out = static_cast<int64_t>(params[0]->out.size());
-  std::vector<int64_t> words(3 * n + 1 + (2 * T + num_out) * n, 0);
-  int64_t* offset = words.data();
-  int64_t* numel = offset + n + 1;
-  int64_t* wide = numel + n;
-  int64_t* row = wide + n;
-  int64_t* stride = row + n * T;
-  int64_t* out = stride + n * T;
-  for (int64_t i = 0; i < n; ++i) {
-    const Param& p = *params[i];
-    offset[i + 1] = offset[i] + counted(p.numel);
-    numel[i] = p.numel;
-    wide[i] = is_wide(p);
-    for (const Row& r : p.rows) {
-      row[i * T + r.task] = reinterpret_cast<intptr_t>(r.data);
-      stride[i * T + r.task] = r.stride;
-    }
-    for (int64_t k = 0; k < num_out; ++k) out[i * num_out + k] = reinterpret_cast<intptr_t>(p.out[k]);
+Parts read_parts(const Rows& rows, bool is_bank, int device, cudaStream_t stream) {
+  Parts result{parts_of(rows.params, rows.num_tasks, is_bank), {}};
+  for (Part& part : result.parts) {
+    if (part.words.empty()) continue;
+    result.tables.push_back(device_table(device, stream, part.words));
+    part.grads.table = static_cast<const int64_t*>(result.tables.back().const_data_ptr());
   }
-  Part part{params[0]->dtype, Grads{}, device_table(device, stream, words)};
-  part.grads.table = static_cast<const int64_t*>(part.table->const_data_ptr());
-  part.grads.num_params = static_cast<int>(n);
-  part.grads.num_tasks = num_tasks;
-  part.grads.num_out = static_cast<int>(num_out);
-  part.grads.columns = offset[n];
-  return part;
-}
-
-// one part per dtype; at least one, which may have no column
-std::vector<Part> parts_of(const Rows& rows, bool is_bank, int device, cudaStream_t stream) {
-  std::vector<Part> parts;
-  if (is_bank && !rows.params.empty()) {
-    parts.push_back(bank_part(rows.params[0], rows.num_tasks));
-    return parts;
-  }
-  for (DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16}) {
-    std::vector<const Param*> params;
-    for (const Param& p : rows.params)
-      if (p.dtype == dtype) params.push_back(&p);
-    if (!params.empty()) parts.push_back(list_part(params, rows.num_tasks, device, stream));
-  }
-  if (parts.empty()) {
-    Grads none{};
-    none.num_tasks = rows.num_tasks;
-    none.num_params = 1;
-    parts.push_back({DType::f32, none, std::nullopt});
-  }
-  return parts;
+  return result;
 }
 
 // The Gram matrix into `out` (if any), then the T x T problem, in one launch per dtype.
 void gram(const std::vector<Part>& parts, Tensor* out, const Solve& solve, int device, cudaStream_t stream) {
-  const int T = parts[0].grads.num_tasks;
-  const int64_t square = static_cast<int64_t>(T) * T, entries = num_entries(T);
   std::vector<Slots> slots;
   int64_t total = 0;
   for (const Part& part : parts) {
-    slots.push_back(gram_slots(part.grads.columns));
+    slots.push_back(gram_slots(part.grads.columns, part.grads.num_tasks));
     total += slots.back().count;
   }
-  GramParams p{};
-  p.num_slots = static_cast<int>(total);
-  p.slots_per_group = slots_per_group(T, total);
-  p.num_groups = static_cast<int>(ceil_div(total, p.slots_per_group));
-  p.blocks_per_slot = blocks_per_slot(T);
-  p.tickets = tickets(device, stream);
-  p.solve = solve;
-  // partial sums, the groups' sums, and the solver's four squares
-  const Tensor memory = workspace(device, 8 * ((total + p.num_groups) * entries + 4 * square));
-  p.partial = static_cast<double*>(memory.mutable_data_ptr());
-  p.group_partial = p.partial + total * entries;
-  p.gram64 = p.group_partial + p.num_groups * entries;
+  GramPlan plan = plan_gram(parts, slots, slots_per_group(parts[0].grads.num_tasks, total));
+  const Tensor memory = workspace(device, 8 * plan.words);
+  plan.use_memory(static_cast<double*>(memory.mutable_data_ptr()));
+  plan.params.tickets = tickets(device, stream);
+  plan.params.solve = solve;
   if (out != nullptr) {
-    p.gram = out->mutable_data_ptr();
-    p.gram_is_double = dtype_of(*out) == DType::f64;
+    plan.params.gram = out->mutable_data_ptr();
+    plan.params.gram_is_double = dtype_of(*out) == DType::f64;
   }
-  for (size_t k = 0; k < parts.size(); ++k) {
-    p.grads = parts[k].grads;
-    p.columns_per_slot = slots[k].columns;
-    const int count = static_cast<int>(slots[k].count);
-    switch (parts[k].dtype) {
-      case DType::f32: launch_gram<float>(p, count, stream); break;
-      case DType::f64: launch_gram<double>(p, count, stream); break;
-      case DType::bf16: launch_gram<__nv_bfloat16>(p, count, stream); break;
-      case DType::f16: launch_gram<__half>(p, count, stream); break;
-    }
+  for_each_launch(plan, parts, [&](DType dtype, const GramParams& p, int count) {
+    launch_gram(dtype, p, count, stream);
     check(cudaGetLastError(), "gram launch");
-    p.first_slot += count;
-  }
+  });
 }
 
 void combine(const std::vector<Part>& parts, const double* weights, cudaStream_t stream) {
   for (const Part& part : parts) {
     if (part.grads.columns == 0 || part.grads.num_out == 0) continue;
     const Slots slots = combine_slots(part.grads.columns);
-    const CombineParams p{part.grads, slots.columns, weights};
-    switch (part.dtype) {
-      case DType::f32: launch_combine<float>(p, slots.count, stream); break;
-      case DType::f64: launch_combine<double>(p, slots.count, stream); break;
-      case DType::bf16: launch_combine<__nv_bfloat16>(p, slots.count, stream); break;
-      case DType::f16: launch_combine<__half>(p, slots.count, stream); break;
-    }
+    launch_combine(part.dtype, {part.grads, slots.columns, weights}, slots.count, stream);
     check(cudaGetLastError(), "combine launch");
   }
 }
@@ -211,7 +115,7 @@ void gram_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& ind
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const Rows rows = read_rows(tensors, index, num_tasks, num_params, {});
-  gram(parts_of(rows, index.empty(), device, stream), &out, Solve{}, device, stream);
+  gram(read_parts(rows, index.empty(), device, stream).parts, &out, Solve{}, device, stream);
 }
 
 void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::vector<int64_t>& index,
@@ -226,7 +130,8 @@ void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::v
   const cudaStream_t stream = current_stream(device);
   const Rows rows = read_rows(tensors, index, weights.size(1), num_params, out);
   check_outputs(rows, weights.size(0));
-  combine(parts_of(rows, index.empty(), device, stream), static_cast<const double*>(weights.const_data_ptr()), stream);
+  combine(read_parts(rows, index.empty(), device, stream).parts, static_cast<const double*>(weights.const_data_ptr()),
+          stream);
 }
 
 void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
@@ -246,10 +151,7 @@ void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const auto* m = static_cast<const double*>(gram.const_data_ptr());
-  const int tasks = static_cast<int>(T);
-  if (T <= 16) pcgrad_coefficients_kernel<16, 1><<<1, kThreads, 0, stream>>>(m, tasks, s);
-  else if (T <= 64) pcgrad_coefficients_kernel<4, 16><<<1, kThreads, 0, stream>>>(m, tasks, s);
-  else pcgrad_coefficients_kernel<4, 32><<<1, kThreads, 0, stream>>>(m, tasks, s);
+  launch_coefficients(m, static_cast<int>(T), s, stream);
   check(cudaGetLastError(), "pcgrad_coefficients launch");
 }
 
@@ -292,9 +194,9 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
   const cudaStream_t stream = current_stream(device);
   const Rows rows = read_rows(tensors, index, num_tasks, num_params, out);
   check_outputs(rows, num_out);
-  const std::vector<Part> parts = parts_of(rows, index.empty(), device, stream);
-  gram(parts, &gram_out, s, device, stream);
-  combine(parts, s.result, stream);
+  const Parts read = read_parts(rows, index.empty(), device, stream);
+  gram(read.parts, &gram_out, s, device, stream);
+  combine(read.parts, s.result, stream);
 }
 
 }  // namespace

@@ -29,6 +29,7 @@ from fastmtl.ops.gram import empty_gram, gram_list_op, gram_op
 from fastmtl.ops.order import Draw, Randomness, draw_source, drawn_order, random_order
 
 REDUCTIONS = ("sum", "mean")
+_NO_DRAW = Draw(0, None)
 
 _coefficients_kernel = define_kernel(
     "_pcgrad_coefficients(Tensor gram, Tensor order, bool include_self, Tensor(a!) out) -> ()"
@@ -219,28 +220,27 @@ def _check_order_values(order: Tensor, num_tasks: int) -> None:
 def _order_or_source(
     order: Tensor | None, rows: Rows, generator: Randomness | None, into: bool
 ) -> tuple[Tensor | None, Draw | None]:
-    """The order, given or drawn; or where the kernel shall draw it, in which case nothing can be recorded.
+    """The order, given or drawn, or None and where the kernel shall draw it.
 
-    `into`: the result goes into given memory.
+    The source is None where the call must go through the op: nothing else can be recorded, compiled or intercepted.
+    It costs a second and third pass of the arguments through the dispatcher. `into`: the result goes into given memory.
     """
     device = rows.tensors[0].device if rows.tensors else torch.device("cpu")
     if order is not None:
         check_order(order, rows.num_tasks, device if rows.tensors else None)
-        return order, Draw(0, None) if into else None
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in rows.tensors)
     if recorded or not rows.tensors or torch.compiler.is_compiling() or not _plain(rows.tensors):
-        # here the order must be a tensor that the op is given
-        order = random_order(rows.num_tasks, generator=generator, device=device)
-        return order, Draw(0, None) if into else None
-    return None, draw_source(generator, device)
+        if order is None:
+            order = random_order(rows.num_tasks, generator=generator, device=device)
+        return order, _NO_DRAW if into else None
+    return (None, draw_source(generator, device)) if order is None else (order, _NO_DRAW)
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are tensors with memory of their own, and no subclass that must see the op."""
-    return all(
-        type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        for x in tensors
-    )
+    """Whether these are tensors with memory of their own, and no subclass or transform that must see the op."""
+    if torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 def _kernel_order(order: Tensor) -> Tensor:
@@ -410,7 +410,6 @@ _OPERATE = {
     "triton": _operate_triton,
     "reference": _operate_reference,
 }
-_NO_DRAW = Draw(0, None)
 
 
 def _bank_by(operate: Callable[..., Any]) -> Callable[..., Tensor]:

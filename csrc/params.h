@@ -1,0 +1,28 @@
+// One parameter's gradients as the kernels see them: pointers, lengths, element strides, no torch type.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fastmtl {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+inline int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+
+// one row of one parameter: element k lies at data + k * stride elements
+struct Row {
+  const void* data;
+  int64_t stride;
+  int task;
+};
+
+// one parameter: only the tasks that have a gradient, in order of task
+struct Param {
+  int64_t numel;
+  DType dtype;
+  std::vector<Row> rows;
+  std::vector<void*> out;  // K outputs of stride 1, in the same memory order; empty for the Gram matrix
+};
+
+}  // namespace fastmtl
