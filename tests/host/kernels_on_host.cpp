@@ -1,0 +1,243 @@
+// Runs the CUDA kernels' bodies on the host, for tests/host_kernels.py: plain C functions on pointers.
+#include <cstdlib>
+#include <exception>
+#include <string>
+
+#include "cuda/parts.h"
+
+using namespace fastmtl;
+using namespace fastmtl::cuda;
+
+namespace {
+
+thread_local std::string error;
+
+// bytes of all bits set, and a margin that must stay so
+class Guarded {
+ public:
+  Guarded(int64_t bytes, int fill) : bytes_(bytes), memory_(new unsigned char[bytes + kMargin]) {
+    std::memset(memory_.get(), fill, bytes);
+    std::memset(memory_.get() + bytes, 0xFF, kMargin);
+  }
+  template <class T>
+  T* as() {
+    return reinterpret_cast<T*>(memory_.get());
+  }
+  void check(const char* what) const {
+    for (int64_t k = 0; k < kMargin; ++k)
+      if (memory_[bytes_ + k] != 0xFF) throw std::runtime_error(std::string("written beyond ") + what);
+  }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int64_t kMargin = 0;  // the sanitizer's own
+#else
+  static constexpr int64_t kMargin = 256;
+#endif
+  int64_t bytes_;
+  std::unique_ptr<unsigned char[]> memory_;
+};
+
+template <class Run>
+int guarded(const Run& run) {
+  try {
+    run();
+    return 0;
+  } catch (const std::exception& e) {
+    error = e.what();
+    return 1;
+  }
+}
+
+constexpr int64_t kTickets = 256;
+
+}  // namespace
+
+extern "C" {
+
+// Gradients as csrc/params.h has them. row and stride are [n, T], a row of 0 is absent; out is [n, K].
+struct HostRows {
+  int64_t num_tasks, num_params, num_out;
+  int64_t is_bank;
+  const int64_t* numel;
+  const int64_t* dtype;
+  const int64_t* row;
+  const int64_t* stride;
+  const int64_t* out;
+};
+
+// How it is run: 0: as plan.h says. schedule: see cuda_on_host.h.
+struct HostCut {
+  int64_t columns_per_slot, slots_per_group;
+  uint64_t schedule;
+  // what came of it
+  int64_t launches, slots, groups;
+};
+
+struct HostSolve {
+  int64_t project, include_self, mean;
+  const int64_t* order;  // null: drawn
+  int64_t num_visits;
+  uint64_t key;
+  int64_t* state;
+  uint64_t absent[2];
+  double* result;
+};
+
+const char* host_error() { return error.c_str(); }
+
+int64_t host_uses_sanitizer() {
+#if defined(__SANITIZE_ADDRESS__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+}
+
+namespace {
+
+std::vector<Param> params_of(const HostRows& rows) {
+  std::vector<Param> params;
+  for (int64_t i = 0; i < rows.num_params; ++i) {
+    if (rows.numel[i] == 0) continue;  // as read_rows does
+    Param p{rows.numel[i], static_cast<DType>(rows.dtype[i]), {}, {}};
+    for (int64_t t = 0; t < rows.num_tasks; ++t) {
+      const int64_t k = i * rows.num_tasks + t;
+      if (rows.row[k] != 0)
+        p.rows.push_back({reinterpret_cast<const void*>(rows.row[k]), rows.stride[k], static_cast<int>(t)});
+    }
+    for (int64_t k = 0; k < rows.num_out; ++k) p.out.push_back(reinterpret_cast<void*>(rows.out[i * rows.num_out + k]));
+    params.push_back(std::move(p));
+  }
+  return params;
+}
+
+std::vector<Part> read_parts(const HostRows& rows) {
+  std::vector<Part> parts = parts_of(params_of(rows), static_cast<int>(rows.num_tasks), rows.is_bank != 0);
+  for (Part& part : parts)
+    if (!part.words.empty()) part.grads.table = part.words.data();
+  return parts;
+}
+
+Solve read_solve(const HostSolve& s) {
+  Solve solve{};
+  solve.wanted = true;
+  solve.project = s.project != 0;
+  solve.include_self = s.include_self != 0;
+  solve.mean = s.mean != 0;
+  solve.draw = s.order == nullptr;
+  solve.order = s.order;
+  solve.num_visits = s.num_visits;
+  solve.key = s.key;
+  solve.state = s.state;
+  solve.absent[0] = s.absent[0];
+  solve.absent[1] = s.absent[1];
+  solve.result = s.result;
+  return solve;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The Gram matrix [T, T] into `gram` (null: not wanted), then, unless solve is null, PCGrad on it.
+int host_gram(const HostRows* rows, HostCut* cut, const HostSolve* solve, void* gram, int64_t gram_is_double) {
+  return guarded([&] {
+    cuda_on_host::schedule = cut->schedule;
+    const std::vector<Part> parts = read_parts(*rows);
+    std::vector<Slots> slots;
+    int64_t total = 0;
+    for (const Part& part : parts) {
+      Slots s = gram_slots(part.grads.columns, part.grads.num_tasks);
+      if (cut->columns_per_slot != 0)
+        s = {cut->columns_per_slot, std::max<int64_t>(ceil_div(part.grads.columns, cut->columns_per_slot), 1)};
+      slots.push_back(s);
+      total += s.count;
+    }
+    const int per_group = cut->slots_per_group != 0 ? static_cast<int>(cut->slots_per_group)
+                                                    : slots_per_group(parts[0].grads.num_tasks, total);
+    GramPlan plan = plan_gram(parts, slots, per_group);
+    Guarded memory(8 * plan.words, 0xFF), tickets(kTickets * sizeof(unsigned), 0);
+    if (plan.params.num_groups >= kTickets) throw std::runtime_error("more groups than tickets");
+    plan.use_memory(memory.as<double>());
+    plan.params.tickets = tickets.as<unsigned>();
+    plan.params.gram = gram;
+    plan.params.gram_is_double = gram_is_double != 0;
+    if (solve != nullptr) plan.params.solve = read_solve(*solve);
+    for_each_launch(plan, parts, [&](DType dtype, const GramParams& p, int count) {
+      launch_gram(dtype, p, count, nullptr);
+      ++cut->launches;
+    });
+    cut->slots = plan.params.num_slots;
+    cut->groups = plan.params.num_groups;
+    memory.check("the workspace");
+    tickets.check("the tickets");
+    for (int64_t k = 0; k < kTickets; ++k)
+      if (tickets.as<unsigned>()[k] != 0) throw std::runtime_error("ticket " + std::to_string(k) + " is not zero");
+  });
+}
+
+// weights [K, T]
+int host_combine(const HostRows* rows, HostCut* cut, const double* weights) {
+  return guarded([&] {
+    cuda_on_host::schedule = cut->schedule;
+    for (const Part& part : read_parts(*rows)) {
+      if (part.grads.columns == 0 || part.grads.num_out == 0) continue;
+      Slots s = combine_slots(part.grads.columns);
+      if (cut->columns_per_slot != 0) s = {cut->columns_per_slot, ceil_div(part.grads.columns, cut->columns_per_slot)};
+      launch_combine(part.dtype, {part.grads, s.columns, weights}, s.count, nullptr);
+      ++cut->launches;
+      cut->slots += s.count;
+    }
+  });
+}
+
+int host_coefficients(const double* gram, int64_t num_tasks, const HostSolve* solve, uint64_t schedule) {
+  return guarded([&] {
+    cuda_on_host::schedule = schedule;
+    launch_coefficients(gram, static_cast<int>(num_tasks), read_solve(*solve), nullptr);
+  });
+}
+
+// --- for the tests of the header itself
+
+// x as float64 -> the 16-bit number next to it (half != 0: float16), and back
+void host_to_16_bits(const float* x, uint16_t* y, int64_t count, int64_t half) {
+  for (int64_t k = 0; k < count; ++k) y[k] = half != 0 ? __float2half_rn(x[k]).bits : __float2bfloat16_rn(x[k]).bits;
+}
+void host_from_16_bits(const uint16_t* x, float* y, int64_t count, int64_t half) {
+  for (int64_t k = 0; k < count; ++k) y[k] = half != 0 ? __half2float({x[k]}) : __bfloat162float({x[k]});
+}
+void host_to_tf32(const float* x, float* y, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) y[k] = cuda_on_host::bits_as<float>(to_tf32(x[k]));
+}
+
+// Small kernels that do one thing wrong each; 0 does none. The result: the sum over a block's 64 threads of their
+// numbers, by way of shared memory, or -1.
+int host_faulty(int64_t fault, uint64_t schedule, double* result) {
+  return guarded([&] {
+    cuda_on_host::schedule = schedule;
+    *result = -1.0;
+    struct Shared {
+      double values[64];
+    };
+    cuda_on_host::launch(1, 64, [&] {
+      const int tid = static_cast<int>(threadIdx.x);
+      FASTMTL_SHARED(Shared, shared);
+      if (fault == 1 && tid == 5) return;  // a lane that its warp still needs
+      if (fault == 2 && tid < 40) __syncthreads();
+      if (fault == 3 && tid % 2 == 0) __syncwarp();
+      if (fault != 4 || tid != 7) shared.values[tid] = tid;  // 4: one value is not written
+      if (fault != 5) __syncthreads();
+      if (fault == 6 && tid >= 32) return;  // allowed: a whole warp leaves
+      if (fault == 6) __syncthreads();
+      double sum = 0.0;
+      for (int k = 0; k < 64; ++k) sum += shared.values[k];
+      sum = __shfl_xor_sync(~0u, sum, 1);
+      if (fault == 7) sum = __shfl_sync(1u, sum, 0);
+      if (tid == 0) *result = sum;
+    });
+  });
+}
+}
