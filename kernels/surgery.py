@@ -34,11 +34,14 @@ MAX_TILES = 64
 PRODUCT_BLOCKS = {2: {16: 128, 32: 128, 64: 64, 128: 64}, 4: {16: 64, 32: 64, 64: 32, 128: 16}}
 PRODUCT_BLOCKS[8] = {16: 64, 32: 16, 64: 16, 128: 16}
 PRODUCT_WARPS = {16: 4, 32: 8, 64: 8, 128: 8}
-PRODUCT_STAGES = {16: 3, 32: 3, 64: 3, 128: 2}
+# stages of its loads; by bytes of an element for 128 tasks, where registers are scarce
+PRODUCT_STAGES = 3
+PRODUCT_STAGES_128 = {2: 3, 4: 2, 8: 1}
 # entries of partial sums that a program adds up at once; coefficients that it holds
 SUM_TILE = 2048
 SOLVE_TILE = 2048
-# sums that are made of one tile while it is in registers, rows that are read before they are added
+# sums that are made of one tile while it is in registers; rows that are read before they are added to a single sum
+# (with several sums, one row: more of them spill registers)
 MAX_SUMS, MAX_ROWS = 8, 16
 # tiles of a program of the weighted sums; fewer where there are not this many
 BLOCK_TILES, BLOCKS = 4, 8192
@@ -224,7 +227,7 @@ def _launch_gram(
                 gram_product_kernel,
                 (g.num_chunks(),),
                 PRODUCT_WARPS[padded],
-                PRODUCT_STAGES[padded],
+                PRODUCT_STAGES_128[g.dtype.itemsize] if padded == 128 else PRODUCT_STAGES,
                 **rows,
                 **common,
                 **own,
@@ -264,7 +267,7 @@ def _launch_combine(groups: Sequence[_Group], tables: Sequence[Tensor | None], w
             num_sums=num_sums,
             out_stride=0 if g.bank is None else target.stride(0) // rows["VEC"],
             tiles_per_block=g.tiles_per_block,
-            TASKS=min(next_power_of_2(num_tasks), MAX_ROWS if sums == 1 else MAX_ROWS // 4),
+            TASKS=min(next_power_of_2(num_tasks), MAX_ROWS) if sums == 1 else 1,
             SUMS=sums,
             BLOCK=g.block,
         )
