@@ -71,16 +71,15 @@ def combine_fwd_kernel(
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     param, first, left = find_columns(p_table, 2, block, num_tasks, num_params, num_columns, tiles_per_block * BLOCK)
     column = tl.arange(0, BLOCK)
-    full = left // BLOCK
-    if full * BLOCK < left:
-        at = full * BLOCK + column
-        _combine_tile(
-            p_rows, p_table, p_weights, p_sum, param, first, at, at < left, num_tasks, num_sums, num_params,
-            row_stride, col_stride, out_stride, WIDE, ACC, TASKS, SUMS, VEC, BLOCK,
-        )  # fmt: skip
-    for k in range(full):
-        at = (full - 1 - k) * BLOCK + column
-        _combine_tile(
-            p_rows, p_table, p_weights, p_sum, param, first, at, None, num_tasks, num_sums, num_params,
-            row_stride, col_stride, out_stride, WIDE, ACC, TASKS, SUMS, VEC, BLOCK,
-        )  # fmt: skip
+    for k in range((left + BLOCK - 1) // BLOCK - 1, -1, -1):
+        at = k * BLOCK + column
+        if (k + 1) * BLOCK <= left:
+            _combine_tile(
+                p_rows, p_table, p_weights, p_sum, param, first, at, None, num_tasks, num_sums, num_params,
+                row_stride, col_stride, out_stride, WIDE, ACC, TASKS, SUMS, VEC, BLOCK,
+            )  # fmt: skip
+        else:
+            _combine_tile(
+                p_rows, p_table, p_weights, p_sum, param, first, at, at < left, num_tasks, num_sums, num_params,
+                row_stride, col_stride, out_stride, WIDE, ACC, TASKS, SUMS, VEC, BLOCK,
+            )  # fmt: skip
