@@ -42,8 +42,15 @@ __device__ inline void combine_columns(const CombineShared<In, kOut>& shared, in
     for (int k = 0; k < kVector; ++k) result[o].v[k] = narrow<In>(acc[o][k]);
 }
 
+// blocks that a multiprocessor has registers for
 template <class In, int kOut>
-__global__ void __launch_bounds__(kThreads, kOut == 1 ? 3 : 1) combine_kernel(const __grid_constant__ CombineParams p) {
+constexpr int kCombineBlocks = kOut == 1         ? 3
+                               : sizeof(In) == 4 ? 2
+                                                 : 1;
+
+template <class In, int kOut>
+__global__ void __launch_bounds__(kThreads, kCombineBlocks<In, kOut>)
+    combine_kernel(const __grid_constant__ CombineParams p) {
   constexpr int kVector = 16 / static_cast<int>(sizeof(In));
   using Vec = Vector<In, kVector>;
   using One = Vector<In, 1>;
@@ -72,13 +79,14 @@ __global__ void __launch_bounds__(kThreads, kOut == 1 ? 3 : 1) combine_kernel(co
               combine_columns<In, kOut, kVector>(
                   shared, T,
                   [&](int r) {
-                    return row[r] != nullptr ? *reinterpret_cast<const Vec*>(static_cast<const In*>(row[r]) + c)
-                                             : Vec{};
+                    return row[r] != nullptr
+                               ? *reinterpret_cast<const Vec*>(in_global(static_cast<const In*>(row[r]) + c))
+                               : Vec{};
                   },
                   result);
 #pragma unroll
               for (int o = 0; o < kOut; ++o)
-                if (void* out = shared.batch.out[s][o]) *reinterpret_cast<Vec*>(static_cast<In*>(out) + c) = result[o];
+                if (void* out = shared.batch.out[s][o]) store_wide(static_cast<In*>(out) + c, result[o]);
             }
           }
           for (int64_t c = at + tid; c < segment.end; c += kThreads) {
@@ -87,13 +95,14 @@ __global__ void __launch_bounds__(kThreads, kOut == 1 ? 3 : 1) combine_kernel(co
                 shared, T,
                 [&](int r) {
                   One x{};
-                  if (row[r] != nullptr) x.v[0] = static_cast<const In*>(row[r])[c * shared.batch.stride[s][r]];
+                  if (row[r] != nullptr)
+                    x.v[0] = in_global(static_cast<const In*>(row[r]))[c * shared.batch.stride[s][r]];
                   return x;
                 },
                 result);
 #pragma unroll
             for (int o = 0; o < kOut; ++o)
-              if (void* out = shared.batch.out[s][o]) static_cast<In*>(out)[c] = result[o].v[0];
+              if (void* out = shared.batch.out[s][o]) in_global(static_cast<In*>(out))[c] = result[o].v[0];
           }
         });
   }

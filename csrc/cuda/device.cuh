@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -68,6 +69,25 @@ struct alignas(sizeof(In) * N) Vector {
 };
 
 #if defined(__CUDACC__)
+// Gradients and results: of pointers that were read from memory the compiler doesn't know that they are global.
+template <class T>
+__device__ inline T* in_global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
+// 16 bytes at once, which the compiler would store element by element
+template <class V>
+__device__ inline void store_wide(void* to, const V& x) {
+  static_assert(sizeof(V) == 16);
+  uint32_t word[4];
+  memcpy(word, &x, 16);
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+               : "memory");
+}
+
 // float32 to tf32, to nearest
 __device__ inline uint32_t to_tf32(float x) {
   uint32_t y;

@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1) gram_mma_kernel(const __grid_cons
 #pragma unroll
         for (int q = 0; q < kGroups; ++q) {
           const auto* row = static_cast<const In*>(rows[q * 8]);
-          v[q] = row != nullptr ? *reinterpret_cast<const Vec*>(row + mine) : Vec{};
+          v[q] = row != nullptr ? *reinterpret_cast<const Vec*>(in_global(row + mine)) : Vec{};
         }
         return;
       }
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 1) gram_mma_kernel(const __grid_cons
 #pragma unroll
         for (int k = 0; k < Shape::kVector; ++k) {
           v[q].v[k] = In{};
-          if (row != nullptr && mine + k < segment.end) v[q].v[k] = row[(mine + k) * stride];
+          if (row != nullptr && mine + k < segment.end) v[q].v[k] = in_global(row)[(mine + k) * stride];
         }
       }
     };

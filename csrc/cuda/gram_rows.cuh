@@ -43,7 +43,8 @@ __device__ inline void add_products(const Vector<In, kVector> (&g)[kRows],
 }
 
 template <class In, int kRows>
-__global__ void __launch_bounds__(kThreads, kRows <= 8 && sizeof(In) < 8 ? 2 : 1) gram_rows_kernel(const __grid_constant__ GramParams p) {
+__global__ void __launch_bounds__(kThreads, kRows <= 8 && sizeof(In) < 8 ? 2 : 1)
+    gram_rows_kernel(const __grid_constant__ GramParams p) {
   using Shape = RowsShape<In, kRows>;
   using Acc = typename Shape::Acc;
   using Vec = Vector<In, Shape::kVector>;
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kRows <= 8 && sizeof(In) < 8 ? 2 : 1
               for (int r = 0; r < kRows; ++r) {
                 g[u][r] = Vec{};
                 if (row[r] != nullptr && (u == 0 || c + u * kStep < whole))
-                  g[u][r] = *reinterpret_cast<const Vec*>(static_cast<const In*>(row[r]) + c + u * kStep);
+                  g[u][r] = *reinterpret_cast<const Vec*>(in_global(static_cast<const In*>(row[r]) + c + u * kStep));
               }
 #pragma unroll
             for (int u = 0; u < Shape::kUnroll; ++u) add_products<In, kRows, Shape::kVector>(g[u], acc);
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, kRows <= 8 && sizeof(In) < 8 ? 2 : 1
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
             g[r] = Vector<In, 1>{};
-            if (row[r] != nullptr) g[r].v[0] = static_cast<const In*>(row[r])[c * shared.batch.stride[s][r]];
+            if (row[r] != nullptr) g[r].v[0] = in_global(static_cast<const In*>(row[r]))[c * shared.batch.stride[s][r]];
           }
           add_products<In, kRows, 1>(g, acc);
         }

@@ -2,7 +2,8 @@
 //
 // Every thread of a block is a fiber, the blocks run one after another. It sees wrong indices and sums, barriers that
 // not all reach, shared memory that is read before it is written, and, since threads may be run in rising or falling
-// order, barriers that are missing. It does not see what only a GPU does: missing fences, misaligned loads, speed.
+// order, barriers that are missing. It does not see what only a GPU does: missing fences, most misaligned accesses,
+// speed.
 #pragma once
 
 #include <algorithm>
@@ -363,6 +364,17 @@ inline __half __float2half_rn(float x) {
 }
 
 namespace fastmtl::cuda {
+
+template <class T>
+T* in_global(T* p) {
+  return p;
+}
+template <class V>
+void store_wide(void* to, const V& x) {
+  static_assert(sizeof(V) == 16);
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) cuda_on_host::fail("a misaligned store");
+  std::memcpy(to, &x, sizeof(V));
+}
 
 // --- tensor cores
 
