@@ -159,6 +159,7 @@ class _Tickets:
     def __init__(self) -> None:
         self._kept: dict[tuple[torch.device, int], Tensor] = {}
         self._free: dict[torch.device, list[Tensor]] = {}
+        self._zeroed: dict[torch.device, torch.cuda.Event] = {}
 
     def take(self, device: torch.device) -> Tensor:
         """`[1 + MAX_GROUPS]` int32, of the current stream; in a CUDA graph capture of this one call for good."""
@@ -168,19 +169,22 @@ class _Tickets:
             return free.pop() if free else torch.zeros(1 + MAX_GROUPS, dtype=torch.int32, device=device)
         stream = 0
         if device.type == "cuda":
-            stream = torch.cuda.current_stream(device).cuda_stream
-            self._prepare(device)
+            current = torch.cuda.current_stream(device)
+            stream = current.cuda_stream
+            self._prepare(device, current)
         key = (device, stream)
         if key not in self._kept:
             self._kept[key] = torch.zeros(1 + MAX_GROUPS, dtype=torch.int32, device=device)
         return self._kept[key]
 
-    def _prepare(self, device: torch.device) -> None:
+    def _prepare(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        """Keeps sets for graphs that will be captured, on whatever stream: those wait for their zeros on the device."""
         if len(self._free.get(device, ())) < TICKETS_PER_BATCH // 2:
             batch = torch.zeros(TICKETS_PER_BATCH, 1 + MAX_GROUPS, dtype=torch.int32, device=device)
-            # a graph may be captured and replayed on other streams than this one
-            torch.cuda.current_stream(device).synchronize()
+            self._zeroed[device] = stream.record_event()
             self._free[device] = list(batch.unbind(0))
+        elif (device, stream.cuda_stream) not in self._kept:
+            stream.wait_event(self._zeroed[device])
 
 
 tickets = _Tickets()

@@ -22,8 +22,7 @@ from fastmtl.kernels.configs import BuildTarget, next_power_of_2
 from fastmtl.kernels.surgery_combine import combine_fwd_kernel
 from fastmtl.kernels.surgery_gram import MAX_PAIRED, gram_paired_kernel, gram_product_kernel
 from fastmtl.kernels.surgery_solver import pcgrad_coefficients_kernel
-from fastmtl.ops._rows import Rows, first_of_params
-from fastmtl.ops.combine import is_dense
+from fastmtl.ops._rows import Rows, first_of_params, is_dense
 
 # lanes of a program that each read a vector of every row
 LANES = 128
@@ -31,12 +30,14 @@ LANES = 128
 CHUNKS = {"paired": 1056, "product": 528}
 MAX_TILES = 64
 # tasks -> columns of a product, by bytes of an element, and warps
-PRODUCT_BLOCKS = {2: {16: 128, 32: 128, 64: 64, 128: 64}, 4: {16: 64, 32: 64, 64: 32, 128: 16}}
+PRODUCT_BLOCKS = {2: {16: 128, 32: 128, 64: 64, 128: 16}, 4: {16: 64, 32: 64, 64: 32, 128: 16}}
 PRODUCT_BLOCKS[8] = {16: 64, 32: 16, 64: 16, 128: 16}
 PRODUCT_WARPS = {16: 4, 32: 8, 64: 8, 128: 8}
 # stages of its loads; by bytes of an element for 128 tasks, where registers are scarce
 PRODUCT_STAGES = 3
 PRODUCT_STAGES_128 = {2: 3, 4: 2, 8: 1}
+# tiles that are read before their products are added, by padded T: those of lists that don't spill under Triton 3.6
+LIST_UNROLL = {1: 1, 2: 8, 4: 1, 8: 1}
 # entries of partial sums that a program adds up at once; coefficients that it holds
 SUM_TILE = 2048
 SOLVE_TILE = 2048
@@ -219,7 +220,7 @@ def _launch_gram(
         own = {"tiles_per_chunk": g.tiles_per_chunk, "first_part": first_part}
         rows = g.arguments(table, g.wide)
         if g.paired:
-            unroll = max(1, 8 // padded)
+            unroll = max(1, 8 // padded) if g.bank is not None else LIST_UNROLL[padded]
             launch(gram_paired_kernel, (g.num_chunks(),), **rows, **common, **own, LANES=LANES, UNROLL=unroll)
         else:
             cast = in_interpreter() and g.dtype == torch.bfloat16

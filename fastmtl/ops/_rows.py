@@ -130,3 +130,13 @@ def first_of_params(tensors: Sequence[Tensor], index: Sequence[int], num_params:
     for x, k in zip(tensors, index, strict=True):
         found.setdefault(k % num_params, x)
     return dict(sorted(found.items()))
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in some order of the dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if stride != expected:
+            return x.numel() == 0
+        expected *= size
+    return True

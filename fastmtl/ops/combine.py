@@ -20,6 +20,7 @@ from fastmtl.ops._rows import (
     check_bank,
     first_of_params,
     is_bank,
+    is_dense,
     present_params,
     read_lists,
 )
@@ -225,16 +226,6 @@ def read_out_lists(out: Any, count: int, rows: Rows) -> list[Tensor]:
             if x.numel() and held.get(x.data_ptr(), i) != i:
                 raise ValueError(f"out[{i}]: is the gradient of parameter {held[x.data_ptr()]}, which is still needed")
     return found
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlaps, in some order of the dimensions."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
-        if stride != expected:
-            return x.numel() == 0
-        expected *= size
-    return True
 
 
 def _check_apart(out: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
