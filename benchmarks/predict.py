@@ -29,7 +29,7 @@ class Loop:
 
     Args:
         registers: of a thread.
-        instructions: of a warp's step, for a part of the rows or all.
+        instructions: of a warp's step; of the tensor core kernels' aligned path, by estimate, without the other one.
         columns: that a warp's step takes.
         sharing: warps that take the same columns.
     """
