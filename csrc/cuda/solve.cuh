@@ -179,7 +179,7 @@ __device__ inline void solve_pcgrad(const Solve& s, int T, const Scratch& scratc
 }
 
 template <int kLanes, int kValues>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     pcgrad_coefficients_kernel(const double* gram, int T, const __grid_constant__ Solve s) {
   FASTMTL_SHARED(SolverMemory<kMaxTasks>, shared);
   Scratch scratch = shared.scratch(T, s.result);
