@@ -87,6 +87,15 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
             tag = f"{sys.implementation.cache_tag}-{'cuda' if cuda_home else 'cpu'}"
             self.build_temp = str(ROOT / "build" / f"temp-{tag}")
 
+        def build_extensions(self) -> None:
+            # under a CPU-only torch ninja is not told which headers a CUDA source includes
+            headers = [p for pattern in ("*.h", "*.cuh", "*.inc") for p in (ROOT / "csrc").rglob(pattern)]
+            newest = max(p.stat().st_mtime for p in headers)
+            for compiled in Path(self.build_temp).rglob("cuda/*.o"):
+                if compiled.stat().st_mtime < newest:
+                    compiled.unlink()
+            super().build_extensions()
+
     include = [str(ROOT / "csrc"), pybind11.get_include(), *cpp_extension.include_paths()]
     if cuda_home is not None:
         include.append(str(cuda_home / "include"))

@@ -20,7 +20,7 @@ struct GramParams {
   int slots_per_group, num_groups;
   int blocks_per_slot;
   double* more;  // 2 T^2, for the solver
-  void* gram;      // the result, or null
+  void* gram;    // the result, or null
   bool gram_is_double;
   Solve solve;
 };

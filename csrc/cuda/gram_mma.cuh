@@ -118,6 +118,13 @@ struct MmaShape {
   static constexpr int kTileRows = kGroups / kPerRow;
   static constexpr int kHalves = kGroups > 4 ? 2 : 1;
   static constexpr int kTeams = kWarps / kHalves;  // warps that walk the columns side by side
+  // 16-bit rows of up to 32 tasks leave room for two blocks to a multiprocessor, which hide the loads as well
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  // where 64 tasks spill with it
+  static constexpr bool kAhead = (sizeof(In) > 2 || kGroups > 4) && kGroups < 8;
+#else
+  static constexpr bool kAhead = sizeof(In) > 2 || kGroups > 4;
+#endif
   static constexpr int tiles_of(int half) {
     int count = 0;
     for (int i = 0; i < kTileRows; ++i) count += is_mine(kHalves, half, i) ? kGroups - i * kPerRow : 0;
@@ -133,7 +140,7 @@ struct MmaShape {
         Batch<kGroups * 8, 0> batch;
         Acc sums[kWarps][kRound][kTileSize];
       };
-      SolverMemory<kMaxTasks> solver;
+      SolverMemory<kGroups == 2 ? 16 : kMaxTasks> solver;
     };
     int flag;
   };
@@ -167,7 +174,8 @@ __device__ inline bool owns(const Bands& b, int row, int column) {
 }
 
 template <class In, int kGroups>
-__global__ void __launch_bounds__(kThreads, 1) gram_mma_kernel(const __grid_constant__ GramParams p) {
+__global__ void __launch_bounds__(kThreads, kGroups == 2 ? 3 : 1)
+    gram_mma_kernel(const __grid_constant__ GramParams p) {
   using Shape = MmaShape<In, kGroups>;
   using Acc = typename Shape::Acc;
   using Vec = Vector<In, Shape::kVector>;
@@ -208,12 +216,23 @@ __global__ void __launch_bounds__(kThreads, 1) gram_mma_kernel(const __grid_cons
     };
     auto walk = [&](auto half_of) {
       constexpr int kHalf = decltype(half_of)::value;
-      for (int64_t at = segment.begin + team * Shape::kColumns; at < segment.end;
-           at += Shape::kTeams * Shape::kColumns) {
-        Vec v[kGroups];
-        load(at, v);
-        Tile<In>::template products<kGroups, Shape::kHalves, kHalf>(
-            v, [&](int tile, const auto& add_to) { add_to(acc[tile]); });
+      const auto add = [&](int tile, const auto& add_to) { add_to(acc[tile]); };
+      constexpr int64_t kStep = Shape::kTeams * Shape::kColumns;
+      int64_t at = segment.begin + team * Shape::kColumns;
+      Vec v[kGroups];
+      if (Shape::kAhead && at < segment.end) load(at, v);
+      for (; at < segment.end; at += kStep) {
+        if constexpr (Shape::kAhead) {
+          // the next step's loads are on their way while this one's products are made
+          Vec next[kGroups];
+          if (at + kStep < segment.end) load(at + kStep, next);
+          Tile<In>::template products<kGroups, Shape::kHalves, kHalf>(v, add);
+#pragma unroll
+          for (int q = 0; q < kGroups; ++q) v[q] = next[q];
+        } else {
+          load(at, v);
+          Tile<In>::template products<kGroups, Shape::kHalves, kHalf>(v, add);
+        }
       }
     };
     if (half == 0) walk(std::integral_constant<int, 0>{});
@@ -258,7 +277,8 @@ __global__ void __launch_bounds__(kThreads, 1) gram_mma_kernel(const __grid_cons
       return;
     }
   }
-  finish<4, 16>(p, slot, shared.flag, shared.solver);
+  if constexpr (kGroups == 2) finish<16, 1>(p, slot, shared.flag, shared.solver);
+  else finish<4, 16>(p, slot, shared.flag, shared.solver);
 }
 
 }  // namespace fastmtl::cuda

@@ -9,8 +9,7 @@ template <class In, int kRows>
 struct RowsShape {
   using Acc = typename Accumulator<In>::type;
   static constexpr int kPairs = kRows * (kRows + 1) / 2;
-  // 16 rows leave registers for 8 bytes each only
-  static constexpr int kVector = (kRows > 8 ? 8 : 16) / static_cast<int>(sizeof(In));
+  static constexpr int kVector = 16 / static_cast<int>(sizeof(In));
   // enough loads in flight where rows are few
   static constexpr int kUnroll = kRows >= 8 ? 1 : 8 / kRows;
   // lanes whose sums are left for the block to add
@@ -43,7 +42,7 @@ __device__ inline void add_products(const Vector<In, kVector> (&g)[kRows],
 }
 
 template <class In, int kRows>
-__global__ void __launch_bounds__(kThreads, kRows <= 8 && sizeof(In) < 8 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, sizeof(In) < 8 ? 2 : 1)
     gram_rows_kernel(const __grid_constant__ GramParams p) {
   using Shape = RowsShape<In, kRows>;
   using Acc = typename Shape::Acc;
