@@ -27,6 +27,7 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 _recorded: list[list[Launch]] = []
@@ -43,17 +44,27 @@ def recording() -> Iterator[list[Launch]]:
         _recorded.pop()
 
 
-def launch(fn: Any, grid: Sequence[int], num_warps: int = 4, num_stages: int = 1, **arguments: Any) -> None:
-    """Runs `fn` on the device of its tensors; an empty grid runs nothing."""
+def launch(
+    fn: Any,
+    grid: Sequence[int],
+    num_warps: int = 4,
+    num_stages: int = 1,
+    max_registers: int | None = None,
+    **arguments: Any,
+) -> None:
+    """Runs `fn` on the device of its tensors; an empty grid runs nothing.
+
+    `max_registers` per thread; None: the assembler's choice, which may spill a few bytes to fit one more block.
+    """
     if _recorded:
-        _recorded[-1].append(Launch(fn, arguments, num_warps, num_stages))
+        _recorded[-1].append(Launch(fn, arguments, num_warps, num_stages, max_registers))
         return
     if min(grid) == 0:
         return
     device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        fn[tuple(grid)](**arguments, num_warps=num_warps, num_stages=num_stages)
+        fn[tuple(grid)](**arguments, num_warps=num_warps, num_stages=num_stages, maxnreg=max_registers)
 
 
 @triton.jit(do_not_specialize=[f"a{k}" for k in range(POINTERS_PER_LAUNCH)] + ["first", "count"])

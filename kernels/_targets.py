@@ -47,8 +47,9 @@ def as_target(name: str, made: Launch, dtype: torch.dtype, representative: bool,
         if divisible and not param.do_not_specialize:
             attrs[(position,)] = [["tt.divisibility", 16]]
     return BuildTarget(
-        name, made.fn, signature, constexprs, attrs, made.num_warps, made.num_stages, dtype, representative, mma, wide
-    )
+        name, made.fn, signature, constexprs, attrs, made.num_warps, made.num_stages, dtype, representative, mma, wide,
+        made.max_registers,
+    )  # fmt: skip
 
 
 def _empty(*size: int, dtype: torch.dtype, channels_last: bool = True) -> Tensor:

@@ -56,6 +56,7 @@ class BuildTarget(NamedTuple):
     representative: bool  # the one of its kernel and dtype that every test run compiles
     expects_mma: bool
     expects_wide_loads: bool
+    max_registers: int | None = None
 
 
 _WIDE, _NARROW = "16 bit", "32 bit"

@@ -35,9 +35,9 @@ PRODUCT_BLOCKS[8] = {16: 64, 32: 16, 64: 16, 128: 16}
 PRODUCT_WARPS = {16: 4, 32: 8, 64: 8, 128: 8}
 # stages of its loads; by bytes of an element for 128 tasks, where registers are scarce
 PRODUCT_STAGES = 3
+# as many as there are: left to itself, the assembler spills a few bytes for the sake of one more block
+MAX_REGISTERS = 255
 PRODUCT_STAGES_128 = {2: 3, 4: 2, 8: 1}
-# tiles that are read before their products are added, by padded T: those of lists that don't spill under Triton 3.6
-LIST_UNROLL = {1: 1, 2: 8, 4: 1, 8: 1}
 # entries of partial sums that a program adds up at once; coefficients that it holds
 SUM_TILE = 2048
 SOLVE_TILE = 2048
@@ -220,8 +220,17 @@ def _launch_gram(
         own = {"tiles_per_chunk": g.tiles_per_chunk, "first_part": first_part}
         rows = g.arguments(table, g.wide)
         if g.paired:
-            unroll = max(1, 8 // padded) if g.bank is not None else LIST_UNROLL[padded]
-            launch(gram_paired_kernel, (g.num_chunks(),), **rows, **common, **own, LANES=LANES, UNROLL=unroll)
+            unroll = max(1, 8 // padded)
+            launch(
+                gram_paired_kernel,
+                (g.num_chunks(),),
+                max_registers=MAX_REGISTERS,
+                **rows,
+                **common,
+                **own,
+                LANES=LANES,
+                UNROLL=unroll,
+            )
         else:
             cast = in_interpreter() and g.dtype == torch.bfloat16
             launch(
@@ -229,6 +238,7 @@ def _launch_gram(
                 (g.num_chunks(),),
                 PRODUCT_WARPS[padded],
                 PRODUCT_STAGES_128[g.dtype.itemsize] if padded == 128 else PRODUCT_STAGES,
+                None if padded == 128 else MAX_REGISTERS,
                 **rows,
                 **common,
                 **own,
@@ -262,6 +272,7 @@ def _launch_combine(groups: Sequence[_Group], tables: Sequence[Tensor | None], w
         launch(
             combine_fwd_kernel,
             (g.num_blocks(),),
+            max_registers=MAX_REGISTERS,
             **rows,
             p_weights=weights,
             p_sum=target,

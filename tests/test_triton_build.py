@@ -53,7 +53,7 @@ class Built(NamedTuple):
 
 def compile_for(target: BuildTarget, arch: int) -> Built:
     source = ASTSource(fn=target.fn, signature=target.signature, constexprs=target.constexprs, attrs=target.attrs)
-    options = {"num_warps": target.num_warps, "num_stages": target.num_stages}
+    options = {"num_warps": target.num_warps, "num_stages": target.num_stages, "maxnreg": target.max_registers}
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return read_cubin(kernel.asm["cubin"], kernel.metadata.shared)
 
