@@ -32,12 +32,14 @@ class Loop:
         instructions: of a warp's step; of the tensor core kernels' aligned path, by estimate, without the other one.
         columns: that a warp's step takes.
         sharing: warps that take the same columns.
+        ahead: whether the next step's loads are under way during this one's products.
     """
 
     registers: int
     instructions: int
     columns: int
     sharing: int = 1
+    ahead: bool = False
 
     @property
     def blocks(self) -> int:
@@ -46,9 +48,10 @@ class Loop:
 
     @property
     def step(self) -> float:
-        """Seconds of a step: loads, then instructions, of one warp; or all warps' instructions, if those are more."""
+        """Seconds of a step: one warp's loads and instructions, one after the other or at once; or the instructions of
+        all warps, if those are more."""
         alone, all_warps = self.instructions / CLOCK, 2 * self.blocks * self.instructions / CLOCK
-        return max(LOAD + alone, all_warps)
+        return max(LOAD if self.ahead else LOAD + alone, all_warps)
 
     @property
     def block_columns(self) -> int:
@@ -66,16 +69,16 @@ GRAM: dict[int, dict[int, Loop]] = {
         2: Loop(86, 115, 512),
         4: Loop(94, 145, 256),
         8: Loop(128, 207, 128),
-        16: Loop(254, 375, 64),
-        32: Loop(140, 260, 16),
-        64: Loop(206, 420, 16, sharing=2),
+        16: Loop(78, 110, 16, ahead=True),
+        32: Loop(154, 260, 16, ahead=True),
+        64: Loop(238, 420, 16, sharing=2, ahead=True),
     },
     2: {
         4: Loop(106, 403, 512),
         8: Loop(127, 531, 256),
-        16: Loop(255, 831, 128),
+        16: Loop(78, 60, 32, ahead=True),
         32: Loop(128, 110, 32),
-        64: Loop(170, 170, 32, sharing=2),
+        64: Loop(234, 170, 32, sharing=2, ahead=True),
     },
 }
 # eight rows at a time: one sum, eight sums
@@ -85,7 +88,7 @@ COMBINE = {4: {1: Loop(80, 100, 128), 8: Loop(128, 338, 128)}, 2: {1: Loop(71, 3
 def gram_slots(columns: int, num_tasks: int) -> tuple[int, int]:
     """Columns of a slot, and their number, as in csrc/cuda/plan.h."""
     few = min(128, math.ceil(columns / 256)) if num_tasks > 16 else min(264, math.ceil(columns / 1024))
-    wanted = min(max(columns // 4096, few), 1056)
+    wanted = min(max(columns // (16384 if num_tasks > 16 else 4096), few), 1056)
     each = min(math.ceil(math.ceil(columns / wanted) / 64) * 64, 65536)
     return each, math.ceil(columns / each)
 

@@ -21,7 +21,7 @@ inline Slots gram_slots(int64_t columns, int T) {
   constexpr int64_t kMany = 1056, kLongest = 65536;
   const bool mma = T > 16;
   const int64_t few = std::min<int64_t>(mma ? 128 : 264, ceil_div(columns, mma ? 256 : 1024));
-  const int64_t wanted = std::clamp(columns / 4096, std::max<int64_t>(few, 1), kMany);
+  const int64_t wanted = std::clamp(columns / (mma ? 16384 : 4096), std::max<int64_t>(few, 1), kMany);
   const int64_t each = ceil_div(std::max<int64_t>(ceil_div(columns, wanted), 1), 64) * 64;
   return {std::min(each, kLongest), std::max<int64_t>(ceil_div(columns, std::min(each, kLongest)), 1)};
 }
