@@ -17,10 +17,7 @@ def collect() -> dict[str, Any]:
     """Versions, compiled parts and the state of every backend, as plain data."""
     build = _backend.build_info()
     extension = _backend.extension
-    backends = {
-        name: _backend.unavailable(name, "cuda" if name in ("cuda", "triton") else "cpu") or _no_device(name)
-        for name in _backend.BACKENDS
-    }
+    backends = {name: _backend.unavailable(name, _device_of(name)) or _no_device(name) for name in _backend.BACKENDS}
     return {
         "fastmtl": __version__,
         "python": sys.version.split()[0],
@@ -44,8 +41,13 @@ def collect() -> dict[str, Any]:
     }
 
 
+def _device_of(backend: str) -> str:
+    interpreted = backend == "triton" and _backend.interpreting()
+    return "cuda" if backend in ("cuda", "triton") and not interpreted else "cpu"
+
+
 def _no_device(backend: str) -> str | None:
-    if backend not in ("cuda", "triton") or torch.cuda.is_available():
+    if _device_of(backend) == "cpu" or torch.cuda.is_available():
         return None
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) was built without CUDA"

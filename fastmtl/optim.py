@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import methods
+from fastmtl.ops.order import Randomness
 from fastmtl.surgery import Surgery, run_backward
 
 
@@ -19,9 +20,10 @@ class PCGrad:
         optimizer: any `torch.optim.Optimizer`; its parameters are those that get gradients. Learning rate schedulers
             take `.optimizer`.
         reduction: `"mean"` of the projected gradients, as the port does, or `"sum"`, as the paper does.
+        generator: source of the random orders, as for `fastmtl.ops.random_order`; not part of `state_dict`.
 
     Raises:
-        TypeError: `optimizer` is not a `torch.optim.Optimizer`.
+        TypeError: `optimizer` is not a `torch.optim.Optimizer`, `generator` no generator or state.
         ValueError: an unknown reduction.
 
     `pc_backward` overwrites `.grad` (loops written for the port never call `zero_grad`): a parameter that no loss
@@ -38,10 +40,12 @@ class PCGrad:
         >>> opt.step()
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, reduction: str = "mean") -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, reduction: str = "mean", *, generator: Randomness | None = None
+    ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        self._method = methods.PCGrad(reduction)
+        self._method = methods.PCGrad(reduction, generator=generator)
         self._optimizer = optimizer
 
     @property

@@ -13,6 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmtl._backend import interpreting
+from fastmtl.kernels._interpreter import mend_interpreter
+
+if interpreting():
+    mend_interpreter()
 
 POINTERS_PER_LAUNCH = 16
 TABLES_KEPT = 512

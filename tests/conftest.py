@@ -8,16 +8,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from interpreter_mend import mend_interpreter
 
 import fastmtl
 from fastmtl import _backend
 
 # cuBLAS is deterministic only with this, and says so by raising
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-if os.environ.get("TRITON_INTERPRET", "0") == "1":
-    mend_interpreter()
 
 REQUIRE_EXTENSION = os.environ.get("FASTMTL_REQUIRE_EXTENSION") == "1"
 

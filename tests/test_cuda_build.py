@@ -263,7 +263,8 @@ def test_extension_needs_libtorch_and_holds_the_architectures() -> None:
     with_cuda = _backend.build_note("cuda") is None and NVCC is not None
     if with_cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         assert info["cuda_architectures"] == [80, 90]
-    assert info["cuda_kernels"] == (["combine", "gram", "pcgrad", "pcgrad_coefficients"] if with_cuda else [])
+    kernels = ["combine", "gram", "pcgrad", "pcgrad_coefficients", "pcgrad_project"]
+    assert info["cuda_kernels"] == (kernels if with_cuda else [])
 
 
 # --- that the check can fail

@@ -1,4 +1,4 @@
-"""PCGrad's random orders: a function of a key and a counter, drawn alike by every backend, advanced where it is drawn."""
+"""PCGrad's random orders: a function of a key and a counter, drawn alike by every backend."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Callable
 import cases
 import pytest
 import torch
-from cases import BankCase, ListCase
+from cases import BankCase, ListCase, random_gradients
 from conftest import Backend
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fastmtl
+import fastmtl.optim
 from fastmtl import methods
 from fastmtl.ops import gram, order_state, pcgrad, pcgrad_project, random_order, reference
 from fastmtl.ops.order import NUMBERS_PER_COUNT, Draw, draw_source, drawn_order
@@ -33,7 +36,7 @@ def order_by_hand(key: int, counter: int, num_tasks: int) -> list[list[int]]:
     rows = []
     for i in range(num_tasks):
         numbers = [splitmix64(key, counter * NUMBERS_PER_COUNT + i * num_tasks + t) for t in range(num_tasks)]
-        rows.append(sorted(range(num_tasks), key=lambda t: (numbers[t], t)))  # noqa: B023
+        rows.append(sorted(range(num_tasks), key=lambda t: (numbers[t], t)))
     return rows
 
 
@@ -145,7 +148,7 @@ def test_state() -> None:
     [
         (7, TypeError, "generator: expected a torch.Generator or a state, got int"),
         (torch.zeros(2), TypeError, "generator: expected an int64 state, got torch.float32"),
-        (torch.zeros(3, dtype=torch.int64), ValueError, r"generator: expected a contiguous state.*got \[3\]"),
+        (torch.zeros(3, dtype=torch.int64), ValueError, r"generator: expected a contiguous state.*got shape \[3\]"),
         (torch.zeros(4, dtype=torch.int64)[::2], ValueError, "generator: expected a contiguous state"),
         (torch.zeros(2, dtype=torch.int64, device="meta"), ValueError, "generator: expected a state on cpu, got one"),
     ],
@@ -160,6 +163,81 @@ def test_bad_generators(generator: object, error: type[Exception], match: str) -
     ):
         with pytest.raises(error, match=match):
             call()
+
+
+@pytest.mark.parametrize("num_tasks", [3.0, True, None, "3"])
+def test_bad_number_of_tasks(num_tasks: object) -> None:
+    with pytest.raises(TypeError, match="num_tasks: expected an integer, got"):
+        random_order(num_tasks)
+
+
+def test_an_order_leaves_nothing_to_draw() -> None:
+    grads, order = BankCase(3, 65).make(), cases.random_order(3)
+    for call in (
+        lambda: pcgrad(grads, order, generator=order_state(1)),
+        lambda: pcgrad_project(grads, order, generator=order_state(1)),
+        lambda: methods.PCGrad(order=order, generator=order_state(1)),
+    ):
+        with pytest.raises(ValueError, match="generator: expected None beside a given order"):
+            call()
+    with pytest.raises(TypeError, match=r"generator: expected a torch\.Generator or a state, got int"):
+        methods.PCGrad(generator=42)
+    with pytest.raises(TypeError, match="order: expected a tensor or None, got list"):
+        methods.PCGrad(order=[[1], [0]])
+
+
+def test_default_device_does_not_matter() -> None:
+    """Keys come from the CPU, whatever torch's default device is; the meta device stands for a GPU here."""
+    grads = BankCase(4, 65, torch.float64).make()
+    torch.manual_seed(5)
+    expected = pcgrad(grads)
+    torch.manual_seed(5)
+    with torch.device("meta"):
+        assert torch.equal(pcgrad(grads), expected)
+        pcgrad(grads, generator=torch.Generator().manual_seed(1))
+        assert order_state(7).device.type == random_order(3).device.type == "cpu"
+        leaf = grads.clone().requires_grad_()
+        fastmtl.backward([leaf.sum(), -(leaf * leaf).sum()])
+    assert leaf.grad is not None and torch.isfinite(leaf.grad).all()
+
+
+def test_steps_among_fake_tensors() -> None:
+    with FakeTensorMode():
+        layer = torch.nn.Linear(3, 2)
+        y = layer(torch.ones(5, 3))
+        surgery = fastmtl.backward([y[:, 0].sum(), y[:, 1].sum()], shared=layer)
+        assert surgery.weights.shape == (2,)
+        grads = torch.randn(4, 30)
+        assert pcgrad(grads, out=torch.empty(30)).shape == (30,)
+
+
+def test_one_order_for_all_parts_of_a_tensor() -> None:
+    """A tensor of two tensors runs the kernel once for each, with the same order."""
+    parts = [random_gradients(6, 30, cases.generator_of(k)) for k in range(2)]
+    state = order_state(0)
+    param = torch.nn.Parameter(TwoTensor(torch.zeros(30).double(), torch.zeros(30).double()))
+    losses = [(param * TwoTensor(parts[0][t].clone(), parts[1][t].clone())).sum() for t in range(6)]
+    fastmtl.backward(losses, method=methods.PCGrad(generator=state))
+    assert state.tolist() == [0, 1]
+    order = random_order(6, generator=order_state(0))
+    torch.testing.assert_close(param.grad.a, pcgrad(parts[0], order))
+    torch.testing.assert_close(param.grad.b, pcgrad(parts[1], order))
+
+
+def test_optimizer_with_a_state() -> None:
+    results = []
+    for _ in range(2):
+        layer = torch.nn.Linear(5, 4, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(torch.arange(20).reshape(4, 5) / 10)
+        wrapped = fastmtl.optim.PCGrad(torch.optim.SGD(layer.parameters(), lr=0.1), generator=order_state(3))
+        torch.manual_seed(len(results))  # which must not matter
+        for _ in range(3):
+            y = layer(torch.eye(5))
+            wrapped.pc_backward([(y * w).sum() for w in cases.bank64(BankCase(6, 20)).float().reshape(6, 5, 4)])
+            wrapped.step()
+        results.append(layer.weight.detach().clone())
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(("seed", "error"), [("1", TypeError), (True, TypeError), (2**64, ValueError)])

@@ -21,7 +21,7 @@ std::vector<int> architectures() {
   return result;
 }
 
-std::vector<std::string> kernels() { return {"combine", "gram", "pcgrad", "pcgrad_coefficients"}; }
+std::vector<std::string> kernels() { return {"combine", "gram", "pcgrad", "pcgrad_coefficients", "pcgrad_project"}; }
 
 namespace {
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.methods.base import Method
 from fastmtl.ops._rows import Grads, Rows
-from fastmtl.ops.order import Draw, Randomness, draw_source
-from fastmtl.ops.pcgrad import REDUCTIONS, check_order, operate_rows
+from fastmtl.ops.order import Draw, Randomness, check_generator, draw_source, is_plain, random_order
+from fastmtl.ops.pcgrad import REDUCTIONS, check_no_generator, check_order, operate_rows
 
 
 class PCGrad(Method):
@@ -27,8 +27,9 @@ class PCGrad(Method):
         include_self: visit j = i as some ports do, instead of skipping it as the paper does.
 
     Raises:
-        ValueError: an unknown reduction.
-        TypeError, ValueError: (when called) an order that does not fit the gradients.
+        ValueError: an unknown reduction; an order together with a generator.
+        TypeError: `order` is no tensor, `generator` no generator or state.
+        TypeError, ValueError: (when called) an order or a state that does not fit the gradients.
 
     Source: Yu et al. 2020, *Gradient Surgery for Multi-Task Learning*, Algorithm 1.
 
@@ -48,6 +49,11 @@ class PCGrad(Method):
     ) -> None:
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+        check_generator(generator)
+        if order is not None:
+            check_no_generator(generator)
+            if not isinstance(order, Tensor):
+                raise TypeError(f"order: expected a tensor or None, got {type(order).__name__}")
         self.reduction = reduction
         self.order = order
         self.generator = generator
@@ -71,11 +77,16 @@ class PCGrad(Method):
 
     def operate(self, rows: Rows, out: Sequence[Tensor], present: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """The whole method on these rows, into `out`, in two launches on a GPU: the Gram matrix and the weights."""
-        source = draw_source(self.generator, rows.tensors[0].device) if self.order is None else Draw(0, None)
-        if self.order is not None:
-            check_order(self.order, rows.num_tasks, rows.tensors[0].device)
+        order, source = self.order, Draw(0, None)
+        device = rows.tensors[0].device
+        if order is not None:
+            check_order(order, rows.num_tasks, device)
+        elif is_plain(rows.tensors):
+            source = draw_source(self.generator, device)
+        else:  # the kernel may be called several times, for the parts of a tensor
+            order = random_order(rows.num_tasks, generator=self.generator, device=device)
         mean = self.reduction == "mean"
-        return operate_rows(rows, self.order, source, out, mean=mean, include_self=self.include_self, present=present)
+        return operate_rows(rows, order, source, out, mean=mean, include_self=self.include_self, present=present)
 
     def __repr__(self) -> str:
         return f"PCGrad({self.reduction!r})"

@@ -7,6 +7,8 @@ Lea, Flood 2014, *Fast Splittable Pseudorandom Number Generators*) number `count
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -35,7 +37,10 @@ def order_state(seed: int | None = None, *, device: torch.device | str | None = 
 
     Pass it as `generator=`: every call reads it and adds one to the counter, on the device, so that each replay of a
     captured CUDA graph draws another order. Equal seeds give equal orders on every device and backend. It can be
-    saved and copied back like any tensor.
+    saved and copied back like any tensor. What comes next is `random_order(T, generator=state.clone())`.
+
+    One state is for one thread. Under activation checkpointing draw the order outside: the recomputation would advance
+    the state, and draw another.
 
     Args:
         seed: any 64-bit integer. None: drawn from torch's default CPU generator, which `torch.manual_seed` seeds.
@@ -53,11 +58,10 @@ def order_state(seed: int | None = None, *, device: torch.device | str | None = 
     """
     if seed is None:
         seed = _host_key(None)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: expected an integer or None, got {type(seed).__name__}")
+    seed = _integer(seed, "seed", "an integer or None")
     if not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"seed: expected 64 bits, got {seed}")
-    state = torch.zeros(2, dtype=torch.int64, device=device)
+    state = torch.zeros(2, dtype=torch.int64, device="cpu" if device is None else device)
     state[0].fill_(seed - (1 << 64) if seed >= 1 << 63 else seed)
     return state
 
@@ -71,12 +75,13 @@ def random_order(
         num_tasks: T, 1 to 128.
         generator: source of randomness. None or a CPU `torch.Generator` (None: torch's default one): a key drawn on
             the host, so that equal seeds give equal orders on every device; in a captured CUDA graph a counter on
-            the device makes every replay another one. A CUDA `torch.Generator`: a key drawn on the device. A state
-            made by `order_state`: read and advanced on the device.
+            the device makes every replay another one, and in a graph of `torch.compile` the key of None comes from
+            torch's generator of the device. A CUDA `torch.Generator`: a key drawn on the device. A state made by
+            `order_state`: read and advanced on the device.
         device: where the order is drawn, without waiting for the host. Default: the state's, else the CPU.
 
     Raises:
-        TypeError: `generator` is something else.
+        TypeError: `num_tasks` is no integer; `generator` is something else.
         ValueError: `num_tasks` outside 1 to 128; a generator or state of another device, a state of another shape.
         RuntimeError: a first random order on this device inside a CUDA graph capture, without a state.
 
@@ -86,29 +91,61 @@ def random_order(
                 [0, 1, 2],
                 [0, 1, 2]])
     """
+    num_tasks = _integer(num_tasks, "num_tasks", "an integer")
     check_num_tasks(num_tasks, "num_tasks")
-    if device is None and isinstance(generator, Tensor):
-        device = generator.device
+    check_generator(generator)
+    if device is None:
+        device = generator.device if isinstance(generator, Tensor) else "cpu"
     where = torch.empty(0, device=device).device  # "cuda" is the current one of them
     # in a graph being compiled, or among fake tensors, the key can't be a number of the host's
-    if not isinstance(generator, Tensor) and (torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor):
-        key = torch.randint(0, (1 << 63) - 1, (1,), generator=generator, device=where)
+    if not isinstance(generator, Tensor) and (torch.compiler.is_compiling() or not _has_values()):
+        source = where if generator is None else generator.device
+        key = torch.randint(0, (1 << 63) - 1, (1,), generator=generator, device=source).to(where)
         generator = torch.cat([key, torch.zeros_like(key)])
     return drawn_order(draw_source(generator, where), num_tasks, where)
 
 
+def _integer(value: object, argument: str, expected: str) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise TypeError(f"{argument}: expected {expected}, got {type(value).__name__}")
+
+
+def _has_values() -> bool:
+    """Whether tensors that are made here have values: not among fake tensors."""
+    return type(torch.empty(0, device="cpu")) is Tensor
+
+
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are tensors with memory of their own, and no subclass, mode or transform that must see the ops."""
+    if torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+
+
+def check_generator(generator: object) -> None:
+    """Raises TypeError unless it is a generator, a state or None."""
+    if generator is not None and not isinstance(generator, (torch.Generator, Tensor)):
+        raise TypeError(f"generator: expected a torch.Generator or a state, got {type(generator).__name__}")
+
+
 def draw_source(generator: Randomness | None, device: torch.device) -> Draw:
     """Where the next order on `device` comes from, checked; nothing waits for the device."""
+    check_generator(generator)
     if isinstance(generator, Tensor):
         if generator.dtype != torch.int64:
             raise TypeError(f"generator: expected an int64 state, got {generator.dtype}")
         if generator.shape != (2,) or not generator.is_contiguous():
-            raise ValueError(f"generator: expected a contiguous state of shape [2], got {list(generator.shape)}")
+            raise ValueError(
+                f"generator: expected a contiguous state of shape [2], got shape {list(generator.shape)}, "
+                f"strides {list(generator.stride())}"
+            )
         if generator.device != device:
             raise ValueError(f"generator: expected a state on {device}, got one on {generator.device}")
         return Draw(0, generator)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator or a state, got {type(generator).__name__}")
     if generator is not None and generator.device.type != "cpu":
         if generator.device.type != device.type:
             raise ValueError(f"generator: expected one of {device} or of the CPU, got one of {generator.device}")
@@ -132,7 +169,8 @@ def drawn_order(source: Draw, num_tasks: int, device: torch.device) -> Tensor:
 
 
 def _host_key(generator: torch.Generator | None) -> int:
-    return int(torch.randint(0, (1 << 63) - 1, (), generator=generator))
+    # on the CPU, whatever torch's default device is
+    return int(torch.randint(0, (1 << 63) - 1, (), generator=generator, device="cpu"))
 
 
 class _ReplayCounters:

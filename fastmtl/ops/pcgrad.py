@@ -26,7 +26,7 @@ from fastmtl.ops.combine import (
     with_absent,
 )
 from fastmtl.ops.gram import empty_gram, gram_list_op, gram_op
-from fastmtl.ops.order import Draw, Randomness, draw_source, drawn_order, random_order
+from fastmtl.ops.order import Draw, Randomness, check_generator, draw_source, drawn_order, is_plain, random_order
 
 REDUCTIONS = ("sum", "mean")
 _NO_DRAW = Draw(0, None)
@@ -105,7 +105,8 @@ def pcgrad(
         of the gradients. NaN or inf in any task shows in the result.
 
     Raises:
-        TypeError, ValueError: as `gram` and `pcgrad_coefficients`; an unknown reduction; an `out` that does not fit.
+        TypeError, ValueError: as `gram` and `pcgrad_coefficients`; an unknown reduction; an `out` that does not fit; a
+            generator that does not, or beside an order.
         RuntimeError: `out` together with gradients that need a gradient.
 
     Differentiable in `grads`, once. Source: Yu et al. 2020, Algorithm 1.
@@ -139,7 +140,9 @@ def pcgrad(
     if source is None:
         columns = pcgrad_list_op(*rows, order, reduction, include_self)
     else:
-        columns = combine_list_fake(torch.empty(rows.num_tasks), rows.tensors, rows.index, rows.num_params)
+        columns = combine_list_fake(
+            torch.empty(rows.num_tasks, device="meta"), rows.tensors, rows.index, rows.num_params
+        )
         operate_rows(rows, order, source, columns, mean=mean, include_self=include_self)
     return with_absent(columns, rows.index, rows.num_params)
 
@@ -178,7 +181,7 @@ def pcgrad_project(
     if source is None:
         columns = pcgrad_project_list_op(*rows, order, include_self)
     else:
-        shape = torch.empty(rows.num_tasks, rows.num_tasks)
+        shape = torch.empty(rows.num_tasks, rows.num_tasks, device="meta")
         columns = combine_list_fake(shape, rows.tensors, rows.index, rows.num_params)
         operate_rows(rows, order, source, columns, project=True, include_self=include_self)
     width = len(columns) // rows.num_tasks
@@ -209,9 +212,14 @@ def check_order(order: Tensor, num_tasks: int, device: torch.device | None) -> N
         raise ValueError(f"order: expected device {device}, got {order.device}")
 
 
+def check_no_generator(generator: Randomness | None) -> None:
+    if generator is not None:
+        raise ValueError("generator: expected None beside a given order, from which nothing is drawn")
+
+
 def _check_order_values(order: Tensor, num_tasks: int) -> None:
     # looking at the values would make a GPU wait for the host
-    if order.device.type == "cpu" and order.numel():
+    if order.device.type == "cpu" and order.numel() and type(order) is Tensor:
         low, high = order.aminmax()
         if low < 0 or high >= num_tasks:
             raise ValueError(f"order: expected entries in 0..{num_tasks - 1}, got {int(low)}..{int(high)}")
@@ -226,21 +234,16 @@ def _order_or_source(
     It costs a second and third pass of the arguments through the dispatcher. `into`: the result goes into given memory.
     """
     device = rows.tensors[0].device if rows.tensors else torch.device("cpu")
+    check_generator(generator)
     if order is not None:
         check_order(order, rows.num_tasks, device if rows.tensors else None)
+        check_no_generator(generator)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in rows.tensors)
-    if recorded or not rows.tensors or torch.compiler.is_compiling() or not _plain(rows.tensors):
+    if recorded or not rows.tensors or torch.compiler.is_compiling() or not is_plain(rows.tensors):
         if order is None:
             order = random_order(rows.num_tasks, generator=generator, device=device)
         return order, _NO_DRAW if into else None
     return (None, draw_source(generator, device)) if order is None else (order, _NO_DRAW)
-
-
-def _plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are tensors with memory of their own, and no subclass or transform that must see the op."""
-    if torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 def _kernel_order(order: Tensor) -> Tensor:
