@@ -87,9 +87,10 @@ COMBINE = {4: {1: Loop(80, 100, 128), 8: Loop(128, 338, 128)}, 2: {1: Loop(71, 3
 
 def gram_slots(columns: int, num_tasks: int) -> tuple[int, int]:
     """Columns of a slot, and their number, as in csrc/cuda/plan.h."""
-    few = min(128, math.ceil(columns / 256)) if num_tasks > 16 else min(264, math.ceil(columns / 1024))
+    few = min(128 if num_tasks > 16 else 264, math.ceil(columns / (256 if num_tasks > 8 else 1024)))
     wanted = min(max(columns // (16384 if num_tasks > 16 else 4096), few), 1056)
-    each = min(math.ceil(math.ceil(columns / wanted) / 64) * 64, 65536)
+    longest = 24576 if num_tasks <= 8 else 8192 if num_tasks <= 32 else 3072
+    each = min(math.ceil(math.ceil(columns / wanted) / 64) * 64, longest)
     return each, math.ceil(columns / each)
 
 
@@ -118,7 +119,8 @@ def predict(num_tasks: int, num_params: int, itemsize: int, *, project: bool = F
     # few slots: what one block takes; many: the average
     walked = steps if waves <= 2 else loop.seconds(num_params)
     levels = 1 if slots <= 128 and t <= 16 else 2
-    gram = RAMP + max(t * row / COPY, walked) + BLOCK_SUMS + levels * LEVEL
+    sums_moved = 2 * slots * t * (t + 1) / 2 * 8  # written and read
+    gram = RAMP + max((t * row + sums_moved) / COPY, walked) + BLOCK_SUMS + levels * LEVEL
     solved = DRAW + t * VISIT / CLOCK + RESULT if solve else 0.0
 
     sums = t if project else 1

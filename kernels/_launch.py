@@ -97,11 +97,11 @@ def pointer_table(tensors: Sequence[Tensor | None]) -> Tensor:
     device = next(x.device for x in tensors if x is not None)
     addresses = [NO_POINTER if x is None else x.data_ptr() for x in tensors]
     if device.type == "cuda":
-        capturing = torch.cuda.is_current_stream_capturing()
+        captured = capturing(device)
         key = (device, torch.cuda.current_stream(device).cuda_stream, *addresses)
     else:
-        capturing, key = bool(_recorded), (device, 0, *addresses)
-    if not capturing and key in _tables:
+        captured, key = bool(_recorded), (device, 0, *addresses)
+    if not captured and key in _tables:
         _tables.move_to_end(key)
         return _tables[key]
     table = torch.empty(len(addresses), dtype=torch.int64, device=device)
@@ -118,7 +118,7 @@ def pointer_table(tensors: Sequence[Tensor | None]) -> Tensor:
             **{f"a{k}": a for k, a in enumerate(filled)},
             NONE=NO_POINTER,
         )
-    if not capturing:
+    if not captured:
         _tables[key] = table
         if len(_tables) > TABLES_KEPT:
             _tables.popitem(last=False)
@@ -134,12 +134,12 @@ def integer_table(values: Sequence[int], device: torch.device) -> Tensor:
     """`values` as int64 on the device, without waiting for it. Kept and captured as `pointer_table`'s are."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device)
-    capturing = torch.cuda.is_current_stream_capturing()
+    captured = capturing(device)
     key = (device, torch.cuda.current_stream(device).cuda_stream, "integers", *values)
-    if not capturing and key in _tables:
+    if not captured and key in _tables:
         _tables.move_to_end(key)
         return _tables[key]
-    if not capturing:
+    if not captured:
         # pinned, so that the copy is one of the stream's; its memory is not given out again before the copy is done
         table = torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
         _tables[key] = table
@@ -168,38 +168,53 @@ MAX_GROUPS = 255
 TICKETS_PER_BATCH = 256
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of this device is being captured in a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 class _Tickets:
-    """Zeroed counters; a kernel that counts with them leaves them zero."""
+    """Zeroed counters; a launch that counts with them leaves them zero."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[torch.device, int], Tensor] = {}
+        self._by_stream: dict[tuple[torch.device, int], Tensor] = {}
         self._free: dict[torch.device, list[Tensor]] = {}
-        self._zeroed: dict[torch.device, torch.cuda.Event] = {}
+        self._kept: list[Tensor] = []  # graphs hold addresses, which must stay theirs
 
-    def take(self, device: torch.device) -> Tensor:
-        """`[1 + MAX_GROUPS]` int32, of the current stream; in a CUDA graph capture of this one call for good."""
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    def take(self, device: torch.device, launches: int) -> Tensor:
+        """`[1 + MAX_GROUPS]` int32: of the current stream; in a CUDA graph capture of this one call for good.
+
+        A call of several launches gets new ones: another thread's call may come between its launches, or it may end
+        between them.
+        """
+        if launches > 1:
+            return self._zeros(1, device)[0]
+        if capturing(device):
             free = self._free.get(device)
             # without one made before the capture, zeroing it is a part of the graph
-            return free.pop() if free else torch.zeros(1 + MAX_GROUPS, dtype=torch.int32, device=device)
+            return free.pop() if free else self._zeros(1, device)[0]
         stream = 0
         if device.type == "cuda":
-            current = torch.cuda.current_stream(device)
-            stream = current.cuda_stream
-            self._prepare(device, current)
+            stream = torch.cuda.current_stream(device).cuda_stream
+            self.prepare(device)
         key = (device, stream)
-        if key not in self._kept:
-            self._kept[key] = torch.zeros(1 + MAX_GROUPS, dtype=torch.int32, device=device)
-        return self._kept[key]
+        if key not in self._by_stream:
+            self._by_stream[key] = self._zeros(1, device)[0]
+        return self._by_stream[key]
 
-    def _prepare(self, device: torch.device, stream: torch.cuda.Stream) -> None:
-        """Keeps sets for graphs that will be captured, on whatever stream: those wait for their zeros on the device."""
-        if len(self._free.get(device, ())) < TICKETS_PER_BATCH // 2:
-            batch = torch.zeros(TICKETS_PER_BATCH, 1 + MAX_GROUPS, dtype=torch.int32, device=device)
-            self._zeroed[device] = stream.record_event()
-            self._free[device] = list(batch.unbind(0))
-        elif (device, stream.cuda_stream) not in self._kept:
-            stream.wait_event(self._zeroed[device])
+    def prepare(self, device: torch.device) -> None:
+        """Sets for the graphs that will be captured: torch synchronises before it captures."""
+        free = self._free.setdefault(device, [])
+        if len(free) < TICKETS_PER_BATCH // 2:
+            self._kept.append(self._zeros(TICKETS_PER_BATCH, device))
+            free.extend(self._kept[-1].unbind(0))
+
+    @staticmethod
+    def _zeros(count: int, device: torch.device) -> Tensor:
+        return torch.zeros(count, 1 + MAX_GROUPS, dtype=torch.int32, device=device)
 
 
 tickets = _Tickets()

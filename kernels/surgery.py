@@ -206,7 +206,7 @@ def _launch_gram(
         "p_parts": parts,
         "p_sums": sums,
         "p_gram": out,
-        "p_tickets": tickets.take(out.device),
+        "p_tickets": tickets.take(out.device, len(groups)),
         "num_parts": num_parts,
         "group_size": group_size,
         "TP": padded,

@@ -473,3 +473,28 @@ def test_autocast_does_not_lower_the_precision(backend: str) -> None:
     for x, y in zip(got, expected, strict=True):
         assert x.dtype == torch.float32
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_out_may_be_a_row_but_not_overlap_one(backend: Backend) -> None:
+    weights = torch.tensor([1.0, 2.0, -1.0])
+    memory = torch.arange(3 * 7 + 20, dtype=torch.float32)
+    rows = memory[:21].view(3, 7)
+    apart = memory.as_strided((3, 7), (10, 1))  # with room between the rows
+    overlapping = [
+        (rows, memory[1:8], 0),
+        (rows, memory[6:13], 0),
+        (rows, memory[15:22], 2),
+        (apart, memory[8:15], 1),
+        (memory[:21].view(7, 3).mT, memory[0:7], 0),
+        (memory[:1].expand(3, 7), memory[0:7], 0),
+    ]
+    for grads, out, row in overlapping:
+        with pytest.raises(ValueError, match=f"out: overlaps row {row} of the gradients"):
+            combine(weights, grads, out=out)
+        with pytest.raises(ValueError, match=f"out: overlaps row {row} of the gradients"):
+            ops.pcgrad(grads, torch.zeros(3, 1, dtype=torch.int64), out=out)
+    for grads, out in ((rows, memory[7:14]), (rows, memory[21:28]), (apart, memory[10:17]), (apart, memory[27:34])):
+        saved = memory.clone()
+        expected = weights @ grads
+        assert torch.equal(combine(weights, grads, out=out), expected)
+        memory.copy_(saved)

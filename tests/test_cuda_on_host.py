@@ -102,6 +102,21 @@ def test_gram_as_it_is_planned(case: BankCase) -> None:
     cases.assert_gram(m, cases.bank64(case), [case.dtype], 1.0)
 
 
+# `longest_slot` of csrc/cuda/plan.h
+LONGEST = {2: 24576, 8: 24576, 12: 8192, 20: 8192, 64: 3072}
+
+
+@pytest.mark.parametrize("num_tasks", LONGEST)
+def test_equal_products_in_the_longest_slot(num_tasks: int) -> None:
+    """Every addition to a float32 sum then errs the same way, in every thread: nothing averages out."""
+    value = 1.1 + torch.arange(num_tasks, dtype=torch.float64) / 7
+    bank = value.float()[:, None].expand(num_tasks, LONGEST[num_tasks]).contiguous()
+    cut = Cut(LONGEST[num_tasks], 0)
+    m = host.gram(host.bank_gradients(bank), cut)
+    assert cut.slots == 1
+    cases.assert_gram(m, bank.double(), [torch.float32], 2.0)
+
+
 HOST_LISTS = [
     *(ListCase(k, 3, d) for k in cases.LIST_SHAPES if k not in ("huge", "large") for d in cases.DTYPES),
     *(ListCase(kind, t) for kind in ("dense", "nones", "mixed_layouts") for t in (1, 2, 8, 16, 17, 33)),

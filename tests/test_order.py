@@ -11,13 +11,14 @@ from cases import BankCase, ListCase, random_gradients
 from conftest import Backend
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastmtl
 import fastmtl.optim
 from fastmtl import methods
 from fastmtl.ops import gram, order_state, pcgrad, pcgrad_project, random_order, reference
-from fastmtl.ops.order import NUMBERS_PER_COUNT, Draw, draw_source, drawn_order
+from fastmtl.ops.order import NUMBERS_PER_COUNT, Draw, _ReplayCounters, draw_source, drawn_order
 from fastmtl.ops.pcgrad import operate_rows
 
 MASK = (1 << 64) - 1
@@ -276,3 +277,30 @@ def test_drawing_needs_no_device_values() -> None:
     source = draw_source(None, torch.device("meta"))
     assert source.state is None
     assert drawn_order(source, 4, torch.device("meta")).shape == (4, 4)
+
+
+def test_tracing_keeps_the_op() -> None:
+    grads, order = torch.randn(3, 20), cases.random_order(3)
+    for call in (pcgrad, pcgrad_project):
+        traced = torch.jit.trace(lambda g, call=call: call(g, order), (grads,), check_trace=False)
+        other = torch.randn(3, 20)
+        torch.testing.assert_close(traced(other), call(other, order))
+
+
+def test_counters_of_graphs_stay_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are taken: a graph holds their addresses."""
+    monkeypatch.setattr(_ReplayCounters, "SIZE", 8)
+    counters, device = _ReplayCounters(), torch.device("cpu")
+    storages, addresses = [], set()
+    for _ in range(5):
+        counters.prepare(device)
+        for _ in range(3):
+            taken = counters.take(device)
+            assert taken.tolist() == [0, 0]
+            addresses.add(taken.data_ptr())
+            storages.append(StorageWeakRef(taken.untyped_storage()))
+            del taken
+    assert len(addresses) == 15
+    assert not any(storage.expired() for storage in storages)
+    with pytest.raises(RuntimeError, match="run the step once before the capture"):
+        _ReplayCounters().take(device)

@@ -14,16 +14,22 @@ struct Slots {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The longest slot: so that no float32 sum has more than some hundred additions. Of gradients whose products are all
+// equal each addition errs the same way, by up to half a unit, which no later sum averages out.
+inline int64_t longest_slot(int T) { return T <= 8 ? 24576 : T <= 32 ? 8192 : 3072; }
+
 // counted columns (see grads.cuh) of one launch
 inline Slots gram_slots(int64_t columns, int T) {
-  // few columns: one wave of blocks, of which two fit on a multiprocessor, or of the tensor core kernel one; many: small
-  // slots enough that the last ones end together, but never so long that one thread's float32 sums lose digits
-  constexpr int64_t kMany = 1056, kLongest = 65536;
-  const bool mma = T > 16;
-  const int64_t few = std::min<int64_t>(mma ? 128 : 264, ceil_div(columns, mma ? 256 : 1024));
-  const int64_t wanted = std::clamp(columns / (mma ? 16384 : 4096), std::max<int64_t>(few, 1), kMany);
-  const int64_t each = ceil_div(std::max<int64_t>(ceil_div(columns, wanted), 1), 64) * 64;
-  return {std::min(each, kLongest), std::max<int64_t>(ceil_div(columns, std::min(each, kLongest)), 1)};
+  // few columns: one wave of blocks, of which two fit on a multiprocessor, or with more tasks one; many: small slots
+  // enough that the last ones end together
+  constexpr int64_t kMany = 1056;
+  const bool many_tasks = T > 16;
+  const int64_t shortest = T > 8 ? 256 : 1024;  // a few steps of a block
+  const int64_t few = std::min<int64_t>(many_tasks ? 128 : 264, ceil_div(columns, shortest));
+  const int64_t wanted = std::clamp(columns / (many_tasks ? 16384 : 4096), std::max<int64_t>(few, 1), kMany);
+  const int64_t even = ceil_div(std::max<int64_t>(ceil_div(columns, wanted), 1), 64) * 64;
+  const int64_t each = std::min(even, longest_slot(T));
+  return {each, std::max<int64_t>(ceil_div(columns, each), 1)};
 }
 
 inline Slots combine_slots(int64_t columns) {

@@ -42,6 +42,7 @@ bool is_capturing(cudaStream_t stream) {
 
 constexpr int kTickets = 256;  // counters in a set
 constexpr int kSets = 2048;
+constexpr int kSetsForStreams = 256;  // that graphs leave
 
 // the sets of one device, zeroed once
 struct TicketArena {
@@ -103,36 +104,37 @@ State& state() {
 
 }  // namespace
 
-unsigned* tickets(int device, cudaStream_t stream) {
-  State& s = state();
-  const std::lock_guard<std::mutex> lock(s.mutex);
-  const bool capturing = is_capturing(stream);
-  auto found = s.arenas.find(device);
+Tickets tickets(int device, cudaStream_t stream, size_t launches) {
   constexpr int64_t kSetBytes = kTickets * sizeof(unsigned);
-  if (found == s.arenas.end() && !capturing) {
-    TicketArena arena{workspace(device, kSets * kSetBytes), nullptr};
-    check(cudaMemsetAsync(arena.memory.mutable_data_ptr(), 0, kSets * kSetBytes, stream), "tickets");
-    check(cudaEventCreateWithFlags(&arena.zeroed, cudaEventDisableTiming), "tickets");
-    check(cudaEventRecord(arena.zeroed, stream), "tickets");
-    found = s.arenas.emplace(device, std::move(arena)).first;
+  if (launches == 1) {
+    State& s = state();
+    const std::lock_guard<std::mutex> lock(s.mutex);
+    const bool capturing = is_capturing(stream);
+    auto found = s.arenas.find(device);
+    if (found == s.arenas.end() && !capturing) {
+      TicketArena arena{workspace(device, kSets * kSetBytes), nullptr};
+      check(cudaMemsetAsync(arena.memory.mutable_data_ptr(), 0, kSets * kSetBytes, stream), "tickets");
+      check(cudaEventCreateWithFlags(&arena.zeroed, cudaEventDisableTiming), "tickets");
+      check(cudaEventRecord(arena.zeroed, stream), "tickets");
+      found = s.arenas.emplace(device, std::move(arena)).first;
+    }
+    auto set = [&](int k) { return static_cast<unsigned*>(found->second.memory.mutable_data_ptr()) + k * kTickets; };
+    if (!capturing) {
+      auto& by_stream = found->second.by_stream;
+      const auto mine = by_stream.find(stream);
+      if (mine != by_stream.end()) return {set(mine->second), std::nullopt};
+      if (found->second.used < kSets) {
+        check(cudaStreamWaitEvent(stream, found->second.zeroed), "tickets");
+        return {set(by_stream[stream] = found->second.used++), std::nullopt};
+      }
+    } else if (found != s.arenas.end() && found->second.used < kSets - kSetsForStreams) {
+      return {set(found->second.used++), std::nullopt};
+    }
   }
-  auto set = [&](int k) { return static_cast<unsigned*>(found->second.memory.mutable_data_ptr()) + k * kTickets; };
-  if (!capturing) {
-    auto& by_stream = found->second.by_stream;
-    const auto mine = by_stream.find(stream);
-    if (mine != by_stream.end()) return set(mine->second);
-    check(cudaStreamWaitEvent(stream, found->second.zeroed), "tickets");
-    STD_TORCH_CHECK(found->second.used < kSets, "fastmtl: too many CUDA streams and captured graphs on device ",
-                    device);
-    return set(by_stream[stream] = found->second.used++);
-  }
-  if (found != s.arenas.end() && found->second.used < kSets - 256) return set(found->second.used++);
-  // no set is left for a graph: it gets memory of its own, and zeroes it at each replay
-  static std::list<Tensor>* const kept = new std::list<Tensor>;
-  kept->push_back(workspace(device, kSetBytes));
-  auto* own = static_cast<unsigned*>(kept->back().mutable_data_ptr());
-  check(cudaMemsetAsync(own, 0, kSetBytes, stream), "tickets of a graph");
-  return own;
+  Tensor memory = workspace(device, kSetBytes);
+  auto* counters = static_cast<unsigned*>(memory.mutable_data_ptr());
+  check(cudaMemsetAsync(counters, 0, kSetBytes, stream), "tickets");
+  return {counters, memory};
 }
 
 Tensor device_table(int device, cudaStream_t stream, const std::vector<int64_t>& words) {

@@ -54,7 +54,8 @@ void gram(const std::vector<Part>& parts, Tensor* out, const Solve& solve, int d
   GramPlan plan = plan_gram(parts, slots, slots_per_group(parts[0].grads.num_tasks, total));
   const Tensor memory = workspace(device, 8 * plan.words);
   plan.use_memory(static_cast<double*>(memory.mutable_data_ptr()));
-  plan.params.tickets = tickets(device, stream);
+  const Tickets taken = tickets(device, stream, parts.size());
+  plan.params.tickets = taken.counters;
   plan.params.solve = solve;
   if (out != nullptr) {
     plan.params.gram = out->mutable_data_ptr();

@@ -189,6 +189,8 @@ def read_out_bank(out: Any, shape: torch.Size, grads: Tensor) -> list[Tensor]:
         raise ValueError(f"out: expected rows that don't overlap, got strides {list(out.stride())}")
     if out.dim() == 2 and out.shape[0] > 1:
         _check_apart([out], [grads])
+    else:
+        _check_row_or_apart(out.reshape(-1), grads)
     return [out]
 
 
@@ -226,6 +228,19 @@ def read_out_lists(out: Any, count: int, rows: Rows) -> list[Tensor]:
             if x.numel() and held.get(x.data_ptr(), i) != i:
                 raise ValueError(f"out[{i}]: is the gradient of parameter {held[x.data_ptr()]}, which is still needed")
     return found
+
+
+def _check_row_or_apart(out: Tensor, grads: Tensor) -> None:
+    """One sum may be written over a whole row, element by element, but over nothing else that is still read."""
+    same_storage = out.untyped_storage().data_ptr() == grads.untyped_storage().data_ptr()
+    if not same_storage or out.numel() == 0 or grads.numel() == 0:
+        return
+    first, last = out.storage_offset(), out.storage_offset() + out.shape[0]
+    steps = 1 if out.shape[0] == 1 else grads.stride(1)
+    for t in range(grads.shape[0]):
+        start = grads.storage_offset() + t * grads.stride(0)
+        if (start != first or steps != 1) and start < last and first <= start + steps * (out.shape[0] - 1):
+            raise ValueError(f"out: overlaps row {t} of the gradients, which is still needed, without being that row")
 
 
 def _check_apart(out: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

@@ -123,6 +123,8 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether these are tensors with memory of their own, and no subclass, mode or transform that must see the ops."""
     if torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
         return False
+    if torch.jit.is_tracing():
+        return False
     return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
@@ -180,10 +182,13 @@ class _ReplayCounters:
 
     def __init__(self) -> None:
         self._free: dict[torch.device, list[Tensor]] = {}
+        self._kept: list[Tensor] = []  # graphs hold addresses, which must stay theirs
 
     def prepare(self, device: torch.device) -> None:
-        if len(self._free.get(device, ())) < self.SIZE // 2:
-            self._free[device] = list(torch.zeros(self.SIZE, 2, dtype=torch.int64, device=device).unbind(0))
+        free = self._free.setdefault(device, [])
+        if len(free) < self.SIZE // 2:
+            self._kept.append(torch.zeros(self.SIZE, 2, dtype=torch.int64, device=device))
+            free.extend(self._kept[-1].unbind(0))
 
     def take(self, device: torch.device) -> Tensor:
         free = self._free.get(device)
@@ -202,7 +207,9 @@ def _replay_counter(device: torch.device) -> Tensor | None:
     """None outside of a CUDA graph capture."""
     if device.type != "cuda":
         return None
-    if torch.cuda.is_current_stream_capturing():
+    with torch.cuda.device(device):  # of whose stream the question is
+        capturing = torch.cuda.is_current_stream_capturing()
+    if capturing:
         return _replay_counters.take(device)
     _replay_counters.prepare(device)
     return None

@@ -239,7 +239,8 @@ def _order_or_source(
         check_order(order, rows.num_tasks, device if rows.tensors else None)
         check_no_generator(generator)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in rows.tensors)
-    if recorded or not rows.tensors or torch.compiler.is_compiling() or not is_plain(rows.tensors):
+    seen = [*rows.tensors, *(x for x in (order, generator) if isinstance(x, Tensor))]
+    if recorded or not rows.tensors or torch.compiler.is_compiling() or not is_plain(seen):
         if order is None:
             order = random_order(rows.num_tasks, generator=generator, device=device)
         return order, _NO_DRAW if into else None

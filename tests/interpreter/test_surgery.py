@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import BankCase, ListCase
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastmtl
 from fastmtl import _backend
@@ -38,7 +39,7 @@ def triton_backend() -> Iterator[None]:
     with fastmtl.use_backend("triton"):
         yield
     # what counts arrivals is left as the next launch needs it
-    assert all(not kept.any() for kept in _launch.tickets._kept.values())
+    assert all(not kept.any() for kept in _launch.tickets._by_stream.values())
 
 
 @pytest.fixture
@@ -430,3 +431,40 @@ def test_the_same_bits_twice(case: BankCase, small_parts: None) -> None:
     grads, order = case.make(), cases.random_order(case.num_tasks)
     assert torch.equal(gram(grads), gram(grads.clone()))
     assert torch.equal(pcgrad(grads, order), pcgrad(grads.clone(), order))
+
+
+def test_tickets_of_graphs_stay_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_launch, "TICKETS_PER_BATCH", 4)
+    made, device = _launch._Tickets(), torch.device("cpu")
+    addresses, storages = set(), []
+    for _ in range(4):
+        made.prepare(device)
+        for _ in range(2):
+            taken = made._free[device].pop()
+            addresses.add(taken.data_ptr())
+            storages.append(StorageWeakRef(taken.untyped_storage()))
+            del taken
+    assert len(addresses) == 8
+    assert not any(storage.expired() for storage in storages)
+
+
+def test_a_call_that_stops_between_its_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves nothing behind that a later call could stumble over."""
+    mixed = ListCase("mixed_dtypes", 3, torch.float64).make()
+    bank = BankCase(3, 300).make()
+    expected = gram(mixed), gram(bank)
+    launched = []
+
+    def stops(fn: Any, *args: Any, **kwargs: Any) -> None:
+        launched.append(fn)
+        if len(launched) == 2:
+            raise KeyboardInterrupt
+        _launch.launch(fn, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, "launch", stops)
+        with pytest.raises(KeyboardInterrupt):
+            gram(mixed)
+    assert len(launched) == 2
+    assert torch.equal(gram(mixed), expected[0])
+    assert torch.equal(gram(bank), expected[1])
