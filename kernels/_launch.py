@@ -88,6 +88,25 @@ def pointer_table_kernel(
             tl.store(p_table + first + k, tl.where(address == NONE, 0, address))
 
 
+def _written_by_launches(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 on the device, which travel as kernel arguments."""
+    table = torch.empty(len(values), dtype=torch.int64, device=device)
+    for first in range(0, len(values), POINTERS_PER_LAUNCH):
+        part = list(values[first : first + POINTERS_PER_LAUNCH])
+        filled = part + [NO_POINTER] * (POINTERS_PER_LAUNCH - len(part))
+        launch(
+            pointer_table_kernel,
+            (1,),
+            num_warps=1,
+            p_table=table,
+            first=first,
+            count=len(part),
+            **{f"a{k}": a for k, a in enumerate(filled)},
+            NONE=NO_POINTER,
+        )
+    return table
+
+
 def pointer_table(tensors: Sequence[Tensor | None]) -> Tensor:
     """Addresses as an int64 tensor on the device; 0 for None.
 
@@ -104,20 +123,7 @@ def pointer_table(tensors: Sequence[Tensor | None]) -> Tensor:
     if not captured and key in _tables:
         _tables.move_to_end(key)
         return _tables[key]
-    table = torch.empty(len(addresses), dtype=torch.int64, device=device)
-    for first in range(0, len(addresses), POINTERS_PER_LAUNCH):
-        part = addresses[first : first + POINTERS_PER_LAUNCH]
-        filled = part + [NO_POINTER] * (POINTERS_PER_LAUNCH - len(part))
-        launch(
-            pointer_table_kernel,
-            (1,),
-            num_warps=1,
-            p_table=table,
-            first=first,
-            count=len(part),
-            **{f"a{k}": a for k, a in enumerate(filled)},
-            NONE=NO_POINTER,
-        )
+    table = _written_by_launches(addresses, device)
     if not captured:
         _tables[key] = table
         if len(_tables) > TABLES_KEPT:
@@ -146,21 +152,7 @@ def integer_table(values: Sequence[int], device: torch.device) -> Tensor:
         if len(_tables) > TABLES_KEPT:
             _tables.popitem(last=False)
         return table
-    table = torch.empty(len(values), dtype=torch.int64, device=device)
-    for first in range(0, len(values), POINTERS_PER_LAUNCH):
-        part = list(values[first : first + POINTERS_PER_LAUNCH])
-        filled = part + [NO_POINTER] * (POINTERS_PER_LAUNCH - len(part))
-        launch(
-            pointer_table_kernel,
-            (1,),
-            num_warps=1,
-            p_table=table,
-            first=first,
-            count=len(part),
-            **{f"a{k}": a for k, a in enumerate(filled)},
-            NONE=NO_POINTER,
-        )
-    return table
+    return _written_by_launches(values, device)
 
 
 # groups of programs whose last one is found by a ticket, and one ticket more for the groups
