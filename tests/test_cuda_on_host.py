@@ -24,7 +24,7 @@ from fastmtl.ops.order import Draw, drawn_order, order_state
 
 SCHEDULES = (FORWARD, REVERSE, 2, 3)
 SMALLEST = {dtype: 2.0**-25 if dtype == torch.float16 else 0.0 for dtype in cases.DTYPES}
-# the edges of what each kernel takes: 2, 4, 8, 16 rows on CUDA cores; 32, 48, 64 rows and bands of 32 on tensor cores
+# the edges of what each kernel takes: 2, 4, 8 rows on CUDA cores; 16, 32, 48, 64 rows, bands of 32 on tensor cores
 FEW_TASKS = tuple(range(1, 18))
 MANY_TASKS = (24, 32, 33, 48, 50, 64, 65, 96, 97, 128)
 

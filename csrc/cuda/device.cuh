@@ -124,8 +124,8 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t
   FASTMTL_MMA("m16n8k16", "f16");
 }
 #undef FASTMTL_MMA
-// d += a b in float64. A is 8 x 4, B is 4 x 8: lane 4 g + t holds A[g][t], B[t][g], and of D the columns 2 t and 2 t +
-// 1 of row g
+// d += a b in float64. A is 8 x 4, B is 4 x 8: lane 4 g + t holds A[g][t], B[t][g] and, of row g of D, the columns 2 t
+// and 2 t + 1
 __device__ inline void mma(double (&d)[2], double a, double b) {
   asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
       : "+d"(d[0]), "+d"(d[1])

@@ -11,8 +11,7 @@ struct GramParams {
   Grads grads;
   int64_t columns_per_slot;
   // partial sums, one row of T (T + 1) / 2 per slot: M[i][j], i <= j, row by row. The slots of all launches of one call
-  // (one per dtype) are counted through, and cut into groups of which each has a ticket; the last ticket is the
-  // groups'.
+  // (one per dtype) are counted through, and cut into groups: a ticket for each, and one more for the groups.
   double* partial;
   double* group_partial;
   unsigned* tickets;
@@ -20,7 +19,7 @@ struct GramParams {
   int slots_per_group, num_groups;
   int blocks_per_slot;
   double* more;  // 2 T^2, for the solver
-  void* gram;    // the result, or null
+  void* gram;    // the result
   bool gram_is_double;
   Solve solve;
 };
@@ -85,7 +84,6 @@ __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, S
     while (entry >= T - i) entry -= T - i++;
     const int j = i + entry;
     scratch.gram[i * T + j] = scratch.gram[j * T + i] = sum;
-    if (p.gram == nullptr) return;
     if (p.gram_is_double) {
       auto* out = static_cast<double*>(p.gram);
       out[i * T + j] = out[j * T + i] = sum;

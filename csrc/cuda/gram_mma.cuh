@@ -106,8 +106,7 @@ struct Tile<double> {
   }
 };
 
-// kGroups groups of 8 rows. Up to 64 tasks a block takes all of them; beyond, a block takes two of the bands of 32
-// rows.
+// kGroups groups of 8 rows. Up to 64 tasks a block takes all of them; beyond, two of the bands of 32 rows.
 template <class In, int kGroups>
 struct MmaShape {
   using Acc = typename Accumulator<In>::type;

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <array>
 #include <optional>
 #include <string>
 
@@ -43,8 +42,8 @@ Parts read_parts(const Rows& rows, bool is_bank, int device, cudaStream_t stream
   return result;
 }
 
-// The Gram matrix into `out` (if any), then the T x T problem, in one launch per dtype.
-void gram(const std::vector<Part>& parts, Tensor* out, const Solve& solve, int device, cudaStream_t stream) {
+// The Gram matrix into `out`, then the T x T problem, if it is wanted, in one launch per dtype.
+void gram(const std::vector<Part>& parts, Tensor& out, const Solve& solve, int device, cudaStream_t stream) {
   std::vector<Slots> slots;
   int64_t total = 0;
   for (const Part& part : parts) {
@@ -57,10 +56,8 @@ void gram(const std::vector<Part>& parts, Tensor* out, const Solve& solve, int d
   const Tickets taken = tickets(device, stream, parts.size());
   plan.params.tickets = taken.counters;
   plan.params.solve = solve;
-  if (out != nullptr) {
-    plan.params.gram = out->mutable_data_ptr();
-    plan.params.gram_is_double = dtype_of(*out) == DType::f64;
-  }
+  plan.params.gram = out.mutable_data_ptr();
+  plan.params.gram_is_double = dtype_of(out) == DType::f64;
   for_each_launch(plan, parts, [&](DType dtype, const GramParams& p, int count) {
     launch_gram(dtype, p, count, stream);
     check(cudaGetLastError(), "gram launch");
@@ -116,7 +113,7 @@ void gram_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& ind
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const Rows rows = read_rows(tensors, index, num_tasks, num_params, {});
-  gram(read_parts(rows, index.empty(), device, stream).parts, &out, Solve{}, device, stream);
+  gram(read_parts(rows, index.empty(), device, stream).parts, out, Solve{}, device, stream);
 }
 
 void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::vector<int64_t>& index,
@@ -196,7 +193,7 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
   const Rows rows = read_rows(tensors, index, num_tasks, num_params, out);
   check_outputs(rows, num_out);
   const Parts read = read_parts(rows, index.empty(), device, stream);
-  gram(read.parts, &gram_out, s, device, stream);
+  gram(read.parts, gram_out, s, device, stream);
   combine(read.parts, s.result, stream);
 }
 
