@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,9 @@ _PARTS = frozenset({"SelectBackward0", "SliceBackward0", "IndexBackward0", "Inde
 _SPLITS = frozenset({"UnbindBackward0", "SplitBackward0", "SplitWithSizesBackward0", "UnsafeSplitBackward0"})
 
 
+Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
+
+
 class Reach(NamedTuple):
     """Sets of tasks are bit masks: bit t stands for task t."""
 
@@ -38,10 +41,11 @@ class Reach(NamedTuple):
     compiled: int  # tasks that go through a compiled graph together with another task
     entangled: int  # tasks whose losses are elements of one vector that can't be followed to separate scalars
     joined: int  # tasks that take different parts of one tensor joined by cat or stack
+    crossed: dict[Edge, int]  # edge in `cut` -> tasks that arrive at it
 
 
-def reach(losses: Sequence[Tensor | None]) -> Reach:
-    """One pass over the graphs of all losses: O(nodes + edges), without recursion.
+def reach(losses: Sequence[Tensor | None], cut: Collection[Edge] = ()) -> Reach:
+    """One pass over the graphs of all losses: O(nodes + edges), without recursion. Edges in `cut` are not followed.
 
     A loss that is an element of a vector made by `torch.stack` or `torch.cat` of scalars (perhaps scaled since,
     by constants) is followed to its own scalar. Of other vectors all elements reach all leaves: `entangled`.
@@ -61,20 +65,51 @@ def reach(losses: Sequence[Tensor | None]) -> Reach:
         if not clear:
             unclear[path[0]] = unclear.get(path[0], 0) | 1 << t
 
+    found, inner = _spread(masks, cut)
+    for mask in inner.union(vectors.values()):
+        for t in tasks_of(mask):
+            found.overlap[t] |= mask & ~(1 << t)
+    entangled = 0
+    for mask in unclear.values():
+        if _several(mask):
+            entangled |= mask
+    return found._replace(overlap=found.overlap[: len(losses)], entangled=entangled)
+
+
+def reach_from(starts: Mapping[Edge, int]) -> tuple[Reach, set[Edge]]:
+    """What tasks reach through given edges, and which of these edges lie behind another of them."""
+    masks: dict[Any, int] = {}
+    for (node, _), mask in starts.items():
+        masks[node] = masks.get(node, 0) | mask
+    found, _ = _spread(masks, starts.keys(), through=True)
+    return found, {edge for edge in starts if edge in found.crossed}
+
+
+def _spread(masks: dict[Any, int], cut: Collection[Edge], *, through: bool = False) -> tuple[Reach, set[int]]:
+    """Hands the sets of tasks on from the nodes in `masks`, to which it adds; and the sets of all inner nodes.
+
+    `through`: edges in `cut` are followed, and noted all the same.
+    """
     edges: dict[Any, list[Any]] = {}
+    crossing: dict[Any, list[Edge]] = {}
     parents: dict[Any, int] = {}
     todo = list(masks)
     while todo:
         node = todo.pop()
         if node in edges:
             continue
-        edges[node] = children = [child for child, _ in node.next_functions if child is not None]
+        pairs = [pair for pair in node.next_functions if pair[0] is not None]
+        if cut and (met := [pair for pair in pairs if pair in cut]):
+            crossing[node] = met
+            pairs = pairs if through else [pair for pair in pairs if pair not in cut]
+        edges[node] = children = [child for child, _ in pairs]
         for child in children:
             parents[child] = parents.get(child, 0) + 1
             todo.append(child)
 
     # a node is passed once all of its parents were, so every mask is complete when it is handed on
     leaves: dict[Tensor, int] = {}
+    crossed: dict[Edge, int] = {}
     inner: set[int] = set()
     compiled = joined = 0
     parts: dict[Any, tuple[bool, set[int]]] = {}  # join -> only parts of it are taken; by which tasks each
@@ -87,6 +122,8 @@ def reach(losses: Sequence[Tensor | None]) -> Reach:
             leaves[node.variable] = mask
             continue
         inner.add(mask)
+        for edge in crossing.get(node, ()):
+            crossed[edge] = crossed.get(edge, 0) | mask
         if "CompiledFunctionBackward" in kind and _several(mask):
             compiled |= mask
         if kind in _JOINS and _several(mask):
@@ -104,15 +141,7 @@ def reach(losses: Sequence[Tensor | None]) -> Reach:
             if not parents[child]:
                 ready.append(child)
 
-    overlap = [0] * len(losses)
-    for mask in inner.union(vectors.values()):
-        for t in tasks_of(mask):
-            overlap[t] |= mask & ~(1 << t)
-    entangled = 0
-    for mask in unclear.values():
-        if _several(mask):
-            entangled |= mask
-    return Reach(leaves, overlap, compiled, entangled, joined)
+    return Reach(leaves, [0] * MAX_TASKS, compiled, 0, joined, crossed), inner
 
 
 def tasks_of(mask: int) -> list[int]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmtl import methods
+from fastmtl import _features, methods
 from fastmtl._graph import names_of, reach, read_loss_scale, read_losses
 from fastmtl._library import without_autocast
 from fastmtl._marks import Params, describe, is_per_task, read_params
+from fastmtl._passes import gradients, read_chunk_size
 from fastmtl.methods import Weighting
 from fastmtl.ops._rows import FLOAT_DTYPES, Rows, present_params
 from fastmtl.ops.combine import combine_into
@@ -28,10 +29,11 @@ class Surgery:
 
     Attributes:
         gram: `[T, T]` Gram matrix of the shared parameters' gradients, float32 (float64 for float64 gradients),
-            already divided by `loss_scale**2`. Zero for absent tasks.
+            already divided by `loss_scale**2`. Zero for absent tasks. After `backward(features=)` it is the features'
+            gradients that this, the cosines, conflicts and norms are about.
         weights: `[T]` float64 (what a callable returned, for one): the update of the shared parameters is
-            `sum_t weights[t] * g_t`. 0 for absent tasks. Where no parameter is shared the method is not asked: every
-            present task has weight 1.
+            `sum_t weights[t] * g_t`, where g_t are their own gradients in any case. 0 for absent tasks. Where no
+            parameter is shared the method is not asked: every present task has weight 1.
         names: the T task names.
         present: per task, whether it had a loss (or a gradient, in a bank).
     """
@@ -56,7 +58,8 @@ class Surgery:
         return self.gram < 0  # a diagonal entry is a squared norm
 
     def grad_norm(self) -> Tensor:
-        """0-d float64: norm of the shared parameters' update, `sqrt(w^T M w)`, without the loss scale."""
+        """0-d float64: norm of the shared parameters' update (with `features=`: of the gradient that enters the
+        trunk), `sqrt(w^T M w)`, without the loss scale."""
         w = self.weights.to(torch.float64)
         return (w @ self.gram.to(torch.float64) @ w).clamp(min=0).sqrt()
 
@@ -88,7 +91,8 @@ def backward(
     shared: Params | None = None,
     method: str | Weighting = "pcgrad",
     retain_graph: bool = False,
-    features: Any = None,
+    features: Tensor | Sequence[Tensor] | None = None,
+    chunk_size: int | None = None,
     loss_scale: float | Tensor | None = None,
     groups: Any = None,
     process_group: Any = None,
@@ -117,29 +121,44 @@ def backward(
         retain_graph: keep the graphs for a further backward pass.
         loss_scale: what the losses were multiplied by (`scaler.get_scale()`, or better a device tensor): the
             method sees the Gram matrix divided by its square. The result stays scaled like the losses.
-        features, groups, process_group: not available yet.
+        features: the shared representation: a tensor, or an iterable of tensors (which may depend on each other, as
+            the stages of a backbone), of any shape, float64, 32, 16 or bfloat16, that every loss goes through. T
+            passes then stop there, `method` sees the Gram matrix of the gradients with respect to the features, and
+            one pass takes their weighted sum through the trunk: exactly `sum_t weights[t] * g_t` of the shared
+            parameters, with weights that are an approximation (docs/training-loops.md says what holds). Shared
+            parameters must lie behind the features, and be reached through them alone. Those behind them that are
+            not shared (outside `shared`, marked, reached by one loss) get the plain sum, for one more pass.
+        chunk_size: how many backward passes to run at once (`torch.autograd.grad` with `is_grads_batched`, which is
+            `vmap`). None or 1: one at a time. Equal up to rounding; more memory, and no custom function or
+            compiled graph that vmap can't batch.
+        groups, process_group: not available yet.
 
     Returns:
         A `Surgery`: Gram matrix, weights, cosines, conflicts.
 
     Raises:
-        TypeError: losses that are not floating-point tensors; shared parameters of other dtypes than float64, 32, 16
-            and bfloat16, complex parameters, a sparse gradient of a shared parameter; a method that returns no
-            floating-point tensor.
+        TypeError: losses that are not floating-point tensors; shared parameters or features of other dtypes than
+            float64, 32, 16 and bfloat16, complex parameters, a sparse gradient of a shared parameter; a method that
+            returns no floating-point tensor; `chunk_size` no int.
         ValueError: no loss, more than 128, a loss that is not a scalar or needs no gradient; no parameter reached;
             reach that can't be read without `shared`; shared parameters on several devices; weights of the wrong
-            length; an unknown method.
-        RuntimeError: in a process group of several ranks, which would silently diverge; what autograd raises.
-        NotImplementedError: `features`, `groups` or `process_group` are given.
+            length; an unknown method. `features` that are leaves, need no gradient, are on several devices or that
+            a loss does not reach; a shared parameter that a loss reaches past them. `chunk_size` below 1.
+        RuntimeError: in a process group of several ranks, which would silently diverge; what autograd raises; what
+            vmap can't batch; a compiled graph with donated buffers (see below).
+        NotImplementedError: `groups` or `process_group` are given.
         Nothing has been written to any `.grad` when one of these is raised.
 
     A non-finite gradient in any task shows in `.grad`, so that `GradScaler` skips the step. Peak extra memory: the
-    T gradients of the shared parameters; the result is written into the first of them where nobody else holds it.
-    Hooks on a parameter run once per task; hooks after accumulation (`register_post_accumulate_grad_hook`) don't
-    run. Graphs compiled by inductor with donated buffers refuse a second backward pass: set
-    `torch._functorch.config.donated_buffer = False`, or use `GradientBank`.
+    T gradients of the shared parameters (with `features`: of the features); the result is written into the first of
+    them where nobody else holds it. Hooks on a parameter run once per pass that reaches it: for each task (with
+    `features` once, with `chunk_size` once per chunk, on a batch of gradients). Hooks after accumulation
+    (`register_post_accumulate_grad_hook`) don't run. Graphs compiled by inductor with donated buffers refuse a second
+    backward pass: set `torch._functorch.config.donated_buffer = False` before their first call, pass `features=`
+    where the trunk alone is compiled, or use `GradientBank`.
 
-    Source: the shared/own split and PCGrad, Yu et al. 2020, Algorithm 1.
+    Source: the shared/own split and PCGrad, Yu et al. 2020, Algorithm 1; the gradient of the representation, Sener
+    and Koltun 2018, *Multi-Task Learning as Multi-Objective Optimization*, section 3.3.
 
     Example:
         >>> trunk, heads = torch.nn.Linear(4, 8), torch.nn.ModuleList(torch.nn.Linear(8, 1) for _ in range(2))
@@ -148,10 +167,20 @@ def backward(
         >>> surgery.weights
         tensor([1., 1.], dtype=torch.float64)
     """
-    for name, value in (("features", features), ("groups", groups), ("process_group", process_group)):
+    for name, value in (("groups", groups), ("process_group", process_group)):
         if value is not None:
             raise NotImplementedError(f"fastmtl.backward: {name} is not available yet")
-    return run_backward(losses, params, shared, method, retain_graph, loss_scale, accumulate=True)
+    return run_backward(
+        losses,
+        params,
+        shared,
+        method,
+        retain_graph,
+        loss_scale,
+        accumulate=True,
+        features=features,
+        chunk_size=chunk_size,
+    )
 
 
 def run_backward(
@@ -163,6 +192,8 @@ def run_backward(
     loss_scale: float | Tensor | None,
     *,
     accumulate: bool,
+    features: Tensor | Sequence[Tensor] | None = None,
+    chunk_size: int | None = None,
 ) -> Surgery:
     """`backward`; with `accumulate=False` every `.grad` of `params` is overwritten, by None where not reached."""
     check_single_process()
@@ -171,7 +202,9 @@ def run_backward(
     names, tasks = read_losses(losses)
     named = None if params is None else read_params(params, "params")
     shared_named = None if shared is None else read_params(shared, "shared")
-    found = reach(tasks)
+    chunk = read_chunk_size(chunk_size)
+    parts = None if features is None else _features.split(tasks, names, _features.read_features(features))
+    found = reach(tasks) if parts is None else parts.found
     if shared is None and (found.compiled or found.entangled or found.joined):
         through = names_of(found.compiled or found.entangled or found.joined, names)
         if found.compiled:
@@ -203,12 +236,17 @@ def run_backward(
     if params is None and shared is None and any(isinstance(p, torch.nn.Parameter) for p in reached):
         # the gradient of a picture is no part of the tasks' conflict over the network
         candidates = {p: mask for p, mask in reached.items() if isinstance(p, torch.nn.Parameter)}
-    common = split_shared(candidates, named, shared_named)
+    common = split_shared(candidates, named, shared_named, in_gram=parts is None)
 
     flags = [loss is not None for loss in tasks]
-    rows, own = _task_gradients(tasks, reached, common, named, found.overlap, retain_graph)
     device = next(loss for loss in tasks if loss is not None).device
-    updates, surgery = operate(common, rows, own, flags, names, method, scale, device)
+    decide = functools.partial(operate, present=flags, names=names, method=method, scale=scale, device=device)
+    if parts is None:
+        rows, own = _task_gradients(tasks, reached, common, named, found.overlap, retain_graph, chunk)
+        updates, surgery = decide(common, rows, own)
+    else:
+        _features.check_trunk(common, parts, named, names, shared is not None)
+        updates, surgery = _surgery_on_features(tasks, parts, reached, common, named, retain_graph, chunk, decide)
     if not accumulate:
         for p in named:
             p.grad = None
@@ -223,21 +261,16 @@ def _task_gradients(
     named: Mapping[Tensor, str],
     overlap: Sequence[int],
     retain_graph: bool,
+    chunk_size: int,
 ) -> tuple[list[Row], dict[Tensor, Tensor]]:
     """T rows of the shared parameters' gradients, and the summed gradients of the others."""
     slots = {p: i for i, p in enumerate(common)}
-    inputs = [(p, mask, slots.get(p)) for p, mask in reached.items()]
     rows: list[Row] = [[None] * len(common) for _ in tasks]
     own: dict[Tensor, Tensor] = {}
-    for t, loss in enumerate(tasks):
-        mine = [(p, slot) for p, mask, slot in inputs if mask >> t & 1]
-        if loss is None or not mine:
-            continue
-        # a graph that no later loss needs is freed at once
-        keep = retain_graph or overlap[t] >> t != 0
-        grads = torch.autograd.grad(loss, [p for p, _ in mine], retain_graph=keep, allow_unused=True)
+    for t, grads in gradients(tasks, reached, overlap, retain_graph, chunk_size):
         row = rows[t]
-        for (p, slot), g in zip(mine, grads, strict=True):
+        for p, g in grads:
+            slot = slots.get(p)
             if slot is None:
                 if g is not None:
                     add_own(own, p, g)
@@ -248,10 +281,53 @@ def _task_gradients(
     return rows, own
 
 
+def _surgery_on_features(
+    tasks: Sequence[Tensor | None],
+    parts: _features.Split,
+    reached: Mapping[Tensor, int],
+    common: Sequence[Tensor],
+    named: Mapping[Tensor, str],
+    retain_graph: bool,
+    chunk_size: int,
+    decide: Callable[[Sequence[Tensor], list[Row], dict[Tensor, Tensor]], tuple[list[tuple[Tensor, Tensor]], Surgery]],
+) -> tuple[list[tuple[Tensor, Tensor]], Surgery]:
+    """T passes to the features, one from there on; one more where parameters behind them want the plain sum."""
+    features = list(parts.features)
+    in_common = set(common)
+    plain = [p for p in reached if p in parts.trunk and p not in in_common]
+    past = {p: mask for p, mask in parts.past.items() if p in reached}
+    # a pass that must stop at the features still runs through the graph behind them, and would free it
+    stop = bool(parts.nested) or any(p in parts.trunk for p in past)
+    with _features.cut_at(features, stop):
+        rows, own = _task_gradients(
+            tasks,
+            parts.features | past,
+            features,
+            dict.fromkeys(features, "features"),
+            parts.found.overlap,
+            retain_graph or stop,
+            chunk_size,
+        )
+    sums = _features.plain_sums(rows, features) if plain else []
+    updates, surgery = decide(features, rows, {})
+    out = _features.through_trunk(updates, common, retain_graph or bool(plain))
+    if plain:
+        for p, g in _features.through_trunk(sums, plain, retain_graph):
+            add_own(own, p, g)
+    out.extend(own.items())
+    return out, surgery
+
+
 def split_shared(
-    reached: Mapping[Tensor, int], named: Mapping[Tensor, str], shared: Mapping[Tensor, str] | None
+    reached: Mapping[Tensor, int],
+    named: Mapping[Tensor, str],
+    shared: Mapping[Tensor, str] | None,
+    *,
+    in_gram: bool = True,
 ) -> list[Tensor]:
     """The shared parameters among the reached ones (parameter -> bit mask of tasks), checked.
+
+    `in_gram`: their gradients go into a Gram matrix, so that they need a kernel and one device.
 
     Raises:
         TypeError: complex parameters, or shared ones of a dtype that has no kernel.
@@ -265,11 +341,11 @@ def split_shared(
             raise TypeError(f"{describe(p, named[p])}: expected a real parameter, got {p.dtype}")
         if is_per_task(p) or not (mask & (mask - 1) if shared is None else p in shared):
             continue
-        if p.dtype not in FLOAT_DTYPES:
+        if in_gram and p.dtype not in FLOAT_DTYPES:
             raise TypeError(
                 f"{describe(p, named[p])} is shared: expected float64, float32, bfloat16 or float16, got {p.dtype}"
             )
-        if common and p.device != common[0].device:
+        if in_gram and common and p.device != common[0].device:
             raise ValueError(
                 f"{describe(p, named[p])} is shared and on {p.device}, but {describe(common[0], named[common[0]])} "
                 f"is on {common[0].device}: the parameters in one Gram matrix must be on one device"

@@ -163,7 +163,7 @@ def test_a_vector_that_cannot_be_followed_works_with_shared():
         (lambda net: {"loss_scale": "big"}, TypeError, "loss_scale.*str"),
         (lambda net: {"loss_scale": torch.ones(2)}, ValueError, r"loss_scale.*\[2\]"),
         (lambda net: {"loss_scale": torch.ones((), dtype=torch.int64)}, TypeError, "loss_scale.*int64"),
-        (lambda net: {"features": ()}, NotImplementedError, "features is not available yet"),
+        (lambda net: {"features": ()}, ValueError, "features: expected at least one tensor"),
         (lambda net: {"groups": "layer"}, NotImplementedError, "groups is not available yet"),
         (lambda net: {"process_group": 1}, NotImplementedError, "process_group is not available yet"),
     ],
