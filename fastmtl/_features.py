@@ -22,7 +22,8 @@ class Split(NamedTuple):
     trunk: dict[Tensor, int]  # leaf behind the features -> tasks that reach it through them
     past: dict[Tensor, int]  # leaf -> tasks that reach it otherwise
     nested: set[Edge]  # features behind others
-    found: Reach  # of the whole: its leaves are those of both kinds
+    found: Reach  # ahead of the features, but its leaves are those of both kinds
+    donated: int  # `Reach.donated` behind them
 
 
 def read_features(features: Any) -> list[Tensor]:
@@ -97,13 +98,13 @@ def split(tasks: Sequence[Tensor | None], names: Sequence[str], features: Sequen
         found = found._replace(compiled=ahead.compiled | behind.compiled, joined=ahead.joined | behind.joined)
     leaves = {p: behind.leaves.get(p, 0) | ahead.leaves.get(p, 0) for p in (behind.leaves | ahead.leaves)}
     taken = {edges[edge]: mask for edge, mask in ahead.crossed.items()}
-    return Split(taken, behind.leaves, ahead.leaves, nested, found._replace(leaves=leaves))
+    return Split(taken, behind.leaves, ahead.leaves, nested, found._replace(leaves=leaves), behind.donated)
 
 
 def check_trunk(
     common: Sequence[Tensor], parts: Split, named: Mapping[Tensor, str], names: Sequence[str], given: bool
 ) -> None:
-    """Raises ValueError where a shared parameter is not reached through the features, and through them alone."""
+    """Raises ValueError where a shared parameter is not reached through the features, or past them as well."""
     for p in common:
         if p in parts.past:
             also = "as well as through them" if p in parts.trunk else "and not through them"

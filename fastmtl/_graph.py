@@ -42,6 +42,7 @@ class Reach(NamedTuple):
     entangled: int  # tasks whose losses are elements of one vector that can't be followed to separate scalars
     joined: int  # tasks that take different parts of one tensor joined by cat or stack
     crossed: dict[Edge, int]  # edge in `cut` -> tasks that arrive at it
+    donated: int  # tasks that share a compiled graph whose backward overwrites what it saved
 
 
 def reach(losses: Sequence[Tensor | None], cut: Collection[Edge] = ()) -> Reach:
@@ -111,7 +112,7 @@ def _spread(masks: dict[Any, int], cut: Collection[Edge], *, through: bool = Fal
     leaves: dict[Tensor, int] = {}
     crossed: dict[Edge, int] = {}
     inner: set[int] = set()
-    compiled = joined = 0
+    compiled = joined = donated = 0
     parts: dict[Any, tuple[bool, set[int]]] = {}  # join -> only parts of it are taken; by which tasks each
     ready = [node for node in edges if node not in parents]
     while ready:
@@ -126,6 +127,8 @@ def _spread(masks: dict[Any, int], cut: Collection[Edge], *, through: bool = Fal
             crossed[edge] = crossed.get(edge, 0) | mask
         if "CompiledFunctionBackward" in kind and _several(mask):
             compiled |= mask
+            if _overwrites(node):
+                donated |= mask
         if kind in _JOINS and _several(mask):
             only_parts, takers = parts.get(node, (False, set()))
             if only_parts and takers != {mask}:
@@ -141,7 +144,18 @@ def _spread(masks: dict[Any, int], cut: Collection[Edge], *, through: bool = Fal
             if not parents[child]:
                 ready.append(child)
 
-    return Reach(leaves, [0] * MAX_TASKS, compiled, 0, joined, crossed), inner
+    return Reach(leaves, [0] * MAX_TASKS, compiled, 0, joined, crossed, donated), inner
+
+
+def _overwrites(node: Any) -> bool:
+    """Whether inductor compiled this graph's backward to reuse its saved tensors' memory (donated buffers).
+
+    torch refuses a second pass through it only as long as the setting is on, and is wrong without a word if it was
+    turned off since. A backward that is not compiled yet is compiled for what the first pass asks for.
+    """
+    compiled = getattr(node, "_forward_cls", None)
+    donated = getattr(getattr(compiled, "metadata", None), "bw_donated_idxs", None)
+    return bool(donated) and getattr(compiled, "compiled_bw", None) is not None
 
 
 def tasks_of(mask: int) -> list[int]:

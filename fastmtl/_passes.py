@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-_DONATED = (
-    "fastmtl.backward: a compiled model (torch.compile, inductor) reuses its saved tensors in the first of several "
-    "backward passes, and so refuses to keep them (donated buffers). Set torch._functorch.config.donated_buffer = "
+DONATED = (
+    "fastmtl.backward: a compiled model (torch.compile, inductor) overwrites its saved tensors in a backward pass "
+    "(donated buffers), so that a second one can't follow. Set torch._functorch.config.donated_buffer = "
     "False before the model's first call (afterwards it is too late for the graphs that are compiled); or compile "
     "the trunk alone and pass features=, its output, which needs a single pass through it; or use a GradientBank "
     "with a forward per task"
@@ -32,6 +32,7 @@ def gradients(
     overlap: Sequence[int],
     retain_graph: bool,
     chunk_size: int,
+    donated: int,
 ) -> Iterator[tuple[int, list[tuple[Tensor, Tensor | None]]]]:
     """For each task that reaches any of `inputs` (tensor -> bit mask of tasks): those that it reaches, with gradients.
 
@@ -42,6 +43,8 @@ def gradients(
         chunk = active[start : start + chunk_size]
         keep = retain_graph or any(overlap[t] >> (chunk[-1] + 1) for t in chunk)
         bits = sum(1 << t for t in chunk)
+        if keep and donated & bits:
+            raise RuntimeError(DONATED)
         mine = [p for p, mask in inputs.items() if mask & bits]
         losses = [loss for t in chunk if (loss := tasks[t]) is not None]
         if len(chunk) == 1:
@@ -64,7 +67,7 @@ def grad(
         return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain_graph, allow_unused=True)
     except RuntimeError as error:
         if "donated buffer" in str(error):
-            raise RuntimeError(_DONATED) from error
+            raise RuntimeError(DONATED) from error
         raise
 
 
@@ -81,7 +84,7 @@ def _grad_batched(
         )
     except (RuntimeError, ValueError) as error:
         if "donated buffer" in str(error):
-            raise RuntimeError(_DONATED) from error
+            raise RuntimeError(DONATED) from error
         # frames of C++ that torch appends help nobody here; the whole error is its cause
         said = str(error).partition("\nException raised from")[0].strip()
         raise RuntimeError(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastmtl import _features, methods
-from fastmtl._graph import names_of, reach, read_loss_scale, read_losses
+from fastmtl._graph import Reach, names_of, reach, read_loss_scale, read_losses
 from fastmtl._library import without_autocast
 from fastmtl._marks import Params, describe, is_per_task, read_params
-from fastmtl._passes import gradients, read_chunk_size
+from fastmtl._passes import DONATED, gradients, read_chunk_size
 from fastmtl.methods import Weighting
 from fastmtl.ops._rows import FLOAT_DTYPES, Rows, present_params
 from fastmtl.ops.combine import combine_into
@@ -153,9 +153,9 @@ def backward(
     T gradients of the shared parameters (with `features`: of the features); the result is written into the first of
     them where nobody else holds it. Hooks on a parameter run once per pass that reaches it: for each task (with
     `features` once, with `chunk_size` once per chunk, on a batch of gradients). Hooks after accumulation
-    (`register_post_accumulate_grad_hook`) don't run. Graphs compiled by inductor with donated buffers refuse a second
-    backward pass: set `torch._functorch.config.donated_buffer = False` before their first call, pass `features=`
-    where the trunk alone is compiled, or use `GradientBank`.
+    (`register_post_accumulate_grad_hook`) run once, when every `.grad` is written. Graphs compiled by inductor with
+    donated buffers refuse a second backward pass: set `torch._functorch.config.donated_buffer = False` before their
+    first call, pass `features=` where the trunk alone is compiled, or use `GradientBank`.
 
     Source: the shared/own split and PCGrad, Yu et al. 2020, Algorithm 1; the gradient of the representation, Sener
     and Koltun 2018, *Multi-Task Learning as Multi-Objective Optimization*, section 3.3.
@@ -242,7 +242,7 @@ def run_backward(
     device = next(loss for loss in tasks if loss is not None).device
     decide = functools.partial(operate, present=flags, names=names, method=method, scale=scale, device=device)
     if parts is None:
-        rows, own = _task_gradients(tasks, reached, common, named, found.overlap, retain_graph, chunk)
+        rows, own = _task_gradients(tasks, reached, common, named, found, retain_graph, chunk)
         updates, surgery = decide(common, rows, own)
     else:
         _features.check_trunk(common, parts, named, names, shared is not None)
@@ -251,6 +251,7 @@ def run_backward(
         for p in named:
             p.grad = None
     write(updates)
+    _after_accumulation(updates)
     return surgery
 
 
@@ -259,7 +260,7 @@ def _task_gradients(
     reached: Mapping[Tensor, int],
     common: Sequence[Tensor],
     named: Mapping[Tensor, str],
-    overlap: Sequence[int],
+    found: Reach,
     retain_graph: bool,
     chunk_size: int,
 ) -> tuple[list[Row], dict[Tensor, Tensor]]:
@@ -267,7 +268,7 @@ def _task_gradients(
     slots = {p: i for i, p in enumerate(common)}
     rows: list[Row] = [[None] * len(common) for _ in tasks]
     own: dict[Tensor, Tensor] = {}
-    for t, grads in gradients(tasks, reached, overlap, retain_graph, chunk_size):
+    for t, grads in gradients(tasks, reached, found.overlap, retain_graph, chunk_size, found.donated):
         row = rows[t]
         for p, g in grads:
             slot = slots.get(p)
@@ -298,13 +299,15 @@ def _surgery_on_features(
     past = {p: mask for p, mask in parts.past.items() if p in reached}
     # a pass that must stop at the features still runs through the graph behind them, and would free it
     stop = bool(parts.nested) or any(p in parts.trunk for p in past)
+    if parts.donated and (retain_graph or stop or plain):
+        raise RuntimeError(DONATED)
     with _features.cut_at(features, stop):
         rows, own = _task_gradients(
             tasks,
             parts.features | past,
             features,
             dict.fromkeys(features, "features"),
-            parts.found.overlap,
+            parts.found,
             retain_graph or stop,
             chunk_size,
         )
@@ -473,6 +476,15 @@ def write(updates: Sequence[tuple[Tensor, Tensor]]) -> None:
                 p.grad = before + g  # an expanded tensor can't be added to in place
             else:
                 before.add_(g)
+
+
+@torch.no_grad()
+def _after_accumulation(updates: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Runs what `register_post_accumulate_grad_hook` registered, as autograd does: an optimizer may sit there."""
+    for p, _ in updates:
+        hooks = getattr(p, "_post_accumulate_grad_hooks", None)
+        for hook in tuple(hooks.values()) if hooks else ():
+            hook(p)
 
 
 @functools.cache
