@@ -80,6 +80,21 @@ def test_a_loss_that_reaches_nothing_of_the_chunk_has_no_pass(monkeypatch):
     assert seen == [2] and lonely.grad is None
 
 
+def test_another_loss_of_the_chunk_leaves_no_trace_on_a_head():
+    # the other losses' rows of zeros times an infinite derivative would be NaN
+    net, x = make(5)
+    losses = net.losses(x)
+    losses[0] = losses[0] * torch.inf
+    fastmtl.backward(losses, net, method="sum", chunk_size=5, retain_graph=True)
+    chunked = [p.grad.clone() for p in net.heads.parameters()]
+    net.zero_grad()
+    fastmtl.backward(losses, net, method="sum")
+    for p, g in zip(net.heads.parameters(), chunked, strict=True):
+        torch.testing.assert_close(g, p.grad, equal_nan=True)
+    assert net.heads[0].bias.grad.isinf().all() and net.heads[1].bias.grad.isfinite().all()
+    assert not net.trunk[0].weight.grad.isfinite().all()
+
+
 def test_losses_of_several_dtypes():
     net, x = make()
     losses = net.losses(x)

@@ -26,7 +26,7 @@ def apart(
     weights = pcgrad_coefficients(gram, ORDER).sum(0)
     rows = [grad64(loss, shared) for loss in losses]
     want = {p: sum(w * row[i] for w, row in zip(weights, rows, strict=True)) for i, p in enumerate(shared)}
-    plain = [grad64(loss, own) for loss in losses]
+    plain = [grad64(loss, own) if own else [] for loss in losses]
     want |= {p: sum(row[i] for row in plain) for i, p in enumerate(own)}
     return want, gram
 
@@ -247,6 +247,37 @@ def test_a_compiled_trunk_and_eager_heads_need_no_shared():
     want, _ = apart(losses, flat(losses, [h]), [*net.trunk.parameters()], [*net.heads.parameters()])
     h = torch.compile(net.trunk, backend="aot_eager")(x)
     fastmtl.backward(losses_of(net, h), features=h, method=PCGRAD)
+    assert_grads(want)
+
+
+@pytest.mark.parametrize("kind", ["joined", "compiled"])
+def test_features_whose_origins_cannot_be_told_apart(kind):
+    torch.manual_seed(0)
+    net, x = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)]), torch.randn(5, 4)
+
+    def trunk(x: Tensor) -> tuple[Tensor, Tensor]:
+        if kind == "joined":
+            h = torch.cat([net[0](x), net[1](x)], 1)
+            return h[:, :3], h[:, 3:]
+        return net[0](x), net[1](x)
+
+    run = torch.compile(trunk, backend="aot_eager") if kind == "compiled" else trunk
+    f, g = run(x)
+    # each loss takes one of them: whether its parameters are shared is not to be seen
+    losses = [(f - 1).square().mean(), g.exp().mean()]
+    match = "torch.compile.*shared=" if kind == "compiled" else r"torch\.cat or torch\.stack.*shared="
+    refuses(lambda: fastmtl.backward(losses, net, features=[f, g]), ValueError, match, net)
+    surgery = fastmtl.backward(losses, net, features=[f, g], shared=net, method=lambda gram: torch.tensor([2.0, 3.0]))
+    assert surgery.gram[0, 1] == 0
+    weighted = 2 * (net[0](x) - 1).square().mean() + 3 * net[1](x).exp().mean()
+    want = dict(zip(net.parameters(), grad64(weighted, [*net.parameters()]), strict=True))
+    assert_grads(want)
+    # every loss takes both: nothing is unclear
+    f, g = run(x)
+    losses = [(f - 1).square().mean() + g.mean(), (g.exp() * f).mean(), -g.mean() - f.sum()]
+    want, _ = apart(losses, flat(losses, [f, g]), [*net.parameters()], [])
+    net.zero_grad()
+    fastmtl.backward(losses, net, features=[f, g], method=PCGRAD)
     assert_grads(want)
 
 
