@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases_backward import ORDER, PCGRAD, assert_grads, expected, grad64, in_conflict, make, refuses
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastmtl
 from fastmtl.ops.reference import pcgrad_coefficients
@@ -66,12 +67,69 @@ def test_fixed_weights_give_exactly_what_passes_to_the_parameters_give():
         assert_grads(want)
 
 
+class Doubled(torch.autograd.Function):
+    """Gets zeros where autograd has nothing to hand on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        assert g is not None
+        return 2 * g
+
+
+class Custom(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return Doubled.apply(super().forward(x))
+
+
+class Recomputed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Recurrent(nn.GRU):
+    def __init__(self, width: int, _: int) -> None:
+        super().__init__(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+class Normed(nn.Linear):
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
+def compiled_linear(*args: int) -> nn.Module:
+    layer = nn.Linear(*args)
+    layer.compile(backend="aot_eager")
+    return layer
+
+
+STAGES: dict[str, Callable[[int, int], nn.Module]] = {
+    "linear": nn.Linear,
+    "custom": Custom,
+    "recomputed": Recomputed,
+    "recurrent": Recurrent,
+    "batch norm": Normed,
+    "compiled": compiled_linear,
+}
+
+
 class Stages(nn.Module):
     """Each stage's output is a feature, and the next stage's input."""
 
-    def __init__(self) -> None:
+    def __init__(self, stage: Callable[[int, int], nn.Module] = nn.Linear) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.stages = nn.ModuleList(stage(4, 4) for _ in range(3))
         self.heads = nn.ModuleList(nn.Linear(12, 1) for _ in range(3))
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -79,23 +137,42 @@ class Stages(nn.Module):
         for stage in self.stages:
             x = stage(x).tanh()
             features.append(x)
-        joined = torch.cat(features, 1)
-        return features, [(head(joined) - 3.0 * (-1) ** t).square().mean() for t, head in enumerate(self.heads)]
+        return features, self.losses(features)
+
+    def losses(self, features: Sequence[Tensor]) -> list[Tensor]:
+        joined = torch.cat([*features], 1)
+        return [(head(joined) - 3.0 * (-1) ** t).square().mean() for t, head in enumerate(self.heads)]
 
 
+@pytest.mark.parametrize("kind", STAGES)
 @pytest.mark.parametrize("chunk_size", [None, 3])
-def test_features_that_depend_on_each_other(chunk_size):
+def test_features_that_depend_on_each_other(kind, chunk_size):
     torch.manual_seed(0)
-    net, x = Stages(), torch.randn(5, 4)
+    net, x = Stages(STAGES[kind]), torch.randn(5, 4)
     features, losses = net(x)
     # what each stage's output gets from the heads alone, computed with the stages cut apart
     detached = [f.detach().requires_grad_() for f in features]
-    joined = torch.cat(detached, 1)
-    heads = [(head(joined) - 3.0 * (-1) ** t).square().mean() for t, head in enumerate(net.heads)]
-    want, gram = apart(losses, flat(heads, detached), [*net.stages.parameters()], [*net.heads.parameters()])
+    partial = flat(net.losses(detached), detached)
+    want, gram = apart(losses, partial, [*net.stages.parameters()], [*net.heads.parameters()])
     surgery = fastmtl.backward(losses, features=features, method=PCGRAD, chunk_size=chunk_size)
     assert_grads(want)
     torch.testing.assert_close(surgery.gram.double(), gram, rtol=1e-5, atol=1e-7)
+
+
+def test_both_outputs_of_a_recurrent_network():
+    # two outputs of one node of the graph: one is a feature of all, the other is not
+    torch.manual_seed(0)
+    trunk, heads = nn.LSTM(4, 6), nn.ModuleList(nn.Linear(6, 1) for _ in range(3))
+    y, (_, cell) = trunk(torch.randn(7, 4))
+    y, cell = y[-1], cell[0]
+    losses = [(head(y) - 3.0 * (-1) ** t).square().mean() for t, head in enumerate(heads)]
+    losses[2] = losses[2] + heads[2](cell).mean()
+    want, gram = apart(losses, flat(losses, [y, cell]), [*trunk.parameters()], [*heads.parameters()])
+    surgery = fastmtl.backward(losses, features=[y, cell], method=PCGRAD, retain_graph=True)
+    assert_grads(want)
+    torch.testing.assert_close(surgery.gram.double(), gram, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="is shared, but losses '2' reach it past the features, as well"):
+        fastmtl.backward(losses, features=y)
 
 
 def test_nothing_is_left_on_the_graph_of_nested_features():
