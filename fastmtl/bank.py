@@ -81,7 +81,7 @@ class GradientBank:
                 f"params: module {name!r} is compiled, and leaves zero gradients where a loss reaches nothing: pass "
                 "shared=, the parameters (or the module) that the tasks share"
             )
-        self.names = _read_names(num_tasks_or_names)
+        self.names = read_names(num_tasks_or_names, "num_tasks_or_names")
         self._active = False
         self.clear()
 
@@ -105,7 +105,7 @@ class GradientBank:
             TypeError, ValueError: no such task.
             RuntimeError: inside another task of this bank.
         """
-        t = self._position(task)
+        t = position(task, self.names)
         if self._active:
             raise RuntimeError("GradientBank.task: already inside a task of this bank; tasks can't be nested")
         self._active = True
@@ -177,24 +177,12 @@ class GradientBank:
         write(updates)
         return surgery
 
-    def _position(self, task: int | str) -> int:
-        if isinstance(task, str):
-            if task not in self.names:
-                raise ValueError(f"task: expected one of {', '.join(self.names)}, got {task!r}")
-            return self.names.index(task)
-        if isinstance(task, bool) or not isinstance(task, int):
-            raise TypeError(f"task: expected a position or a name, got {type(task).__name__}")
-        if not 0 <= task < len(self.names):
-            raise ValueError(f"task: expected 0..{len(self.names) - 1}, got {task}")
-        return task
-
     def __repr__(self) -> str:
         seen = [name for name, here in zip(self.names, self._present, strict=True) if here]
         return f"GradientBank({len(self._params)} parameters, {len(self.names)} tasks, collected: {seen})"
 
 
-def _read_names(num_tasks_or_names: int | Sequence[str]) -> tuple[str, ...]:
-    argument = "num_tasks_or_names"
+def read_names(num_tasks_or_names: int | Sequence[str], argument: str) -> tuple[str, ...]:
     if isinstance(num_tasks_or_names, int) and not isinstance(num_tasks_or_names, bool):
         check_num_tasks(num_tasks_or_names, argument)
         return tuple(str(t) for t in range(num_tasks_or_names))
@@ -207,3 +195,16 @@ def _read_names(num_tasks_or_names: int | Sequence[str]) -> tuple[str, ...]:
     if len(set(num_tasks_or_names)) != len(num_tasks_or_names):
         raise ValueError(f"{argument}: expected different names, got {list(num_tasks_or_names)}")
     return tuple(num_tasks_or_names)
+
+
+def position(task: int | str, names: tuple[str, ...]) -> int:
+    """A task's position, checked."""
+    if isinstance(task, str):
+        if task not in names:
+            raise ValueError(f"task: expected one of {', '.join(names)}, got {task!r}")
+        return names.index(task)
+    if isinstance(task, bool) or not isinstance(task, int):
+        raise TypeError(f"task: expected a position or a name, got {type(task).__name__}")
+    if not 0 <= task < len(names):
+        raise ValueError(f"task: expected 0..{len(names) - 1}, got {task}")
+    return task

@@ -35,16 +35,17 @@ class Surgery:
             `sum_t weights[t] * g_t`, where g_t are their own gradients in any case. 0 for absent tasks. Where no
             parameter is shared the method is not asked: every present task has weight 1.
         names: the T task names.
-        present: per task, whether it had a loss (or a gradient, in a bank).
+        present: per task, whether it had a loss (or a gradient, in a bank). After `one_pass` with task ids on a
+            device a `[T]` bool tensor there, and `log_dict` then has all tasks.
     """
 
     __slots__ = ("gram", "names", "present", "weights")
 
-    def __init__(self, gram: Tensor, weights: Tensor, names: Sequence[str], present: Sequence[bool]) -> None:
+    def __init__(self, gram: Tensor, weights: Tensor, names: Sequence[str], present: Sequence[bool] | Tensor) -> None:
         self.gram = gram
         self.weights = weights
         self.names = tuple(names)
-        self.present = tuple(present)
+        self.present = present if isinstance(present, Tensor) else tuple(present)
 
     def cosines(self) -> Tensor:
         """`[T, T]` float64 cosines between the tasks' gradients; 0 where one of the two is zero."""
@@ -70,7 +71,8 @@ class Surgery:
         norms = self.gram.diagonal().sqrt()
         conflicts = self.conflicts().sum(1)
         out = {f"{prefix}grad_norm": self.grad_norm(), f"{prefix}conflicts": conflicts.sum() // 2}
-        for t, (name, here) in enumerate(zip(self.names, self.present, strict=True)):
+        known = [True] * len(self.names) if isinstance(self.present, Tensor) else self.present
+        for t, (name, here) in enumerate(zip(self.names, known, strict=True)):
             if here:
                 out[f"{prefix}weight/{name}"] = self.weights[t]
                 out[f"{prefix}norm/{name}"] = norms[t]
@@ -79,6 +81,8 @@ class Surgery:
 
     def __repr__(self) -> str:
         # no values: showing them would wait for the device
+        if isinstance(self.present, Tensor):
+            return f"Surgery({', '.join(self.names)})"
         tasks = zip(self.names, self.present, strict=True)
         return f"Surgery({', '.join(name if here else f'{name} (absent)' for name, here in tasks)})"
 
@@ -251,7 +255,7 @@ def run_backward(
         for p in named:
             p.grad = None
     write(updates)
-    _after_accumulation(updates)
+    after_accumulation(updates)
     return surgery
 
 
@@ -412,9 +416,9 @@ def operate(
             known = Rows(tensors, index, num_tasks, n)
             if type(method) is methods.PCGrad:  # whose weights don't depend on the scale
                 gram, weights = method.operate(known, columns, present)
-                gram = _unscaled(gram, scale)
+                gram = unscaled(gram, scale)
             else:
-                gram = _unscaled(gram_rows(known), scale)
+                gram = unscaled(gram_rows(known), scale)
                 weights = methods.solve(method, gram, present)
                 combine_into(weights, known, columns)
             updates.extend(zip(params, columns, strict=True))
@@ -451,7 +455,7 @@ def _result_memory(
     return memory
 
 
-def _unscaled(gram: Tensor, scale: float | Tensor | None) -> Tensor:
+def unscaled(gram: Tensor, scale: float | Tensor | None) -> Tensor:
     """The Gram matrix of the gradients without the loss scale."""
     if scale is None:
         return gram
@@ -479,7 +483,7 @@ def write(updates: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 @torch.no_grad()
-def _after_accumulation(updates: Sequence[tuple[Tensor, Tensor]]) -> None:
+def after_accumulation(updates: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Runs what `register_post_accumulate_grad_hook` registered, as autograd does: an optimizer may sit there."""
     for p, _ in updates:
         hooks = getattr(p, "_post_accumulate_grad_hooks", None)
