@@ -469,14 +469,16 @@ def _prelu(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[str, An
 
 def _attention(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """A mask that is computed from parameters, such as a relative position bias."""
-    q, mask = argument(args, kwargs, 0, "query"), argument(args, kwargs, 3, "attn_mask")
-    tag = _samples_of(follow, q)
-    for position, key in enumerate(("query", "key", "value")):
-        if follow.tag(argument(args, kwargs, position, key)).kind == PARAM:
-            x = lift(follow, argument(args, kwargs, position, key), q.dim() - tag.axis, tag)
-            args, kwargs = _with(args, kwargs, position, key, x)
-    if mask is not None and follow.tag(mask).kind == PARAM:
-        args, kwargs = _with(args, kwargs, 3, "attn_mask", lift(follow, mask, q.dim() - tag.axis, tag))
+    names = ("query", "key", "value", "attn_mask")
+    given = {n: argument(args, kwargs, k, n) for k, n in enumerate(names)}
+    carriers = [x for x in given.values() if x is not None and follow.tag(x).kind == SAMPLES]
+    tag = follow.tag(carriers[0])
+    right = carriers[0].dim() - tag.axis
+    if right < 3:
+        raise Unproven("attention over the axis of the samples")
+    for k, n in enumerate(names):
+        if given[n] is not None and follow.tag(given[n]).kind == PARAM:
+            args, kwargs = _with(args, kwargs, k, n, lift(follow, given[n], right, tag))
     out = func(*args, **kwargs)
     return out, tag_of_result(name, args, kwargs, out, follow.tag)
 

@@ -79,6 +79,7 @@ class Follow(TorchFunctionMode):
         self.looped: dict[Tensor, bool] = {}
         self.met: dict[Tensor, list[Samples]] = {}  # which parts of the batch each parameter saw; () all of it
         self.seen = False  # a tensor from outside carried samples
+        self._open: set[Any] = set()  # functions in Python whose calls are being followed one by one
         self._unbound: dict[Tensor, tuple[Tensor, ...]] = {}
 
     @contextlib.contextmanager
@@ -241,8 +242,12 @@ class Follow(TorchFunctionMode):
 
     def _on_samples(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """No parameter of the bank takes part."""
-        if not is_known(name) and in_python(func) and not torch.compiler.is_compiling():
-            out = self.inside(func, args, kwargs)
+        if not is_known(name) and in_python(func) and not torch.compiler.is_compiling() and func not in self._open:
+            self._open.add(func)
+            try:
+                out = self.inside(func, args, kwargs)
+            finally:
+                self._open.discard(func)
             return out, [self.tag(x) for x in nested(out)]
         training = name == "batch_norm" and argument(args, kwargs, 5, "training", False)
         out = func(*args, **kwargs)
@@ -358,7 +363,10 @@ class Follow(TorchFunctionMode):
         found = nested((args, kwargs))
         leaves = [leaf for p in found if self.tag(p).kind == PARAM for leaf in self._leaves(p)]
         which = describe(leaves[0], self.names[leaves[0]]) if leaves else "a parameter"
-        ways = "bank.samples(x, dim) and bank.constant(x) inside the block tell what a tensor carries"
+        ways = (
+            "Tensors made inside the block count as constants; bank.samples(x, dim) and bank.constant(x) tell what a "
+            "tensor carries"
+        )
         if loop and self.loop is None and is_known(name):
             ways += "; fallback='loop' computes such parameters by a backward pass per task"
         ways += "; shared= or fastmtl.mark_per_task leaves a parameter out of the bank"

@@ -98,7 +98,7 @@ LINEAR = frozenset(
 SPATIAL: dict[str, int] = {}
 for _k, _names in (
     (1, """max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d lp_pool1d max_pool1d_with_indices one_hot
-           rfft irfft fft ifft glu"""),
+           rfft irfft fft ifft"""),
     (2, """max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d lp_pool2d fractional_max_pool2d tril triu
            max_pool2d_with_indices scaled_dot_product_attention matrix_exp linalg_inv inverse
            linalg_cholesky linalg_solve linalg_det logdet det fft2 ifft2 rfft2 trace_of_last"""),
@@ -142,7 +142,7 @@ REDUCTIONS: dict[str, bool] = dict.fromkeys(("sum", "mean", "nansum", "nanmean")
 ALONG = frozenset(
     _words("""
     softmax log_softmax softmin gumbel_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort topk msort
-    flip normalize diff cosine_similarity
+    flip normalize diff cosine_similarity glu glu
     """)
 )
 

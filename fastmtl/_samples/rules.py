@@ -18,8 +18,10 @@ from fastmtl._samples.tags import (
     SUM,
     TOTAL,
     UNKNOWN,
+    Same,
     Samples,
     Tag,
+    index_key,
     mixing,
     nested,
     unknown,
@@ -41,7 +43,7 @@ def tag_of_result(name: str, args: Any, kwargs: dict[str, Any], out: Any, get: G
     kinds = {t.kind for t in tags}
     if name == "arange":
         return Tag(CONST, recipe=_arange_length(args, kwargs))
-    if kinds <= {CONST} or name.startswith("new_"):
+    if kinds <= {CONST} or name.startswith("new_") or name in ("nonzero", "argwhere"):
         return CONSTANT
     if name in ("detach", "data.get") and not kinds & {SAMPLES, UNKNOWN}:
         return CONSTANT
@@ -132,6 +134,8 @@ def aligned(name: str, tensors: Sequence[Tensor], get: Get) -> tuple[Tag, int] |
     return found, right
 
 
+_COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
+
 # --- rules: (name, args, kwargs, out, get) -> tag
 
 
@@ -143,7 +147,10 @@ def _pointwise(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
     first = nested(out)[0] if nested(out) else None
     if first is None:
         return CONSTANT
-    return tag.at(first.dim() - right)
+    recipe = None
+    if name in _COMPARISONS and len(args) == 2 and isinstance(args[1], int) and get(args[0]) is tag:
+        recipe = (name, Same(args[0]), 0 if args[0].is_inference() else args[0]._version, args[1])
+    return tag._replace(axis=first.dim() - right, recipe=recipe)
 
 
 def _same(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
@@ -229,7 +236,7 @@ def _along(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
         before = x.dim() - right
         return mixing(f"{name} over the axis of the samples") if before == dim else tag.at(before - (dim < before))
     tag = get(x)
-    positions = {"topk": 2, "normalize": 2, "gumbel_softmax": 4, "diff": 2}
+    positions = {"topk": 2, "normalize": 2, "gumbel_softmax": 4, "diff": 2, "glu": 1}
     defaults = {"normalize": 1, "flip": None, "msort": 0, "softmax": None, "log_softmax": None}
     dim = argument(args, kwargs, positions.get(name, 1), "dim", kwargs.get("dims", defaults.get(name, -1)))
     if name == "flip":
@@ -461,8 +468,7 @@ def _taken(tag: Tag, index: Tensor, get: Get) -> Tag:
     """Samples picked by a mask or by positions."""
     if tag.outer != 1 or tag.inner != 1:
         return unknown("a part of an axis of samples that are merged with another dimension")
-    version = 0 if index.is_inference() else index._version
-    return tag._replace(samples=tag.samples.take(index, ("index", id(index), version)))
+    return tag._replace(samples=tag.samples.take(index, index_key(index, get(index))), recipe=None)
 
 
 def _getitem(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
@@ -551,11 +557,15 @@ def _setitem(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
     if not isinstance(value, Tensor) or get(value).kind == CONST:
         return before if before.kind == SAMPLES else _masked(before, index, get)
     tag = get(value)
-    if tag.kind == SAMPLES and isinstance(index, Tensor) and tag.samples.index is index:
+    if tag.kind == SAMPLES and isinstance(index, Tensor) and tag.samples.parent is not None:
         # rows of a part of the batch go back to where they were taken from
-        whole = Tag(SAMPLES, 0, tag.samples.parent)
-        if tag.axis == 0 and index.dim() == 1 and (before.kind == CONST or before == whole):
-            return whole
+        whole = tag.samples.parent
+        taken = (*whole.key, index_key(index, get(index)))
+        if tag.axis == 0 and index.dim() == 1 and tag.samples.key == taken and len(whole) == x.shape[0]:
+            if before.kind == CONST:
+                return Tag(SAMPLES, 0, whole)
+            if before.kind == SAMPLES and before.axis == 0 and before.samples.key == whole.key:
+                return before
     if before.kind == CONST and tag.kind == SAMPLES:
         return _filled(x, index, value, tag)
     if before.kind == SAMPLES and tag.kind == SAMPLES and tag.agrees(before):
@@ -665,6 +675,9 @@ def _embedding(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
 
 def _channelwise(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
     """Layers whose weights carry no gradient: samples lie along axis 0."""
+    x = _first(args, kwargs)
+    if name.startswith("conv") and name[-1] == "d" and x.dim() == int(name[-2]) + 1:
+        return mixing(f"{name} of a single sample takes the axis of the samples for its channels")
     return _batch_first(name, args, kwargs, out, get)
 
 

@@ -21,6 +21,28 @@ UNKNOWN = "unknown"  # can't be told
 ATTRIBUTE = "_fastmtl_tag"
 
 
+class Same:
+    """A tensor in a key: equal to itself alone, and kept, so that no other takes its place in memory."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.x is self.x
+
+    def __hash__(self) -> int:
+        return id(self.x)
+
+
+def index_key(index: Tensor, tag: Tag) -> tuple[Any, ...]:
+    """Tells two indices apart: by their values where that needs no waiting, else by how they were made."""
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        return "values", index.dtype, *index.tolist()
+    if tag.kind == SAMPLES and tag.recipe is not None:
+        return ("compared", *tag.recipe)
+    return "index", Same(index), 0 if index.is_inference() else index._version
+
+
 class Samples:
     """The task of each sample of a batch, or of a part of it.
 
@@ -29,8 +51,7 @@ class Samples:
         num_rows: T, or T + 1 where there may be samples without a task.
         key: tells two of these apart: equal keys, equal samples.
         plan: order and offsets of `ids` sorted by row, where that is known already.
-        parent: the batch that this is a part of, and `index` which part.
-        index: see `parent`.
+        parent: the batch that this is a part of.
     """
 
     def __init__(
@@ -40,13 +61,11 @@ class Samples:
         key: tuple[Any, ...],
         plan: tuple[Tensor, Tensor] | None = None,
         parent: Samples | None = None,
-        index: Any = None,
     ) -> None:
         self.ids = ids
         self.num_rows = num_rows
         self.key = key
         self.parent = parent
-        self.index = index
         self._plans: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         if plan is not None:
             self._plans[1, 1] = (ids, *plan)
@@ -71,7 +90,7 @@ class Samples:
 
     def take(self, index: Any, key: Any) -> Samples:
         """The part of the samples that an index of the first axis picks."""
-        return Samples(self.ids[index], self.num_rows, (*self.key, key), parent=self, index=index)
+        return Samples(self.ids[index], self.num_rows, (*self.key, key), parent=self)
 
     @staticmethod
     def join(parts: Sequence[Samples]) -> Samples:
@@ -91,7 +110,9 @@ class Tag(NamedTuple):
     outer: int = 1
     inner: int = 1
     why: str = ""  # of what is unknown, or mixes samples
-    recipe: Any = None  # of what was computed from parameters; of `CONST`: the length of an arange
+    # of what was computed from parameters; of `CONST`: the length of an arange; of samples: with what number which
+    # tensor was compared
+    recipe: Any = None
 
     def at(self, axis: int) -> Tag:
         return self._replace(axis=axis)

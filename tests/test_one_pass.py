@@ -1,0 +1,456 @@
+"""`one_pass`: rows, against a backward pass per task in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases_one_pass import IDS, MODELS, N, T, assert_rows, cross_entropy, expected_rows, make, of, one_pass_bank
+from torch import Tensor, nn
+
+import fastmtl
+
+ORDER = torch.tensor([[0, 1, 2], [2, 1, 0], [1, 0, 2]])
+pcgrad = fastmtl.methods.PCGrad(order=ORDER)
+
+
+def _mlp(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 5)).double()
+
+
+def _x() -> Tensor:
+    return torch.randn(N, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def _grads(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def _by_backward(model: nn.Module, losses: list[Tensor], method: Any = pcgrad, **more: Any) -> list[Tensor]:
+    for p in model.parameters():
+        p.grad = None
+    fastmtl.backward(losses, method=method, **more)
+    return _grads(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_equal_a_backward_pass_per_task(name: str) -> None:
+    case, model, x = make(name)
+    state = copy.deepcopy(model.state_dict())
+    rows = expected_rows(case, model, x)
+    model.load_state_dict(state)
+    bank = one_pass_bank(case, model, x)
+    assert [id(p) for p in bank.params] == [id(p) for p in model.parameters()]
+    assert_rows(bank, rows)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["conv, group norm", "encoder", "conv3d", "layer norm, rms norm", "lstm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_lower_precision(name: str, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and name == "lstm":
+        pytest.skip("torch's own LSTM in bfloat16 strays by more than any tolerance here")
+    case, model, x = make(name)
+    model.eval()  # dropout draws by dtype
+    rows = expected_rows(case, model, x)
+    model.to(dtype)
+    bank = one_pass_bank(case, model, x.to(dtype) if x.is_floating_point() else x)
+    assert all(g is None or g.dtype == dtype for g in bank.row(0))
+    assert_rows(bank, rows, 1e-5 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_streamed_equals_banked(name: str) -> None:
+    case, model, x = make(name)
+    other = copy.deepcopy(model)
+    one_pass_bank(case, model, x).apply(pcgrad)
+    surgery = one_pass_bank(case, other, x, memory="stream").apply(pcgrad)
+    assert surgery.gram.dtype == torch.float64
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        if p.grad is None:
+            assert q.grad is None or not q.grad.any()
+        else:
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mlp", "encoder", "lstm", "attention, crossed", "weight norm"])
+def test_check_passes(name: str) -> None:
+    case, model, x = make(name)
+    assert_rows(one_pass_bank(case, model, x, check=True), expected_rows(case, model, x))
+
+
+def test_apply_equals_backward() -> None:
+    model, x = _mlp(), _x()
+    losses = cross_entropy(model(x)) / N
+    want = _by_backward(model, [losses[of(t)].sum() for t in range(T)])
+    before = [torch.ones_like(p) for p in model.parameters()]
+    for p, g in zip(model.parameters(), before, strict=True):
+        p.grad = g.clone()
+    with fastmtl.one_pass(model, IDS, ["a", "b", "c"]) as bank:
+        F.cross_entropy(model(x), torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])).backward()
+        surgery = bank.apply(pcgrad)  # inside the block
+    assert surgery.names == ("a", "b", "c") and surgery.present == (True, True, True)
+    for p, g in zip(model.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, g + 1)
+    assert "weight/a" in surgery.log_dict() and surgery.conflicts().shape == (3, 3)
+    with pytest.raises(RuntimeError, match="no backward pass has filled"):
+        bank.apply()
+
+
+def test_named_methods_and_callables() -> None:
+    model, x = _mlp(), _x()
+    for method in ("sum", "mean", lambda gram: torch.ones(gram.shape[0], dtype=gram.dtype) / 7):
+        want = _by_backward(model, [cross_entropy(model(x))[of(t)].sum() for t in range(T)], method)
+        for memory in ("bank", "stream"):
+            model.zero_grad()
+            with fastmtl.one_pass(model, IDS, T, memory=memory) as bank:
+                cross_entropy(model(x)).sum().backward()
+            bank.apply(method)
+            for g, h in zip(_grads(model), want, strict=True):
+                torch.testing.assert_close(g, h)
+
+
+@pytest.mark.parametrize("memory", ["bank", "stream"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_samples_of_no_task_are_added_unprojected(memory: str, dtype: torch.dtype) -> None:
+    model, x = _mlp(), _x()
+    ids = torch.tensor([0, -1, 1, 1, 0, 2, -1, 0])
+    losses = cross_entropy(model(x))
+    tasks = _by_backward(model, [losses[ids == t].sum() for t in range(T)], retain_graph=True)
+    free = torch.autograd.grad(losses[ids == -1].sum(), list(model.parameters()))
+    model.zero_grad()
+    with fastmtl.one_pass(model, ids.to(dtype), T, memory=memory) as bank:
+        cross_entropy(model(x)).sum().backward()
+    bank.apply(pcgrad)
+    for got, a, b in zip(_grads(model), tasks, free, strict=True):
+        torch.testing.assert_close(got, a + b)
+
+
+@pytest.mark.parametrize("memory", ["bank", "stream"])
+def test_only_samples_of_no_task(memory: str) -> None:
+    model, x = _mlp(), _x()
+    want = torch.autograd.grad(cross_entropy(model(x)).sum(), list(model.parameters()))
+    with fastmtl.one_pass(model, torch.full((N,), -1), T, memory=memory) as bank:
+        cross_entropy(model(x)).sum().backward()
+    surgery = bank.apply(pcgrad)
+    assert surgery.present == (False,) * T and not surgery.weights.any()
+    for got, w in zip(_grads(model), want, strict=True):
+        torch.testing.assert_close(got, w)
+
+
+@pytest.mark.parametrize("memory", ["bank", "stream"])
+def test_absent_tasks_are_left_out(memory: str) -> None:
+    model, x = _mlp(), _x()
+    ids = torch.tensor([0, 3, 0, 3, 3, 0, 0, 3])
+    losses = cross_entropy(model(x))
+    parts = [losses[ids == t].sum() if t in (0, 3) else None for t in range(4)]
+
+    def half(gram: Tensor) -> Tensor:  # of the present tasks alone
+        assert gram.shape == (2, 2)
+        return torch.full((2,), 0.5, dtype=torch.float64)
+
+    for method in (half, fastmtl.methods.PCGrad("mean"), "mean"):
+        want = _by_backward(model, parts, method, retain_graph=True)
+        model.zero_grad()
+        with fastmtl.one_pass(model, ids, 4, memory=memory) as bank:
+            cross_entropy(model(x)).sum().backward()
+        surgery = bank.apply(method)
+        assert surgery.present == (True, False, False, True)
+        for g, h in zip(_grads(model), want, strict=True):
+            torch.testing.assert_close(g, h)
+
+
+def test_penalties_go_to_grad_and_not_into_the_rows() -> None:
+    model, x = _mlp(), _x()
+    bank_rows = None
+    for scale in (0.0, 0.3):
+        model.zero_grad()
+        with fastmtl.one_pass(model, IDS, T) as bank:
+            loss = cross_entropy(model(x)).mean()
+            if scale:
+                loss = loss + scale * sum(p.square().sum() for p in model.parameters())
+            loss.backward()
+        rows = [bank.row(t) for t in range(T)]
+        if bank_rows is not None:
+            for a, b in zip(rows, bank_rows, strict=True):
+                for g, h in zip(a, b, strict=True):
+                    torch.testing.assert_close(g, h)
+            for p in model.parameters():
+                torch.testing.assert_close(p.grad, 2 * scale * p.detach())
+        bank_rows = rows
+
+
+def test_a_penalty_of_its_own_backward() -> None:
+    model, x = _mlp(), _x()
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        cross_entropy(model(x)).mean().backward()
+        (0.5 * model[0].weight.square().sum()).backward()
+    torch.testing.assert_close(model[0].weight.grad, model[0].weight.detach())
+    assert model[2].weight.grad is None and bank.row(0)[0] is not None
+
+
+class _Heads(nn.Module):
+    """A trunk and a head per task, each on the samples of its own task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(6, 7), nn.Tanh())
+        self.heads = nn.ModuleList([nn.Linear(7, 5) for _ in range(T)])
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        h = self.trunk(x)
+        out = h.new_zeros(len(x), 5)
+        for t, head in enumerate(self.heads):
+            out[ids == t] = head(h[ids == t])
+        return out
+
+
+@pytest.mark.parametrize("how", ["shared", "marked", "iterable"])
+def test_heads_outside_the_bank_keep_their_gradient(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = _Heads().double(), _x()
+    losses = cross_entropy(model(x, IDS))
+    want = _by_backward(model, [losses[of(t)].sum() for t in range(T)], shared=model.trunk)
+    model.zero_grad()
+    if how == "marked":
+        fastmtl.mark_per_task(model.heads)
+    with fastmtl.one_pass(
+        model.trunk.parameters() if how == "iterable" else model,
+        IDS,
+        T,
+        shared=model.trunk if how == "shared" else None,
+    ) as bank:
+        cross_entropy(model(x, IDS)).sum().backward()
+    assert len(bank.params) == 2
+    bank.apply(pcgrad)
+    for g, h in zip(_grads(model), want, strict=True):
+        torch.testing.assert_close(g, h)
+
+
+def test_heads_in_a_list_of_losses() -> None:
+    torch.manual_seed(0)
+    model, x = _Heads().double(), _x()
+    want = _by_backward(model, [cross_entropy(model(x, IDS))[of(t)].sum() for t in range(T)], shared=model.trunk)
+    model.zero_grad()
+    labels = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    with fastmtl.one_pass(model, IDS, T, shared=model.trunk) as bank:
+        h = model.trunk(x)
+        losses = []
+        for t, head in enumerate(model.heads):
+            here = of(t)
+            losses.append(F.cross_entropy(head(h[here]), labels[here], reduction="sum"))
+        sum(losses).backward()
+    bank.apply(pcgrad)
+    for g, w in zip(_grads(model), want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_a_head_in_the_bank_is_refused() -> None:
+    model, x = _Heads().double(), _x()
+    with pytest.raises(ValueError, match=r"'heads.0.weight'.*task '0' alone.*shared="):
+        with fastmtl.one_pass(model, IDS, T):
+            cross_entropy(model(x, IDS)).sum().backward()
+
+
+def test_accumulation_adds_rows() -> None:
+    model = _mlp()
+    batches = [(_x() * k, IDS.roll(k)) for k in (1, 2)]
+    ids = [torch.where(b == 2, 0, b) for _, b in batches]  # task 2 only in the second one
+    ids[1] = batches[1][1]
+    rows = [
+        [sum(cross_entropy(model(x))[i == t].sum() for (x, _), i in zip(batches, ids, strict=True)) for t in range(T)]
+    ][0]
+    want = _by_backward(model, rows)
+    model.zero_grad()
+    bank = None
+    for (x, _), i in zip(batches, ids, strict=True):
+        with fastmtl.one_pass(model, i, T, bank=bank) as bank:
+            cross_entropy(model(x)).sum().backward()
+    surgery = bank.apply(pcgrad)
+    assert surgery.present == (True,) * T
+    for g, h in zip(_grads(model), want, strict=True):
+        torch.testing.assert_close(g, h)
+
+
+def test_frozen_parameters_and_inputs_with_gradients() -> None:
+    model, x = _mlp(), _x().requires_grad_()
+    model[0].weight.requires_grad_(False)
+    want = torch.autograd.grad(cross_entropy(model(x)).sum(), [x, model[2].weight])
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        cross_entropy(model(x)).sum().backward()
+    assert len(bank.params) == 3
+    torch.testing.assert_close(x.grad, want[0])
+    torch.testing.assert_close(sum(bank.row(t)[1] for t in range(T)), want[1])
+
+
+def test_two_models_that_share_parameters() -> None:
+    model, x = _mlp(), _x()
+    other = nn.Sequential(model[0], nn.Sigmoid(), nn.Linear(7, 5).double())
+    losses = cross_entropy(model(x)) + cross_entropy(other(x))
+    params = list(model.parameters())
+    want = [torch.autograd.grad(losses[of(t)].sum(), params, retain_graph=True) for t in range(T)]
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        (cross_entropy(model(x)) + cross_entropy(other(x))).sum().backward()
+    assert_rows(bank, [list(row) for row in want])
+    assert other[2].weight.grad is not None
+
+
+def test_two_losses_and_tied_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
+    model[2].weight = model[0].weight
+    x = _x()
+
+    def losses() -> Tensor:
+        out = model(x)
+        return cross_entropy(out[:, :5]) + (out - x).square().mean(1)
+
+    params = list(model.parameters())
+    want = [torch.autograd.grad(losses()[of(t)].sum(), params) for t in range(T)]
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        losses().sum().backward()
+    assert_rows(bank, [list(row) for row in want])
+
+
+def test_partition_accepts_batch_statistics() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Linear(7, 5)).double()
+    x = _x()
+    whole = torch.autograd.grad(cross_entropy(model(x)).sum(), list(model.parameters()))
+    with fastmtl.one_pass(model, IDS, T, mixing="partition") as bank:
+        cross_entropy(model(x)).sum().backward()
+    total = [sum(bank.row(t)[k] for t in range(T)) for k in range(len(whole))]
+    for a, b in zip(total, whole, strict=True):
+        torch.testing.assert_close(a, b)  # the parts sum up to the batch's gradient
+    surgery = bank.apply(pcgrad)
+    with pytest.raises(RuntimeError, match="partition"):
+        surgery.cosines()
+    with pytest.raises(RuntimeError, match="partition"):
+        surgery.conflicts()
+    assert set(surgery.log_dict()) == {"grad_norm", *(f"{k}/{t}" for k in ("weight", "norm") for t in range(T))}
+
+
+def test_partition_accepts_a_loss_over_pairs() -> None:
+    model, x = _mlp(), _x()
+    whole = torch.autograd.grad(torch.cdist(model(x), model(x)).square().mean(), list(model.parameters()))
+    with fastmtl.one_pass(model, IDS, T, mixing="partition") as bank:
+        out = model(x)
+        bank.summed((out.square().sum(1).mean() - out.mean(0).square().sum()) * 2).backward()
+    total = [sum(bank.row(t)[k] for t in range(T)) for k in range(len(whole))]
+    for a, b in zip(total, whole, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_verify_finds_samples_that_meet() -> None:
+    model, x = _mlp(), _x()
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        losses = cross_entropy(model(x))
+        bank.verify(losses[of(1)].mean(), 1)
+        bank.verify(losses[of(1)].mean())
+        with pytest.raises(RuntimeError, match="task '0' has a gradient in the row of task '2'"):
+            bank.verify(losses[~of(1)].mean())
+        with pytest.raises(RuntimeError, match="of task '2' has a gradient in the row of task '1'"):
+            bank.verify(losses[of(1)].mean(), 2)
+        losses.mean().backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert bank.row(1)[0] is not None
+    hidden = nn.Parameter(torch.randn(6, 6, dtype=torch.float64))
+    with fastmtl.one_pass([*model.parameters(), hidden], IDS, T) as bank:
+        h = x @ hidden
+        mixed = bank.samples(_Mix.apply(h), 0)
+        with pytest.raises(RuntimeError, match="meet in the model"):
+            bank.verify(cross_entropy(model(mixed))[of(1)].sum(), 1)
+
+
+class _Mix(torch.autograd.Function):
+    """What calls can't be seen in: every sample gets something of the next one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x + x.roll(1, 0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g + g.roll(-1, 0)
+
+
+def test_check_finds_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastmtl.ops import _per_task
+
+    right = _per_task.linear_rows
+    monkeypatch.setattr(_per_task, "linear_rows", lambda *a: right(*a).roll(1, 0))
+    x = _x()
+    with pytest.raises(RuntimeError, match=r"row 0 of parameter '0.weight'.*differs from a backward pass"):
+        with fastmtl.one_pass(_mlp(), IDS, T, check=True) as bank:
+            model = nn.Sequential()
+            params = dict(zip(("w0", "b0", "w1", "b1"), bank.params, strict=True))
+            h = F.linear(F.linear(x, params["w0"], params["b0"]).tanh(), params["w1"], params["b1"])
+            cross_entropy(model(h)).sum().backward()
+
+
+def test_samples_and_constants_named_by_hand() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(N, 5).double()
+    x = torch.randn(6, N, N, dtype=torch.float64)  # [.., sample, feature]
+    table = torch.randn(N, N, dtype=torch.float64)  # as many positions as samples, and no samples
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        bank.samples(x, 1)
+        out = model(x + bank.constant(table).sum(0))
+        cross_entropy(out.mean(0)).sum().backward()
+    want = [
+        torch.autograd.grad(cross_entropy(model(x + table.sum(0)).mean(0))[of(t)].sum(), list(model.parameters()))
+        for t in range(T)
+    ]
+    assert_rows(bank, [list(r) for r in want])
+
+
+def test_the_model_and_the_inputs_are_left_as_they_were() -> None:
+    model, x, ids = _mlp(), _x(), IDS.clone()
+    names = set(vars(model[0]))
+    with fastmtl.one_pass(model, ids, T) as bank:
+        cross_entropy(model(x)).sum().backward()
+    bank.apply()
+    assert set(vars(model[0])) == names and not vars(ids)
+    loss = cross_entropy(model(x)).sum()  # outside the block all is plain torch
+    assert type(loss.grad_fn).__name__ == "SumBackward0"
+    loss.backward()
+
+
+@pytest.mark.parametrize("num", [1, 2, 50, 128])
+def test_numbers_of_tasks(num: int) -> None:
+    model, x = _mlp(), torch.randn(131, 6, dtype=torch.float64)
+    ids = torch.randint(0, num, (131,))
+    labels = torch.randint(0, 5, (131,))
+    with fastmtl.one_pass(model, ids, num) as bank:
+        F.cross_entropy(model(x), labels, reduction="sum").backward()
+    losses = F.cross_entropy(model(x), labels, reduction="none")
+    for t in {0, num // 2, num - 1}:
+        want = torch.autograd.grad(losses[ids == t].sum(), list(model.parameters()), retain_graph=True)
+        for g, h in zip(bank.row(t), want, strict=True):
+            torch.testing.assert_close(g, h)
+    bank.apply("pcgrad")
+
+
+def test_one_sample() -> None:
+    model, x = _mlp(), _x()[:1]
+    want = torch.autograd.grad(cross_entropy(model(x)).sum(), list(model.parameters()))
+    with fastmtl.one_pass(model, torch.tensor([1]), T) as bank:
+        cross_entropy(model(x)).sum().backward()
+    for g, h in zip(bank.row(1), want, strict=True):
+        torch.testing.assert_close(g, h)
+
+
+def test_hooks_of_parameters() -> None:
+    model, x = _mlp(), _x()
+    ran: list[str] = []
+    model[0].weight.register_hook(lambda g: ran.append("gradient"))
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: ran.append("accumulated"))
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        cross_entropy(model(x)).sum().backward()
+    assert ran == []
+    bank.apply()
+    assert ran == ["accumulated"]
