@@ -262,7 +262,7 @@ class _Block:
                 "one_pass: backward was called before in this block, whose rows are full: sum the losses and call it "
                 "once, or open a second block with bank= to add to the rows"
             )
-        self._check_model()
+        self.check_model()
         if self.second and tag.kind == SAMPLES:
             loss = self.follow._bound(loss)
         self.running = True
@@ -304,17 +304,17 @@ class _Block:
         why = tag.why if tag.kind == UNKNOWN else "it depends on no sample"
         raise ValueError(f"one_pass: it can't be told that the loss is a sum over samples: {why}")
 
-    def _check_model(self) -> None:
+    def check_model(self) -> None:
         for p, version in self.versions.items():
             if p._version != version:
-                raise RuntimeError(f"one_pass: {describe(p, self.params[p])} was changed inside the block")
+                raise RuntimeError(f"one_pass: {describe(p, self.params[p])} was changed since the block began")
         if isinstance(self.model, nn.Module):
             now = dict.fromkeys(self.model.parameters(), True)
             gone = next((p for p in self.params if p not in now), None)
             if gone is not None:
                 raise RuntimeError(
                     f"one_pass: {describe(gone, self.params[gone])} is no longer in the model, which was changed "
-                    "inside the block"
+                    "since the block began"
                 )
 
     def receive(self, p: Tensor, g: Tensor) -> None:
@@ -599,6 +599,7 @@ class OnePassBank:
         self._check_filled("apply")
         block = self._block
         assert block is not None
+        block.check_model()
         with block.follow.on(False):
             return self._apply(method, scale, block)
 

@@ -90,6 +90,7 @@ def _weight(*shape: int) -> Tensor:
 
 # op, shape (the samples have size N), the axes that may carry them, and the kind of the result
 LABELS = torch.tensor([0, 1, 2, 0])
+TOKENS = LABELS.repeat(5)
 CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], str]] = {
     "relu": (torch.relu, (4, 3), (0,), SAMPLES),
     "add": (lambda x: x + _weight(3), (4, 3), (0,), SAMPLES),
@@ -244,7 +245,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], str
     "cross_entropy": (lambda x: F.cross_entropy(x, LABELS, reduction="none"), (4, 3), (0,), SAMPLES),
     "cross_entropy mean": (lambda x: F.cross_entropy(x, LABELS), (4, 3), (0,), TOTAL),
     "cross_entropy pixels": (lambda x: F.cross_entropy(x, torch.zeros(4, 5, dtype=torch.long)), (4, 3, 5), (0,), TOTAL),
-    "cross_entropy tokens": (lambda x: F.cross_entropy(x.view(-1, 3), torch.zeros(20, dtype=torch.long)), (4, 5, 3), (0,), TOTAL),
+    "cross_entropy tokens": (lambda x: F.cross_entropy(x.view(-1, 3), TOKENS), (4, 5, 3), (0,), TOTAL),
     "mse": (lambda x: F.mse_loss(x, torch.zeros(4, 3).double()), (4, 3), (0,), TOTAL),
     "mse time first": (lambda x: F.mse_loss(x, torch.zeros(3, 4).double(), reduction="none"), (3, 4), (1,), SAMPLES),
     "bce": (lambda x: F.binary_cross_entropy(x.sigmoid(), torch.zeros(4, 3).double()), (4, 3), (0,), TOTAL),

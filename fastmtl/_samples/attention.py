@@ -57,11 +57,11 @@ def multi_head_attention(
         k, v = torch.cat([k, zero], 2), torch.cat([v, zero], 2)
         more += 1
     if mask is not None:
-        mask = F.pad(mask, (0, more))
+        mask = _longer(mask, more)
         if mask.dim() == 3:
             mask = mask.reshape(n, num_heads, length, -1)
     if padding is not None:
-        padding = F.pad(padding, (0, more)).reshape(n, 1, 1, -1)
+        padding = _longer(padding, more).reshape(n, 1, 1, -1)
         mask = padding if mask is None else mask + padding
 
     dropout = dropout_p if training else 0.0
@@ -112,3 +112,8 @@ def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
+
+
+def _longer(mask: Tensor, more: int) -> Tensor:
+    # not F.pad, which torch.compile does not show to modes
+    return torch.cat([mask, mask.new_zeros((*mask.shape[:-1], more))], -1) if more else mask

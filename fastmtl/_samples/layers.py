@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl._samples.attention import multi_head_attention
-from fastmtl._samples.names import POINTWISE
+from fastmtl._samples.names import LOSSES, POINTWISE, name_of
 from fastmtl._samples.rules import aligned, argument, dims_of, tag_of_result
-from fastmtl._samples.tags import PARAM, SAMPLES, Tag, nested, replaced, unknown
+from fastmtl._samples.tags import CONSTANT, PARAM, SAMPLES, Tag, nested, replaced, unknown
 from fastmtl.ops import _per_task
 from fastmtl.ops._task import cast_by_autocast
 
@@ -56,6 +57,11 @@ def call_layer(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[str
         return layer(follow, name, func, args, kwargs)
     if name in POINTWISE or name in _BROADCASTS:
         return _broadcast(follow, name, func, args, kwargs)
+    if name in LOSSES:
+        raise Unproven(
+            "an output that carries no samples: was the input made inside the block, or does it carry them along "
+            "another dimension than batch_dim"
+        )
     raise Unproven(f"{name} is not among the layers that one_pass takes apart")
 
 
@@ -89,7 +95,7 @@ def _broadcast(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[str
         return lift(follow, x, right, tag) if follow.tag(x).kind == PARAM else x
 
     args, kwargs = replaced(args, lifted), replaced(kwargs, lifted)
-    out = func(*args, **kwargs)
+    out = follow.run(func, args, kwargs)
     return out, tag_of_result(name, args, kwargs, out, follow.tag)
 
 
@@ -108,6 +114,8 @@ def lift(follow: Follow, p: Tensor, right: int, tag: Tag) -> Tensor:
         if value.stride(axis) == 0:
             # expanded by hand: all samples have the same
             return _expanded(follow, Weight(*_narrowed(weight, axis)), axis, ids, tag)
+        if not _copied(follow, p, p.dim() - right):
+            raise Unproven("its own positions would lie along the axis of the samples")
         out = _per_task.PerSample.apply(value, ids, axis, weight.count, tag.samples.num_rows, *weight.targets)
     elif value.shape[axis] == 1:
         return _expanded(follow, weight, axis, ids, tag)
@@ -115,6 +123,46 @@ def lift(follow: Follow, p: Tensor, right: int, tag: Tag) -> Tensor:
         raise Unproven(f"a parameter of size {value.shape[axis]} along the axis of {n} samples")
     follow.mark(out, tag.at(axis))
     return out
+
+
+def _copied(follow: Follow, p: Tensor, axis: int) -> bool:
+    """Whether all positions of `axis` hold the same, as after `expand` or `repeat` of a parameter."""
+    tag = follow.tag(p)
+    if p in follow.rows or tag.kind != PARAM:
+        return False
+    recipe = tag.recipe.recipe
+    name, args = name_of(recipe.func), recipe.args
+    if name in _COPIES:
+        source = axis - (p.dim() - args[0].dim())
+        return source < 0 or args[0].shape[source] == 1 or _copied(follow, args[0], source)
+    params = [x for x in nested((args, recipe.kwargs)) if follow.tag(x).kind == PARAM]
+    joins = name in POINTWISE or name in _BROADCASTS
+    if not joins and name not in _KEEP:
+        return False
+    right = p.dim() - axis
+    for k, x in enumerate(params):
+        for own in range(x.dim()):
+            if x.shape[own] != p.shape[axis]:
+                continue
+            found = tag_of_result(name, args, recipe.kwargs, p, functools.partial(_alone, x, own, follow))
+            if isinstance(found, list):
+                found = found[tag.recipe.pick]
+            if found.kind != SAMPLES or found.axis != axis or found.outer * found.inner != 1:
+                continue
+            others = params[:k] + params[k + 1 :] if joins else []
+            rest = [o for o in others if o.dim() >= right and o.shape[-right] != 1]
+            return _copied(follow, x, own) and all(_copied(follow, o, o.dim() - right) for o in rest)
+    return False
+
+
+def _alone(x: Tensor, axis: int, follow: Follow, y: Tensor) -> Tag:
+    return Tag(SAMPLES, axis, follow.samples) if y is x else CONSTANT
+
+
+_COPIES = frozenset(("repeat", "tile", "expand", "expand_as", "broadcast_to"))
+# of the rest these keep positions apart, whatever else they are given
+_KEEP = frozenset(("view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "linear", "layer_norm",
+                   "rms_norm", "chunk", "split", "getitem", "softmax", "mT.get"))  # fmt: skip
 
 
 def _narrowed(weight: Weight, axis: int) -> tuple[Any, int, tuple[Tensor, ...]]:

@@ -99,7 +99,8 @@ class Follow(TorchFunctionMode):
         if x in self.rows:
             return OF_PARAMETERS if torch.is_grad_enabled() else CONSTANT
         found = getattr(x, ATTRIBUTE, None)
-        if found is not None and found[0] is self.samples:
+        # a tensor that got another graph since is the result of a torch.autograd.Function, whose backward is not seen
+        if found is not None and found[0] is self.samples and _same_graph(x, found[2]):
             tag: Tag = found[1]
             if tag.kind in (TOTAL, MIXING, PARAM) and not x.requires_grad:
                 return CONSTANT
@@ -110,7 +111,10 @@ class Follow(TorchFunctionMode):
         """Of a tensor that no call inside the block has made."""
         if isinstance(x, nn.Parameter) or x in self.constants:
             return CONSTANT
-        if x.grad_fn is not None:
+        if torch.compiler.is_compiling():
+            if x.requires_grad:
+                return unknown("a call that torch.compile does not show, such as F.pad or a torch.autograd.Function")
+        elif x.grad_fn is not None:
             return unknown(
                 f"a tensor of shape {list(x.shape)} was computed outside the block, or by what torch does not show "
                 f"(a torch.autograd.Function, a scripted module): {type(x.grad_fn).__name__}"
@@ -123,7 +127,7 @@ class Follow(TorchFunctionMode):
         return CONSTANT
 
     def mark(self, x: Tensor, tag: Tag) -> None:
-        setattr(x, ATTRIBUTE, (self.samples, tag))
+        setattr(x, ATTRIBUTE, (self.samples, tag, _graph(x)))
 
     # --- what layers ask for
 
@@ -215,7 +219,7 @@ class Follow(TorchFunctionMode):
             kinds[self.tag(x).kind] = True
         if PARAM not in kinds:
             if SAMPLES not in kinds:
-                out = func(*args, **kwargs)
+                out = self.run(func, args, kwargs)
                 return out, tag_of_result(name, args, kwargs, out, self.tag)
             return self._on_samples(name, func, args, kwargs)
         if SAMPLES not in kinds and TOTAL not in kinds and MIXING not in kinds and UNKNOWN not in kinds:
@@ -240,6 +244,17 @@ class Follow(TorchFunctionMode):
             return self._on_loop(name, func, args, kwargs, why)
         raise self._refused(name, args, kwargs, why)
 
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The call itself. A tensor that it writes into keeps what was known of it, though it may get a graph now."""
+        first = args[0] if args and isinstance(args[0], Tensor) and args[0] not in self.rows else None
+        if first is None:
+            return func(*args, **kwargs)
+        before = self.tag(first)
+        out = func(*args, **kwargs)
+        if out is first or writes(func):
+            self.mark(first, before)
+        return out
+
     def _on_samples(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """No parameter of the bank takes part."""
         if not is_known(name) and in_python(func) and not torch.compiler.is_compiling() and func not in self._open:
@@ -250,7 +265,7 @@ class Follow(TorchFunctionMode):
                 self._open.discard(func)
             return out, [self.tag(x) for x in nested(out)]
         training = name == "batch_norm" and argument(args, kwargs, 5, "training", False)
-        out = func(*args, **kwargs)
+        out = self.run(func, args, kwargs)
         if training and any(x.requires_grad for x in nested(out)):
             self.meet_shared_statistics()
         if training:
@@ -274,6 +289,8 @@ class Follow(TorchFunctionMode):
         """Parameters and constants alone."""
         out = func(*args, **kwargs)
         results = nested(out)
+        if name == "setitem" and args[0].requires_grad:
+            raise self._refused(name, args, kwargs, "a value computed from parameters is written into another tensor")
         if not any(x.requires_grad for x in results):
             return out, CONSTANT
         if name in RANDOM:
@@ -328,7 +345,7 @@ class Follow(TorchFunctionMode):
             else:
                 for x, t in zip(results, tags, strict=True):
                     self.mark(x, t)
-            written = out if args and out is args[0] and writes(func) else None
+            written = out if args and out is args[0] else None
         if isinstance(written, Tensor) and not torch.compiler.is_compiling():
             self._written(name, written)
 
@@ -375,6 +392,16 @@ class Follow(TorchFunctionMode):
 
 # of a sum over samples and of parameters alone these make a sum
 _SUMS = frozenset(("add", "sub", "stack", "cat", "sum"))
+
+
+def _graph(x: Tensor) -> Any:
+    return x.requires_grad if torch.compiler.is_compiling() else x.grad_fn
+
+
+def _same_graph(x: Tensor, before: Any) -> bool:
+    if before is True or before is False or torch.compiler.is_compiling():  # a compiled graph made or takes it
+        return before is not False or not x.requires_grad
+    return before is x.grad_fn
 
 
 def _fresh(x: Tensor) -> Tensor:

@@ -165,8 +165,11 @@ def writes(func: Any) -> bool:
     """Whether a function changes its first argument in place."""
     name = getattr(func, "__name__", "")
     if name.startswith("__"):
-        return name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__iter__")
+        return name == "__setitem__" or (name.startswith("__i") and name not in _NOT_WRITING)
     return name.endswith("_")
+
+
+_NOT_WRITING = frozenset(("__index__", "__int__", "__invert__", "__iter__"))
 
 
 def in_python(func: Any) -> bool:

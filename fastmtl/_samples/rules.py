@@ -162,8 +162,10 @@ def _only(name: str, args: Any, kwargs: Any, get: Get) -> Tag:
     found = [get(x) for x in nested((args, kwargs))]
     found = [t for t in found if t.kind == SAMPLES]
     for t in found[1:]:
-        if t.axis != found[0].axis or not t.agrees(found[0]):
-            return unknown(f"{name} joins different samples, or different axes")
+        if t.axis != found[0].axis:
+            return unknown(f"{name} joins samples along axis {found[0].axis} with samples along axis {t.axis}")
+        if not t.agrees(found[0]):
+            return unknown(f"{name} joins different samples")
     return found[0]
 
 

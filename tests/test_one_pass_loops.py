@@ -1,0 +1,228 @@
+"""`one_pass` in the loops that people have: compiled, checkpointed, in mixed precision."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases_one_pass import IDS, Attention, N, T, Tokens, assert_rows, cross_entropy, make, of
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
+
+import fastmtl
+
+COMPILED = ["mlp", "conv, group norm", "layer norm, rms norm", "encoder, norm first", "attention", "conv1d, prelu"]
+
+
+def _rows(model: nn.Module, losses: Tensor) -> list[list[Tensor]]:
+    params = list(model.parameters())
+    return [list(torch.autograd.grad(losses[of(t)].sum(), params, retain_graph=True)) for t in range(T)]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_models_trace_one_graph(name: str) -> None:
+    case, model, x = make(name)
+    model.eval()  # dropout draws otherwise under compile
+    torch._dynamo.reset()
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=count, bw_compiler=lambda g, i: make_boxed_func(g.forward))
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for step in range(4):
+        ids = IDS.roll(step)
+        with fastmtl.one_pass(compiled, ids, T, batch_dim=case.batch_dim) as bank:
+            case.per_sample(compiled(x + step if x.is_floating_point() else x)).sum().backward()
+        losses = case.per_sample(model(x + step if x.is_floating_point() else x))
+        params = list(model.parameters())
+        want = [torch.autograd.grad(losses[ids == t].sum(), params, retain_graph=True) for t in range(T)]
+        assert [id(p) for p in bank.params] == [id(p) for p in params]
+        assert_rows(bank, [list(row) for row in want])
+    assert graphs == 1
+    bank.apply("pcgrad")
+
+
+def test_compiled_with_inductor() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 7), nn.GELU(), nn.Linear(7, 5))
+    compiled = torch.compile(model)
+    for step in range(2):
+        x = torch.randn(N, 6)
+        with fastmtl.one_pass(compiled, IDS.roll(step), T) as bank:
+            cross_entropy(compiled(x)).sum().backward()
+        losses = cross_entropy(model(x))
+        want = [
+            torch.autograd.grad(losses[IDS.roll(step) == t].sum(), list(model.parameters()), retain_graph=True)
+            for t in range(T)
+        ]
+        assert_rows(bank, [list(row) for row in want], 1e-5)
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool = False) -> None:
+        super().__init__()
+        self.before = nn.Linear(6, 6)
+        self.inner = nn.Sequential(nn.Linear(6, 7), nn.Dropout(0.2), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 6))
+        self.after = nn.Linear(6, 5)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(checkpoint(self.inner, self.before(x), use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"check": True}, {"memory": "stream"}])
+def test_checkpointing(arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x = _Checkpointed().double(), torch.randn(N, 6, dtype=torch.float64)
+    torch.manual_seed(1)
+    rows = _rows(model, cross_entropy(model(x)))
+    torch.manual_seed(1)
+    with fastmtl.one_pass(model, IDS, T, **arguments) as bank:
+        cross_entropy(model(x)).sum().backward()
+    if "memory" not in arguments:
+        assert_rows(bank, rows)
+    bank.apply("sum")
+    for p, *parts in zip(model.parameters(), *rows, strict=True):
+        torch.testing.assert_close(p.grad, sum(parts))
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    model, x = _Checkpointed(True), torch.randn(N, 6)
+    with pytest.raises(ValueError, match="CheckpointFunction"), fastmtl.one_pass(model, IDS, T):
+        cross_entropy(model(x)).sum().backward()
+
+
+def test_sequential_checkpoints_inside_an_encoder() -> None:
+    torch.manual_seed(0)
+    model = Tokens(norm_first=True).double()
+    tokens = torch.randint(0, 11, (N, 8))
+    for layer in model.encoder.layers:
+        inner = layer.forward
+        layer.forward = lambda *a, inner=inner, **k: checkpoint(inner, *a, use_reentrant=False, **k)
+    torch.manual_seed(1)
+    rows = _rows(model, cross_entropy(model(tokens)))
+    torch.manual_seed(1)
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        cross_entropy(model(tokens)).sum().backward()
+    assert_rows(bank, rows)
+
+
+@pytest.mark.parametrize("memory", ["bank", "stream"])
+def test_autocast_and_grad_scaler(memory: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(1), nn.Linear(288, 16), nn.LayerNorm(16),
+        nn.Linear(16, 5),
+    )  # fmt: skip
+    x = torch.randn(N, 3, 8, 8)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = cross_entropy(model(x).float())
+    want = _rows(model, losses)
+    order = fastmtl.methods.PCGrad(order=torch.arange(T).repeat(T, 1))
+    with fastmtl.one_pass(model, IDS, T, memory=memory) as bank:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = cross_entropy(model(x).float()).sum()
+        scaler.scale(loss).backward()
+    surgery = bank.apply(order, loss_scale=scaler.get_scale())
+    flat = torch.stack([torch.cat([g.flatten() for g in row]) for row in want])
+    gram = fastmtl.ops.gram(flat)
+    assert (surgery.gram - gram).abs().max() < 2e-2 * gram.max()
+    scaler.unscale_(optimizer)
+    update = torch.cat([p.grad.flatten() for p in model.parameters()])
+    expected = fastmtl.ops.pcgrad(flat, torch.arange(T).repeat(T, 1))
+    assert (update - expected).norm() < 2e-2 * expected.norm()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_a_step_that_overflows_is_skipped() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 5), torch.randn(N, 6)
+    x[3] = float("inf")
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        scaler.scale(cross_entropy(model(x)).sum()).backward()
+    bank.apply("pcgrad")
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 512.0
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, before[k])
+
+
+def test_a_training_loop_equals_one_with_backward() -> None:
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    other = copy.deepcopy(one)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (one, other)]
+    for step in range(5):
+        x, ids = torch.randn(N, 6, dtype=torch.float64), IDS.roll(step)
+        method = fastmtl.methods.PCGrad(order=torch.randint(0, T, (T, T)))
+        for o in optimizers:
+            o.zero_grad()
+        with fastmtl.one_pass(one, ids, T) as bank:
+            cross_entropy(one(x)).mean().backward()
+        bank.apply(method)
+        losses = cross_entropy(other(x)) / N
+        fastmtl.backward([losses[ids == t].sum() for t in range(T)], method=method)
+        for o in optimizers:
+            o.step()
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_inside_inference_of_another_model() -> None:
+    torch.manual_seed(0)
+    model, teacher, x = nn.Linear(6, 5), nn.Linear(6, 5), torch.randn(N, 6)
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        with torch.no_grad():
+            target = teacher(x).softmax(1) + model(x).softmax(1)
+        (-(target * model(x).log_softmax(1)).sum(1)).mean().backward()
+    losses = -((teacher(x).softmax(1) + model(x).softmax(1)).detach() * model(x).log_softmax(1)).sum(1) / N
+    assert_rows(bank, _rows(model, losses), 1e-5)
+
+
+def test_gradient_reversal_is_named_by_hand() -> None:
+    class Reverse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return -g
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 5)).double(), torch.randn(N, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match="ReverseBackward"), fastmtl.one_pass(model, IDS, T):
+        model[1](Reverse.apply(model[0](x)))
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        h = bank.samples(Reverse.apply(model[0](x)), 0)
+        cross_entropy(model[1](h)).sum().backward()
+    assert_rows(bank, _rows(model, cross_entropy(model[1](Reverse.apply(model[0](x))))))
+
+
+def test_attention_of_another_model_is_torch_again() -> None:
+    """After the block nothing of it is left in torch."""
+    layer = Attention(True, False).double().eval()
+    x = torch.randn(4, N, 6, dtype=torch.float64)
+    before = layer(x)
+    with fastmtl.one_pass(layer, IDS, T, batch_dim=1):
+        inside = layer(x)
+    torch.testing.assert_close(inside, before)
+    torch.testing.assert_close(layer(x), before)
+    assert F.relu(x).grad_fn is None
