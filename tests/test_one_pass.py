@@ -316,6 +316,35 @@ def test_two_losses_and_tied_weights() -> None:
     assert_rows(bank, [list(row) for row in want])
 
 
+@pytest.mark.parametrize("memory", ["bank", "stream"])
+@pytest.mark.parametrize("per_task_bias", [False, True])
+def test_task_layers(per_task_bias: bool, memory: str) -> None:
+    """Weights that all tasks share are in the bank; deltas, gates and biases of tasks are not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        fastmtl.nn.TaskConv2d(3, 4, 3, T, padding=1, gate=0.5, per_task_bias=per_task_bias),
+        nn.GroupNorm(2, 4),
+        nn.Flatten(2),
+        fastmtl.nn.TaskLinear(16, 5, T, per_task_bias=per_task_bias),
+        nn.Flatten(),
+        nn.Linear(20, 5),
+    ).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p))
+    x = torch.randn(N, 3, 4, 4, dtype=torch.float64)
+    with fastmtl.nn.tasks(IDS):
+        losses = cross_entropy(model(x))
+    want = _by_backward(model, [losses[of(t)].sum() for t in range(T)])
+    model.zero_grad()
+    with fastmtl.nn.tasks(IDS), fastmtl.one_pass(model, IDS, T, memory=memory) as bank:
+        cross_entropy(model(x)).sum().backward()
+    assert len(bank.params) == (6 if per_task_bias else 8)
+    bank.apply(pcgrad)
+    for g, h in zip(_grads(model), want, strict=True):
+        torch.testing.assert_close(g, h)
+
+
 def test_partition_accepts_batch_statistics() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Linear(7, 5)).double()

@@ -556,6 +556,23 @@ def _baddbmm(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[str, 
     return follow.call(torch.add, (b, product), {})
 
 
+def _task_layer(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """`torch.ops.fastmtl.task_conv2d` or `task_linear`: the weight and the bias that all tasks share."""
+    x, w, delta, delta_tasks, gate, b, *rest = args
+    tag = _first_axis(follow, x)
+    own = [*delta, gate, b if b is not None and b.dim() > 1 else None]
+    if any(follow.tag(p).kind == PARAM for p in own if p is not None):
+        raise Unproven("what belongs to single tasks is in the bank")
+    weight, bias = (NOTHING if p is None else follow.weight(p) for p in (w, b))
+    y = func(x, weight.value, delta, delta_tasks, gate, bias.value, *rest)
+    plan = tag.samples.plan(tag.outer, tag.inner)
+    y = _per_task.Shared.apply(
+        y, x.detach(), weight.value, bias.value, *plan, tuple(rest[2:]) or None, weight.count, bias.count,
+        *weight.targets, *bias.targets,
+    )  # fmt: skip
+    return y, tag
+
+
 # broadcast like pointwise functions do
 _BROADCASTS = frozenset(("cat", "stack", "where", "masked_fill", "lerp", "addcmul"))
 
@@ -578,6 +595,8 @@ _LAYERS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "scaled_dot_product_attention": _attention,
     "multi_head_attention_forward": _multi_head,
     "baddbmm": _baddbmm,
+    "task_conv2d.default": _task_layer,
+    "task_linear.default": _task_layer,
 }
 
 

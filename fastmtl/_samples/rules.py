@@ -802,6 +802,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     "unfold": _unfold,
     "roll": _roll,
     "baddbmm": _baddbmm,
+    "task_plan.default": lambda name, args, kwargs, out, get: CONSTANT,
+    **dict.fromkeys(("task_conv2d.default", "task_linear.default", "task_scale_shift.default"), _batch_first),
     "addmm": lambda name, args, kwargs, out, get: _matmul(name, args[1:3], {}, out, get),
 }
 

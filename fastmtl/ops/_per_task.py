@@ -236,6 +236,33 @@ def conv_rows(
     return torch.stack(found, 3)
 
 
+class Shared(torch.autograd.Function):
+    """The rows of the weight and bias that all tasks share in a task layer, whose output `y` is handed through."""
+
+    @staticmethod
+    def forward(ctx, y, x, w, b, ids, order, offsets, geometry, count_w, count_b, *targets):
+        ctx.save_for_backward(x, w, ids, order, offsets)
+        ctx.geometry, ctx.counts, ctx.bias_dtype = geometry, (count_w, count_b), None if b is None else b.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w, ids, order, offsets = ctx.saved_tensors
+        count_w, count_b = ctx.counts
+        n, rows_w, rows_b = ids.shape[0], None, None
+        if count_w and _wants(count_w, False)[0]:
+            if ctx.geometry is None:
+                x3, g3 = x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])
+                rows_w = linear_rows(x3, g3, order, offsets, w)
+            else:
+                rows_w = conv_rows(x, g, n, ids, order, offsets, w, *ctx.geometry)
+        if count_b and _wants(count_b, False)[0]:
+            channels = g.movedim(1, -1) if ctx.geometry is not None else g
+            each = channels.reshape(n, -1, channels.shape[-1]).sum(1, dtype=torch.promote_types(g.dtype, torch.float32))
+            rows_b = sum_by_row(each, ids, offsets.shape[0] - 1, ctx.bias_dtype)
+        return (g, *(None,) * 9, *_give(rows_w, count_w), *_give(rows_b, count_b))
+
+
 # --- tables: rows of a parameter picked by numbers
 
 
