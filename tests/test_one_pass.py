@@ -339,7 +339,7 @@ def test_task_layers(per_task_bias: bool, memory: str) -> None:
     model.zero_grad()
     with fastmtl.nn.tasks(IDS), fastmtl.one_pass(model, IDS, T, memory=memory) as bank:
         cross_entropy(model(x)).sum().backward()
-    assert len(bank.params) == (6 if per_task_bias else 8)
+    assert len(bank.params) == 8
     bank.apply(pcgrad)
     for g, h in zip(_grads(model), want, strict=True):
         torch.testing.assert_close(g, h)

@@ -560,9 +560,11 @@ def _task_layer(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[st
     """`torch.ops.fastmtl.task_conv2d` or `task_linear`: the weight and the bias that all tasks share."""
     x, w, delta, delta_tasks, gate, b, *rest = args
     tag = _first_axis(follow, x)
-    own = [*delta, gate, b if b is not None and b.dim() > 1 else None]
-    if any(follow.tag(p).kind == PARAM for p in own if p is not None):
+    if any(follow.tag(p).kind == PARAM for p in (*delta, gate) if p is not None):
         raise Unproven("what belongs to single tasks is in the bank")
+    added = None
+    if b is not None and b.dim() > 1 and follow.tag(b).kind == PARAM:
+        b, added = None, _picked(follow, b, x, tag, *rest[:2])
     weight, bias = (NOTHING if p is None else follow.weight(p) for p in (w, b))
     y = func(x, weight.value, delta, delta_tasks, gate, bias.value, *rest)
     plan = tag.samples.plan(tag.outer, tag.inner)
@@ -570,7 +572,18 @@ def _task_layer(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[st
         y, x.detach(), weight.value, bias.value, *plan, tuple(rest[2:]) or None, weight.count, bias.count,
         *weight.targets, *bias.targets,
     )  # fmt: skip
+    if added is not None:
+        spread = (-1, added.shape[1], *(1,) * (y.dim() - 2)) if len(rest) > 2 else (len(y), *(1,) * (y.dim() - 2), -1)
+        y = y + added.reshape(spread).to(y.dtype)
     return y, tag
+
+
+def _picked(follow: Follow, bias: Tensor, x: Tensor, tag: Tag, order: Tensor, offsets: Tensor) -> Tensor:
+    """Each sample's row of a bias per task that is computed from a shared one, by the plan of the layer."""
+    task = torch.searchsorted(offsets[1:], torch.arange(len(order), device=order.device), right=True)
+    index = torch.empty_like(order).scatter_(0, order, task)
+    follow.mark(index, tag)
+    return _table(follow, bias, index, -1)[0]
 
 
 # broadcast like pointwise functions do
