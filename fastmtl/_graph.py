@@ -28,6 +28,8 @@ _JOINS = frozenset({"CatBackward0", "StackBackward0"})
 # nodes that take a part of a tensor
 _PARTS = frozenset({"SelectBackward0", "SliceBackward0", "IndexBackward0", "IndexSelectBackward0"})
 _SPLITS = frozenset({"UnbindBackward0", "SplitBackward0", "SplitWithSizesBackward0", "UnsafeSplitBackward0"})
+# what DistributedDataParallel and fully_shard put around a module: each output is one input, and nothing is joined
+_PASSING = frozenset({"_DDPSinkBackward", "RegisterPostBackwardFunctionBackward"})
 
 
 Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
@@ -58,10 +60,11 @@ def reach(losses: Sequence[Tensor | None], cut: Collection[Edge] = ()) -> Reach:
     for t, loss in enumerate(losses):
         if loss is None:
             continue
-        root, path, clear = _root(loss)
+        edge, path, clear = _root(loss)
+        root, _ = _beyond(edge, path)
         if root is not None:
             masks[root] = masks.get(root, 0) | 1 << t
-        for node in path:
+        for node in path:  # and nodes that are passed by
             vectors[node] = vectors.get(node, 0) | 1 << t
         if not clear:
             unclear[path[0]] = unclear.get(path[0], 0) | 1 << t
@@ -92,6 +95,7 @@ def _spread(masks: dict[Any, int], cut: Collection[Edge], *, through: bool = Fal
     `through`: edges in `cut` are followed, and noted all the same.
     """
     edges: dict[Any, list[Any]] = {}
+    passed: dict[Any, list[Any]] = {}
     crossing: dict[Any, list[Edge]] = {}
     parents: dict[Any, int] = {}
     todo = list(masks)
@@ -103,6 +107,9 @@ def _spread(masks: dict[Any, int], cut: Collection[Edge], *, through: bool = Fal
         if cut and (met := [pair for pair in pairs if pair in cut]):
             crossing[node] = met
             pairs = pairs if through else [pair for pair in pairs if pair not in cut]
+        if any(type(child).__name__ in _PASSING for child, _ in pairs):
+            passed[node] = between = []
+            pairs = [pair for pair in (_beyond(pair, between) for pair in pairs) if pair[0] is not None]
         edges[node] = children = [child for child, _ in pairs]
         for child in children:
             parents[child] = parents.get(child, 0) + 1
@@ -112,6 +119,7 @@ def _spread(masks: dict[Any, int], cut: Collection[Edge], *, through: bool = Fal
     leaves: dict[Tensor, int] = {}
     crossed: dict[Edge, int] = {}
     inner: set[int] = set()
+    passing: dict[Any, int] = {}
     compiled = joined = donated = 0
     parts: dict[Any, tuple[bool, set[int]]] = {}  # join -> only parts of it are taken; by which tasks each
     ready = [node for node in edges if node not in parents]
@@ -123,6 +131,8 @@ def _spread(masks: dict[Any, int], cut: Collection[Edge], *, through: bool = Fal
             leaves[node.variable] = mask
             continue
         inner.add(mask)
+        for between in passed.get(node, ()):
+            passing[between] = passing.get(between, 0) | mask
         for edge in crossing.get(node, ()):
             crossed[edge] = crossed.get(edge, 0) | mask
         if "CompiledFunctionBackward" in kind and _several(mask):
@@ -144,7 +154,22 @@ def _spread(masks: dict[Any, int], cut: Collection[Edge], *, through: bool = Fal
             if not parents[child]:
                 ready.append(child)
 
+    # a pass frees them whole, whichever of their outputs it came through
+    inner.update(passing.values())
     return Reach(leaves, [0] * MAX_TASKS, compiled, 0, joined, crossed, donated), inner
+
+
+def _beyond(edge: Edge, between: list[Any]) -> Edge:
+    """The edge itself, or the one that it stands for on the other side of nodes that hand each output on."""
+    node, number = edge
+    while type(node).__name__ in _PASSING:
+        between.append(node)
+        wanted = node.needs_input_grad  # also of arguments that are no tensors, one of them ahead of the inputs
+        if not wanted[number + 1]:
+            return None, 0
+        ahead = sum(wanted[: number + 1])
+        node, number = [pair for pair in node.next_functions if pair[0] is not None][ahead]
+    return node, number
 
 
 def _overwrites(node: Any) -> bool:
@@ -167,12 +192,12 @@ def _several(mask: int) -> bool:
     return mask & (mask - 1) != 0
 
 
-def _root(loss: Tensor) -> tuple[Any, list[Any], bool]:
+def _root(loss: Tensor) -> tuple[Edge, list[Any], bool]:
     """Where the walk of one loss starts (None: a constant), the nodes of the vectors it was picked from, and
     whether it could be followed through them."""
     node = loss.grad_fn
     if node is None:
-        return torch.autograd.graph.get_gradient_edge(loss).node, [], True
+        return (torch.autograd.graph.get_gradient_edge(loss).node, 0), [], True
     kind = type(node).__name__
     if kind == "UnbindBackward0":
         position = loss.output_nr
@@ -181,23 +206,29 @@ def _root(loss: Tensor) -> tuple[Any, list[Any], bool]:
         if position >= 1 << 63:  # a negative index, shown as unsigned
             position += node._saved_self_sym_sizes[0] - (1 << 64)
     else:
-        return node, [], True
-    path = [node.next_functions[0][0]]
+        return (node, loss.output_nr), [], True
+    edge = node.next_functions[0]
+    path = [edge[0]]
     if type(path[0]).__name__ == "AccumulateGrad":
-        return path[0], path, True
-    while type(path[-1]).__name__ in _ELEMENTWISE:
-        inputs = [child for child, _ in path[-1].next_functions if child is not None]
+        return edge, path, True
+    while True:
+        edge = _beyond(edge, path)
+        if type(edge[0]).__name__ not in _ELEMENTWISE:
+            break
+        path.append(edge[0])
+        inputs = [pair for pair in edge[0].next_functions if pair[0] is not None]
         if len(inputs) != 1:
-            return node, path, False
-        path.append(inputs[0])
-    if _is_row_of_scalars(path[-1], position):
-        return path[-1].next_functions[position][0], path, True
-    return node, path, False
+            return (node, loss.output_nr), path, False
+        edge = inputs[0]
+    path.append(edge[0])
+    if _is_row_of_scalars(edge[0], position):
+        return edge[0].next_functions[position], path, True
+    return (node, loss.output_nr), path, False
 
 
 def _is_row_of_scalars(node: Any, position: int) -> bool:
     """Whether `node` joins scalars (stack), or tensors of one element (cat), more than `position` of them."""
-    if position >= len(node.next_functions):
+    if node is None or position >= len(node.next_functions):
         return False
     kind = type(node).__name__
     if kind == "StackBackward0":
@@ -210,9 +241,9 @@ def _is_row_of_scalars(node: Any, position: int) -> bool:
 
 
 def read_losses(
-    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None],
+    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None], *, may_be_absent: bool = False
 ) -> tuple[list[str], list[Tensor | None]]:
-    """Task names and losses, None where absent, checked."""
+    """Task names and losses, None where absent, checked. `may_be_absent`: all of them may be."""
     if isinstance(losses, Tensor):
         if losses.dim() != 1:
             raise ValueError(
@@ -234,7 +265,7 @@ def read_losses(
         raise ValueError("losses: expected at least one loss, got none")
     if len(tasks) > MAX_TASKS:
         raise ValueError(f"losses: expected at most {MAX_TASKS} losses, got {len(tasks)}")
-    if all(loss is None for loss in tasks):
+    if not may_be_absent and all(loss is None for loss in tasks):
         raise ValueError(f"losses: expected at least one loss, got {len(tasks)} times None")
     for name, loss in zip(names, tasks, strict=True):
         if loss is None:

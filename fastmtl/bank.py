@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmtl import methods
+from fastmtl import distributed, methods
 from fastmtl._graph import read_loss_scale
 from fastmtl._marks import Params, compiled_module, is_per_task, read_params
+from fastmtl.distributed import Ranks, find_ranks, reporting
 from fastmtl.methods import Weighting
 from fastmtl.ops._rows import check_num_tasks
 from fastmtl.surgery import (
     Row,
     Surgery,
     add_own,
-    check_single_process,
     check_within,
+    has_other_holders,
+    on_shards,
     operate,
+    operate_on_means,
     sparse_shared,
     split_shared,
     write,
 )
+
+_APPLY = "GradientBank.apply"
 
 
 class GradientBank:
@@ -42,13 +48,20 @@ class GradientBank:
             two or more tasks reach. Needed where `params` is, or contains, a compiled module, whose backward leaves
             zeros for heads that a loss never touched; if `params` is an iterable this can't be seen.
             Parameters marked by `fastmtl.mark_per_task` are never shared.
-        process_group: not available yet.
+        process_group: the ranks whose gradients are averaged at `apply`, whatever `params` is. None: those of the
+            `DistributedDataParallel` or `fully_shard` module that `params` is or contains; else this process alone.
 
     Raises:
-        TypeError: `params`, `shared` or `num_tasks_or_names` of another type.
+        TypeError: `params`, `shared`, `num_tasks_or_names` or `process_group` of another type; tensor-parallel
+            parameters.
         ValueError: no parameter, one that is not a leaf, `shared` not within `params`, a compiled module without
-            `shared`, no task, more than 128, equal names.
-        RuntimeError: in a process group of several ranks, which would silently diverge.
+            `shared`, no task, more than 128, equal names; a `process_group` without this rank, or for a `fully_shard`
+            module.
+        RuntimeError: several ranks, and neither `params` nor `process_group` says what to do.
+
+    With several ranks (docs/distributed.md): under DDP run the backward passes in `no_sync()`, as what they reduce is
+    reduced again. Every row becomes its mean over the ranks at `apply`, once, whether DDP has reduced it or not. A task
+    that some rank visited is present on all.
 
     Example:
         >>> net = torch.nn.Linear(4, 2)
@@ -68,12 +81,19 @@ class GradientBank:
         shared: Params | None = None,
         process_group: Any = None,
     ) -> None:
-        if process_group is not None:
-            raise NotImplementedError("fastmtl.GradientBank: process_group is not available yet")
-        check_single_process()
+        # modules alone can say which ranks there are; an iterable may be used up
+        self._modules = [x if isinstance(x, nn.Module) else None for x in (params, shared)]
+        self._process_group = process_group
+        ranks = self._ranks("fastmtl.GradientBank")
         self._named = read_params(params, "params")
-        self._params = list(self._named)
         self._shared = None if shared is None else read_params(shared, "shared")
+        if ranks is not None:
+            self._named = ranks.rename(self._named)
+            self._shared = self._shared and ranks.rename(self._shared)
+            ranks.check_params(self._named, "fastmtl.GradientBank")
+        else:
+            distributed.refuse_dtensors(self._named, "fastmtl.GradientBank")
+        self._params = list(self._named)
         if self._shared is not None:
             check_within(self._shared, self._named)
         elif isinstance(params, nn.Module) and (name := compiled_module(params)) is not None:
@@ -84,6 +104,9 @@ class GradientBank:
         self.names = read_names(num_tasks_or_names, "num_tasks_or_names")
         self._active = False
         self.clear()
+
+    def _ranks(self, call: str) -> Ranks | None:
+        return find_ranks(*self._modules, self._process_group, call)
 
     def clear(self) -> None:
         """Forgets every row."""
@@ -103,17 +126,19 @@ class GradientBank:
 
         Raises:
             TypeError, ValueError: no such task.
-            RuntimeError: inside another task of this bank.
+            RuntimeError: inside another task of this bank; a `fully_shard` module that did not reduce its gradients.
         """
         t = position(task, self.names)
         if self._active:
             raise RuntimeError("GradientBank.task: already inside a task of this bank; tasks can't be nested")
         self._active = True
-        aside = [p.grad for p in self._params]
+        # DDP's next backward pass writes into its buckets, of which gradients may be views
+        aside = [g.clone() if (g := p.grad) is not None and _in_a_bucket(g) else g for p in self._params]
         for p in self._params:
             p.grad = None
         try:
             yield
+            distributed.check_reduces([m for m in self._modules if m is not None], "GradientBank.task")
             visit = [(p, p.grad) for p in self._params if p.grad is not None]
         finally:
             for p, g in zip(self._params, aside, strict=True):
@@ -125,7 +150,8 @@ class GradientBank:
         row = self._rows[t]
         for p, g in visit:
             self._present[t] = True
-            g = g.detach()  # create_graph=True leaves gradients with a graph
+            # create_graph=True leaves gradients with a graph
+            g = g.detach().clone() if _in_a_bucket(g) else g.detach()
             if is_per_task(p) or (self._shared is not None and p not in self._shared):
                 add_own(self._own, p, g)
             elif p not in row:
@@ -146,33 +172,59 @@ class GradientBank:
             A `Surgery`, as `fastmtl.backward`. A task that was not visited is absent.
 
         Raises:
-            RuntimeError: nothing was collected, or a call inside a task.
+            RuntimeError: nothing was collected (on any rank), or a call inside a task; another rank raised.
             TypeError, ValueError: as `fastmtl.backward`. Nothing has been written then, and the rows are still there.
         """
-        if self._active:
-            raise RuntimeError("GradientBank.apply: called inside a task of this bank")
-        check_single_process()
-        method = methods.get(method)
-        scale = read_loss_scale(loss_scale)
-        if not any(self._present):
-            raise RuntimeError("GradientBank.apply: no gradient was collected since the bank was made or applied")
-        reached = dict.fromkeys(self._params, 0)
+        ranks = self._ranks(_APPLY)
+        with reporting(ranks, _APPLY):
+            if self._active:
+                raise RuntimeError("GradientBank.apply: called inside a task of this bank")
+            method = methods.get(method)
+            scale = read_loss_scale(loss_scale)
+        masks = dict.fromkeys(self._params, 0)
         for t, row in enumerate(self._rows):
             for p in row:
-                reached[p] |= 1 << t
-        reached = {p: mask for p, mask in reached.items() if mask or p in self._own}
+                masks[p] |= 1 << t
+        reached = {p: mask for p, mask in masks.items() if mask or p in self._own}
+        present = self._present
+        if ranks is not None:
+            mine = distributed.state(
+                _APPLY, self.names, method, self._named, self._shared, present, masks, [*self._rows, self._own]
+            )
+            joint = ranks.meet(mine, self._named, same=distributed.SAME if ranks.sharded else None)
+            reached = {p: mask for p, mask in joint.masks.items() if joint.kinds[p]}
+            present = joint.present
+        if not any(present):
+            raise RuntimeError("GradientBank.apply: no gradient was collected since the bank was made or applied")
         common = split_shared(reached, self._named, self._shared)
+        device = next(iter(reached)).device
+        decide = functools.partial(
+            operate, names=self.names, method=method, scale=scale, device=device, held=1, ranks=ranks
+        )
         own = dict(self._own)
+        if ranks is not None and not ranks.sharded:
+            # the rows are there until the surgery is done; what replaces them is put into these
+            held = [dict(row) for row in self._rows]
+            updates, surgery = operate_on_means(common, held, own, joint, self._named, decide, ranks)
+            self.clear()
+            write(updates)
+            return surgery
         in_common = set(common)
         for row in self._rows:
             for p, g in row.items():
                 if p not in in_common:
                     add_own(own, p, g)
                 elif g.layout is not torch.strided:
-                    raise sparse_shared(g, p, self._named)
+                    raise sparse_shared(g.layout, p, self._named)
         rows: list[Row] = [[row.get(p) for p in common] for row in self._rows]
-        device = next(iter(reached)).device
-        updates, surgery = operate(common, rows, own, self._present, self.names, method, scale, device, held=1)
+        if ranks is not None:
+            shards = [[None if g is None else distributed.local(g) for g in row] for row in rows]
+            own = {p: distributed.local(g) for p, g in own.items()}
+            updates, surgery = on_shards(common, functools.partial(decide, rows=shards, own=own, present=present))
+            self.clear()
+            distributed.write_sharded(updates)
+            return surgery
+        updates, surgery = decide(common, rows, own, present)
         self.clear()
         write(updates)
         return surgery
@@ -180,6 +232,11 @@ class GradientBank:
     def __repr__(self) -> str:
         seen = [name for name, here in zip(self.names, self._present, strict=True) if here]
         return f"GradientBank({len(self._params)} parameters, {len(self.names)} tasks, collected: {seen})"
+
+
+def _in_a_bucket(grad: Tensor) -> bool:
+    """Whether DDP may write into this gradient's memory (`gradient_as_bucket_view=True`)."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and has_other_holders(grad)
 
 
 def read_names(num_tasks_or_names: int | Sequence[str], argument: str) -> tuple[str, ...]:

@@ -29,6 +29,11 @@ WAYS = (
     "alone for a model that is its own)"
 )
 
+SAME = (
+    "with fully_shard all ranks run the same backward passes. For a task without samples on one rank pass a loss of "
+    "zero that reaches the same parameters, such as 0 * output.sum()"
+)
+
 Kind = int  # of a gradient: DENSE, or the number of sparse dimensions
 DENSE: Kind = 0
 
@@ -108,8 +113,8 @@ class Ranks:
                 if self.sharded:
                     of, ways = "fully_shard", " (or among its ignored_params): leave it out of params"
                 raise RuntimeError(
-                    f"{call}: {describe(p, name)} is in no {of} module of params{ways}. There is no way to know how its "
-                    "gradients on the ranks belong together"
+                    f"{call}: {describe(p, name)} is in no {of} module of params{ways}. There is no way to know how "
+                    "its gradients on the ranks belong together"
                 )
 
     # --- what the ranks agree on
@@ -240,9 +245,7 @@ class Ranks:
 
     def first_of(self, weights: Tensor) -> Tensor:
         """The first rank's weights, plus nothing of the others' unless NaN: a rank whose method raised says so."""
-        if not self._is_first:
-            weights = torch.where(weights.isnan(), weights, 0.0)
-        weights = weights.contiguous()
+        weights = weights.clone() if self._is_first else torch.where(weights.isnan(), weights, 0.0)
         for group in self.groups:
             dist.all_reduce(weights, group=group)
         return weights

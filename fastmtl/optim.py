@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl import methods
+from fastmtl.distributed import find_ranks
 from fastmtl.ops.order import Randomness
 from fastmtl.surgery import Surgery, run_backward
 
@@ -21,10 +22,16 @@ class PCGrad:
             take `.optimizer`.
         reduction: `"mean"` of the projected gradients, as the port does, or `"sum"`, as the paper does.
         generator: source of the random orders, as for `fastmtl.ops.random_order`; not part of `state_dict`.
+        params: with several ranks, the `DistributedDataParallel` or `fully_shard` module that the optimizer's
+            parameters belong to: it says whose gradients belong together. Which parameters get gradients is up to the
+            optimizer in any case.
+        process_group: the ranks to average over, where no such module says it.
 
     Raises:
-        TypeError: `optimizer` is not a `torch.optim.Optimizer`, `generator` no generator or state.
-        ValueError: an unknown reduction.
+        TypeError: `optimizer` is not a `torch.optim.Optimizer`, `generator` no generator or state, `params` no module,
+            `process_group` no process group.
+        ValueError: an unknown reduction; a `process_group` without this rank, or for a `fully_shard` module.
+        RuntimeError: several ranks, and neither `params` nor `process_group` says what to do.
 
     `pc_backward` overwrites `.grad` (loops written for the port never call `zero_grad`): a parameter that no loss
     reaches is left with `.grad = None`. As everywhere in fastmtl, and unlike the port, a head that only one loss
@@ -41,10 +48,21 @@ class PCGrad:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, reduction: str = "mean", *, generator: Randomness | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        reduction: str = "mean",
+        *,
+        generator: Randomness | None = None,
+        params: nn.Module | None = None,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if params is not None and not isinstance(params, nn.Module):
+            raise TypeError(f"params: expected a module or None, got {type(params).__name__}")
+        find_ranks(params, None, process_group, "fastmtl.optim.PCGrad")
+        self._module = params
+        self._process_group = process_group
         self._method = methods.PCGrad(reduction, generator=generator)
         self._optimizer = optimizer
 
@@ -64,7 +82,18 @@ class PCGrad:
         Args and errors as for `fastmtl.backward`; on an error no `.grad` has changed.
         """
         params = [p for group in self._optimizer.param_groups for p in group["params"]]
-        return run_backward(losses, params, None, self._method, False, None, accumulate=False)
+        return run_backward(
+            losses,
+            params,
+            None,
+            self._method,
+            False,
+            None,
+            accumulate=False,
+            process_group=self._process_group,
+            module=self._module,
+            call="fastmtl.optim.PCGrad.pc_backward",
+        )
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """The wrapped optimizer's step."""

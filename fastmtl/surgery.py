@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmtl import _features, methods
+from fastmtl import _features, distributed, methods
 from fastmtl._graph import Reach, names_of, reach, read_loss_scale, read_losses
 from fastmtl._library import without_autocast
 from fastmtl._marks import Params, describe, is_per_task, read_params
 from fastmtl._passes import DONATED, gradients, read_chunk_size
+from fastmtl.distributed import Ranks, find_ranks, reporting
 from fastmtl.methods import Weighting
-from fastmtl.ops._rows import FLOAT_DTYPES, Rows, present_params
+from fastmtl.ops._rows import FLOAT_DTYPES, Rows, accumulate_dtype, present_params
 from fastmtl.ops.combine import combine_into
 from fastmtl.ops.gram import gram_rows
 
@@ -171,9 +172,8 @@ def backward(
         >>> surgery.weights
         tensor([1., 1.], dtype=torch.float64)
     """
-    for name, value in (("groups", groups), ("process_group", process_group)):
-        if value is not None:
-            raise NotImplementedError(f"fastmtl.backward: {name} is not available yet")
+    if groups is not None:
+        raise NotImplementedError("fastmtl.backward: groups is not available yet")
     return run_backward(
         losses,
         params,
@@ -184,6 +184,7 @@ def backward(
         accumulate=True,
         features=features,
         chunk_size=chunk_size,
+        process_group=process_group,
     )
 
 
@@ -198,17 +199,80 @@ def run_backward(
     accumulate: bool,
     features: Tensor | Sequence[Tensor] | None = None,
     chunk_size: int | None = None,
+    process_group: Any = None,
+    module: torch.nn.Module | None = None,
+    call: str = "fastmtl.backward",
 ) -> Surgery:
-    """`backward`; with `accumulate=False` every `.grad` of `params` is overwritten, by None where not reached."""
-    check_single_process()
+    """`backward`; with `accumulate=False` every `.grad` of `params` is overwritten, by None where not reached.
+
+    `module`: what `params` are the parameters of, if that is known, for the ranks that take part.
+    """
+    ranks = find_ranks(params if module is None else module, shared, process_group, call)
+    with reporting(ranks, call):
+        read = _read(losses, params, shared, method, loss_scale, features, chunk_size, ranks, call)
+    updates, surgery = _operate_on(read, retain_graph, ranks, call)
+    if not accumulate:
+        for p in read.named:
+            p.grad = None
+    if ranks is not None and ranks.sharded:
+        distributed.write_sharded(updates)
+    else:
+        write(updates)
+    after_accumulation(updates)
+    return surgery
+
+
+class _Read(NamedTuple):
+    """Arguments of `backward`, read and checked, and what was found in the graph."""
+
+    method: Weighting
+    scale: float | Tensor | None
+    names: list[str]
+    tasks: list[Tensor | None]
+    named: dict[Tensor, str]
+    shared: dict[Tensor, str] | None
+    any_leaf: bool  # named are the leaves that were found
+    chunk_size: int
+    features: list[Tensor]
+    parts: _features.Split | None  # None: no features, or no loss
+    found: Reach
+
+    @property
+    def present(self) -> list[bool]:
+        return [loss is not None for loss in self.tasks]
+
+
+def _read(
+    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None],
+    params: Params | None,
+    shared: Params | None,
+    method: str | Weighting,
+    loss_scale: float | Tensor | None,
+    features: Tensor | Sequence[Tensor] | None,
+    chunk_size: int | None,
+    ranks: Ranks | None,
+    call: str,
+) -> _Read:
     method = methods.get(method)
     scale = read_loss_scale(loss_scale)
-    names, tasks = read_losses(losses)
+    averaged = ranks is not None and not ranks.sharded
+    names, tasks = read_losses(losses, may_be_absent=averaged and params is not None)
     named = None if params is None else read_params(params, "params")
     shared_named = None if shared is None else read_params(shared, "shared")
+    if ranks is not None:
+        named = named and ranks.rename(named)
+        shared_named = shared_named and ranks.rename(shared_named)
     chunk = read_chunk_size(chunk_size)
-    parts = None if features is None else _features.split(tasks, names, _features.read_features(features))
+    cut = [] if features is None else _features.read_features(features)
+    if ranks is not None and ranks.sharded and (cut or chunk > 1):
+        raise ValueError(
+            f"{call}: {'features' if cut else 'chunk_size'}: not available for fully_shard modules, whose gradients "
+            "come from one ordinary .backward() per task"
+        )
+    parts = _features.split(tasks, names, cut) if cut and any(loss is not None for loss in tasks) else None
     found = reach(tasks) if parts is None else parts.found
+    if ranks is not None and ranks.managed is not None:
+        found = found._replace(leaves={ranks.managed.get(p, p): mask for p, mask in found.leaves.items()})
     if shared is None and (found.compiled or found.entangled or found.joined):
         through = names_of(found.compiled or found.entangled or found.joined, names)
         if found.compiled:
@@ -233,37 +297,124 @@ def run_backward(
         # a name for what was found in the graph: the one in `shared`, else its position
         known = shared_named or {}
         named = {p: known.get(p, f"{i} (of those that the losses reach)") for i, p in enumerate(found.leaves)}
-    reached = {p: found.leaves[p] for p in named if p in found.leaves}
-    if not reached:
-        raise ValueError(f"params: no loss reaches any of the {len(named)} parameters")
-    candidates = reached
-    if params is None and shared is None and any(isinstance(p, torch.nn.Parameter) for p in reached):
-        # the gradient of a picture is no part of the tasks' conflict over the network
-        candidates = {p: mask for p, mask in reached.items() if isinstance(p, torch.nn.Parameter)}
-    common = split_shared(candidates, named, shared_named, in_gram=parts is None)
-
-    flags = [loss is not None for loss in tasks]
-    device = next(loss for loss in tasks if loss is not None).device
-    decide = functools.partial(operate, present=flags, names=names, method=method, scale=scale, device=device)
-    if parts is None:
-        rows, own = _task_gradients(tasks, reached, common, named, found, retain_graph, chunk)
-        updates, surgery = decide(common, rows, own)
+    if ranks is None:
+        distributed.refuse_dtensors(named, call)
     else:
-        _features.check_trunk(common, parts, named, names, shared is not None)
-        updates, surgery = _surgery_on_features(tasks, parts, reached, common, named, retain_graph, chunk, decide)
-    if not accumulate:
-        for p in named:
-            p.grad = None
-    write(updates)
-    after_accumulation(updates)
-    return surgery
+        ranks.check_params(named, call)
+    return _Read(method, scale, names, tasks, named, shared_named, params is None, chunk, cut, parts, found)
+
+
+def _operate_on(
+    read: _Read, retain_graph: bool, ranks: Ranks | None, call: str
+) -> tuple[list[tuple[Tensor, Tensor]], Surgery]:
+    """Each parameter's update."""
+    names, named, found = read.names, read.named, read.found
+    reached = {p: found.leaves[p] for p in named if p in found.leaves}
+    device = next((loss.device for loss in read.tasks if loss is not None), next(iter(named)).device)
+    decide = functools.partial(operate, names=names, method=read.method, scale=read.scale, device=device, ranks=ranks)
+
+    def split(masks: Mapping[Tensor, int]) -> list[Tensor]:
+        if not masks:
+            raise ValueError(f"params: no loss reaches any of the {len(named)} parameters")
+        candidates = masks
+        if read.any_leaf and read.shared is None and any(isinstance(p, torch.nn.Parameter) for p in masks):
+            # the gradient of a picture is no part of the tasks' conflict over the network
+            candidates = {p: mask for p, mask in masks.items() if isinstance(p, torch.nn.Parameter)}
+        return split_shared(candidates, named, read.shared, in_gram=not read.features)
+
+    if ranks is None:
+        common = split(reached)
+        if read.parts is None:
+            rows, own = _task_gradients(read.tasks, reached, common, named, found, retain_graph, read.chunk_size)
+            return decide(common, rows, own, read.present)
+        rows, own, plain, sums = _feature_gradients(read, read.parts, reached, common, retain_graph)
+        updates, surgery = decide(list(read.parts.features), rows, {}, read.present)
+        return _through_trunk(updates, common, own, plain, sums, retain_graph), surgery
+
+    def meet(holders: Sequence[Mapping[Tensor, Tensor]], same: str | None = None) -> distributed.Joint:
+        mine = distributed.state(call, names, read.method, named, read.shared, read.present, reached, holders)
+        return ranks.meet(mine, named, same=same)
+
+    def split_joint(joint: distributed.Joint) -> list[Tensor]:
+        if not any(joint.present):
+            raise ValueError(f"losses: expected at least one loss, got {len(names)} times None on every rank")
+        return split({p: mask for p, mask in joint.masks.items() if mask})
+
+    if ranks.sharded:
+        joint = meet([], same=distributed.SAME)
+        common = split_joint(joint)
+        rows, own = [[None] * len(common) for _ in names], {}
+        slots = {p: i for i, p in enumerate(common)}
+        for t, grads in distributed.sharded_gradients(
+            ranks, read.tasks, found.leaves, found.overlap, named, retain_graph
+        ):
+            for p, g in grads:
+                if p in slots:
+                    rows[t][slots[p]] = g
+                else:
+                    add_own(own, p, g)
+        return on_shards(common, functools.partial(decide, rows=rows, own=own, present=joint.present))
+
+    if read.features:
+        joint = meet([])
+        common = split_joint(joint)
+        rows, own, plain, sums = [], {}, [], []
+        with ranks.together(call):
+            if read.parts is not None:
+                rows, own, plain, sums = _feature_gradients(read, read.parts, reached, common, retain_graph)
+        features = read.features if read.parts is None else list(read.parts.features)
+        with ranks.reporting(call):
+            updates, surgery = decide(features, rows, {}, joint.present, apart=True)
+            own = dict(_through_trunk(updates, common, own, plain, sums, retain_graph))
+        distributed.average_gradients(ranks, meet([own]), [], own, set())
+        return list(own.items()), surgery
+
+    with ranks.reporting(call):
+        columns = [p for p in reached if not is_per_task(p) and (read.shared is None or p in read.shared)]
+        rows, own = _task_gradients(read.tasks, reached, columns, None, found, retain_graph, read.chunk_size)
+        held = [{p: g for p, g in zip(columns, row, strict=True) if g is not None} for row in rows]
+        del rows
+    joint = meet([*held, own])
+    return operate_on_means(split_joint(joint), held, own, joint, named, decide, ranks)
+
+
+def operate_on_means(
+    common: Sequence[Tensor],
+    held: list[dict[Tensor, Tensor]],
+    own: dict[Tensor, Tensor],
+    joint: distributed.Joint,
+    named: Mapping[Tensor, str],
+    decide: Callable[..., tuple[list[tuple[Tensor, Tensor]], Surgery]],
+    ranks: Ranks,
+) -> tuple[list[tuple[Tensor, Tensor]], Surgery]:
+    """Surgery on the means over the ranks of T rows by parameter and of other gradients. Empties both."""
+    for p in common:
+        if joint.kinds[p] - {distributed.DENSE}:
+            raise sparse_shared(torch.sparse_coo, p, named)
+    in_common = set(common)
+    for row in held:
+        for p in [p for p in row if p not in in_common]:
+            add_own(own, p, row.pop(p))
+    distributed.average_gradients(ranks, joint, held, own, in_common)
+    rows: list[Row] = [[row.get(p) for p in common] for row in held]
+    held.clear()
+    return decide(common, rows, own, joint.present)
+
+
+def on_shards(
+    common: Sequence[Tensor], decide: Callable[..., tuple[list[tuple[Tensor, Tensor]], Surgery]]
+) -> tuple[list[tuple[Tensor, Tensor]], Surgery]:
+    """Surgery on this rank's shards of the parameters in `common`."""
+    shards = {distributed.local(p): p for p in common}
+    updates, surgery = decide(list(shards), apart=True)
+    return [(shards.get(p, p), g) for p, g in updates], surgery
 
 
 def _task_gradients(
     tasks: Sequence[Tensor | None],
     reached: Mapping[Tensor, int],
     common: Sequence[Tensor],
-    named: Mapping[Tensor, str],
+    named: Mapping[Tensor, str] | None,
     found: Reach,
     retain_graph: bool,
     chunk_size: int,
@@ -280,23 +431,22 @@ def _task_gradients(
                 if g is not None:
                     add_own(own, p, g)
             else:
-                if g is not None and g.layout is not torch.strided:
-                    raise sparse_shared(g, p, named)
+                if named is not None and g is not None and g.layout is not torch.strided:
+                    raise sparse_shared(g.layout, p, named)
                 row[slot] = g
     return rows, own
 
 
-def _surgery_on_features(
-    tasks: Sequence[Tensor | None],
+def _feature_gradients(
+    read: _Read,
     parts: _features.Split,
     reached: Mapping[Tensor, int],
     common: Sequence[Tensor],
-    named: Mapping[Tensor, str],
     retain_graph: bool,
-    chunk_size: int,
-    decide: Callable[[Sequence[Tensor], list[Row], dict[Tensor, Tensor]], tuple[list[tuple[Tensor, Tensor]], Surgery]],
-) -> tuple[list[tuple[Tensor, Tensor]], Surgery]:
-    """T passes to the features, one from there on; one more where parameters behind them want the plain sum."""
+) -> tuple[list[Row], dict[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
+    """T passes to the features: their gradients, the sums of others on the way, and the features' plain sums where
+    parameters behind them want these, for a pass of their own. Then `_through_trunk`."""
+    _features.check_trunk(common, parts, read.named, read.names, read.shared is not None)
     features = list(parts.features)
     in_common = set(common)
     plain = [p for p in reached if p in parts.trunk and p not in in_common]
@@ -307,22 +457,32 @@ def _surgery_on_features(
         raise RuntimeError(DONATED)
     with _features.cut_at(features, stop):
         rows, own = _task_gradients(
-            tasks,
+            read.tasks,
             parts.features | past,
             features,
             dict.fromkeys(features, "features"),
             parts.found,
             retain_graph or stop,
-            chunk_size,
+            read.chunk_size,
         )
-    sums = _features.plain_sums(rows, features) if plain else []
-    updates, surgery = decide(features, rows, {})
-    out = _features.through_trunk(updates, common, retain_graph or bool(plain))
+    return rows, own, plain, _features.plain_sums(rows, features) if plain else []
+
+
+def _through_trunk(
+    updates: Sequence[tuple[Tensor, Tensor]],
+    common: Sequence[Tensor],
+    own: dict[Tensor, Tensor],
+    plain: Sequence[Tensor],
+    sums: Sequence[tuple[Tensor, Tensor]],
+    retain_graph: bool,
+) -> list[tuple[Tensor, Tensor]]:
+    """One pass from the features on; one more for the parameters behind them that want the plain sum."""
+    out = _features.through_trunk(updates, common, retain_graph or bool(plain)) if updates else []
     if plain:
         for p, g in _features.through_trunk(sums, plain, retain_graph):
             add_own(own, p, g)
     out.extend(own.items())
-    return out, surgery
+    return out
 
 
 def split_shared(
@@ -367,9 +527,9 @@ def check_within(shared: Mapping[Tensor, str], named: Mapping[Tensor, str]) -> N
             raise ValueError(f"shared: {describe(p, name)} is not among params")
 
 
-def sparse_shared(grad: Tensor, param: Tensor, named: Mapping[Tensor, str]) -> TypeError:
+def sparse_shared(layout: torch.layout, param: Tensor, named: Mapping[Tensor, str]) -> TypeError:
     return TypeError(
-        f"{describe(param, named[param])} is shared and has a sparse gradient ({grad.layout}), which has no place "
+        f"{describe(param, named[param])} is shared and has a sparse gradient ({layout}), which has no place "
         "in a Gram matrix: mark it with fastmtl.mark_per_task or leave it out of shared= (it then gets the plain sum "
         "of its gradients), or make the gradient dense"
     )
@@ -396,12 +556,16 @@ def operate(
     scale: float | Tensor | None,
     device: torch.device,
     held: int = 0,
+    ranks: Ranks | None = None,
+    apart: bool = False,
 ) -> tuple[list[tuple[Tensor, Tensor]], Surgery]:
     """The surgery itself: T rows of shared gradients in, every parameter with its update out. Empties `rows` and `own`.
 
     `device` is where the Gram matrix goes when there is no shared gradient; `held` counts the references that the
     caller still has to each gradient, besides `rows`. Updates are written into the gradients' own memory where
     nobody else can see it.
+
+    `ranks`: who decides together, with the rows equal on all of them, or `apart`: each rank has columns of its own.
     """
     updates: list[tuple[Tensor, Tensor]] = []
     num_tasks, n = len(names), len(common)
@@ -410,17 +574,25 @@ def operate(
     tensors = [g for row in rows for g in row if g is not None]
     rows.clear()
     with torch.no_grad(), without_autocast((common[0].device if common else device).type):
-        if tensors:
+        if tensors or (apart and common):
             params = [common[i] for i in present_params(index, n)]
             columns = _result_memory(params, tensors, index, n, held)
             known = Rows(tensors, index, num_tasks, n)
-            if type(method) is methods.PCGrad:  # whose weights don't depend on the scale
+            if ranks is None and type(method) is methods.PCGrad:  # whose weights don't depend on the scale
                 gram, weights = method.operate(known, columns, present)
                 gram = unscaled(gram, scale)
             else:
-                gram = unscaled(gram_rows(known), scale)
-                weights = methods.solve(method, gram, present)
-                combine_into(weights, known, columns)
+                if tensors:
+                    gram = gram_rows(known)
+                else:  # the other ranks have some
+                    dtype = accumulate_dtype([p.dtype for p in common])
+                    gram = torch.zeros(num_tasks, num_tasks, dtype=dtype, device=device)
+                if ranks is not None and apart:
+                    gram = ranks.total_gram(gram)
+                gram = unscaled(gram, scale)
+                weights = _decide(method, gram, present, ranks)
+                if tensors:
+                    combine_into(weights, known, columns)
             updates.extend(zip(params, columns, strict=True))
         else:
             gram = torch.zeros(num_tasks, num_tasks, device=device)
@@ -431,6 +603,19 @@ def operate(
     updates.extend(own.items())
     own.clear()  # another reference to each
     return updates, Surgery(gram, weights, names, present)
+
+
+def _decide(method: Weighting, gram: Tensor, present: Sequence[bool], ranks: Ranks | None) -> Tensor:
+    """The weights; the first rank's, where there are several."""
+    if ranks is None:
+        return methods.solve(method, gram, present)
+    try:
+        weights = methods.solve(method, gram, present)
+    except Exception:
+        # the others must not wait; they get NaN
+        ranks.first_of(torch.full_like(gram[0], torch.nan, dtype=torch.float64))
+        raise
+    return ranks.first_of(weights)
 
 
 def _result_memory(
@@ -526,6 +711,18 @@ def _fresh_storage() -> int:
     return sys.getrefcount(storage)
 
 
+def has_other_holders(grad: Tensor) -> bool:
+    """Whether somebody else can see this gradient's memory, or nobody can tell. The caller's own references to the
+    object don't count."""
+    if grad.layout is not torch.strided or distributed.is_dtensor(grad):
+        return False
+    storage = grad.untyped_storage()
+    of_storage = getattr(torch._C, "_storage_Use_Count", None)
+    return (
+        of_storage is None or storage.nbytes() != grad.numel() * grad.element_size() or of_storage(storage._cdata) > 2
+    )
+
+
 def _unheld(grad: Tensor, storage: torch.UntypedStorage) -> bool:
     # a custom backward may return a tensor that it saved, which autograd would copy as well
     of_tensor, of_storage = getattr(grad, "_use_count", None), getattr(torch._C, "_storage_Use_Count", None)
@@ -555,13 +752,3 @@ def _copy_like(param: Tensor, grad: Tensor) -> Tensor:
     if grad.layout is not torch.strided:
         return grad.clone()
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-
-
-def check_single_process() -> None:
-    """Raises RuntimeError under several ranks: each would draw and weigh for itself, and silently diverge."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        size = torch.distributed.get_world_size()
-        if size > 1:
-            raise RuntimeError(
-                f"fastmtl: gradient surgery over {size} ranks is not supported yet; the ranks would silently diverge"
-            )
