@@ -718,9 +718,7 @@ def has_other_holders(grad: Tensor) -> bool:
         return False
     storage = grad.untyped_storage()
     of_storage = getattr(torch._C, "_storage_Use_Count", None)
-    return (
-        of_storage is None or storage.nbytes() != grad.numel() * grad.element_size() or of_storage(storage._cdata) > 2
-    )
+    return of_storage is None or of_storage(storage._cdata) > 2  # `grad`, and the object `storage`
 
 
 def _unheld(grad: Tensor, storage: torch.UntypedStorage) -> bool:

@@ -340,7 +340,7 @@ def test_refuses_bad_arguments(net, arguments, error, match):
 def test_refuses_bad_shared_process_groups_and_tasks(net, monkeypatch):
     with pytest.raises(ValueError, match=r"shared: parameter 'weight'.*not among params"):
         fastmtl.GradientBank(net, 3, shared=nn.Linear(1, 1))
-    with pytest.raises(NotImplementedError, match="process_group"):
+    with pytest.raises(TypeError, match="process_group: expected a process group or None, got int"):
         fastmtl.GradientBank(net, 3, process_group=1)
     bank = fastmtl.GradientBank(net, ["a", "b"])
     for task, error in ((2, ValueError), (-1, ValueError), ("c", ValueError), (1.0, TypeError), (True, TypeError)):
