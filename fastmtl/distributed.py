@@ -109,12 +109,12 @@ class Ranks:
             if not self.sharded and is_dtensor(p):
                 raise not_fully_shard(p, name, call)
             if self.managed is not None and p not in self.managed:
-                of, ways = "DistributedDataParallel", f", or ignored by it: {WAYS}"
+                of, ways = "DistributedDataParallel", WAYS
                 if self.sharded:
-                    of, ways = "fully_shard", " (or among its ignored_params): leave it out of params"
+                    of, ways = "fully_shard", "leave it out of params"
                 raise RuntimeError(
-                    f"{call}: {describe(p, name)} is in no {of} module of params{ways}. There is no way to know how "
-                    "its gradients on the ranks belong together"
+                    f"{call}: {describe(p, name)} is in no {of} module of params, or ignored by it: there is no "
+                    f"way to know how its gradients belong together: {ways}"
                 )
 
     # --- what the ranks agree on
@@ -199,9 +199,9 @@ class Ranks:
         with self._beside(device):
             x = torch.tensor(numbers, dtype=torch.int64, device=device)
             for group in reversed(self.groups):
-                out = torch.empty(dist.get_world_size(group) * x.numel(), dtype=torch.int64, device=device)
-                dist.all_gather_into_tensor(out, x, group=group)
-                x = out
+                parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+                dist.all_gather(parts, x, group=group)
+                x = torch.cat(parts)
             return x.reshape(self.size, len(numbers)).tolist()
 
     def _gather_objects(self, x: Statement) -> list[Statement]:
@@ -677,6 +677,7 @@ def _no_rows(slot: Slot) -> Tensor:
         torch.empty(n, 0, dtype=torch.int64, device=p.device),
         torch.empty(0, *p.shape[n:], dtype=p.dtype, device=p.device),
         p.shape,
+        check_invariants=False,
     )
 
 

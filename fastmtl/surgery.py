@@ -609,6 +609,11 @@ def _decide(method: Weighting, gram: Tensor, present: Sequence[bool], ranks: Ran
     """The weights; the first rank's, where there are several."""
     if ranks is None:
         return methods.solve(method, gram, present)
+    if not isinstance(method, methods.Method):
+        # whatever it does, it may raise on one rank alone; it does not mind waiting for the host
+        with ranks.together(f"method {getattr(method, '__qualname__', method)!r}"):
+            weights = methods.solve(method, gram, present)
+        return ranks.first_of(weights)
     try:
         weights = methods.solve(method, gram, present)
     except Exception:

@@ -131,9 +131,18 @@ def by_features(model: Any, rank: int, size: int, method: str, absent: Sequence[
 
 
 def by_bank(
-    model: Any, rank: int, size: int, method: str, *, sync: bool = True, parts: int = 1, tasks: Sequence[int] = (0, 1, 2),
-    params: Any = None, before: bool = False, group: Any = None,
-) -> dict[str, Any]:  # fmt: skip
+    model: Any,
+    rank: int,
+    size: int,
+    method: str,
+    *,
+    sync: bool = True,
+    parts: int = 1,
+    tasks: Sequence[int] = (0, 1, 2),
+    params: Any = None,
+    before: bool = False,
+    group: Any = None,
+) -> dict[str, Any]:
     bank = fastmtl.GradientBank(model if params is None else params, 3, process_group=group)
     x = batch(rank, size)
     if before:  # gradients that are there already, in DDP's buckets where it has such
@@ -439,9 +448,7 @@ def refuses_disagreement(rank: int, size: int) -> Any:
         "order": error(lambda: back(losses, params[::-1] if last else params, **keep)),
         "count": error(lambda: back(losses, params[1:] if last else params, **keep)),
         "method": error(lambda: back(losses, ddp, method="sum" if last else "pcgrad", retain_graph=True)),
-        "shared": error(
-            lambda: back(losses, ddp, shared=params[:2] if last else params[:4], retain_graph=True)
-        ),
+        "shared": error(lambda: back(losses, ddp, shared=params[:2] if last else params[:4], retain_graph=True)),
         "bank": error(bank),
         "one rank raises": error(lambda: back([loss.detach() for loss in losses] if last else losses, ddp)),
         "absent everywhere": error(lambda: back([None, None], ddp)),
@@ -488,7 +495,6 @@ def refuses_other_parallelism(rank: int, size: int) -> Any:
     sharded = shard(net())
     quiet = shard(net())
     quiet.set_requires_gradient_sync(False)
-    bank = fastmtl.GradientBank(quiet, 3) if False else None
     whole_group = dist.group.WORLD
     alone = [dist.new_group([r]) for r in range(size)]
 
@@ -505,7 +511,6 @@ def refuses_other_parallelism(rank: int, size: int) -> Any:
             losses[1] = None
         fastmtl.backward(losses, sharded)
 
-    del bank
     *outs, h = sharded(x, features=True)
     return {
         "tensor parallel": error(lambda: fastmtl.GradientBank(tensor_parallel, 3, process_group=whole_group)),

@@ -1,0 +1,414 @@
+"""Several processes against one: `tests/distributed_cases.py` is what each rank runs, in one start for all cases."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import distributed_cases as dc
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import fastmtl
+from fastmtl.distributed import find_ranks
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+LIMIT = 150  # seconds for all cases of one start; they take 15 to 30
+
+
+def _run(size: int, folder: Path) -> dict[str, list[Any]]:
+    context = mp.start_processes(dc.main, (size, str(folder)), nprocs=size, join=False, start_method="spawn")
+    try:
+        for _ in range(LIMIT):
+            if context.join(timeout=1):
+                break
+        else:
+            running = [path.read_text() for path in sorted(folder.glob("running*"))]
+            pytest.fail(f"{size} ranks did not finish within {LIMIT} s; they were in {running}")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+    found = [torch.load(folder / f"found{rank}", weights_only=False) for rank in range(size)]
+    return {name: [ranks[name] for ranks in found] for name in found[0]}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    return _run(2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    return _run(4, tmp_path_factory.mktemp("four"))
+
+
+SIZES = [2, 4]
+
+
+@pytest.fixture
+def results(request: pytest.FixtureRequest) -> Callable[[int, str], list[Any]]:
+    """What each rank returned for a case; a case that raised on any rank fails here."""
+
+    def get(size: int, name: str) -> list[Any]:
+        found = request.getfixturevalue({2: "two", 4: "four"}[size])[name]
+        failures = [x for x in found if isinstance(x, str)]
+        assert not failures, "\n".join(failures)
+        return found
+
+    return get
+
+
+def same(found: Sequence[Any], want: dict[str, Any], rtol: float = 1e-4, atol: float = 1e-6) -> None:
+    """Every rank has what one process has, and all have the same bits."""
+    for rank, got in enumerate(found):
+        assert got.keys() >= want.keys()
+        for key, value in want.items():
+            if isinstance(value, dict):
+                assert got[key].keys() == value.keys()
+                for name, x in value.items():
+                    y = got[key][name]
+                    assert (x is None) == (y is None), f"rank {rank}: {key} of {name} is {y}, expected {x}"
+                    if x is not None:
+                        torch.testing.assert_close(y, x, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+                        assert torch.equal(y, found[0][key][name]), f"rank {rank} has another {key} of {name}"
+            elif isinstance(value, Tensor):
+                torch.testing.assert_close(got[key], value, rtol=rtol, atol=atol)
+                assert torch.equal(got[key], found[0][key]), f"rank {rank} has another {key}"
+            else:
+                assert got[key] == value, f"rank {rank}: {key}"
+
+
+def losses_over_ranks(
+    model: nn.Module, size: int, absent: Callable[[int], Sequence[int]]
+) -> tuple[list[Tensor | None], dict[int, list[Any]]]:
+    """What the ranks optimise together: the mean over them of each task's loss, nothing where a task is absent."""
+    totals: list[Tensor | None] = [None] * 3
+    for rank in range(size):
+        for t, loss in enumerate(dc.losses_of(model(dc.batch(rank, size)))):
+            if t not in absent(rank):
+                totals[t] = loss / size + (0 if totals[t] is None else totals[t])
+    return totals, {}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("method", dc.METHODS)
+@pytest.mark.parametrize("kind", ["", "fully_shard "])
+def test_backward_equals_one_process(results, size, method, kind):
+    want = dc.by_backward(dc.net(), 0, 1, method)
+    assert bool((want["gram"] < 0).any()) and want["weights"].std() > 0
+    same(results(size, f"{kind}backward {method}"), want)
+
+
+def test_random_order_is_not_the_same_for_every_seed():
+    # else the test above would not see ranks that draw for themselves
+    seen = [dc.by_backward(dc.net(), rank, 1, "random")["weights"] for rank in range(0, 1)]
+    for rank in (1, 2, 3):
+        torch.manual_seed(dc.SEED + 100 * rank)
+        losses = dc.losses_of(dc.net()(dc.batch(0, 1)))
+        torch.manual_seed(dc.SEED + 100 * rank)
+        seen.append(fastmtl.backward(losses).weights)
+    assert any(not torch.allclose(seen[0], w) for w in seen[1:])
+
+
+@pytest.mark.parametrize("name", ["find_unused", "static_graph", "chunks", "in_many_buckets"])
+def test_backward_with_ddp_options(results, name):
+    same(results(2, f"backward_{name}"), dc.by_backward(dc.net(), 0, 1, "fixed"))
+
+
+@pytest.mark.parametrize("name", ["backward_process_group", "backward_process_group_and_no_params"])
+def test_backward_with_a_process_group_and_a_plain_model(results, name):
+    same(results(2, name), dc.by_backward(dc.net(), 0, 1, "random"))
+
+
+def test_backward_with_a_loss_scale(results):
+    want = dc.by_backward(dc.net(), 0, 1, "min_norm", loss_scale=4.0)
+    same(results(2, "backward_loss_scale"), want)
+
+
+def test_channels_last_and_parameters_of_two_dtypes(results):
+    want = dc.by_convolution(dc.convolution(), 0, 1)
+    assert want["channels_last"]
+    same(results(2, "backward_channels_last_and_mixed_dtypes"), want)
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "method", "absent"),
+    [
+        (2, "backward_absent_on_rank_1", "fixed", lambda r: [2] if r == 1 else []),
+        (4, "backward_absent_on_rank_1", "fixed", lambda r: [2] if r == 1 else []),
+        (2, "backward_nothing_on_rank_1", "min_norm", lambda r: [0, 1, 2] if r == 1 else []),
+        (2, "backward_each_rank_a_task", "fixed", lambda r: [t for t in range(3) if t != r]),
+    ],
+)
+def test_a_task_is_present_where_any_rank_has_it(results, size, name, method, absent):
+    model = dc.net()
+    losses, _ = losses_over_ranks(model, size, absent)
+    surgery = fastmtl.backward(losses, model, method=dc.METHODS[method])
+    assert surgery.present == (True, True, name != "backward_each_rank_a_task")
+    same(results(size, name), dc.seen(model, surgery))
+
+
+@pytest.mark.parametrize("method", dc.METHODS)
+def test_features_equal_one_process(results, method):
+    same(results(2, f"features {method}"), dc.by_features(dc.net(), 0, 1, method))
+
+
+def test_features_with_no_loss_on_one_rank(results):
+    model = dc.net()
+    *outs, h = model(dc.batch(0, 2), features=True)
+    losses: list[Tensor | None] = [loss / 2 for loss in dc.losses_of(outs)]
+    losses[1] = None
+    shared = [p for n, p in model.trunk.named_parameters() if n != "0.bias"]
+    surgery = fastmtl.backward(losses, model, features=h, shared=shared, method=dc.min_norm)
+    same(results(2, "features_nothing_on_rank_1"), dc.seen(model, surgery))
+
+
+def test_sparse_tables_stay_sparse(results):
+    found = results(2, "sparse_tables")
+    model = dc.net(cls=dc.Embedded)
+    want = dc.by_sparse(model, 0, 1, [])
+    assert want["sparse"]
+    same([ranks[0] for ranks in found], want)
+    # the second time rank 1 has only the task that does not use the table
+    model.zero_grad()
+    parts = [model.losses(0, 2, []), model.losses(1, 2, [0, 1])]
+    losses = [parts[0][0] / 2, parts[0][1] / 2, (parts[0][2] + parts[1][2]) / 2]
+    surgery = fastmtl.backward(losses, model, shared=model.trunk, method=dc.METHODS["fixed"])
+    want = {**dc.seen(model, surgery), "sparse": True}
+    want["grads"]["table.weight"] = model.table.weight.grad.to_dense()
+    same([ranks[1] for ranks in found], want)
+
+
+@pytest.mark.parametrize("method", ["fixed", "random", "min_norm"])
+def test_bank_equals_one_process(results, method):
+    same(results(2, f"bank {method}"), dc.by_bank(dc.net(), 0, 1, method))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("method", ["fixed", "random", "min_norm"])
+def test_bank_on_fully_shard(results, size, method):
+    want = dc.by_bank(dc.net(), 0, 1, method)
+    same(results(size, f"fully_shard bank {method}"), want)
+
+
+@pytest.mark.parametrize("views", ["views", "copies"])
+@pytest.mark.parametrize("sync", ["synced", "no_sync"])
+def test_bank_whether_or_not_ddp_has_reduced(results, sync, views):
+    # synced, there is a `.grad` from before, which DDP's views must not overwrite
+    want = dc.by_bank(dc.net(), 0, 1, "fixed", before=sync == "synced")
+    same(results(2, f"bank {sync} {views}"), want)
+
+
+def test_bank_with_a_process_group_and_a_list(results):
+    same(results(2, "bank_process_group"), dc.by_bank(dc.net(), 0, 1, "random"))
+
+
+@pytest.mark.parametrize(
+    ("name", "absent"),
+    [
+        ("bank_each_rank_a_task", lambda r: [t for t in range(3) if t != r]),
+        ("bank_nothing_on_rank_1", lambda r: [0, 1, 2] if r == 1 else []),
+    ],
+)
+def test_bank_with_tasks_on_some_ranks(results, name, absent):
+    model = dc.net()
+    losses, _ = losses_over_ranks(model, 2, absent)
+    surgery = fastmtl.backward(losses, model, method=dc.METHODS["fixed"])
+    same(results(2, name), dc.seen(model, surgery))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("method", ["fixed", "random"])
+def test_optimizer_equals_one_process(results, size, method):
+    same(results(size, f"optimizer {method}"), dc.by_optimizer(dc.net(), 0, 1, method))
+
+
+@pytest.mark.parametrize("method", ["fixed", "random"])
+def test_optimizer_on_fully_shard(results, method):
+    same(results(2, f"fully_shard optimizer {method}"), dc.by_optimizer(dc.net(), 0, 1, method))
+
+
+def test_optimizer_with_a_process_group(results):
+    same(results(2, "optimizer_by_process_group"), dc.by_optimizer(dc.net(), 0, 1, "random"))
+
+
+def test_sharded_within_replicas(results):
+    found = results(4, "hybrid_shard")
+    for i, method in enumerate(("random", "min_norm")):
+        same([ranks[i] for ranks in found], dc.by_backward(dc.net(), 0, 1, method))
+
+
+def test_fully_shard_accumulates_and_stays_sharded(results):
+    model = dc.net()
+    dc.by_backward(model, 0, 1, "fixed")
+    want = dc.by_backward(model, 0, 1, "fixed")
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    found = results(2, "fully_shard_accumulates_and_stays_sharded")
+    # once per call of backward, with the final gradient
+    same(found, {**want, "moved": dc.seen_weights(model), "calls": ["DTensor"] * 2, "kinds": {True}})
+
+
+def test_fully_shard_bank_made_in_mid_step(results):
+    same(results(2, "fully_shard_bank_made_in_mid_step"), dc.by_backward(dc.net(), 0, 1, "fixed"))
+
+
+# --- what is refused, on every rank
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_refuses_where_it_cannot_know(results, size):
+    unknown = rf"RuntimeError: .*{size} ranks, and no way to know .* params= .*process_group="
+    for found in results(size, "refuses_where_it_cannot_know"):
+        assert found.pop("grads"), "something was written"
+        outside = found.pop("outside")
+        assert outside.startswith("RuntimeError: fastmtl.backward: parameter '1.weight' of shape [2, 2] is in no Distr")
+        assert found.pop("a number").endswith("process_group: expected a process group or None, got int")
+        for error in found.values():
+            assert _matches(unknown, error)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_refuses_disagreement_on_every_rank(results, size):
+    last = size - 1
+    for rank, found in enumerate(results(size, "refuses_disagreement")):
+        assert found.pop("grads"), "something was written"
+        assert found.pop("still works") == (True, True, True)
+        alone = found.pop("one rank raises")
+        assert ("needs no gradient" in alone) and (rank == last or f"rank {last} raised, so that no rank" in alone)
+        assert "at least one loss, got 2 times None on every rank" in found.pop("absent everywhere")
+        wanted = {
+            "number of tasks": f"the number of tasks: rank 0 has 3, rank {last} has 2",
+            "names": f"the names of the tasks: rank 0 has ['a', 'b', 'c'], rank {last} has ['a', 'b', 'x']",
+            "order": "parameter 0 (are they in the same order?): rank 0 has params[0] of shape [6, 4]",
+            "count": f"the number of parameters: rank 0 has 10, rank {last} has 9",
+            "method": f"the method: rank 0 has PCGrad, rank {last} has Sum",
+            "shared": "whether parameter 'module.trunk.2.weight' is in shared=: rank 0 has True",
+            "bank": f"the number of tasks: rank 0 has 3, rank {last} has 4",
+            "shape": f"rank 0 has 'weight' of shape [2, 4], torch.float32, rank {last} has 'weight' of shape [3, 4]",
+        }
+        assert found.keys() == wanted.keys()
+        for key, error in found.items():
+            assert error.startswith("ValueError: ") and f"the ranks disagree on {wanted[key]}" in error
+
+
+def test_a_method_that_raises_on_one_rank_stops_all(results):
+    first, second = results(2, "method_that_raises_on_one_rank")
+    for key in ("plain", "features"):
+        error, grad = second[key]
+        assert error == "KeyError: 'mine'" and grad is None
+        error, grad = first[key]
+        assert "rank 1 raised, so that no rank goes on: KeyError: 'mine'" in error and grad is None
+
+
+def test_refuses_other_parallelism(results):
+    wanted = {
+        "tensor parallel": "TypeError: .*trunk.0.weight.* is a DTensor .*Tensor-parallel parameters are not supported",
+        "tensor parallel alone": "TypeError: .*trunk.0.weight.* is a DTensor .*Tensor-parallel parameters are not",
+        "not a member": "ValueError: .*process_group: expected a group that this rank is in",
+        "list of shards": "TypeError: .*For a fully_shard module pass params= the module itself",
+        "group of shards": "ValueError: .*process_group: expected None for a fully_shard module",
+        "features of shards": "ValueError: .*features: not available for fully_shard",
+        "chunks of shards": "ValueError: .*chunk_size: not available for fully_shard",
+        "absent": "ValueError: .*the ranks disagree on the present tasks .*0, 1, 2; on rank 1: 0, 2.*0 . output.sum",
+        "not reduced": r"RuntimeError: fastmtl.backward: .*set_requires_gradient_sync\(False\)",
+        "not reduced in the bank": r"RuntimeError: GradientBank.task: .*set_requires_gradient_sync\(False\)",
+    }
+    for found in results(2, "refuses_other_parallelism"):
+        alone = found.pop("alone")
+        assert found.keys() == wanted.keys()
+        for key, error in found.items():
+            assert _matches(wanted[key], error)
+        same([alone], dc.by_backward(dc.net(), 0, 1, "fixed"))
+
+
+def _matches(pattern: str, text: str) -> bool:
+    with pytest.raises(ValueError, match=pattern):
+        raise ValueError(text)
+    return True
+
+
+# --- rows of a batch whose samples have a task each
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_rows_of_uneven_parts(results, size, reduction, dtype):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(5))
+    want, counts = dc.rows_of_mixed_batch(x, dc.IDS, reduction, dtype=dtype)
+    assert counts.tolist() == [3, 4, 1]
+    found = results(size, "rows_of_uneven_parts")
+    for rank in range(size):
+        rows, totals = found[rank][f"{reduction} {dtype}"]
+        assert torch.equal(totals, counts)
+        for got, row, first in zip(rows, want, found[0][f"{reduction} {dtype}"][0], strict=True):
+            # sums divided by a constant: the mean over the ranks is all of them, divided by their number
+            row = row / size if reduction == "sum" else row
+            rtol = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float64: 1e-12}[dtype]
+            torch.testing.assert_close(got, row, rtol=rtol, atol=rtol * float(row.abs().max()))
+            assert torch.equal(got, first)
+
+
+def test_rows_that_disagree_are_refused_on_every_rank(results):
+    wanted = {
+        "shape": "ValueError: .*disagree on parameter 0.*rank 0 has .*shape .2., .*rank 1 has .*shape .3.,",
+        "tasks": "ValueError: .*disagree on the number of tasks: rank 0 has 3, rank 1 has 4",
+        "reduction": "ValueError: .*rank 0 has sum, rank 1 has mean",
+        "unknown": "loss_reduction: expected 'sum' or 'mean', got 'median'",
+        "counts": "counts: expected torch.int64, got torch.float32",
+        "rows": "expected 3 rows as in counts, got shape .4, 2.",
+    }
+    for found in results(2, "rows_that_disagree"):
+        assert found.pop("untouched")
+        for key, error in found.items():
+            assert _matches(wanted[key], error)
+
+
+# --- one process
+
+
+def test_a_process_alone_has_no_ranks(tmp_path):
+    model = nn.Linear(2, 2)
+    assert find_ranks(model, None, None, "test") is None
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        ddp = nn.parallel.DistributedDataParallel(model)
+        for params, group in ((model, None), (ddp, None), (None, torch.distributed.group.WORLD)):
+            assert find_ranks(params, None, group, "test") is None
+        want = dc.by_backward(dc.net(), 0, 1, "fixed")
+        same([dc.by_backward(nn.parallel.DistributedDataParallel(dc.net()), 0, 1, "fixed")], want)
+        sharded = dc.by_backward(dc.shard(dc.net()), 0, 1, "fixed")
+        same([sharded], want)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fully_shard"])
+def test_started_by_torchrun(tmp_path, wrapper):
+    script = Path(__file__).parent.parent / "examples" / "distributed.py"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, start in (("one", []), ("two", torchrun)):
+        done = subprocess.run(
+            [sys.executable, *start, script, "--steps=5", f"--wrapper={wrapper}", f"--save={tmp_path / name}"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "step 5: loss" in done.stdout and "ranks 2" in done.stdout or name == "one"
+    one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)
