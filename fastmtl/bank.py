@@ -191,7 +191,7 @@ class GradientBank:
             mine = distributed.state(
                 _APPLY, self.names, method, self._named, self._shared, present, masks, [*self._rows, self._own]
             )
-            joint = ranks.meet(mine, self._named, same=distributed.SAME if ranks.sharded else None)
+            joint = ranks.meet(mine, self._named, same=distributed.SAME_PASSES if ranks.sharded else None)
             reached = {p: mask for p, mask in joint.masks.items() if joint.kinds[p]}
             present = joint.present
         if not any(present):
@@ -203,9 +203,8 @@ class GradientBank:
         )
         own = dict(self._own)
         if ranks is not None and not ranks.sharded:
-            # the rows are there until the surgery is done; what replaces them is put into these
-            held = [dict(row) for row in self._rows]
-            updates, surgery = operate_on_means(common, held, own, joint, self._named, decide, ranks)
+            # if the method raises, the means stand where the rows were; those of means are the same
+            updates, surgery = operate_on_means(common, self._rows, own, joint, self._named, decide, ranks)
             self.clear()
             write(updates)
             return surgery

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastmtl._graph import Reach
 from fastmtl._marks import Params, describe, is_per_task
 
 # bytes of one all-reduce, where there are as many: large enough to be bound by the bandwidth
@@ -29,9 +30,9 @@ WAYS = (
     "alone for a model that is its own)"
 )
 
-SAME = (
-    "with fully_shard all ranks run the same backward passes. For a task without samples on one rank pass a loss of "
-    "zero that reaches the same parameters, such as 0 * output.sum()"
+SAME_PASSES = (
+    "with fully_shard, and with SyncBatchNorm in training, all ranks must run the same backward passes. For a task "
+    "without samples on one rank pass a loss of zero that reaches the same parameters, such as 0 * output.sum()"
 )
 
 Kind = int  # of a gradient: DENSE, or the number of sparse dimensions
@@ -44,7 +45,7 @@ class Statement(NamedTuple):
     call: str
     tasks: tuple[str, ...] = ()
     method: str = ""
-    params: tuple[tuple[Any, ...], ...] = ()  # name, shape, dtype, strides, in shared=, marked, trained
+    params: tuple[tuple[Any, ...], ...] = ()  # name, shape, dtype, and `_PARAM_FACTS`
     present: int = 0  # bit mask of tasks
     masks: tuple[int, ...] = ()  # of each parameter: tasks that reach it, as a bit mask
     kinds: tuple[tuple[Kind, ...], ...] = ()  # of each parameter: kinds of gradients that it has here
@@ -74,7 +75,8 @@ class Ranks:
         groups: process groups whose product they are: one, or one for each dimension of a mesh.
         ranks: their global ranks, the last group's fastest.
         size: how many they are.
-        sharded: gradients are shards of DTensors, already reduced; else they are to be averaged.
+        sharded: gradients are shards of DTensors, already reduced; else they are to be averaged, over one group.
+        same_passes: the ranks wait for each other in their backward passes.
         managed: the parameters whose gradients are known to belong together, by what stands for them in the module
             (`fully_shard` shows other tensors between forward and backward); None: the caller vouches for all.
     """
@@ -85,12 +87,14 @@ class Ranks:
         ranks: Sequence[int],
         managed: Mapping[Tensor, Tensor] | None = None,
         gram_groups: Sequence[dist.ProcessGroup] | None = None,
+        same_passes: bool = False,
     ) -> None:
         self.groups = list(groups)
         self.ranks = list(ranks)
         self.size = len(self.ranks)
         self.managed = managed
         self.sharded = gram_groups is not None
+        self.same_passes = same_passes
         self._gram_groups = self.groups if gram_groups is None else list(gram_groups)
         self._is_first = all(dist.get_rank(group) == 0 for group in self.groups)
         self._streams: dict[torch.device, Any] = {}
@@ -275,22 +279,20 @@ class Ranks:
                     else:
                         mean.copy_(g.to_dense()).div_(self.size)
                     s.holder[s.param] = mean
-                works.extend(self._reduce(flat))
+                works.append(self.start_sum(flat))
             for s in slots:
                 if s.kind == DENSE:
                     continue
                 g = s.holder.get(s.param)
                 s.holder[s.param] = mean = (_no_rows(s) if g is None else g / self.size).coalesce()
-                for group in self.groups:
-                    dist.all_reduce(mean, group=group)
+                works.append(self.start_sum(mean))
         for work in works:
             work.wait()
 
-    def _reduce(self, x: Tensor) -> list[Any]:
-        """Sums `x` over the ranks. What is returned is to be waited for; one group after another, each on the last."""
-        for group in self.groups[:-1]:
-            dist.all_reduce(x, group=group)
-        return [dist.all_reduce(x, group=self.groups[-1], async_op=True)]
+    def start_sum(self, x: Tensor) -> Any:
+        """Begins to replace `x` by its sum over ranks that average; what is returned is to be waited for."""
+        (group,) = self.groups
+        return dist.all_reduce(x, group=group, async_op=True)
 
     def __repr__(self) -> str:
         return f"Ranks({self.ranks}, {'sharded' if self.sharded else 'averaged'})"
@@ -344,7 +346,7 @@ def find_ranks(
     if process_group is not None:
         if dist.get_rank(process_group) < 0:
             raise ValueError(f"{call}: process_group: expected a group that this rank is in")
-        return _averaging(process_group, None)
+        return _averaging(process_group, None, modules)
     wrapped = [m for top in modules for m in top.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
     if not wrapped:
         size = dist.get_world_size()
@@ -370,12 +372,17 @@ def find_ranks(
         for name, p in m.module.named_parameters():
             if name not in m.parameters_to_ignore:
                 managed[p] = p
-    return _averaging(wrapped[0].process_group, managed)
+    return _averaging(wrapped[0].process_group, managed, modules)
 
 
-def _averaging(group: dist.ProcessGroup, managed: Mapping[Tensor, Tensor] | None) -> Ranks | None:
+def _averaging(
+    group: dist.ProcessGroup, managed: Mapping[Tensor, Tensor] | None, modules: Sequence[nn.Module]
+) -> Ranks | None:
     ranks = dist.get_process_group_ranks(group)
-    return Ranks([group], ranks, managed) if len(ranks) > 1 else None
+    if len(ranks) == 1:
+        return None
+    waits = any(isinstance(m, nn.SyncBatchNorm) and m.training for top in modules for m in top.modules())
+    return Ranks([group], ranks, managed, same_passes=waits)
 
 
 def _sharding(states: Sequence[Any], call: str) -> Ranks:
@@ -401,7 +408,7 @@ def _sharding(states: Sequence[Any], call: str) -> Ranks:
     assert mesh is not None
     groups = [mesh.get_group(d) for d in range(mesh.ndim)]
     apart = [group for group, placement in zip(groups, placements, strict=True) if placement.is_shard()]
-    return Ranks(groups, mesh.mesh.flatten().tolist(), managed, apart)
+    return Ranks(groups, mesh.mesh.flatten().tolist(), managed, apart, same_passes=True)
 
 
 def _fsdp(name: str) -> Any:
@@ -412,7 +419,7 @@ def _fsdp(name: str) -> Any:
 def _fully_shard_groups(modules: Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
     """Module name and torch's record of each group of parameters that `fully_shard` made in these modules."""
     kind = _fsdp("FSDPModule")
-    for top in modules if kind is not None else ():
+    for top in modules if kind is not None and dist.is_initialized() else ():
         for name, m in top.named_modules():
             if isinstance(m, kind):
                 state = m._get_fsdp_state()
@@ -527,91 +534,112 @@ def average_gradients(
 
 
 def average_rows(
-    rows: Sequence[Tensor], counts: Tensor, ranks: Ranks | dist.ProcessGroup, loss_reduction: str = "sum"
+    ranks: Ranks,
+    named: Mapping[Tensor, str],
+    names: Sequence[str],
+    rows: dict[Tensor, Tensor],
+    loose: dict[Tensor, Tensor],
+    counts: Tensor,
+    loss_reduction: str = "sum",
+    call: str = "fastmtl.one_pass",
 ) -> Tensor:
-    """In place: from one rank's rows, filled from its part of a batch whose samples have a task each, those of the
-    whole batch, on every rank. Also returns how many samples each task has in it.
+    """From the rows of one rank's part of a batch, in which every sample has a task, to those of the whole batch.
+
+    They are replaced, in place where there are any, and equal bits on every rank.
 
     Args:
-        rows: for each parameter a `[T, ...]` tensor, of any strides: row t is the gradient of task t's part of this
-            rank's loss as written, zero for a task without samples here.
-        counts: `[T]` int64, on the device of the rows: this rank's samples of each task.
-        ranks: those that the batch is spread over.
+        ranks: those that the batch is spread over, not sharded.
+        named: the parameters in the bank, with their names.
+        names: the T tasks.
+        rows: by parameter `[T, ...]`, of any strides: row t is the gradient of task t's part of this rank's loss as
+            written, zero for a task without samples here. A parameter that this rank's loss does not reach is missing,
+            and is put in if another's does.
+        loose: by parameter, the gradient of samples that belong to no task, likewise.
+        counts: `[T + 1]` int64, on the device of the rows: this rank's samples of each task, and of none.
         loss_reduction: what the one loss over the whole batch is.
-            `"sum"`: the mean over the ranks of their losses, each as written (what DDP's gradients belong to). Row t
-            becomes `sum_r rows[r][t] / R`. That is a single process's own for losses that sum over samples and divide
-            by a constant, `R / N` for the mean over N samples, and for means over parts of equal size.
-            `"mean"`: each rank's loss is the sum over the tasks of the mean over that rank's samples of the task, and
-            the one of the whole batch likewise, over all of them. Row t becomes
+            `"sum"`: the mean over the R ranks of their losses, each as written, which is what DDP's gradients belong
+            to. Row t becomes `sum_r rows[r][t] / R`. One process has the same where a loss is a sum over samples
+            divided by a constant (`N / R` for the mean over all N), and where it is a mean and the parts are equal.
+            `"mean"`: every rank's loss is the sum over tasks of the mean over that rank's samples of the task, and so
+            is that of the whole batch, over all of them. Row t becomes
             `sum_r rows[r][t] * counts[r][t] / sum_r counts[r][t]`, however unequal the parts are.
 
     Returns:
-        `[T]` int64 on the device of `counts`: the samples of each task on all ranks. Zero: the task is absent.
+        `[T + 1]` int64, on the device of `counts`: the samples on all ranks. A task with zero is absent.
 
     Raises:
-        TypeError: `counts` is not int64.
-        ValueError: another reduction; a shape that does not fit; ranks that disagree on T, shapes or dtypes (on
-            every rank).
+        ValueError: ranks that disagree on T, names, parameters or the reduction (on every rank).
     """
-    call = "fastmtl.one_pass"
-    if not isinstance(ranks, Ranks):
-        ranks = Ranks([ranks], dist.get_process_group_ranks(ranks))
     with ranks.reporting(call):
         if loss_reduction not in ("sum", "mean"):
             raise ValueError(f"loss_reduction: expected 'sum' or 'mean', got {loss_reduction!r}")
-        if counts.dtype != torch.int64:
-            raise TypeError(f"counts: expected torch.int64, got {counts.dtype}")
-        if counts.dim() != 1:
-            raise ValueError(f"counts: expected shape [T], got {list(counts.shape)}")
-        for i, x in enumerate(rows):
-            if x.shape[:1] != counts.shape:
-                raise ValueError(f"rows[{i}]: expected {len(counts)} rows as in counts, got shape {list(x.shape)}")
-    params = tuple((f"rows[{i}]", tuple(x.shape[1:]), str(x.dtype)) for i, x in enumerate(rows))
-    ranks.meet(Statement(call, tuple(map(str, range(len(counts)))), loss_reduction, params), {})
+        if counts.dtype != torch.int64 or counts.shape != (len(names) + 1,):
+            raise ValueError(
+                f"counts: expected torch.int64 of shape [{len(names) + 1}], got {counts.dtype} of {list(counts.shape)}"
+            )
+        for p, x in rows.items():
+            if x.shape != (len(names), *p.shape):
+                raise ValueError(
+                    f"rows of {describe(p, named[p])}: expected shape {[len(names), *p.shape]}, got {list(x.shape)}"
+                )
+    mine = state(call, names, None, named, None, [True] * len(names), {}, [])
+    # which of the two a parameter has here stands in place of its gradient's kind
+    kinds = tuple(tuple(k for k, held in enumerate((rows, loose)) if p in held) for p in named)
+    joint = ranks.meet(mine._replace(method=f"loss_reduction={loss_reduction!r}", kinds=kinds), named)
     totals = counts.clone()
-    for group in ranks.groups:
-        dist.all_reduce(totals, group=group)
+    work = ranks.start_sum(totals)
+    for p, some in joint.kinds.items():
+        if 0 in some and p not in rows:
+            rows[p] = torch.stack([torch.zeros_like(p)] * len(names))
+        if 1 in some and p not in loose:
+            loose[p] = torch.zeros_like(p)
+    work.wait()
+    factors = torch.full_like(totals, 1 / ranks.size, dtype=torch.float64)
+    if loss_reduction == "mean":
+        factors = counts.double() / totals.clamp(min=1)
     with torch.no_grad():
-        factor = counts.double() / totals.clamp(min=1) if loss_reduction == "mean" else None
-        works, packed = [], []
-        for bucket in _buckets([Slot({}, x) for x in rows]):
-            xs = [s.param for s in bucket]
-            for x in xs:
-                if factor is None:
-                    x.div_(ranks.size)
-                else:
-                    wide = torch.promote_types(x.dtype, torch.float32)  # 7/8 of a bfloat16 row is rounded once
-                    torch.mul(x, factor.to(wide).reshape(-1, *[1] * (x.dim() - 1)), out=x)
-            if len(xs) == 1 and xs[0].is_contiguous():
-                works.extend(ranks._reduce(xs[0]))
-                continue
-            flat = torch.cat([x.reshape(-1) for x in xs])
-            works.extend(ranks._reduce(flat))
-            packed.append((flat, xs))
-        for work in works:
-            work.wait()
-        for flat, xs in packed:
-            for x, part in zip(xs, flat.split([x.numel() for x in xs]), strict=True):
-                x.copy_(part.reshape(x.shape))
+        scaled = [(rows[p], factors[:-1]) for p in named if p in rows]
+        scaled += [(loose[p], factors[-1:]) for p in named if p in loose]
+        for x, factor in scaled:
+            wide = torch.promote_types(x.dtype, torch.float32)  # 7/8 of a bfloat16 row is rounded once
+            torch.mul(x, factor.to(wide).reshape(-1, *[1] * (x.dim() - 1)), out=x)
+        _sum_in_place(ranks, [x for x, _ in scaled])
     return totals
+
+
+def _sum_in_place(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
+    """Sums over the ranks: large tensors as they are, small ones in buckets."""
+    works, packed = [], []
+    for bucket in _buckets([Slot({}, x) for x in tensors]):
+        xs = [s.param for s in bucket]
+        if len(xs) == 1 and xs[0].is_contiguous():
+            works.append(ranks.start_sum(xs[0]))
+            continue
+        flat = torch.cat([x.reshape(-1) for x in xs])
+        works.append(ranks.start_sum(flat))
+        packed.append((flat, xs))
+    for work in works:
+        work.wait()
+    for flat, xs in packed:
+        for x, part in zip(xs, flat.split([x.numel() for x in xs]), strict=True):
+            x.copy_(part.reshape(x.shape))
 
 
 def sharded_gradients(
     ranks: Ranks,
     losses: Sequence[Tensor | None],
-    leaves: Mapping[Tensor, int],
-    overlap: Sequence[int],
+    found: Reach,
     named: Mapping[Tensor, str],
     retain_graph: bool,
 ) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
     """For each task its parameters in `named` and this rank's shards of their gradients, from `.backward()`.
 
     `autograd.grad` would go past the hooks of `fully_shard`, which gather and reduce. Every `.grad` in reach
-    (`leaves`: bit masks of tasks) is set aside meanwhile, and so are hooks after accumulation: torch runs them in
+    is set aside meanwhile, and so are hooks after accumulation: torch runs them in
     each pass, where no `.grad` is final.
     """
     assert ranks.managed is not None
-    inside = {ranks.managed.get(leaf, leaf) for leaf in leaves} | set(named)
+    inside = {ranks.managed.get(leaf, leaf) for leaf in found.leaves} | set(named)
     aside = [(p, p.grad) for p in inside]
     hooks = []
     try:
@@ -620,11 +648,11 @@ def sharded_gradients(
                 hooks.append((waiting, dict(waiting)))
                 waiting.clear()
         for t, loss in enumerate(losses):
-            if loss is None or not any(mask >> t & 1 for mask in leaves.values()):
+            if loss is None or not any(mask >> t & 1 for mask in found.leaves.values()):
                 continue
             for p in inside:
                 p.grad = None
-            loss.backward(retain_graph=retain_graph or bool(overlap[t] >> (t + 1)))
+            loss.backward(retain_graph=retain_graph or bool(found.overlap[t] >> (t + 1)))
             yield t, [(p, local(p.grad)) for p in named if p.grad is not None]
     finally:
         for waiting, kept in hooks:
@@ -685,6 +713,14 @@ def _digest(statement: Statement) -> int:
     return int.from_bytes(hashlib.blake2b(repr(statement).encode(), digest_size=8).digest(), "little", signed=True)
 
 
+_PARAM_FACTS = (
+    "the strides of parameter {}",
+    "whether parameter {} is in shared=",
+    "whether parameter {} is marked by mark_per_task",
+    "whether parameter {} is trained",
+)
+
+
 def _difference(a: Statement, b: Statement) -> tuple[str, object, object] | None:
     """What two ranks first differ in, of what they must agree on."""
     if a.call != b.call:
@@ -701,9 +737,7 @@ def _difference(a: Statement, b: Statement) -> tuple[str, object, object] | None
         if p[:3] != q[:3]:
             shown = [f"{name} of shape {list(shape)}, {dtype}" for name, shape, dtype in (p[:3], q[:3])]
             return f"parameter {i} (are they in the same order?)", shown[0], shown[1]
-        for what, x, y in zip(
-            ("the strides of parameter {}", "whether parameter {} is in shared=", "whether parameter {} is marked by "
-             "mark_per_task", "whether parameter {} is trained"), p[3:], q[3:], strict=False):  # fmt: skip
+        for what, x, y in zip(_PARAM_FACTS, p[3:], q[3:], strict=True):
             if x != y:
                 return what.format(p[0]), x, y
     return None

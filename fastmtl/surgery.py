@@ -210,7 +210,10 @@ def run_backward(
     ranks = find_ranks(params if module is None else module, shared, process_group, call)
     with reporting(ranks, call):
         read = _read(losses, params, shared, method, loss_scale, features, chunk_size, ranks, call)
-    updates, surgery = _operate_on(read, retain_graph, ranks, call)
+    if ranks is None:
+        updates, surgery = _operate_on(read, retain_graph)
+    else:
+        updates, surgery = _operate_over(ranks, read, retain_graph, call)
     if not accumulate:
         for p in read.named:
             p.grad = None
@@ -240,6 +243,24 @@ class _Read(NamedTuple):
     @property
     def present(self) -> list[bool]:
         return [loss is not None for loss in self.tasks]
+
+    @property
+    def device(self) -> torch.device:
+        """Where a Gram matrix of nothing goes."""
+        return next((loss.device for loss in self.tasks if loss is not None), next(iter(self.named)).device)
+
+    def reached(self) -> dict[Tensor, int]:
+        """Parameters with the bit mask of the tasks that reach them."""
+        return {p: self.found.leaves[p] for p in self.named if p in self.found.leaves}
+
+    def split(self, reached: Mapping[Tensor, int]) -> list[Tensor]:
+        """The shared ones among them."""
+        if not reached:
+            raise ValueError(f"params: no loss reaches any of the {len(self.named)} parameters")
+        if self.any_leaf and self.shared is None and any(isinstance(p, torch.nn.Parameter) for p in reached):
+            # the gradient of a picture is no part of the tasks' conflict over the network
+            reached = {p: mask for p, mask in reached.items() if isinstance(p, torch.nn.Parameter)}
+        return split_shared(reached, self.named, self.shared, in_gram=not self.features)
 
 
 def _read(
@@ -304,50 +325,44 @@ def _read(
     return _Read(method, scale, names, tasks, named, shared_named, params is None, chunk, cut, parts, found)
 
 
-def _operate_on(
-    read: _Read, retain_graph: bool, ranks: Ranks | None, call: str
+def _operate_on(read: _Read, retain_graph: bool) -> tuple[list[tuple[Tensor, Tensor]], Surgery]:
+    """Each parameter's update, in one process."""
+    reached = read.reached()
+    common = read.split(reached)
+    decide = functools.partial(
+        operate, present=read.present, names=read.names, method=read.method, scale=read.scale, device=read.device
+    )
+    if read.parts is None:
+        rows, own = _task_gradients(read, reached, common, read.named, retain_graph)
+        return decide(common, rows, own)
+    rows, own, plain, sums = _feature_gradients(read, read.parts, reached, common, retain_graph)
+    updates, surgery = decide(list(read.parts.features), rows, {})
+    return _through_trunk(updates, common, own, plain, sums, retain_graph), surgery
+
+
+def _operate_over(
+    ranks: Ranks, read: _Read, retain_graph: bool, call: str
 ) -> tuple[list[tuple[Tensor, Tensor]], Surgery]:
-    """Each parameter's update."""
-    names, named, found = read.names, read.named, read.found
-    reached = {p: found.leaves[p] for p in named if p in found.leaves}
-    device = next((loss.device for loss in read.tasks if loss is not None), next(iter(named)).device)
-    decide = functools.partial(operate, names=names, method=read.method, scale=read.scale, device=device, ranks=ranks)
+    """Each parameter's update, over several ranks."""
+    reached = read.reached()
+    decide = functools.partial(
+        operate, names=read.names, method=read.method, scale=read.scale, device=read.device, ranks=ranks
+    )
 
-    def split(masks: Mapping[Tensor, int]) -> list[Tensor]:
-        if not masks:
-            raise ValueError(f"params: no loss reaches any of the {len(named)} parameters")
-        candidates = masks
-        if read.any_leaf and read.shared is None and any(isinstance(p, torch.nn.Parameter) for p in masks):
-            # the gradient of a picture is no part of the tasks' conflict over the network
-            candidates = {p: mask for p, mask in masks.items() if isinstance(p, torch.nn.Parameter)}
-        return split_shared(candidates, named, read.shared, in_gram=not read.features)
-
-    if ranks is None:
-        common = split(reached)
-        if read.parts is None:
-            rows, own = _task_gradients(read.tasks, reached, common, named, found, retain_graph, read.chunk_size)
-            return decide(common, rows, own, read.present)
-        rows, own, plain, sums = _feature_gradients(read, read.parts, reached, common, retain_graph)
-        updates, surgery = decide(list(read.parts.features), rows, {}, read.present)
-        return _through_trunk(updates, common, own, plain, sums, retain_graph), surgery
-
-    def meet(holders: Sequence[Mapping[Tensor, Tensor]], same: str | None = None) -> distributed.Joint:
-        mine = distributed.state(call, names, read.method, named, read.shared, read.present, reached, holders)
-        return ranks.meet(mine, named, same=same)
-
-    def split_joint(joint: distributed.Joint) -> list[Tensor]:
+    def meet(
+        holders: Sequence[Mapping[Tensor, Tensor]], same: str | None = None
+    ) -> tuple[distributed.Joint, list[Tensor]]:
+        mine = distributed.state(call, read.names, read.method, read.named, read.shared, read.present, reached, holders)
+        joint = ranks.meet(mine, read.named, same=same)
         if not any(joint.present):
-            raise ValueError(f"losses: expected at least one loss, got {len(names)} times None on every rank")
-        return split({p: mask for p, mask in joint.masks.items() if mask})
+            raise ValueError(f"losses: expected at least one loss, got {len(read.names)} times None on every rank")
+        return joint, read.split({p: mask for p, mask in joint.masks.items() if mask})
 
     if ranks.sharded:
-        joint = meet([], same=distributed.SAME)
-        common = split_joint(joint)
-        rows, own = [[None] * len(common) for _ in names], {}
+        joint, common = meet([], same=distributed.SAME_PASSES)
+        rows, own = [[None] * len(common) for _ in read.names], {}
         slots = {p: i for i, p in enumerate(common)}
-        for t, grads in distributed.sharded_gradients(
-            ranks, read.tasks, found.leaves, found.overlap, named, retain_graph
-        ):
+        for t, grads in distributed.sharded_gradients(ranks, read.tasks, read.found, read.named, retain_graph):
             for p, g in grads:
                 if p in slots:
                     rows[t][slots[p]] = g
@@ -355,9 +370,10 @@ def _operate_on(
                     add_own(own, p, g)
         return on_shards(common, functools.partial(decide, rows=rows, own=own, present=joint.present))
 
+    if ranks.same_passes:
+        meet([], same=distributed.SAME_PASSES)
     if read.features:
-        joint = meet([])
-        common = split_joint(joint)
+        joint, common = meet([])
         rows, own, plain, sums = [], {}, [], []
         with ranks.together(call):
             if read.parts is not None:
@@ -366,16 +382,18 @@ def _operate_on(
         with ranks.reporting(call):
             updates, surgery = decide(features, rows, {}, joint.present, apart=True)
             own = dict(_through_trunk(updates, common, own, plain, sums, retain_graph))
-        distributed.average_gradients(ranks, meet([own]), [], own, set())
+        joint, _ = meet([own])
+        distributed.average_gradients(ranks, joint, [], own, set())
         return list(own.items()), surgery
 
     with ranks.reporting(call):
+        # what is shared is known when the ranks have met; until then all that may be has rows
         columns = [p for p in reached if not is_per_task(p) and (read.shared is None or p in read.shared)]
-        rows, own = _task_gradients(read.tasks, reached, columns, None, found, retain_graph, read.chunk_size)
+        rows, own = _task_gradients(read, reached, columns, None, retain_graph)
         held = [{p: g for p, g in zip(columns, row, strict=True) if g is not None} for row in rows]
         del rows
-    joint = meet([*held, own])
-    return operate_on_means(split_joint(joint), held, own, joint, named, decide, ranks)
+    joint, common = meet([*held, own])
+    return operate_on_means(common, held, own, joint, read.named, decide, ranks)
 
 
 def operate_on_means(
@@ -387,17 +405,17 @@ def operate_on_means(
     decide: Callable[..., tuple[list[tuple[Tensor, Tensor]], Surgery]],
     ranks: Ranks,
 ) -> tuple[list[tuple[Tensor, Tensor]], Surgery]:
-    """Surgery on the means over the ranks of T rows by parameter and of other gradients. Empties both."""
+    """Surgery on the means over the ranks of T rows by parameter, which replace them, and of other gradients."""
     for p in common:
         if joint.kinds[p] - {distributed.DENSE}:
             raise sparse_shared(torch.sparse_coo, p, named)
     in_common = set(common)
     for row in held:
-        for p in [p for p in row if p not in in_common]:
-            add_own(own, p, row.pop(p))
+        for p, g in row.items():
+            if p not in in_common:
+                add_own(own, p, g)
     distributed.average_gradients(ranks, joint, held, own, in_common)
     rows: list[Row] = [[row.get(p) for p in common] for row in held]
-    held.clear()
     return decide(common, rows, own, joint.present)
 
 
@@ -411,19 +429,21 @@ def on_shards(
 
 
 def _task_gradients(
-    tasks: Sequence[Tensor | None],
+    read: _Read,
     reached: Mapping[Tensor, int],
     common: Sequence[Tensor],
-    named: Mapping[Tensor, str] | None,
-    found: Reach,
+    dense: Mapping[Tensor, str] | None,
     retain_graph: bool,
-    chunk_size: int,
 ) -> tuple[list[Row], dict[Tensor, Tensor]]:
-    """T rows of the shared parameters' gradients, and the summed gradients of the others."""
+    """T rows of the shared parameters' gradients, and the summed gradients of the others.
+
+    `dense`: the names of those in `common` if a sparse gradient of theirs is an error.
+    """
+    tasks, found = read.tasks, read.found
     slots = {p: i for i, p in enumerate(common)}
     rows: list[Row] = [[None] * len(common) for _ in tasks]
     own: dict[Tensor, Tensor] = {}
-    for t, grads in gradients(tasks, reached, found.overlap, retain_graph, chunk_size, found.donated):
+    for t, grads in gradients(tasks, reached, found.overlap, retain_graph, read.chunk_size, found.donated):
         row = rows[t]
         for p, g in grads:
             slot = slots.get(p)
@@ -431,8 +451,8 @@ def _task_gradients(
                 if g is not None:
                     add_own(own, p, g)
             else:
-                if named is not None and g is not None and g.layout is not torch.strided:
-                    raise sparse_shared(g.layout, p, named)
+                if dense is not None and g is not None and g.layout is not torch.strided:
+                    raise sparse_shared(g.layout, p, dense)
                 row[slot] = g
     return rows, own
 
@@ -457,13 +477,7 @@ def _feature_gradients(
         raise RuntimeError(DONATED)
     with _features.cut_at(features, stop):
         rows, own = _task_gradients(
-            read.tasks,
-            parts.features | past,
-            features,
-            dict.fromkeys(features, "features"),
-            parts.found,
-            retain_graph or stop,
-            read.chunk_size,
+            read, parts.features | past, features, dict.fromkeys(features, "features"), retain_graph or stop
         )
     return rows, own, plain, _features.plain_sums(rows, features) if plain else []
 
@@ -755,3 +769,11 @@ def _copy_like(param: Tensor, grad: Tensor) -> Tensor:
     if grad.layout is not torch.strided:
         return grad.clone()
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+
+
+def check_single_process() -> None:
+    """Raises RuntimeError under several ranks, where a call has no way to work with them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        size = torch.distributed.get_world_size()
+        if size > 1:
+            raise RuntimeError(f"fastmtl.one_pass: {size} ranks are not supported yet; they would silently diverge")

@@ -466,6 +466,30 @@ def wide(last: bool) -> None:
 
 
 @case(2)
+def refuses_absent_tasks_where_ranks_wait_in_backward(rank: int, size: int) -> Any:
+    model = nn.Sequential(DDP(net()), nn.SyncBatchNorm(2, affine=False))
+    losses: list[Tensor | None] = [*losses_of(model[0](batch(rank, size)))]
+    message = error(lambda: fastmtl.backward([None if rank and t else loss for t, loss in enumerate(losses)], model))
+    surgery = fastmtl.backward(losses, model, method=METHODS["fixed"])
+    return message, surgery.weights
+
+
+@case(2)
+def bank_keeps_its_rows_when_the_method_raises(rank: int, size: int) -> Any:
+    model = DDP(net())
+
+    def fails(gram: Tensor) -> Tensor:
+        raise KeyError("mine")
+
+    bank = fastmtl.GradientBank(model, 3)
+    for t in range(3):
+        with bank.task(t), model.no_sync():
+            loss_of(t, model(batch(rank, size), tasks=[t])[1]).backward()
+    messages = [error(lambda: bank.apply(fails)), error(lambda: bank.apply("nash" if rank else "pcgrad"))]
+    return {**seen(model, bank.apply(METHODS["fixed"])), "errors": messages}
+
+
+@case(2)
 def method_that_raises_on_one_rank(rank: int, size: int) -> Any:
     def weigh(gram: Tensor) -> Tensor:
         if rank == 1:
@@ -533,58 +557,94 @@ def refuses_other_parallelism(rank: int, size: int) -> Any:
 
 def rows_of_mixed_batch(
     x: Tensor, ids: Tensor, reduction: str, *, dtype: torch.dtype = torch.float32
-) -> tuple[list[Tensor], Tensor]:
-    """Rows by autograd, one task at a time, of losses that are sums, or means over each task's samples."""
+) -> tuple[nn.Module, dict[Tensor, Tensor], dict[Tensor, Tensor], Tensor]:
+    """Model, rows, gradients of samples without a task, counts: by autograd, one task at a time.
+
+    The losses are sums divided by 8, or means over each task's samples. A part without samples has no rows at all.
+    """
     model = net(3).to(dtype)
     params = list(model.trunk.parameters())
-    rows = [torch.zeros(3, *p.shape, dtype=p.dtype) for p in params]
-    counts = torch.bincount(ids, minlength=3)
-    for t in range(3):
-        if counts[t]:
-            part = (model.heads[t](model.trunk(x[ids == t].to(dtype))) - t).square().sum(1)
-            loss = part.sum() / 8 if reduction == "sum" else part.mean()
-            for row, g in zip(rows, torch.autograd.grad(loss, params), strict=True):
-                row[t] = g
-    return rows, counts
+    rows: dict[Tensor, Tensor] = {}
+    loose: dict[Tensor, Tensor] = {}
+    counts = torch.bincount(torch.where(ids < 0, 3, ids), minlength=4)
+    for t in range(4):
+        here = ids == (t if t < 3 else -1)
+        if not here.any():
+            continue
+        part = (model.heads[t % 3](model.trunk(x[here].to(dtype))) - t).square().sum(1)
+        loss = part.sum() / 8 if reduction == "sum" else part.mean()
+        for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
+            if t == 3:
+                loose[p] = g
+                continue
+            if p not in rows:
+                rows[p] = torch.zeros(3, *p.shape, dtype=p.dtype)
+                if p.dim() == 2:  # a memory order of their own, as rows of a bank may have
+                    rows[p] = rows[p].transpose(1, 2).contiguous().transpose(1, 2)
+            rows[p][t] = g
+    return model, rows, loose, counts
 
 
-IDS = torch.tensor([0, 0, 1, 2, 0, 1, 1, 1])
+IDS = torch.tensor([0, 0, 1, 2, 0, -1, 1, 1])
 
 
 def split_unevenly(size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """7 and 1 of 8 samples on two ranks; the other parts have no sample of some task."""
+    """7 and 1 of 8 samples on two ranks; on four some have no sample of a task, and one none at all."""
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(5))
     parts = [7, 1] if size == 2 else [4, 3, 1, 0]
     return zip(x.split(parts), IDS.split(parts), strict=True)
 
 
+def average(model: nn.Module, rows: Any, loose: Any, counts: Tensor, reduction: str, **changed: Any) -> Any:
+    named = changed.pop("named", {p: name for name, p in model.trunk.named_parameters()})
+    names = changed.pop("names", ["a", "b", "c"])
+    ranks = find_ranks(None, None, dist.group.WORLD, "test")
+    totals = average_rows(ranks, named, names, rows, loose, counts, reduction)
+    by_name = [{named[p]: g for p, g in some.items()} for some in (rows, loose)]
+    return {"rows": by_name[0], "loose": by_name[1], "totals": totals}
+
+
 @case()
 def rows_of_uneven_parts(rank: int, size: int) -> Any:
     x, ids = [*split_unevenly(size)][rank]
-    out: dict[str, Any] = {}
-    for reduction in ("sum", "mean"):
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            rows, counts = rows_of_mixed_batch(x, ids, reduction, dtype=dtype)
-            if dtype == torch.float64:  # rows in a memory order of their own, as a bank may have them
-                rows[0] = rows[0].transpose(1, 2).contiguous().transpose(1, 2)
-            out[f"{reduction} {dtype}"] = rows, average_rows(rows, counts, dist.group.WORLD, reduction)
-    return out
+    return {
+        f"{reduction} {dtype}": average(*rows_of_mixed_batch(x, ids, reduction, dtype=dtype), reduction)
+        for reduction in ("sum", "mean")
+        for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    }
+
+
+@case(2)
+def rows_in_large_and_small_buckets(rank: int, size: int) -> Any:
+    before, fastmtl.distributed.BUCKET_BYTES = fastmtl.distributed.BUCKET_BYTES, 300
+    try:
+        x, ids = [*split_unevenly(size)][rank]
+        return average(*rows_of_mixed_batch(x, ids, "mean"), "mean")
+    finally:
+        fastmtl.distributed.BUCKET_BYTES = before
 
 
 @case(2)
 def rows_that_disagree(rank: int, size: int) -> Any:
-    counts = torch.ones(3, dtype=torch.int64)
-    ranks = find_ranks(DDP(net()), None, None, "test")
-    rows = [torch.ones(3, 2)]
-    other = [torch.ones(3, 3 if rank else 2)]
+    x, ids = [*split_unevenly(size)][rank]
+    model, rows, loose, counts = rows_of_mixed_batch(x, ids, "sum")
+    before = {p: g.clone() for p, g in rows.items()}
+    named = {p: name for name, p in model.trunk.named_parameters()}
+    names = ["a", "b", "c"]
+    wide = {p: torch.cat([g, g[:1]]) for p, g in rows.items()}
+
+    def call(*changed: Any, reduction: str = "sum", **kwargs: Any) -> str:
+        return error(lambda: average(model, *(changed or (rows, loose, counts)), reduction, **kwargs))
+
     return {
-        "shape": error(lambda: average_rows(other, counts, ranks)),
-        "tasks": error(lambda: average_rows([torch.ones(3 + rank, 2)], torch.ones(3 + rank).long(), ranks)),
-        "reduction": error(lambda: average_rows(rows, counts, ranks, "mean" if rank else "sum")),
-        "unknown": error(lambda: average_rows(rows, counts, ranks, "median" if rank else "sum")),
-        "counts": error(lambda: average_rows(rows, counts.float() if rank else counts, ranks)),
-        "rows": error(lambda: average_rows([torch.ones(4, 2)] if rank else rows, counts, ranks)),
-        "untouched": bool((rows[0] == 1).all() and (other[0] == 1).all()),
+        "tasks": call(wide, loose, torch.ones(5).long(), names=[*names, "d"]) if rank else call(),
+        "names": call(names=["a", "b", "x" if rank else "c"]),
+        "order": call(named=dict([*named.items()][:: -1 if rank else 1])),
+        "reduction": call(reduction="mean" if rank else "sum"),
+        "unknown": call(reduction="median" if rank else "sum"),
+        "counts": call(rows, loose, counts.float() if rank else counts),
+        "rows": call(wide if rank else rows, loose, counts),
+        "untouched": all(torch.equal(g, before[p]) for p, g in rows.items()),
     }
 
 

@@ -297,6 +297,22 @@ def test_refuses_disagreement_on_every_rank(results, size):
             assert error.startswith("ValueError: ") and f"the ranks disagree on {wanted[key]}" in error
 
 
+def test_refuses_absent_tasks_where_ranks_wait_in_backward(results):
+    want = dc.by_backward(dc.net(), 0, 1, "fixed")["weights"]
+    for message, weights in results(2, "refuses_absent_tasks_where_ranks_wait_in_backward"):
+        assert _matches("ValueError: .*present tasks .*rank 0: 0, 1, 2; on rank 1: 0.: .*SyncBatchNorm", message)
+        torch.testing.assert_close(weights, want, rtol=1e-4, atol=1e-6)
+
+
+def test_bank_keeps_its_rows_when_the_method_raises(results):
+    found = results(2, "bank_keeps_its_rows_when_the_method_raises")
+    for rank, ranks in enumerate(found):
+        first, second = ranks.pop("errors")
+        assert "KeyError: 'mine'" in first and "got 'nash'" in second
+        assert ("rank 1 raised" in second) == (rank == 0)
+    same(found, dc.by_bank(dc.net(), 0, 1, "fixed"))
+
+
 def test_a_method_that_raises_on_one_rank_stops_all(results):
     first, second = results(2, "method_that_raises_on_one_rank")
     for key in ("plain", "features"):
@@ -336,33 +352,43 @@ def _matches(pattern: str, text: str) -> bool:
 # --- rows of a batch whose samples have a task each
 
 
+def whole_batch(reduction: str, dtype: torch.dtype, size: int) -> dict[str, Any]:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(5))
+    model, rows, loose, counts = dc.rows_of_mixed_batch(x, dc.IDS, reduction, dtype=dtype)
+    assert counts.tolist() == [3, 3, 1, 1]
+    names = {p: name for name, p in model.trunk.named_parameters()}
+    # sums divided by a constant: the mean over the ranks is all of them, divided by their number
+    over = size if reduction == "sum" else 1
+    return {
+        "rows": {names[p]: g / over for p, g in rows.items()},
+        "loose": {names[p]: g / over for p, g in loose.items()},
+        "totals": counts,
+    }
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_rows_of_uneven_parts(results, size, reduction, dtype):
-    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(5))
-    want, counts = dc.rows_of_mixed_batch(x, dc.IDS, reduction, dtype=dtype)
-    assert counts.tolist() == [3, 4, 1]
-    found = results(size, "rows_of_uneven_parts")
-    for rank in range(size):
-        rows, totals = found[rank][f"{reduction} {dtype}"]
-        assert torch.equal(totals, counts)
-        for got, row, first in zip(rows, want, found[0][f"{reduction} {dtype}"][0], strict=True):
-            # sums divided by a constant: the mean over the ranks is all of them, divided by their number
-            row = row / size if reduction == "sum" else row
-            rtol = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float64: 1e-12}[dtype]
-            torch.testing.assert_close(got, row, rtol=rtol, atol=rtol * float(row.abs().max()))
-            assert torch.equal(got, first)
+    found = [ranks[f"{reduction} {dtype}"] for ranks in results(size, "rows_of_uneven_parts")]
+    want = whole_batch(reduction, dtype, size)
+    rtol, atol = {torch.float32: (1e-5, 1e-6), torch.bfloat16: (5e-2, 5e-2), torch.float64: (1e-12, 1e-13)}[dtype]
+    same(found, want, rtol, atol)
+
+
+def test_rows_in_large_and_small_buckets(results):
+    same(results(2, "rows_in_large_and_small_buckets"), whole_batch("mean", torch.float32, 2), 1e-5, 1e-6)
 
 
 def test_rows_that_disagree_are_refused_on_every_rank(results):
     wanted = {
-        "shape": "ValueError: .*disagree on parameter 0.*rank 0 has .*shape .2., .*rank 1 has .*shape .3.,",
         "tasks": "ValueError: .*disagree on the number of tasks: rank 0 has 3, rank 1 has 4",
-        "reduction": "ValueError: .*rank 0 has sum, rank 1 has mean",
+        "names": "ValueError: .*disagree on the names of the tasks",
+        "order": "ValueError: .*disagree on parameter 0.*rank 0 has 0.weight of shape .6, 4., .*rank 1 has 2.bias",
+        "reduction": "ValueError: .*rank 0 has loss_reduction='sum', rank 1 has loss_reduction='mean'",
         "unknown": "loss_reduction: expected 'sum' or 'mean', got 'median'",
-        "counts": "counts: expected torch.int64, got torch.float32",
-        "rows": "expected 3 rows as in counts, got shape .4, 2.",
+        "counts": "counts: expected torch.int64 of shape .4., got torch.float32",
+        "rows": "rows of parameter 0.weight .*: expected shape .3, 6, 4., got .4, 6, 4.",
     }
     for found in results(2, "rows_that_disagree"):
         assert found.pop("untouched")
