@@ -9,6 +9,7 @@ weights are taken, so that a random order, or whatever a method of the caller's 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,7 +98,6 @@ class Ranks:
         self.same_passes = same_passes
         self._gram_groups = self.groups if gram_groups is None else list(gram_groups)
         self._is_first = all(dist.get_rank(group) == 0 for group in self.groups)
-        self._streams: dict[torch.device, Any] = {}
 
     def rename(self, named: Mapping[Tensor, str]) -> dict[Tensor, str]:
         """The parameters that get gradients, in place of those that a `fully_shard` module shows just now."""
@@ -228,9 +228,7 @@ class Ranks:
         """On a stream of its own, so that reading the result does not wait for what the caller has queued."""
         if device.type != "cuda":
             return contextlib.nullcontext()
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return torch.cuda.stream(self._streams[device])
+        return torch.cuda.stream(_side_stream(device))
 
     # --- numbers on the device
 
@@ -296,6 +294,11 @@ class Ranks:
 
     def __repr__(self) -> str:
         return f"Ranks({self.ranks}, {'sharded' if self.sharded else 'averaged'})"
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def reporting(ranks: Ranks | None, call: str) -> contextlib.AbstractContextManager[None]:

@@ -113,7 +113,8 @@ def backward(
             128. None in a sequence or dict: that task is absent. Elements of one vector are told apart where it
             was made by `torch.stack` or `torch.cat` of scalars and scaled by constants since; of other vectors
             (a mean over one dimension of a loss matrix) each element reaches everything, and `shared` is needed.
-        params: a module or an iterable of parameters; others get nothing. None: every leaf that the losses
+        params: a module or an iterable of parameters; others get nothing. With several ranks the
+            `DistributedDataParallel` or `fully_shard` module itself, or `process_group`. None: every leaf that the losses
             reach; a leaf that is no `nn.Parameter` (an input that needs a gradient) then gets the plain sum of its
             gradients, unless no `nn.Parameter` is reached at all. Frozen parameters are left out, tied ones count
             once.
@@ -136,7 +137,10 @@ def backward(
         chunk_size: how many backward passes to run at once (`torch.autograd.grad` with `is_grads_batched`, which is
             `vmap`). None or 1: one at a time. Equal up to rounding; more memory, and no custom function or
             compiled graph that vmap can't batch.
-        groups, process_group: not available yet.
+        groups: not available yet.
+        process_group: the ranks whose gradients are averaged, whatever `params` is. None: those of the
+            `DistributedDataParallel` or `fully_shard` module that `params` (or `shared`) is or contains; else this
+            process alone. docs/distributed.md says what each rank passes and what is sent.
 
     Returns:
         A `Surgery`: Gram matrix, weights, cosines, conflicts.
@@ -144,14 +148,17 @@ def backward(
     Raises:
         TypeError: losses that are not floating-point tensors; shared parameters or features of other dtypes than
             float64, 32, 16 and bfloat16, complex parameters, a sparse gradient of a shared parameter; a method that
-            returns no floating-point tensor; `chunk_size` no int.
+            returns no floating-point tensor; `chunk_size` no int; `process_group` no process group; tensor-parallel
+            parameters, `FullyShardedDataParallel` modules.
         ValueError: no loss, more than 128, a loss that is not a scalar or needs no gradient; no parameter reached;
             reach that can't be read without `shared`; shared parameters on several devices; weights of the wrong
             length; an unknown method. `features` that are leaves, need no gradient, are on several devices or that
-            a loss does not reach; a shared parameter that a loss reaches past them. `chunk_size` below 1.
-        RuntimeError: in a process group of several ranks, which would silently diverge; what autograd raises; what
-            vmap can't batch; a compiled graph with donated buffers (see below).
-        NotImplementedError: `groups` or `process_group` are given.
+            a loss does not reach; a shared parameter that a loss reaches past them. `chunk_size` below 1. Ranks that
+            disagree on tasks, parameters or method (on every rank); a `process_group` without this rank; `features`,
+            `chunk_size` or `process_group` with a `fully_shard` module.
+        RuntimeError: several ranks and neither `params` nor `process_group` says what to do; another rank raised; what
+            autograd raises; what vmap can't batch; a compiled graph with donated buffers (see below).
+        NotImplementedError: `groups` is given.
         Nothing has been written to any `.grad` when one of these is raised.
 
     A non-finite gradient in any task shows in `.grad`, so that `GradScaler` skips the step. Peak extra memory: the
