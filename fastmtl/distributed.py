@@ -46,6 +46,7 @@ class Statement(NamedTuple):
     call: str
     tasks: tuple[str, ...] = ()
     method: str = ""
+    waits: bool = False  # tasks and reached parameters must agree too
     params: tuple[tuple[Any, ...], ...] = ()  # name, shape, dtype, and `_PARAM_FACTS`
     present: int = 0  # bit mask of tasks
     masks: tuple[int, ...] = ()  # of each parameter: tasks that reach it, as a bit mask
@@ -137,6 +138,7 @@ class Ranks:
             ValueError: the ranks disagree.
             RuntimeError: another rank raised, and what.
         """
+        statement = statement._replace(waits=same is not None)
         mine = [int(statement.error is not None), _digest(statement)]
         if any(theirs != mine for theirs in self._gather(mine)):
             statements = self._gather_objects(statement)
@@ -502,7 +504,7 @@ def state(
         call,
         tuple(tasks),
         "" if method is None else getattr(method, "__qualname__", type(method).__qualname__),
-        tuple(
+        params=tuple(
             (
                 name,
                 tuple(p.shape),
@@ -514,9 +516,9 @@ def state(
             )
             for p, name in named.items()
         ),
-        sum(1 << t for t, here in enumerate(present) if here),
-        tuple(masks.get(p, 0) for p in named),
-        tuple(tuple(sorted(some)) for some in kinds.values()),
+        present=sum(1 << t for t, here in enumerate(present) if here),
+        masks=tuple(masks.get(p, 0) for p in named),
+        kinds=tuple(tuple(sorted(some)) for some in kinds.values()),
     )
 
 
@@ -734,6 +736,8 @@ def _difference(a: Statement, b: Statement) -> tuple[str, object, object] | None
         return "the names of the tasks", list(a.tasks), list(b.tasks)
     if a.method != b.method:
         return "the method", a.method, b.method
+    if a.waits != b.waits:
+        return "whether a SyncBatchNorm is in training", a.waits, b.waits
     if len(a.params) != len(b.params):
         return "the number of parameters", len(a.params), len(b.params)
     for i, (p, q) in enumerate(zip(a.params, b.params, strict=True)):

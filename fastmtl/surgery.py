@@ -113,8 +113,7 @@ def backward(
             128. None in a sequence or dict: that task is absent. Elements of one vector are told apart where it
             was made by `torch.stack` or `torch.cat` of scalars and scaled by constants since; of other vectors
             (a mean over one dimension of a loss matrix) each element reaches everything, and `shared` is needed.
-        params: a module or an iterable of parameters; others get nothing. With several ranks the
-            `DistributedDataParallel` or `fully_shard` module itself, or `process_group`. None: every leaf that the losses
+        params: a module or an iterable of parameters; others get nothing. None: every leaf that the losses
             reach; a leaf that is no `nn.Parameter` (an input that needs a gradient) then gets the plain sum of its
             gradients, unless no `nn.Parameter` is reached at all. Frozen parameters are left out, tied ones count
             once.
@@ -139,8 +138,8 @@ def backward(
             compiled graph that vmap can't batch.
         groups: not available yet.
         process_group: the ranks whose gradients are averaged, whatever `params` is. None: those of the
-            `DistributedDataParallel` or `fully_shard` module that `params` (or `shared`) is or contains; else this
-            process alone. docs/distributed.md says what each rank passes and what is sent.
+            `DistributedDataParallel` or `fully_shard` module that `params` (or `shared`) itself is or contains; else
+            this process alone. docs/distributed.md says what each rank passes and what is sent.
 
     Returns:
         A `Surgery`: Gram matrix, weights, cosines, conflicts.
@@ -351,6 +350,7 @@ def _operate_over(
     ranks: Ranks, read: _Read, retain_graph: bool, call: str
 ) -> tuple[list[tuple[Tensor, Tensor]], Surgery]:
     """Each parameter's update, over several ranks."""
+    call = f"{call} with features=" if read.features else call
     reached = read.reached()
     decide = functools.partial(
         operate, names=read.names, method=read.method, scale=read.scale, device=read.device, ranks=ranks

@@ -237,9 +237,9 @@ def backward_find_unused(rank: int, size: int) -> Any:
 @case(2)
 def backward_static_graph(rank: int, size: int) -> Any:
     model = DDP(net(), static_graph=True)
-    by_backward(model, rank, size, "fixed")
+    first = by_backward(model, rank, size, "fixed")
     model.zero_grad()
-    return by_backward(model, rank, size, "fixed")
+    return {**by_backward(model, rank, size, "fixed"), "first": first["grads"]}
 
 
 @case(2)
@@ -311,6 +311,53 @@ def backward_each_rank_a_task(rank: int, size: int) -> Any:
 @case(2)
 def features_nothing_on_rank_1(rank: int, size: int) -> Any:
     return by_features(DDP(net()), rank, size, "min_norm", [0, 1, 2] if rank == 1 else [1])
+
+
+class Towers(nn.Module):
+    """Nothing in common but what DDP puts around the outputs, of which the second is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(nn.Linear(4, 2) for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Any]:
+        a, b, c = (tower(x) for tower in self.towers)
+        return [a, "nothing", {"b": b, "c": torch.stack([loss_of(2, c), loss_of(1, c)])}]
+
+
+def by_towers(model: Any, rank: int, size: int) -> Any:
+    a, _, rest = model(batch(rank, size))
+    both = (rest["c"] * 2).unbind()
+    surgery = fastmtl.backward(
+        [loss_of(0, a), loss_of(1, rest["b"]), *both], model, method=lambda gram: gram[0] * 0 + 1
+    )
+    return seen(model, surgery)
+
+
+@case(2)
+def backward_towers(rank: int, size: int) -> Any:
+    return by_towers(DDP(net(cls=Towers), find_unused_parameters=True), rank, size)
+
+
+@case(2)
+def not_finite_on_rank_1(rank: int, size: int) -> Any:
+    # a gradient scaler must skip the step on every rank, or on none
+    out = []
+    for method in (METHODS["fixed"], "sum"):
+        model = DDP(net())
+        losses = losses_of(model(batch(rank, size)))
+        fastmtl.backward([losses[0] * (float("inf") if rank else 1.0), *losses[1:]], model, method=method)
+        out.append({n: bool(g.isfinite().all()) for n, g in seen(model)["grads"].items()})
+    return out
+
+
+@case(2)
+def backward_compiled(rank: int, size: int) -> Any:
+    inner = net()
+    model = torch.compile(DDP(inner), backend="aot_eager")
+    losses = losses_of(model(batch(rank, size)))
+    surgery = fastmtl.backward(losses, model, shared=inner.trunk, method=METHODS["fixed"])
+    return seen(inner, surgery)
 
 
 @case(2)
@@ -434,6 +481,7 @@ def refuses_disagreement(rank: int, size: int) -> Any:
     group = dist.group.WORLD
     params = list(ddp.parameters())
     names = ["a", "b", "x"] if last else ["a", "b", "c"]
+    model = DDP(net())
 
     def bank() -> None:
         made = fastmtl.GradientBank(ddp, 4 if last else 3)
@@ -454,9 +502,16 @@ def refuses_disagreement(rank: int, size: int) -> Any:
         "one rank raises": error(lambda: back([loss.detach() for loss in losses] if last else losses, ddp)),
         "absent everywhere": error(lambda: back([None, None], ddp)),
         "shape": error(lambda: wide(last)),
+        "features": error(lambda: (by_features if last else by_backward)(model, rank, size, "fixed")),
+        "waiting": error(lambda: waiting(rank, size, last)),
         "still works": by_backward(DDP(net()), rank, size, "fixed")["present"],
         "grads": all(p.grad is None for p in params),
     }
+
+
+def waiting(rank: int, size: int, last: bool) -> None:
+    model = nn.Sequential(DDP(net()), nn.SyncBatchNorm(2, affine=False)).train(not last)
+    fastmtl.backward(losses_of(model[0](batch(rank, size))), model)
 
 
 def wide(last: bool) -> None:

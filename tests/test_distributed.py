@@ -117,12 +117,20 @@ def test_every_rank_would_draw_another_order():
 
 @pytest.mark.parametrize("name", ["find_unused", "static_graph", "chunks", "in_many_buckets"])
 def test_backward_with_ddp_options(results, name):
-    same(results(2, f"backward_{name}"), dc.by_backward(dc.net(), 0, 1, "fixed"))
+    want = dc.by_backward(dc.net(), 0, 1, "fixed")
+    same(results(2, f"backward_{name}"), {**want, "first": want["grads"]} if name == "static_graph" else want)
 
 
 @pytest.mark.parametrize("name", ["backward_process_group", "backward_process_group_and_no_params"])
 def test_backward_with_a_process_group_and_a_plain_model(results, name):
     same(results(2, name), dc.by_backward(dc.net(), 0, 1, "random"))
+
+
+def test_outputs_of_ddp_are_told_apart(results):
+    want = dc.by_towers(dc.net(cls=dc.Towers), 0, 1)
+    # the first two losses share nothing with any other, the last two a tower
+    assert (want["gram"] != 0).tolist() == [[False] * 4] * 2 + [[False, False, True, True]] * 2
+    same(results(2, "backward_towers"), want)
 
 
 def test_backward_with_a_loss_scale(results):
@@ -166,6 +174,18 @@ def test_features_with_no_loss_on_one_rank(results):
     shared = [p for n, p in model.trunk.named_parameters() if n != "0.bias"]
     surgery = fastmtl.backward(losses, model, features=h, shared=shared, method=dc.min_norm)
     same(results(2, "features_nothing_on_rank_1"), dc.seen(model, surgery))
+
+
+def test_what_is_not_finite_on_one_rank_shows_on_all(results):
+    first, second = results(2, "not_finite_on_rank_1")
+    assert first == second
+    for finite in first:
+        assert not any(here for name, here in finite.items() if name.startswith("trunk"))
+        assert {name[:7] for name, here in finite.items() if not here} == {"trunk.0", "trunk.2", "heads.0"}
+
+
+def test_compiled(results):
+    same(results(2, "backward_compiled"), dc.by_backward(dc.net(), 0, 1, "fixed"))
 
 
 def test_sparse_tables_stay_sparse(results):
@@ -289,6 +309,8 @@ def test_refuses_disagreement_on_every_rank(results, size):
             "method": f"the method: rank 0 has PCGrad, rank {last} has Sum",
             "shared": "whether parameter 'module.trunk.2.weight' is in shared=: rank 0 has True",
             "bank": f"the number of tasks: rank 0 has 3, rank {last} has 4",
+            "features": f"what they call: rank 0 has fastmtl.backward, rank {last} has fastmtl.backward with features=",
+            "waiting": f"whether a SyncBatchNorm is in training: rank 0 has True, rank {last} has False",
             "shape": "parameter 0 (are they in the same order?): rank 0 has 'weight' of shape [2, 4], torch.float32, "
             f"rank {last} has 'weight' of shape [3, 4]",
         }
