@@ -66,7 +66,7 @@ def main() -> None:
 
     device = torch.device("cpu")
     if "RANK" in os.environ:  # torchrun
-        if torch.cuda.is_available():
+        if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -339,6 +339,37 @@ def backward_towers(rank: int, size: int) -> Any:
     return by_towers(DDP(net(cls=Towers), find_unused_parameters=True), rank, size)
 
 
+class Scaled(nn.Module):
+    """All that the two tasks share, behind two inputs that each came from parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a * self.scale, b * self.scale
+
+
+class Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(nn.Sequential(nn.Linear(4, 2), nn.Tanh()) for _ in range(2))
+        self.trunk = Scaled()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.trunk(*[tower(x) for tower in self.towers])
+
+
+def by_joined(model: Any, rank: int, size: int) -> Any:
+    losses = [loss_of(t, out) for t, out in enumerate(model(batch(rank, size)))]
+    return seen(model, fastmtl.backward(losses, model))
+
+
+@case(2)
+def fully_shard_with_two_inputs(rank: int, size: int) -> Any:
+    return by_joined(shard(net(cls=Joined)), rank, size)
+
+
 @case(2)
 def not_finite_on_rank_1(rank: int, size: int) -> Any:
     # a gradient scaler must skip the step on every rank, or on none
@@ -396,8 +427,11 @@ def bank_nothing_on_rank_1(rank: int, size: int) -> Any:
 
 
 def shard(model: Any, mesh: Any = None) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    if mesh is None:  # else it would be of GPUs where there are some
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(model.trunk, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 

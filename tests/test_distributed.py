@@ -133,6 +133,14 @@ def test_outputs_of_ddp_are_told_apart(results):
     same(results(2, "backward_towers"), want)
 
 
+def test_inputs_of_fully_shard_are_told_apart(results):
+    want = dc.by_joined(dc.net(cls=dc.Joined), 0, 1)
+    model = dc.net(cls=dc.Joined)
+    fastmtl.backward([dc.loss_of(t, y) for t, y in enumerate(model(dc.batch(0, 1)))], shared=model.trunk)
+    same([want], dc.seen(model))  # the towers are each task's own
+    same(results(2, "fully_shard_with_two_inputs"), want)
+
+
 def test_backward_with_a_loss_scale(results):
     want = dc.by_backward(dc.net(), 0, 1, "min_norm", loss_scale=4.0)
     same(results(2, "backward_loss_scale"), want)
@@ -448,7 +456,7 @@ def _example(start: list[str], path: Path, shown: str, *options: str) -> None:
     script = Path(__file__).parent.parent / "examples" / "distributed.py"
     done = subprocess.run(
         [sys.executable, *start, str(script), "--steps=5", f"--save={path}", *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=100,
