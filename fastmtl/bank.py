@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastmtl import distributed, methods
 from fastmtl._graph import read_loss_scale
 from fastmtl._marks import Params, compiled_module, is_per_task, read_params
+from fastmtl._memory import has_other_holders
 from fastmtl.distributed import Ranks, find_ranks, reporting
 from fastmtl.methods import Weighting
 from fastmtl.ops._rows import check_num_tasks
@@ -21,7 +22,6 @@ from fastmtl.surgery import (
     Surgery,
     add_own,
     check_within,
-    has_other_holders,
     on_shards,
     operate,
     operate_on_means,

@@ -21,9 +21,12 @@ from torch import Tensor, nn
 
 from fastmtl._graph import Reach
 from fastmtl._marks import Params, describe, is_per_task
+from fastmtl._memory import can_keep, references_alone
 
-# bytes of one all-reduce, where there are as many: large enough to be bound by the bandwidth
+# bytes of one all-reduce of several gradients, where there are as many; and what is worth one of its own: a copy into
+# new memory costs more than an all-reduce's latency
 BUCKET_BYTES = 32 << 20
+LARGE_BYTES = 1 << 18
 
 WAYS = (
     "pass params= the DistributedDataParallel or fully_shard module itself (not what it wraps, nor a list of its "
@@ -257,28 +260,27 @@ class Ranks:
     def average(self, slots: Sequence[Slot]) -> None:
         """Replaces every gradient by its mean over the ranks; one that this rank lacks counts as zero.
 
-        The slots must be the same on all ranks, in the same order. Dense gradients are copied into buckets of
-        `BUCKET_BYTES`, one all-reduce each, and the results are views of these, in the layout of the parameter. The
-        original is let go of at once, so that the peak is one bucket above what there was. Sparse ones go one by one.
+        The slots must be the same on all ranks, in the same order. Small dense gradients are copied into buckets of
+        `BUCKET_BYTES`, one all-reduce each, and the means are views of these. Large ones are reduced where they are,
+        if nobody else holds them. All are in the layout of the parameter. What a copy replaces is let go of at once,
+        so that the peak is one bucket above what there was. Sparse ones go one by one.
         """
         works = []
+        seen: set[int] = set()
         with torch.no_grad():
             for bucket in _buckets([s for s in slots if s.kind == DENSE]):
+                if len(bucket) == 1:
+                    mean = self._scaled(bucket[0], seen)
+                    # ranks may hold it in one memory order only: flat, it is the parameter's on each
+                    works.append(self.start_sum(mean.as_strided((mean.numel(),), (1,))))
+                    continue
                 first = bucket[0].param
                 flat = torch.empty(sum(s.param.numel() for s in bucket), dtype=first.dtype, device=first.device)
                 offset = 0
                 for s in bucket:
                     strides = torch.empty_like(s.param, device="meta").stride()  # of the parameter, without gaps
-                    mean = flat.as_strided(s.param.shape, strides, offset)
-                    offset += mean.numel()
-                    g = s.holder.get(s.param)
-                    if g is None:
-                        mean.zero_()
-                    elif g.layout is torch.strided:
-                        torch.div(g, self.size, out=mean)
-                    else:
-                        mean.copy_(g.to_dense()).div_(self.size)
-                    s.holder[s.param] = mean
+                    self._fill(flat.as_strided(s.param.shape, strides, offset), s)
+                    offset += s.param.numel()
                 works.append(self.start_sum(flat))
             for s in slots:
                 if s.kind == DENSE:
@@ -288,6 +290,26 @@ class Ranks:
                 works.append(self.start_sum(mean))
         for work in works:
             work.wait()
+
+    def _scaled(self, s: Slot, seen: set[int]) -> Tensor:
+        """The gradient over the number of ranks, in its own memory if that can be."""
+        g = s.holder.get(s.param)
+        dense = g is not None and g.layout is torch.strided and g.dtype == s.param.dtype
+        if dense and sys.getrefcount(g) <= references_alone() and can_keep(s.param, g, seen):
+            return g.div_(self.size)
+        return self._fill(torch.empty_like(s.param), s)
+
+    def _fill(self, mean: Tensor, s: Slot) -> Tensor:
+        """Puts `mean` in the slot, with what this rank contributes to it."""
+        g = s.holder.get(s.param)
+        if g is None:
+            mean.zero_()
+        elif g.layout is torch.strided:
+            torch.div(g, self.size, out=mean)
+        else:
+            mean.copy_(g.to_dense()).div_(self.size)
+        s.holder[s.param] = mean
+        return mean
 
     def start_sum(self, x: Tensor) -> Any:
         """Begins to replace `x` by its sum over ranks that average; what is returned is to be waited for."""
@@ -686,21 +708,24 @@ def write_sharded(updates: Sequence[tuple[Any, Tensor]]) -> None:
 
 
 def _buckets(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
-    """Neighbours of one dtype and device, of about `BUCKET_BYTES`; a larger one is alone."""
+    """Large ones, each alone; small ones of one dtype and device, about `BUCKET_BYTES` together."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Slot]] = {}
     for s in slots:
-        kinds.setdefault((s.param.dtype, s.param.device), []).append(s)
+        if s.param.numel() * s.param.element_size() >= LARGE_BYTES:
+            yield [s]
+        else:
+            kinds.setdefault((s.param.dtype, s.param.device), []).append(s)
     for some in kinds.values():
         bucket: list[Slot] = []
         held = 0
         for s in some:
-            size = s.param.numel() * s.param.element_size()
-            if bucket and held + size > BUCKET_BYTES:
+            bucket.append(s)
+            held += s.param.numel() * s.param.element_size()
+            if held >= BUCKET_BYTES:
                 yield bucket
                 bucket, held = [], 0
-            bucket.append(s)
-            held += size
-        yield bucket
+        if bucket:
+            yield bucket
 
 
 def _no_rows(slot: Slot) -> Tensor:

@@ -14,6 +14,7 @@ from fastmtl import _features, distributed, methods
 from fastmtl._graph import Reach, names_of, reach, read_loss_scale, read_losses
 from fastmtl._library import without_autocast
 from fastmtl._marks import Params, describe, is_per_task, read_params
+from fastmtl._memory import can_keep, references_alone
 from fastmtl._passes import DONATED, gradients, read_chunk_size
 from fastmtl.distributed import Ranks, find_ranks, reporting
 from fastmtl.methods import Weighting
@@ -655,11 +656,11 @@ def _result_memory(
     for k, position in enumerate(index):
         first.setdefault(position % n, k)
     seen: set[int] = set()
-    alone = _references_alone()
+    alone = references_alone()
     memory = []
     for p, (_, k) in zip(params, sorted(first.items()), strict=True):
         g = tensors[k]
-        if sys.getrefcount(g) <= alone + held and _can_keep(p, g, seen):
+        if sys.getrefcount(g) <= alone + held and can_keep(p, g, seen):
             memory.append(g)
         else:
             memory.append(torch.empty_like(p, dtype=g.dtype))
@@ -677,13 +678,13 @@ def unscaled(gram: Tensor, scale: float | Tensor | None) -> Tensor:
 def write(updates: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Accumulates into `.grad` as autograd does: in place where there is one, else in the parameter's layout."""
     seen: set[int] = set()
-    alone = _references_alone()
+    alone = references_alone()
     with torch.no_grad():
         for p, g in updates:
             before = p.grad
             if before is None:
                 # detached, a view lets go of its base
-                keep = sys.getrefcount(g) <= alone and _can_keep(p, g, seen)
+                keep = sys.getrefcount(g) <= alone and can_keep(p, g, seen)
                 p.grad = g.detach() if keep else _copy_like(p, g)
             elif before.layout is not torch.strided and g.layout is torch.strided:
                 p.grad = g + before
@@ -700,76 +701,6 @@ def after_accumulation(updates: Sequence[tuple[Tensor, Tensor]]) -> None:
         hooks = getattr(p, "_post_accumulate_grad_hooks", None)
         for hook in tuple(hooks.values()) if hooks else ():
             hook(p)
-
-
-@functools.cache
-def _references_alone() -> int:
-    """What getrefcount shows for an object that one local variable and one container hold."""
-    g = object()
-    return sys.getrefcount(g) + 1
-
-
-def _can_keep(param: Tensor, grad: Tensor, seen: set[int]) -> bool:
-    """Whether `grad` may become `.grad` itself: right layout, and nobody else looks into its memory.
-
-    The caller has counted the references to the object `grad`.
-    """
-    if id(grad) in seen or param._backward_hooks:  # a hook may have kept it
-        return False
-    seen.add(id(grad))
-    if grad.layout is not torch.strided:
-        return True
-    storage = grad.untyped_storage()
-    return (
-        grad.stride() == param.stride()
-        and storage.nbytes() == grad.numel() * grad.element_size()
-        and storage.resizable()  # not somebody else's memory, as of a numpy array
-        and sys.getrefcount(storage) <= _fresh_storage()
-        and _unheld(grad, storage)
-    )
-
-
-@functools.cache
-def _fresh_storage() -> int:
-    """References to the storage object of a tensor whose storage nobody asked for."""
-    fresh = torch.empty(1)
-    storage = fresh.untyped_storage()
-    return sys.getrefcount(storage)
-
-
-def has_other_holders(grad: Tensor) -> bool:
-    """Whether somebody else can see this gradient's memory, or nobody can tell. The caller's own references to the
-    object don't count."""
-    if grad.layout is not torch.strided or distributed.is_dtensor(grad):
-        return False
-    storage = grad.untyped_storage()
-    of_storage = getattr(torch._C, "_storage_Use_Count", None)
-    return of_storage is None or of_storage(storage._cdata) > 2  # `grad`, and the object `storage`
-
-
-def _unheld(grad: Tensor, storage: torch.UntypedStorage) -> bool:
-    # a custom backward may return a tensor that it saved, which autograd would copy as well
-    of_tensor, of_storage = getattr(grad, "_use_count", None), getattr(torch._C, "_storage_Use_Count", None)
-    if of_tensor is None or of_storage is None:
-        return False
-    holders = 2  # `grad`, and the object `storage`
-    base = grad._base
-    if base is not None:
-        # the weight gradient of a linear layer is a transposed view of a tensor that nobody else has
-        fresh_uses, fresh_references = _fresh_base()
-        if base._use_count() > fresh_uses or sys.getrefcount(base) > fresh_references:
-            return False
-        holders += 1
-    return of_tensor() <= 1 and of_storage(storage._cdata) <= holders
-
-
-@functools.cache
-def _fresh_base() -> tuple[int, int]:
-    """Uses and references of the base of a view, where the view alone holds it."""
-    view = torch.empty(1, 2).t()
-    base = view._base
-    assert base is not None
-    return base._use_count(), sys.getrefcount(base)
 
 
 def _copy_like(param: Tensor, grad: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ for another in vain fails after `TIMEOUT`.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -264,11 +265,43 @@ def backward_loss_scale(rank: int, size: int) -> Any:
 
 @case(2)
 def backward_in_many_buckets(rank: int, size: int) -> Any:
-    before, fastmtl.distributed.BUCKET_BYTES = fastmtl.distributed.BUCKET_BYTES, 100
-    try:
+    with buckets(100, 1 << 20):
         return by_backward(DDP(net()), rank, size, "fixed")
+
+
+@case(2)
+def backward_in_its_own_memory(rank: int, size: int) -> Any:
+    # weights are large, biases small; on rank 1 a task is absent, so that only rank 0 has memory of its own
+    with buckets(1 << 20, 40):
+        return by_backward(DDP(net()), rank, size, "fixed", lambda r: [2] if r == 1 else [])
+
+
+@case(2)
+def gradients_that_somebody_holds(rank: int, size: int) -> Any:
+    held: list[tuple[Tensor, Tensor]] = []
+    model = DDP(net())
+    model.module.trunk[0].weight.register_hook(lambda g: held.append((g, g.clone())))
+    with buckets(1 << 20, 1):
+        by_backward(model, rank, size, "fixed")
+        bank = fastmtl.GradientBank(model, 3)
+        for t in range(3):
+            with bank.task(t), model.no_sync():
+                loss_of(t, model(batch(rank, size), tasks=[t])[1]).backward()
+                held.append((model.module.trunk[2].weight.grad, model.module.trunk[2].weight.grad.clone()))
+        bank.apply()
+    return [torch.equal(g, copy) for g, copy in held]
+
+
+@contextlib.contextmanager
+def buckets(bucket_bytes: int, large_bytes: int) -> Iterator[None]:
+    """Other sizes for all-reduces: many buckets, or gradients reduced in their own memory."""
+    d = fastmtl.distributed
+    before = d.BUCKET_BYTES, d.LARGE_BYTES
+    d.BUCKET_BYTES, d.LARGE_BYTES = bucket_bytes, large_bytes
+    try:
+        yield
     finally:
-        fastmtl.distributed.BUCKET_BYTES = before
+        d.BUCKET_BYTES, d.LARGE_BYTES = before
 
 
 @case(2)
@@ -705,12 +738,9 @@ def rows_of_uneven_parts(rank: int, size: int) -> Any:
 
 @case(2)
 def rows_in_large_and_small_buckets(rank: int, size: int) -> Any:
-    before, fastmtl.distributed.BUCKET_BYTES = fastmtl.distributed.BUCKET_BYTES, 300
-    try:
+    with buckets(200, 200):
         x, ids = [*split_unevenly(size)][rank]
         return average(*rows_of_mixed_batch(x, ids, "mean"), "mean")
-    finally:
-        fastmtl.distributed.BUCKET_BYTES = before
 
 
 @case(2)

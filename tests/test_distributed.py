@@ -158,6 +158,7 @@ def test_channels_last_and_parameters_of_two_dtypes(results):
         (2, "backward_absent_on_rank_1", "fixed", lambda r: [2] if r == 1 else []),
         (4, "backward_absent_on_rank_1", "fixed", lambda r: [2] if r == 1 else []),
         (2, "backward_nothing_on_rank_1", "min_norm", lambda r: [0, 1, 2] if r == 1 else []),
+        (2, "backward_in_its_own_memory", "fixed", lambda r: [2] if r == 1 else []),
         (2, "backward_each_rank_a_task", "fixed", lambda r: [t for t in range(3) if t != r]),
     ],
 )
@@ -194,6 +195,10 @@ def test_what_is_not_finite_on_one_rank_shows_on_all(results):
 
 def test_compiled(results):
     same(results(2, "backward_compiled"), dc.by_backward(dc.net(), 0, 1, "fixed"))
+
+
+def test_gradients_that_somebody_holds_are_not_overwritten(results):
+    assert results(2, "gradients_that_somebody_holds") == [[True] * 9] * 2
 
 
 def test_sparse_tables_stay_sparse(results):

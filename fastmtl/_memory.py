@@ -1,0 +1,79 @@
+"""Who holds a gradient's memory: what may be kept, or written over, without anybody else seeing it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def references_alone() -> int:
+    """What getrefcount shows for an object that one local variable and one container hold."""
+    g = object()
+    return sys.getrefcount(g) + 1
+
+
+def can_keep(param: Tensor, grad: Tensor, seen: set[int]) -> bool:
+    """Whether `grad` may become `.grad` itself: right layout, and nobody else looks into its memory.
+
+    The caller has counted the references to the object `grad`.
+    """
+    if id(grad) in seen or param._backward_hooks:  # a hook may have kept it
+        return False
+    seen.add(id(grad))
+    if grad.layout is not torch.strided:
+        return True
+    storage = grad.untyped_storage()
+    return (
+        grad.stride() == param.stride()
+        and storage.nbytes() == grad.numel() * grad.element_size()
+        and storage.resizable()  # not somebody else's memory, as of a numpy array
+        and sys.getrefcount(storage) <= _fresh_storage()
+        and _unheld(grad, storage)
+    )
+
+
+@functools.cache
+def _fresh_storage() -> int:
+    """References to the storage object of a tensor whose storage nobody asked for."""
+    fresh = torch.empty(1)
+    storage = fresh.untyped_storage()
+    return sys.getrefcount(storage)
+
+
+def _unheld(grad: Tensor, storage: torch.UntypedStorage) -> bool:
+    # a custom backward may return a tensor that it saved, which autograd would copy as well
+    of_tensor, of_storage = getattr(grad, "_use_count", None), getattr(torch._C, "_storage_Use_Count", None)
+    if of_tensor is None or of_storage is None:
+        return False
+    holders = 2  # `grad`, and the object `storage`
+    base = grad._base
+    if base is not None:
+        # the weight gradient of a linear layer is a transposed view of a tensor that nobody else has
+        fresh_uses, fresh_references = _fresh_base()
+        if base._use_count() > fresh_uses or sys.getrefcount(base) > fresh_references:
+            return False
+        holders += 1
+    return of_tensor() <= 1 and of_storage(storage._cdata) <= holders
+
+
+@functools.cache
+def _fresh_base() -> tuple[int, int]:
+    """Uses and references of the base of a view, where the view alone holds it."""
+    view = torch.empty(1, 2).t()
+    base = view._base
+    assert base is not None
+    return base._use_count(), sys.getrefcount(base)
+
+
+def has_other_holders(grad: Tensor) -> bool:
+    """Whether somebody else can see this gradient's memory, or nobody can tell. The caller's own references to the
+    object don't count."""
+    if grad.layout is not torch.strided or type(grad) is not Tensor:
+        return False
+    storage = grad.untyped_storage()
+    of_storage = getattr(torch._C, "_storage_Use_Count", None)
+    return of_storage is None or of_storage(storage._cdata) > 2  # `grad`, and the object `storage`
