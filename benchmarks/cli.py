@@ -95,8 +95,8 @@ def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, 
             row = runner.run_case(case)
             rows.append(row)
             progress.advance(task)
-            name, ours, floor, *_ = report.cells(row)
-            progress.console.print(f"{name}: {ours}, {floor} x floor", highlight=False, markup=False)
+            name, ours, ratio, *_ = report.cells(row)
+            progress.console.print(f"{name}: {ours}, {report.columns(row)[2]}: {ratio}", highlight=False, markup=False)
     how = {"quick": quick, "budget_s": settings.budget_s, "longest_s": settings.longest_s}
     results = {
         "schema": 2,

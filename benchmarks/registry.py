@@ -15,6 +15,8 @@ SUITES: dict[str, str] = {
     "step": "fastmtl.benchmarks.step",
     "conv": "fastmtl.benchmarks.conv",
 }
+# the op of rows of suite `step` in which every sample of a batch has one task
+TASK_STEP = "one-task-per-sample step"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Case:
         at_least: label -> samples that it gets in any case.
         budget_s: seconds of timing for all candidates together, instead of the run's setting.
         memory_of: labels whose peak memory is measured; None: all.
-        prepare_memory: (inputs, label) -> argument of the call whose memory is measured; None: `prepare`'s.
+        prepare_memory: (inputs, label) -> argument of the call whose memory is measured, on a CPU in two ways; None:
+            `prepare`'s.
     """
 
     suite: str
