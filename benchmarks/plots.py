@@ -37,6 +37,11 @@ def relative(path: Path, root: Path) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
+def is_tasks(name: str) -> bool:
+    """Whether a file is the plot of steps with one task per sample."""
+    return name.endswith(f"-{TASKS}.png")
+
+
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     """A figure, and the grid of its axes."""
     import matplotlib

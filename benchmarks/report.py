@@ -374,10 +374,10 @@ def readme_section(results: dict[str, Any], images: Sequence[str], others: Seque
     Args:
         results: what the section is drawn from.
         images: paths of its plots; that of the steps with one task per sample stands first.
-        others: results of other kinds of devices, for the rows of those steps.
+        others: results for the rows of those steps on devices on which `results` has none.
     """
     pictures = [f"![{Path(image).stem}]({image})" for image in images]
-    first = [text for text, image in zip(pictures, images, strict=True) if image.endswith(f"-{plots.TASKS}.png")]
+    first = [text for text, image in zip(pictures, images, strict=True) if plots.is_tasks(image)]
     parts = [
         *first,
         f"Measured on {results['machine']['device']} ({_when(results)}); "
@@ -388,10 +388,10 @@ def readme_section(results: dict[str, Any], images: Sequence[str], others: Seque
             TASK_COLUMNS, [line for device in ("cpu", "cuda") for line in _task_lines(device, [results, *others])]
         ),
     ]
+    # that these rows are of another run than the rest must be seen
     parts += [
-        f"Rows of {run['machine']['device_type']}: {run['machine']['device']} ({_run_text(run['suites']['step'])})."
+        f"Here {' and '.join(sorted(_kinds(run)))}: {run['machine']['device']} ({_run_text(run['suites']['step'])})."
         for run in others
-        if any(row["op"] == TASK_STEP for row in run["rows"])
     ]
     rows = [row for row in results["rows"] if row["headline"] and row["op"] != TASK_STEP]
     for header, lines in _by_table(rows).items():
@@ -424,16 +424,22 @@ def newest_results(folder: Path) -> Path:
     return max(dates, key=lambda path: dates[path])
 
 
-def of_other_devices(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """Beside a results file: the newest with steps of one task per sample of each other kind of device."""
+def _kinds(results: dict[str, Any]) -> set[str]:
+    """The kinds of devices on which steps with one task per sample ran."""
+    return {row["device"] for row in results["rows"] if row["op"] == TASK_STEP}
+
+
+def with_other_steps(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """Of the files beside a results file: for each kind of device on which it has no steps with one task per sample,
+    the newest that has some."""
     found: dict[str, dict[str, Any]] = {}
-    for other in (read(file) for file in sorted(path.parent.glob("*.json")) if file.resolve() != path.resolve()):
-        machine = other["machine"]
-        kind = machine.get("device_type")
-        if kind == results["machine"].get("device_type") or not any(row["op"] == TASK_STEP for row in other["rows"]):
+    for file in sorted(path.parent.glob("*.json")):
+        if file.resolve() == path.resolve():
             continue
-        if kind not in found or machine["date"] > found[kind]["machine"]["date"]:
-            found[kind] = other
+        other = read(file)
+        for kind in _kinds(other) - _kinds(results):
+            if kind not in found or other["machine"]["date"] > found[kind]["machine"]["date"]:
+                found[kind] = other
     return list(found.values())
 
 
@@ -448,10 +454,12 @@ def rewrite_readme(readme: Path, results_path: Path) -> None:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or end < begin:
         raise ValueError(f"{readme}: expected one {BEGIN} and after it one {END}")
     results = read(results_path)
+    others = with_other_steps(results, results_path)
     drawn = plots.draw(results, results_path.parent)
+    drawn += [path for other in others for path in plots.draw(other, results_path.parent) if plots.is_tasks(path.name)]
     root = readme.resolve().parent
     images = [plots.relative(path.resolve(), root) for path in drawn]
-    section = readme_section(results, images, of_other_devices(results, results_path))
+    section = readme_section(results, images, others)
     readme.write_text(f"{text[: begin + len(BEGIN)]}\n\n{section}\n\n{text[end:]}")
 
 

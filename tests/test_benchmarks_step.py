@@ -374,22 +374,38 @@ def test_rows_without_a_run_on_a_device_read_not_measured():
     assert all(line.count("not measured") == len(report.TASK_COLUMNS) - 1 for line in lines)
 
 
+def drawn_readme(path) -> str:
+    """What stands between the markers, drawn from a file."""
+    readme = path.parent / "README.md"
+    readme.write_text(f"# x\n{report.BEGIN}\n{report.END}\n")
+    report.rewrite_readme(readme, path)
+    return readme.read_text().split(report.BEGIN)[1].split(report.END)[0].strip()
+
+
 def test_a_run_on_another_device_fills_its_rows(tmp_path):
     pytest.importorskip("matplotlib")
     path, _ = report.write(results_of(task_row(8)), tmp_path)
-    old = task_row(4, "cuda", times={"ours": {"median": 9.0}}, memory={})
+    old = task_row(4, "cuda", status="error", error="old")
     report.write(results_of(old, device="gpu-1", kind="cuda", date="2026-01-01"), tmp_path)
     report.write(results_of(task_row(4, "cuda"), device="gpu-2", kind="cuda", date="2026-02-02"), tmp_path)
-    # of the same kind, or without such rows: not asked
+    # of a kind that is there, or without such rows: not asked
     report.write(results_of(task_row(2), device="chip-2", date="2026-03-03"), tmp_path)
     report.write(results_of(device="gpu-3", kind="cuda", date="2026-03-03"), tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# x\n{report.BEGIN}\n{report.END}\n")
-    report.rewrite_readme(readme, path)
-    text = readme.read_text()
+    text = drawn_readme(path)
     assert "| small net T=8 shuffled | 1.1 s |" in text and "| small net T=4 shuffled (cuda) | 1.1 s |" in text
-    assert "Rows of cuda: gpu-2 (2026-02-02" in text
+    assert "Here cuda: gpu-2 (2026-02-02" in text
     assert "T=2 shuffled" not in text and "not measured" not in text
+    assert text.startswith("![chip-tasks](chip-tasks.png)\n\n![gpu-2-tasks](gpu-2-tasks.png)")
+
+
+def test_steps_may_be_of_another_file_than_the_rest(tmp_path):
+    """A results file of an earlier version, and one of a machine on which suite `step` alone ran."""
+    pytest.importorskip("matplotlib")
+    path, _ = report.write(results_of(), tmp_path)
+    report.write(results_of(task_row(2), device="chip-2", date="2026-03-03"), tmp_path)
+    text = drawn_readme(path)
+    assert text.startswith("![chip-2-tasks](chip-2-tasks.png)\n\nMeasured on chip ")
+    assert "| small net T=2 shuffled | 1.1 s |" in text and "Here cpu: chip-2 (2026-03-03" in text
 
 
 def test_the_plot_of_steps_is_the_first_picture(tmp_path):
@@ -399,10 +415,7 @@ def test_the_plot_of_steps_is_the_first_picture(tmp_path):
     assert [p.name for p in drawn] == ["chip-tasks.png"]
     height, width, _ = pyplot.imread(drawn[0]).shape
     assert width > 1000 and height > 300
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# x\n{report.BEGIN}\n{report.END}\n")
-    report.rewrite_readme(readme, path)
-    body = readme.read_text().split(report.BEGIN)[1].strip()
+    body = drawn_readme(path)
     assert body.startswith("![chip-tasks](chip-tasks.png)") and body.count("-tasks.png") == 1
 
 
