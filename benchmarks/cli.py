@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    # torch's profiler, which counts allocations, writes a line into the progress display at each start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # into a file or a pipe: wide enough for the table
     console = Console(width=None if sys.stdout.isatty() else 170)
     settings = QUICK if quick else Settings()

@@ -189,7 +189,8 @@ class Runner:
             check = case.verify(inputs, candidate)
         except Exception as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
-        checked.setdefault("others", {})[candidate.label] = {"error": check.error, "against": check.against}
+        found = {"error": check.error, "tolerance": check.tolerance, "against": check.against}
+        checked.setdefault("others", {})[candidate.label] = found
         if check.passed:
             return None
         return f"wrong result: error {check.error:.2g} > {check.tolerance:.2g} ({check.against})"

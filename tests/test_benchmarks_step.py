@@ -52,7 +52,9 @@ def call_of(label: str):
 def test_every_candidate_leaves_the_same_update(workload, label, in_order):
     found = workshop(workload, 4, in_order).verify(label, call_of(label))
     assert found.passed, found
-    assert found.tolerance == 1e-5
+    # in networks as small as these all of them are as exact
+    assert found.error <= (1e-3 if label == "torchjd_upgrad" else 1e-5)
+    assert label.startswith("torchjd") or found.tolerance == 1e-5
 
 
 @pytest.mark.parametrize("label", ["per_task", "per_task_bank", "t_backwards", "backward", "torchjd"])
@@ -177,7 +179,7 @@ def test_the_suite_has_every_network_number_of_tasks_and_order(device):
         by_network.setdefault(case.params["network"], set()).add((case.params["T"], case.params["sorted"]))
     assert len(by_network) == 5
     for network, found in by_network.items():
-        if "64x64" in network and device == "cpu":
+        if network == networks.RESNET_64.name:
             assert found == {(8, False), (16, False)}
             continue
         expected = step_tasks.RL_TASKS if network == networks.RL.name else step_tasks.TASKS
@@ -199,7 +201,8 @@ def test_a_case_gives_a_row(labels, runner):
     assert {label for label, entry in row["times"].items() if "median" not in entry} == missing & set(labels)
     assert {"sum", "streamed"} <= set(row["time_over"])
     for label in set(labels) - missing - {"ours"}:
-        assert row["check"]["others"][label]["error"] <= row["check"]["tolerance"] == 1e-5
+        assert row["check"]["others"][label]["error"] <= row["check"]["others"][label]["tolerance"]
+    assert row["check"]["error"] <= row["check"]["tolerance"] == 1e-5
     assert set(row["memory"]) == set(labels) - missing
     assert all(entry["allocated_bytes"] > 0 for entry in row["memory"].values())
     for label in step_tasks.SINGLE_PASS:
