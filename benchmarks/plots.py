@@ -222,12 +222,15 @@ def _tasks(results: dict[str, Any], path: Path) -> Path | None:
                 axes.plot(*zip(*points, strict=True), label=words, markersize=4, **style)
         axes.axhline(1.0, color="0.5", linewidth=0.8)
         axes.set_yscale("log")
+        # a panel without T backward passes is not blown up
+        axes.set_ylim(bottom=0.9, top=max(3.0, axes.get_ylim()[1]))
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.set_title(f"{network}, batch {rows[0]['params']['batch']}", fontsize=9)
         axes.tick_params(labelsize=8)
         _tasks_axis(axes, {network: rows})
+        axes.xaxis.label.set_size(8)
     # of whichever panel has the most lines
     handles, words = max(
         (axes.get_legend_handles_labels() for axes in panels[: len(by_network)]), key=lambda x: len(x[1])

@@ -400,7 +400,7 @@ def readme_section(results: dict[str, Any], images: Sequence[str], others: Seque
                 "Per-task weights; floor: one shared layer in the same run, and the bytes of the deltas in use (one "
                 "read forward, two reads and one write with the backward pass) at the copy rate:"
             )
-        elif header != TASK_COLUMNS:
+        else:
             parts.append("Gradient surgery, and steps of several losses on the same samples:")
         parts.append(_markdown(header, [cells(row) for row in lines]))
     for row in results["rows"]:
