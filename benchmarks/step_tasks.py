@@ -22,11 +22,11 @@ RL_TASKS = (2, 8, 16, 50)
 # how far a candidate's update may be from the oracle's: see `difference`. A GPU's convolutions round to TF32 by
 # default, and by another algorithm for each batch size
 TOLERANCE = {"cpu": 1e-5, "cuda": 5e-3}
-# TorchJD's Gram matrix is float32 throughout: of a million parameters that alone moved PCGrad's update by 3e-5, and
-# UPGrad's, which solves a quadratic program with it, by 2e-4
+# TorchJD's Gram matrix is float32 throughout: of a million parameters that alone moved PCGrad's update by 2e-5, and
+# UPGrad's, which solves a quadratic program with it, by 6e-5
 TOLERANCE_OF = {"torchjd": 1e-4, "torchjd_upgrad": 1e-3}
 # what a check must be able to tell apart: PCGrad's update from the plain sum
-CONFLICT = 5e-2
+CONFLICT = 2e-2
 # seeds what TorchJD draws in the step that is checked; all other candidates are given that order
 SEED = 7
 
@@ -257,21 +257,22 @@ def expected_weights(gram: Tensor, order: Tensor) -> dict[str, Tensor]:
 
 
 def difference(got: Sequence[Tensor | None], expected: Sequence[Tensor]) -> float:
-    """Largest relative error of a tensor; NaN if a gradient is missing or not finite.
+    """Relative error of an update, or a tenth of that of its worst tensor; NaN if one is missing or not finite.
 
     A tensor's error is measured by its norm, or by what an average tensor of its size has in this update if that is
     more: where the exact gradient is nearly zero (of a bias before a norm, for one), float32 leaves rounding errors.
     """
     if any(g is None for g in got):
         return float("nan")
-    expected_norms = torch.stack([e.norm() for e in expected])
-    sizes = torch.tensor([e.numel() for e in expected], dtype=torch.float64)
-    average = expected_norms.norm() * (sizes / sizes.sum()).sqrt()
+    norms = torch.stack([e.norm() for e in expected])
     errors = torch.stack(
         [(g.detach().double().cpu() - e).norm() for g, e in zip(got, expected, strict=True) if g is not None]
     )
-    # torch.max hands NaN on
-    return float((errors / torch.maximum(expected_norms, average)).max())
+    sizes = torch.tensor([e.numel() for e in expected], dtype=torch.float64)
+    average = norms.norm() * (sizes / sizes.sum()).sqrt()
+    worst = (errors / torch.maximum(norms, average)).max()
+    # torch.maximum hands NaN on
+    return float(torch.maximum(errors.norm() / norms.norm(), worst / 10))
 
 
 # --- the cases
@@ -320,7 +321,7 @@ class Workshop:
         call(trainee)
         trainee.order = None
         error = difference([p.grad for p in trainee.params], self.expected[rule(label)])
-        against = f"{rule(label)} in float64 of a forward and backward per task, tensor by tensor"
+        against = f"{rule(label)} in float64 of a forward and backward per task"
         return Check(error, max(TOLERANCE[self.device.type], TOLERANCE_OF.get(label, 0.0)), against)
 
     def prepare(self, label: str) -> Trainee:
