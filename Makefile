@@ -31,7 +31,7 @@ test-slow: dev
 	FASTMTL_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest tests
 	$(INTERPRET) $(BIN)/python -m pytest tests/interpreter
 
-bench: dev  ## a telling few cases, under 6 minutes on two cores; uses the GPU where there is one
+bench: dev  ## a telling few cases, under 7 minutes on two cores; uses the GPU where there is one
 	$(BIN)/fastmtl bench --quick --out build/bench
 
 bench-full: dev  ## every case; results go where the README reads them

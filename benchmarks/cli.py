@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    # torch's profiler, which counts allocations, writes a line into the progress display at each start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # into a file or a pipe: wide enough for the table
     console = Console(width=None if sys.stdout.isatty() else 170)
     settings = QUICK if quick else Settings()
@@ -95,8 +98,8 @@ def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, 
             row = runner.run_case(case)
             rows.append(row)
             progress.advance(task)
-            name, ours, floor, *_ = report.cells(row)
-            progress.console.print(f"{name}: {ours}, {floor} x floor", highlight=False, markup=False)
+            name, ours, ratio, *_ = report.cells(row)
+            progress.console.print(f"{name}: {ours}, {report.columns(row)[2]}: {ratio}", highlight=False, markup=False)
     how = {"quick": quick, "budget_s": settings.budget_s, "longest_s": settings.longest_s}
     results = {
         "schema": 2,

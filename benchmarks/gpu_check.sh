@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with a GPU and torch: build, then tests, sanitizers and benchmarks, each stage with its own time limit.
-# Usage: gpu_check.sh [surgery|sanitize|table|bench|task|all], with OUT (default build/gpu-check) and PYTHON (default
+# Usage: gpu_check.sh [surgery|sanitize|table|bench|task|step|all], with OUT (default build/gpu-check) and PYTHON (default
 # python3, whose environment has torch, Triton, setuptools, ninja, pybind11, pytest and what `fastmtl bench` needs).
 # No network is needed. The limits of a part add up to less than 9 minutes, the build (of the card's own architecture,
 # unless TORCH_CUDA_ARCH_LIST says otherwise) included; what a stage printed before its limit stands in its log.
@@ -9,6 +9,7 @@
 #   table     the slow tests of gradient surgery: Triton on the whole table, more than 2^31 elements
 #   bench     suite surgery
 #   task      tests of the per-task ops, suite conv
+#   step      suite step
 set -u
 cd "$(dirname "$0")/.."
 part=${1:-all}
@@ -16,7 +17,7 @@ out=${OUT:-build/gpu-check}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 failed=0
-case $part in surgery | sanitize | table | bench | task | all) ;; *)
+case $part in surgery | sanitize | table | bench | task | step | all) ;; *)
   sed -n '3,4p' "$0"
   exit 2
   ;;
@@ -105,5 +106,10 @@ fi
 if wanted task; then  # with the build 530 seconds
   stage tests-task 190 "$python" -m pytest -v --tb=short -m "not slow" tests/gpu/test_task_ops.py
   stage bench-conv 120 "$python" -m fastmtl bench --suite conv --quick --device cuda --out "$out"
+fi
+
+if wanted step; then  # with the build 530 seconds
+  stage bench-step 350 "$python" -m fastmtl bench --suite step --device cuda --out "$out"
+  tail -n 70 "$out/bench-step.log"
 fi
 exit $failed

@@ -68,6 +68,7 @@ def interleave(
     most: int = 60,
     at_least: Mapping[str, int] | None = None,
     reps: int | None = None,
+    warm: bool = False,
     tick: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Takes turns between candidates until the time is spent; what else the machine does then hits them alike.
@@ -80,6 +81,7 @@ def interleave(
         budget_s: seconds for all of them together.
         fewest, most: bounds on the number of samples of each; `at_least` raises the lower one for some labels.
         reps: a fixed number of samples of each, instead of the budget.
+        warm: each has run before: one sample more is enough.
         tick: called after every sample.
 
     Returns:
@@ -97,7 +99,7 @@ def interleave(
             if reps is not None:
                 wanted[label], samples[label] = reps, []
                 continue
-            if took < WORTH_REPEATING_S:
+            if took < WORTH_REPEATING_S and not warm:
                 took, first = _timed(sample)
                 tick()
         except Exception as error:

@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from fastmtl.benchmarks.registry import TASK_STEP
+
 LABELS = {
     "ours": "fastmtl",
     "sum": "sum(losses)",
@@ -15,6 +17,19 @@ LABELS = {
     "torchjd": "TorchJD",
     "torchjd_autogram": "TorchJD autogram",
 }
+# the plot of steps with one task per sample: label -> in words, style; drawn in this order, the line to beat first
+TASKS = "tasks"
+TASK_STYLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "per_task": ("a forward and backward per task", {"color": "black", "marker": "s"}),
+    "per_task_bank": ("the same, fastmtl.GradientBank", {"color": "0.55", "marker": "s", "linestyle": "--"}),
+    "t_backwards": ("T backwards", {"color": "C3", "marker": "^"}),
+    "backward": ("fastmtl.backward", {"color": "C0", "marker": "v"}),
+    "torchjd": ("TorchJD, PCGrad", {"color": "C2", "marker": "D"}),
+    "torchjd_upgrad": ("TorchJD, UPGrad", {"color": "C2", "marker": "d", "linestyle": "--"}),
+    "torchjd_autogram": ("TorchJD autogram", {"color": "C4", "marker": "x"}),
+    "streamed": ("fastmtl.one_pass, streamed", {"color": "C1", "marker": "o", "linestyle": "--"}),
+    "ours": ("fastmtl.one_pass", {"color": "C1", "marker": "o", "linewidth": 2.5}),
+}
 MARKERS = {100_000: "v", 1_000_000: "o", 11_000_000: "s", 25_000_000: "D"}
 
 
@@ -22,15 +37,27 @@ def relative(path: Path, root: Path) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
-def _axes(width: float = 9.0) -> tuple[Any, Any]:
+def is_tasks(name: str) -> bool:
+    """Whether a file is the plot of steps with one task per sample."""
+    return name.endswith(f"-{TASKS}.png")
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure, and the grid of its axes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(width, 4.2), dpi=120)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    figure, grid = pyplot.subplots(rows, columns, figsize=(width, height), dpi=120, squeeze=False)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid
+
+
+def _axes(width: float = 9.0) -> tuple[Any, Any]:
+    figure, grid = _figure(width, 4.2)
+    return figure, grid[0, 0]
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -167,12 +194,62 @@ def _conv(results: dict[str, Any], path: Path) -> Path | None:
     return _save(figure, path)
 
 
+def _tasks(results: dict[str, Any], path: Path) -> Path | None:
+    """Step time against T, over that of a plain step, a panel per network; batches in random order."""
+    from matplotlib import ticker
+
+    by_network: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        shuffled = row["op"] == TASK_STEP and row["status"] == "ok" and not row["params"]["sorted"]
+        if shuffled and "median" in row["times"].get("sum", {}):
+            by_network.setdefault(row["params"]["network"], []).append(row)
+    if not by_network:
+        return None
+    # one place more, for the legend
+    across = min(3, len(by_network) + 1)
+    down = -(-(len(by_network) + 1) // across)
+    figure, grid = _figure(3.6 * across, 3.0 * down, down, across)
+    panels = list(grid.flat)
+    for axes, (network, rows) in zip(panels, by_network.items(), strict=False):
+        rows.sort(key=lambda row: row["params"]["T"])
+        for label, (words, style) in TASK_STYLES.items():
+            points = [
+                (row["params"]["T"], row["times"][label]["median"] / row["times"]["sum"]["median"])
+                for row in rows
+                if "median" in row["times"].get(label, {})
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=words, markersize=4, **style)
+        axes.axhline(1.0, color="0.5", linewidth=0.8)
+        axes.set_yscale("log")
+        # a panel without T backward passes is not blown up
+        axes.set_ylim(bottom=0.9, top=max(3.0, axes.get_ylim()[1]))
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+        axes.set_title(f"{network}, batch {rows[0]['params']['batch']}", fontsize=9)
+        axes.tick_params(labelsize=8)
+        _tasks_axis(axes, {network: rows})
+        axes.xaxis.label.set_size(8)
+    # of whichever panel has the most lines
+    handles, words = max(
+        (axes.get_legend_handles_labels() for axes in panels[: len(by_network)]), key=lambda x: len(x[1])
+    )
+    for axes in panels[len(by_network) :]:
+        axes.axis("off")
+    panels[len(by_network)].legend(handles, words, fontsize=8, frameon=False, loc="center")
+    figure.supylabel("step time / plain step", fontsize=9)
+    figure.suptitle(f"PCGrad, every sample with one task, on {results['machine']['device']}", fontsize=10)
+    return _save(figure, path)
+
+
 def draw(results: dict[str, Any], out: Path) -> list[Path]:
     """Draws what the results have rows for; returns the files `<slug>-floor.png` and so on."""
     out.mkdir(parents=True, exist_ok=True)
     found = [
         draw_one(results, out / f"{results['slug']}-{name}.png")
         for name, draw_one in (
+            (TASKS, _tasks),
             ("floor", _floor),
             ("speedup", _speedup),
             ("step", _step),

@@ -15,6 +15,8 @@ SUITES: dict[str, str] = {
     "step": "fastmtl.benchmarks.step",
     "conv": "fastmtl.benchmarks.conv",
 }
+# the op of rows of suite `step` in which every sample of a batch has one task
+TASK_STEP = "one-task-per-sample step"
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,13 @@ class Case:
         reps: a fixed number of samples instead of a time budget.
         finish: inputs -> further figures, after the timing.
         quick: belongs to the telling few of `--quick`.
+        headline: stands in the README; None: as `quick`.
+        verify: (inputs, a candidate) -> Check: of every other candidate before it is timed; a wrong one is not.
+        at_least: label -> samples that it gets in any case.
+        budget_s: seconds of timing for all candidates together, instead of the run's setting.
+        memory_of: labels whose peak memory is measured; None: all.
+        prepare_memory: (inputs, label) -> argument of the call whose memory is measured, on a CPU in two ways; None:
+            `prepare`'s.
     """
 
     suite: str
@@ -95,6 +104,12 @@ class Case:
     reps: int | None = None
     finish: Callable[[Any], dict[str, Any]] | None = None
     quick: bool = False
+    headline: bool | None = None
+    verify: Callable[[Any, Candidate], Check] | None = None
+    at_least: Mapping[str, int] = field(default_factory=dict)
+    budget_s: float | None = None
+    memory_of: frozenset[str] | None = None
+    prepare_memory: Callable[[Any, str], Any] | None = None
 
     @property
     def ours(self) -> Candidate:

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmtl.benchmarks import plots
+import torch
+
+from fastmtl.benchmarks import plots, step_tasks
+from fastmtl.benchmarks.registry import TASK_STEP
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COLUMNS = (
@@ -45,6 +48,17 @@ CONV_COLUMNS = (
     "vs best other",
     "extra memory (weights)",
 )
+TASK_COLUMNS = (
+    "case",
+    "one_pass",
+    "x plain step",
+    "vs forward and backward per task",
+    "vs T backwards",
+    "vs TorchJD",
+    "memory over a plain step (x bank)",
+    "streamed x plain step",
+    "streamed memory x plain step's",
+)
 # of a row of suite `conv`: what is neither loop
 OTHERS = ("grouped", "vmap", "groupedmm", "adapter", "plain")
 # what tells runs of different suites in one file apart
@@ -75,15 +89,32 @@ def _in_new_memory(row: dict[str, Any]) -> str:
     return f"{over['two_reads'] / over['fresh']:.2f}" if "two_reads" in over and "fresh" in over else "-"
 
 
+def _times_faster(ratio: float) -> str:
+    return f"{ratio:.3g}x" if ratio < 1000 else f"{ratio:.0f}x"
+
+
+def _reason(entry: dict[str, Any]) -> str:
+    """Why it has no time."""
+    reason = entry.get("skipped", "failed")
+    return reason if reason in ("failed", "not installed") else "skipped"
+
+
 def _versus(row: dict[str, Any], family: str) -> str:
     ratio = row.get("speedup_over_best", {}).get(family)
     if ratio is not None:
-        return f"{ratio:.3g}x" if ratio < 1000 else f"{ratio:.0f}x"
+        return _times_faster(ratio)
     for label, entry in row.get("times", {}).items():
         if label.split("_")[0] == family:
-            reason = entry.get("skipped", "failed")
-            return reason if reason in ("failed", "not installed") else "skipped"
+            return _reason(entry)
     return "-"
+
+
+def _fastest(row: dict[str, Any], labels: Sequence[str]) -> str:
+    """Against the fastest of these."""
+    ratios = [row["speedup"][label] for label in labels if label in row["speedup"]]
+    if ratios:
+        return _times_faster(min(ratios))
+    return next((_reason(row["times"][label]) for label in labels if label in row["times"]), "-")
 
 
 def _best_other(row: dict[str, Any]) -> str:
@@ -104,8 +135,42 @@ def _extra_memory(row: dict[str, Any]) -> str:
     return f"{mebibytes(extra)} ({extra / weight:.1f})" if weight else mebibytes(extra)
 
 
+def _peak(memory: dict[str, Any]) -> int:
+    """Bytes by torch's allocator where they were counted, which is exact; else the growth of the resident set."""
+    return memory.get("allocated_bytes", memory["peak_extra_bytes"])
+
+
+def _task_cells(row: dict[str, Any]) -> list[str]:
+    """Of a step in which every sample has one task: time and memory beside those of a plain step."""
+    memory = row.get("memory", {})
+    over = streamed_memory = "-"
+    if "ours" in memory and "sum" in memory:
+        p = row["params"]
+        bank = p["T"] * p["P"] * getattr(torch, p["dtype"]).itemsize
+        extra = _peak(memory["ours"]) - _peak(memory["sum"])
+        over = f"{mebibytes(extra)} ({extra / bank:.2f})"
+    if "streamed" in memory and "sum" in memory:
+        streamed_memory = f"{_peak(memory['streamed']) / _peak(memory['sum']):.2f}"
+    medians = {label: entry["median"] for label, entry in row["times"].items() if "median" in entry}
+    streamed = f"{medians['streamed'] / medians['sum']:.2f}" if {"streamed", "sum"} <= set(medians) else "-"
+    if streamed == "-" and "failed" in row["times"].get("streamed", {}):
+        streamed = "failed"
+    return [
+        _time(row["times"]["ours"]),
+        _over(row, "sum"),
+        _versus(row, "per"),
+        _fastest(row, ("t_backwards", "backward")),
+        _versus(row, "torchjd"),
+        over,
+        streamed,
+        streamed_memory,
+    ]
+
+
 def columns(row: dict[str, Any]) -> tuple[str, ...]:
     """The header of the table that a row stands in."""
+    if row["op"] == TASK_STEP:
+        return TASK_COLUMNS
     if row["suite"] == "conv":
         return CONV_COLUMNS
     return GPU_COLUMNS if _on_gpu(row) else COLUMNS
@@ -123,11 +188,17 @@ def _time(entry: dict[str, Any]) -> str:
     return f"{seconds(entry['graph']['median'])} (eager {time})" if "graph" in entry else time
 
 
+def _name(case: str, device: str) -> str:
+    return case if device == "cpu" else f"{case} ({device})"
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """One line of the table, by `columns(row)`."""
-    name = row["case"] if row["device"] == "cpu" else f"{row['case']} ({row['device']})"
+    name = _name(row["case"], row["device"])
     if row["status"] != "ok":
         return [name, row["status"].upper(), *["-"] * (len(columns(row)) - 2)]
+    if row["op"] == TASK_STEP:
+        return [name, *_task_cells(row)]
     time = _time(row["times"]["ours"])
     if row["suite"] == "conv":
         return [
@@ -287,25 +358,57 @@ def _when(results: dict[str, Any]) -> str:
     return "; ".join(f"{', '.join(suites)}: {text}" for text, suites in by_text.items())
 
 
-def readme_section(results: dict[str, Any], images: Sequence[str]) -> str:
-    """The text between the markers: machine, headline rows, accuracy, plots."""
+def _task_lines(device: str, runs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The headline rows of steps with one task per sample on a kind of device; without a run: which would be there."""
+    for results in runs:
+        rows = [row for row in results["rows"] if row["op"] == TASK_STEP and row["device"] == device]
+        if rows:
+            return [cells(row) for row in rows if row["headline"]]
+    names = [_name(case.name, device) for case in step_tasks.cases(torch.device(device)) if case.headline]
+    return [[name, *["not measured"] * (len(TASK_COLUMNS) - 1)] for name in names]
+
+
+def readme_section(results: dict[str, Any], images: Sequence[str], others: Sequence[dict[str, Any]] = ()) -> str:
+    """The text between the markers: machine, headline rows, accuracy, plots.
+
+    Args:
+        results: what the section is drawn from.
+        images: paths of its plots; that of the steps with one task per sample stands first.
+        others: results for the rows of those steps on devices on which `results` has none.
+    """
+    pictures = [f"![{Path(image).stem}]({image})" for image in images]
+    first = [text for text, image in zip(pictures, images, strict=True) if plots.is_tasks(image)]
     parts = [
+        *first,
         f"Measured on {results['machine']['device']} ({_when(results)}); "
-        f"medians; floor: the bytes that must move, at the copy rate of the same run."
+        f"medians; floor: the bytes that must move, at the copy rate of the same run.",
+        "Training steps in which every sample has one task, PCGrad over T tasks (forward, gradients, SGD with "
+        "momentum; the same batch and update for all candidates):",
+        _markdown(
+            TASK_COLUMNS, [line for device in ("cpu", "cuda") for line in _task_lines(device, [results, *others])]
+        ),
     ]
-    for header, rows in _by_table([row for row in results["rows"] if row["headline"]]).items():
+    # that these rows are of another run than the rest must be seen
+    parts += [
+        f"Here {' and '.join(sorted(_kinds(run)))}: {run['machine']['device']} ({_run_text(run['suites']['step'])})."
+        for run in others
+    ]
+    rows = [row for row in results["rows"] if row["headline"] and row["op"] != TASK_STEP]
+    for header, lines in _by_table(rows).items():
         if header == CONV_COLUMNS:
             parts.append(
                 "Per-task weights; floor: one shared layer in the same run, and the bytes of the deltas in use (one "
                 "read forward, two reads and one write with the backward pass) at the copy rate:"
             )
-        parts.append(_markdown(header, [cells(row) for row in rows]))
+        else:
+            parts.append("Gradient surgery, and steps of several losses on the same samples:")
+        parts.append(_markdown(header, [cells(row) for row in lines]))
     for row in results["rows"]:
         if "accuracy" in row.get("extra", {}):
-            header, lines = _accuracy_lines(row)
+            header, accuracy = _accuracy_lines(row)
             parts.append(f"Four tasks on overlaid digits after {row['extra']['steps_trained']['ours']} steps:")
-            parts.append(_markdown(header, lines))
-    parts += [f"![{Path(image).stem}]({image})" for image in images]
+            parts.append(_markdown(header, accuracy))
+    parts += [text for text in pictures if text not in first]
     return "\n\n".join(parts)
 
 
@@ -321,6 +424,25 @@ def newest_results(folder: Path) -> Path:
     return max(dates, key=lambda path: dates[path])
 
 
+def _kinds(results: dict[str, Any]) -> set[str]:
+    """The kinds of devices on which steps with one task per sample ran."""
+    return {row["device"] for row in results["rows"] if row["op"] == TASK_STEP}
+
+
+def with_other_steps(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """Of the files beside a results file: for each kind of device on which it has no steps with one task per sample,
+    the newest that has some."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted(path.parent.glob("*.json")):
+        if file.resolve() == path.resolve():
+            continue
+        other = read(file)
+        for kind in _kinds(other) - _kinds(results):
+            if kind not in found or other["machine"]["date"] > found[kind]["machine"]["date"]:
+                found[kind] = other
+    return list(found.values())
+
+
 def rewrite_readme(readme: Path, results_path: Path) -> None:
     """Replaces what stands between the markers in `readme`, and draws the plots beside the results.
 
@@ -332,10 +454,12 @@ def rewrite_readme(readme: Path, results_path: Path) -> None:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or end < begin:
         raise ValueError(f"{readme}: expected one {BEGIN} and after it one {END}")
     results = read(results_path)
+    others = with_other_steps(results, results_path)
     drawn = plots.draw(results, results_path.parent)
+    drawn += [path for other in others for path in plots.draw(other, results_path.parent) if plots.is_tasks(path.name)]
     root = readme.resolve().parent
     images = [plots.relative(path.resolve(), root) for path in drawn]
-    section = readme_section(results, images)
+    section = readme_section(results, images, others)
     readme.write_text(f"{text[: begin + len(BEGIN)]}\n\n{section}\n\n{text[end:]}")
 
 

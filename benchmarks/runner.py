@@ -73,7 +73,7 @@ class Runner:
             "op": case.op,
             "params": dict(case.params),
             "device": self.device.type,
-            "headline": case.quick,
+            "headline": case.quick if case.headline is None else case.headline,
         }
         begin = time.perf_counter()
         try:
@@ -99,8 +99,8 @@ class Runner:
             return
         inputs = [first, *(case.make(self.device) for _ in range(self._rotated(case) - 1))]
         row["rotated_inputs"] = len(inputs)
-        times, samples = self._time(case, inputs)
-        row["times"] = times
+        row["times"] = times = {}
+        samples = self._time(case, inputs, times, row["check"])
         self._add_floors(case, row, samples)
         self._add_ratios(case, row)
         if self.settings.memory:
@@ -119,15 +119,21 @@ class Runner:
 
     # --- timing
 
-    def _time(self, case: Case, inputs: list[Any]) -> tuple[dict[str, Any], dict[str, list[float]]]:
-        times: dict[str, Any] = {}
+    def _time(
+        self, case: Case, inputs: list[Any], times: dict[str, Any], checked: dict[str, Any]
+    ) -> dict[str, list[float]]:
+        """The samples; `times` gets an entry per candidate, `checked` the errors of those that were verified."""
         samplers: dict[str, Callable[[], float]] = {}
         turn = [0]
         for candidate in case.candidates:
             reason = candidate.unavailable or self._too_slow(candidate)
             if reason:
                 times[candidate.label] = {"skipped": reason, "detail": candidate.detail}
-            elif candidate.builds and (error := self._built(candidate, inputs[0])):
+            elif (candidate.builds and (error := self._built(candidate, inputs[0]))) or (
+                case.verify is not None
+                and candidate is not case.ours
+                and (error := self._verified(case, candidate, inputs[0], checked))
+            ):
                 times[candidate.label] = {"failed": error, "detail": candidate.detail}
             else:
                 samplers[candidate.label] = self._sampler(case, candidate, inputs, turn)
@@ -148,7 +154,7 @@ class Runner:
                 graph = f"{label} (graph)"
                 if graph in samples:
                     times[label]["graph"] = measure.summary(samples[graph])
-        return times, samples
+        return samples
 
     def _interleave(
         self, case: Case, samplers: dict[str, Callable[[], float]]
@@ -161,8 +167,10 @@ class Runner:
 
         # what every ratio of the row hangs on is sampled more often
         hinges = [case.ours.label, "(copy)", *([case.floor_from] if case.floor_from else [])]
-        at_least = dict.fromkeys(hinges, FEWEST_OF_OURS)
-        return measure.interleave(samplers, self.settings.budget_s, at_least=at_least, reps=case.reps, tick=tick)
+        at_least = dict.fromkeys(hinges, FEWEST_OF_OURS) | dict(case.at_least)
+        budget_s = self.settings.budget_s if case.budget_s is None else case.budget_s
+        warm = case.verify is not None
+        return measure.interleave(samplers, budget_s, at_least=at_least, reps=case.reps, warm=warm, tick=tick)
 
     def _built(self, candidate: Candidate, inputs: Any) -> str | None:
         """Calls it once, so that no sample holds what it compiles; what it raised, if it did."""
@@ -172,6 +180,20 @@ class Runner:
         except Exception as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
         return None
+
+    def _verified(self, case: Case, candidate: Candidate, inputs: Any, checked: dict[str, Any]) -> str | None:
+        """Compares it with the oracle; what is wrong with it, if anything."""
+        assert case.verify is not None
+        self.report(f"checking {candidate.label}")
+        try:
+            check = case.verify(inputs, candidate)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        found = {"error": check.error, "tolerance": check.tolerance, "against": check.against}
+        checked.setdefault("others", {})[candidate.label] = found
+        if check.passed:
+            return None
+        return f"wrong result: error {check.error:.2g} > {check.tolerance:.2g} ({check.against})"
 
     def _too_slow(self, candidate: Candidate) -> str | None:
         expected = candidate.traffic * self.seconds_per_byte
@@ -283,8 +305,14 @@ class Runner:
             # one more call of something slow is not worth the wait, except of ours; of those that train, all take
             # it, so that all have trained for as long
             slow = case.prepare is None and candidate.kind != "ours" and (seconds or 0) > 2 * self.settings.budget_s
-            if seconds is None or slow:
+            left_out = case.memory_of is not None and candidate.label not in case.memory_of
+            if seconds is None or slow or left_out:
                 continue
-            argument = case.prepare(inputs, candidate.label) if case.prepare else inputs
+            prepare = case.prepare_memory or case.prepare
+            argument = prepare(inputs, candidate.label) if prepare else inputs
             found[candidate.label] = measure.peak_memory(candidate.call, argument, self.device)
+            if case.prepare_memory is not None and self.device.type == "cpu":
+                # a resident set holds what libraries keep for later, a few MiB more or less each time
+                argument = case.prepare_memory(inputs, candidate.label)
+                found[candidate.label]["allocated_bytes"], _ = measure.allocated_by_torch(candidate.call, argument)
         return found

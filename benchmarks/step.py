@@ -1,4 +1,4 @@
-"""Suite `step`: whole training steps of four tasks on overlaid handwritten digits."""
+"""Suite `step`: whole training steps; here of four tasks on overlaid handwritten digits, all on the same samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmtl
-from fastmtl.benchmarks import baselines, digits, peers
+from fastmtl.benchmarks import baselines, digits, peers, step_tasks
 from fastmtl.benchmarks.registry import Candidate, Case, Check
 from fastmtl.ops import reference
 
@@ -264,5 +264,6 @@ def backward_case(passes: int, batch_size: int = BATCH, widths: tuple[int, ...] 
 
 
 def cases(device: torch.device, quick: bool = False) -> list[Case]:
-    """The suite; `quick`: fewer steps."""
-    return [backward_case(QUICK_PASSES if quick else PASSES), training_case(QUICK_STEPS if quick else STEPS)]
+    """The suite: batches of one task per sample, then several losses on the same samples; `quick`: fewer steps."""
+    several = [backward_case(QUICK_PASSES if quick else PASSES), training_case(QUICK_STEPS if quick else STEPS)]
+    return [*step_tasks.cases(device, quick), *several]
