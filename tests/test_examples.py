@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import skip_or_fail
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 pytest.importorskip("sklearn")
@@ -53,3 +56,47 @@ def test_domains_stops_where_the_two_ways_differ(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(domains, "loop_over_domains", lambda p, m, x, t: usual(p, m, x, (t + 1) % len(domains.DOMAINS)))
     with pytest.raises(SystemExit, match=r"step 1: gradients \S+ apart|step 2: \w+ \S+ apart"):
         run(domains, monkeypatch, "--quick", "--steps", "2", "--batch-size", "24")
+
+
+def start(name: str, *arguments: str, needs: str, cwd: Path | None = None) -> str:
+    """What the example prints, run as a user runs it: these libraries leave settings behind in the process."""
+    if importlib.util.find_spec(needs) is None:
+        skip_or_fail(f"{needs} is not installed (pip install 'fastmtl[examples]')")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def shares(out: str) -> dict[str, float]:
+    """Held-out accuracy by task, in percent."""
+    (line,) = re.findall("^held out: (.*)$", out, re.MULTILINE)
+    return {task: float(share) for task, share in re.findall(r"(\w+) ([\d.]+)%", line)}
+
+
+LEARNED = {"digit": 80, "odd": 85, "large": 80, "loop": 85}  # a guess gets 10, 50, 50 and 60
+
+
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+def test_lightning_loop(precision: str, tmp_path: Path) -> None:
+    out = start("lightning_loop", "--steps", "40", "--precision", precision, needs="lightning", cwd=tmp_path)
+    assert re.search(r"^step 40: surgery/weight digit [\d.]+, odd [\d.]+, large [\d.]+, loop [\d.]+$", out, re.M)
+    right = shares(out)
+    assert all(right[task] > least for task, least in LEARNED.items()), right
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("--accumulate", "2", "--mixed-precision", "bf16"),
+        pytest.param(("--accumulate", "1"), marks=pytest.mark.slow),
+        pytest.param(("--accumulate", "2", "--mixed-precision", "fp16"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_accelerate_loop(how: tuple[str, ...]) -> None:
+    out = start("accelerate_loop", "--steps", "40", "--batch-size", "48", *how, needs="accelerate")
+    assert re.search(r"^step 40: loss digit [\d.]+, .*; \d of 6 pairs of tasks in conflict$", out, re.M)
+    right = shares(out)
+    assert all(right[task] > least for task, least in LEARNED.items()), right
