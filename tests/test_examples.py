@@ -11,7 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from conftest import skip_or_fail
+
+import fastmtl
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 pytest.importorskip("sklearn")
@@ -100,3 +103,59 @@ def test_accelerate_loop(how: tuple[str, ...]) -> None:
     assert re.search(r"^step 40: loss digit [\d.]+, .*; \d of 6 pairs of tasks in conflict$", out, re.M)
     right = shares(out)
     assert all(right[task] > least for task, least in LEARNED.items()), right
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_transformers_one_pass(kind: str) -> None:
+    out = start("transformers_one_pass", "--steps", "3", "--batch-size", "16", "--model", kind, needs="transformers")
+    losses = re.findall(rf"^{kind} step \d/3: loss ([\d.]+), \d of 6 pairs", out, re.M)
+    assert len(losses) == 3 and len(set(losses)) == 3, "nothing was learned"
+    (off,) = re.findall(rf"^{kind}: .* rows at most (\S+) apart, updates (\S+)$", out, re.M)
+    assert max(map(float, off)) < 1e-5
+
+
+def test_transformers_one_pass_stops_where_the_two_ways_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    example = load("transformers_one_pass")
+    usual = fastmtl.one_pass
+    # the bank of other tasks
+    monkeypatch.setattr(fastmtl, "one_pass", lambda model, ids, names: usual(model, (ids + 1) % 4, names))
+    with pytest.raises(SystemExit, match="vit, step 1: the two ways are apart"):
+        run(example, monkeypatch, "--steps", "1", "--batch-size", "8", "--model", "vit")
+
+
+def test_monitor(tmp_path: Path) -> None:
+    out = start("monitor", "--steps", "25", "--every", "10", "--out", str(tmp_path), needs="tensorboard")
+    assert re.search(r"^conflict rate at step 25: digit-odd [\d.]+, .*large-loop [\d.]+$", out, re.M)
+    from matplotlib.image import imread
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert imread(tmp_path / "monitor.png").std() > 0.05, "an empty plot"
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = events.Tags()["scalars"]
+    assert len(tags) == 4 + 4 + 6 + 6 and events.Tags()["images"] == ["monitor"]
+    for tag in tags:
+        scalars = events.Scalars(tag)
+        assert [scalar.step for scalar in scalars] == [10, 20, 25]
+        values = [scalar.value for scalar in scalars]
+        low, high = {"cosine": (-1, 1), "conflict rate": (0, 1)}.get(tag.partition("/")[0], (1e-6, 100))
+        assert all(low <= value <= high for value in values), tag
+        # a conflict in some of the steps and not in others is what a rate is for
+        assert not tag.startswith("conflict") or all(abs(v * 10 - round(v * 10)) < 1e-5 for v in values[:2])
+
+
+def test_monitor_means(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    monitor = load("monitor").Monitor(["a", "b"], 2, tmp_path)
+    for gram in ([[4.0, -2.0], [-2.0, 1.0]], [[16.0, 0.0], [0.0, 9.0]], [[1.0, 1.0], [1.0, 1.0]]):
+        monitor.add(fastmtl.Surgery(torch.tensor(gram), torch.tensor([1.0, gram[0][0]]), ["a", "b"], [True, True]))
+    monitor.close()
+    assert monitor.history == {
+        "step": [2, 3],
+        "weight/a": [1, 1],
+        "weight/b": [10, 1],
+        "norm/a": [3, 1],
+        "norm/b": [2, 1],
+        "cosine/a-b": [-0.5, 1],
+        "conflict rate/a-b": [0.5, 0],
+    }
