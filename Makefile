@@ -20,7 +20,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(STAMP): $(VENV)/.torch $(SOURCES)
-	$(PIP) install --no-build-isolation -e ".[bench,test,dev]"
+	$(PIP) install --no-build-isolation -e ".[bench,examples,test,dev]"
 	touch $@
 
 test: dev  ## everything that runs without a GPU; GPU tests skip with a reason

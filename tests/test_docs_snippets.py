@@ -1,0 +1,55 @@
+"""The snippets of docs/training-loops.md run as they stand there, and train the model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "training-loops.md"
+SETUP, *SNIPPETS = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def first_words(snippet: str) -> str:
+    return re.sub(r"\W+", "-", snippet.splitlines()[0])[:40]
+
+
+def run(snippet: str) -> dict[str, Any]:
+    """The snippet behind the first one; checks that it trained every parameter of the model."""
+    names: dict[str, Any] = {}
+    exec(compile(SETUP, "set-up", "exec"), names)
+    start = copy.deepcopy(names["model"].state_dict())
+    # a snippet may turn donated buffers off: for itself alone
+    with torch._functorch.config.patch(donated_buffer=torch._functorch.config.donated_buffer):
+        exec(compile(snippet, first_words(snippet), "exec"), names)
+    for name, p in names["model"].named_parameters():
+        assert p.isfinite().all() and not torch.equal(p, start.get(name, torch.zeros_like(p))), f"{name} not trained"
+    return names
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=first_words)
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_snippet(snippet: str, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiler == "inductor" and "torch.compile" not in snippet:
+        pytest.skip("compiles nothing")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    names = run(snippet)
+    bank = names.get("bank")
+    assert bank is None or "collected: []" in repr(bank)
+
+
+def test_there_are_snippets_for_the_table() -> None:
+    text = "".join(SNIPPETS)
+    for part in ("torch.compile", "GradScaler", "features=h", "mark_per_task", "GradientBank", "optimizers[critic]"):
+        assert part in text
+
+
+def test_a_snippet_that_trains_nothing_is_seen() -> None:
+    with pytest.raises(AssertionError, match="not trained"):
+        run("for x, y in loader: fastmtl.backward(losses_of(model(x), y))")
