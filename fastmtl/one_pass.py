@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +155,20 @@ class one_pass:
         self._block.leave()
 
 
+# the rows of one parameter: `[R, ...]`, or one tensor for each row (None: zero)
+TaskRows: TypeAlias = Tensor | list[Tensor | None]
+
+
+def _added(before: TaskRows | None, now: TaskRows) -> TaskRows:
+    """The sum of two sets of rows, in the memory of the first."""
+    if before is None:
+        return now
+    with torch.no_grad():
+        if isinstance(before, Tensor) and isinstance(now, Tensor):
+            return before.add_(now)
+        return [b if a is None else a if b is None else a.add_(b) for a, b in zip(before, now, strict=True)]
+
+
 class _Block:
     """One batch: what is followed inside a `one_pass` block, and what its backward pass left."""
 
@@ -206,6 +220,7 @@ class _Block:
         with torch.enable_grad():
             for p in self.params:
                 rows[p] = _per_task.Collect.apply(token, p.detach(), self.num_rows, _Receiver(self, p))
+                setattr(rows[p], _per_task.RECEIVE, _Receiver(self, p))
                 values[p] = p.detach().requires_grad_() if second else p.detach()
                 if self.fallback == "loop":
                     loop[p] = p.detach().requires_grad_()
@@ -228,7 +243,7 @@ class _Block:
         self.follow.mark(self.task_ids, Tag(SAMPLES, 0, self.samples))
         for leaf in loop.values():
             self.follow.mark(leaf, Tag(CONST))
-        self.received: dict[Tensor, Tensor] = {}
+        self.received: dict[Tensor, TaskRows] = {}
         self.gram: Tensor | None = None
         self.running = False
         self.follow.__enter__()
@@ -317,24 +332,25 @@ class _Block:
                     "since the block began"
                 )
 
-    def receive(self, p: Tensor, g: Tensor) -> None:
-        """The rows of a parameter arrive."""
+    def receive(self, p: Tensor, g: TaskRows) -> None:
+        """The rows of a parameter arrive: `[R, ...]`, or one tensor for each row (None: zero)."""
         if not self.running:
             raise RuntimeError(
                 "one_pass: gradients arrived outside loss.backward() inside the block: call it there, once, and not "
                 "through torch.autograd"
             )
-        if not self.stream or self.check or p in self.follow.looped:
-            before = self.received.get(p)
-            self.received[p] = g if before is None else before + g
-        else:
+        if self.stream and not self.check and p not in self.follow.looped:
             self._add_gram(g)
+        else:
+            self.received[p] = _added(self.received.get(p), g)
 
-    def _add_gram(self, g: Tensor) -> None:
+    def _add_gram(self, rows: TaskRows) -> None:
         num_tasks = len(self.bank.names)
-        with torch.no_grad(), without_autocast(g.device.type):
-            flat = [g[t] for t in range(num_tasks)]
-            part = gram_rows(Rows(flat, list(range(num_tasks)), num_tasks, 1))
+        known = [t for t in range(num_tasks) if rows[t] is not None]
+        if not known:
+            return
+        with torch.no_grad(), without_autocast(self.ids.device.type):
+            part = gram_rows(Rows([rows[t] for t in known], known, num_tasks, 1))
             self.wide = part.dtype if self.gram is None else torch.promote_types(self.wide, part.dtype)
             part = part.to(torch.float64)
             self.gram = part if self.gram is None else self.gram + part
@@ -401,15 +417,15 @@ class _Block:
         for p in params:
             if any(p in found for found in passes):
                 rows = torch.stack([found[p] if p in found else torch.zeros_like(p) for found in passes])
-                before = self.received.get(p)
-                self.received[p] = rows if before is None else before + rows
+                self.received[p] = _added(self.received.get(p), rows)
 
     def _compare(self) -> None:
         """The rows against T backward passes."""
         for t, mask in enumerate(self._masks()):
             for p, expected in self.plain(mask, list(self.params)).items():
                 got = self.received.get(p)
-                row = torch.zeros_like(expected) if got is None else got[t]
+                row = None if got is None else got[t]
+                row = torch.zeros_like(expected) if row is None else row
                 size, error = expected.double().norm(), (row.double() - expected.double()).norm()
                 if not error <= _TOLERANCE[p.dtype] * size + torch.finfo(p.dtype).tiny:
                     raise RuntimeError(
@@ -426,11 +442,19 @@ class _Receiver:
     def __init__(self, block: _Block, param: Tensor) -> None:
         self._block, self._param = weakref.ref(block), param
 
-    def __call__(self, g: Tensor) -> None:
+    def __call__(self, g: TaskRows) -> None:
         block = self._block()
         if block is None:
             raise RuntimeError("one_pass: the block and its bank are gone, but gradients still arrive")
         block.receive(self._param, g)
+
+    def takes_parts(self) -> bool:
+        # a stream must have all of a parameter's rows in one piece, which autograd sees to
+        block = self._block()
+        return block is not None and block.running and not block.stream
+
+    def parts(self, rows: list[Tensor | None]) -> None:
+        self([None if row is None else row.to(self._param.dtype) for row in rows])  # narrower under autocast
 
 
 class OnePassBank:
@@ -450,7 +474,7 @@ class OnePassBank:
 
     def clear(self) -> None:
         """Forgets every row."""
-        self._rows: dict[Tensor, Tensor] = {}  # parameter -> [T, ...]
+        self._rows: dict[Tensor, TaskRows] = {}
         self._unprojected: dict[Tensor, Tensor] = {}  # of samples that belong to no task
         self._counts: list[int] | None = [0] * len(self.names)
         self._present: Tensor | None = None  # where the host doesn't know
@@ -564,7 +588,7 @@ class OnePassBank:
     # --- afterwards
 
     def row(self, task: int | str) -> list[Tensor | None]:
-        """Task t's gradients, aligned with `params`; None: the loss did not reach that parameter.
+        """Task t's gradients, aligned with `params`; None: zero, for want of a sample or of a way from the loss to it.
 
         Raises:
             RuntimeError: no backward pass has filled the bank, or it keeps no rows (`memory="stream"`).
@@ -614,7 +638,7 @@ class OnePassBank:
                 [self._rows[p][t] for p in common] if here else [None] * len(common) for t, here in enumerate(present)
             ]
             own = dict(self._unprojected)
-            updates, surgery = operate(common, rows, own, present, self.names, method, scale, block.ids.device)
+            updates, surgery = operate(common, rows, own, present, self.names, method, scale, block.ids.device, held=1)
         else:
             updates, surgery = self._updates_on_device(method, scale)
         if self._by_samples:
@@ -632,8 +656,9 @@ class OnePassBank:
         """Which tasks are absent is known to the device alone."""
         num_tasks, common = len(self.names), list(self._rows)
         assert self._present is not None
-        tensors = [self._rows[p][t] for t in range(num_tasks) for p in common]
-        known = Rows(tensors, list(range(len(tensors))), num_tasks, len(common))
+        rows = [self._rows[p][t] for t in range(num_tasks) for p in common]
+        index = [k for k, g in enumerate(rows) if g is not None]
+        known = Rows([g for g in rows if g is not None], index, num_tasks, len(common))
         with torch.no_grad(), without_autocast(self._present.device.type):
             gram = unscaled(gram_rows(known), scale)
             weights = self._weights(method, gram)
@@ -677,13 +702,9 @@ class OnePassBank:
         """The rows of a backward pass."""
         num_tasks = len(self.names)
         for p, g in block.received.items():
-            rows = g[:num_tasks]
-            if p in self._rows:
-                self._rows[p].add_(rows)
-            else:
-                self._rows[p] = rows
-            if block.num_rows > num_tasks:
-                extra = g[num_tasks]
+            self._rows[p] = _added(self._rows.get(p), g[:num_tasks])
+            extra = g[num_tasks] if block.num_rows > num_tasks else None
+            if extra is not None:
                 self._unprojected[p] = extra if p not in self._unprojected else self._unprojected[p] + extra
 
     def _note(self, block: _Block) -> None:

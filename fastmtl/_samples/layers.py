@@ -135,23 +135,34 @@ def _copied(follow: Follow, p: Tensor, axis: int) -> bool:
     if name in _COPIES:
         source = axis - (p.dim() - args[0].dim())
         return source < 0 or args[0].shape[source] == 1 or _copied(follow, args[0], source)
+    if name in ("embedding", "getitem", "index_select"):
+        return _same_along(nested((args, recipe.kwargs)), p, axis)
     params = [x for x in nested((args, recipe.kwargs)) if follow.tag(x).kind == PARAM]
-    joins = name in POINTWISE or name in _BROADCASTS
-    if not joins and name not in _KEEP:
+    if name in POINTWISE or name in ("where", "masked_fill"):
+        # whatever constants there are, every parameter must be spread, or hold the same
+        right = p.dim() - axis
+        spread = [x for x in params if x.dim() >= right and x.shape[-right] != 1]
+        return all(_copied(follow, x, x.dim() - right) for x in spread)
+    if name not in _KEEP:
         return False
-    right = p.dim() - axis
-    for k, x in enumerate(params):
+    for x in params:
         for own in range(x.dim()):
             if x.shape[own] != p.shape[axis]:
                 continue
             found = tag_of_result(name, args, recipe.kwargs, p, functools.partial(_alone, x, own, follow))
             if isinstance(found, list):
                 found = found[tag.recipe.pick]
-            if found.kind != SAMPLES or found.axis != axis or found.outer * found.inner != 1:
-                continue
-            others = params[:k] + params[k + 1 :] if joins else []
-            rest = [o for o in others if o.dim() >= right and o.shape[-right] != 1]
-            return _copied(follow, x, own) and all(_copied(follow, o, o.dim() - right) for o in rest)
+            if found.kind == SAMPLES and found.axis == axis and found.outer * found.inner == 1:
+                return _copied(follow, x, own)
+    return False
+
+
+def _same_along(tensors: Sequence[Tensor], picked: Tensor, axis: int) -> bool:
+    """Whether a table was asked for the same at every position of an axis of the result."""
+    for index in tensors:
+        if not index.is_floating_point() and index.shape == picked.shape[: index.dim()] and axis < index.dim():
+            # where an index was expanded, nothing needs to be compared
+            return index.stride(axis) == 0 or bool((index == index.narrow(axis, 0, 1)).all())
     return False
 
 

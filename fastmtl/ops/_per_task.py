@@ -12,15 +12,21 @@ Source: task t's gradient of a shared weight is the weight gradient over task t'
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl.ops._task import is_channels_last
+from fastmtl.ops._task import Geometry, is_channels_last
 from fastmtl.ops._task_cpu import HUGE_BYTES
-from fastmtl.ops.task_conv2d import task_conv2d_weight_grad_op, task_conv2d_weight_grad_out_op
+from fastmtl.ops.task_conv2d import (
+    task_conv2d_weight_grad_op,
+    task_conv2d_weight_grad_out_op,
+    weight_grad_parts,
+)
 from fastmtl.ops.task_linear import task_linear_weight_grad_op, task_linear_weight_grad_out_op
 
 STACKED = -1
@@ -37,6 +43,22 @@ def native() -> Iterator[None]:
         yield
     finally:
         _native[0] = before
+
+
+def unseen(compute: Callable[..., Any]) -> Any:
+    """The backward of a Function, `compute(ctx, g, *saved)`, whose calls no torch function mode sees.
+
+    What unpacks the saved tensors is still seen: recomputation under checkpointing.
+    """
+
+    def backward(ctx: Any, g: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            return compute(ctx, g, *saved)
+        with torch._C.DisableTorchFunction():
+            return compute(ctx, g, *saved)
+
+    return staticmethod(backward)
 
 
 def rows_like(param: Tensor, num_rows: int) -> Tensor:
@@ -72,6 +94,21 @@ def _give(rows: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
     return tuple(rows.unbind(0))[:count]
 
 
+# the attribute of a stand-in that takes rows as they are made, one tensor for each task, past autograd
+RECEIVE = "_fastmtl_receive"
+
+
+def _receiver(count: int, targets: Sequence[Tensor]) -> Any:
+    """What takes the parts of the first target, if that is a stand-in itself."""
+    if count != STACKED or torch.compiler.is_compiling():
+        return None
+    return getattr(targets[0], RECEIVE, None)
+
+
+def _takes_parts(receive: Any) -> bool:
+    return receive is not None and receive.takes_parts()
+
+
 def _wants(count: int, needs: bool) -> tuple[bool, bool]:
     """Whether the rows of a parameter, and whether its plain gradient."""
     if count == 0:
@@ -89,27 +126,29 @@ class Linear(torch.autograd.Function):
     def forward(ctx, x, w, b, ids, order, offsets, axis, transposed, count_w, count_b, *targets):
         ctx.save_for_backward(x, w, ids, order, offsets)
         ctx.axis, ctx.transposed, ctx.counts = axis, transposed, (count_w, count_b)
+        ctx.receive = _receiver(count_w, targets)
         ctx.bias_dtype = None if b is None else b.dtype
         if transposed:
             y = torch.matmul(x, w)
             return y if b is None else y + b.to(y.dtype)
         return F.linear(x, w, b)
 
-    @staticmethod
-    def backward(ctx, g):
-        x, w, ids, order, offsets = ctx.saved_tensors
+    @unseen
+    def backward(ctx, g, x, w, ids, order, offsets):
         count_w, count_b = ctx.counts
         needs = ctx.needs_input_grad
         n, num_rows = ids.shape[0], offsets.shape[0] - 1
         gx = gw = gb = rows_w = rows_b = None
         if needs[0]:
             wide = w.to(g.dtype)
-            gx = (torch.matmul(g, wide.mT) if ctx.transposed else torch.matmul(g, wide)).to(x.dtype)
+            # two-dimensional, which torch otherwise does for some strides alone
+            flat = torch.mm(g.reshape(-1, g.shape[-1]), wide.t() if ctx.transposed else wide)
+            gx = flat.view(x.shape).to(x.dtype)
         want_rows, want_own = _wants(count_w, needs[1])
         if want_rows:
             x3, g3 = x.to(g.dtype).reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])
             a, b = (g3, x3) if ctx.transposed else (x3, g3)
-            rows_w = linear_rows(a, b, order, offsets, w)
+            rows_w = _linear_rows(ctx.receive, a, b, order, offsets, w)
         elif want_own:
             x2, g2 = x.to(g.dtype).reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
             gw = (x2.mT @ g2 if ctx.transposed else g2.mT @ x2).to(w.dtype)
@@ -122,6 +161,20 @@ class Linear(torch.autograd.Function):
             wide = torch.promote_types(g.dtype, torch.float32)
             gb = g.reshape(-1, g.shape[-1]).sum(0, dtype=wide).to(ctx.bias_dtype)
         return (gx, gw, gb, *(None,) * 7, *_give(rows_w, count_w), *_give(rows_b, count_b))
+
+
+def _linear_rows(receive: Any, x: Tensor, g: Tensor, order: Tensor, offsets: Tensor, w: Tensor) -> Tensor | None:
+    """The rows, unless `receive` has taken them."""
+    if x.device.type != "cpu" or not x.numel() or not g.numel() or not _takes_parts(receive):
+        return linear_rows(x, g, order, offsets, w)
+    bounds = offsets.tolist()
+    if not bool((order[1:] > order[:-1]).all()):
+        x, g = x.index_select(0, order), g.index_select(0, order)
+    receive.parts([
+        None if a == b else torch.mm(g[a:b].reshape(-1, g.shape[-1]).t(), x[a:b].reshape(-1, x.shape[-1])).to(w.dtype)
+        for a, b in itertools.pairwise(bounds)
+    ])  # fmt: skip
+    return None
 
 
 def linear_rows(x: Tensor, g: Tensor, order: Tensor, offsets: Tensor, w: Tensor) -> Tensor:
@@ -147,11 +200,11 @@ class Conv(torch.autograd.Function):
         ctx.save_for_backward(x, w, ids, order, offsets)
         ctx.geometry = stride, padding, dilation, transposed, output_padding, groups
         ctx.counts, ctx.bias_dtype = (count_w, count_b), None if b is None else b.dtype
+        ctx.receive = _receiver(count_w, targets)
         return torch.convolution(x, w, b, *ctx.geometry)
 
-    @staticmethod
-    def backward(ctx, g):
-        x, w, ids, order, offsets = ctx.saved_tensors
+    @unseen
+    def backward(ctx, g, x, w, ids, order, offsets):
         count_w, count_b = ctx.counts
         needs = ctx.needs_input_grad
         n, num_rows = ids.shape[0], offsets.shape[0] - 1
@@ -167,7 +220,7 @@ class Conv(torch.autograd.Function):
         if want_rows:
             # a transposed convolution is the gradient of a plain one, with input and output changing places
             source, back = (g, x) if transposed else (x, g)
-            rows_w = conv_rows(source, back, n, ids, order, offsets, w, stride, padding, dilation, groups)
+            rows_w = _conv_rows(ctx.receive, source, back, order, offsets, w, stride, padding, dilation, groups)
         want_rows, want_own = _wants(count_b, needs[2])
         if want_rows or want_own:
             wide = torch.promote_types(g.dtype, torch.float32)
@@ -179,11 +232,28 @@ class Conv(torch.autograd.Function):
         return (gx, gw, gb, *(None,) * 11, *_give(rows_w, count_w), *_give(rows_b, count_b))
 
 
+def _conv_rows(
+    receive: Any, x: Tensor, g: Tensor, order: Tensor, offsets: Tensor, w: Tensor, *geometry: Any
+) -> Tensor | None:
+    """The rows, unless `receive` has taken them."""
+    if w.dim() in (3, 4) and _takes_parts(receive):
+        line = w.dim() == 3
+        stride, padding, dilation = ([k, *v] if line else v for k, v in zip((1, 0, 1), geometry[:3], strict=True))
+        if line:
+            x, g, w = x.unsqueeze(2), g.unsqueeze(2), w.unsqueeze(2)
+        moves = Geometry.of(stride, padding, dilation, geometry[3])
+        parts = weight_grad_parts(x, g, order, offsets, moves, w)
+        if parts is not None:
+            receive.parts([p.squeeze(2) if line and p is not None else p for p in parts])
+            return None
+        if line:
+            x, g, w = x.squeeze(2), g.squeeze(2), w.squeeze(2)
+    return conv_rows(x, g, order, offsets, w, *geometry)
+
+
 def conv_rows(
     x: Tensor,
     g: Tensor,
-    n: int,
-    ids: Tensor,
     order: Tensor,
     offsets: Tensor,
     w: Tensor,
@@ -199,7 +269,7 @@ def conv_rows(
     if dims == 1:
         # one line of pixels; contiguous, or channels that lie last stay last
         rows = conv_rows(
-            x.unsqueeze(2), g.unsqueeze(2), n, ids, order, offsets, w.unsqueeze(2),
+            x.unsqueeze(2), g.unsqueeze(2), order, offsets, w.unsqueeze(2),
             [1, *stride], [0, *padding], [1, *dilation], groups,
         )  # fmt: skip
         return rows.squeeze(3)
@@ -243,19 +313,19 @@ class Shared(torch.autograd.Function):
     def forward(ctx, y, x, w, b, ids, order, offsets, geometry, count_w, count_b, *targets):
         ctx.save_for_backward(x, w, ids, order, offsets)
         ctx.geometry, ctx.counts, ctx.bias_dtype = geometry, (count_w, count_b), None if b is None else b.dtype
+        ctx.receive = _receiver(count_w, targets)
         return y.view_as(y)
 
-    @staticmethod
-    def backward(ctx, g):
-        x, w, ids, order, offsets = ctx.saved_tensors
+    @unseen
+    def backward(ctx, g, x, w, ids, order, offsets):
         count_w, count_b = ctx.counts
         n, rows_w, rows_b = ids.shape[0], None, None
         if count_w and _wants(count_w, False)[0]:
             if ctx.geometry is None:
                 x3, g3 = x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])
-                rows_w = linear_rows(x3, g3, order, offsets, w)
+                rows_w = _linear_rows(ctx.receive, x3, g3, order, offsets, w)
             else:
-                rows_w = conv_rows(x, g, n, ids, order, offsets, w, *ctx.geometry)
+                rows_w = _conv_rows(ctx.receive, x, g, order, offsets, w, *ctx.geometry)
         if count_b and _wants(count_b, False)[0]:
             channels = g.movedim(1, -1) if ctx.geometry is not None else g
             each = channels.reshape(n, -1, channels.shape[-1]).sum(1, dtype=torch.promote_types(g.dtype, torch.float32))
@@ -275,9 +345,8 @@ class Embedding(torch.autograd.Function):
         ctx.shape, ctx.dtype, ctx.padding, ctx.count, ctx.num_rows = w.shape, w.dtype, padding_idx, count, num_rows
         return w[index]
 
-    @staticmethod
-    def backward(ctx, g):
-        index, ids = ctx.saved_tensors
+    @unseen
+    def backward(ctx, g, index, ids):
         size = ctx.shape[0]
         want_rows, want_own = _wants(ctx.count, ctx.needs_input_grad[0])
         gw = rows = None
@@ -309,9 +378,8 @@ class Expand(torch.autograd.Function):
         size[axis] = ids.shape[0]
         return p.expand(size)
 
-    @staticmethod
-    def backward(ctx, g):
-        (ids,) = ctx.saved_tensors
+    @unseen
+    def backward(ctx, g, ids):
         want_rows, want_own = _wants(ctx.count, ctx.needs_input_grad[0])
         gp = rows = None
         if want_own:
@@ -331,9 +399,8 @@ class PerSample(torch.autograd.Function):
         ctx.axis, ctx.count, ctx.num_rows = axis, count, num_rows
         return p.view_as(p)
 
-    @staticmethod
-    def backward(ctx, g):
-        (ids,) = ctx.saved_tensors
+    @unseen
+    def backward(ctx, g, ids):
         want_rows, want_own = _wants(ctx.count, ctx.needs_input_grad[0])
         rows = None
         if want_rows:
@@ -362,9 +429,8 @@ class LayerNorm(torch.autograd.Function):
         ctx.shape, ctx.counts, ctx.num_rows = shape, (count_w, count_b), num_rows
         return y
 
-    @staticmethod
-    def backward(ctx, g):
-        x, w, b, mean, rstd, ids = ctx.saved_tensors
+    @unseen
+    def backward(ctx, g, x, w, b, mean, rstd, ids):
         needs = ctx.needs_input_grad
         rows, own = zip(*(_wants(c, need) for c, need in zip(ctx.counts, needs[1:3], strict=True)), strict=True)
         gx, gw, gb = torch.ops.aten.native_layer_norm_backward(
@@ -399,18 +465,31 @@ class GroupNorm(torch.autograd.Function):
         ctx.bias_dtype = None if b is None else b.dtype
         return y
 
-    @staticmethod
-    def backward(ctx, g):
-        x, w, mean, rstd, ids = ctx.saved_tensors
+    @unseen
+    def backward(ctx, g, x, w, mean, rstd, ids):
         needs = ctx.needs_input_grad
         rows, own = zip(*(_wants(c, need) for c, need in zip(ctx.counts, needs[1:3], strict=True)), strict=True)
         n, c = x.shape[:2]
         if not g.is_contiguous() and not is_channels_last(g):
             g = g.contiguous()
+        rows_w = rows_b = None
+        gx = gw = gb = None
+        if (rows[0] or rows[1]) and g.is_contiguous() and x.is_contiguous():
+            # with samples and channels in one dimension, what torch sums over samples stays apart
+            gx, each_w, each_b = torch.ops.aten.native_group_norm_backward(
+                g.view(1, n * c, -1), x.view(1, n * c, -1), mean.view(1, -1), rstd.view(1, -1),
+                None if w is None else w.repeat(n), 1, n * c, ctx.size, n * ctx.groups,
+                (needs[0], rows[0], rows[1]),
+            )  # fmt: skip
+            gx = None if gx is None else gx.view(x.shape)
+            if rows[0]:
+                rows_w = sum_by_row(each_w.view(n, c), ids, ctx.num_rows, w.dtype)
+            if rows[1]:
+                rows_b = sum_by_row(each_b.view(n, c), ids, ctx.num_rows, ctx.bias_dtype)
+            return (gx, gw, gb, *(None,) * 6, *_give(rows_w, ctx.counts[0]), *_give(rows_b, ctx.counts[1]))
         gx, gw, gb = torch.ops.aten.native_group_norm_backward(
             g, x, mean, rstd, w, n, c, ctx.size, ctx.groups, (needs[0], own[0], own[1])
         )
-        rows_w = rows_b = None
         if rows[0] or rows[1]:
             ds, db = channel_sums(g, x, rows[0])
             if rows[0]:
@@ -435,9 +514,8 @@ class BatchNorm(torch.autograd.Function):
         ctx.bias_dtype = None if b is None else b.dtype
         return y
 
-    @staticmethod
-    def backward(ctx, g):
-        x, w, saved_mean, saved_rstd, ids, mean, var = ctx.saved_tensors
+    @unseen
+    def backward(ctx, g, x, w, saved_mean, saved_rstd, ids, mean, var):
         needs = ctx.needs_input_grad
         rows, own = zip(*(_wants(c, need) for c, need in zip(ctx.counts, needs[1:3], strict=True)), strict=True)
         gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
@@ -473,9 +551,10 @@ class Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, token, param, num_rows, receive):
         ctx.receive = receive
+        ctx.set_materialize_grads(False)  # no zeros where all rows went to `receive` by parts
         return param.detach().expand(num_rows, *param.shape)
 
-    @staticmethod
+    @unseen
     def backward(ctx, g):
         if g is not None:
             ctx.receive(g)

@@ -10,7 +10,7 @@ oneDNN would reorder first: they go through `csrc/cpu/task_conv.cpp`, which read
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -403,16 +403,29 @@ def weight_grad(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, geo
     if not (x.numel() and grad_out.numel() and out.numel()):
         out.zero_()
         return
+    for row, grad in zip(out, weight_grads(x, grad_out, order, offsets, geometry, out[0]), strict=True):
+        if grad is None:
+            row.zero_()
+        else:
+            row.copy_(grad)
+
+
+def weight_grads(
+    x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, geometry: Geometry, weight: Tensor
+) -> Iterator[Tensor | None]:
+    """Each task's weight gradient, as oneDNN makes it; None for a task without samples.
+
+    Of `weight` only the shape and the memory order are read.
+    """
     bounds, positions = offsets.tolist(), order.numpy()
-    pixelwise = geometry.pixelwise(out.shape[3:])
+    pixelwise = geometry.pixelwise(weight.shape[2:])
     source, back = Samples(x, pixelwise=pixelwise), Samples(grad_out, like=x, pixelwise=pixelwise)
-    # only its shape and memory order are read
-    like = torch.empty(out.shape[1:], dtype=x.dtype, memory_format=memory_format(out[0]))
+    like = torch.empty(weight.shape, dtype=x.dtype, memory_format=memory_format(weight))
     wide = torch.promote_types(x.dtype, torch.float32)
     weight_bytes, sample_bytes = like.nbytes, source.sample_bytes + back.sample_bytes
-    for t in range(out.shape[0]):
+    for t in range(len(bounds) - 1):
         if bounds[t] == bounds[t + 1]:
-            out[t].zero_()
+            yield None
             continue
         segment = Segment(t, positions[bounds[t] : bounds[t + 1]])
         total: Tensor | None = None
@@ -420,8 +433,7 @@ def weight_grad(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, geo
             grad = convolution_backward(back.take(cut), source.take(cut), like, geometry, False, True)[1]
             # parts of 16-bit samples are rounded once each, their sum is not
             total = grad if total is None else total.to(wide).add_(grad)
-        assert total is not None
-        out[t].copy_(total)
+        yield total
 
 
 # --- scale and shift

@@ -396,6 +396,27 @@ def _weight_grad_out(x, grad_out, order, offsets, stride, padding, dilation, gro
     run(x, grad_out, order, offsets, stride, padding, dilation, groups, out)
 
 
+def weight_grad_parts(
+    x: Tensor,
+    grad_out: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    geometry: Geometry,
+    weight: Tensor,
+) -> list[Tensor | None] | None:
+    """The weight gradients as they are made, one tensor for each task (None: no sample), in the dtype of `weight`.
+
+    None where another backend than the CPU's would be asked, which makes them in one piece.
+    """
+    if x.device.type != "cpu" or not (x.numel() and grad_out.numel()):
+        return None
+    run = choose("task_conv2d_weight_grad", "cpu", _WEIGHT_GRAD_OUT, triton_declines(x, offsets=offsets))
+    if run is not _weight_grad_out_cpu:
+        return None
+    found = _task_cpu.weight_grads(x, grad_out, order, offsets, geometry, weight)
+    return [None if grad is None else grad.to(weight.dtype) for grad in found]
+
+
 # --- autograd
 
 
