@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.ops._task import Geometry, is_channels_last
-from fastmtl.ops._task_cpu import HUGE_BYTES
+from fastmtl.ops._task_cpu import HUGE_BYTES, products
 from fastmtl.ops.task_conv2d import (
     task_conv2d_weight_grad_op,
     task_conv2d_weight_grad_out_op,
@@ -170,10 +170,18 @@ def _linear_rows(receive: Any, x: Tensor, g: Tensor, order: Tensor, offsets: Ten
     bounds = offsets.tolist()
     if not bool((order[1:] > order[:-1]).all()):
         x, g = x.index_select(0, order), g.index_select(0, order)
-    receive.parts([
-        None if a == b else torch.mm(g[a:b].reshape(-1, g.shape[-1]).t(), x[a:b].reshape(-1, x.shape[-1])).to(w.dtype)
-        for a, b in itertools.pairwise(bounds)
-    ])  # fmt: skip
+    x, g = (v.detach() for v in (x, g))
+    present = [(t, a, b) for t, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b]
+    # the longest first: tasks are handed to whichever thread is free
+    present.sort(key=lambda task: task[1] - task[2])
+    found = products(
+        [g[a:b].reshape(-1, g.shape[-1]).t() for _, a, b in present],
+        [x[a:b].reshape(-1, x.shape[-1]) for _, a, b in present],
+    )
+    rows: list[Tensor | None] = [None] * (len(bounds) - 1)
+    for (t, _, _), row in zip(present, found, strict=True):
+        rows[t] = row.to(w.dtype)
+    receive.parts(rows)
     return None
 
 

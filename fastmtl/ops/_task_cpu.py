@@ -10,7 +10,8 @@ oneDNN would reorder first: they go through `csrc/cpu/task_conv.cpp`, which read
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,10 +20,16 @@ from torch import Tensor
 
 from fastmtl._library import define_kernel
 from fastmtl.ops._task import Geometry, TaskWeights, like_parameter, like_stacked, memory_format
-from fastmtl.ops._task_batch import Batch, Samples, Segment, cuts
+from fastmtl.ops._task_batch import Batch, Cut, Samples, Segment, cuts
 from fastmtl.ops._task_direct import Direct
 
 _advise_huge_pages = define_kernel("_advise_huge_pages(Tensor(a!) x) -> ()")
+
+_convolution_weight_grads = define_kernel(
+    "_convolution_weight_grads(Tensor[] grad_out, Tensor[] x, Tensor weight, int[] stride, int[] padding, "
+    "int[] dilation, int groups) -> Tensor[]"
+)
+_products = define_kernel("_products(Tensor[] a, Tensor[] b) -> Tensor[]")
 
 # results from this size on ask for huge pages
 HUGE_BYTES = 4 << 20
@@ -423,17 +430,47 @@ def weight_grads(
     like = torch.empty(weight.shape, dtype=x.dtype, memory_format=memory_format(weight))
     wide = torch.promote_types(x.dtype, torch.float32)
     weight_bytes, sample_bytes = like.nbytes, source.sample_bytes + back.sample_bytes
+    segments = [Segment(t, positions[a:b]) for t, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b]
+    pieces = {segment.task: list(cuts(segment, sample_bytes, weight_bytes)) for segment in segments}
+    whole = [segment for segment in segments if len(pieces[segment.task]) == 1]
+    together = {}
+    if len(whole) >= torch.get_num_threads() > 1:
+        together = _together(whole, pieces, source, back, like, geometry)
     for t in range(len(bounds) - 1):
-        if bounds[t] == bounds[t + 1]:
+        if t not in pieces:
             yield None
             continue
-        segment = Segment(t, positions[bounds[t] : bounds[t + 1]])
-        total: Tensor | None = None
-        for cut in cuts(segment, sample_bytes, weight_bytes):
-            grad = convolution_backward(back.take(cut), source.take(cut), like, geometry, False, True)[1]
-            # parts of 16-bit samples are rounded once each, their sum is not
-            total = grad if total is None else total.to(wide).add_(grad)
+        total: Tensor | None = together.pop(t, None)
+        if total is None:
+            for cut in pieces[t]:
+                grad = convolution_backward(back.take(cut), source.take(cut), like, geometry, False, True)[1]
+                # parts of 16-bit samples are rounded once each, their sum is not
+                total = grad if total is None else total.to(wide).add_(grad)
         yield total
+
+
+def _together(
+    segments: Sequence[Segment],
+    pieces: Mapping[int | None, Sequence[Cut]],
+    source: Samples,
+    back: Samples,
+    like: Tensor,
+    geometry: Geometry,
+) -> dict[int | None, Tensor]:
+    """Weight gradients of tasks whose samples go in one call each, one thread to a task: the longest first."""
+    order = sorted(segments, key=lambda segment: -len(segment.samples))
+    cut = [pieces[segment.task][0] for segment in order]
+    found = _convolution_weight_grads(
+        [back.take(c) for c in cut], [source.take(c) for c in cut], like, *map(list, geometry[:3]), geometry.groups
+    )
+    return {segment.task: grad for segment, grad in zip(order, found, strict=True)}
+
+
+def products(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    """Matrix products, one thread to each where there are enough of them."""
+    if len(a) >= torch.get_num_threads() > 1:
+        return _products(a, b)
+    return [torch.mm(x, y) for x, y in zip(a, b, strict=True)]
 
 
 # --- scale and shift
