@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastmtl import methods
 from fastmtl._graph import read_loss_scale
@@ -17,6 +18,7 @@ from fastmtl._marks import Params, describe, is_per_task, read_params
 from fastmtl._samples.mode import Follow
 from fastmtl._samples.tags import ATTRIBUTE, CONST, MIXING, PARAM, SAMPLES, SUM, TOTAL, UNKNOWN, Samples, Tag
 from fastmtl.bank import position, read_names
+from fastmtl.distributed import Ranks, Slot, average_rows, find_ranks, reporting
 from fastmtl.methods import Weighting
 from fastmtl.ops import _per_task
 from fastmtl.ops._rows import FLOAT_DTYPES, Rows
@@ -28,7 +30,6 @@ from fastmtl.surgery import (
     Row,
     Surgery,
     after_accumulation,
-    check_single_process,
     check_within,
     operate,
     unscaled,
@@ -42,6 +43,8 @@ _REDUCTION = ("sum", "mean")
 
 # how far the rows of a step may be from those of T backward passes, when checked
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+_CALL, _APPLY = "fastmtl.one_pass", "OnePassBank.apply"
 
 _active: list[_Block] = []
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -125,11 +128,16 @@ class one_pass:
                 raise ValueError(f"{argument}: expected {known[0]!r} or {known[1]!r}, got {value!r}")
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
             raise TypeError(f"batch_dim: expected an int, got {type(batch_dim).__name__}")
-        if process_group is not None:
-            raise NotImplementedError("fastmtl.one_pass: process_group is not available yet")
-        check_single_process()
+        where = (*(x if isinstance(x, nn.Module) else None for x in (model, shared)), process_group)
+        ranks = find_ranks(*where, _CALL)
+        if ranks is not None and ranks.sharded:
+            raise TypeError(f"{_CALL}: fully_shard modules work with fastmtl.backward and GradientBank")
+        if ranks is not None and memory == "stream":
+            raise ValueError("memory: 'stream' needs the Gram matrix of the whole batch, which is no sum over ranks")
         names = read_names(num_tasks, "num_tasks")
         params = _read_bank_params(model, shared)
+        if ranks is not None:
+            ranks.check_params(params, _CALL)
         _check_task_ids(task_ids, len(names))
         if bank is None:
             bank = OnePassBank(params, names)
@@ -137,6 +145,7 @@ class one_pass:
             bank._check_same(params, names)
             if memory == "stream":
                 raise ValueError("bank: memory='stream' keeps no rows that others could be added to")
+        bank._where, bank._loss_reduction = where, loss_reduction
         self._bank = bank
         self._block = _Block(model, params, bank, task_ids, batch_dim, mixing, fallback, memory, check)
 
@@ -197,8 +206,8 @@ class _Block:
         self.poison: Tensor | None = None
         loose = True
         if ids.device.type == "cpu":
-            counts = torch.bincount(ids.long() + 1, minlength=num_tasks + 1).tolist()
-            self.counts, loose = counts[1:], counts[0] > 0
+            none, *self.counts = torch.bincount(ids.long() + 1, minlength=num_tasks + 1).tolist()
+            loose = none > 0
         else:
             wrong = (ids < -1) | (ids >= num_tasks)
             self.poison = torch.where(wrong.any(), torch.nan, 0.0)
@@ -241,6 +250,11 @@ class _Block:
             backward=self.backward,
         )
         self.follow.mark(self.task_ids, Tag(SAMPLES, 0, self.samples))
+        # parameters in the bank never reach DDP's hooks, which would wait for them: `apply` averages
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        self.synced = [m for m in modules if isinstance(m, DistributedDataParallel) and m.require_backward_grad_sync]
+        for m in self.synced:
+            m.require_backward_grad_sync = False
         for leaf in loop.values():
             self.follow.mark(leaf, Tag(CONST))
         self.received: dict[Tensor, TaskRows] = {}
@@ -250,6 +264,8 @@ class _Block:
 
     def leave(self) -> None:
         self.follow.__exit__(None, None, None)
+        for m in self.synced:
+            m.require_backward_grad_sync = True
         if hasattr(self.task_ids, ATTRIBUTE):
             delattr(self.task_ids, ATTRIBUTE)
 
@@ -466,6 +482,8 @@ class OnePassBank:
     """
 
     def __init__(self, params: Mapping[Tensor, str], names: Sequence[str]) -> None:
+        self._where: tuple[Any, Any, Any] = (None, None, None)
+        self._loss_reduction = "sum"
         self._named = dict(params)
         self.params = list(params)
         self.names = tuple(names)
@@ -477,6 +495,7 @@ class OnePassBank:
         self._rows: dict[Tensor, TaskRows] = {}
         self._unprojected: dict[Tensor, Tensor] = {}  # of samples that belong to no task
         self._counts: list[int] | None = [0] * len(self.names)
+        self._tally: Tensor | None = None  # `[T + 1]` samples of each task, and of none
         self._present: Tensor | None = None  # where the host doesn't know
         self._poison: Tensor | None = None
         self._by_samples = False
@@ -617,19 +636,22 @@ class OnePassBank:
             RuntimeError: no backward pass has filled the bank; a model changed since.
             TypeError, ValueError: as `fastmtl.backward`. Nothing has been written then, and the rows are still there.
         """
-        check_single_process()
-        method = methods.get(method)
-        scale = read_loss_scale(loss_scale)
-        self._check_filled("apply")
-        block = self._block
-        assert block is not None
-        block.check_model()
+        ranks = find_ranks(*self._where, _APPLY)
+        with reporting(ranks, _APPLY):
+            method = methods.get(method)
+            scale = read_loss_scale(loss_scale)
+            self._check_filled("apply")
+            block = self._block
+            assert block is not None
+            block.check_model()
         with block.follow.on(False):
-            return self._apply(method, scale, block)
+            return self._apply(method, scale, block, ranks)
 
-    def _apply(self, method: Weighting, scale: float | Tensor | None, block: _Block) -> Surgery:
+    def _apply(self, method: Weighting, scale: float | Tensor | None, block: _Block, ranks: Ranks | None) -> Surgery:
         updates: list[tuple[Tensor, Tensor]]
-        if self._streamed():
+        if ranks is not None:
+            updates, surgery = self._updates_over(ranks, method, scale, block)
+        elif self._streamed():
             updates, surgery = self._streamed_updates(method, scale, block)
         elif self._counts is not None:
             common = list(self._rows)
@@ -649,6 +671,48 @@ class OnePassBank:
         write(updates)
         after_accumulation([(p, g) for p, g in dict(updates).items()])
         return surgery
+
+    def _updates_over(
+        self, ranks: Ranks, method: Weighting, scale: float | Tensor | None, block: _Block
+    ) -> tuple[list[tuple[Tensor, Tensor]], Surgery]:
+        """Of the whole batch, which the ranks have in parts."""
+        for p, rows in self._rows.items():
+            if isinstance(rows, list):
+                self._rows[p] = torch.stack([torch.zeros_like(p) if row is None else row for row in rows])
+        assert self._tally is not None
+        counts = self._tally
+        rows_of = {p: rows for p, rows in self._rows.items() if isinstance(rows, Tensor)}
+        totals = average_rows(
+            ranks, self._named, self.names, rows_of, self._unprojected, counts, self._loss_reduction, _APPLY
+        )
+        self._rows.update(rows_of)
+        self._average_others(ranks, counts, totals, block)
+        present = (totals[:-1] > 0).tolist()
+        common = [p for p in self.params if p in rows_of]
+        rows = [[rows_of[p][t] if here else None for p in common] for t, here in enumerate(present)]
+        own = {p: self._unprojected[p] for p in self.params if p in self._unprojected}
+        return operate(common, rows, own, present, self.names, method, scale, block.ids.device, held=1, ranks=ranks)
+
+    def _average_others(self, ranks: Ranks, counts: Tensor, totals: Tensor, block: _Block) -> None:
+        """The gradients of parameters outside the bank, which DDP has not reduced inside the block."""
+        if not isinstance(block.model, nn.Module):
+            return
+        others = {p: name for name, p in block.model.named_parameters() if p.requires_grad and p not in self._named}
+        uneven = self._loss_reduction == "mean" and bool((counts * ranks.size != totals).any())
+        told = torch.tensor([uneven, *(p.grad is not None for p in others)], dtype=torch.int64, device=counts.device)
+        ranks.start_sum(told).wait()
+        uneven, *reached = told.tolist()
+        if uneven and any(reached):
+            name = next(name for name, r in zip(others.values(), reached, strict=True) if r)
+            raise ValueError(
+                f"loss_reduction: expected 'sum' where parameters outside the bank, such as {name!r}, get gradients, "
+                "and ranks have unequal numbers of samples of a task: for 'mean' it is not known whose they are"
+            )
+        held = {p: p.grad for p in others if p.grad is not None}
+        slots = [Slot(held, p) for p, here in zip(others, reached, strict=True) if here]
+        ranks.average(slots)
+        for slot in slots:
+            slot.param.grad = held[slot.param]
 
     def _updates_on_device(
         self, method: Weighting, scale: float | Tensor | None
@@ -718,6 +782,8 @@ class OnePassBank:
                 before = torch.tensor([c > 0 for c in self._counts]).to(now.device)
             self._present = now if before is None else before | now
             self._counts = None
+        tally = (block.ids[:, None] == torch.arange(len(self.names) + 1, device=block.ids.device)).sum(0)
+        self._tally = tally if self._tally is None else self._tally + tally
         if block.poison is not None:
             self._poison = block.poison if self._poison is None else self._poison + block.poison
         self._by_samples |= block.follow.mixed or block.partition

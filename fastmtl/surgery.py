@@ -707,11 +707,3 @@ def _copy_like(param: Tensor, grad: Tensor) -> Tensor:
     if grad.layout is not torch.strided:
         return grad.clone()
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-
-
-def check_single_process() -> None:
-    """Raises RuntimeError under several ranks, where a call has no way to work with them."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        size = torch.distributed.get_world_size()
-        if size > 1:
-            raise RuntimeError(f"fastmtl.one_pass: {size} ranks are not supported yet; they would silently diverge")

@@ -737,6 +737,99 @@ def rows_of_uneven_parts(rank: int, size: int) -> Any:
     }
 
 
+class OneTaskEach(nn.Module):
+    """A trunk in the bank, and a head outside it that all samples go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(11)
+        self.trunk = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5))
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.trunk(x))
+
+
+def one_pass_step(x: Tensor, ids: Tensor, size: int, reduction: str, method: Any, wrap: str) -> dict[str, Any]:
+    """A step on one rank's part of the batch, of `size` ranks."""
+    model = OneTaskEach()
+    if reduction == "mean":
+        model.head.requires_grad_(False)
+    outer = DDP(model) if wrap == "ddp" else model
+    group = dist.group.WORLD if wrap == "group" else None
+    with fastmtl.one_pass(outer, ids, 3, shared=model.trunk, loss_reduction=reduction, process_group=group) as bank:
+        losses = (outer(x) - ids[:, None]).square().sum(1)
+        if reduction == "sum":
+            loss = losses.sum() * size / 8
+        else:
+            loss = sum(losses[ids == t].mean() for t in (-1, 0, 1, 2) if (ids == t).any())  # type: ignore[assignment]
+        loss.backward()
+    surgery = bank.apply(method)
+    if wrap == "ddp":  # and DDP is as it was
+        before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        outer(x).sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        synced = [g for g in grads.values() if g is not None]
+        for p, g in zip(model.parameters(), before, strict=True):
+            p.grad = g
+        assert synced
+    return {
+        "grads": {name: p.grad for name, p in model.named_parameters()},
+        "gram": surgery.gram,
+        "weights": surgery.weights,
+        "present": surgery.present,
+    }
+
+
+def one_pass_parts(size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(5))
+    parts = [7, 1] if size == 2 else [4, 2, 1, 1]
+    return zip(x.split(parts), IDS.split(parts), strict=True)
+
+
+@case()
+def one_pass_of_uneven_parts(rank: int, size: int) -> Any:
+    x, ids = [*one_pass_parts(size)][rank]
+    return {
+        f"{reduction} {method} {wrap}": one_pass_step(x, ids, size, reduction, METHODS[method], wrap)
+        for reduction in ("sum", "mean")
+        for method in ("fixed", "min_norm")
+        for wrap in ("ddp", "group")
+    }
+
+
+@case(2)
+def one_pass_errors(rank: int, size: int) -> Any:
+    x, ids = [*one_pass_parts(size)][rank]
+    model = OneTaskEach()
+    world = dist.group.WORLD
+
+    def heads() -> None:
+        with fastmtl.one_pass(model, ids, 3, shared=model.trunk, loss_reduction="mean", process_group=world) as bank:
+            model(x).square().sum().backward()
+        bank.apply()
+
+    def tasks() -> None:
+        with fastmtl.one_pass(model, ids, 3 + rank, shared=model.trunk, process_group=world) as bank:
+            model(x).square().sum().backward()
+        bank.apply()
+
+    def empty() -> None:
+        with fastmtl.one_pass(model, ids, 3, shared=model.trunk, process_group=world) as bank:
+            if rank == 0:
+                model(x).square().sum().backward()
+        bank.apply()
+
+    return {
+        "no group": error(lambda: fastmtl.one_pass(model, ids, 3)),
+        "stream": error(lambda: fastmtl.one_pass(model, ids, 3, memory="stream", process_group=world)),
+        "sharded": error(lambda: fastmtl.one_pass(shard(net()), ids, 3)),
+        "heads": error(heads),
+        "tasks": error(tasks),
+        "empty": error(empty),
+    }
+
+
 @case(2)
 def rows_in_large_and_small_buckets(rank: int, size: int) -> Any:
     with buckets(200, 200):

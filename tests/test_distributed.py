@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -481,3 +482,32 @@ def test_started_by_torchrun(tmp_path, one_process, wrapper):
     assert two.keys() == one_process.keys()
     for key, value in one_process.items():
         torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("wrap", ["ddp", "group"])
+@pytest.mark.parametrize("method", ["fixed", "min_norm"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_one_pass_of_uneven_parts(results, size, reduction, method, wrap):
+    x = torch.cat([part for part, _ in dc.one_pass_parts(size)])
+    want = dc.one_pass_step(x, dc.IDS, 1, reduction, dc.METHODS[method], "none")
+    for found in results(size, "one_pass_of_uneven_parts"):
+        got = found[f"{reduction} {method} {wrap}"]
+        assert tuple(got["present"]) == (True,) * 3
+        torch.testing.assert_close(got["gram"], want["gram"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(got["weights"], want["weights"], rtol=1e-3, atol=1e-5)
+        for name, g in want["grads"].items():
+            if g is None:
+                assert got["grads"][name] is None
+            else:
+                torch.testing.assert_close(got["grads"][name], g, rtol=1e-4, atol=1e-5)
+
+
+def test_one_pass_errors(results):
+    for found in results(2, "one_pass_errors"):
+        assert re.search("process_group", found["no group"])
+        assert re.search("memory: 'stream'", found["stream"])
+        assert re.search("fully_shard modules work with fastmtl.backward", found["sharded"])
+        assert re.search("loss_reduction: expected 'sum' where parameters outside the bank", found["heads"])
+        assert re.search("disagree", found["tasks"])
+        assert re.search("no backward pass has filled", found["empty"])
