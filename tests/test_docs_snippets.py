@@ -1,4 +1,4 @@
-"""The snippets of docs/training-loops.md run as they stand there, and train the model."""
+"""The snippets of docs/training-loops.md and docs/one-pass.md run as they stand there, and train the model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "training-loops.md"
-SETUP, *SNIPPETS = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def read(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL)
+
+
+SETUP, *SNIPPETS = read("training-loops.md")
 
 
 def first_words(snippet: str) -> str:
@@ -53,3 +59,11 @@ def test_there_are_snippets_for_the_table() -> None:
 def test_a_snippet_that_trains_nothing_is_seen() -> None:
     with pytest.raises(AssertionError, match="not trained"):
         run("for x, y in loader: fastmtl.backward(losses_of(model(x), y))")
+
+
+def test_one_pass_snippet() -> None:
+    (snippet,) = read("one-pass.md")
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "one-pass", "exec"), names)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in names["model"].parameters())
+    assert names["surgery"].weights.isfinite().all()
