@@ -109,7 +109,8 @@ if wanted task; then  # with the build 530 seconds
 fi
 
 if wanted step; then  # with the build 530 seconds
-  stage bench-step 350 "$python" -m fastmtl bench --suite step --device cuda --out "$out"
+  stage tests-one-pass 90 "$python" -m pytest -v --tb=short tests/gpu/test_one_pass.py
+  stage bench-step 260 "$python" -m fastmtl bench --suite step --device cuda --out "$out"
   tail -n 70 "$out/bench-step.log"
 fi
 exit $failed

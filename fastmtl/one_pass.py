@@ -388,8 +388,11 @@ class _Block:
 
     # --- passes for plain gradients
 
-    def plain(self, scale: Tensor, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-        """Gradients of `params` where every sample's cotangent is multiplied by `scale[its row]`."""
+    def plain(self, scale: Tensor, params: Sequence[Tensor], *, keep: bool = True) -> dict[Tensor, Tensor]:
+        """Gradients of `params` where every sample's cotangent is multiplied by `scale[its row]`.
+
+        `keep`: the graph, for another pass.
+        """
         outputs, cotangents = [], []
         for x, tag, place in self.follow.boundaries:
             g = place.cotangent
@@ -407,7 +410,7 @@ class _Block:
         leaves = [(p, x) for p, x in leaves if x.requires_grad]
         with _per_task.native(), self.follow.on(), torch.enable_grad():
             found = torch.autograd.grad(
-                outputs, [x for _, x in leaves], cotangents, retain_graph=True, allow_unused=True
+                outputs, [x for _, x in leaves], cotangents, retain_graph=keep, allow_unused=True
             )
         total: dict[Tensor, Tensor] = {}
         for (p, _), g in zip(leaves, found, strict=True):
@@ -755,7 +758,7 @@ class OnePassBank:
                 gram = unscaled(block.gram.to(block.wide), scale)
             weights = self._weights(method, gram)
             # samples of no task count as they are
-            found = block.plain(torch.cat([weights, weights.new_ones(1)]), self.params)
+            found = block.plain(torch.cat([weights, weights.new_ones(1)]), self.params, keep=False)
         present = self._present if self._counts is None else [c > 0 for c in self._counts]
         assert present is not None
         return list(found.items()), Surgery(gram, weights, self.names, present)

@@ -435,6 +435,26 @@ def test_samples_and_constants_named_by_hand() -> None:
     assert_rows(bank, [list(r) for r in want])
 
 
+def test_a_whole_step_inside_the_block() -> None:
+    model, x = _mlp(), _x()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        optimizer.zero_grad()
+        out = model(x)
+        accuracy = (out.argmax(1) == torch.arange(N) % 5).double().mean().item()
+        assert 0 <= accuracy <= 1 and repr(out)
+        cross_entropy(out).sum().backward()
+        bank.apply("pcgrad")
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model(torch.randn(3, 6, dtype=torch.float64))
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert not torch.equal(p, old)
+        assert not hasattr(p, "_fastmtl_tag")
+
+
 def test_the_model_and_the_inputs_are_left_as_they_were() -> None:
     model, x, ids = _mlp(), _x(), IDS.clone()
     names = set(vars(model[0]))

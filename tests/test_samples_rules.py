@@ -180,6 +180,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], str
     "chunk": (lambda x: x.chunk(2, -1), (4, 6), (0,), SAMPLES),
     "chunk samples": (lambda x: torch.cat(x.chunk(2)), (4, 3), (0,), SAMPLES),
     "unbind": (lambda x: x.unbind(1), (4, 3), (0,), SAMPLES),
+    "iterate": (lambda x: list(x), (3, 4), (1,), SAMPLES),
+    "iterate over samples": (lambda x: list(x), (4, 3), (0,), UNKNOWN),
     "unbind samples": (lambda x: x.unbind(0), (4, 3), (0,), UNKNOWN),
     "select": (lambda x: x.select(0, 1), (3, 4), (1,), SAMPLES),
     "narrow": (lambda x: x.narrow(0, 1, 2), (4, 3), (0,), SAMPLES),

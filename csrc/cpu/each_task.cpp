@@ -85,10 +85,31 @@ std::vector<Tensor> convolution_weight_grads(std::vector<Tensor> grad_out, std::
   });
 }
 
-std::vector<Tensor> products(std::vector<Tensor> a, std::vector<Tensor> b) {
-  STD_TORCH_CHECK(a.size() == b.size(), "fastmtl: factors of the same tasks");
-  return for_each_task(a.size(), [&](size_t k) {
-    std::array<StableIValue, 2> stack{from(a[k]), from(b[k])};
+// the samples of one task as rows `[m r, C]`: a slice of the batch, or gathered, into a buffer that stays in the cache
+Tensor task_rows(const Tensor& x, const std::optional<Tensor>& order, int64_t first, int64_t count) {
+  Tensor rows = x;
+  if (order.has_value()) {
+    std::array<StableIValue, 3> stack{from(x), from(int64_t{0}),
+                                      from(torch::stable::narrow(const_cast<Tensor&>(*order), 0, first, count))};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+    rows = to<Tensor>(stack[0]);
+  } else {
+    rows = torch::stable::narrow(const_cast<Tensor&>(x), 0, first, count);
+  }
+  return torch::stable::view(rows, {count * x.size(1), x.size(2)});
+}
+
+// `grad_out[task]^T x[task]` of contiguous `[n, r, C]`; bounds: first and end of each task, in the order of `order`
+std::vector<Tensor> linear_weight_grads(Tensor grad_out, Tensor x, std::optional<Tensor> order,
+                                        std::vector<int64_t> bounds) {
+  STD_TORCH_CHECK(
+      x.dim() == 3 && grad_out.dim() == 3 && x.is_contiguous() && grad_out.is_contiguous() && bounds.size() % 2 == 0,
+      "fastmtl: rows that do not fit");
+  return for_each_task(bounds.size() / 2, [&](size_t k) {
+    const int64_t first = bounds[2 * k], count = bounds[2 * k + 1] - first;
+    const Tensor back = task_rows(grad_out, order, first, count);
+    std::array<StableIValue, 2> stack{from(torch::stable::transpose(back, 0, 1)),
+                                      from(task_rows(x, order, first, count))};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
     return to<Tensor>(stack[0]);
   });
@@ -99,5 +120,5 @@ std::vector<Tensor> products(std::vector<Tensor> a, std::vector<Tensor> b) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("_convolution_weight_grads", TORCH_BOX(&fastmtl::cpu::convolution_weight_grads));
-  m.impl("_products", TORCH_BOX(&fastmtl::cpu::products));
+  m.impl("_linear_weight_grads", TORCH_BOX(&fastmtl::cpu::linear_weight_grads));
 }

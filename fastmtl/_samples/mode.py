@@ -127,6 +127,8 @@ class Follow(TorchFunctionMode):
         return CONSTANT
 
     def mark(self, x: Tensor, tag: Tag) -> None:
+        if isinstance(x, nn.Parameter):  # written by an optimizer inside the block: nothing stays on the model
+            return
         setattr(x, ATTRIBUTE, (self.samples, tag, _graph(x)))
 
     # --- what layers ask for
@@ -197,6 +199,11 @@ class Follow(TorchFunctionMode):
         name = name_of(func)
         if name in PLAIN or self.off:
             return func(*args, **kwargs)
+        if name == "__iter__":
+            func, args, name = torch.unbind, (args[0], 0), "unbind"
+            out, tags = self.call(func, args, {})
+            self._hand_on(func, name, args, out, tags)
+            return iter(out)
         if name == "grad" and func is torch.autograd.grad:
             out = self.inside(func, args, kwargs)
             self._hand_on(func, name, args, out, unknown("a gradient taken inside the block can't be followed"))

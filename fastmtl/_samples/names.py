@@ -47,7 +47,7 @@ PLAIN = frozenset(
     _post_accumulate_grad_hooks.get size dim ndimension numel nelement stride storage_offset element_size
     is_floating_point is_complex is_contiguous is_same_size is_signed is_inference is_conj is_neg is_shared
     is_pinned is_nonzero data_ptr untyped_storage storage get_device item tolist numpy __len__ __bool__ __int__
-    __float__ __index__ __repr__ __format__ __hash__ __iter__ __contains__ __array__ __dlpack__
+    __float__ __index__ __repr__ __format__ __hash__ __contains__ __array__ __dlpack__
     __dlpack_device__ register_hook register_post_accumulate_grad_hook retain_grad is_tensor is_storage
     has_names equal allclose is_grad_enabled get_default_dtype result_type can_cast promote_types iinfo finfo
     dense_dim sparse_dim is_coalesced _is_view is_set_to broadcast_shapes is_autocast_enabled

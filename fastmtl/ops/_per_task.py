@@ -12,7 +12,6 @@ Source: task t's gradient of a shared weight is the weight gradient over task t'
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmtl._backend import unavailable
 from fastmtl.ops._task import Geometry, is_channels_last
-from fastmtl.ops._task_cpu import HUGE_BYTES, products
+from fastmtl.ops._task_cpu import HUGE_BYTES, linear_weight_grads
 from fastmtl.ops.task_conv2d import (
     task_conv2d_weight_grad_op,
     task_conv2d_weight_grad_out_op,
@@ -69,7 +69,8 @@ def rows_like(param: Tensor, num_rows: int) -> Tensor:
         rows = torch.empty((num_rows, a, c, d, b), dtype=param.dtype, device=param.device).permute(0, 1, 4, 2, 3)
     else:
         rows = torch.empty(shape, dtype=param.dtype, device=param.device)
-    if rows.device.type == "cpu" and rows.nbytes >= HUGE_BYTES and not torch.compiler.is_compiling():
+    large = rows.device.type == "cpu" and rows.nbytes >= HUGE_BYTES and not torch.compiler.is_compiling()
+    if large and unavailable("cpu", "cpu") is None:
         torch.ops.fastmtl._advise_huge_pages.default(rows)
     return rows
 
@@ -167,21 +168,7 @@ def _linear_rows(receive: Any, x: Tensor, g: Tensor, order: Tensor, offsets: Ten
     """The rows, unless `receive` has taken them."""
     if x.device.type != "cpu" or not x.numel() or not g.numel() or not _takes_parts(receive):
         return linear_rows(x, g, order, offsets, w)
-    bounds = offsets.tolist()
-    if not bool((order[1:] > order[:-1]).all()):
-        x, g = x.index_select(0, order), g.index_select(0, order)
-    x, g = (v.detach() for v in (x, g))
-    present = [(t, a, b) for t, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b]
-    # the longest first: tasks are handed to whichever thread is free
-    present.sort(key=lambda task: task[1] - task[2])
-    found = products(
-        [g[a:b].reshape(-1, g.shape[-1]).t() for _, a, b in present],
-        [x[a:b].reshape(-1, x.shape[-1]) for _, a, b in present],
-    )
-    rows: list[Tensor | None] = [None] * (len(bounds) - 1)
-    for (t, _, _), row in zip(present, found, strict=True):
-        rows[t] = row.to(w.dtype)
-    receive.parts(rows)
+    receive.parts([None if row is None else row.to(w.dtype) for row in linear_weight_grads(x, g, order, offsets)])
     return None
 
 

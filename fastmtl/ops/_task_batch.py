@@ -44,6 +44,8 @@ class Segment(NamedTuple):
     def runs(self) -> list[tuple[int, int]]:
         """Neighbours in the batch, as (first, end)."""
         s = self.samples
+        if s[-1] - s[0] + 1 == len(s):
+            return [(int(s[0]), int(s[-1]) + 1)]
         last = np.append(np.flatnonzero(s[1:] - s[:-1] != 1), len(s) - 1)
         ends = s[last] + 1
         return list(zip(s[np.append(0, last[:-1] + 1)].tolist(), ends.tolist(), strict=True))

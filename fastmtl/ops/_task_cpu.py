@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmtl._backend import unavailable
 from fastmtl._library import define_kernel
 from fastmtl.ops._task import Geometry, TaskWeights, like_parameter, like_stacked, memory_format
 from fastmtl.ops._task_batch import Batch, Cut, Samples, Segment, cuts
@@ -29,7 +30,9 @@ _convolution_weight_grads = define_kernel(
     "_convolution_weight_grads(Tensor[] grad_out, Tensor[] x, Tensor weight, int[] stride, int[] padding, "
     "int[] dilation, int groups) -> Tensor[]"
 )
-_products = define_kernel("_products(Tensor[] a, Tensor[] b) -> Tensor[]")
+_linear_weight_grads = define_kernel(
+    "_linear_weight_grads(Tensor grad_out, Tensor x, Tensor? order, int[] bounds) -> Tensor[]"
+)
 
 # results from this size on ask for huge pages
 HUGE_BYTES = 4 << 20
@@ -466,11 +469,26 @@ def _together(
     return {segment.task: grad for segment, grad in zip(order, found, strict=True)}
 
 
-def products(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-    """Matrix products, one thread to each where there are enough of them."""
-    if len(a) >= torch.get_num_threads() > 1:
-        return _products(a, b)
-    return [torch.mm(x, y) for x, y in zip(a, b, strict=True)]
+def linear_weight_grads(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor) -> list[Tensor | None]:
+    """Each task's `[Cout, Cin]` from `[n, r, Cin]` and `[n, r, Cout]`; None for a task without samples."""
+    x, grad_out = x.detach().contiguous(), grad_out.detach().contiguous()
+    bounds = offsets.tolist()
+    present = [(t, a, b) for t, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b]
+    is_sorted = bool((order[1:] > order[:-1]).all())
+    out: list[Tensor | None] = [None] * (len(bounds) - 1)
+    if unavailable("cpu", "cpu") is None and len(present) >= torch.get_num_threads():
+        # the longest first: tasks are handed to whichever thread is free
+        present.sort(key=lambda task: task[1] - task[2])
+        cuts_of = [at for _, a, b in present for at in (a, b)]
+        found = _linear_weight_grads(grad_out, x, None if is_sorted else order, cuts_of)
+        for (t, _, _), grad in zip(present, found, strict=True):
+            out[t] = grad
+        return out
+    if not is_sorted:
+        x, grad_out = x.index_select(0, order), grad_out.index_select(0, order)
+    for t, a, b in present:
+        out[t] = grad_out[a:b].reshape(-1, grad_out.shape[2]).t() @ x[a:b].reshape(-1, x.shape[2])
+    return out
 
 
 # --- scale and shift
