@@ -228,8 +228,9 @@ class _Block:
         rows, values, loop = {}, {}, {}
         with torch.enable_grad():
             for p in self.params:
-                rows[p] = _per_task.Collect.apply(token, p.detach(), self.num_rows, _Receiver(self, p))
-                setattr(rows[p], _per_task.RECEIVE, _Receiver(self, p))
+                receiver = _Receiver(self, p)
+                rows[p] = _per_task.Collect.apply(token, p.detach(), self.num_rows, receiver)
+                setattr(rows[p], _per_task.RECEIVE, receiver)
                 values[p] = p.detach().requires_grad_() if second else p.detach()
                 if self.fallback == "loop":
                     loop[p] = p.detach().requires_grad_()
@@ -348,17 +349,21 @@ class _Block:
                     "since the block began"
                 )
 
-    def receive(self, p: Tensor, g: TaskRows) -> None:
-        """The rows of a parameter arrive: `[R, ...]`, or one tensor for each row (None: zero)."""
+    def receive(self, p: Tensor, g: TaskRows, complete: bool) -> None:
+        """The rows of a parameter arrive: `[R, ...]`, or one tensor for each row (None: zero).
+
+        `complete`: after these there are none to come.
+        """
         if not self.running:
             raise RuntimeError(
                 "one_pass: gradients arrived outside loss.backward() inside the block: call it there, once, and not "
                 "through torch.autograd"
             )
-        if self.stream and not self.check and p not in self.follow.looped:
-            self._add_gram(g)
+        rows = _added(self.received.pop(p, None), g)
+        if self.stream and complete and not self.check and p not in self.follow.looped:
+            self._add_gram(rows)
         else:
-            self.received[p] = _added(self.received.get(p), g)
+            self.received[p] = rows
 
     def _add_gram(self, rows: TaskRows) -> None:
         num_tasks = len(self.bank.names)
@@ -460,20 +465,31 @@ class _Receiver:
 
     def __init__(self, block: _Block, param: Tensor) -> None:
         self._block, self._param = weakref.ref(block), param
+        self._deliveries = 0
 
     def __call__(self, g: TaskRows) -> None:
+        """What autograd has summed up: the last that arrives."""
+        self._hand_over(g, True)
+
+    def takes_parts(self) -> bool:
+        block = self._block()
+        return block is not None and block.running
+
+    def parts(self, rows: TaskRows) -> None:
+        """The rows of one use of the parameter, as soon as there are."""
+        if isinstance(rows, list):
+            rows = [None if row is None else row.to(self._param.dtype) for row in rows]  # narrower under autocast
+        else:
+            rows = rows.to(self._param.dtype)
+        self._deliveries += 1
+        block = self._block()
+        self._hand_over(rows, block is not None and self._deliveries == block.follow.uses.get(self._param))
+
+    def _hand_over(self, rows: TaskRows, complete: bool) -> None:
         block = self._block()
         if block is None:
             raise RuntimeError("one_pass: the block and its bank are gone, but gradients still arrive")
-        block.receive(self._param, g)
-
-    def takes_parts(self) -> bool:
-        # a stream must have all of a parameter's rows in one piece, which autograd sees to
-        block = self._block()
-        return block is not None and block.running and not block.stream
-
-    def parts(self, rows: list[Tensor | None]) -> None:
-        self([None if row is None else row.to(self._param.dtype) for row in rows])  # narrower under autocast
+        block.receive(self._param, rows, complete)
 
 
 class OnePassBank:

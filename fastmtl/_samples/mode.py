@@ -78,6 +78,8 @@ class Follow(TorchFunctionMode):
         self.mixed = False  # a layer that mixes samples was met, and accepted
         self.looped: dict[Tensor, bool] = {}
         self.met: dict[Tensor, list[Samples]] = {}  # which parts of the batch each parameter saw; () all of it
+        self.uses: dict[Tensor, int] = {}
+        self.running = False  # a backward pass
         self.seen = False  # a tensor from outside carried samples
         self._open: set[Any] = set()  # functions in Python whose calls are being followed one by one
         self._unbound: dict[Tensor, tuple[Tensor, ...]] = {}
@@ -136,6 +138,7 @@ class Follow(TorchFunctionMode):
     def weight(self, p: Tensor) -> Weight:
         """A parameter of the bank, what was computed from some, or a tensor with its own gradient."""
         if p in self.rows:
+            self._use(p)
             return Weight(self.values[p], _per_task.STACKED, (self.rows[p],))
         tag = self.tag(p)
         if tag.kind != PARAM:
@@ -143,11 +146,17 @@ class Follow(TorchFunctionMode):
         value = p if self.bounded else p.detach()
         return Weight(value, self.samples.num_rows, self.twins(p))
 
+    def _use(self, p: Tensor) -> None:
+        """Rows of a parameter arrive from each of its uses; those of a recomputation are no more of them."""
+        if not torch.compiler.is_compiling() and not self.running:
+            self.uses[p] = self.uses.get(p, 0) + 1
+
     def twins(self, p: Tensor) -> tuple[Tensor, ...]:
         """What was computed from parameters, computed again from each task's copies of them."""
         if p in self.rows:
             found = self._unbound.get(p)
             if found is None:
+                self._use(p)
                 found = self.rows[p].unbind(0)
                 if not torch.compiler.is_compiling():
                     self._unbound[p] = found
@@ -172,8 +181,12 @@ class Follow(TorchFunctionMode):
 
     def engine(self, *args: Any) -> None:
         """`torch.autograd.backward`; recomputation under checkpointing happens in there, and is followed again."""
-        with self.on():
-            _without_override(torch.autograd.backward)(*args)
+        self.running = True
+        try:
+            with self.on():
+                _without_override(torch.autograd.backward)(*args)
+        finally:
+            self.running = False
 
     def inside(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs a function of torch that is written in Python so that each call in it comes back here."""

@@ -110,6 +110,14 @@ def _takes_parts(receive: Any) -> bool:
     return receive is not None and receive.takes_parts()
 
 
+def _deliver(receive: Any, rows: Tensor) -> Tensor | None:
+    """Hands the rows over at once, if that can be: through autograd they would wait until the backward pass ends."""
+    if not _takes_parts(receive):
+        return rows
+    receive.parts(rows)
+    return None
+
+
 def _wants(count: int, needs: bool) -> tuple[bool, bool]:
     """Whether the rows of a parameter, and whether its plain gradient."""
     if count == 0:
@@ -167,7 +175,7 @@ class Linear(torch.autograd.Function):
 def _linear_rows(receive: Any, x: Tensor, g: Tensor, order: Tensor, offsets: Tensor, w: Tensor) -> Tensor | None:
     """The rows, unless `receive` has taken them."""
     if x.device.type != "cpu" or not x.numel() or not g.numel() or not _takes_parts(receive):
-        return linear_rows(x, g, order, offsets, w)
+        return _deliver(receive, linear_rows(x, g, order, offsets, w))
     receive.parts([None if row is None else row.to(w.dtype) for row in linear_weight_grads(x, g, order, offsets)])
     return None
 
@@ -243,7 +251,7 @@ def _conv_rows(
             return None
         if line:
             x, g, w = x.squeeze(2), g.squeeze(2), w.squeeze(2)
-    return conv_rows(x, g, order, offsets, w, *geometry)
+    return _deliver(receive, conv_rows(x, g, order, offsets, w, *geometry))
 
 
 def conv_rows(
@@ -338,6 +346,7 @@ class Embedding(torch.autograd.Function):
     def forward(ctx, w, index, ids, padding_idx, count, num_rows, *targets):
         ctx.save_for_backward(index, ids)
         ctx.shape, ctx.dtype, ctx.padding, ctx.count, ctx.num_rows = w.shape, w.dtype, padding_idx, count, num_rows
+        ctx.receive = _receiver(count, targets)
         return w[index]
 
     @unseen
@@ -355,6 +364,7 @@ class Embedding(torch.autograd.Function):
         elif want_rows:
             both = (ids[:, None] * size + index.reshape(n, -1)).reshape(-1)
             rows = sum_by_row(flat, both, ctx.num_rows * size, ctx.dtype).reshape(ctx.num_rows, *ctx.shape)
+            rows = _deliver(ctx.receive, rows)
         return (gw, *(None,) * 5, *_give(rows, ctx.count))
 
 
