@@ -109,7 +109,7 @@ if wanted task; then  # with the build 530 seconds
 fi
 
 if wanted step; then  # with the build 530 seconds
-  stage tests-one-pass 90 "$python" -m pytest -v --tb=short tests/gpu/test_one_pass.py
+  stage tests-one-pass 90 "$python" -m pytest -v --tb=short tests/gpu/test_one_pass_steps.py
   stage bench-step 260 "$python" -m fastmtl bench --suite step --device cuda --out "$out"
   tail -n 70 "$out/bench-step.log"
 fi
