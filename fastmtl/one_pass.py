@@ -15,8 +15,8 @@ from fastmtl import methods
 from fastmtl._graph import read_loss_scale
 from fastmtl._library import without_autocast
 from fastmtl._marks import Params, describe, is_per_task, read_params
-from fastmtl._samples.mode import Follow
-from fastmtl._samples.tags import ATTRIBUTE, CONST, MIXING, PARAM, SAMPLES, SUM, TOTAL, UNKNOWN, Samples, Tag
+from fastmtl._samples.mode import NAMED, Follow
+from fastmtl._samples.tags import CONST, MIXING, PARAM, SAMPLES, SUM, TOTAL, UNKNOWN, Samples, Tag
 from fastmtl.bank import position, read_names
 from fastmtl.distributed import Ranks, Slot, average_rows, find_ranks, reporting
 from fastmtl.methods import Weighting
@@ -148,6 +148,7 @@ class one_pass:
         bank._where, bank._loss_reduction = where, loss_reduction
         self._bank = bank
         self._block = _Block(model, params, bank, task_ids, batch_dim, mixing, fallback, memory, check)
+        self._block.told = shared is not None
 
     def __enter__(self) -> OnePassBank:
         if _active:
@@ -198,6 +199,7 @@ class _Block:
         self.partition = mixing == "partition"
         self.check = check and not (isinstance(model, nn.Module) and model in _checked)
         self.done = False
+        self.told = False  # which parameters are shared
         num_tasks = len(bank.names)
         device = next(iter(params)).device
         # what the host knows of the tasks, or what the device does
@@ -265,10 +267,10 @@ class _Block:
 
     def leave(self) -> None:
         self.follow.__exit__(None, None, None)
+        self.follow.clear()
+        self.follow.backward = _left  # a cycle less
         for m in self.synced:
             m.require_backward_grad_sync = True
-        if hasattr(self.task_ids, ATTRIBUTE):
-            delattr(self.task_ids, ATTRIBUTE)
 
     # --- the backward pass
 
@@ -285,24 +287,29 @@ class _Block:
         if create_graph or inputs is not None:
             raise ValueError("one_pass: backward inside the block takes neither create_graph nor inputs")
         if tag.kind in (CONST, PARAM) and self.follow.seen:
+            self.follow.check_no_data([loss])
             # of what is not in the bank, or a penalty on parameters alone
             self.follow.engine(loss, gradient, retain_graph)
             return
         self._check_loss(tag, loss)
         if self.done:
             raise RuntimeError(
-                "one_pass: backward was called before in this block, whose rows are full: sum the losses and call it "
-                "once, or open a second block with bank= to add to the rows"
+                "one_pass: backward was called before in this block, which fills its rows once: sum the losses and "
+                "call it once, or open a second block with bank= to add to the rows"
             )
         self.check_model()
         if self.second and tag.kind == SAMPLES:
             loss = self.follow._bound(loss)
-        self.running = True
+        self.running = self.done = True
         try:
             self.follow.engine(loss, gradient, retain_graph or self.second)
+        except BaseException:
+            # what has arrived is a part of the rows; the block has had its backward pass
+            self.received, self.gram = {}, None
+            self.follow.boundaries.clear()
+            raise
         finally:
             self.running = False
-        self.done = True
         self._own_samples()
         with torch.no_grad():
             if self.follow.looped:
@@ -325,7 +332,7 @@ class _Block:
             raise ValueError(
                 f"task_ids: expected the length of the batch, got {len(self.samples)}: no tensor with "
                 f"{len(self.samples)} along dimension {self.batch_dim} came into the block (batch_dim= and "
-                "bank.samples(x, dim) say where the samples are)"
+                "bank.samples(x, dim) say where the samples are; a part of a batch is taken before the block)"
             )
         if tag.kind == MIXING:
             raise ValueError(
@@ -378,7 +385,7 @@ class _Block:
 
     def _own_samples(self) -> None:
         """Parameters that saw the samples of one task alone are no shared ones."""
-        if self.counts is None or sum(c > 0 for c in self.counts) < 2:
+        if self.told or self.counts is None or sum(c > 0 for c in self.counts) < 2:
             return
         for p, parts in self.follow.met.items():
             if any(s is self.samples or s.key == self.samples.key for s in parts):
@@ -460,6 +467,10 @@ class _Block:
             _checked.add(self.model)
 
 
+def _left(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("one_pass: the block has ended")
+
+
 class _Receiver:
     """Takes the rows of one parameter; holds no reference that would keep a graph alive."""
 
@@ -518,7 +529,7 @@ class OnePassBank:
         self._present: Tensor | None = None  # where the host doesn't know
         self._poison: Tensor | None = None
         self._by_samples = False
-        self._filled = False
+        self._filled = self._applied = False
 
     # --- inside the block
 
@@ -563,7 +574,7 @@ class OnePassBank:
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if x.requires_grad:
             raise ValueError("x: expected a tensor that needs no gradient")
-        follow.mark(x, Tag(CONST))
+        follow.mark(x, NAMED)
         return x
 
     def summed(self, loss: Tensor) -> Tensor:
@@ -686,6 +697,7 @@ class OnePassBank:
             surgery = PartitionSurgery(surgery.gram, surgery.weights, surgery.names, surgery.present)
         block.follow.boundaries.clear()
         self.clear()
+        self._applied = True
         self._block = None
         write(updates)
         after_accumulation([(p, g) for p, g in dict(updates).items()])
@@ -812,6 +824,8 @@ class OnePassBank:
         return self._block is not None and self._block.stream
 
     def _check_filled(self, call: str) -> None:
+        if not self._filled and self._applied:
+            raise RuntimeError(f"OnePassBank.{call}: the bank was applied, which empties it: read rows before")
         if not self._filled:
             raise RuntimeError(f"OnePassBank.{call}: no backward pass has filled the bank")
 

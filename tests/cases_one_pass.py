@@ -169,6 +169,56 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(x)[0][:, -1])
 
 
+class Queries(nn.Module):
+    """Queries that every sample has a copy of, dropped out and turned before they meet it; a padded batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(3, 8))
+        self.norm, self.drop = nn.LayerNorm(8), nn.Dropout(0.2)
+        self.inner = nn.Linear(6, 8)
+        self.decoder = nn.TransformerDecoderLayer(8, 2, 16, 0.1, batch_first=True)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        queries = self.drop(self.norm(self.queries[None].expand(n, -1, -1)))
+        kept = torch.ones(n, length, dtype=torch.bool)
+        kept[2, 2:] = False
+        positions = torch.arange(length)[None, :]
+        padding = ~kept[torch.arange(n)[:, None], positions]
+        return self.head(self.decoder(queries, self.inner(x), memory_key_padding_mask=padding).mean(1))
+
+
+class Gaussian(nn.Module):
+    """A policy with a standard deviation of its own, through torch.distributions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.log_std = nn.Linear(6, 2), nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        policy = torch.distributions.Normal(self.mean(x), self.log_std.exp())
+        return policy.log_prob(x[:, :2]).sum(-1) + policy.entropy().sum(-1)
+
+
+class Mixture(nn.Module):
+    """Experts on the samples that a gate picks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, 3)
+        self.experts = nn.ModuleList([nn.Linear(6, CLASSES) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, picked = self.gate(x).softmax(-1).topk(2, -1)
+        out = x.new_zeros(len(x), CLASSES)
+        for k, expert in enumerate(self.experts):
+            rows, columns = torch.where(picked == k)
+            out[rows] += expert(x[rows]) * weights[rows, columns, None]
+        return out
+
+
 def _images() -> Tensor:
     return torch.randn(N, 3, 8, 8, dtype=torch.float64)
 
@@ -269,6 +319,9 @@ MODELS: dict[str, Case] = {
         lambda: nn.Sequential(nn.Linear(6, CLASSES), nn.Softplus(), nn.Dropout(0.3)), _vectors,
         per_sample=lambda out: (out.squeeze(-1) - 1.0).square().mean(1),
     ),
+    "queries": Case(Queries, _sequences),
+    "policy": Case(Gaussian, _vectors, per_sample=lambda out: out),
+    "mixture": Case(Mixture, _vectors),
     "lstm": Case(lambda: Recurrent(nn.LSTM), _sequences, arguments={"fallback": "loop"}),
     "gru": Case(lambda: Recurrent(nn.GRU), _sequences, arguments={"fallback": "loop"}),
     "rnn": Case(lambda: Recurrent(nn.RNN), _sequences, arguments={"fallback": "loop"}),

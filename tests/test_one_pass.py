@@ -97,7 +97,7 @@ def test_apply_equals_backward() -> None:
     for p, g in zip(model.parameters(), want, strict=True):
         torch.testing.assert_close(p.grad, g + 1)
     assert "weight/a" in surgery.log_dict() and surgery.conflicts().shape == (3, 3)
-    with pytest.raises(RuntimeError, match="no backward pass has filled"):
+    with pytest.raises(RuntimeError, match="was applied, which empties it"):
         bank.apply()
 
 

@@ -326,3 +326,68 @@ def test_values_written_in_place() -> None:
         return (out * 2).sum()
 
     _refused(through_a_view, "can't be told", net)
+
+
+def test_terms_on_data_without_tasks() -> None:
+    net, x = _net(), _x()
+    more, square = torch.randn(7, 6, dtype=torch.float64), torch.rand(N, N, dtype=torch.float64)
+
+    def with_term(data: Callable[[], Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
+        return lambda m, _: cross_entropy(m(x)).mean() + m(data()).square().mean()
+
+    for data in (lambda: more, lambda: torch.randn(N, 6).double(), lambda: x.new_ones(N, 6)):
+        _refused(with_term(data), "data without tasks: linear of a tensor", net)
+        _refused(lambda m, _, data=data: m(data()).square().mean(), "data without tasks|the length of the batch", net)
+    for mixed in (lambda: x.flip(0), lambda: x.sort(0)[0], lambda: x.softmax(0), lambda: square @ x):
+        _refused(with_term(mixed), "it meets what depends on several samples", net)
+    for p in net.parameters():
+        p.grad = None
+    with fastmtl.one_pass(net, IDS, T) as bank:  # told to be no batch, the term goes to .grad
+        (cross_entropy(net(x)).mean() + net(bank.constant(more)).square().mean()).backward()
+    want = torch.autograd.grad(net(more).square().mean(), list(net.parameters()))
+    for p, g in zip(net.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, g)
+    assert bank.row(0)[0] is not None
+
+
+def test_a_backward_pass_that_fails() -> None:
+    net, x = _net(), _x()
+    with fastmtl.one_pass(net, IDS, T) as bank:
+        h = net[1](net[0](x))
+        h.register_hook(lambda g: 1 / 0)
+        loss = cross_entropy(net[2](h)).sum()
+        with pytest.raises(ZeroDivisionError):
+            loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="backward was called before"):
+            cross_entropy(net(x)).sum().backward()
+    with pytest.raises(RuntimeError, match="no backward pass has filled"):
+        bank.row(0)
+
+
+def test_constants_changed_after_they_met_a_parameter() -> None:
+    net, x = nn.Linear(6, 5).double(), _x()
+    factor = torch.ones(5, 6, dtype=torch.float64)
+
+    def changed(m: nn.Module, _: Tensor) -> Tensor:
+        w = m.weight * factor
+        factor.zero_()
+        return F.linear(x, w).sum()
+
+    _refused(changed, "changed in place since", net)
+
+
+def test_nothing_is_left_on_tensors() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 5).double()
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps.add_(1)
+            return self.inner(x.contiguous())
+
+    net, x = Counting(), _x()
+    with fastmtl.one_pass(net, IDS, T) as bank:
+        cross_entropy(net(bank.samples(x))).sum().backward()
+    assert not vars(x) and not vars(net.steps) and not vars(IDS)

@@ -199,7 +199,43 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], str
     "index two": (lambda x: x[:, torch.tensor([2, 0]), torch.tensor([1, 1])], (4, 3, 2), (0,), SAMPLES),
     "index apart": (lambda x: x[torch.tensor([2, 0]), :, torch.tensor([1, 1])], (3, 4, 2), (1,), SAMPLES),
     "index own": (lambda x: x[torch.arange(4), torch.tensor([2, 0, 1, 1])], (4, 3), (0,), SAMPLES),
-    "index foreign": (lambda x: x[torch.tensor([1, 0, 2, 3]), torch.tensor([2, 0, 1, 1])], (4, 3), (0,), UNKNOWN),
+    "index foreign": (lambda x: x[torch.tensor([1, 0, 2, 3]), torch.tensor([2, 0, 1, 1])], (4, 3), (0,), SAMPLES),
+    "index arange of more dimensions": (
+        lambda x: x[torch.arange(4)[:, None, None], torch.arange(3)[None, None, :]], (4, 3), (0,), SAMPLES
+    ),
+    "index by a row of arange": (lambda x: x[torch.arange(4), torch.zeros(5, 4).long()], (4, 3), (0,), SAMPLES),
+    "index changed arange": (lambda x: x[_turned(), torch.zeros(4).long()], (4, 3), (0,), SAMPLES),
+    "index single tensor": (lambda x: x[:, torch.tensor(1)], (4, 3), (0,), SAMPLES),
+    "index tensors apart": (
+        lambda x: x[:, torch.tensor(1), :, torch.tensor([0, 2])], (4, 3, 2, 3), (0,), UNKNOWN
+    ),
+    "cumsum axis": (lambda x: x.cumsum(axis=0), (4, 3), (0,), MIXING),
+    "cumprod axis": (lambda x: x.cumprod(axis=0), (4, 3), (0,), MIXING),
+    "stack axis": (lambda x: torch.stack([x] * 4, axis=1), (4, 3), (0,), SAMPLES),
+    "mean axis": (lambda x: x.mean(axis=0, keepdims=True), (3, 4), (1,), SAMPLES),
+    "var_mean unbiased": (lambda x: torch.var_mean(x, True), (4, 3), (0,), MIXING),
+    "renorm": (lambda x: x.renorm(2, 1, 0.5), (4, 3), (0,), UNKNOWN),
+    "quantile": (lambda x: x.quantile(0.5, 1), (4, 3), (0,), SAMPLES),
+    "quantiles": (lambda x: x.quantile(torch.tensor([0.1, 0.5]).double(), 1), (4, 3), (0,), UNKNOWN),
+    "channel_shuffle": (lambda x: F.channel_shuffle(x, 2), (4, 4, 3, 3), (0,), SAMPLES),
+    "matmul batched vector": (lambda x: x @ _weight(3), (4, 2, 3), (0, ), SAMPLES),
+    "vector matmul batched": (lambda x: _weight(2) @ x, (4, 2, 3), (0,), SAMPLES),
+    "matmul by name": (lambda x: torch.matmul(other=_weight(3, 5), input=x), (4, 3), (0,), SAMPLES),
+    "dot": (lambda x: x @ (x * 2), (4,), (0,), TOTAL),
+    "outer products": (lambda x: x.T @ x, (4, 3), (0,), TOTAL),
+    "squeeze_": (lambda x: (x[None] * 1).squeeze_(0), (4, 3), (0,), UNKNOWN),
+    "cross_entropy of one": (lambda x: F.cross_entropy(x, torch.tensor(2)), (4,), (0,), MIXING),
+    "mse crossed": (lambda x: F.mse_loss(x[:, :1], x[:, 0] * 2), (4, 3), (0,), UNKNOWN),
+    "pairwise_distance": (lambda x: F.pairwise_distance(x, x * 2), (4, 3), (0,), SAMPLES),
+    "pairwise_distance of one": (lambda x: F.pairwise_distance(x, x * 2), (4,), (0,), MIXING),
+    "put into a square": (lambda x: _put(x), (4, 6), (0,), UNKNOWN),
+    "broadcast_tensors": (lambda x: torch.broadcast_tensors(x, _weight(3)), (4, 3), (0,), SAMPLES),
+    "split and joined": (lambda x: torch.cat([r * 2 for r in x.split(3)]) + x, (4, 3), (0,), SAMPLES),
+    "joined and split": (lambda x: (lambda a, b: a * b)(*torch.cat([x, x * 2]).chunk(2)), (4, 3), (0,), SAMPLES),
+    "scatter": (lambda x: torch.zeros_like(x).scatter(1, LABELS[:, None], 1.0) * x, (4, 3), (0,), SAMPLES),
+    "index_add": (lambda x: x.new_zeros(4, 3).index_add(0, PICK, x[PICK] * 2), (4, 3), (0,), SAMPLES),
+    "index_add of others": (lambda x: x.new_zeros(4, 3).index_add(0, PICK, x[PICK.flip(0)]), (4, 3), (0,), UNKNOWN),
+    "routing": (lambda x: _routed(x), (4, 3), (0,), SAMPLES),
     "index_select": (lambda x: x.index_select(0, torch.tensor([1, 3])), (4, 3), (0,), SAMPLES),
     "gather": (lambda x: x.gather(1, torch.zeros(4, 1, dtype=torch.long)), (4, 3), (0,), SAMPLES),
     "table": (lambda x: _weight(7, 2)[(x * 5).long()], (4, 3), (0,), SAMPLES),
@@ -277,6 +313,31 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], str
 def _filled(x: Tensor, index: Any) -> Tensor:
     out = x.new_zeros(x.shape)
     out[index] = x[index] * 2
+    return out
+
+
+PICK = torch.tensor([2, 0])
+
+
+def _turned() -> Tensor:
+    index = torch.arange(4)
+    index.view(-1).copy_(torch.tensor([1, 0, 3, 2]))
+    return index
+
+
+def _put(x: Tensor) -> Tensor:
+    z = x[:, None].expand(-1, 4, -1) * 1
+    z[:, :] = x
+    return z
+
+
+def _routed(x: Tensor) -> Tensor:
+    """A mixture of experts: samples picked by a gate, and put back."""
+    out = torch.zeros_like(x)
+    for k in range(3):
+        rows, columns = torch.where(x[:, :2] * 3 > k)
+        rows = rows[columns == 0]
+        out[rows] += x[rows] * (k + 1)
     return out
 
 

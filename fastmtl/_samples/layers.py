@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastmtl._samples.attention import multi_head_attention
 from fastmtl._samples.names import LOSSES, POINTWISE, name_of
-from fastmtl._samples.rules import aligned, argument, dims_of, tag_of_result
-from fastmtl._samples.tags import CONSTANT, PARAM, SAMPLES, Tag, nested, replaced, unknown
+from fastmtl._samples.rules import aligned, argument, dims_of, factors, tag_of_result
+from fastmtl._samples.tags import CONSTANT, PARAM, SAMPLES, Tag, nested, replaced
 from fastmtl.ops import _per_task
 from fastmtl.ops._task import cast_by_autocast
 
@@ -114,7 +114,7 @@ def lift(follow: Follow, p: Tensor, right: int, tag: Tag) -> Tensor:
         if value.stride(axis) == 0:
             # expanded by hand: all samples have the same
             return _expanded(follow, Weight(*_narrowed(weight, axis)), axis, ids, tag)
-        if not _copied(follow, p, p.dim() - right):
+        if not copied(follow, p, p.dim() - right):
             raise Unproven("its own positions would lie along the axis of the samples")
         out = _per_task.PerSample.apply(value, ids, axis, weight.count, tag.samples.num_rows, *weight.targets)
     elif value.shape[axis] == 1:
@@ -125,7 +125,7 @@ def lift(follow: Follow, p: Tensor, right: int, tag: Tag) -> Tensor:
     return out
 
 
-def _copied(follow: Follow, p: Tensor, axis: int) -> bool:
+def copied(follow: Follow, p: Tensor, axis: int) -> bool:
     """Whether all positions of `axis` hold the same, as after `expand` or `repeat` of a parameter."""
     tag = follow.tag(p)
     if p in follow.rows or tag.kind != PARAM:
@@ -134,7 +134,7 @@ def _copied(follow: Follow, p: Tensor, axis: int) -> bool:
     name, args = name_of(recipe.func), recipe.args
     if name in _COPIES:
         source = axis - (p.dim() - args[0].dim())
-        return source < 0 or args[0].shape[source] == 1 or _copied(follow, args[0], source)
+        return source < 0 or args[0].shape[source] == 1 or copied(follow, args[0], source)
     if name in ("embedding", "getitem", "index_select"):
         return _same_along(nested((args, recipe.kwargs)), p, axis)
     params = [x for x in nested((args, recipe.kwargs)) if follow.tag(x).kind == PARAM]
@@ -142,7 +142,7 @@ def _copied(follow: Follow, p: Tensor, axis: int) -> bool:
         # whatever constants there are, every parameter must be spread, or hold the same
         right = p.dim() - axis
         spread = [x for x in params if x.dim() >= right and x.shape[-right] != 1]
-        return all(_copied(follow, x, x.dim() - right) for x in spread)
+        return all(copied(follow, x, x.dim() - right) for x in spread)
     if name not in _KEEP:
         return False
     for x in params:
@@ -153,7 +153,7 @@ def _copied(follow: Follow, p: Tensor, axis: int) -> bool:
             if isinstance(found, list):
                 found = found[tag.recipe.pick]
             if found.kind == SAMPLES and found.axis == axis and found.outer * found.inner == 1:
-                return _copied(follow, x, own)
+                return copied(follow, x, own)
     return False
 
 
@@ -226,9 +226,7 @@ def _addmm(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[str, An
 
 
 def _matmul(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    a, b = nested((args, kwargs))[:2]
-    if name == "rmatmul":
-        a, b = b, a
+    a, b = factors(name, args, kwargs)
     left = follow.tag(a).kind == SAMPLES
     x, p = (a, b) if left else (b, a)
     tag = _samples_of(follow, x)
@@ -561,7 +559,7 @@ def _multi_head(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[st
 def _baddbmm(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     if kwargs.get("alpha", 1) != 1 or kwargs.get("beta", 1) != 1:
         raise Unproven("baddbmm with alpha or beta")
-    b, x, y = args[:3]
+    b, x, y = (argument(args, kwargs, k, n) for k, n in enumerate(("input", "batch1", "batch2")))
     product, tag = follow.call(torch.matmul, (x, y), {})
     follow.mark(product, tag)
     return follow.call(torch.add, (b, product), {})
@@ -622,6 +620,3 @@ _LAYERS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "task_conv2d.default": _task_layer,
     "task_linear.default": _task_layer,
 }
-
-
-__all__ = ["NOTHING", "Unproven", "Weight", "call_layer", "lift", "unknown"]

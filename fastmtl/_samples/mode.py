@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastmtl._marks import describe
-from fastmtl._samples.layers import Unproven, Weight, call_layer
+from fastmtl._samples.layers import Unproven, Weight, call_layer, copied, lift
 from fastmtl._samples.names import PLAIN, RANDOM, in_python, name_of, writes
 from fastmtl._samples.rules import argument, is_known, tag_of_result
 from fastmtl._samples.tags import (
@@ -33,10 +34,18 @@ from fastmtl._samples.tags import (
     nested,
     replaced,
     unknown,
+    versions,
 )
 from fastmtl.ops import _per_task
 
 OF_PARAMETERS = Tag(PARAM)
+NAMED = Tag(CONST, axis=-1)  # by the user: never one that a rule has made
+
+# where a constant beside parameters may be a batch
+_TAKES_DATA = frozenset(
+    """linear matmul rmatmul addmm baddbmm einsum bilinear embedding embedding_bag lstm gru rnn gru_cell lstm_cell
+    multi_head_attention_forward conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d""".split()  # noqa: SIM905
+)
 
 
 class Follow(TorchFunctionMode):
@@ -81,6 +90,7 @@ class Follow(TorchFunctionMode):
         self.uses: dict[Tensor, int] = {}
         self.running = False  # a backward pass
         self.seen = False  # a tensor from outside carried samples
+        self._tagged: list[weakref.ref[Tensor]] = []
         self._open: set[Any] = set()  # functions in Python whose calls are being followed one by one
         self._unbound: dict[Tensor, tuple[Tensor, ...]] = {}
 
@@ -104,9 +114,9 @@ class Follow(TorchFunctionMode):
         # a tensor that got another graph since is the result of a torch.autograd.Function, whose backward is not seen
         if found is not None and found[0] is self.samples and _same_graph(x, found[2]):
             tag: Tag = found[1]
-            if tag.kind in (TOTAL, MIXING, PARAM) and not x.requires_grad:
-                return CONSTANT
-            return tag
+            if tag.kind in (TOTAL, MIXING) and not x.requires_grad:
+                return Tag(CONST, why=tag.why or "a number of the whole batch")
+            return CONSTANT if tag.kind == PARAM and not x.requires_grad else tag
         return self._outside(x)
 
     def _outside(self, x: Tensor) -> Tag:
@@ -129,9 +139,23 @@ class Follow(TorchFunctionMode):
         return CONSTANT
 
     def mark(self, x: Tensor, tag: Tag) -> None:
-        if isinstance(x, nn.Parameter):  # written by an optimizer inside the block: nothing stays on the model
+        if isinstance(x, nn.Parameter) or x in self.constants:  # written inside the block: nothing stays on the model
             return
+        if tag.kind == SAMPLES:
+            size = tag.outer * len(tag.samples) * tag.inner
+            if not 0 <= tag.axis < x.dim() or x.shape[tag.axis] != size:
+                tag = unknown("the axis of the samples was lost")
         setattr(x, ATTRIBUTE, (self.samples, tag, _graph(x)))
+        if not torch.compiler.is_compiling() and x.grad_fn is None:
+            self._tagged.append(weakref.ref(x))
+
+    def clear(self) -> None:
+        """Leaves nothing on tensors that came from outside."""
+        for ref in self._tagged:
+            x = ref()
+            if x is not None:
+                x.__dict__.pop(ATTRIBUTE, None)
+        self._tagged.clear()
 
     # --- what layers ask for
 
@@ -165,6 +189,11 @@ class Follow(TorchFunctionMode):
         recipe = computed.recipe
         if recipe.twins is None:
             params = [x for x in nested((recipe.args, recipe.kwargs)) if self.tag(x).kind == PARAM]
+            if not torch.compiler.is_compiling() and recipe.versions != versions((recipe.args, recipe.kwargs)):
+                raise RuntimeError(
+                    f"one_pass: what {name_of(recipe.func)} computed from parameters can't be computed again: its "
+                    "arguments were changed in place since"
+                )
             copies = [self.twins(x) for x in params]
             made = []
             for r in range(self.samples.num_rows):
@@ -212,6 +241,8 @@ class Follow(TorchFunctionMode):
         name = name_of(func)
         if name in PLAIN or self.off:
             return func(*args, **kwargs)
+        if "axis" in kwargs or "keepdims" in kwargs:  # numpy's names
+            kwargs = {_OWN_NAMES.get(k, k): v for k, v in kwargs.items()}
         if name == "__iter__":
             func, args, name = torch.unbind, (args[0], 0), "unbind"
             out, tags = self.call(func, args, {})
@@ -253,6 +284,7 @@ class Follow(TorchFunctionMode):
                 raise self._refused(
                     name, args, kwargs, f"{name} joins it with a sum over the samples, which is no sum over them then"
                 )
+            self.check_no_data(nested((args, kwargs)))
             return func(*args, **kwargs), SUM
         if not torch.compiler.is_compiling():
             self._note(args, kwargs)
@@ -263,6 +295,18 @@ class Follow(TorchFunctionMode):
         if self.loop is not None:
             return self._on_loop(name, func, args, kwargs, why)
         raise self._refused(name, args, kwargs, why)
+
+    def check_no_data(self, terms: Sequence[Tensor]) -> None:
+        """Raises where a term of the loss is a batch that nobody knows the tasks of."""
+        for x in terms:
+            tag = self.tag(x)
+            if tag.kind == PARAM and tag.why:
+                raise ValueError(
+                    f"one_pass: a term of the loss comes from parameters and data without tasks: {tag.why}. Was it "
+                    "made inside the block, or does it lie along another dimension than batch_dim (bank.samples(x, "
+                    "dim))? Samples of no task have the id -1. bank.constant(x): the term goes to .grad, outside the "
+                    "bank"
+                )
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The call itself. A tensor that it writes into keeps what was known of it, though it may get a graph now."""
@@ -291,6 +335,8 @@ class Follow(TorchFunctionMode):
         if training:
             kwargs = {**kwargs, "training": False}
             args = args[:5]
+        if name in _SHAPES and writes(func):
+            return out, unknown(f"{name}_ changes the shape of a tensor in place")
         tags = tag_of_result(name, args, kwargs, out, self.tag)
         if self.bounded and isinstance(tags, Tag) and tags.kind in (TOTAL, MIXING) and out.requires_grad:
             out = func(*replaced(args, self._bound), **replaced(kwargs, self._bound))
@@ -307,13 +353,27 @@ class Follow(TorchFunctionMode):
 
     def _on_parameters(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Parameters and constants alone."""
+        random = name in RANDOM and not _is_identity(name, args, kwargs)
+        if random or name in _ATTENTION:
+            found = self._on_copies(func, args, kwargs)
+            if found is not None:
+                return found
         out = func(*args, **kwargs)
         results = nested(out)
+        data = ""
+        for x in nested((args, kwargs)):
+            tag = self.tag(x)
+            if tag.kind == CONST and tag.why and x.dim():
+                raise self._refused(name, args, kwargs, f"it meets what depends on several samples: {tag.why}")
+            if tag.kind == PARAM and tag.why:
+                data = tag.why
+            elif tag.kind == CONST and name in _TAKES_DATA and x.dim() and not self._is_constant(x):
+                data = f"{name} of a tensor of shape {list(x.shape)} that carries no samples"
         if name == "setitem" and args[0].requires_grad:
             raise self._refused(name, args, kwargs, "a value computed from parameters is written into another tensor")
         if not any(x.requires_grad for x in results):
             return out, CONSTANT
-        if name in RANDOM:
+        if random:
             raise self._refused(name, args, kwargs, f"{name} draws random numbers, which can't be drawn twice alike")
         if any(out is x for x in nested((args, kwargs))):
             if not writes(func):  # such as flatten of what is flat
@@ -321,8 +381,31 @@ class Follow(TorchFunctionMode):
             raise self._refused(name, args, kwargs, f"{name} changes in place what was computed from parameters")
         recipe = Recipe(func, args, kwargs)
         if isinstance(out, Tensor):
-            return out, Tag(PARAM, recipe=Computed(recipe, 0))
-        return out, [Tag(PARAM, recipe=Computed(recipe, k)) for k in range(len(results))]
+            return out, Tag(PARAM, recipe=Computed(recipe, 0), why=data)
+        return out, [Tag(PARAM, recipe=Computed(recipe, k), why=data) for k in range(len(results))]
+
+    def _on_copies(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What was copied for every sample, such as queries, before a call that is not the same for each row of a bank:
+        each sample's copy is its own from here on. None: there is nothing of the kind."""
+        n = len(self.samples)
+        if n < 2 or torch.compiler.is_compiling():
+            return None
+        lifted: dict[Tensor, Tensor] = {}
+        for x in nested((args, kwargs)):
+            if self.tag(x).kind != PARAM or x in lifted:
+                continue
+            axes = [d for d in range(x.dim()) if x.shape[d] == n and copied(self, x, d)]
+            if len(axes) == 1:
+                lifted[x] = lift(self, x, x.dim() - axes[0], Tag(SAMPLES, axes[0], self.samples))
+        if not lifted:
+            return None
+        return self.call(func, replaced(args, lambda x: lifted.get(x, x)), replaced(kwargs, lambda x: lifted.get(x, x)))
+
+    def _is_constant(self, x: Tensor) -> bool:
+        """Whether it is known to be no batch: a buffer, a parameter outside the bank, or named by `bank.constant`."""
+        found = getattr(x, ATTRIBUTE, None)
+        named = found is not None and found[0] is self.samples and found[1] is NAMED
+        return named or x in self.constants or isinstance(x, nn.Parameter)
 
     def _on_loop(self, name: str, func: Any, args: Any, kwargs: dict[str, Any], why: str) -> tuple[Any, Any]:
         """A call whose parameters get their rows from a backward pass per task."""
@@ -375,6 +458,8 @@ class Follow(TorchFunctionMode):
         if base is None or base is x:
             return
         tag, before = self.tag(x), self.tag(base)
+        if tag.kind == CONST and before.kind == CONST and before.recipe is not None:
+            self.mark(base, CONSTANT)  # no longer an arange
         if tag.kind == CONST or (tag.kind == SAMPLES == before.kind and tag.samples.key == before.samples.key):
             return
         self.mark(base, unknown(f"{name} wrote into a view of it"))
@@ -410,18 +495,35 @@ class Follow(TorchFunctionMode):
         return ValueError(f"one_pass: {which} meets the samples in {name}, and its rows can't be told: {why}. {ways}")
 
 
+_ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward"))
+
+_SHAPES = frozenset(("squeeze", "unsqueeze", "transpose", "t", "resize", "resize_as", "set", "as_strided", "data.set"))
+
+_OWN_NAMES = {"axis": "dim", "keepdims": "keepdim"}
+
 # of a sum over samples and of parameters alone these make a sum
 _SUMS = frozenset(("add", "sub", "stack", "cat", "sum"))
 
 
 def _graph(x: Tensor) -> Any:
-    return x.requires_grad if torch.compiler.is_compiling() else x.grad_fn
+    """What tells the graphs of a tensor apart, without holding one."""
+    if torch.compiler.is_compiling():
+        return x.requires_grad
+    return None if x.grad_fn is None else x.grad_fn._sequence_nr()
 
 
 def _same_graph(x: Tensor, before: Any) -> bool:
     if before is True or before is False or torch.compiler.is_compiling():  # a compiled graph made or takes it
         return before is not False or not x.requires_grad
-    return before is x.grad_fn
+    return before == _graph(x)
+
+
+def _is_identity(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Dropout that drops nothing."""
+    if "dropout" not in name:
+        return False
+    p, training = argument(args, kwargs, 1, "p", 0.5), argument(args, kwargs, 2, "training", True)
+    return training is False or p == 0
 
 
 def _fresh(x: Tensor) -> Tensor:

@@ -47,13 +47,13 @@ PLAIN = frozenset(
     _post_accumulate_grad_hooks.get size dim ndimension numel nelement stride storage_offset element_size
     is_floating_point is_complex is_contiguous is_same_size is_signed is_inference is_conj is_neg is_shared
     is_pinned is_nonzero data_ptr untyped_storage storage get_device item tolist numpy __len__ __bool__ __int__
-    __float__ __index__ __repr__ __format__ __hash__ __contains__ __array__ __dlpack__
-    __dlpack_device__ register_hook register_post_accumulate_grad_hook retain_grad is_tensor is_storage
-    has_names equal allclose is_grad_enabled get_default_dtype result_type can_cast promote_types iinfo finfo
-    dense_dim sparse_dim is_coalesced _is_view is_set_to broadcast_shapes is_autocast_enabled
-    autocast_increment_nesting autocast_decrement_nesting _use_count __reduce_ex__ set_autocast_enabled
-    set_autocast_dtype set_autocast_cache_enabled is_autocast_cache_enabled get_autocast_dtype
-    clear_autocast_cache get_autocast_gpu_dtype get_autocast_cpu_dtype _has_compatible_shallow_copy_type
+    __float__ __index__ __repr__ __format__ __hash__ __contains__ __array__ __dlpack__ __dlpack_device__
+    register_hook register_post_accumulate_grad_hook retain_grad is_tensor is_storage has_names equal allclose
+    is_grad_enabled get_default_dtype result_type can_cast promote_types iinfo finfo dense_dim sparse_dim
+    is_coalesced _is_view is_set_to broadcast_shapes is_autocast_enabled autocast_increment_nesting
+    autocast_decrement_nesting _use_count __reduce_ex__ set_autocast_enabled set_autocast_dtype
+    set_autocast_cache_enabled is_autocast_cache_enabled get_autocast_dtype clear_autocast_cache
+    get_autocast_gpu_dtype get_autocast_cpu_dtype _has_compatible_shallow_copy_type
     """)
 )
 
@@ -67,20 +67,21 @@ RANDOM = frozenset(
 
 POINTWISE = frozenset(
     _words("""
-    abs acos acosh add addcdiv addcmul angle asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or
-    bitwise_xor ceil celu clamp clamp_max clamp_min clone contiguous copysign cos cosh cpu cuda deg2rad detach
-    digamma div rdiv double bfloat16 half float int long bool short char byte to type type_as elu eq erf erfc
-    erfinv exp exp2 expm1 fill float_power floor floor_divide fmax fmin fmod frac ge gelu glu_jvp gt hardshrink
-    hardsigmoid hardswish hardtanh heaviside huber hypot isclose isfinite isinf isnan isneginf isposinf isreal
-    ldexp le leaky_relu lerp lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or
-    logical_xor logit logsigmoid log_sigmoid lt masked_fill maximum minimum mish mul mvlgamma nan_to_num ne neg
-    nextafter positive pow rad2deg real reciprocal relu relu6 remainder round rrelu rsqrt selu sgn sigmoid sign
-    signbit silu sin sinc sinh softplus softshrink softsign special_entr special_erf special_erfc special_erfcx
-    special_expm1 special_log1p special_i0 special_i0e special_ndtr special_xlog1py special_xlogy special_exp2
-    special_gammaln sqrt square sub swish tan tanh tanhshrink threshold trunc where xlogy dropout native_dropout
-    alpha_dropout bernoulli zeros_like ones_like full_like rand_like randn_like empty_like bucketize polygamma
-    zero requires_grad_ pin_memory data.get real.get alias view_as_real lift_fresh
-    fake_quantize_per_tensor_affine quantize_per_tensor dequantize _to_copy normal uniform
+    broadcast_tensors copy abs acos acosh add addcdiv addcmul angle asin asinh atan atan2 atanh bitwise_and
+    bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clone contiguous copysign cos cosh
+    cpu cuda deg2rad detach digamma div rdiv double bfloat16 half float int long bool short char byte to type
+    type_as elu eq erf erfc erfinv exp exp2 expm1 fill float_power floor floor_divide fmax fmin fmod frac ge
+    gelu glu_jvp gt hardshrink hardsigmoid hardswish hardtanh heaviside huber hypot isclose isfinite isinf isnan
+    isneginf isposinf isreal ldexp le leaky_relu lerp lgamma log log10 log1p log2 logaddexp logaddexp2
+    logical_and logical_not logical_or logical_xor logit logsigmoid log_sigmoid lt masked_fill maximum minimum
+    mish mul mvlgamma nan_to_num ne neg nextafter positive pow rad2deg real reciprocal relu relu6 remainder
+    round rrelu rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign special_entr
+    special_erf special_erfc special_erfcx special_expm1 special_log1p special_i0 special_i0e special_ndtr
+    special_xlog1py special_xlogy special_exp2 special_gammaln sqrt square sub swish tan tanh tanhshrink
+    threshold trunc where xlogy dropout native_dropout alpha_dropout bernoulli zeros_like ones_like full_like
+    rand_like randn_like empty_like bucketize polygamma zero requires_grad_ pin_memory data.get real.get alias
+    view_as_real lift_fresh fake_quantize_per_tensor_affine quantize_per_tensor dequantize _to_copy normal
+    uniform
     """)
 )
 
@@ -98,11 +99,11 @@ LINEAR = frozenset(
 SPATIAL: dict[str, int] = {}
 for _k, _names in (
     (1, """max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d lp_pool1d max_pool1d_with_indices one_hot
-           rfft irfft fft ifft"""),
+           multinomial rfft irfft fft ifft"""),
     (2, """max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d lp_pool2d fractional_max_pool2d tril triu
            max_pool2d_with_indices scaled_dot_product_attention matrix_exp linalg_inv inverse
            linalg_cholesky linalg_solve linalg_det logdet det fft2 ifft2 rfft2 trace_of_last"""),
-    (3, """max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d pixel_shuffle pixel_unshuffle channel_shuffle
+    (3, """max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d pixel_shuffle pixel_unshuffle
            max_pool3d_with_indices"""),
 ):  # fmt: skip
     for _name in _words(_names):
@@ -113,10 +114,10 @@ BATCH_FIRST = frozenset(
     _words("""
     interpolate upsample upsample_nearest upsample_bilinear unfold_im2col fold im2col col2im grid_sample
     affine_grid dropout1d dropout2d dropout3d feature_dropout feature_alpha_dropout local_response_norm
-    instance_norm group_norm native_group_norm pairwise_distance adaptive_avg_pool1d_batch max_unpool1d
-    max_unpool2d max_unpool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d
-    upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact1d
-    _upsample_nearest_exact2d _upsample_bilinear2d_aa grid_sampler
+    instance_norm gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell group_norm native_group_norm channel_shuffle
+    adaptive_avg_pool1d_batch max_unpool1d max_unpool2d max_unpool3d upsample_nearest1d upsample_nearest2d
+    upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa grid_sampler
     """)
 )
 
@@ -133,7 +134,7 @@ LOSSES = frozenset(
 REDUCTIONS: dict[str, bool] = dict.fromkeys(("sum", "mean", "nansum", "nanmean"), True) | dict.fromkeys(
     _words("""
     amax amin max min logsumexp norm var std var_mean std_mean prod any all argmax argmin median nanmedian mode
-    aminmax count_nonzero quantile nanquantile kthvalue renorm
+    aminmax count_nonzero quantile nanquantile kthvalue
     """),
     False,
 )
@@ -142,7 +143,7 @@ REDUCTIONS: dict[str, bool] = dict.fromkeys(("sum", "mean", "nansum", "nanmean")
 ALONG = frozenset(
     _words("""
     softmax log_softmax softmin gumbel_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort topk msort
-    flip normalize diff cosine_similarity glu glu
+    flip normalize diff cosine_similarity pairwise_distance glu glu
     """)
 )
 

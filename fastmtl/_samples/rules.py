@@ -43,7 +43,13 @@ def tag_of_result(name: str, args: Any, kwargs: dict[str, Any], out: Any, get: G
     kinds = {t.kind for t in tags}
     if name == "arange":
         return Tag(CONST, recipe=_arange_length(args, kwargs))
-    if kinds <= {CONST} or name.startswith("new_") or name in ("nonzero", "argwhere"):
+    if name.startswith(("new_", "zeros_like", "ones_like", "empty_like", "full_like", "rand")) and kinds <= {CONST}:
+        return CONSTANT
+    if name.startswith("new_") or name in ("nonzero", "argwhere"):
+        return CONSTANT
+    if kinds <= {CONST}:
+        return _of_constants(name, tags, out)
+    if name == "where" and len(args) + len(kwargs) == 1:  # positions
         return CONSTANT
     if name in ("detach", "data.get") and not kinds & {SAMPLES, UNKNOWN}:
         return CONSTANT
@@ -59,6 +65,18 @@ def tag_of_result(name: str, args: Any, kwargs: dict[str, Any], out: Any, get: G
     if rule is None:
         return unknown(f"{name} can't be followed")
     return rule(name, args, kwargs, out, get)
+
+
+def _of_constants(name: str, tags: Sequence[Tag], out: Any) -> Tag:
+    found = next((t for t in tags if t.why), CONSTANT)
+    if found is CONSTANT and len(tags) == 1 and name in _ARANGED and isinstance(out, Tensor):
+        known = tags[0].recipe
+        return Tag(CONST, recipe=known) if out.numel() == known else CONSTANT
+    return found
+
+
+# an arange stays one, in whatever shape
+_ARANGED = frozenset(("getitem", "view", "reshape", "unsqueeze", "to", "long", "int", "contiguous"))
 
 
 def _of_totals(name: str, args: Any, get: Get, with_samples: bool) -> Tag:
@@ -186,17 +204,40 @@ def _batch_first(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
     return tag
 
 
+_ELEMENTWISE_LOSSES = frozenset(
+    (
+        "mse_loss",
+        "l1_loss",
+        "smooth_l1_loss",
+        "huber_loss",
+        "kl_div",
+        "poisson_nll_loss",
+        "soft_margin_loss",
+        "hinge_embedding_loss",
+        "margin_ranking_loss",
+        "gaussian_nll_loss",
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+    )
+)
+
+
 def _loss(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
+    x = _first(args, kwargs)
+    total = out.dim() == 0 and x.dim() > 0
+    if name in _ELEMENTWISE_LOSSES:
+        joined = aligned(name, nested((args, kwargs)), get)
+        if isinstance(joined, Tag):
+            return joined
+        return SUM if total else joined[0].at(out.dim() - joined[1])
     tag = _only(name, args, kwargs, get)
     if tag.kind != SAMPLES:
         return tag
-    per_element = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "poisson_nll_loss")
-    by_axis = name in per_element or name.startswith("binary_cross")
-    if not by_axis and tag.axis != (1 if name == "ctc_loss" else 0):
+    if x.dim() < (3 if name == "ctc_loss" else 2):
+        return mixing(f"{name} of a single sample takes the axis of the samples for its classes")
+    if tag.axis != (1 if name == "ctc_loss" else 0):
         return unknown(f"{name} takes samples along its first axis, but they lie along axis {tag.axis}")
-    if out.dim() == 0 and _first(args, kwargs).dim() > 0:
-        return SUM
-    return tag if by_axis else tag.at(0)
+    return SUM if total else tag.at(0)
 
 
 def _reduction(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
@@ -204,19 +245,21 @@ def _reduction(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
     if name in ("max", "min") and len(nested(args)) == 2:
         return _pointwise(name, args, kwargs, out, get)
     tag = get(x)
-    position = 2 if name in ("norm", "renorm", "quantile", "kthvalue") else 1
+    position = 2 if name in ("norm", "quantile", "nanquantile", "kthvalue") else 1
     dim = argument(args, kwargs, position, "dim", kwargs.get("axis"))
-    if name in ("var", "std") and isinstance(dim, bool):  # var(unbiased)
+    if name in ("var", "std", "var_mean", "std_mean") and isinstance(dim, bool):  # var(unbiased)
         dim = None
     dims = dims_of(x, dim)
     if x.dim() == 0:
         return tag
+    if name in ("quantile", "nanquantile") and isinstance(argument(args, kwargs, 1, "q"), Tensor):
+        return unknown(f"{name} of several q can't be followed")
     if tag.axis in dims:
         if REDUCTIONS[name]:
             return SUM
         return CONSTANT if not _differentiable(out) else mixing(f"{name} over the axis of the samples")
     keep = argument(args, kwargs, position + 1, "keepdim", False)
-    if name in ("var", "std") and "keepdim" in kwargs:
+    if name in ("var", "std", "var_mean", "std_mean") and "keepdim" in kwargs:
         keep = kwargs["keepdim"]
     if keep and isinstance(keep, bool):
         return tag
@@ -229,13 +272,18 @@ def _differentiable(out: Any) -> bool:
 
 def _along(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
     x = _first(args, kwargs)
-    if name == "cosine_similarity":
+    if name in ("cosine_similarity", "pairwise_distance"):
         joined = aligned(name, nested((args, kwargs)), get)
         if isinstance(joined, Tag):
             return joined
         tag, right = joined
-        dim = dims_of(x, argument(args, kwargs, 2, "dim", 1))[0]
-        before = x.dim() - right
+        wide = max(nested((args, kwargs)), key=lambda v: v.dim())
+        if name == "pairwise_distance":
+            if right == 1:
+                return mixing(f"{name} over the axis of the samples")
+            return tag.at(wide.dim() - right)
+        dim = dims_of(wide, argument(args, kwargs, 2, "dim", 1))[0]
+        before = wide.dim() - right
         return mixing(f"{name} over the axis of the samples") if before == dim else tag.at(before - (dim < before))
     tag = get(x)
     positions = {"topk": 2, "normalize": 2, "gumbel_softmax": 4, "diff": 2, "glu": 1}
@@ -431,6 +479,9 @@ def _slice(tag: Tag, where: slice, length: int) -> Tag:
     start, stop, step = where.indices(length)
     if (start, stop, step) == (0, length, 1):
         return tag
+    part = tag.samples.part(start, stop) if step == 1 and tag.outer == tag.inner == 1 else None
+    if part is not None:
+        return tag._replace(samples=part)
     if tag.outer != 1 or tag.inner != 1:
         return unknown("a part of an axis of samples that are merged with another dimension")
     samples = tag.samples.take(slice(start, stop, step), ("slice", start, stop, step))
@@ -479,6 +530,9 @@ def _getitem(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
     tag = get(x)
     if any(isinstance(i, (list, range, bool)) for i in items):
         items = [torch.tensor(i) if isinstance(i, (list, range)) else i for i in items]
+    single = [isinstance(i, Tensor) and i.dim() == 0 and i.dtype is not torch.bool for i in items]
+    if any(single) and any(isinstance(i, Tensor) and not s for i, s in zip(items, single, strict=True)):
+        return unknown("an index of single numbers in tensors beside other tensors")
     used = sum(i.dim() if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) else 1
                for i in items if i is not None and i is not Ellipsis and not isinstance(i, bool))  # fmt: skip
     if any(isinstance(i, bool) for i in items):
@@ -528,17 +582,26 @@ def _advanced(x: Tensor, tag: Tag, items: list[Any], kept: list[Any], advanced: 
             return unknown("an index that differs from sample to sample, without one along their own axis")
         position = kept.index(tag.axis)
         return tag.at(position + (width if position >= place else 0))
-    if len(advanced) == 1:
-        index = tensors[0]
-        if index.dim() != 1:
-            return unknown("an index of several dimensions along the axis of the samples")
-        return _taken(tag, index, get).at(place)
-    # x[arange(n), position]: every sample picks something of its own
     own = mine[0][1]
-    arange = get(own)
+    if mine[0][2] != 1 or own.dtype in (torch.bool, torch.uint8):
+        if len(advanced) == 1 and own.dim() == 1:
+            return _taken(tag, own, get).at(place)
+        return unknown("a mask over the axis of the samples and others")
+    if own.dim() == 1 and all(i.dim() <= 1 for i in tensors):
+        # each result is picked from the sample that this index names
+        rows = x.shape[tag.axis]
+        known = get(own)
+        if known.kind == CONST and known.recipe == rows == own.numel():
+            return tag.at(place)
+        if any(i.shape[0] not in (1, own.shape[0]) for i in tensors if i.dim()):
+            return unknown("index tensors of different lengths")
+        return _taken(tag, own, get).at(place)
+    # arange(n) in one of several dimensions: x[arange(n)[:, None], positions]
     rows = x.shape[tag.axis]
-    if arange.kind == CONST and arange.recipe == rows and own.shape[0] == rows and own.numel() == rows:
-        return tag.at(place)
+    long = [d for d in range(own.dim()) if own.shape[d] != 1]
+    if get(own).kind == CONST and get(own).recipe == rows and own.numel() == rows and len(long) <= 1:
+        behind = own.dim() - long[0] if long else own.dim()
+        return tag.at(place + width - behind)
     return unknown("several index tensors, the one along the axis of the samples not torch.arange of their number")
 
 
@@ -572,7 +635,10 @@ def _setitem(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
         return _filled(x, index, value, tag)
     if before.kind == SAMPLES and tag.kind == SAMPLES and tag.agrees(before):
         picked = _getitem("setitem", (x, index), {}, x, get)
-        if picked.kind == SAMPLES and picked.agrees(before):
+        items = index if isinstance(index, tuple) else (index,)
+        plain = all(isinstance(i, (slice, int)) for i in items)
+        dims = x.dim() - sum(isinstance(i, int) for i in items)
+        if plain and picked.kind == SAMPLES and picked.agrees(before) and dims - picked.axis == value.dim() - tag.axis:
             return before
     return unknown("writing samples into a tensor by an index can't be followed")
 
@@ -598,12 +664,19 @@ def _masked(before: Tag, index: Any, get: Get) -> Tag:
     return before if all(get(i).kind != SAMPLES for i in nested(index)) else unknown("setitem by samples")
 
 
+def factors(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Of a product, left and right."""
+    a = args[0] if args else kwargs["input"]
+    b = args[1] if len(args) > 1 else next(kwargs[k] for k in ("other", "mat2", "vec", "vec2", "tensor") if k in kwargs)
+    return (b, a) if name == "rmatmul" else (a, b)
+
+
 def _matmul(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
-    a, b = nested((args, kwargs))[:2]
-    if name == "rmatmul":
-        a, b = b, a
+    a, b = factors(name, args, kwargs)
     ta, tb = get(a), get(b)
     if ta.kind == SAMPLES and tb.kind == SAMPLES:
+        if ta.axis == a.dim() - 1 and tb.axis == max(b.dim() - 2, 0) and ta.agrees(tb) and max(a.dim(), b.dim()) <= 2:
+            return SUM  # over the samples, of products of each one's own
         if a.dim() < 3 or b.dim() < 3 or ta.axis >= a.dim() - 2 or tb.axis >= b.dim() - 2:
             return mixing("a product of samples with samples")
         joined = aligned("matmul", [a, b], get)
@@ -614,10 +687,11 @@ def _matmul(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
         return SUM
     right = x.dim() - tag.axis
     other = b if left else a
-    if right > 2 or other.dim() > 1:
-        # rows of the left factor stay rows, columns of the right one stay columns
-        return tag.at(out.dim() - right)
-    return tag.at(out.dim() - right + 1)  # a vector's dimension is gone
+    gone = other.dim() == 1 and right > 1  # a vector takes a dimension behind the samples with it
+    if x.dim() == 1 and other.dim() > 1:
+        return tag.at(out.dim() - 1)
+    # rows of the left factor stay rows, columns of the right one stay columns
+    return tag.at(out.dim() - right + gone)
 
 
 def _einsum(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
@@ -641,7 +715,7 @@ def _einsum(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
         return unknown("einsum joins different samples")
     if letter in result:
         return tag.at(result.index(letter))
-    return SUM if len(several) == 1 else mixing("einsum sums a product of samples over them")
+    return SUM
 
 
 def _pad(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
@@ -664,9 +738,34 @@ def _gather(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
     axis = x.dim() - right
     if axis == dim:
         return unknown("gather along the axis of the samples")
-    if get(x).kind == CONST and x.shape[axis] != index.shape[axis]:
-        return unknown("gather")
+    if x.shape[axis] != index.shape[axis]:
+        return unknown("gather by an index of another length than the batch")
     return tag.at(axis)
+
+
+def _scatter(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
+    """Within each sample."""
+    x = args[0]
+    joined = aligned(name, nested((args, kwargs)), get)
+    if isinstance(joined, Tag):
+        return joined
+    tag, right = joined
+    axis, index = x.dim() - right, argument(args, kwargs, 2, "index")
+    if axis == dims_of(x, argument(args, kwargs, 1, "dim"))[0] or index.shape[axis] != x.shape[axis]:
+        return unknown(f"{name} along the axis of the samples")
+    return tag.at(axis)
+
+
+def _index_add(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
+    """Parts of the batch go back to the samples that they were taken from."""
+    x, index, source = args[0], argument(args, kwargs, 2, "index"), argument(args, kwargs, 3, "source")
+    dim, tag, before = dims_of(x, argument(args, kwargs, 1, "dim"))[0], get(source), get(x)
+    whole = tag.samples.parent if tag.kind == SAMPLES else None
+    if whole is None or tag.axis != dim or tag.samples.key != (*whole.key, index_key(index, get(index))):
+        return unknown(f"{name} of something else than what the same index took from the samples")
+    if before.kind == SAMPLES and (before.axis != dim or before.samples.key != whole.key):
+        return unknown(f"{name} into other samples")
+    return Tag(SAMPLES, dim, whole)
 
 
 def _embedding(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
@@ -796,6 +895,9 @@ _RULES: dict[str, Callable[..., Any]] = {
     "einsum": _einsum,
     "pad": _pad,
     "gather": _gather,
+    "scatter": _scatter,
+    "scatter_add": _scatter,
+    "index_add": _index_add,
     "embedding": _embedding,
     "linear": _linear,
     "batch_norm": _batch_norm,

@@ -52,6 +52,7 @@ class Samples:
         key: tells two of these apart: equal keys, equal samples.
         plan: order and offsets of `ids` sorted by row, where that is known already.
         parent: the batch that this is a part of.
+        parts: what this was joined from.
     """
 
     def __init__(
@@ -61,11 +62,13 @@ class Samples:
         key: tuple[Any, ...],
         plan: tuple[Tensor, Tensor] | None = None,
         parent: Samples | None = None,
+        parts: Sequence[Samples] = (),
     ) -> None:
         self.ids = ids
         self.num_rows = num_rows
         self.key = key
         self.parent = parent
+        self.parts = tuple(parts)
         self._plans: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         if plan is not None:
             self._plans[1, 1] = (ids, *plan)
@@ -92,10 +95,27 @@ class Samples:
         """The part of the samples that an index of the first axis picks."""
         return Samples(self.ids[index], self.num_rows, (*self.key, key), parent=self)
 
+    def part(self, start: int, stop: int) -> Samples | None:
+        """One of the parts that this was joined from, if it lies there."""
+        for part in self.parts:
+            if start == 0:
+                return part if stop == len(part) else None
+            start, stop = start - len(part), stop - len(part)
+        return None
+
     @staticmethod
     def join(parts: Sequence[Samples]) -> Samples:
+        parent, end = parts[0].parent, 0
+        for p in parts:  # slices that make up what they were taken from
+            here = ("slice", end, end + len(p), 1)
+            if parent is None or p.parent is None or p.parent.key != parent.key or p.key[-1] != here:
+                break
+            end += len(p)
+        else:
+            if parent is not None and end == len(parent):
+                return parent
         key = ("joined", *[p.key for p in parts])
-        return Samples(torch.cat([p.ids for p in parts]), parts[0].num_rows, key)
+        return Samples(torch.cat([p.ids for p in parts]), parts[0].num_rows, key, parts=parts)
 
 
 class Tag(NamedTuple):
@@ -109,7 +129,8 @@ class Tag(NamedTuple):
     samples: Any = None
     outer: int = 1
     inner: int = 1
-    why: str = ""  # of what is unknown, or mixes samples
+    # of what is unknown, or mixes samples; of a constant: that it depends on samples; of parameters: on data
+    why: str = ""
     # of what was computed from parameters; of `CONST`: the length of an arange; of samples: with what number which
     # tensor was compared
     recipe: Any = None
@@ -145,6 +166,7 @@ class Recipe:
 
     def __init__(self, func: Any, args: Any, kwargs: Any) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
+        self.versions = () if torch.compiler.is_compiling() else versions((args, kwargs))
         self.twins: list[list[Tensor]] | None = None  # for each row, the tensors of the result
 
 
@@ -160,6 +182,11 @@ def nested(values: Any) -> list[Tensor]:
     found: list[Tensor] = []
     _collect(values, found)
     return found
+
+
+def versions(values: Any) -> tuple[int, ...]:
+    """How often each tensor was written to."""
+    return tuple(0 if x.is_inference() else x._version for x in nested(values))
 
 
 def _collect(value: Any, found: list[Tensor]) -> None:
