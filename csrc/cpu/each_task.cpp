@@ -66,23 +66,31 @@ std::vector<Tensor> for_each_task(size_t count, const Run& run) {
   return out;
 }
 
+// the weight gradients; with `bias` those of the bias behind them, which oneDNN sums on the way
 std::vector<Tensor> convolution_weight_grads(std::vector<Tensor> grad_out, std::vector<Tensor> x, Tensor weight,
                                              std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                             std::vector<int64_t> dilation, int64_t groups) {
+                                             std::vector<int64_t> dilation, int64_t groups, bool bias) {
   STD_TORCH_CHECK(grad_out.size() == x.size(), "fastmtl: gradients and inputs of the same tasks");
   const std::vector<int64_t> no_padding(stride.size(), 0);
-  static constexpr bool kWanted[] = {false, true, false};
-  const torch::headeronly::HeaderOnlyArrayRef<bool> wanted(kWanted, 3);
-  return for_each_task(x.size(), [&](size_t k) {
-    std::array<StableIValue, 11> stack{from(grad_out[k]), from(x[k]),    from(weight),   from(std::nullopt),
+  const bool asked[] = {false, true, bias};
+  const torch::headeronly::HeaderOnlyArrayRef<bool> wanted(asked, 3);
+  std::vector<std::optional<Tensor>> sums(x.size());
+  std::vector<Tensor> out = for_each_task(x.size(), [&](size_t k) {
+    const std::optional<std::vector<int64_t>> size =
+        bias ? std::optional<std::vector<int64_t>>({weight.size(0)}) : std::nullopt;
+    std::array<StableIValue, 11> stack{from(grad_out[k]), from(x[k]),    from(weight),   from(size),
                                        from(stride),      from(padding), from(dilation), from(false),
                                        from(no_padding),  from(groups),  from(wanted)};
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
     to<Tensor>(stack[0]);  // not asked for, but owned
-    to<Tensor>(stack[2]);
+    Tensor sum = to<Tensor>(stack[2]);
+    if (bias) sums[k] = sum;
     return to<Tensor>(stack[1]);
   });
+  if (bias)
+    for (auto& sum : sums) out.push_back(*sum);
+  return out;
 }
 
 // the samples of one task as rows `[m r, C]`: a slice of the batch, or gathered, into a buffer that stays in the cache

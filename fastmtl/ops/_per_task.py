@@ -223,9 +223,14 @@ class Conv(torch.autograd.Function):
         if want_rows:
             # a transposed convolution is the gradient of a plain one, with input and output changing places
             source, back = (g, x) if transposed else (x, g)
-            rows_w = _conv_rows(ctx.receive, source, back, order, offsets, w, stride, padding, dilation, groups)
+            bias = count_b == STACKED and not transposed
+            rows_w, rows_b = _conv_rows(
+                ctx.receive, source, back, order, offsets, w, bias, stride, padding, dilation, groups
+            )
         want_rows, want_own = _wants(count_b, needs[2])
-        if want_rows or want_own:
+        if rows_b is not None:
+            rows_b = rows_b.to(ctx.bias_dtype)
+        elif want_rows or want_own:
             wide = torch.promote_types(g.dtype, torch.float32)
             each = g.sum(tuple(range(2, g.dim())), dtype=wide) if g.dim() > 2 else g
             if want_rows:
@@ -236,22 +241,23 @@ class Conv(torch.autograd.Function):
 
 
 def _conv_rows(
-    receive: Any, x: Tensor, g: Tensor, order: Tensor, offsets: Tensor, w: Tensor, *geometry: Any
-) -> Tensor | None:
-    """The rows, unless `receive` has taken them."""
+    receive: Any, x: Tensor, g: Tensor, order: Tensor, offsets: Tensor, w: Tensor, bias: bool, *geometry: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """The rows, unless `receive` has taken them; and with `bias` those of the bias, if they came with the others."""
     if w.dim() in (3, 4) and _takes_parts(receive):
         line = w.dim() == 3
         stride, padding, dilation = ([k, *v] if line else v for k, v in zip((1, 0, 1), geometry[:3], strict=True))
         if line:
             x, g, w = x.unsqueeze(2), g.unsqueeze(2), w.unsqueeze(2)
         moves = Geometry.of(stride, padding, dilation, geometry[3])
-        parts = weight_grad_parts(x, g, order, offsets, moves, w)
+        parts = weight_grad_parts(x, g, order, offsets, moves, w, bias)
         if parts is not None:
-            receive.parts([p.squeeze(2) if line and p is not None else p for p in parts])
-            return None
+            receive.parts([p.squeeze(2) if line and p is not None else p for p in parts[0]])
+            sums = [torch.zeros(w.shape[0], dtype=g.dtype) if each is None else each for each in parts[1]]
+            return None, torch.stack(sums) if bias else None
         if line:
             x, g, w = x.squeeze(2), g.squeeze(2), w.squeeze(2)
-    return _deliver(receive, conv_rows(x, g, order, offsets, w, *geometry))
+    return _deliver(receive, conv_rows(x, g, order, offsets, w, *geometry)), None
 
 
 def conv_rows(
@@ -328,7 +334,7 @@ class Shared(torch.autograd.Function):
                 x3, g3 = x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])
                 rows_w = _linear_rows(ctx.receive, x3, g3, order, offsets, w)
             else:
-                rows_w = _conv_rows(ctx.receive, x, g, order, offsets, w, *ctx.geometry)
+                rows_w, _ = _conv_rows(ctx.receive, x, g, order, offsets, w, False, *ctx.geometry)
         if count_b and _wants(count_b, False)[0]:
             channels = g.movedim(1, -1) if ctx.geometry is not None else g
             each = channels.reshape(n, -1, channels.shape[-1]).sum(1, dtype=torch.promote_types(g.dtype, torch.float32))

@@ -28,7 +28,7 @@ _advise_huge_pages = define_kernel("_advise_huge_pages(Tensor(a!) x) -> ()")
 
 _convolution_weight_grads = define_kernel(
     "_convolution_weight_grads(Tensor[] grad_out, Tensor[] x, Tensor weight, int[] stride, int[] padding, "
-    "int[] dilation, int groups) -> Tensor[]"
+    "int[] dilation, int groups, bool bias) -> Tensor[]"
 )
 _linear_weight_grads = define_kernel(
     "_linear_weight_grads(Tensor grad_out, Tensor x, Tensor? order, int[] bounds) -> Tensor[]"
@@ -413,7 +413,7 @@ def weight_grad(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, geo
     if not (x.numel() and grad_out.numel() and out.numel()):
         out.zero_()
         return
-    for row, grad in zip(out, weight_grads(x, grad_out, order, offsets, geometry, out[0]), strict=True):
+    for row, (grad, _) in zip(out, weight_grads(x, grad_out, order, offsets, geometry, out[0]), strict=True):
         if grad is None:
             row.zero_()
         else:
@@ -421,9 +421,15 @@ def weight_grad(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, geo
 
 
 def weight_grads(
-    x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, geometry: Geometry, weight: Tensor
-) -> Iterator[Tensor | None]:
-    """Each task's weight gradient, as oneDNN makes it; None for a task without samples.
+    x: Tensor,
+    grad_out: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    geometry: Geometry,
+    weight: Tensor,
+    bias: bool = False,
+) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """Each task's weight gradient, as oneDNN makes it, and with `bias` that of the bias; None without samples.
 
     Of `weight` only the shape and the memory order are read.
     """
@@ -438,18 +444,25 @@ def weight_grads(
     whole = [segment for segment in segments if len(pieces[segment.task]) == 1]
     together = {}
     if len(whole) >= torch.get_num_threads() > 1:
-        together = _together(whole, pieces, source, back, like, geometry)
+        together = _together(whole, pieces, source, back, like, geometry, bias)
     for t in range(len(bounds) - 1):
         if t not in pieces:
-            yield None
+            yield None, None
             continue
-        total: Tensor | None = together.pop(t, None)
-        if total is None:
-            for cut in pieces[t]:
-                grad = convolution_backward(back.take(cut), source.take(cut), like, geometry, False, True)[1]
-                # parts of 16-bit samples are rounded once each, their sum is not
-                total = grad if total is None else total.to(wide).add_(grad)
-        yield total
+        if t in together:
+            yield together.pop(t)
+            continue
+        total: Tensor | None = None
+        summed: Tensor | None = None
+        for cut in pieces[t]:
+            part = back.take(cut)
+            grad = convolution_backward(part, source.take(cut), like, geometry, False, True)[1]
+            # parts of 16-bit samples are rounded once each, their sum is not
+            total = grad if total is None else total.to(wide).add_(grad)
+            if bias:
+                each = part.sum((0, 2, 3), dtype=wide)
+                summed = each if summed is None else summed + each
+        yield total, summed
 
 
 def _together(
@@ -459,14 +472,21 @@ def _together(
     back: Samples,
     like: Tensor,
     geometry: Geometry,
-) -> dict[int | None, Tensor]:
+    bias: bool,
+) -> dict[int | None, tuple[Tensor, Tensor | None]]:
     """Weight gradients of tasks whose samples go in one call each, one thread to a task: the longest first."""
     order = sorted(segments, key=lambda segment: -len(segment.samples))
     cut = [pieces[segment.task][0] for segment in order]
     found = _convolution_weight_grads(
-        [back.take(c) for c in cut], [source.take(c) for c in cut], like, *map(list, geometry[:3]), geometry.groups
+        [back.take(c) for c in cut],
+        [source.take(c) for c in cut],
+        like,
+        *map(list, geometry[:3]),
+        geometry.groups,
+        bias,
     )
-    return {segment.task: grad for segment, grad in zip(order, found, strict=True)}
+    sums = found[len(order) :] if bias else [None] * len(order)
+    return {segment.task: (grad, each) for segment, grad, each in zip(order, found, sums, strict=False)}
 
 
 def linear_weight_grads(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor) -> list[Tensor | None]:

@@ -403,8 +403,10 @@ def weight_grad_parts(
     offsets: Tensor,
     geometry: Geometry,
     weight: Tensor,
-) -> list[Tensor | None] | None:
-    """The weight gradients as they are made, one tensor for each task (None: no sample), in the dtype of `weight`.
+    bias: bool = False,
+) -> tuple[list[Tensor | None], list[Tensor | None]] | None:
+    """The weight gradients as they are made, one tensor for each task (None: no sample), in the dtype of `weight`; and
+    with `bias` those of the bias.
 
     None where another backend than the CPU's would be asked, which makes them in one piece.
     """
@@ -413,8 +415,8 @@ def weight_grad_parts(
     run = choose("task_conv2d_weight_grad", "cpu", _WEIGHT_GRAD_OUT, triton_declines(x, offsets=offsets))
     if run is not _weight_grad_out_cpu:
         return None
-    found = _task_cpu.weight_grads(x, grad_out, order, offsets, geometry, weight)
-    return [None if grad is None else grad.to(weight.dtype) for grad in found]
+    found = list(_task_cpu.weight_grads(x, grad_out, order, offsets, geometry, weight, bias))
+    return [None if grad is None else grad.to(weight.dtype) for grad, _ in found], [each for _, each in found]
 
 
 # --- autograd
