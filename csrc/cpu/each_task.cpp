@@ -76,8 +76,8 @@ std::vector<Tensor> convolution_weight_grads(std::vector<Tensor> grad_out, std::
   const torch::headeronly::HeaderOnlyArrayRef<bool> wanted(asked, 3);
   std::vector<std::optional<Tensor>> sums(x.size());
   std::vector<Tensor> out = for_each_task(x.size(), [&](size_t k) {
-    const std::optional<std::vector<int64_t>> size =
-        bias ? std::optional<std::vector<int64_t>>({weight.size(0)}) : std::nullopt;
+    std::optional<std::vector<int64_t>> size;
+    if (bias) size = std::vector<int64_t>{weight.size(0)};
     std::array<StableIValue, 11> stack{from(grad_out[k]), from(x[k]),    from(weight),   from(size),
                                        from(stride),      from(padding), from(dilation), from(false),
                                        from(no_padding),  from(groups),  from(wanted)};
