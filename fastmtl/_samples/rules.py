@@ -819,10 +819,6 @@ def _recurrent(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
     return [tag, *[tag.at(1)] * (len(nested(out)) - 1)]
 
 
-def _meshgrid(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
-    return unknown(f"{name} of samples")
-
-
 def _unfold(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
     x, tag = args[0], get(args[0])
     if len(nested(out)) and isinstance(argument(args, kwargs, 3, "step"), int) and nested(out)[0].dim() == x.dim() + 1:
