@@ -169,6 +169,18 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(x)[0][:, -1])
 
 
+class Cells(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.cell, self.head = kind(6, 7), nn.Linear(7, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
 class Queries(nn.Module):
     """Queries that every sample has a copy of, dropped out and turned before they meet it; a padded batch."""
 
@@ -324,6 +336,8 @@ MODELS: dict[str, Case] = {
     "mixture": Case(Mixture, _vectors),
     "lstm": Case(lambda: Recurrent(nn.LSTM), _sequences, arguments={"fallback": "loop"}),
     "gru": Case(lambda: Recurrent(nn.GRU), _sequences, arguments={"fallback": "loop"}),
+    "gru cell": Case(lambda: Cells(nn.GRUCell), _sequences, arguments={"fallback": "loop"}),
+    "lstm cell": Case(lambda: Cells(nn.LSTMCell), _sequences, arguments={"fallback": "loop"}),
     "rnn": Case(lambda: Recurrent(nn.RNN), _sequences, arguments={"fallback": "loop"}),
 }  # fmt: skip
 
