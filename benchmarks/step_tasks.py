@@ -22,8 +22,8 @@ RL_TASKS = (2, 8, 16, 50)
 # how far a candidate's update may be from the oracle's: see `difference`. A GPU's convolutions round to TF32 by
 # default, and by another algorithm for each batch size
 TOLERANCE = {"cpu": 1e-5, "cuda": 5e-3}
-# TorchJD's updates of the digits network were 2e-5 (PCGrad) and 6e-5 (UPGrad) off; its Gram matrix is float32 throughout,
-# which may be why
+# TorchJD's updates of the digits network were 2e-5 (PCGrad) and 6e-5 (UPGrad) off; its Gram matrix is float32
+# throughout, which may be why
 TOLERANCE_OF = {"torchjd": 1e-4, "torchjd_upgrad": 1e-3}
 # with four times the activations a ReLU lay so near to zero that a batch of another size put it on the other side: one
 # task's row was 6e-5 from float64 then, whatever method computed it in float32
