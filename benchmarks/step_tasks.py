@@ -25,9 +25,6 @@ TOLERANCE = {"cpu": 1e-5, "cuda": 5e-3}
 # TorchJD's updates of the digits network were 2e-5 (PCGrad) and 6e-5 (UPGrad) off; its Gram matrix is float32
 # throughout, which may be why
 TOLERANCE_OF = {"torchjd": 1e-4, "torchjd_upgrad": 1e-3}
-# with four times the activations a ReLU lay so near to zero that a batch of another size put it on the other side: one
-# task's row was 6e-5 from float64 then, whatever method computed it in float32
-LARGE_PICTURES = 1e-4
 # what a check must be able to tell apart: PCGrad's update from the plain sum
 CONFLICT = 2e-2
 # seeds what TorchJD draws in the step that is checked; all other candidates are given that order
@@ -325,10 +322,7 @@ class Workshop:
         trainee.order = None
         error = difference([p.grad for p in trainee.params], self.expected[rule(label)])
         against = f"{rule(label)} in float64 of a forward and backward per task"
-        tolerance = max(TOLERANCE[self.device.type], TOLERANCE_OF.get(label, 0.0))
-        if self.workload.sample[-1] == 64:
-            tolerance = max(tolerance, LARGE_PICTURES)
-        return Check(error, tolerance, against)
+        return Check(error, max(TOLERANCE[self.device.type], TOLERANCE_OF.get(label, 0.0)), against)
 
     def prepare(self, label: str) -> Trainee:
         """The trainee of a method before its next step, without gradients."""

@@ -339,10 +339,10 @@ class Follow(TorchFunctionMode):
             return out, unknown(f"{name}_ changes the shape of a tensor in place")
         tags = tag_of_result(name, args, kwargs, out, self.tag)
         if self.bounded and isinstance(tags, Tag) and tags.kind in (TOTAL, MIXING) and out.requires_grad:
-            out = func(*replaced(args, self._bound), **replaced(kwargs, self._bound))
+            out = func(*replaced(args, self.bound), **replaced(kwargs, self.bound))
         return out, tags
 
-    def _bound(self, x: Tensor) -> Tensor:
+    def bound(self, x: Tensor) -> Tensor:
         """A tensor of samples at the place where it flows into a loss."""
         tag = self.tag(x)
         if tag.kind != SAMPLES or not x.requires_grad:
