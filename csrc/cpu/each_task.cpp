@@ -13,6 +13,8 @@
 #include <optional>
 #include <vector>
 
+#include "../abi.h"
+
 // torch's own OpenMP runtime, found through libtorch; null where torch was built without one
 extern "C" {
 __attribute__((weak)) void omp_set_num_threads(int);

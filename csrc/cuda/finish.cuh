@@ -53,10 +53,16 @@ __device__ inline void sum_rows(const double* from, int first, int last, int col
   for (int base = 0; base < columns; base += per_round) {
     const int column = base + tid / split;
     double sum = 0.0;
-    if (column < columns) {
-#pragma unroll 8
-      for (int r = first + tid % split; r < last; r += split)
-        sum += __ldcg(from + static_cast<int64_t>(r) * columns + column);
+    constexpr int kInFlight = 8;
+    for (int r = first + tid % split; r < last; r += kInFlight * split) {
+      double x[kInFlight];
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const bool here = column < columns && r + u * split < last;
+        x[u] = here ? __ldcg(from + static_cast<int64_t>(r + u * split) * columns + column) : 0.0;
+      }
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) sum += x[u];
     }
     for (int step = split / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
     if (column < columns && tid % split == 0) write(column, sum);
@@ -77,7 +83,7 @@ __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, S
     sum_rows(p.partial, first, last, entries, [&](int entry, double sum) { mine[entry] = sum; });
     if (!arrives_last(p.tickets + p.num_groups, static_cast<unsigned>(p.num_groups), shared_flag)) return;
   }
-  const Scratch scratch = memory.scratch(T, p.more);
+  const Scratch scratch = memory.template scratch<(kValues > 16)>(T, p.more);
   if (p.solve.wanted) stage_order(p.solve, T, scratch);
   auto write_gram = [&](int entry, double sum) {
     int i = 0;

@@ -25,13 +25,18 @@ __host__ __device__ constexpr bool is_mine(int halves, int half, int i) {
   return halves == 1 || (i % 4 == 0 || i % 4 == 3) == (half == 0);
 }
 
+// the 16 bytes of a load, as they came: taken apart, they would have to arrive before the next load is issued
+struct alignas(16) Raw {
+  uint32_t w[4];
+};
+
 // products<groups, halves, half>(v, add): this half's tiles (i, j) of the upper triangle of M, kTall x 8 each, over the
 // columns of one 16-byte load. add(tile, add_to) lets add_to add its product to the sums of the half's next tile.
 template <class In>
 struct Tile {  // 16 bit
   static constexpr int kTall = 16, kValues = 4;
   template <int kGroups, int kHalves, int kHalf, class Add>
-  __device__ static void products(const Vector<In, 8> (&v)[kGroups], const Add& add) {
+  __device__ static void products(const Raw (&v)[kGroups], const Add& add) {
     uint32_t part[kGroups][4];
 #pragma unroll
     for (int q = 0; q < kGroups; ++q) memcpy(part[q], &v[q], 16);
@@ -56,7 +61,7 @@ template <>
 struct Tile<float> {
   static constexpr int kTall = 16, kValues = 4;
   template <int kGroups, int kHalves, int kHalf, class Add>
-  __device__ static void products(const Vector<float, 4> (&v)[kGroups], const Add& add) {
+  __device__ static void products(const Raw (&v)[kGroups], const Add& add) {
 #pragma unroll
     for (int s = 0; s < 4; s += 2) {
       uint32_t high[kGroups][2], low[kGroups][2];
@@ -64,7 +69,8 @@ struct Tile<float> {
       for (int q = 0; q < kGroups; ++q)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const float x = v[q].v[s + k];
+          float x;
+          memcpy(&x, &v[q].w[s + k], 4);
           float rounded;
           high[q][k] = to_tf32(x);
           memcpy(&rounded, &high[q][k], 4);
@@ -92,15 +98,18 @@ template <>
 struct Tile<double> {
   static constexpr int kTall = 8, kValues = 2;
   template <int kGroups, int kHalves, int kHalf, class Add>
-  __device__ static void products(const Vector<double, 2> (&v)[kGroups], const Add& add) {
+  __device__ static void products(const Raw (&v)[kGroups], const Add& add) {
 #pragma unroll
     for (int i = 0, tile = 0; i < kGroups; ++i) {
       if (!is_mine(kHalves, kHalf, i)) continue;
 #pragma unroll
       for (int j = i; j < kGroups; ++j)
         add(tile++, [&](double (&sum)[2]) {
-          mma(sum, v[i].v[0], v[j].v[0]);
-          mma(sum, v[i].v[1], v[j].v[1]);
+          double x[2], y[2];
+          memcpy(x, &v[i], 16);
+          memcpy(y, &v[j], 16);
+          mma(sum, x[0], y[0]);
+          mma(sum, x[1], y[1]);
         });
     }
   }
@@ -177,7 +186,6 @@ __global__ void __launch_bounds__(kThreads, kGroups == 2 ? 3 : 1)
     gram_mma_kernel(const __grid_constant__ GramParams p) {
   using Shape = MmaShape<In, kGroups>;
   using Acc = typename Shape::Acc;
-  using Vec = Vector<In, Shape::kVector>;
   FASTMTL_SHARED(typename Shape::Shared, shared);
   const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
   const int half = warp % Shape::kHalves, team = warp / Shape::kHalves;
@@ -192,13 +200,13 @@ __global__ void __launch_bounds__(kThreads, kGroups == 2 ? 3 : 1)
     const Segment segment = shared.batch.segment[s];
     // volatile: fetched for every step, since there is no register to keep them in
     const void* const volatile* rows = shared.batch.row[s] + lane / 4;
-    auto load = [&](int64_t at, Vec(&v)[kGroups]) {
+    auto load = [&](int64_t at, Raw(&v)[kGroups]) {
       const int64_t mine = at + lane % 4 * Shape::kVector;
       if (segment.wide && at + Shape::kColumns <= segment.end) {
 #pragma unroll
         for (int q = 0; q < kGroups; ++q) {
           const auto* row = static_cast<const In*>(rows[q * 8]);
-          v[q] = row != nullptr ? *reinterpret_cast<const Vec*>(in_global(row + mine)) : Vec{};
+          v[q] = row != nullptr ? *reinterpret_cast<const Raw*>(in_global(row + mine)) : Raw{};
         }
         return;
       }
@@ -206,10 +214,18 @@ __global__ void __launch_bounds__(kThreads, kGroups == 2 ? 3 : 1)
       for (int q = 0; q < kGroups; ++q) {
         const auto* row = static_cast<const In*>(rows[q * 8]);
         const int64_t stride = shared.batch.stride[s][q * 8 + lane / 4];
+        v[q] = Raw{};
 #pragma unroll
         for (int k = 0; k < Shape::kVector; ++k) {
-          v[q].v[k] = In{};
-          if (row != nullptr && mine + k < segment.end) v[q].v[k] = in_global(row)[(mine + k) * stride];
+          In x{};
+          if (row != nullptr && mine + k < segment.end) x = in_global(row)[(mine + k) * stride];
+          if constexpr (sizeof(In) == 2) {
+            uint16_t bits;
+            memcpy(&bits, &x, 2);
+            v[q].w[k / 2] |= static_cast<uint32_t>(bits) << (k % 2 * 16);
+          } else {
+            memcpy(&v[q].w[k * sizeof(In) / 4], &x, sizeof(In));
+          }
         }
       }
     };
@@ -218,12 +234,12 @@ __global__ void __launch_bounds__(kThreads, kGroups == 2 ? 3 : 1)
       const auto add = [&](int tile, const auto& add_to) { add_to(acc[tile]); };
       constexpr int64_t kStep = Shape::kTeams * Shape::kColumns;
       int64_t at = segment.begin + team * Shape::kColumns;
-      Vec v[kGroups];
+      Raw v[kGroups];
       if (Shape::kAhead && at < segment.end) load(at, v);
       for (; at < segment.end; at += kStep) {
         if constexpr (Shape::kAhead) {
           // the next step's loads are on their way while this one's products are made
-          Vec next[kGroups];
+          Raw next[kGroups];
           if (at + kStep < segment.end) load(at + kStep, next);
           Tile<In>::template products<kGroups, Shape::kHalves, kHalf>(v, add);
 #pragma unroll

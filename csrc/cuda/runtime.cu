@@ -9,6 +9,8 @@
 #include <map>
 #include <mutex>
 
+#include "abi.h"
+
 // a CPU-only torch has no such function: the library must load all the same
 #pragma weak aoti_torch_get_current_cuda_stream
 

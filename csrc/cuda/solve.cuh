@@ -38,10 +38,11 @@ struct SolverMemory {
   uint8_t visits[kSmall ? 256 : 4096];
 
   // more: device memory, 2 T^2 float64
+  template <bool kBig = false>
   __device__ Scratch scratch(int T, double* more) {
     auto* matrix = reinterpret_cast<double*>(words);
     if constexpr (kSmall) return {matrix, c, words, 256, visits};
-    else if (T <= 64) return {matrix, more, words, 4096, visits};
+    else if constexpr (!kBig) return {matrix, more, words, 4096, visits};
     else return {more + T * T, more, words, 2048, reinterpret_cast<uint8_t*>(words + 2048)};
   }
 };
@@ -136,6 +137,9 @@ __device__ inline void solve_rows(const Solve& s, int T, const Scratch& scratch)
       const bool visited = here && !bad && !(in_range && j == i && !s.include_self);
       if (visited && !(in_range && isfinite(d) && isfinite(norm))) bad = true;
       if (visited && !bad && d < 0 && norm != 0) {
+        double line[kValues];
+#pragma unroll
+        for (int q = 0; q < kValues; ++q) line[q] = lane + q * kLanes < T ? m[jj * T + lane + q * kLanes] : 0.0;
         const double step = d / norm;
         if (jj % kLanes == lane) {
           if constexpr (kShared) scratch.c[i * T + jj] -= step;
@@ -143,7 +147,7 @@ __device__ inline void solve_rows(const Solve& s, int T, const Scratch& scratch)
         }
 #pragma unroll
         for (int q = 0; q < kValues; ++q)
-          if (lane + q * kLanes < T) product[q] -= step * m[jj * T + lane + q * kLanes];
+          product[q] -= step * line[q];
       }
     }
     if (!kShared) __threadfence();
@@ -182,7 +186,7 @@ template <int kLanes, int kValues>
 __global__ void __launch_bounds__(kThreads, 1)
     pcgrad_coefficients_kernel(const double* gram, int T, const __grid_constant__ Solve s) {
   FASTMTL_SHARED(SolverMemory<kMaxTasks>, shared);
-  Scratch scratch = shared.scratch(T, s.result);
+  Scratch scratch = shared.scratch<(kValues > 16)>(T, s.result);
   stage_order(s, T, scratch);
   scratch.gram = const_cast<double*>(gram);
   solve_pcgrad<kLanes, kValues, false>(s, T, scratch);
