@@ -141,13 +141,14 @@ def _seconds(call: Callable[[Any], Any], inputs: Sequence[Any], device: torch.de
     return measure.summary(samples[2:])["median"] / len(inputs)
 
 
-def print_rates(device: torch.device, say: Callable[[str], None]) -> None:
-    """Time and bytes per second of each op by each backend, over the copy rate."""
+def print_rates(device: torch.device, say: Callable[[str], None], backend: str | None = None) -> None:
+    """Time and bytes per second of each op, by one backend or by each, over the copy rate."""
     rates = measure.Rates(device)
     rates.copy()
     copy = measure.summary([rates.copy() for _ in range(20)])["median"]
     say(f"copy: {1e-12 / copy:.2f} TB/s, a copied byte read once and written once")
-    backends = [name for name in ("cuda", "triton") if _backend.unavailable(name, device.type) is None]
+    names = ("cuda", "triton") if backend is None else (backend,)
+    backends = [name for name in names if _backend.unavailable(name, device.type) is None]
     for num_tasks, num_params, dtype in RATED:
         row = num_params * dtype.itemsize
         count = min(16, 4 * measure.cache_bytes(device) // (num_tasks * row) + 1)
@@ -189,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.what == "kernels":
             return min(check_kernels(device, print), 1)
         if options.what == "rates":
-            print_rates(device, lambda line: print(line, flush=True))
+            print_rates(device, lambda line: print(line, flush=True), options.backend)
         else:
             run_for_a_profiler(device)
     return 0

@@ -144,7 +144,7 @@ def test_schedules(schedule: str, layout: str) -> None:
 @pytest.mark.parametrize("wgrad", ["walk", "split"])
 def test_weight_gradient_modes(wgrad: str) -> None:
     configs = pytest.importorskip("fastmtl.kernels.configs")
-    with configs.force(wgrad=wgrad):
+    with configs.force(mode=wgrad):
         check(ConvCase(n=40, cin=32, cout=48, size=(13, 12), num_tasks=4, gate="values", ids="absent", dtype=BF16))
 
 
