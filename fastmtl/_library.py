@@ -12,10 +12,20 @@ from typing import Any
 
 import torch
 
+# asked once, since torch.compile cannot trace the question before torch 2.12
+_DEVICES_WITH_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(kind)
+)
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on for tensors of a kind of device; a device without autocast never has it on."""
+    return device_type in _DEVICES_WITH_AUTOCAST and torch.is_autocast_enabled(device_type)
+
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Autocast off, where it is on: the ops accumulate in at least float32, whatever region they are called in."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if autocast_is_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

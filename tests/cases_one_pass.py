@@ -116,8 +116,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q = x if self.same else self.query.expand(3, x.shape[1], 6)
         key = x[..., : self.attention.kdim]
-        mask = None if not self.same else torch.triu(torch.ones(len(q), len(key), dtype=torch.bool), 1)
-        padding = torch.zeros(x.shape[1], len(key), dtype=torch.bool)
+        mask = None if not self.same else torch.triu(torch.ones(len(q), len(key), dtype=torch.bool, device=x.device), 1)
+        padding = torch.zeros(x.shape[1], len(key), dtype=torch.bool, device=x.device)
         padding[2, -1] = True
         h, weights = self.attention(
             q, x if self.same else key, x, need_weights=self.need_weights, attn_mask=mask, key_padding_mask=padding
@@ -195,10 +195,10 @@ class Queries(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, length, _ = x.shape
         queries = self.drop(self.norm(self.queries[None].expand(n, -1, -1)))
-        kept = torch.ones(n, length, dtype=torch.bool)
+        kept = torch.ones(n, length, dtype=torch.bool, device=x.device)
         kept[2, 2:] = False
-        positions = torch.arange(length)[None, :]
-        padding = ~kept[torch.arange(n)[:, None], positions]
+        positions = torch.arange(length, device=x.device)[None, :]
+        padding = ~kept[torch.arange(n, device=x.device)[:, None], positions]
         return self.head(self.decoder(queries, self.inner(x), memory_key_padding_mask=padding).mean(1))
 
 

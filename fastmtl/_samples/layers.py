@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmtl._library import autocast_is_on
 from fastmtl._samples.attention import multi_head_attention
 from fastmtl._samples.names import LOSSES, POINTWISE, name_of
 from fastmtl._samples.rules import aligned, argument, dims_of, factors, tag_of_result
@@ -390,7 +391,7 @@ def _index_select(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[
 def _widened(follow: Follow, x: Tensor) -> Tensor:
     """Norms run in float32 under autocast."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and kind != "cpu":
+    if autocast_is_on(kind) and kind != "cpu":
         return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     return x
 

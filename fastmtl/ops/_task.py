@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fastmtl._library import autocast_is_on
+
 Delta: TypeAlias = "Tensor | Sequence[Tensor | None] | torch.nn.ParameterList | None"
 Pair: TypeAlias = int | Sequence[int]
 
@@ -128,7 +130,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def cast_by_autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype, where autocast is on; weights stay as they are and are cast while staged."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not autocast_is_on(kind):
         return x
     return x.to(torch.get_autocast_dtype(kind)) if x.is_floating_point() and x.dtype != torch.float64 else x
 

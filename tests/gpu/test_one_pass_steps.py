@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,11 +20,16 @@ ORDER = torch.arange(T).repeat(T, 1)
 
 
 @pytest.fixture(autouse=True)
-def labels_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def labels_on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import cases_one_pass
 
     monkeypatch.setattr(cases_one_pass, "LABELS", cases_one_pass.LABELS.to(DEVICE))
     monkeypatch.setattr(cases_one_pass, "IDS", IDS.to(DEVICE))
+    # torch has no deterministic backward of some layers on a GPU, pooling among them; what tests/conftest.py asked for
+    # fills uninitialised memory as well, which stays
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(True)
 
 
 def _made(name: str) -> tuple[Any, nn.Module, Tensor]:
@@ -31,6 +37,9 @@ def _made(name: str) -> tuple[Any, nn.Module, Tensor]:
     case = MODELS[name]
     x = case.x()
     model = case.model().to(DEVICE).eval()  # dropout apart, which the CPU cases have
+    for layer in model.modules():
+        if isinstance(layer, nn.RNNBase):
+            layer.train()  # cuDNN has no backward pass in eval mode
     return case, model, x.to(DEVICE, torch.float32 if x.is_floating_point() else x.dtype)
 
 
