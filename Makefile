@@ -54,8 +54,8 @@ aot: dev  ## compiles every configuration of every GPU kernel and checks registe
 abi: dev  ## one build under several torch releases; downloads gigabytes
 	bash tests/abi/check.sh $(BIN)/python
 
-gpu-check:  ## on a machine with a GPU and torch: build, GPU tests, GPU benchmarks; results to $$OUT
-	bash benchmarks/gpu_check.sh
+gpu-check:  ## on a machine with a GPU and torch: PARTS of benchmarks/gpu_check.sh; results to $$OUT (docs/first-gpu-run.md)
+	bash benchmarks/gpu_check.sh $(PARTS)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) fastmtl/*.so fastmtl/_build.json
