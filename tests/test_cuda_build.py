@@ -66,7 +66,7 @@ def _kernels_of(dtype: str) -> set[Kernel]:
 # source -> what it launches; that these are all is checked against the sources and against the extension
 KERNELS = {
     **{f"kernels_{dtype}": _kernels_of(dtype) for dtype in _DTYPES.values()},
-    "kernels_solve": {Kernel("pcgrad_coefficients_kernel", "", n) for n in ((16, 1), (4, 16), (4, 32))},
+    "kernels_solve": {Kernel("pcgrad_coefficients_kernel", "", (n,)) for n in (16, 32, 64, 128)},
     "runtime": {Kernel("write_table_kernel")},
     "surgery": set(),
 }

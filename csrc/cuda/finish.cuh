@@ -18,7 +18,7 @@ struct GramParams {
   int first_slot, num_slots;  // of this launch, of all
   int slots_per_group, num_groups;
   int blocks_per_slot;
-  double* more;  // 2 T^2, for the solver
+  double* more;  // for the solver, see SolverMemory
   void* gram;    // the result
   bool gram_is_double;
   Solve solve;
@@ -69,8 +69,9 @@ __device__ inline void sum_rows(const double* from, int first, int last, int col
   }
 }
 
-// Called by every block after its partial sums are written. `memory` may lie where these have been.
-template <int kLanes, int kValues, int kMost>
+// Called by every block after its partial sums are written; kTasks: as many at most. `memory` may lie where these have
+// been.
+template <int kTasks, int kMost>
 __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, SolverMemory<kMost>& memory) {
   const int T = p.grads.num_tasks, entries = num_entries(T);
   const int group = slot / p.slots_per_group;
@@ -83,13 +84,15 @@ __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, S
     sum_rows(p.partial, first, last, entries, [&](int entry, double sum) { mine[entry] = sum; });
     if (!arrives_last(p.tickets + p.num_groups, static_cast<unsigned>(p.num_groups), shared_flag)) return;
   }
-  const Scratch scratch = memory.template scratch<(kValues > 16)>(T, p.more);
+  const Scratch scratch = memory.template scratch<kTasks>(T, p.more);
   if (p.solve.wanted) stage_order(p.solve, T, scratch);
   auto write_gram = [&](int entry, double sum) {
     int i = 0;
     while (entry >= T - i) entry -= T - i++;
     const int j = i + entry;
-    scratch.gram[i * T + j] = scratch.gram[j * T + i] = sum;
+    const int stride = leading_dimension(T);
+    scratch.gram[i * stride + j] = scratch.gram[j * stride + i] = sum;
+    if (i == j) scratch.norm[i] = norm_of(sum);
     if (p.gram_is_double) {
       auto* out = static_cast<double*>(p.gram);
       out[i * T + j] = out[j * T + i] = sum;
@@ -102,7 +105,7 @@ __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, S
   else sum_rows(p.group_partial, 0, p.num_groups, entries, write_gram);
   if (!p.solve.wanted) return;
   __syncthreads();
-  solve_pcgrad<kLanes, kValues, SolverMemory<kMost>::kSmall>(p.solve, T, scratch);
+  solve_pcgrad<kTasks>(p.solve, T, scratch);
 }
 
 }  // namespace fastmtl::cuda

@@ -288,12 +288,12 @@ __global__ void __launch_bounds__(kThreads, kGroups == 2 ? 3 : 1)
   }
   if constexpr (kGroups == 8) {
     if (T > 64) {
-      finish<4, 32>(p, slot, shared.flag, shared.solver);
+      finish<128>(p, slot, shared.flag, shared.solver);
       return;
     }
   }
-  if constexpr (kGroups == 2) finish<16, 1>(p, slot, shared.flag, shared.solver);
-  else finish<4, 16>(p, slot, shared.flag, shared.solver);
+  constexpr int kTasks = kGroups == 2 ? 16 : kGroups == 4 ? 32 : 64;
+  finish<kTasks>(p, slot, shared.flag, shared.solver);
 }
 
 }  // namespace fastmtl::cuda

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(In) < 8 ? 2 : 1)
       if (i + rest < T) partial[entry_of(T, i, i + rest)] = sum;
     }
   }
-  finish<16, 1>(p, slot, shared.flag, shared.solver);
+  finish<16>(p, slot, shared.flag, shared.solver);
 }
 
 }  // namespace fastmtl::cuda

@@ -17,7 +17,7 @@ template <class In>
 void launch_gram(const GramParams& p, int slots, cudaStream_t stream);
 template <class In>
 void launch_combine(const CombineParams& p, int64_t slots, cudaStream_t stream);
-// PCGrad's coefficients of a float64 Gram matrix
-void launch_coefficients(const double* gram, int num_tasks, const Solve& solve, cudaStream_t stream);
+// PCGrad's coefficients of a float64 Gram matrix; more: `more_words(num_tasks)` float64 of device memory, on 16 bytes
+void launch_coefficients(const double* gram, int num_tasks, double* more, const Solve& solve, cudaStream_t stream);
 
 }  // namespace fastmtl::cuda

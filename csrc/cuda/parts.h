@@ -100,13 +100,14 @@ inline std::vector<Part> parts_of(const std::vector<Param>& all, int num_tasks, 
 struct GramPlan {
   GramParams params;
   std::vector<Slots> slots;
-  int64_t words;  // float64s of memory
+  int64_t words;  // float64s of memory, which begins on 16 bytes
 
   void use_memory(double* memory) {
     const int64_t entries = num_entries(params.grads.num_tasks);
     params.partial = memory;
     params.group_partial = params.partial + params.num_slots * entries;
-    params.more = params.group_partial + params.num_groups * entries;
+    const int64_t sums = (params.num_slots + params.num_groups) * entries;
+    params.more = memory + sums + sums % 2;  // on 16 bytes
   }
 };
 
@@ -121,8 +122,8 @@ inline GramPlan plan_gram(const std::vector<Part>& parts, std::vector<Slots> slo
   p.slots_per_group = slots_per_group;
   p.num_groups = static_cast<int>(ceil_div(total, slots_per_group));
   p.blocks_per_slot = blocks_per_slot(T);
-  // partial sums, the groups' sums, and the solver's two squares
-  const int64_t words = (total + p.num_groups) * num_entries(T) + 2 * static_cast<int64_t>(T) * T;
+  // partial sums, the groups' sums, and the solver's, which begin on 16 bytes
+  const int64_t words = (total + p.num_groups) * num_entries(T) + 1 + more_words(T);
   return {p, std::move(slots), words};
 }
 

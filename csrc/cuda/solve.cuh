@@ -19,33 +19,52 @@ struct Solve {
   double* result;
 };
 
-// Where a T x T problem stands. The random numbers of an order lie where the Gram matrix will.
+// A task's M[j][j], and its reciprocal: 0 where a division must be used instead.
+struct alignas(16) Norm {
+  double value, inverse;
+};
+
+__device__ inline Norm norm_of(double value) {
+  // within these bounds neither the reciprocal nor what is made of it leaves the normal numbers
+  return {value, value > 0x1p-500 && value < 0x1p500 ? 1.0 / value : 0.0};
+}
+
+// Where a T x T problem stands. Rows of the Gram matrix begin on 16 bytes. The random numbers of an order lie where the
+// matrix will.
 struct Scratch {
   double* gram;
+  Norm* norm;
   double* c;
   int64_t* numbers;
   int num_numbers;
   uint8_t* visits;  // [T, T] at most
 };
 
+__host__ __device__ constexpr int leading_dimension(int T) { return T + T % 2; }
+
 // Shared memory of the solver for up to kMost tasks. To 16 tasks everything is in it; to 64 the Gram matrix and the
 // order; beyond, the order. The coefficients, which nobody waits for, are then in device memory, where they are wanted.
 template <int kMost>
 struct SolverMemory {
   static constexpr bool kSmall = kMost <= 16;
-  int64_t words[kSmall ? 256 : 4096];
+  alignas(16) int64_t words[kSmall ? 256 : 4096];
+  Norm norm[kMost];
   double c[kSmall ? 256 : 1];
   uint8_t visits[kSmall ? 256 : 4096];
 
-  // more: device memory, 2 T^2 float64
-  template <bool kBig = false>
+  // kTasks: as many at most. more: `more_words(T)` float64 of device memory, on 16 bytes
+  template <int kTasks>
   __device__ Scratch scratch(int T, double* more) {
+    static_assert(kTasks <= kMost);
     auto* matrix = reinterpret_cast<double*>(words);
-    if constexpr (kSmall) return {matrix, c, words, 256, visits};
-    else if constexpr (!kBig) return {matrix, more, words, 4096, visits};
-    else return {more + T * T, more, words, 2048, reinterpret_cast<uint8_t*>(words + 2048)};
+    if constexpr (kSmall) return {matrix, norm, c, words, 256, visits};
+    else if constexpr (kTasks <= 64) return {matrix, norm, more, words, 4096, visits};
+    else return {more, norm, more + T * leading_dimension(T), words, 2048, reinterpret_cast<uint8_t*>(words + 2048)};
   }
 };
+
+// float64s of device memory for the matrix and the coefficients
+__host__ __device__ constexpr int more_words(int T) { return 2 * T * leading_dimension(T); }
 
 __device__ inline bool is_absent(const Solve& s, int t) { return (t < 64 ? s.absent[0] : s.absent[1]) >> (t % 64) & 1; }
 
@@ -72,19 +91,26 @@ __device__ inline void stage_order(const Solve& s, int T, const Scratch& scratch
     key ^= static_cast<uint64_t>(s.state[0]);
     counter = static_cast<uint64_t>(s.state[1]);
   }
-  const int rows = scratch.num_numbers / T;  // at a time
+  const int stride = leading_dimension(T), rows = scratch.num_numbers / stride;  // at a time
   for (int first = 0; first < T; first += rows) {
-    const int count = (T - first < rows ? T - first : rows) * T;
-    for (int e = tid; e < count; e += kThreads)
-      scratch.numbers[e] = random_number(key, counter * kNumbersPerCount + first * T + e);
+    const int count = T - first < rows ? T - first : rows;
+    for (int e = tid; e < count * stride; e += kThreads) {
+      const int i = e / stride, t = e % stride;
+      scratch.numbers[e] = t < T ? random_number(key, counter * kNumbersPerCount + (first + i) * T + t) : INT64_MAX;
+    }
     __syncthreads();
     if (s.state != nullptr && tid == 0) s.state[1] = static_cast<int64_t>(counter + 1);
-    for (int e = tid; e < count; e += kThreads) {
+    for (int e = tid; e < count * T; e += kThreads) {
       const int i = e / T, t = e % T;
-      const int64_t* row = scratch.numbers + i * T;
-      const int64_t mine = row[t];
+      const int64_t mine = scratch.numbers[i * stride + t];
+      const auto* row = reinterpret_cast<const Vector<int64_t, 2>*>(scratch.numbers + i * stride);
+      // no two numbers are equal: the stream's function of key and counter is one to one
       int rank = 0;
-      for (int u = 0; u < T; ++u) rank += row[u] < mine || (row[u] == mine && u < t);
+#pragma unroll 8
+      for (int u = 0; u < stride / 2; ++u) {
+        const Vector<int64_t, 2> two = row[u];
+        rank += (two.v[0] < mine) + (two.v[1] < mine);
+      }
       scratch.visits[(first + i) * T + rank] = static_cast<uint8_t>(t);
     }
     __syncthreads();
@@ -104,92 +130,180 @@ __device__ inline double pick(const double (&values)[kCount], int k) {
   }
 }
 
-// Rows of coefficients, as `pcgrad_row` of solvers.h defines them: kLanes lanes share a row, lane l holds the products
-// (c M)[l], (c M)[l + kLanes], ... of which there are at most kValues. The coefficients stand in scratch.c, of which
-// the lane that owns task j alone touches column j.
-template <int kLanes, int kValues, bool kShared>
+// How a block solves problems of up to kMost tasks: kLanes lanes share a row of coefficients, of whose products c M
+// each holds kValues in registers; kRows such rows at a time, so that one's latencies pass during the other's work.
+template <int kMost>
+struct SolverShape {
+  static constexpr bool kShared = kMost <= 16;  // the coefficients are in shared memory
+  static constexpr int kLanes = kMost <= 16 ? 16 : 8;
+  static constexpr int kValues = kMost / kLanes;
+  static constexpr int kRows = kMost <= 32 ? 1 : 2;
+
+  // task t's product: whose it is, and which of this lane's; two neighbours are one 16-byte load of the matrix
+  __device__ static int lane_of(int t) { return kValues == 1 ? t : t / 2 % kLanes; }
+  __device__ static int value_of(int t) { return kValues == 1 ? 0 : t / (2 * kLanes) * 2 + t % 2; }
+  __device__ static int task_of(int lane, int value) {
+    return kValues == 1 ? lane : value / 2 * (2 * kLanes) + 2 * lane + value % 2;
+  }
+};
+
+// This lane's part of row j of the matrix, where it is wanted; else zeros, without a load.
+template <int kMost>
+__device__ inline void read_line(const double* m, int T, int j, bool wanted,
+                                 double (&line)[SolverShape<kMost>::kValues]) {
+  using Shape = SolverShape<kMost>;
+  const int lane = static_cast<int>(threadIdx.x) % Shape::kLanes, stride = leading_dimension(T);
+  if constexpr (Shape::kValues == 1) {
+    line[0] = wanted && lane < T ? m[j * stride + lane] : 0.0;
+  } else {
+#pragma unroll
+    for (int q = 0; q < Shape::kValues; q += 2) {
+      const int t = Shape::task_of(lane, q);
+      Vector<double, 2> two{};
+      if (wanted && t < T) two = *reinterpret_cast<const Vector<double, 2>*>(m + j * stride + t);
+      line[q] = two.v[0];
+      line[q + 1] = two.v[1];
+    }
+  }
+}
+
+// Rows of coefficients, as `pcgrad_row` of solvers.h defines them. They stand in scratch.c, of which the lane that owns
+// task j alone touches column j.
+template <int kMost>
 __device__ inline void solve_rows(const Solve& s, int T, const Scratch& scratch) {
+  using Shape = SolverShape<kMost>;
+  constexpr int kLanes = Shape::kLanes, kValues = Shape::kValues, kRows = Shape::kRows;
+  constexpr int kGroups = kThreads / kLanes;
   const int tid = threadIdx.x;
   const int lane = tid % kLanes;
-  const double* m = scratch.gram;
   const bool staged = is_staged(s, T);
   const int64_t num_visits = s.draw ? T : s.num_visits;
-  auto visit = [&](int64_t e) { return staged ? scratch.visits[e] : s.order[e]; };
-  for (int first = 0; first < T; first += kThreads / kLanes) {
-    const int i = first + tid / kLanes;
-    const bool here = i < T;
-    double product[kValues];
+  auto visit = [&](int i, int64_t k) -> int {
+    const int64_t e = i * num_visits + k;
+    if (staged) return scratch.visits[e];
+    const int64_t j = s.order[e];
+    return j >= 0 && j < T ? static_cast<int>(j) : kNobody;
+  };
+  for (int base = 0; base < T; base += kRows * kGroups) {
+    if (base + tid / kWarp * (kWarp / kLanes) >= T) continue;  // none of this warp's rows is there
+    double product[kRows][kValues];
+    int row[kRows], next[kRows];
+    bool bad[kRows] = {};
 #pragma unroll
-    for (int q = 0; q < kValues; ++q) {
-      const int t = lane + q * kLanes;
-      product[q] = here && t < T ? m[i * T + t] : 0.0;
-      if (here && t < T) scratch.c[i * T + t] = t == i ? 1.0 : 0.0;
+    for (int r = 0; r < kRows; ++r) {
+      const int i = row[r] = base + r * kGroups + tid / kLanes;
+      const bool here = i < T;
+      read_line<kMost>(scratch.gram, T, here ? i : 0, here, product[r]);
+#pragma unroll
+      for (int q = 0; q < kValues; ++q) {
+        const int t = Shape::task_of(lane, q);
+        if (here && t < T) scratch.c[i * T + t] = t == i ? 1.0 : 0.0;
+      }
+      next[r] = here && num_visits > 0 ? visit(i, 0) : kNobody;
     }
-    bool bad = false;
-    int64_t next = here && num_visits > 0 ? visit(i * num_visits) : 0;
     for (int64_t k = 0; k < num_visits; ++k) {
-      const int64_t j = next;
-      if (here && k + 1 < num_visits) next = visit(i * num_visits + k + 1);  // early: it waits for nothing
-      const bool in_range = j >= 0 && j < T;
-      const int jj = in_range ? static_cast<int>(j) : 0;
-      const double d = __shfl_sync(~0u, pick<kValues>(product, jj / kLanes), jj % kLanes, kLanes);
-      const double norm = here ? m[jj * T + jj] : 1.0;
-      const bool visited = here && !bad && !(in_range && j == i && !s.include_self);
-      if (visited && !(in_range && isfinite(d) && isfinite(norm))) bad = true;
-      if (visited && !bad && d < 0 && norm != 0) {
-        double line[kValues];
+      double d[kRows], step[kRows], line[kRows][kValues];
+      int task[kRows];
+      bool conflict[kRows], divide = false;
 #pragma unroll
-        for (int q = 0; q < kValues; ++q) line[q] = lane + q * kLanes < T ? m[jj * T + lane + q * kLanes] : 0.0;
-        const double step = d / norm;
-        if (jj % kLanes == lane) {
-          if constexpr (kShared) scratch.c[i * T + jj] -= step;
-          else atomicAdd(scratch.c + i * T + jj, -step);  // nobody waits for it
+      for (int r = 0; r < kRows; ++r) {
+        const int i = row[r], j = next[r];
+        const bool here = i < T, in_range = j < T;
+        if (here && k + 1 < num_visits) next[r] = visit(i, k + 1);  // early: it waits for nothing
+        task[r] = in_range ? j : 0;
+        // a short line is loaded before it is known to be wanted, a long one would keep shared memory busy
+        if constexpr (kValues == 1) read_line<kMost>(scratch.gram, T, task[r], true, line[r]);
+        d[r] = __shfl_sync(~0u, pick<kValues>(product[r], Shape::value_of(task[r])), Shape::lane_of(task[r]), kLanes);
+        const Norm norm = scratch.norm[task[r]];
+        const bool visited = here && !bad[r] && (j != i || s.include_self);
+        bad[r] = bad[r] || (visited && !(in_range && isfinite(d[r]) && isfinite(norm.value)));
+        conflict[r] = visited && !bad[r] && d[r] < 0 && norm.value != 0;
+        // d / norm, to the last digit but for rare ties
+        const double quotient = d[r] * norm.inverse;
+        step[r] = fma(fma(-quotient, norm.value, d[r]), norm.inverse, quotient);
+        divide = divide || (conflict[r] && norm.inverse == 0);
+      }
+      if (divide) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+          if (scratch.norm[task[r]].inverse == 0) step[r] = d[r] / scratch.norm[task[r]].value;
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        // without branches around it, so that the rows' loads and sums overlap
+        if constexpr (kValues > 1) read_line<kMost>(scratch.gram, T, task[r], conflict[r], line[r]);
+        // what is not finite must not reach a row that it is no part of
+#pragma unroll
+        for (int q = 0; q < kValues; ++q) product[r][q] -= conflict[r] ? step[r] * line[r][q] : 0.0;
+        if (conflict[r] && Shape::lane_of(task[r]) == lane) {
+          double* c = scratch.c + row[r] * T + task[r];
+          if constexpr (Shape::kShared) *c -= step[r];
+          else atomicAdd(c, -step[r]);  // nobody waits for it
         }
-#pragma unroll
-        for (int q = 0; q < kValues; ++q)
-          product[q] -= step * line[q];
       }
     }
-    if (!kShared) __threadfence();
-    if (bad)
-      for (int t = lane; t < T; t += kLanes) scratch.c[i * T + t] = NAN;
+    if (!Shape::kShared) __threadfence();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      for (int q = 0; q < kValues; ++q) {
+        const int t = Shape::task_of(lane, q);
+        if (bad[r] && t < T) scratch.c[row[r] * T + t] = NAN;
+      }
   }
 }
 
 // The rows, and what the caller wants of them, from the Gram matrix and the order in scratch.
-template <int kLanes, int kValues, bool kShared>
+template <int kMost>
 __device__ inline void solve_pcgrad(const Solve& s, int T, const Scratch& scratch) {
   const int tid = threadIdx.x;
-  solve_rows<kLanes, kValues, kShared>(s, T, scratch);
+  solve_rows<kMost>(s, T, scratch);
   __threadfence();
   __syncthreads();
-  auto c = [&](int e) { return kShared ? scratch.c[e] : __ldcg(scratch.c + e); };
+  auto c = [&](int e) { return SolverShape<kMost>::kShared ? scratch.c[e] : __ldcg(scratch.c + e); };
   if (s.project) {
     for (int e = tid; e < T * T; e += kThreads) s.result[e] = c(e);
     return;
   }
-  int count = 0;
-  for (int i = 0; i < T; ++i) count += !is_absent(s, i);
+  int count = T;
+  if (s.mean)
+    for (int i = 0; i < T; ++i) count -= is_absent(s, i);
   const double scale = s.mean ? 1.0 / count : 1.0;
-  for (int t = tid; t < T; t += kThreads) {
+  // as many threads to a column as there are to spare, and several loads of each on their way at once
+  int split = 1;
+  while (split < kWarp && 2 * split * T <= kThreads) split *= 2;
+  for (int base = 0; base < T; base += kThreads / split) {
+    const int t = base + tid / split;
     double sum = 0.0;
-#pragma unroll 8
-    for (int i = 0; i < T; ++i) {
-      const double x = c(i * T + t);
-      sum += is_absent(s, i) ? 0.0 : x;
+    constexpr int kInFlight = 8;
+    for (int first = tid % split; first < T; first += kInFlight * split) {
+      double x[kInFlight];
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const int i = first + u * split;
+        x[u] = t < T && i < T && !is_absent(s, i) ? c(i * T + t) : 0.0;
+      }
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) sum += x[u];
     }
-    s.result[t] = is_absent(s, t) ? 0.0 : scale * sum;
+    for (int step = split / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (t < T && tid % split == 0) s.result[t] = is_absent(s, t) ? 0.0 : scale * sum;
   }
 }
 
-template <int kLanes, int kValues>
+// more: as for SolverMemory
+template <int kMost>
 __global__ void __launch_bounds__(kThreads, 1)
-    pcgrad_coefficients_kernel(const double* gram, int T, const __grid_constant__ Solve s) {
-  FASTMTL_SHARED(SolverMemory<kMaxTasks>, shared);
-  Scratch scratch = shared.scratch<(kValues > 16)>(T, s.result);
+    pcgrad_coefficients_kernel(const double* gram, int T, double* more, const __grid_constant__ Solve s) {
+  FASTMTL_SHARED(SolverMemory<kMost>, shared);
+  const Scratch scratch = shared.template scratch<kMost>(T, more);
   stage_order(s, T, scratch);
-  scratch.gram = const_cast<double*>(gram);
-  solve_pcgrad<kLanes, kValues, false>(s, T, scratch);
+  for (int e = threadIdx.x; e < T * T; e += kThreads) {
+    const int i = e / T, j = e % T;
+    scratch.gram[i * leading_dimension(T) + j] = gram[e];
+    if (i == j) scratch.norm[i] = norm_of(gram[e]);
+  }
+  __syncthreads();
+  solve_pcgrad<kMost>(s, T, scratch);
 }
 
 }  // namespace fastmtl::cuda

@@ -149,7 +149,8 @@ void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const auto* m = static_cast<const double*>(gram.const_data_ptr());
-  launch_coefficients(m, static_cast<int>(T), s, stream);
+  const Tensor memory = workspace(device, 8 * int64_t{more_words(static_cast<int>(T))});
+  launch_coefficients(m, static_cast<int>(T), static_cast<double*>(memory.mutable_data_ptr()), s, stream);
   check(cudaGetLastError(), "pcgrad_coefficients launch");
 }
 

@@ -196,7 +196,10 @@ int host_combine(const HostRows* rows, HostCut* cut, const double* weights) {
 int host_coefficients(const double* gram, int64_t num_tasks, const HostSolve* solve, uint64_t schedule) {
   return guarded([&] {
     cuda_on_host::schedule = schedule;
-    launch_coefficients(gram, static_cast<int>(num_tasks), read_solve(*solve), nullptr);
+    const int T = static_cast<int>(num_tasks);
+    Guarded memory(8 * more_words(T), 0xFF);
+    launch_coefficients(gram, T, memory.as<double>(), read_solve(*solve), nullptr);
+    memory.check("the workspace");
   });
 }
 
