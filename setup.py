@@ -7,17 +7,30 @@ without the extension and says so: `fastmtl info` shows why.
 
 import json
 import os
+import platform
 import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+# older releases stop at the licence field of pyproject.toml, and don't say why
+OLDEST_SETUPTOOLS = 77
 # torch 2.10: the oldest release whose stable ABI has all that csrc/ uses
 TORCH_TARGET_VERSION = "0x020a000000000000"
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+
+
+def check_setuptools() -> None:
+    """Where builds are isolated pip brings the right one; with --no-build-isolation the environment's own is used."""
+    if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(
+            f"fastmtl: building needs setuptools {OLDEST_SETUPTOOLS} or later, found {setuptools.__version__}: "
+            f'pip install "setuptools>={OLDEST_SETUPTOOLS}"'
+        )
 
 
 def find_cxx() -> str | None:
@@ -39,9 +52,34 @@ def find_cuda_home() -> tuple[Path | None, str | None]:
         candidates.append(Path(nvcc).resolve().parent.parent)
     candidates.append(Path("/usr/local/cuda"))
     for home in candidates:
-        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+        if (home / "bin" / "nvcc").exists() and cuda_folder(home, "cuda_runtime.h", CUDA_INCLUDES):
             return home, None
     return None, "no nvcc was found when it was built (CUDA_HOME, PATH, /usr/local/cuda)"
+
+
+# the toolkit's own installer has lib64; conda and the wheels have lib or a folder by target
+CUDA_TARGET = "targets/sbsa-linux" if platform.machine() == "aarch64" else "targets/x86_64-linux"
+CUDA_INCLUDES = ("include", f"{CUDA_TARGET}/include")
+CUDA_LIBRARIES = ("lib64", f"{CUDA_TARGET}/lib", "lib")
+
+
+def cuda_folder(home: Path, file: str, folders: tuple[str, ...]) -> Path | None:
+    """The first of a toolkit's folders that holds a file."""
+    return next((home / folder for folder in folders if (home / folder / file).exists()), None)
+
+
+def cuda_folders(home: Path) -> tuple[Path, Path]:
+    """Where a toolkit keeps its headers and the static runtime library."""
+    include = cuda_folder(home, "cuda_runtime.h", CUDA_INCLUDES)
+    library = cuda_folder(home, "libcudart_static.a", CUDA_LIBRARIES)
+    if include is None or library is None:
+        missing = "cuda_runtime.h" if include is None else "libcudart_static.a"
+        looked = ", ".join(CUDA_INCLUDES if include is None else CUDA_LIBRARIES)
+        raise SystemExit(
+            f"fastmtl: {home} has nvcc, but no {missing} in {looked}: install the CUDA runtime's development "
+            "files, point CUDA_HOME to a whole toolkit, or build without CUDA (FASTMTL_CUDA=0)"
+        )
+    return include, library
 
 
 def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]]:
@@ -77,7 +115,8 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
         sources += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
         cxx.append("-DFASTMTL_WITH_CUDA")
-        library_dirs.append(str(cuda_home / "lib64"))
+        cuda_include, cuda_library = cuda_folders(cuda_home)
+        library_dirs.append(str(cuda_library))
         link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
     class Build(cpp_extension.BuildExtension):
@@ -98,7 +137,7 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
 
     include = [str(ROOT / "csrc"), pybind11.get_include(), *cpp_extension.include_paths()]
     if cuda_home is not None:
-        include.append(str(cuda_home / "include"))
+        include.append(str(cuda_include))
     module = Extension(
         "fastmtl._C",
         sources,
@@ -111,6 +150,7 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
     return [module], {"build_ext": Build.with_options(use_ninja=True)}, {"extension": None, "cuda": no_cuda}
 
 
+check_setuptools()
 ext_modules, commands, missing = extension()
 
 

@@ -559,7 +559,9 @@ def test_every_replay_draws_another_order(forced: str | None) -> None:
 def test_graphs_beside_each_other(forced: str | None) -> None:
     """Several graphs replayed at once on different streams, and eager calls beside them."""
     if served_by(forced) == "reference":
-        pytest.skip("graphs of plain torch hang beside each other: those captured on one stream share cuBLAS's workspace")
+        pytest.skip(
+            "graphs of plain torch hang beside each other: those captured on one stream share cuBLAS's workspace"
+        )
     banks = [BankCase(8, 300_000 + 64 * k).make(DEVICE) for k in range(4)]
     order = cases.random_order(8).to(DEVICE)
     streams = [torch.cuda.Stream() for _ in banks]

@@ -1,0 +1,136 @@
+"""The stable-ABI promise without gigabytes: csrc/ compiles against the headers of every torch release that it names.
+
+A build under the torch that is installed does not show a name that an older release lacks. `make abi` builds and runs.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from abi.old_headers import RELEASES, include_folder
+from conftest import skip_or_fail
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h", ".inc"))
+TARGET = re.search(r'TORCH_TARGET_VERSION = "(0x\w+)"', (ROOT / "setup.py").read_text())[1]  # type: ignore[index]
+
+# What csrc/ takes from torch. A name belongs here once `test_compiles` has seen it in the oldest release, or once
+# csrc/abi.h says how to do without it there.
+NAMES = {
+    "STABLE_TORCH_ERROR_CODE_CHECK",  # csrc/abi.h
+    "STABLE_TORCH_LIBRARY_IMPL",
+    "STD_TORCH_CHECK",
+    "TORCH_ABI_VERSION",
+    "TORCH_BOX",
+    "TORCH_ERROR_CODE_CHECK",
+    "TORCH_TARGET_VERSION",
+    "aoti_torch_get_current_cuda_stream",
+    "torch::headeronly::DeviceType",
+    "torch::headeronly::HeaderOnlyArrayRef",
+    "torch::headeronly::ScalarType",
+    "torch::stable::Device",
+    "torch::stable::Tensor",
+    "torch::stable::accelerator::DeviceGuard",
+    "torch::stable::copy_",
+    "torch::stable::detail::from",
+    "torch::stable::detail::to",
+    "torch::stable::empty",
+    "torch::stable::empty_like",
+    "torch::stable::narrow",
+    "torch::stable::parallel_for",
+    "torch::stable::transpose",
+    "torch::stable::view",
+    "torch_call_dispatcher",
+}
+_NAME = re.compile(
+    r"torch::(?:stable|headeronly)::(?:(?:accelerator|detail)::)?\w+"
+    r"|\b(?:aoti_torch_\w+|torch_[a-z]\w*(?=\()|(?:STABLE|STD)_TORCH_\w+|TORCH_[A-Z]\w+)"
+)
+
+
+def test_every_name_of_torch_is_listed() -> None:
+    found = {name for source in SOURCES for name in _NAME.findall(source.read_text())}
+    assert found == NAMES
+
+
+def _command(source: Path, include: Path) -> list[str] | None:
+    """Compiles one source without leaving code behind; None where the compiler for it is missing."""
+    import pybind11
+
+    folders = [ROOT / "csrc", include, Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
+    common = ["-std=c++20", f"-DTORCH_TARGET_VERSION={TARGET}", *(f"-I{folder}" for folder in folders)]
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if source.suffix == ".cu":
+        # one architecture, and no machine code: the compiler's front end is what reads the headers
+        return nvcc and [
+            nvcc,
+            *common,
+            "-DUSE_CUDA",
+            "--expt-relaxed-constexpr",
+            "-arch=sm_90",
+            "-ptx",
+            "-o",
+            "/dev/null",
+        ]
+    cxx = shutil.which("c++") or shutil.which("g++")
+    cuda = [f"-I{Path(nvcc).resolve().parent.parent / 'include'}", "-DFASTMTL_WITH_CUDA"] if nvcc else []
+    return cxx and [cxx, "-fsyntax-only", *common, *cuda]
+
+
+def _users() -> set[Path]:
+    """Files of csrc/ that include a header of torch, themselves or by way of another."""
+    includes = {}
+    for p in SOURCES:
+        names = re.findall(r'#include [<"]([^>"]+)[>"]', p.read_text())
+        includes[p] = {q for name in names for q in (p.parent / name, ROOT / "csrc" / name) if q.exists()}
+        if any(name.startswith("torch/") for name in names):
+            includes[p].add(Path("torch"))
+    users = {Path("torch")}
+    while more := {p for p, found in includes.items() if {q.resolve() for q in found} & users or found & users} - users:
+        users |= more
+    return users - {Path("torch")}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_compiles(release: str) -> None:
+    try:
+        include = include_folder(release)
+    except OSError as problem:
+        # an index that can't be reached says nothing about the sources; the names above are checked all the same
+        pytest.skip(f"the headers of torch {release} could not be fetched: {problem}")
+    sources = [p for p in sorted(_users()) if p.suffix in (".cpp", ".cu")]
+    assert len(sources) >= 6
+    commands = {p: _command(p, include) for p in sources}
+    missing = [p.name for p, command in commands.items() if command is None]
+    if missing:
+        skip_or_fail(f"no compiler for {', '.join(missing)}")
+
+    def run(source: Path) -> str:
+        done = subprocess.run([*commands[source], str(source)], capture_output=True, text=True)  # type: ignore[misc]
+        return "" if done.returncode == 0 else f"{source.name}:\n{done.stderr}"
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        errors = [error for error in pool.map(run, sources) if error]
+    assert not errors, "\n".join(errors)
+
+
+def test_a_name_that_is_missing_is_seen(tmp_path: Path) -> None:
+    """The check can fail: a source with a name that no release has."""
+    source = tmp_path / "wrong.cpp"
+    source.write_text("#include <torch/csrc/stable/library.h>\nint x = torch::stable::no_such_name();\n")
+    try:
+        include = include_folder(next(iter(RELEASES)))
+    except OSError as problem:
+        pytest.skip(f"the headers could not be fetched: {problem}")
+    command = _command(source, include)
+    if command is None:
+        skip_or_fail("no C++ compiler")
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    assert done.returncode != 0 and "no_such_name" in done.stderr, sys.executable
