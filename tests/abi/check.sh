@@ -1,25 +1,34 @@
 #!/usr/bin/env bash
-# The stable-ABI claim: a wheel built against one torch imports and works under another, both ways.
-# Usage: check.sh PYTHON, where PYTHON's environment holds the torch to build against (2.13) and the build tools.
-# Downloads two further torch releases with all that they need: gigabytes.
+# The stable-ABI claim: a wheel built against one torch imports and works under another, older or newer.
+# Usage: check.sh PYTHON [TORCH...]: PYTHON makes the environments, one for each requirement (default: torch==2.10.0, the
+# torch of PYTHON's own environment, and the newest). In each a wheel is built, and every wheel is run in each.
+# Downloads those releases with all that they need: gigabytes. FASTMTL_CUDA=0 builds the CPU half alone.
 set -euo pipefail
 python=$(realpath -s "$1")
+shift
 root=$(cd "$(dirname "$0")/../.." && pwd)
-other=${FASTMTL_ABI_TORCH:-torch==2.10.0}
+releases=("$@")
+if [ ${#releases[@]} -eq 0 ]; then
+  here=$("$python" -c 'import torch; print(torch.__version__)')
+  releases=(torch==2.10.0 "torch==${here%%+*}" torch)
+fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-here=$("$python" -c 'import torch; print(torch.__version__)')
-"$python" -m pip wheel -q --no-deps --no-build-isolation -w "$work/here" "$root"
-"$python" -m pip wheel -q --no-deps -w "$work/newest" "$root"  # isolated: against the newest release
-
-# an environment of its own; packages that the first one has are not seen
-try() {  # NAME TORCH WHEEL
-  "$python" -m venv "$work/$1"
-  "$work/$1/bin/python" -m pip install -q --disable-pip-version-check "$2" numpy
-  "$work/$1/bin/python" -m pip install -q --disable-pip-version-check --no-deps "$3"
-  (cd "$work/$1" && bin/python "$root/tests/abi/smoke.py")
-}
-try other "$other" "$work"/here/*.whl
-try pinned "torch==${here%%+*}" "$work"/newest/*.whl
-echo "a wheel built against torch $here runs under $other; one built against the newest torch runs under $here"
+for k in "${!releases[@]}"; do
+  "$python" -m venv "$work/$k"
+  in=$work/$k/bin/python
+  "$in" -m pip install -q --disable-pip-version-check "${releases[k]}" numpy "setuptools>=77" wheel ninja "pybind11>=2.13"
+  # a copy: objects of another release's headers must not be taken for this one's
+  git -C "$root" ls-files -z | (cd "$root" && xargs -0 cp --parents -t "$(mkdir -p "$work/source$k" && echo "$work/source$k")")
+  "$in" -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w "$work/wheel$k" "$work/source$k"
+  echo "built against $("$in" -c 'import torch; print(torch.__version__)')"
+done
+for k in "${!releases[@]}"; do
+  for w in "${!releases[@]}"; do
+    in=$work/$k/bin/python
+    "$in" -m pip install -q --disable-pip-version-check --no-deps --force-reinstall "$work/wheel$w"/*.whl
+    echo "the wheel built against ${releases[w]}, under ${releases[k]}:"
+    (cd "$work/$k" && bin/python "$root/tests/abi/smoke.py")
+  done
+done
