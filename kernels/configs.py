@@ -128,6 +128,9 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
 LOAD_COST = 64
 
 _forced: dict[str, Any] = {}
+# what can be forced beside a tile
+_NAMED: dict[str, tuple[str, ...]] = {"schedule": ("staged", "fused"), "mode": ("walk", "split")}
+_COUNTS = ("chunks", "split_rows")
 
 
 @contextlib.contextmanager
@@ -136,8 +139,13 @@ def force(**choices: Any) -> Iterator[None]:
 
     Args:
         choices: `schedule` ("staged" or "fused"); of the weight gradient `mode` ("walk" or "split"), `chunks` (of
-            tasks) and `split_rows`; and a `Tile` under the name of any kernel of `TILES`.
+            tasks) and `split_rows`; and a `Tile` under the name of any kernel of `TILES`. None: the rule.
+
+    Raises:
+        TypeError, ValueError: another name, or a value that is none of its choice.
     """
+    for choice, value in choices.items():
+        _check_choice(choice, value)
     before = dict(_forced)
     _forced.update(choices)
     try:
@@ -145,6 +153,25 @@ def force(**choices: Any) -> Iterator[None]:
     finally:
         _forced.clear()
         _forced.update(before)
+
+
+def _check_choice(choice: str, value: Any) -> None:
+    if choice not in (*_NAMED, *_COUNTS, *TILES):
+        expected = ", ".join((*_NAMED, *_COUNTS, *TILES))
+        raise ValueError(f"force: expected choices among {expected}, got {choice!r}")
+    if value is None:
+        return
+    if choice in _NAMED:
+        if value not in _NAMED[choice]:
+            raise ValueError(f"{choice}: expected one of {', '.join(_NAMED[choice])}, got {value!r}")
+        return
+    sizes = (value,)
+    if choice in TILES:
+        if not isinstance(value, Tile):
+            raise TypeError(f"{choice}: expected a Tile, got {value!r}")
+        sizes = value
+    if any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
+        raise ValueError(f"{choice}: expected numbers of at least 1, got {value!r}")
 
 
 def forced(choice: str) -> Any:
