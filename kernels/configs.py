@@ -21,6 +21,8 @@ FUSED_MAX_ROWS = 128
 CHANNELS_LAST_MIN_CHANNELS = 8
 # channels per group up to which a K block spans several taps
 PACKED_MAX_CHANNELS = 24
+# pixels of a picture up to which its rows are found by division in float32, which is exact there
+SMALL_PIXELS = 2**20
 # elements that a block of the staging kernel writes
 STAGE_BLOCK = 2048
 # likewise of the kernel that finishes a split weight gradient; and columns, rows of a step of the bias gradient
