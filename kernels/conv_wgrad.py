@@ -434,7 +434,8 @@ def wgrad_finish_kernel(
         scale = task_scale(p_gate, task, num_tasks)
         wanted = needs_product(p_grad, p_grad_table, p_partial, p_dw, scale, task, num_tasks)
         acc = tl.zeros((BE,), tl.float32)
-        for j in range(0, tl.where(wanted, splits, 0).to(tl.int32)):
+        # eight loads under way at a time
+        for j in tl.range(0, tl.where(wanted, splits, 0).to(tl.int32), loop_unroll_factor=8):
             acc += tl.load(p_parts + (split + j) * size + e, mask=ok, other=0.0)
         split += splits
         emit(
@@ -475,7 +476,7 @@ def sum_parts_kernel(
     ok = e < size
     acc = tl.zeros((BE,), tl.float32)
     p_part = p_parts + e
-    for _ in range(0, count):
+    for _ in tl.range(0, count, loop_unroll_factor=8):
         acc += tl.load(p_part, mask=ok, other=0.0)
         p_part += step
     ci = e % channels

@@ -271,13 +271,9 @@ def _weight_grads(
             return
     # gradients of another memory order than the first's are written in its order, and copied
     grads = _deltas(grad_delta, grad_tasks, batch.num_tasks, copy=False)
-    packed = channels <= configs.PACKED_MAX_CHANNELS
-    cols = channels * kh * kw if packed else channels
-    taps = 1 if packed else kh * kw
-    rows_out = features // groups
-    tile = configs.pick_tile("wgrad_packed" if packed else "wgrad", taps, rows_out, cols, groups, x)
-    tiles = -(-rows_out // tile.rows) * -(-cols // tile.cols) * taps
-    plan = configs.pick_wgrad(tiles * groups, batch.num_tasks, batch.parts, batch.num_samples * pixels, tile.depth, x)
+    filter_ = configs.Filter.of(features, channels, kh * kw, groups)
+    plan = configs.pick_wgrad(filter_, batch.num_tasks, batch.parts, batch.num_samples * pixels, x)
+    tile, tiles, rows_out = plan.tile, filter_.tiles(plan.tile), filter_.rows
     chunks = -(-batch.num_tasks // plan.chunk_tasks)
 
     total, total_strides = grad_weight, (0, 0, 0, 0, 0)
@@ -326,7 +322,7 @@ def _weight_grads(
         **_named("x", "n c h w", x.stride()),
         **_named("y", "n c h w", grad_out.stride()),
         **_filter_constants(kh, kw, geometry),
-        "PACKED": packed,
+        "PACKED": filter_.packed,
         "PADDED": geometry.padding != (0, 0),
         "MULTIPLE": _multiple(x, grad_out, sizes=(channels, rows_out)),
         "SMALL": pixels <= configs.SMALL_PIXELS,
