@@ -24,7 +24,7 @@ PACKED_MAX_CHANNELS = 24
 # pixels of a picture up to which its rows are found by division in float32, which is exact there
 SMALL_PIXELS = 2**20
 # elements that a block of the staging kernel writes
-STAGE_BLOCK = 2048
+STAGE_BLOCK = 4096
 # likewise of the kernel that finishes a split weight gradient; and columns, rows of a step of the bias gradient
 FINISH_BLOCK = 512
 BIAS_TILE = (64, 32)

@@ -511,11 +511,31 @@ def _operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batch: Ba
         return {**given, "FUSED": True}
     slots = 1 if deltas.base is None else batch.num_tasks + 1
     staged = torch.empty((slots, features, kh, kw, channels), dtype=dtype, device=batch.offsets.device)
-    taps = configs.next_power_of_2(kh * kw)
+    size = features * channels * kh * kw
+    shape = {"channels": channels, "rows": features * channels, "KH": kh, "KW": kw}
+    strides = {**_named("w", "co ci kh kw", w_strides), **_named("d", "t co ci kh kw", deltas.strides)}
+    w_multiple = given["W_MULTIPLE"]
+    dense = (kh * kw * channels, 1, kw * channels, channels)
+    if all(
+        n == 1 or s in (None, d)
+        for held in (
+            w_strides if weight is not None else (None,) * 4,
+            deltas.strides[1:] if deltas.held else (None,) * 4,
+        )
+        for n, s, d in zip(weights.shape, held, dense, strict=True)
+    ):
+        # memory in the order of the workspace: one line of elements, without taps that fill no power of two
+        shape = {"channels": size, "rows": size, "KH": 1, "KW": 1}
+        strides = {
+            **_named("w", "co ci kh kw", (0, 1, 0, 0)),
+            **_named("d", "t co ci kh kw", (deltas.strides[0], 0, 1, 0, 0)),
+        }
+        w_multiple = 1 if weight is None else _multiple_of(weight.dtype)
+    taps = configs.next_power_of_2(shape["KH"] * shape["KW"])
     block = max(16, configs.STAGE_BLOCK // taps)
     launch(
         stage_kernel,
-        (-(-features * channels // block), slots),
+        (-(-shape["rows"] // block), slots),
         p_out=staged,
         p_w=weight,
         p_delta=deltas.base,
@@ -523,20 +543,15 @@ def _operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batch: Ba
         p_gate=None if weights.gate is None else weights.gate.contiguous(),
         p_offsets=batch.offsets,
         num_tasks=slots - 1,
-        channels=channels,
-        rows=features * channels,
-        **_named("w", "co ci kh kw", w_strides),
-        **_named("d", "t co ci kh kw", deltas.strides),
-        KH=kh,
-        KW=kw,
-        MULTIPLE=_multiple_of(dtype, channels),
-        W_MULTIPLE=given["W_MULTIPLE"],
+        **shape,
+        **strides,
+        MULTIPLE=_multiple_of(dtype, shape["channels"]),
+        W_MULTIPLE=w_multiple,
         D_MULTIPLE=deltas.multiple,
         WIDE=_wide(0, *_held(weights)),
         BR=block,
         BT=taps,
     )
-    size = features * channels * kh * kw
     return {
         **common,
         "p_w": staged,

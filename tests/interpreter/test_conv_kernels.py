@@ -13,6 +13,7 @@ from cases_task import (
     BF16,
     F16,
     F32,
+    LAYOUTS,
     ConvCase,
     LinearCase,
     Made,
@@ -43,6 +44,7 @@ import triton.language as tl
 
 from fastmtl.kernels import _launch, configs
 from fastmtl.kernels import task_conv2d as launchers
+from fastmtl.kernels._launch import launch
 from fastmtl.kernels.configs import Tile
 from fastmtl.kernels.stage import quotient
 from fastmtl.ops._task import TRITON_MAX_TASKS, Geometry, TaskWeights, triton_declines
@@ -527,15 +529,25 @@ def test_more_tasks_than_a_grid_has_programs() -> None:
     assert triton_declines(x, offsets=plan.offsets[1:]) == {"triton": None}
 
 
-def test_staging_skips_what_nobody_needs() -> None:
+@pytest.mark.parametrize(
+    "layouts", [("contiguous",) * 2, ("channels_last",) * 2, ("channels_last", "contiguous")], ids=str
+)
+def test_staging_skips_what_nobody_needs(layouts: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots of closed and absent tasks are not written: the kernels take W's slot for them."""
     case = ConvCase(num_tasks=4, gate="zeros", ids="absent", n=5, delta="list", cout=3)
     made = case.make()
+    # filters in the workspace's own order are a line of elements, if both are
+    made.weight, made.delta = LAYOUTS[layouts[0]](made.weight), [LAYOUTS[layouts[1]](d) for d in made.delta]
+    taps = []
+    monkeypatch.setattr(
+        launchers, "launch", lambda *args, **kwargs: (taps.append(kwargs["KH"]), launch(*args, **kwargs))
+    )
     weights = TaskWeights(made.weight, made.delta, [0, 1, 2, 3], made.gate)
     order, offsets = reference.task_plan(made.task_ids, 4)
     deltas = launchers._deltas(weights.delta, weights.delta_tasks, 4)
     with configs.force(schedule="staged"):
         staged = launchers._operand(F32, weights, deltas, launchers.Batch.of(order, offsets), 64)["p_w"]
+    assert taps == [1 if layouts == ("channels_last",) * 2 else 3]
     open_tasks = [t for t in present_tasks(case, made) if made.gate[t] != 0]
     assert torch.equal(staged[4], made.weight.permute(0, 2, 3, 1))
     for t in range(4):
