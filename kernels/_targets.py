@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmtl.kernels import configs
 from fastmtl.kernels._launch import Launch, recording
-from fastmtl.kernels.configs import BuildTarget
+from fastmtl.kernels.configs import BuildTarget, Tile
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TYPE_NAMES = {
@@ -66,6 +66,7 @@ class Problem:
         kernel: int,
         stride: int = 1,
         channels: int = _CHANNELS,
+        features: int = _FEATURES,
         listed: bool = True,
         order: bool = True,
     ) -> None:
@@ -73,13 +74,13 @@ class Problem:
 
         self.x = _empty(64, channels, 28, 28, dtype=dtype)
         self.geometry = Geometry((stride, stride), (kernel // 2, kernel // 2))
-        self.y = _empty(64, _FEATURES, *self.geometry.output_size((28, 28), (kernel, kernel)), dtype=dtype)
-        shape = (_FEATURES, channels, kernel, kernel)
+        self.y = _empty(64, features, *self.geometry.output_size((28, 28), (kernel, kernel)), dtype=dtype)
+        shape = (features, channels, kernel, kernel)
         tasks = list(range(_TASKS)) if listed else []
         delta = [_empty(*shape, dtype=dtype, channels_last=order) for _ in tasks] or [self._stacked(shape, dtype)]
         gate = _empty(_TASKS, dtype=torch.float32)
         self.weights = TaskWeights(_empty(*shape, dtype=dtype, channels_last=order), delta, tasks, gate)
-        self.bias = _empty(_TASKS, _FEATURES, dtype=dtype)
+        self.bias = _empty(_TASKS, features, dtype=dtype)
         self.order = torch.empty(64, dtype=torch.int64, device="meta")
         self.offsets = torch.empty(_TASKS + 1, dtype=torch.int64, device="meta")
 
@@ -131,6 +132,9 @@ class Case(NamedTuple):
 _FWD, _DGRAD = "task_conv2d_fwd_kernel", "task_conv2d_dgrad_kernel"
 _WALK, _SPLIT = "task_conv2d_wgrad_walk_kernel", "task_conv2d_wgrad_split_kernel"
 _STEM = {"kernel": 7, "stride": 2, "channels": 3}
+# multiples of 8, which Triton does not look for: it sees multiples of 16
+_EIGHTS = {"kernel": 3, "channels": 40, "features": 72}
+_HEAD = {"kernel": 1, "channels": 1000, "features": 1000}
 
 CASES = (
     Case(_FWD, "staged", "fwd", {"kernel": 3}, None, {"schedule": "staged"}, representative=True),
@@ -145,9 +149,17 @@ CASES = (
     Case(_WALK, "deltas", "wgrad", {"kernel": 1, "listed": False}, _ONLY_DELTAS, {"mode": "walk"}),
     Case(_WALK, "weight", "wgrad", {"kernel": 3}, _ONLY_W, {"mode": "walk"}),
     Case(_WALK, "packed", "wgrad_packed", _STEM, _ALL_BUT_X, {"mode": "walk"}, wide_loads=False),
-    Case(_SPLIT, "all", "wgrad", {"kernel": 3}, _ALL_BUT_X, {"mode": "split"}, representative=True),
-    Case(_SPLIT, "deltas", "wgrad", {"kernel": 1, "listed": False}, _ONLY_DELTAS, {"mode": "split"}),
+    Case(_SPLIT, "all", "wgrad_split", {"kernel": 3}, _ALL_BUT_X, {"mode": "split"}, representative=True),
+    Case(_SPLIT, "deltas", "wgrad_split", {"kernel": 1, "listed": False}, _ONLY_DELTAS, {"mode": "split"}),
     Case(_SPLIT, "packed", "wgrad_packed", _STEM, _ALL_BUT_X, {"mode": "split"}, wide_loads=False),
+    Case(_FWD, "eights", "fwd", _EIGHTS, None, {"schedule": "staged"}),
+    Case(_FWD, "eights-fused", "fwd_fused", _HEAD, None, {"schedule": "fused"}),
+    Case(_DGRAD, "eights", "dgrad", _EIGHTS, _ONLY_X, {"schedule": "staged"}),
+    Case(_DGRAD, "eights-fused", "dgrad_fused", _HEAD, _ONLY_X, {"schedule": "fused"}),
+    Case(_WALK, "eights", "wgrad", _EIGHTS, _ALL_BUT_X, {"mode": "walk"}),
+    Case(_SPLIT, "eights", "wgrad_split", _EIGHTS, _ALL_BUT_X, {"mode": "split"}),
+    Case("stage_kernel", "eights", "", _EIGHTS, None, {"schedule": "staged"}),
+    Case("wgrad_finish_kernel", "eights", "", _HEAD, _ALL_BUT_X, {"mode": "split"}),
     Case("stage_kernel", "1x1", "", {"kernel": 1}, None, {"schedule": "staged"}),
     Case("stage_kernel", "3x3", "", {"kernel": 3}, None, {"schedule": "staged"}, representative=True),
     Case("stage_kernel", "3x3-contiguous", "", {"kernel": 3, "order": False}, None, {"schedule": "staged"}, False),
@@ -161,16 +173,31 @@ CASES = (
 )
 
 
+def _tiles(case: Case, dtype: torch.dtype) -> dict[Tile | None, tuple[int, ...]]:
+    """What a case is compiled with, and for which architectures; the first of each table comes first there."""
+    if not case.tiles:
+        return {None: (80, 90)}
+    general, hopper = (configs.tiles_of(case.tiles, dtype, on_hopper) for on_hopper in (False, True))
+    archs = dict.fromkeys(general, (80, 90))
+    return archs | {tile: (90,) for tile in hopper if tile not in archs}
+
+
 def _targets(case: Case, dtype: torch.dtype) -> Iterator[BuildTarget]:
     problem = Problem(dtype, **case.problem)
     run = problem.forward if case.wanted is None else functools.partial(problem.backward, *case.wanted)
-    for position, tile in enumerate(configs.tiles_of(case.tiles, dtype) if case.tiles else (None,)):
+    archs_before: set[tuple[int, ...]] = set()
+    for tile, archs in _tiles(case, dtype).items():
         forced = case.force if tile is None else {**case.force, case.tiles: tile}
         made = _recorded(run, case.kernel, **forced)
         size = "" if tile is None else f"-{tile.rows}x{tile.cols}x{tile.depth}"
+        # another table may have a tile of that size for more or fewer warps
+        size += "-hopper" if archs == (90,) else ""
         name = f"{case.kernel}-{case.variant}{size}-{_TYPE_NAMES[dtype]}"
-        representative = case.representative and position == 0
-        yield as_target(name, made, dtype, representative, tile is not None, case.wide_loads)
+        representative = case.representative and archs not in archs_before
+        archs_before.add(archs)
+        target = as_target(name, made, dtype, representative, tile is not None, case.wide_loads)
+        group = tile is not None and dtype != torch.float32 and tile.rows >= 64 and tile.num_warps >= 4
+        yield target._replace(archs=archs, expects_wgmma=group)
 
 
 def build_targets() -> Iterator[BuildTarget]:

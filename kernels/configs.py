@@ -21,15 +21,20 @@ FUSED_MAX_ROWS = 128
 CHANNELS_LAST_MIN_CHANNELS = 8
 # channels per group up to which a K block spans several taps
 PACKED_MAX_CHANNELS = 24
+# pixels of a picture up to which its rows are found by division in float32, which is exact there
+SMALL_PIXELS = 2**20
 # elements that a block of the staging kernel writes
-STAGE_BLOCK = 2048
+STAGE_BLOCK = 4096
 # likewise of the kernel that finishes a split weight gradient; and columns, rows of a step of the bias gradient
 FINISH_BLOCK = 512
 BIAS_TILE = (64, 32)
-# blocks per SM that a weight gradient should at least have; below, rows are split too
-WGRAD_BLOCKS_PER_SM = 1
-# rows that a split of the weight gradient should at least have
+# waves of blocks that a weight gradient with split rows is tried in, and rows that a piece has at least
+WGRAD_WAVES = (1, 2, 3, 4)
 WGRAD_MIN_SPLIT_ROWS = 256
+# pieces beside one for each task, which is as much as a grid has room for: see TRITON_MAX_TASKS
+MAX_PIECES = 1024
+# blocks per SM of the bias gradient
+BIAS_BLOCKS_PER_SM = 2
 
 
 class Tile(NamedTuple):
@@ -57,17 +62,30 @@ class BuildTarget(NamedTuple):
     expects_mma: bool
     expects_wide_loads: bool
     max_registers: int | None = None
+    expects_wgmma: bool = False  # on sm_90: products of a warp group in place of those of a warp
+    archs: tuple[int, ...] = (80, 90)
 
 
-_WIDE, _NARROW = "16 bit", "32 bit"
+_WIDE, _NARROW, _HOPPER = "16 bit", "32 bit", "16 bit on sm_90"
 
 # kernel -> width of the dtype -> tiles, largest first. Rows of forward and dgrad are pixels; of wgrad they are output
-# channels, and depth counts pixels.
+# channels, and depth counts pixels. On sm_90 four warps hold 128 x 128 without spills (operands are read from shared
+# memory), so that two blocks share a processor.
 TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "fwd": {
         _WIDE: (
             Tile(128, 128, 64, 8, 3),
             Tile(128, 64, 64, 8, 4),
+            Tile(64, 64, 64, 4, 4),
+            Tile(64, 32, 64, 4, 4),
+            Tile(64, 16, 32, 4, 4),
+            Tile(32, 64, 64, 4, 4),
+            Tile(16, 64, 64, 4, 4),
+        ),
+        _HOPPER: (
+            Tile(128, 128, 64, 4, 3),
+            Tile(64, 128, 64, 4, 4),
+            Tile(128, 64, 64, 4, 4),
             Tile(64, 64, 64, 4, 4),
             Tile(64, 32, 64, 4, 4),
             Tile(64, 16, 32, 4, 4),
@@ -101,6 +119,16 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
             Tile(32, 64, 64, 4, 4),
             Tile(16, 64, 64, 4, 4),
         ),
+        _HOPPER: (
+            Tile(128, 128, 64, 4, 3),
+            Tile(64, 128, 64, 4, 4),
+            Tile(128, 64, 64, 4, 4),
+            Tile(64, 64, 64, 4, 4),
+            Tile(64, 32, 64, 4, 4),
+            Tile(64, 16, 32, 4, 4),
+            Tile(32, 64, 64, 4, 4),
+            Tile(16, 64, 64, 4, 4),
+        ),
         _NARROW: (
             Tile(128, 64, 32, 8, 3),
             Tile(64, 64, 32, 8, 3),
@@ -114,8 +142,21 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         _WIDE: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
         _NARROW: (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 4, 3), Tile(32, 64, 32, 8, 2), Tile(16, 64, 32, 4, 3)),
     },
+    # a walk holds two accumulators: the task's and the sum
     "wgrad": {
-        _WIDE: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4), Tile(32, 64, 64, 4, 4)),
+        _WIDE: (Tile(128, 128, 32, 8, 2), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(32, 64, 64, 4, 4)),
+        _HOPPER: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(32, 64, 64, 4, 4)),
+        _NARROW: (Tile(64, 64, 16, 8, 4), Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 4, 3)),
+    },
+    "wgrad_split": {
+        _WIDE: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(32, 64, 64, 4, 4)),
+        _HOPPER: (
+            Tile(128, 128, 64, 4, 3),
+            Tile(128, 128, 32, 4, 4),
+            Tile(64, 128, 64, 4, 4),
+            Tile(128, 64, 64, 4, 4),
+            Tile(64, 64, 64, 8, 4),
+        ),
         _NARROW: (Tile(64, 64, 16, 8, 4), Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 4, 3)),
     },
     "wgrad_packed": {
@@ -124,10 +165,23 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
 }
 
-# bytes of traffic weighed against products in the wave model below. To be set by measurement.
+# The models of time below count in products of one processor: about 2100 in a clock of an H100 in 16 bits.
+# An element of an operand, loaded; with it the model's order of the forward's tiles is the measured one.
 LOAD_COST = 64
+# Of weight gradients, as predicted: what a step waits, whatever its size; a block's first loads and its results; a
+# launch more; a byte of a workspace, written and read; a piece in the sum of the pieces, which one block adds up; and
+# how much longer the largest chunk of tasks is than the average one.
+STEP_COST = 400_000
+BLOCK_COST = 4_000_000
+LAUNCH_COST = 10_000_000
+WORKSPACE_COST = 2.6
+PIECE_COST = 200_000
+IMBALANCE = 1.5
 
 _forced: dict[str, Any] = {}
+# what can be forced beside a tile
+_NAMED: dict[str, tuple[str, ...]] = {"schedule": ("staged", "fused"), "mode": ("walk", "split")}
+_COUNTS = ("chunks", "split_rows")
 
 
 @contextlib.contextmanager
@@ -136,8 +190,13 @@ def force(**choices: Any) -> Iterator[None]:
 
     Args:
         choices: `schedule` ("staged" or "fused"); of the weight gradient `mode` ("walk" or "split"), `chunks` (of
-            tasks) and `split_rows`; and a `Tile` under the name of any kernel of `TILES`.
+            tasks) and `split_rows`; and a `Tile` under the name of any kernel of `TILES`. None: the rule.
+
+    Raises:
+        TypeError, ValueError: another name, or a value that is none of its choice.
     """
+    for choice, value in choices.items():
+        _check_choice(choice, value)
     before = dict(_forced)
     _forced.update(choices)
     try:
@@ -145,6 +204,25 @@ def force(**choices: Any) -> Iterator[None]:
     finally:
         _forced.clear()
         _forced.update(before)
+
+
+def _check_choice(choice: str, value: Any) -> None:
+    if choice not in (*_NAMED, *_COUNTS, *TILES):
+        expected = ", ".join((*_NAMED, *_COUNTS, *TILES))
+        raise ValueError(f"force: expected choices among {expected}, got {choice!r}")
+    if value is None:
+        return
+    if choice in _NAMED:
+        if value not in _NAMED[choice]:
+            raise ValueError(f"{choice}: expected one of {', '.join(_NAMED[choice])}, got {value!r}")
+        return
+    sizes = (value,)
+    if choice in TILES:
+        if not isinstance(value, Tile):
+            raise TypeError(f"{choice}: expected a Tile, got {value!r}")
+        sizes = value
+    if any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
+        raise ValueError(f"{choice}: expected numbers of at least 1, got {value!r}")
 
 
 def forced(choice: str) -> Any:
@@ -155,21 +233,38 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+class Limits(NamedTuple):
+    """Of a device: processors, bytes of shared memory that a block may take, and whether it is an sm_90."""
+
+    sms: int
+    shared: int
+    hopper: bool
+
+
 @functools.cache
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """Processors, and bytes of shared memory that a block may take."""
+def device_limits(device: torch.device) -> Limits:
     if device.type != "cuda":
-        return ASSUMED_SMS, ASSUMED_SHARED
+        return Limits(ASSUMED_SMS, ASSUMED_SHARED, True)
     found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, found.shared_memory_per_block_optin
+    return Limits(found.multi_processor_count, found.shared_memory_per_block_optin, found.major == 9)
 
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def tiles_of(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
-    return TILES[kernel][_NARROW if dtype == torch.float32 else _WIDE]
+def tiles_of(kernel: str, dtype: torch.dtype, hopper: bool = True) -> tuple[Tile, ...]:
+    """The tiles of a kernel; `hopper`: on sm_90."""
+    table = TILES[kernel]
+    if dtype == torch.float32:
+        return table[_NARROW]
+    return table[_HOPPER] if hopper and _HOPPER in table else table[_WIDE]
+
+
+def _fitting(tile: Tile, shared: int, itemsize: int, filters: int = 1) -> Tile:
+    """With fewer buffers where the device has little shared memory."""
+    buffer = (tile.rows + tile.cols * filters) * tile.depth * itemsize
+    return tile._replace(num_stages=max(1, min(tile.num_stages, shared // buffer)))
 
 
 def pick_tile(kernel: str, parts: int, rows: int, cols: int, groups: int, operand: Tensor) -> Tile:
@@ -183,50 +278,156 @@ def pick_tile(kernel: str, parts: int, rows: int, cols: int, groups: int, operan
     """
     if (tile := forced(kernel)) is not None:
         return tile
-    sms, shared = device_limits(operand.device)
+    limits = device_limits(operand.device)
 
     def cost(tile: Tile) -> int:
         blocks = parts * _cdiv(rows, tile.rows) * _cdiv(cols, tile.cols) * groups
-        return _cdiv(blocks, sms) * (tile.rows * tile.cols + LOAD_COST * (tile.rows + tile.cols))
+        return _cdiv(blocks, limits.sms) * (tile.rows * tile.cols + LOAD_COST * (tile.rows + tile.cols))
 
-    best = min(tiles_of(kernel, operand.dtype), key=cost)
+    best = min(tiles_of(kernel, operand.dtype, limits.hopper), key=cost)
     # fused: two filters on the way in
-    block = (best.rows + best.cols * (2 if kernel.endswith("fused") else 1)) * best.depth * operand.dtype.itemsize
-    return best._replace(num_stages=max(1, min(best.num_stages, shared // block)))
+    return _fitting(best, limits.shared, operand.dtype.itemsize, 2 if kernel.endswith("fused") else 1)
+
+
+class Filter(NamedTuple):
+    """What a weight gradient's tiles cover: `groups` times `taps` matrices of `rows` x `cols`."""
+
+    rows: int
+    cols: int
+    taps: int
+    groups: int
+    packed: bool  # the taps are among the columns
+
+    @classmethod
+    def of(cls, features: int, channels: int, taps: int, groups: int) -> Filter:
+        """`features`: of all groups; `channels`: of one."""
+        packed = channels <= PACKED_MAX_CHANNELS
+        cols, taps = (channels * taps, 1) if packed else (channels, taps)
+        return cls(features // groups, cols, taps, groups, packed)
+
+    def tiles(self, tile: Tile) -> int:
+        """Of one group."""
+        return _cdiv(self.rows, tile.rows) * _cdiv(self.cols, tile.cols) * self.taps
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.cols * self.taps * self.groups
 
 
 class WgradPlan(NamedTuple):
     """How a weight gradient is shared out. `split_rows` 0: a block walks the tasks of a chunk."""
 
+    tile: Tile
     chunk_tasks: int
     split_rows: int
+    cost: float = 0.0  # in the model
 
 
-def pick_wgrad(tiles: int, num_tasks: int, parts: int, rows: int, depth: int, operand: Tensor) -> WgradPlan:
-    """Walk where tiles, or tiles and chunks of tasks, fill the device; else split the rows.
+def pick_wgrad(shape: Filter, num_tasks: int, parts: int, rows: int, operand: Tensor) -> WgradPlan:
+    """Tile, walk or split, and chunks or pieces together: the plan with the least cost in a model of time.
+
+    How many rows each task has is known on the device only. The model takes the tasks for equally large; a piece has at
+    most `split_rows` rows however large they are, a walk goes as far as the largest chunk of tasks.
 
     Args:
-        tiles: of the filter.
+        shape: of the filter.
         num_tasks: T; `parts` of them can have rows.
-        rows: of the batch; `depth` of them in a step.
-        parts, depth: see above.
-        operand: a tensor on the device.
+        parts: see above.
+        rows: of the batch.
+        operand: a tensor of the operands' dtype and device.
     """
-    sms = device_limits(operand.device)[0]
-    chunks = min(max(1, sms * WGRAD_BLOCKS_PER_SM // max(tiles, 1)), num_tasks)
-    walk = (chunks == 1 and tiles >= sms // 2) or parts >= 2 * chunks > 2
-    mode = forced("mode") or ("walk" if walk else "split")
-    chunk_tasks = _cdiv(num_tasks, forced("chunks") or chunks)
-    if mode == "walk":
-        return WgradPlan(chunk_tasks, 0)
-    return WgradPlan(chunk_tasks, pick_split_rows(tiles, rows, depth, operand))
+    given = tuple(forced(choice) for choice in ("mode", "chunks", "split_rows", "wgrad", "wgrad_split", "wgrad_packed"))
+    return _plan_wgrad(shape, num_tasks, parts, rows, operand.dtype, operand.device, given)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_wgrad(
+    shape: Filter,
+    num_tasks: int,
+    parts: int,
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    given: tuple[Any, ...],
+) -> WgradPlan:
+    mode, chunks, split_rows, walk_tile, split_tile, packed_tile = given
+    limits = device_limits(device)
+
+    def tiles(kernel: str, tile: Tile | None) -> list[Tile]:
+        if shape.packed:
+            kernel, tile = "wgrad_packed", packed_tile
+        found = [tile] if tile is not None else tiles_of(kernel, dtype, limits.hopper)
+        return [_fitting(each, limits.shared, dtype.itemsize) for each in found]
+
+    plans = []
+    if mode != "split":
+        plans += [
+            _walked(shape, tile, num_tasks, parts, rows, limits.sms, count)
+            for tile in tiles("wgrad", walk_tile)
+            for count in ([chunks] if chunks is not None else sorted({min(1 << k, num_tasks) for k in range(8)}))
+        ]
+    if mode != "walk":
+        plans += [
+            _split(
+                shape,
+                tile,
+                num_tasks,
+                parts,
+                rows,
+                limits.sms,
+                chunks,
+                split_rows or _piece(shape, tile, parts, rows, blocks),
+            )
+            for tile in tiles("wgrad_split", split_tile)
+            for blocks in (limits.sms * waves for waves in WGRAD_WAVES)
+        ]
+    return min(plans, key=lambda plan: plan.cost)
+
+
+def _step(tile: Tile) -> int:
+    return tile.depth * (tile.rows * tile.cols + LOAD_COST * (tile.rows + tile.cols)) + STEP_COST
+
+
+def _walked(shape: Filter, tile: Tile, num_tasks: int, parts: int, rows: int, sms: int, chunks: int) -> WgradPlan:
+    chunk_tasks = _cdiv(num_tasks, chunks)
+    chunks = _cdiv(num_tasks, chunk_tasks)
+    # each task's last step is half full on average
+    steps = _cdiv(_cdiv(rows, chunks), tile.depth) + _cdiv(parts, 2 * chunks)
+    block = steps * _step(tile) + _cdiv(parts, chunks) * BLOCK_COST
+    cost = _cdiv(shape.tiles(tile) * shape.groups * chunks, sms) * block
+    if chunks > 1:
+        cost = (IMBALANCE if parts > 1 else 1) * cost + LAUNCH_COST + WORKSPACE_COST * 4 * shape.size * chunks
+    return WgradPlan(tile, chunk_tasks, 0, cost)
+
+
+def _piece(shape: Filter, tile: Tile, parts: int, rows: int, blocks: int) -> int:
+    """Rows of a piece, a multiple of the tile's depth, so that the tiles' pieces are about so many blocks."""
+    # the last piece of each task is half full on average
+    pieces = max(1, blocks // max(1, shape.tiles(tile) * shape.groups) - parts // 2)
+    # where a piece could hold a whole task, one that is larger than the others is shared out all the same
+    pieces = max(pieces, min(_cdiv(2 * parts, 3), MAX_PIECES))
+    return _cdiv(max(_cdiv(rows, pieces), WGRAD_MIN_SPLIT_ROWS), tile.depth) * tile.depth
+
+
+def _split(
+    shape: Filter, tile: Tile, num_tasks: int, parts: int, rows: int, sms: int, chunks: int | None, split_rows: int
+) -> WgradPlan:
+    pieces = max(_cdiv(rows, split_rows) + parts // 2, parts)
+    if chunks is None:
+        # as many as it takes for the sums of the pieces to fill the device
+        chunks = min(num_tasks, max(1, sms // max(1, _cdiv(shape.size, FINISH_BLOCK))))
+    chunk_tasks = _cdiv(num_tasks, chunks)
+    steps = _cdiv(min(split_rows, _cdiv(rows, parts)), tile.depth)
+    cost = _cdiv(shape.tiles(tile) * shape.groups * pieces, sms) * (steps * _step(tile) + BLOCK_COST)
+    cost += LAUNCH_COST * (1 + (chunks > 1)) + WORKSPACE_COST * 4 * shape.size * pieces
+    return WgradPlan(tile, chunk_tasks, split_rows, cost + PIECE_COST * _cdiv(pieces * chunk_tasks, num_tasks))
 
 
 def pick_split_rows(tiles: int, rows: int, depth: int, operand: Tensor) -> int:
-    """Rows of a split, a multiple of `depth`, so that `tiles` times the splits fill the device."""
+    """Rows of a piece of the bias gradient, a multiple of `depth`, so that `tiles` times the pieces fill the device."""
     if (split := forced("split_rows")) is not None:
         return split
-    splits = max(1, device_limits(operand.device)[0] * WGRAD_BLOCKS_PER_SM // max(tiles, 1))
+    splits = max(1, device_limits(operand.device).sms * BIAS_BLOCKS_PER_SM // max(tiles, 1))
     return _cdiv(max(_cdiv(rows, splits), WGRAD_MIN_SPLIT_ROWS), depth) * depth
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmtl.kernels.stage import delta_pointer, find_tile, has_delta, multiply, task_scale
+from fastmtl.kernels.stage import (
+    delta_pointer,
+    find_pixels,
+    find_tile,
+    has_delta,
+    known_multiple,
+    multiply,
+    task_scale,
+)
 
 
 @triton.jit
@@ -65,7 +73,11 @@ def task_conv2d_dgrad_kernel(
     STEP_H: tl.constexpr,
     STEP_W: tl.constexpr,
     FUSED: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    EDGES: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    W_MULTIPLE: tl.constexpr,
+    D_MULTIPLE: tl.constexpr,
+    SMALL: tl.constexpr,
     WIDE: tl.constexpr,
     CAST: tl.constexpr,
     TB: tl.constexpr,
@@ -77,7 +89,23 @@ def task_conv2d_dgrad_kernel(
 
     With a stride, the pixels of one residue class (program axis 2) are met by the same taps: only these are walked.
     channels, features: per group. Staged: p_w is the workspace of `stage_kernel`; FUSED: it is W.
+    No EDGES: each input pixel is met at one output pixel, in the same place. The rest as in `task_conv2d_fwd_kernel`.
     """
+    channels = known_multiple(channels, MULTIPLE)
+    features = known_multiple(features, MULTIPLE)
+    x_n = known_multiple(x_n, MULTIPLE)
+    x_h = known_multiple(x_h, MULTIPLE)
+    x_w = known_multiple(x_w, MULTIPLE)
+    y_n = known_multiple(y_n, MULTIPLE)
+    y_h = known_multiple(y_h, MULTIPLE)
+    y_w = known_multiple(y_w, MULTIPLE)
+    w_t = known_multiple(w_t, W_MULTIPLE)
+    w_co = known_multiple(w_co, W_MULTIPLE)
+    w_kh = known_multiple(w_kh, W_MULTIPLE)
+    w_kw = known_multiple(w_kw, W_MULTIPLE)
+    d_co = known_multiple(d_co, D_MULTIPLE)
+    d_kh = known_multiple(d_kh, D_MULTIPLE)
+    d_kw = known_multiple(d_kw, D_MULTIPLE)
     blocks_n = tl.cdiv(channels, BN)
     tile = tl.program_id(0) // blocks_n
     column = tl.program_id(0) - tile * blocks_n
@@ -87,19 +115,15 @@ def task_conv2d_dgrad_kernel(
     rows_h = (height - class_h + SH - 1) // SH
     rows_w = (width - class_w + SW - 1) // SW
     pixels = rows_h * rows_w
-    task, low, high = find_tile(p_offsets, tile, BM, num_tasks, num_samples, pixels, TB)
+    task, low, high = find_tile(p_offsets, tile, BM, num_tasks, num_samples, pixels, WIDE, TB)
     if low >= high:
         return
-    if not WIDE:
-        low = low.to(tl.int32)
-        high = high.to(tl.int32)
 
-    row = low + tl.arange(0, BM)
-    row_ok = row < high
-    sample = row // pixels
-    pixel = row % pixels
-    qh = pixel // rows_w
-    qw = pixel % rows_w
+    row_ok = tl.arange(0, BM) < high - low
+    sample, qh, qw = find_pixels(low, pixels, rows_w, SMALL, BM)
+    if WIDE:
+        qh = qh.to(tl.int64)
+        qw = qw.to(tl.int64)
     n = tl.load(p_order + sample, mask=row_ok, other=0).to(tl.int64)
     p_rows = p_dy + n * y_n + (qh * y_h + qw * y_w)
 
@@ -115,7 +139,7 @@ def task_conv2d_dgrad_kernel(
         if p_w is not None:
             p_w_columns = p_w + c * w_ci
         if p_delta is not None:
-            p_d_columns = delta_pointer(p_delta, p_table, task, num_tasks, d_t, ALIGNED) + c * d_ci
+            p_d_columns = delta_pointer(p_delta, p_table, task, num_tasks, d_t, D_MULTIPLE) + c * d_ci
     else:
         slot = tl.where(opened, task, shared_slot).to(tl.int64)
         p_w_columns = p_w + slot * w_t + c * w_ci
@@ -127,21 +151,22 @@ def task_conv2d_dgrad_kernel(
     blocks_k = tl.cdiv(features, BK)
     # rows of no task become NaN: no weight is read for them
     steps = tl.where(task == num_tasks, 0, taps_h * taps_w * blocks_k)
-    taps_w = tl.maximum(taps_w, 1)
     acc = tl.zeros((BM, BN), tl.float32)
-    for step in range(0, steps):
-        # the compiler does not see that the only tap is 0, and would load single elements
-        tap = step // blocks_k if KH * KW > 1 else 0
-        f = (step - tap * blocks_k) * BK + k
+    # counted along, and the only tap spelled out, as in the forward
+    kh = first_h if KH > 1 else 0
+    kw = first_w if KW > 1 else 0
+    first_k = 0
+    for _ in range(0, steps):
+        f = first_k + k
         f_ok = f < features
         co = group * features + f
-        kh = first_h + tap // taps_w * STEP_H if KH > 1 else 0
-        kw = first_w + tap % taps_w * STEP_W if KW > 1 else 0
         back_h = (rest_h - kh * DH) // SH
         back_w = (rest_w - kw * DW) // SW
         oh = qh + back_h
         ow = qw + back_w
-        inside = row_ok & (oh >= 0) & (oh < out_height) & (ow >= 0) & (ow < out_width)
+        inside = row_ok
+        if EDGES:
+            inside = inside & (oh >= 0) & (oh < out_height) & (ow >= 0) & (ow < out_width)
         moved = back_h * y_h + back_w * y_w + co * y_c
         a = tl.load(p_rows[:, None] + moved[None, :], mask=inside[:, None] & f_ok[None, :], other=0.0)
         w_ok = f_ok[:, None] & c_ok[None, :]
@@ -159,6 +184,16 @@ def task_conv2d_dgrad_kernel(
             moved_w = kh * w_kh + kw * w_kw + co * w_co
             b = tl.load(p_w_columns[None, :] + moved_w[:, None], mask=w_ok, other=0.0)
         acc = multiply(a, b, acc, CAST)
+        first_k += BK
+        if KH * KW > 1:
+            over = first_k >= features
+            first_k = tl.where(over, 0, first_k)
+            if KW > 1:
+                kw += tl.where(over, STEP_W, 0)
+                over = over & (kw >= KW)
+                kw = tl.where(over, first_w, kw)
+            if KH > 1:
+                kh += tl.where(over, STEP_H, 0)
 
     acc = tl.where(task == num_tasks, float("nan"), acc)
     ih = qh * SH + class_h

@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmtl.kernels.stage import delta_pointer, find_tile, has_delta, multiply, task_scale
+from fastmtl.kernels.stage import (
+    delta_pointer,
+    find_pixels,
+    find_tile,
+    has_delta,
+    known_multiple,
+    multiply,
+    task_scale,
+)
 
 
 @triton.jit(do_not_specialize=["num_samples", "num_tasks", "shared_slot", "height", "width", "out_width", "pixels"])
@@ -57,7 +65,11 @@ def task_conv2d_fwd_kernel(
     DW: tl.constexpr,
     PACKED: tl.constexpr,
     FUSED: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    PADDED: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    W_MULTIPLE: tl.constexpr,
+    D_MULTIPLE: tl.constexpr,
+    SMALL: tl.constexpr,
     WIDE: tl.constexpr,
     CAST: tl.constexpr,
     TB: tl.constexpr,
@@ -68,25 +80,38 @@ def task_conv2d_fwd_kernel(
     """y[row, co] = sum over (tap, ci) of x[row moved by tap, ci] W_eff[co, tap, ci] + bias[co]. One task per tile.
 
     channels, features: per group. Staged: p_w is the workspace of `stage_kernel`; FUSED: it is W.
-    PACKED: a K block spans taps, for few channels.
+    PACKED: a K block spans taps, for few channels. Not PADDED: every tap of every pixel is inside the picture.
+    MULTIPLE: of channels, features and the strides of x and y, W_MULTIPLE and D_MULTIPLE: of those of W and the deltas,
+    but for the strides of their channels; see `known_multiple`. SMALL: see `find_pixels`.
     """
+    channels = known_multiple(channels, MULTIPLE)
+    features = known_multiple(features, MULTIPLE)
+    x_n = known_multiple(x_n, MULTIPLE)
+    x_h = known_multiple(x_h, MULTIPLE)
+    x_w = known_multiple(x_w, MULTIPLE)
+    y_n = known_multiple(y_n, MULTIPLE)
+    y_h = known_multiple(y_h, MULTIPLE)
+    y_w = known_multiple(y_w, MULTIPLE)
+    w_t = known_multiple(w_t, W_MULTIPLE)
+    w_co = known_multiple(w_co, W_MULTIPLE)
+    w_kh = known_multiple(w_kh, W_MULTIPLE)
+    w_kw = known_multiple(w_kw, W_MULTIPLE)
+    d_co = known_multiple(d_co, D_MULTIPLE)
+    d_kh = known_multiple(d_kh, D_MULTIPLE)
+    d_kw = known_multiple(d_kw, D_MULTIPLE)
     blocks_n = tl.cdiv(features, BN)
     tile = tl.program_id(0) // blocks_n
     column = tl.program_id(0) - tile * blocks_n
     group = tl.program_id(1)
-    task, low, high = find_tile(p_offsets, tile, BM, num_tasks, num_samples, pixels, TB)
+    task, low, high = find_tile(p_offsets, tile, BM, num_tasks, num_samples, pixels, WIDE, TB)
     if low >= high:
         return
-    if not WIDE:
-        low = low.to(tl.int32)
-        high = high.to(tl.int32)
 
-    row = low + tl.arange(0, BM)
-    row_ok = row < high
-    sample = row // pixels
-    pixel = row % pixels
-    oh = pixel // out_width
-    ow = pixel % out_width
+    row_ok = tl.arange(0, BM) < high - low
+    sample, oh, ow = find_pixels(low, pixels, out_width, SMALL, BM)
+    if WIDE:
+        oh = oh.to(tl.int64)
+        ow = ow.to(tl.int64)
     n = tl.load(p_order + sample, mask=row_ok, other=0).to(tl.int64)
     ih = oh * SH - pad_h
     iw = ow * SW - pad_w
@@ -105,7 +130,7 @@ def task_conv2d_fwd_kernel(
         if p_w is not None:
             p_w_columns = p_w + co * w_co
         if p_delta is not None:
-            p_d_columns = delta_pointer(p_delta, p_table, task, num_tasks, d_t, ALIGNED) + co * d_co
+            p_d_columns = delta_pointer(p_delta, p_table, task, num_tasks, d_t, D_MULTIPLE) + co * d_co
     else:
         slot = tl.where(opened, task, shared_slot).to(tl.int64)
         p_w_columns = p_w + slot * w_t + co * w_co
@@ -120,26 +145,32 @@ def task_conv2d_fwd_kernel(
     # rows of no task become NaN: no weight is read for them
     steps = tl.where(task == num_tasks, 0, steps)
     acc = tl.zeros((BM, BN), tl.float32)
+    if not PACKED:
+        # counted along, without a division in each step; of a 1x1 the only tap stays the constant that it is, as the
+        # compiler would load single elements if it did not see that
+        kh = 0
+        kw = 0
+        first_k = 0
     for step in range(0, steps):
         if PACKED:
             flat = step * BK + k
             tap = flat // channels
             ci = flat % channels
             k_ok = flat < depth
+            kh = tap // KW
+            kw = tap - kh * KW
         else:
-            # the compiler does not see that the only tap is 0, and would load single elements
-            tap = step // blocks_k if KH * KW > 1 else 0
-            ci = (step - tap * blocks_k) * BK + k
+            ci = first_k + k
             k_ok = ci < channels
-        kh = tap // KW
-        kw = tap - kh * KW
-        if PACKED:
-            at_h = ih[:, None] + (kh * DH)[None, :]
-            at_w = iw[:, None] + (kw * DW)[None, :]
-        else:
-            at_h = (ih + kh * DH)[:, None]
-            at_w = (iw + kw * DW)[:, None]
-        inside = row_ok[:, None] & (at_h >= 0) & (at_h < height) & (at_w >= 0) & (at_w < width)
+        inside = row_ok[:, None]
+        if PADDED:
+            if PACKED:
+                at_h = ih[:, None] + (kh * DH)[None, :]
+                at_w = iw[:, None] + (kw * DW)[None, :]
+            else:
+                at_h = (ih + kh * DH)[:, None]
+                at_w = (iw + kw * DW)[:, None]
+            inside = inside & (at_h >= 0) & (at_h < height) & (at_w >= 0) & (at_w < width)
         channel = first_channel + ci
         if WIDE:
             channel = channel.to(tl.int64)
@@ -161,6 +192,15 @@ def task_conv2d_fwd_kernel(
             moved_w = kh * w_kh + kw * w_kw + ci * w_ci
             b = tl.load(p_w_columns[None, :] + moved_w[:, None], mask=w_ok, other=0.0)
         acc = multiply(a, b, acc, CAST)
+        if not PACKED:
+            first_k += BK
+            if KH * KW > 1:
+                over = first_k >= channels
+                first_k = tl.where(over, 0, first_k)
+                kw += over.to(tl.int32)
+                over = kw == KW
+                kw = tl.where(over, 0, kw)
+                kh += over.to(tl.int32)
 
     if p_bias is not None:
         bias_task = tl.minimum(task, num_tasks - 1)

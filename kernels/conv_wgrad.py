@@ -9,7 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmtl.kernels.stage import delta_pointer, find_tile, has_delta, multiply, task_scale
+from fastmtl.kernels.stage import (
+    advance,
+    delta_pointer,
+    find_pixels,
+    find_tile,
+    has_delta,
+    known_multiple,
+    multiply,
+    steps_of,
+    task_scale,
+)
 
 
 @triton.jit
@@ -39,32 +49,38 @@ def filter_columns(tile, channels, pad_h, pad_w, KH: tl.constexpr, KW: tl.conste
 def rows_product(
     p_x, p_dy, p_order, low, high, co, co_ok, channel, column_ok, move_h, move_w,
     height, width, out_width, pixels, x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
-    SH: tl.constexpr, SW: tl.constexpr, PACKED: tl.constexpr, CAST: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr, SMALL: tl.constexpr,
+    WIDE: tl.constexpr, CAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """sum over rows of dy[row, co] x[row moved by the column's tap, ci]: [BM, BN] in float32."""
     acc = tl.zeros((BM, BN), tl.float32)
     moved_y = co * y_c
     moved_x = channel * x_c + move_h * x_h + move_w * x_w
+    out_height = pixels // out_width
+    samples, lines, columns = steps_of(tl.full((), BP, tl.int32), pixels, out_width)
+    row = tl.arange(0, BP)
+    sample, oh, ow = find_pixels(low, pixels, out_width, SMALL, BP)
+    # known a step ahead, so that what is loaded by it can be under way before the step begins
+    n = tl.load(p_order + sample, mask=row < high - low, other=0)
     for first in range(low, high, BP):
-        row = first + tl.arange(0, BP)
-        row_ok = row < high
-        sample = row // pixels
-        pixel = row % pixels
-        oh = pixel // out_width
-        ow = pixel % out_width
-        n = tl.load(p_order + sample, mask=row_ok, other=0).to(tl.int64)
-        p_y = p_dy + n * y_n + (oh * y_h + ow * y_w)
+        row_ok = row < high - first
+        at_h = oh.to(tl.int64) if WIDE else oh
+        at_w = ow.to(tl.int64) if WIDE else ow
+        p_y = p_dy + n * y_n + (at_h * y_h + at_w * y_w)
         a = tl.load(p_y[:, None] + moved_y[None, :], mask=row_ok[:, None] & co_ok[None, :], other=0.0)
-        if PACKED:
-            ih = (oh * SH)[:, None] + move_h[None, :]
-            iw = (ow * SW)[:, None] + move_w[None, :]
-        else:
-            ih = (oh * SH + move_h)[:, None]
-            iw = (ow * SW + move_w)[:, None]
-        inside = row_ok[:, None] & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
-        p_in = p_x + n * x_n + (oh * SH * x_h + ow * SW * x_w)
+        inside = row_ok[:, None]
+        if PADDED:
+            if PACKED:
+                ih = (oh * SH)[:, None] + move_h[None, :]
+                iw = (ow * SW)[:, None] + move_w[None, :]
+            else:
+                ih = (oh * SH + move_h)[:, None]
+                iw = (ow * SW + move_w)[:, None]
+            inside = inside & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
+        p_in = p_x + n * x_n + (at_h * SH * x_h + at_w * SW * x_w)
         b = tl.load(p_in[:, None] + moved_x[None, :], mask=inside & column_ok[None, :], other=0.0)
+        sample, oh, ow = advance(sample, oh, ow, samples, lines, columns, out_height, out_width)
+        n = tl.load(p_order + sample, mask=row < high - first - BP, other=0)
         acc = multiply(tl.trans(a), b, acc, CAST)
     return acc
 
@@ -82,17 +98,17 @@ def needs_product(p_grad, p_grad_table, p_partial, p_dw, scale, task, num_tasks)
 def emit(
     acc, ok, filter_offset, delta_offset, task, num_tasks, scale, present, partial,
     p_delta, p_table, d_t, p_grad, p_grad_table, g_t, p_partial,
-    ALIGNED: tl.constexpr, GRAD_ALIGNED: tl.constexpr,
+    D_MULTIPLE: tl.constexpr, G_MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """At a task's end: s_t dW_eff into its delta's gradient, and the tile's part of <dW_eff, Delta_t>."""
     if p_partial is not None:
         with_delta = has_delta(p_delta, p_table, task, num_tasks) & present
-        p_d = delta_pointer(p_delta, p_table, task, num_tasks, d_t, ALIGNED)
+        p_d = delta_pointer(p_delta, p_table, task, num_tasks, d_t, D_MULTIPLE)
         d = tl.load(p_d + delta_offset, mask=ok & with_delta, other=0.0).to(tl.float32)
         tl.store(p_partial + partial, tl.sum(tl.where(ok & with_delta, acc * d, 0.0)))
     if p_grad is not None:
         wanted = has_delta(p_grad, p_grad_table, task, num_tasks)
-        p_g = delta_pointer(p_grad, p_grad_table, task, num_tasks, g_t, GRAD_ALIGNED)
+        p_g = delta_pointer(p_grad, p_grad_table, task, num_tasks, g_t, G_MULTIPLE)
         value = tl.where(present & (scale != 0), acc * scale, 0.0)
         tl.store(p_g + filter_offset, value.to(p_grad.dtype.element_ty), mask=ok & wanted)
 
@@ -150,8 +166,12 @@ def task_conv2d_wgrad_walk_kernel(
     DH: tl.constexpr,
     DW: tl.constexpr,
     PACKED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    GRAD_ALIGNED: tl.constexpr,
+    PADDED: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    W_MULTIPLE: tl.constexpr,
+    D_MULTIPLE: tl.constexpr,
+    G_MULTIPLE: tl.constexpr,
+    SMALL: tl.constexpr,
     WIDE: tl.constexpr,
     CAST: tl.constexpr,
     BM: tl.constexpr,
@@ -160,8 +180,27 @@ def task_conv2d_wgrad_walk_kernel(
 ):
     """A tile (co, (tap, ci)) of the filter, over a chunk of the tasks (program axis 2), one after another.
 
-    p_dw: the sum over the chunk's tasks. Each of p_grad, p_partial, p_dw may be absent.
+    p_dw: the sum over the chunk's tasks. Each of p_grad, p_partial, p_dw may be absent. W_MULTIPLE: of p_dw's strides,
+    D_MULTIPLE, G_MULTIPLE: of those of the deltas and their gradients; the rest as in `task_conv2d_fwd_kernel`.
     """
+    channels = known_multiple(channels, MULTIPLE)
+    features = known_multiple(features, MULTIPLE)
+    x_n = known_multiple(x_n, MULTIPLE)
+    x_h = known_multiple(x_h, MULTIPLE)
+    x_w = known_multiple(x_w, MULTIPLE)
+    y_n = known_multiple(y_n, MULTIPLE)
+    y_h = known_multiple(y_h, MULTIPLE)
+    y_w = known_multiple(y_w, MULTIPLE)
+    d_co = known_multiple(d_co, D_MULTIPLE)
+    d_kh = known_multiple(d_kh, D_MULTIPLE)
+    d_kw = known_multiple(d_kw, D_MULTIPLE)
+    g_co = known_multiple(g_co, G_MULTIPLE)
+    g_kh = known_multiple(g_kh, G_MULTIPLE)
+    g_kw = known_multiple(g_kw, G_MULTIPLE)
+    w_chunk = known_multiple(w_chunk, W_MULTIPLE)
+    w_co = known_multiple(w_co, W_MULTIPLE)
+    w_kh = known_multiple(w_kh, W_MULTIPLE)
+    w_kw = known_multiple(w_kw, W_MULTIPLE)
     blocks_m = tl.cdiv(features, BM)
     tile = tl.program_id(0) // blocks_m
     group = tl.program_id(1)
@@ -197,12 +236,12 @@ def task_conv2d_wgrad_walk_kernel(
         acc = rows_product(
             p_x, p_dy, p_order, low, high, co, f_ok, group * channels + ci, column_ok, move_h, move_w,
             height, width, out_width, pixels, x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
-            SH, SW, PACKED, CAST, BM, BN, BP,
+            SH, SW, PACKED, PADDED, SMALL, WIDE, CAST, BM, BN, BP,
         )  # fmt: skip
         partial = task.to(tl.int64) * tiles + group * tl.num_programs(0) + tl.program_id(0)
         emit(
             acc, ok, grad_offset, delta_offset, task, num_tasks, scale, end > begin, partial,
-            p_delta, p_table, d_t, p_grad, p_grad_table, g_t, p_partial, ALIGNED, GRAD_ALIGNED,
+            p_delta, p_table, d_t, p_grad, p_grad_table, g_t, p_partial, D_MULTIPLE, G_MULTIPLE,
         )  # fmt: skip
         if p_dw is not None:
             total += acc
@@ -250,6 +289,9 @@ def task_conv2d_wgrad_split_kernel(
     DW: tl.constexpr,
     DELTA_ONLY: tl.constexpr,
     PACKED: tl.constexpr,
+    PADDED: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    SMALL: tl.constexpr,
     WIDE: tl.constexpr,
     CAST: tl.constexpr,
     TB: tl.constexpr,
@@ -261,21 +303,26 @@ def task_conv2d_wgrad_split_kernel(
 
     DELTA_ONLY: nothing but the deltas' gradients is wanted, so that closed gates need no product.
     """
+    channels = known_multiple(channels, MULTIPLE)
+    features = known_multiple(features, MULTIPLE)
+    x_n = known_multiple(x_n, MULTIPLE)
+    x_h = known_multiple(x_h, MULTIPLE)
+    x_w = known_multiple(x_w, MULTIPLE)
+    y_n = known_multiple(y_n, MULTIPLE)
+    y_h = known_multiple(y_h, MULTIPLE)
+    y_w = known_multiple(y_w, MULTIPLE)
     blocks_m = tl.cdiv(features, BM)
     tile = tl.program_id(0) // blocks_m
     group = tl.program_id(1)
     split = tl.program_id(2)
-    task, low, high = find_tile(p_offsets, split, split_rows, num_tasks, num_samples, pixels, TB)
+    task, low, high = find_tile(p_offsets, split, split_rows, num_tasks, num_samples, pixels, WIDE, TB)
     if (low >= high) | (task >= num_tasks):
         return
     if DELTA_ONLY:
         scale = task_scale(p_gate, task, num_tasks)
         if not (has_delta(p_grad, p_grad_table, task, num_tasks) & (scale != 0)):
             return
-    high = tl.minimum(high, low + split_rows)
-    if not WIDE:
-        low = low.to(tl.int32)
-        high = high.to(tl.int32)
+    high = low + tl.minimum(high - low, split_rows)
     f = (tl.program_id(0) - tile * blocks_m) * BM + tl.arange(0, BM)
     f_ok = f < features
     co = group * features + f
@@ -288,7 +335,7 @@ def task_conv2d_wgrad_split_kernel(
     acc = rows_product(
         p_x, p_dy, p_order, low, high, co, f_ok, group * channels + ci, column_ok, move_h, move_w,
         height, width, out_width, pixels, x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
-        SH, SW, PACKED, CAST, BM, BN, BP,
+        SH, SW, PACKED, PADDED, SMALL, WIDE, CAST, BM, BN, BP,
     )  # fmt: skip
     offset = (co * (KH * KW * channels))[:, None] + (ci + (kh * KW + kw) * channels)[None, :]
     p_out = p_parts + split.to(tl.int64) * size
@@ -329,13 +376,30 @@ def wgrad_finish_kernel(
     w_kw,
     KH: tl.constexpr,
     KW: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    GRAD_ALIGNED: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    W_MULTIPLE: tl.constexpr,
+    D_MULTIPLE: tl.constexpr,
+    G_MULTIPLE: tl.constexpr,
     WIDE: tl.constexpr,
     TB: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """Adds up the splits of each task of a chunk (program axis 1), and does with them what the walk does."""
+    """Adds up the splits of each task of a chunk (program axis 1), and does with them what the walk does.
+
+    MULTIPLE: of channels; the rest as in the walk.
+    """
+    channels = known_multiple(channels, MULTIPLE)
+    size = known_multiple(size, MULTIPLE)
+    d_co = known_multiple(d_co, D_MULTIPLE)
+    d_kh = known_multiple(d_kh, D_MULTIPLE)
+    d_kw = known_multiple(d_kw, D_MULTIPLE)
+    g_co = known_multiple(g_co, G_MULTIPLE)
+    g_kh = known_multiple(g_kh, G_MULTIPLE)
+    g_kw = known_multiple(g_kw, G_MULTIPLE)
+    w_chunk = known_multiple(w_chunk, W_MULTIPLE)
+    w_co = known_multiple(w_co, W_MULTIPLE)
+    w_kh = known_multiple(w_kh, W_MULTIPLE)
+    w_kw = known_multiple(w_kw, W_MULTIPLE)
     block = tl.program_id(0)
     chunk = tl.program_id(1)
     if WIDE:
@@ -370,13 +434,14 @@ def wgrad_finish_kernel(
         scale = task_scale(p_gate, task, num_tasks)
         wanted = needs_product(p_grad, p_grad_table, p_partial, p_dw, scale, task, num_tasks)
         acc = tl.zeros((BE,), tl.float32)
-        for j in range(0, tl.where(wanted, splits, 0).to(tl.int32)):
+        # eight loads under way at a time
+        for j in tl.range(0, tl.where(wanted, splits, 0).to(tl.int32), loop_unroll_factor=8):
             acc += tl.load(p_parts + (split + j) * size + e, mask=ok, other=0.0)
         split += splits
         emit(
             acc, ok, grad_offset, delta_offset, task, num_tasks, scale, end > begin,
             task.to(tl.int64) * tl.num_programs(0) + tl.program_id(0),
-            p_delta, p_table, d_t, p_grad, p_grad_table, g_t, p_partial, ALIGNED, GRAD_ALIGNED,
+            p_delta, p_table, d_t, p_grad, p_grad_table, g_t, p_partial, D_MULTIPLE, G_MULTIPLE,
         )  # fmt: skip
         if p_dw is not None:
             total += acc
@@ -411,7 +476,7 @@ def sum_parts_kernel(
     ok = e < size
     acc = tl.zeros((BE,), tl.float32)
     p_part = p_parts + e
-    for _ in range(0, count):
+    for _ in tl.range(0, count, loop_unroll_factor=8):
         acc += tl.load(p_part, mask=ok, other=0.0)
         p_part += step
     ci = e % channels
@@ -448,32 +513,38 @@ def bias_grad_kernel(
     y_c,
     y_h,
     y_w,
+    MULTIPLE: tl.constexpr,
+    SMALL: tl.constexpr,
     WIDE: tl.constexpr,
     TB: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """p_parts[split, co] = the sum of dy over `split_rows` rows of one task."""
+    """p_parts[split, co] = the sum of dy over `split_rows` rows of one task. MULTIPLE: of features and dy's strides."""
+    features = known_multiple(features, MULTIPLE)
+    y_n = known_multiple(y_n, MULTIPLE)
+    y_h = known_multiple(y_h, MULTIPLE)
+    y_w = known_multiple(y_w, MULTIPLE)
     split = tl.program_id(1)
-    task, low, high = find_tile(p_offsets, split, split_rows, num_tasks, num_samples, pixels, TB)
+    task, low, high = find_tile(p_offsets, split, split_rows, num_tasks, num_samples, pixels, WIDE, TB)
     if (low >= high) | (task >= num_tasks):
         return
-    high = tl.minimum(high, low + split_rows)
-    if not WIDE:
-        low = low.to(tl.int32)
-        high = high.to(tl.int32)
+    high = low + tl.minimum(high - low, split_rows)
     co = tl.program_id(0) * BN + tl.arange(0, BN)
     co_ok = co < features
     if WIDE:
         co = co.to(tl.int64)
     acc = tl.zeros((BP, BN), tl.float32)
+    samples, lines, columns = steps_of(tl.full((), BP, tl.int32), pixels, out_width)
+    row = tl.arange(0, BP)
+    sample, oh, ow = find_pixels(low, pixels, out_width, SMALL, BP)
+    n = tl.load(p_order + sample, mask=row < high - low, other=0)
     for first in range(low, high, BP):
-        row = first + tl.arange(0, BP)
-        row_ok = row < high
-        sample = row // pixels
-        pixel = row % pixels
-        n = tl.load(p_order + sample, mask=row_ok, other=0).to(tl.int64)
-        p_rows = p_dy + n * y_n + (pixel // out_width * y_h + pixel % out_width * y_w)
-        p_block = p_rows[:, None] + (co * y_c)[None, :]
+        row_ok = row < high - first
+        at_h = oh.to(tl.int64) if WIDE else oh
+        at_w = ow.to(tl.int64) if WIDE else ow
+        p_block = (p_dy + n * y_n + (at_h * y_h + at_w * y_w))[:, None] + (co * y_c)[None, :]
+        sample, oh, ow = advance(sample, oh, ow, samples, lines, columns, pixels // out_width, out_width)
+        n = tl.load(p_order + sample, mask=row < high - first - BP, other=0)
         acc += tl.load(p_block, mask=row_ok[:, None] & co_ok[None, :], other=0.0).to(tl.float32)
     tl.store(p_parts + split.to(tl.int64) * features + co, tl.sum(acc, 0), mask=co_ok)

@@ -74,7 +74,7 @@ class Deltas(NamedTuple):
     base: Tensor | None  # one `[T, ...]` tensor, or one of the list for its dtype and strides; None: no task has one
     table: Tensor | None  # addresses by task, 0 for none; None for one tensor
     strides: tuple[int, ...]  # t, co, ci, kh, kw
-    aligned: bool
+    multiple: int  # of the strides and addresses, see `_multiple`
     held: list[Tensor]  # what the table points to
 
 
@@ -122,6 +122,9 @@ def conv2d(
         b_t=0 if bias is None or bias.dim() == 1 else bias.shape[1],
         **_filter_constants(kh, kw, geometry),
         PACKED=packed,
+        PADDED=geometry.padding != (0, 0),
+        MULTIPLE=_multiple(x, y, sizes=(channels, features)),
+        SMALL=pixels <= configs.SMALL_PIXELS,
         WIDE=_wide(batch.num_samples * pixels, x, y, *_held(weights)),
         CAST=in_interpreter(),
         TB=batch.block,
@@ -230,6 +233,9 @@ def _input_grad(
         **_filter_constants(kh, kw, geometry),
         STEP_H=sh // math.gcd(sh, geometry.dilation[0]),
         STEP_W=sw // math.gcd(sw, geometry.dilation[1]),
+        EDGES=not geometry.pixelwise((kh, kw)),
+        MULTIPLE=_multiple(grad_x, grad_out, sizes=(channels, features)),
+        SMALL=pixels <= configs.SMALL_PIXELS,
         WIDE=_wide(batch.num_samples * pixels, grad_x, grad_out, *_held(weights)),
         CAST=in_interpreter(),
         TB=batch.block,
@@ -260,18 +266,14 @@ def _weight_grads(
         if grad_gate is not None:
             grad_gate.zero_()
             grad_gate = None
-        deltas = Deltas(None, None, NO_DELTAS_STRIDES, False, [])
+        deltas = Deltas(None, None, NO_DELTAS_STRIDES, 1, [])
         if grad_weight is None and not grad_delta:
             return
     # gradients of another memory order than the first's are written in its order, and copied
     grads = _deltas(grad_delta, grad_tasks, batch.num_tasks, copy=False)
-    packed = channels <= configs.PACKED_MAX_CHANNELS
-    cols = channels * kh * kw if packed else channels
-    taps = 1 if packed else kh * kw
-    rows_out = features // groups
-    tile = configs.pick_tile("wgrad_packed" if packed else "wgrad", taps, rows_out, cols, groups, x)
-    tiles = -(-rows_out // tile.rows) * -(-cols // tile.cols) * taps
-    plan = configs.pick_wgrad(tiles * groups, batch.num_tasks, batch.parts, batch.num_samples * pixels, tile.depth, x)
+    filter_ = configs.Filter.of(features, channels, kh * kw, groups)
+    plan = configs.pick_wgrad(filter_, batch.num_tasks, batch.parts, batch.num_samples * pixels, x)
+    tile, tiles, rows_out = plan.tile, filter_.tiles(plan.tile), filter_.rows
     chunks = -(-batch.num_tasks // plan.chunk_tasks)
 
     total, total_strides = grad_weight, (0, 0, 0, 0, 0)
@@ -301,8 +303,9 @@ def _weight_grads(
         **_named("d", "t co ci kh kw", deltas.strides),
         **_named("g", "t co ci kh kw", grads.strides),
         **_named("w", "chunk co ci kh kw", total_strides),
-        "ALIGNED": deltas.aligned,
-        "GRAD_ALIGNED": grads.aligned,
+        "W_MULTIPLE": 1 if total is None else _multiple_of(total.dtype, *total_strides[:2], *total_strides[3:]),
+        "D_MULTIPLE": deltas.multiple,
+        "G_MULTIPLE": grads.multiple,
     }
     read: dict[str, Any] = {
         "p_x": x,
@@ -319,7 +322,10 @@ def _weight_grads(
         **_named("x", "n c h w", x.stride()),
         **_named("y", "n c h w", grad_out.stride()),
         **_filter_constants(kh, kw, geometry),
-        "PACKED": packed,
+        "PACKED": filter_.packed,
+        "PADDED": geometry.padding != (0, 0),
+        "MULTIPLE": _multiple(x, grad_out, sizes=(channels, rows_out)),
+        "SMALL": pixels <= configs.SMALL_PIXELS,
         "WIDE": wide,
         "CAST": in_interpreter(),
         "BM": tile.rows,
@@ -403,6 +409,7 @@ def _finish(
         size=size,
         KH=kh,
         KW=kw,
+        MULTIPLE=_multiple_of(parts.dtype, channels),
         WIDE=wide,
         TB=batch.block,
         BE=configs.FINISH_BLOCK,
@@ -432,6 +439,8 @@ def _bias_grad(grad_out: Tensor, batch: Batch, grad_bias: Tensor) -> None:
         pixels=pixels,
         features=features,
         **_named("y", "n c h w", grad_out.stride()),
+        MULTIPLE=_multiple(grad_out, sizes=(features,)),
+        SMALL=pixels <= configs.SMALL_PIXELS,
         WIDE=wide,
         TB=batch.block,
         BP=rows,
@@ -446,8 +455,9 @@ def _bias_grad(grad_out: Tensor, batch: Batch, grad_bias: Tensor) -> None:
         **_named("d", "t co ci kh kw", NO_DELTAS_STRIDES),
         **_named("g", "t co ci kh kw", (features, 1, 0, 0, 0)),
         **_named("w", "chunk co ci kh kw", (0,) * 5),
-        "ALIGNED": False,
-        "GRAD_ALIGNED": False,
+        "W_MULTIPLE": 1,
+        "D_MULTIPLE": 1,
+        "G_MULTIPLE": 1,
     }
     _finish(parts, batch, pixels, split_rows, (features, 1, 1, 1), wide, batch.num_tasks, into)
 
@@ -464,10 +474,10 @@ def _by_channel(x: Tensor, channels: int) -> Tensor:
 
 def _deltas(tensors: Sequence[Tensor], tasks: Sequence[int], num_tasks: int, copy: bool = True) -> Deltas:
     if not tensors:
-        return Deltas(None, None, NO_DELTAS_STRIDES, False, [])
+        return Deltas(None, None, NO_DELTAS_STRIDES, 1, [])
     if not tasks:
         (stacked,) = tensors
-        return Deltas(stacked, None, stacked.stride(), False, [stacked])
+        return Deltas(stacked, None, stacked.stride(), _multiple(stacked), [stacked])
     # one kernel meets them all with the same strides: for odd ones there are others in their place
     strides = tensors[0].stride()
     same = [d if d.stride() == strides else d.new_empty_strided(d.shape, strides) for d in tensors]
@@ -476,18 +486,19 @@ def _deltas(tensors: Sequence[Tensor], tasks: Sequence[int], num_tasks: int, cop
         if copy and d is not given:
             d.copy_(given)
         by_task[t] = d
-    aligned = all(d.data_ptr() % 16 == 0 for d in same)
-    return Deltas(same[0], pointer_table(by_task), (0, *strides), aligned, same)
+    multiple = _multiple(same[0]) if all(d.data_ptr() % 16 == 0 for d in same) else 1
+    return Deltas(same[0], pointer_table(by_task), (0, *strides), multiple, same)
 
 
 def _operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batch: Batch, rows: int) -> dict[str, Any]:
     """The kernels' arguments for W + s_t Delta_t: staged here, or to be added in their main loop."""
     weight, (features, channels, kh, kw) = weights.weight, weights.shape
-    common = {"p_delta": deltas.base, "p_table": deltas.table, "ALIGNED": deltas.aligned}
+    common = {"p_delta": deltas.base, "p_table": deltas.table, "D_MULTIPLE": deltas.multiple}
     w_strides = (0,) * 4 if weight is None else weight.stride()
     given = {
         **common,
         "p_w": weight,
+        "W_MULTIPLE": 1 if weight is None else _multiple(weight),
         "shared_slot": 0,
         **_named("w", "t co ci kh kw", (0, *w_strides)),
         **_named("d", "t co ci kh kw", deltas.strides),
@@ -500,11 +511,31 @@ def _operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batch: Ba
         return {**given, "FUSED": True}
     slots = 1 if deltas.base is None else batch.num_tasks + 1
     staged = torch.empty((slots, features, kh, kw, channels), dtype=dtype, device=batch.offsets.device)
-    taps = configs.next_power_of_2(kh * kw)
+    size = features * channels * kh * kw
+    shape = {"channels": channels, "rows": features * channels, "KH": kh, "KW": kw}
+    strides = {**_named("w", "co ci kh kw", w_strides), **_named("d", "t co ci kh kw", deltas.strides)}
+    w_multiple = given["W_MULTIPLE"]
+    dense = (kh * kw * channels, 1, kw * channels, channels)
+    if all(
+        n == 1 or s in (None, d)
+        for held in (
+            w_strides if weight is not None else (None,) * 4,
+            deltas.strides[1:] if deltas.held else (None,) * 4,
+        )
+        for n, s, d in zip(weights.shape, held, dense, strict=True)
+    ):
+        # memory in the order of the workspace: one line of elements, without taps that fill no power of two
+        shape = {"channels": size, "rows": size, "KH": 1, "KW": 1}
+        strides = {
+            **_named("w", "co ci kh kw", (0, 1, 0, 0)),
+            **_named("d", "t co ci kh kw", (deltas.strides[0], 0, 1, 0, 0)),
+        }
+        w_multiple = 1 if weight is None else _multiple_of(weight.dtype)
+    taps = configs.next_power_of_2(shape["KH"] * shape["KW"])
     block = max(16, configs.STAGE_BLOCK // taps)
     launch(
         stage_kernel,
-        (-(-features * channels // block), slots),
+        (-(-shape["rows"] // block), slots),
         p_out=staged,
         p_w=weight,
         p_delta=deltas.base,
@@ -512,18 +543,15 @@ def _operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batch: Ba
         p_gate=None if weights.gate is None else weights.gate.contiguous(),
         p_offsets=batch.offsets,
         num_tasks=slots - 1,
-        channels=channels,
-        rows=features * channels,
-        **_named("w", "co ci kh kw", w_strides),
-        **_named("d", "t co ci kh kw", deltas.strides),
-        KH=kh,
-        KW=kw,
-        ALIGNED=deltas.aligned,
+        **shape,
+        **strides,
+        MULTIPLE=_multiple_of(dtype, shape["channels"]),
+        W_MULTIPLE=w_multiple,
+        D_MULTIPLE=deltas.multiple,
         WIDE=_wide(0, *_held(weights)),
         BR=block,
         BT=taps,
     )
-    size = features * channels * kh * kw
     return {
         **common,
         "p_w": staged,
@@ -531,7 +559,8 @@ def _operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batch: Ba
         **_named("w", "t co ci kh kw", (size, kh * kw * channels, 1, kw * channels, channels)),
         # not read any more: constants, so that layers share a compiled kernel
         **_named("d", "t co ci kh kw", NO_DELTAS_STRIDES),
-        "ALIGNED": False,
+        "W_MULTIPLE": _multiple_of(dtype, channels),
+        "D_MULTIPLE": 1,
         "FUSED": False,
     }
 
@@ -550,6 +579,27 @@ def _named(prefix: str, names: str, values: Sequence[int]) -> dict[str, int]:
 def _filter_constants(kh: int, kw: int, geometry: Geometry) -> dict[str, int]:
     (sh, sw), (dh, dw) = geometry.stride, geometry.dilation
     return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "DH": dh, "DW": dw}
+
+
+def _multiple_of(dtype: torch.dtype, *numbers: int) -> int:
+    """Elements of 16 bytes, if all numbers are multiples of that; else 1."""
+    most = 16 // dtype.itemsize
+    return most if all(n % most == 0 for n in numbers) else 1
+
+
+def _multiple(*tensors: Tensor, sizes: Sequence[int] = ()) -> int:
+    """The same of sizes and of all strides but the channels'; tensors of one dtype, `[.., channels, height, width]`.
+
+    With it the kernels load 16 bytes at a time, also of 40 channels or 1000, which Triton takes for single elements:
+    by itself it looks for multiples of 16.
+    """
+    strides = [
+        s
+        for x in tensors
+        for d, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True))
+        if d != x.dim() - 3 and n > 1
+    ]
+    return _multiple_of(tensors[0].dtype, *sizes, *strides)
 
 
 def _wide(rows: int, *tensors: Tensor) -> bool:

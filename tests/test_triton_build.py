@@ -35,7 +35,7 @@ from fastmtl.kernels.configs import BuildTarget, build_targets  # noqa: E402
 ALL = os.environ.get("FASTMTL_AOT") == "all"
 # bytes of shared memory that a block may ask for
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-MATRIX_INSTRUCTIONS = {80: ("HMMA",), 90: ("HMMA", "HGMMA")}
+MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 
 
@@ -82,8 +82,10 @@ def problems(target: BuildTarget, arch: int, built: Built) -> list[str]:
         found.append(f"{built.registers} registers")
     if built.shared > SHARED_LIMIT[arch]:
         found.append(f"{built.shared} bytes of shared memory, {SHARED_LIMIT[arch]} are there")
-    if target.expects_mma and not built.count(lambda name: name.split(".")[0] in MATRIX_INSTRUCTIONS[arch]):
+    if target.expects_mma and not built.count(lambda name: name.split(".")[0] in MATRIX_INSTRUCTIONS):
         found.append("no matrix instruction")
+    elif target.expects_wgmma and arch == 90 and not built.count(lambda name: name.split(".")[0] == "HGMMA"):
+        found.append("no matrix instruction of a warp group")
     if target.expects_wide_loads and not built.count(lambda name: re.match(r"(LDG|LDGSTS)\..*\b128\b", name)):
         found.append("no 16-byte load")
     return found
@@ -103,7 +105,12 @@ def _compile_by_name(name: str, arch: int) -> Built:
     return compile_for(_targets()[name], arch)
 
 
-SELECTED = [name for name, target in _targets().items() if ALL or target.representative]
+SELECTED = [
+    pytest.param(name, arch, id=f"{name}-sm_{arch}")
+    for name, target in _targets().items()
+    for arch in target.archs
+    if ALL or target.representative
+]
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +129,7 @@ def built(request: pytest.FixtureRequest) -> Iterator[Callable[[str, int], Built
             one.cancel()
 
 
-@pytest.mark.parametrize("arch", SHARED_LIMIT, ids=lambda arch: f"sm_{arch}")
-@pytest.mark.parametrize("name", SELECTED)
+@pytest.mark.parametrize(("name", "arch"), SELECTED)
 def test_compiles_to_what_it_should(name: str, arch: int, built: Callable[[str, int], Built]) -> None:
     result = built(name, arch)
     found = problems(_targets()[name], arch, result)
@@ -177,6 +183,7 @@ def _product(size: int, num_warps: int, dot: bool, aligned: bool) -> BuildTarget
         representative=True,
         expects_mma=True,
         expects_wide_loads=True,
+        expects_wgmma=num_warps >= 4,
     )
 
 
@@ -198,6 +205,15 @@ def test_faults_are_found(target: BuildTarget, expected: list[str], arch: int) -
     assert all(text.startswith(start) for text, start in zip(found, expected, strict=True)), found
 
 
+def test_products_of_a_warp_are_not_enough_on_sm_90() -> None:
+    """Half as many registers' worth of operands, a fraction of the rate: what a tile of 32 rows compiles to."""
+    small = _product(32, 4, dot=True, aligned=True)
+    built = compile_for(small, 90)
+    assert problems(small, 90, built) == ["no matrix instruction of a warp group"]
+    assert problems(small._replace(expects_wgmma=False), 90, built) == []
+    assert problems(small, 80, compile_for(small, 80)) == []
+
+
 def test_limits_are_checked() -> None:
     target = _product(64, 4, dot=True, aligned=True)
     instructions = collections.Counter({"EXIT": 1, "HMMA.16816.F32.BF16": 1, "LDGSTS.E.BYPASS.LTC128B.128": 1})
@@ -206,7 +222,9 @@ def test_limits_are_checked() -> None:
     assert problems(target, 80, good._replace(shared=163 * 1024 + 1)) == [
         f"{163 * 1024 + 1} bytes of shared memory, {163 * 1024} are there"
     ]
-    assert problems(target, 90, good._replace(shared=163 * 1024 + 1)) == []
+    wgmma = collections.Counter({**instructions, "HGMMA.64x64x16.F32.BF16": 1})
+    assert problems(target, 90, good._replace(shared=163 * 1024 + 1, instructions=wgmma)) == []
+    assert problems(target, 90, good) == ["no matrix instruction of a warp group"]
     assert problems(target, 80, good._replace(registers=256)) == ["256 registers"]
     wide_only_in_name = collections.Counter({"EXIT": 1, "HMMA.16816.F32": 1, "LDGSTS.E.LTC128B": 1})
     assert problems(target, 80, good._replace(instructions=wide_only_in_name)) == ["no 16-byte load"]

@@ -16,7 +16,7 @@ Delta: TypeAlias = "Tensor | Sequence[Tensor | None] | torch.nn.ParameterList | 
 Pair: TypeAlias = int | Sequence[int]
 
 # a grid has at most 65535 programs along y and z, where the kernels have one for each task and, where rows are split,
-# up to one more for each processor of the device
+# up to a few more for each processor of the device: not more than 1024
 TRITON_MAX_TASKS = 65_535 - 1_024
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -141,10 +141,10 @@ def test_schedules(schedule: str, layout: str) -> None:
         check(ConvCase(n=7, cin=32, cout=48, kernel=(1, 1), padding=0, gate="zeros", x_layout=layout, dtype=F16))
 
 
-@pytest.mark.parametrize("wgrad", ["walk", "split"])
-def test_weight_gradient_modes(wgrad: str) -> None:
+@pytest.mark.parametrize("mode", ["walk", "split"])
+def test_weight_gradient_modes(mode: str) -> None:
     configs = pytest.importorskip("fastmtl.kernels.configs")
-    with configs.force(mode=wgrad):
+    with configs.force(mode=mode):
         check(ConvCase(n=40, cin=32, cout=48, size=(13, 12), num_tasks=4, gate="values", ids="absent", dtype=BF16))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import assert_within
@@ -12,6 +13,7 @@ from cases_task import (
     BF16,
     F16,
     F32,
+    LAYOUTS,
     ConvCase,
     LinearCase,
     Made,
@@ -37,9 +39,14 @@ if not _backend.interpreting():
     pytest.skip("needs TRITON_INTERPRET=1, set before Triton is imported", allow_module_level=True)
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from fastmtl.kernels import _launch, configs
 from fastmtl.kernels import task_conv2d as launchers
+from fastmtl.kernels._launch import launch
 from fastmtl.kernels.configs import Tile
+from fastmtl.kernels.stage import quotient
 from fastmtl.ops._task import TRITON_MAX_TASKS, Geometry, TaskWeights, triton_declines
 
 # of one rounding to the dtype; the interpreter cuts bfloat16 off instead of rounding: 2^-8 on a GPU
@@ -50,7 +57,11 @@ SMALLEST = {F32: 1e-38, BF16: 1e-38, F16: 2.0**-24}
 
 # smaller than the layers below, so that every loop goes round more than once
 SMALL = {name: Tile(16, 16, 32, 4, 1) for name in ("fwd", "fwd_fused", "fwd_packed", "dgrad", "dgrad_fused")}
-SMALL |= {"wgrad": Tile(16, 16, 16, 4, 1), "wgrad_packed": Tile(16, 32, 16, 4, 1)}
+SMALL |= {
+    "wgrad": Tile(16, 16, 16, 4, 1),
+    "wgrad_split": Tile(16, 16, 16, 4, 1),
+    "wgrad_packed": Tile(16, 32, 16, 4, 1),
+}
 STAGED = {"schedule": "staged", "mode": "walk", "chunks": 1}
 FUSED = {"schedule": "fused", "mode": "split", "split_rows": 16, "chunks": 2}
 
@@ -167,6 +178,87 @@ def test_tiles_and_schedules_as_the_rules_choose_them(case: ConvCase) -> None:
 def test_offsets_of_64_bits(case: ConvCase, forced: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "INT32_MAX", 0)
     check(case, **forced)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["32-bit", "64-bit"])
+@pytest.mark.parametrize("forced", [STAGED, FUSED], ids=["staged-walk", "fused-split"])
+def test_pictures_too_large_for_divisions_in_float32(
+    forced: dict[str, Any], wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "SMALL_PIXELS", 0)
+    if wide:
+        monkeypatch.setattr(launchers, "INT32_MAX", 0)
+    check(PLAIN.but(n=3, cout=3, stride=(2, 1)), **forced)
+
+
+# not multiples of 16, which Triton sees by itself: 16 bytes are 8 elements, or 4 in float32
+EIGHTS = ConvCase(
+    cin=40, cout=24, n=3, size=(2, 3), gate="values", bias="per_task", dtype=BF16, x_layout="channels_last",
+    grad_layout="channels_last", weight_layout="channels_last",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    [EIGHTS, EIGHTS.but(delta="stacked_permuted", kernel=(1, 1), padding=0), EIGHTS.but(dtype=F32, cin=28, cout=12)],
+    ids=["list", "stacked", "fours"],
+)
+@pytest.mark.parametrize("forced", [STAGED, FUSED], ids=["staged-walk", "fused-split"])
+def test_channels_of_sixteen_bytes(case: ConvCase, forced: dict[str, Any]) -> None:
+    check(case, **forced)
+
+
+def test_what_is_known_of_strides_and_sizes() -> None:
+    """What is so and no more: a multiple that is none would lead to wrong addresses."""
+    x = torch.empty(2, 40, 3, 5, dtype=BF16).contiguous(memory_format=torch.channels_last)
+    assert launchers._multiple(x) == launchers._multiple(x, sizes=(8, 1000)) == 8
+    assert launchers._multiple(x, sizes=(8, 36)) == 1
+    assert launchers._multiple(x.float(), sizes=(36,)) == 4
+    # pixels lie 43 apart, or side by side, or are one
+    assert launchers._multiple(torch.empty(2, 43, 3, 5).contiguous(memory_format=torch.channels_last)[:, :40]) == 1
+    assert launchers._multiple(x.contiguous()) == 1
+    assert launchers._multiple(x[..., :1, :1].contiguous(), x) == 8
+    # filters: taps side by side; one tap; stacks whose rows lie apart
+    stack = torch.empty(3, 8, 40, 2, 2, dtype=BF16)
+    assert launchers._multiple(stack) == launchers._multiple(stack[0]) == 1
+    assert launchers._multiple(stack.movedim(2, -1).contiguous().movedim(-1, 2)) == 8
+    assert launchers._multiple(torch.empty(3, 8, 40, 1, 1, dtype=BF16)) == 8
+    bank = torch.empty(3, 8 * 40 + 1, dtype=BF16)
+    rows = bank[:, 1:].unflatten(1, (8, 40, 1, 1))
+    assert launchers._multiple(rows) == 1 and launchers._multiple(rows[0]) == 8
+    # a list is reached through a table of addresses, which must be multiples of 16 bytes
+    assert launchers._deltas([rows[2], rows[2]], [0, 1], 2).multiple == (8 if rows[2].data_ptr() % 16 == 0 else 1)
+    assert {launchers._deltas([rows[k]], [0], 1).multiple for k in range(3)} >= {1}
+
+
+def _quotients(x: Tensor, y: Tensor, ulps: int) -> Tensor:
+    """`stage.quotient` in numpy, the reciprocal off by so many units in its last place."""
+    one = np.float32(1) / y.numpy().astype(np.float32)
+    one = (one.view(np.int32) + np.int32(ulps)).view(np.float32)
+    return torch.from_numpy(((x.numpy().astype(np.float32) + np.float32(0.5)) * one).astype(np.int32))
+
+
+@triton.jit
+def _quotient_kernel(p_x, p_y, p_out, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_out + at, quotient(tl.load(p_x + at), tl.load(p_y + at)))
+
+
+def test_quotients_in_float32_are_exact() -> None:
+    """On both sides of every boundary near the largest x, where the device's reciprocal is off by up to two units."""
+    largest = configs.SMALL_PIXELS + 2**16
+    y = torch.cat([torch.arange(1, 4097), torch.randint(1, largest, (60_000,)), largest - torch.arange(1440)])
+    multiple = torch.stack([largest // y * y, torch.randint(0, largest, y.shape) // y * y])
+    for shift in (-1, 0):
+        x = (multiple + shift).clamp(min=0).flatten().to(torch.int32)
+        each = y.repeat(2).to(torch.int32)
+        for ulps in (-2, -1, 0, 1, 2):
+            assert torch.equal(_quotients(x, each, ulps), x // each)
+        out = torch.empty_like(x)
+        _quotient_kernel[(x.numel() // 4096,)](x, each, out, BLOCK=4096)
+        count = x.numel() // 4096 * 4096
+        assert torch.equal(out[:count], (x // each)[:count])
+    assert not torch.equal(_quotients(x * 8, each, 2), x * 8 // each)
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["list", "stacked"])
@@ -382,15 +474,12 @@ def test_pointer_table() -> None:
 
 
 def test_rules() -> None:
-    """Large layers get large tiles, and rows are split only where tiles do not fill the device."""
+    """Large layers get large tiles."""
     x = torch.empty(0, dtype=BF16)
     with configs.force(**dict.fromkeys(SMALL)):
         large = configs.pick_tile("fwd", 8, 6272, 256, 1, x)
         small = configs.pick_tile("fwd", 8, 8, 64, 1, x)
     assert large.rows * large.cols > small.rows * small.cols
-    assert configs.pick_wgrad(400, 8, 8, 12544, 32, x) == configs.WgradPlan(8, 0)
-    split = configs.pick_wgrad(4, 1, 1, 12544, 32, x)
-    assert split.chunk_tasks == 1 and 0 < split.split_rows < 12544 and split.split_rows % 32 == 0
     assert configs.pick_schedule(configs.FUSED_MAX_ROWS, True) == "fused"
     assert configs.pick_schedule(configs.FUSED_MAX_ROWS + 1, True) == "staged"
     assert configs.pick_schedule(1, False) == "staged"
@@ -440,15 +529,25 @@ def test_more_tasks_than_a_grid_has_programs() -> None:
     assert triton_declines(x, offsets=plan.offsets[1:]) == {"triton": None}
 
 
-def test_staging_skips_what_nobody_needs() -> None:
+@pytest.mark.parametrize(
+    "layouts", [("contiguous",) * 2, ("channels_last",) * 2, ("channels_last", "contiguous")], ids=str
+)
+def test_staging_skips_what_nobody_needs(layouts: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots of closed and absent tasks are not written: the kernels take W's slot for them."""
     case = ConvCase(num_tasks=4, gate="zeros", ids="absent", n=5, delta="list", cout=3)
     made = case.make()
+    # filters in the workspace's own order are a line of elements, if both are
+    made.weight, made.delta = LAYOUTS[layouts[0]](made.weight), [LAYOUTS[layouts[1]](d) for d in made.delta]
+    taps = []
+    monkeypatch.setattr(
+        launchers, "launch", lambda *args, **kwargs: (taps.append(kwargs["KH"]), launch(*args, **kwargs))
+    )
     weights = TaskWeights(made.weight, made.delta, [0, 1, 2, 3], made.gate)
     order, offsets = reference.task_plan(made.task_ids, 4)
     deltas = launchers._deltas(weights.delta, weights.delta_tasks, 4)
     with configs.force(schedule="staged"):
         staged = launchers._operand(F32, weights, deltas, launchers.Batch.of(order, offsets), 64)["p_w"]
+    assert taps == [1 if layouts == ("channels_last",) * 2 else 3]
     open_tasks = [t for t in present_tasks(case, made) if made.gate[t] != 0]
     assert torch.equal(staged[4], made.weight.permute(0, 2, 3, 1))
     for t in range(4):
