@@ -85,14 +85,13 @@ __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, S
     if (!arrives_last(p.tickets + p.num_groups, static_cast<unsigned>(p.num_groups), shared_flag)) return;
   }
   const Scratch scratch = memory.template scratch<kTasks>(T, p.more);
-  if (p.solve.wanted) stage_order(p.solve, T, scratch);
+  bool unusual = p.solve.wanted && stage_order(p.solve, T, scratch);
   auto write_gram = [&](int entry, double sum) {
     int i = 0;
     while (entry >= T - i) entry -= T - i++;
     const int j = i + entry;
-    const int stride = leading_dimension(T);
-    scratch.gram[i * stride + j] = scratch.gram[j * stride + i] = sum;
-    if (i == j) scratch.norm[i] = norm_of(sum);
+    unusual = scratch.put(T, i, j, sum) || unusual;
+    if (i != j) scratch.put(T, j, i, sum);
     if (p.gram_is_double) {
       auto* out = static_cast<double*>(p.gram);
       out[i * T + j] = out[j * T + i] = sum;
@@ -104,6 +103,7 @@ __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, S
   if (p.num_groups == 1) sum_rows(p.partial, first, last, entries, write_gram);
   else sum_rows(p.group_partial, 0, p.num_groups, entries, write_gram);
   if (!p.solve.wanted) return;
+  scratch.tell(unusual);
   __syncthreads();
   solve_pcgrad<kTasks>(p.solve, T, scratch);
 }

@@ -24,10 +24,8 @@ struct alignas(16) Norm {
   double value, inverse;
 };
 
-__device__ inline Norm norm_of(double value) {
-  // within these bounds neither the reciprocal nor what is made of it leaves the normal numbers
-  return {value, value > 0x1p-500 && value < 0x1p500 ? 1.0 / value : 0.0};
-}
+// within these bounds neither the reciprocal nor what is made of it leaves the normal numbers
+__device__ inline bool has_inverse(double norm) { return norm > 0x1p-500 && norm < 0x1p500; }
 
 // Where a T x T problem stands. Rows of the Gram matrix begin on 16 bytes. The random numbers of an order lie where the
 // matrix will.
@@ -38,9 +36,25 @@ struct Scratch {
   int64_t* numbers;
   int num_numbers;
   uint8_t* visits;  // [T, T] at most
+  bool* unusual;    // by warp: see `tell`
+
+  // Writes an entry of the matrix; whether it is unusual: not finite, or a norm, not 0, without an inverse.
+  __device__ bool put(int T, int i, int j, double x) const;
+  // Each thread says whether it met something that `solve_ordinary_rows` does not expect. A barrier must follow.
+  __device__ void tell(bool met) const {
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) met = __shfl_xor_sync(~0u, static_cast<int>(met), lanes) || met;
+    if (threadIdx.x % kWarp == 0) unusual[threadIdx.x / kWarp] = met;
+  }
 };
 
 __host__ __device__ constexpr int leading_dimension(int T) { return T + T % 2; }
+
+__device__ inline bool Scratch::put(int T, int i, int j, double x) const {
+  gram[i * leading_dimension(T) + j] = x;
+  if (i != j) return !isfinite(x);
+  norm[i] = {x, has_inverse(x) ? 1.0 / x : 0.0};
+  return !has_inverse(x) && x != 0;
+}
 
 // Shared memory of the solver for up to kMost tasks. To 16 tasks everything is in it; to 64 the Gram matrix and the
 // order; beyond, the order. The coefficients, which nobody waits for, are then in device memory, where they are wanted.
@@ -51,15 +65,18 @@ struct SolverMemory {
   Norm norm[kMost];
   double c[kSmall ? 256 : 1];
   uint8_t visits[kSmall ? 256 : 4096];
+  bool unusual[kWarps];
 
   // kTasks: as many at most. more: `more_words(T)` float64 of device memory, on 16 bytes
   template <int kTasks>
   __device__ Scratch scratch(int T, double* more) {
     static_assert(kTasks <= kMost);
     auto* matrix = reinterpret_cast<double*>(words);
-    if constexpr (kSmall) return {matrix, norm, c, words, 256, visits};
-    else if constexpr (kTasks <= 64) return {matrix, norm, more, words, 4096, visits};
-    else return {more, norm, more + T * leading_dimension(T), words, 2048, reinterpret_cast<uint8_t*>(words + 2048)};
+    if constexpr (kSmall) return {matrix, norm, c, words, 256, visits, unusual};
+    else if constexpr (kTasks <= 64) return {matrix, norm, more, words, 4096, visits, unusual};
+    else
+      return {more,   norm, more + T * leading_dimension(T), words, 2048, reinterpret_cast<uint8_t*>(words + 2048),
+              unusual};
   }
 };
 
@@ -74,17 +91,19 @@ constexpr uint8_t kNobody = 255;
 __device__ inline bool is_staged(const Solve& s, int T) { return s.draw || s.num_visits <= T; }
 
 // The order into scratch.visits, if it fits: copied, or drawn, one thread per entry, whose rank among the row's random
-// numbers is the step at which it is visited.
-__device__ inline void stage_order(const Solve& s, int T, const Scratch& scratch) {
+// numbers is the step at which it is visited. Whether this thread met an entry out of range.
+__device__ inline bool stage_order(const Solve& s, int T, const Scratch& scratch) {
   const int tid = threadIdx.x;
   if (!s.draw) {
-    if (!is_staged(s, T)) return;
+    bool outside = false;
+    if (!is_staged(s, T)) return outside;
     for (int e = tid; e < T * s.num_visits; e += kThreads) {
       const int64_t j = s.order[e];
       scratch.visits[e] = j >= 0 && j < T ? static_cast<uint8_t>(j) : kNobody;
+      outside = outside || scratch.visits[e] == kNobody;
     }
     __syncthreads();
-    return;
+    return outside;
   }
   uint64_t key = s.key, counter = 0;
   if (s.state != nullptr) {
@@ -115,6 +134,7 @@ __device__ inline void stage_order(const Solve& s, int T, const Scratch& scratch
     }
     __syncthreads();
   }
+  return false;
 }
 
 // values[k] of an array in registers, by halves; kCount is a power of two
@@ -167,8 +187,78 @@ __device__ inline void read_line(const double* m, int T, int j, bool wanted,
   }
 }
 
-// Rows of coefficients, as `pcgrad_row` of solvers.h defines them. They stand in scratch.c, of which the lane that owns
-// task j alone touches column j.
+// Rows of coefficients, as `pcgrad_row` of solvers.h defines them, where nothing is out of the ordinary: the matrix is
+// finite, every norm is 0 or has an inverse, the order is staged and in range. Then no visit has to look at more than
+// the sign of its product, which is what this path is for: a visit is bound by the number of its instructions.
+// Coefficients stand in scratch.c, of which the lane that owns task j alone touches column j.
+template <int kMost>
+__device__ inline void solve_ordinary_rows(const Solve& s, int T, const Scratch& scratch) {
+  using Shape = SolverShape<kMost>;
+  constexpr int kLanes = Shape::kLanes, kValues = Shape::kValues, kRows = Shape::kRows;
+  constexpr int kGroups = kThreads / kLanes;
+  const int tid = threadIdx.x;
+  const int lane = tid % kLanes;
+  const int num_visits = s.draw ? T : static_cast<int>(s.num_visits);
+  const int stride = leading_dimension(T);
+  const double* mine = scratch.gram + (kValues == 1 ? lane : 2 * lane);
+  for (int base = 0; base < T; base += kRows * kGroups) {
+    if (base + tid / kWarp * (kWarp / kLanes) >= T) continue;  // none of this warp's rows is there
+    double product[kRows][kValues], line[kRows][kValues] = {};
+    const uint8_t* visits[kRows];
+    int row[kRows], next[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int i = row[r] = base + r * kGroups + tid / kLanes;
+      // a row that is not there has products of 0, which conflict with nothing
+      read_line<kMost>(scratch.gram, T, i < T ? i : 0, i < T, product[r]);
+#pragma unroll
+      for (int q = 0; q < kValues; ++q) {
+        const int t = Shape::task_of(lane, q);
+        if (i < T && t < T) scratch.c[i * T + t] = t == i ? 1.0 : 0.0;
+      }
+      visits[r] = scratch.visits + (i < T ? i : 0) * num_visits;
+      next[r] = num_visits > 0 ? visits[r][0] : 0;
+    }
+    for (int k = 1; k <= num_visits; ++k) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int j = next[r], last = num_visits - 1;
+        next[r] = visits[r][k < last ? k : last];  // early: it waits for nothing
+        const double d = __shfl_sync(~0u, pick<kValues>(product[r], Shape::value_of(j)), Shape::lane_of(j), kLanes);
+        const Norm norm = scratch.norm[j];
+        const bool conflict = d < 0 && (j != row[r] || s.include_self);
+        // d / norm, to the last digit but for rare ties; 0 where the norm is
+        const double quotient = d * norm.inverse;
+        const double step = conflict ? fma(fma(-quotient, norm.value, d), norm.inverse, quotient) : 0.0;
+        // without a conflict the line is an earlier one, and finite
+        if (conflict) {
+          const double* from = mine + j * stride;
+#pragma unroll
+          for (int q = 0; q < kValues; q += kValues == 1 ? 1 : 2) {
+            if (Shape::task_of(lane, q) >= T) continue;
+            if constexpr (kValues == 1) {
+              line[r][q] = *from;
+            } else {
+              const auto two = *reinterpret_cast<const Vector<double, 2>*>(from + q * kLanes);
+              line[r][q] = two.v[0];
+              line[r][q + 1] = two.v[1];
+            }
+          }
+          if (Shape::lane_of(j) == lane) {
+            double* c = scratch.c + row[r] * T + j;
+            if constexpr (Shape::kShared) *c -= step;
+            else if (s.draw) *c = (j == row[r] ? 1.0 : 0.0) - step;  // a drawn order visits each task once
+            else atomicAdd(c, -step);                                // nobody waits for it
+          }
+        }
+#pragma unroll
+        for (int q = 0; q < kValues; ++q) product[r][q] = fma(-step, line[r][q], product[r][q]);
+      }
+    }
+  }
+}
+
+// Rows of coefficients, whatever the matrix and the order hold.
 template <int kMost>
 __device__ inline void solve_rows(const Solve& s, int T, const Scratch& scratch) {
   using Shape = SolverShape<kMost>;
@@ -256,7 +346,10 @@ __device__ inline void solve_rows(const Solve& s, int T, const Scratch& scratch)
 template <int kMost>
 __device__ inline void solve_pcgrad(const Solve& s, int T, const Scratch& scratch) {
   const int tid = threadIdx.x;
-  solve_rows<kMost>(s, T, scratch);
+  bool ordinary = is_staged(s, T);
+  for (int w = 0; w < kWarps; ++w) ordinary = ordinary && !scratch.unusual[w];
+  if (ordinary) solve_ordinary_rows<kMost>(s, T, scratch);
+  else solve_rows<kMost>(s, T, scratch);
   __threadfence();
   __syncthreads();
   auto c = [&](int e) { return SolverShape<kMost>::kShared ? scratch.c[e] : __ldcg(scratch.c + e); };
@@ -296,12 +389,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     pcgrad_coefficients_kernel(const double* gram, int T, double* more, const __grid_constant__ Solve s) {
   FASTMTL_SHARED(SolverMemory<kMost>, shared);
   const Scratch scratch = shared.template scratch<kMost>(T, more);
-  stage_order(s, T, scratch);
-  for (int e = threadIdx.x; e < T * T; e += kThreads) {
-    const int i = e / T, j = e % T;
-    scratch.gram[i * leading_dimension(T) + j] = gram[e];
-    if (i == j) scratch.norm[i] = norm_of(gram[e]);
-  }
+  bool unusual = stage_order(s, T, scratch);
+#pragma unroll 8
+  for (int e = threadIdx.x; e < T * T; e += kThreads) unusual = scratch.put(T, e / T, e % T, gram[e]) || unusual;
+  scratch.tell(unusual);
   __syncthreads();
   solve_pcgrad<kMost>(s, T, scratch);
 }
