@@ -336,6 +336,13 @@ def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
 
 
+def plan(columns: int, num_tasks: int) -> tuple[int, int, int]:
+    """Columns of a slot, slots, and slots to a group, of so many counted columns."""
+    result = (ctypes.c_int64 * 3)()
+    library().host_plan(_int64(columns), _int64(num_tasks), result)
+    return result[0], result[1], result[2]
+
+
 def faulty(fault: int, schedule: int = FORWARD) -> float:
     """Runs one of the driver's small kernels; `fault` says what it does wrong."""
     result = ctypes.c_double()

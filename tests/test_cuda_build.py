@@ -91,8 +91,8 @@ def wanted_blocks(kernel: Kernel) -> int:
     first = kernel.numbers[0] if kernel.numbers else 0
     if kernel.name == "combine_kernel":
         return 3 if first == 1 else 2 if kernel.dtype == "f32" else 1
-    if kernel.name == "gram_mma_kernel" and first == 2:
-        return 3
+    if kernel.name == "gram_mma_kernel":
+        return {2: 3, 4: 2}.get(first, 1)
     return 2 if kernel.name == "gram_rows_kernel" and kernel.dtype != "f64" else 1
 
 
@@ -110,7 +110,8 @@ def problems(kernel: Kernel, built: Built) -> list[str]:
     if built.shared > SHARED_LIMIT:
         found.append(f"{built.shared} bytes of shared memory")
     streams = kernel.name.startswith(("gram_", "combine_"))
-    if streams and not built.has(r"LDG\.E\.(\w+\.)*128\b"):
+    load = "LDGSTS" if kernel.name == "gram_mma_kernel" else "LDG"  # by way of a queue in shared memory
+    if streams and not built.has(rf"{load}\.E\.(\w+\.)*128\b"):
         found.append("no load of 128 bits")
     if kernel.name == "combine_kernel" and not built.has(r"STG\.E\.(\w+\.)*128\b"):
         found.append("no store of 128 bits")
@@ -291,9 +292,13 @@ def test_faults_are_found() -> None:
     assert problems(rows, _built("LDG.E.64")) == ["no load of 128 bits"]
     for dtype, instruction in {"f32": "HMMA.1688.F32.TF32", "f16": "HMMA.16816.F32", "f64": "DMMA.8x8x4"}.items():
         kernel = Kernel("gram_mma_kernel", dtype, (4,))
-        assert problems(kernel, _built("LDG.E.128", instruction)) == []
+        assert problems(kernel, _built("LDGSTS.E.BYPASS.LTC128B.128", instruction)) == []
+        # not ahead
+        assert problems(kernel, _built("LDG.E.128", instruction)) == ["no load of 128 bits"]
+        assert problems(kernel, _built("LDGSTS.E.BYPASS.LTC128B.64", instruction)) == ["no load of 128 bits"]
         # the right width with another type
-        assert problems(kernel, _built("LDG.E.128", "HMMA.16816.F32.BF16")) == ["no matrix instruction"]
+        wrong = _built("LDGSTS.E.BYPASS.LTC128B.128", "HMMA.16816.F32.BF16")
+        assert problems(kernel, wrong) == ["no matrix instruction"]
 
 
 def test_names_are_read() -> None:

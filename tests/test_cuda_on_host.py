@@ -102,19 +102,34 @@ def test_gram_as_it_is_planned(case: BankCase) -> None:
     cases.assert_gram(m, cases.bank64(case), [case.dtype], 1.0)
 
 
-# `longest_slot` of csrc/cuda/plan.h
-LONGEST = {2: 24576, 8: 24576, 12: 8192, 20: 8192, 64: 3072}
+# to 8 tasks `kLongestSlot` of csrc/cuda/plan.h; beyond, slots of any length
+LONGEST = {2: 24576, 8: 24576, 12: 49152, 20: 40000, 64: 12288}
 
 
 @pytest.mark.parametrize("num_tasks", LONGEST)
-def test_equal_products_in_the_longest_slot(num_tasks: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.short)
+def test_equal_products_in_the_longest_slot(num_tasks: int, dtype: torch.dtype) -> None:
     """Every addition to a float32 sum then errs the same way, in every thread: nothing averages out."""
     value = 1.1 + torch.arange(num_tasks, dtype=torch.float64) / 7
-    bank = value.float()[:, None].expand(num_tasks, LONGEST[num_tasks]).contiguous()
+    bank = value.to(dtype)[:, None].expand(num_tasks, LONGEST[num_tasks]).contiguous()
     cut = Cut(LONGEST[num_tasks], 0)
     m = host.gram(host.bank_gradients(bank), cut)
     assert cut.slots == 1
-    cases.assert_gram(m, bank.double(), [torch.float32], 2.0)
+    cases.assert_gram(m, bank.double(), [dtype], 2.0)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 8, 9, 16, 17, 32, 33, 64, 65, 96, 97, 128])
+def test_plan(num_tasks: int) -> None:
+    """Slots hold all columns, and there is a ticket for every group, however many columns there are."""
+    bands = -(-num_tasks // 32)
+    blocks = 1 if num_tasks <= 64 else bands * (bands - 1) // 2
+    for columns in (0, 64, 1024, 100_032, 1_000_000, 25_600_000, 10**9, 10**11):
+        each, count, per_group = host.plan(columns, num_tasks)
+        assert each % 64 == 0 and (count - 1) * each < max(columns, 1) <= count * each
+        assert 1 <= -(-count // per_group) <= 255
+        if num_tasks > 8:
+            assert count * blocks <= (1056 if num_tasks <= 16 else 528)
+            assert each < 2**31  # columns of a slot are 32-bit numbers
 
 
 HOST_LISTS = [
@@ -187,6 +202,9 @@ def test_what_is_not_finite_shows(num_tasks: int, task: int, value: float, dtype
     hit = torch.zeros(num_tasks, num_tasks, dtype=torch.bool)
     hit[task] = hit[:, task] = True
     assert torch.equal(~m.isfinite(), hit)
+    if dtype == torch.float32 and value != value:  # as GPUs make it
+        bank.view(torch.int32)[task, 130] = 0x7FFFFFFF
+        assert torch.equal(~host.gram(host.bank_gradients(bank), Cut(128, 0)).isfinite(), hit)
     w = host.solved_gram(host.bank_gradients(bank), random_order(num_tasks), Cut(128, 0))[1]
     assert w.isnan().all()
 
@@ -466,6 +484,12 @@ def test_what_a_kernel_does_wrong_is_seen(schedule: int) -> None:
     for fault in (1, 2, 3):
         with pytest.raises(HostError, match=f"{unreached}|lanes of one warp in different operations"):
             host.faulty(fault, schedule)
+    # 8: a copy into shared memory that is read before it has been waited for; 9: that is never waited for
+    assert host.faulty(8, schedule) != right
+    with pytest.raises(HostError, match="a copy to shared memory that nobody waits for"):
+        host.faulty(9, schedule)
+    with pytest.raises(HostError, match="a misaligned copy"):
+        host.faulty(10, schedule)
     # a whole warp may leave before a barrier; the others go on
     if schedule == FORWARD:
         assert host.faulty(6, schedule) == right

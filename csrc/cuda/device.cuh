@@ -13,8 +13,19 @@
 #define FASTMTL_SHARED(Type, name)                            \
   __shared__ alignas(16) unsigned char name##_[sizeof(Type)]; \
   Type& name = *reinterpret_cast<Type*>(name##_)
+// the same, of a size that the launch says, which may be more than 48 KiB
+#define FASTMTL_BIG_SHARED(Type, name)                         \
+  extern __shared__ __align__(16) unsigned char big_shared_[]; \
+  Type& name = *reinterpret_cast<Type*>(big_shared_)
 // the kernel comes last, since its template arguments have commas
 #define FASTMTL_LAUNCH(blocks, stream, arguments, ...) __VA_ARGS__<<<blocks, kThreads, 0, stream>>> arguments
+// for FASTMTL_BIG_SHARED. Beyond 48 KiB a kernel must be told; where that fails the launch fails, which is checked.
+#define FASTMTL_BIG_LAUNCH(bytes, blocks, stream, arguments, ...)                            \
+  do {                                                                                       \
+    if constexpr (bytes > 48 * 1024)                                                         \
+      cudaFuncSetAttribute(__VA_ARGS__, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); \
+    __VA_ARGS__<<<blocks, kThreads, bytes, stream>>> arguments;                              \
+  } while (false)
 #else
 #include "cuda_on_host.h"
 #endif
@@ -88,11 +99,29 @@ __device__ inline void store_wide(void* to, const V& x) {
                : "memory");
 }
 
-// float32 to tf32, to nearest
-__device__ inline uint32_t to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
+// 16 bytes from global to shared memory, which are there once this thread has waited for them: a load that holds no
+// register meanwhile. Copies are waited for in the order in which they were committed.
+__device__ inline void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
+               :
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+// but for the last kMost groups committed
+template <int kMost>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kMost) : "memory");
+}
+
+// the value before; what this thread has seen or written is seen by who adds later
+__device__ inline unsigned add_acq_rel(unsigned* to, unsigned x) {
+  unsigned before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(to)), "r"(x)
+               : "memory");
+  return before;
 }
 
 // Tensor core products of one warp: d = a b, or with kAdd d += a b. A is 16 x k by rows, B is k x 8 by columns, two
@@ -132,5 +161,10 @@ __device__ inline void mma(double (&d)[2], double a, double b) {
       : "d"(a), "d"(b));
 }
 #endif
+
+// float32 to tf32, to nearest, ties away from zero. Tensor cores don't read the other 13 bits. By hand, since cvt.rna
+// costs three instructions, for the sake of a NaN of all bits set, which becomes -0 here.
+constexpr uint32_t kTf32 = 0xFFFFE000;
+__device__ inline uint32_t to_tf32(uint32_t bits) { return (bits + 0x1000) & kTf32; }
 
 }  // namespace fastmtl::cuda

@@ -27,46 +27,70 @@ struct GramParams {
 __host__ __device__ inline int num_entries(int T) { return T * (T + 1) / 2; }
 __device__ inline int entry_of(int T, int i, int j) { return i * T - i * (i - 1) / 2 + (j - i); }  // i <= j
 
+// The row of an entry: rows before row i have i T - i (i - 1) / 2 entries. A square root may be off by one.
+__device__ inline int row_of(int T, int entry) {
+  const float b = static_cast<float>(2 * T + 1);
+  int i = static_cast<int>((b - sqrtf(b * b - 8.0f * static_cast<float>(entry))) * 0.5f);
+  while (entry_of(T, i, i) > entry) --i;
+  while (entry_of(T, i + 1, i + 1) <= entry) ++i;
+  return i;
+}
+
 // Whether this block is the last of `expected` at the ticket, which is then ready for the next launch.
 __device__ inline bool arrives_last(unsigned* ticket, unsigned expected, int& shared_flag) {
-  __threadfence();
+  // The barrier hands the block's writes to thread 0, whose release passes on all that it has seen; what thread 0 then
+  // acquires, the second barrier hands to the block. Readers pass by the first-level cache, which may hold old lines.
   __syncthreads();
   if (threadIdx.x == 0) {
-    const bool last = atomicAdd(ticket, 1u) == expected - 1;
-    if (last) *ticket = 0;
+    const bool last = add_acq_rel(ticket, 1u) == expected - 1;
+    if (last) *ticket = 0;  // all have come
     shared_flag = last;
   }
   __syncthreads();
-  const bool last = shared_flag != 0;
-  if (last) __threadfence();
-  return last;
+  return shared_flag != 0;
 }
 
 // Sums rows first, ..., last - 1 of `from` column by column, in a fixed order; write(column, sum) by one thread each.
-template <class Write>
-__device__ inline void sum_rows(const double* from, int first, int last, int columns, const Write& write) {
+// What it takes is rounds of latency: a thread has kDown rows of kAcross columns on their way at once.
+template <int kAcross, int kDown, class Write>
+__device__ inline void sum_rows_of(const double* from, int first, int last, int columns, const Write& write) {
   const int tid = threadIdx.x;
   // as many threads to a column as there are to spare, each a warp's share at most
   int split = 1;
   while (split < kWarp && 2 * split * columns <= kThreads) split *= 2;
   const int per_round = kThreads / split;
-  for (int base = 0; base < columns; base += per_round) {
+  for (int base = 0; base < columns; base += kAcross * per_round) {
     const int column = base + tid / split;
-    double sum = 0.0;
-    constexpr int kInFlight = 8;
-    for (int r = first + tid % split; r < last; r += kInFlight * split) {
-      double x[kInFlight];
+    double sum[kAcross] = {};
+    for (int r = first + tid % split; r < last; r += kDown * split) {
+      double x[kAcross][kDown];
 #pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        const bool here = column < columns && r + u * split < last;
-        x[u] = here ? __ldcg(from + static_cast<int64_t>(r + u * split) * columns + column) : 0.0;
-      }
+      for (int a = 0; a < kAcross; ++a)
 #pragma unroll
-      for (int u = 0; u < kInFlight; ++u) sum += x[u];
+        for (int u = 0; u < kDown; ++u) {
+          const int c = column + a * per_round;
+          const bool here = c < columns && r + u * split < last;
+          x[a][u] = here ? __ldcg(from + static_cast<int64_t>(r + u * split) * columns + c) : 0.0;
+        }
+#pragma unroll
+      for (int a = 0; a < kAcross; ++a)
+#pragma unroll
+        for (int u = 0; u < kDown; ++u) sum[a] += x[a][u];
     }
-    for (int step = split / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (column < columns && tid % split == 0) write(column, sum);
+#pragma unroll
+    for (int a = 0; a < kAcross; ++a) {
+      const int c = column + a * per_round;
+      for (int step = split / 2; step > 0; step /= 2) sum[a] += __shfl_xor_sync(~0u, sum[a], step);
+      if (c < columns && tid % split == 0) write(c, sum[a]);
+    }
   }
+}
+
+template <int kMost, class Write>
+__device__ inline void sum_rows(const double* from, int first, int last, int columns, const Write& write) {
+  // to 16 tasks no thread has a second column
+  if constexpr (kMost <= 16) sum_rows_of<1, 16>(from, first, last, columns, write);
+  else sum_rows_of<4, 8>(from, first, last, columns, write);
 }
 
 // Called by every block after its partial sums are written; kTasks: as many at most. `memory` may lie where these have
@@ -81,15 +105,13 @@ __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, S
 
   if (p.num_groups > 1) {
     double* mine = p.group_partial + static_cast<int64_t>(group) * entries;
-    sum_rows(p.partial, first, last, entries, [&](int entry, double sum) { mine[entry] = sum; });
+    sum_rows<kMost>(p.partial, first, last, entries, [&](int entry, double sum) { mine[entry] = sum; });
     if (!arrives_last(p.tickets + p.num_groups, static_cast<unsigned>(p.num_groups), shared_flag)) return;
   }
   const Scratch scratch = memory.template scratch<kTasks>(T, p.more);
   bool unusual = p.solve.wanted && stage_order(p.solve, T, scratch);
   auto write_gram = [&](int entry, double sum) {
-    int i = 0;
-    while (entry >= T - i) entry -= T - i++;
-    const int j = i + entry;
+    const int i = row_of(T, entry), j = i + entry - entry_of(T, i, i);
     unusual = scratch.put(T, i, j, sum) || unusual;
     if (i != j) scratch.put(T, j, i, sum);
     if (p.gram_is_double) {
@@ -100,8 +122,8 @@ __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, S
       out[i * T + j] = out[j * T + i] = static_cast<float>(sum);
     }
   };
-  if (p.num_groups == 1) sum_rows(p.partial, first, last, entries, write_gram);
-  else sum_rows(p.group_partial, 0, p.num_groups, entries, write_gram);
+  if (p.num_groups == 1) sum_rows<kMost>(p.partial, first, last, entries, write_gram);
+  else sum_rows<kMost>(p.group_partial, 0, p.num_groups, entries, write_gram);
   if (!p.solve.wanted) return;
   scratch.tell(unusual);
   __syncthreads();

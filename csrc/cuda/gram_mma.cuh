@@ -1,57 +1,56 @@
-// M = G G^T on tensor cores, for many tasks. A warp reads 16 bytes of each row per lane straight into the fragments of
-// the product: G G^T sums over columns, whose order does not matter as long as it is the same for all rows, so lane
+// M = G G^T on tensor cores, for many tasks. A lane takes 16 bytes of each row straight into the fragments of the
+// product: G G^T sums over columns, whose order does not matter as long as it is the same for all rows, so lane
 // 4 g + t takes consecutive columns of row g, and the register that is an A fragment is a B fragment as well.
 //
+// What a lane will take is copied into shared memory some steps ahead, where it is the lane's own: a queue of loads in
+// flight without registers and without barriers.
+//
 // Tensor cores may cut accumulators off instead of rounding, so they sum a few columns only, from zero; the sums are
-// added in float32 outside. float32 is split in two tf32 parts, of which three products are made. float64 is exact.
+// added in float32 outside, and every so many steps in float64. float32 is split in two tf32 parts, of which three
+// products are made. float64 is multiplied as such.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
 #include "finish.cuh"
 
+// Loads of a multiprocessor under way: what its share of the bandwidth brings during some latencies of a load. Of the
+// 99 KiB of shared memory that the smallest cards have, totals and pointers take up to 24.
+#if !defined(FASTMTL_KIB_IN_FLIGHT)
+#define FASTMTL_KIB_IN_FLIGHT 64
+#endif
+
 namespace fastmtl::cuda {
 
-__device__ inline void add_values(float (&sum)[4], const float (&d)[4]) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) sum[k] += d[k];
-}
-
-// Where there are many tiles, two warps share the columns and take half of the rows of tiles each, which leaves room
-// for two blocks to a multiprocessor. Rows 0, 3, 4, 7 and 1, 2, 5, 6 are equally long together.
-__host__ __device__ constexpr bool is_mine(int halves, int half, int i) {
-  return halves == 1 || (i % 4 == 0 || i % 4 == 3) == (half == 0);
-}
-
-// the 16 bytes of a load, as they came: taken apart, they would have to arrive before the next load is issued
+// 16 bytes of a row as they came: unpacked, they would have to arrive before the next load is issued
 struct alignas(16) Raw {
   uint32_t w[4];
 };
 
-// products<groups, halves, half>(v, add): this half's tiles (i, j) of the upper triangle of M, kTall x 8 each, over the
-// columns of one 16-byte load. add(tile, add_to) lets add_to add its product to the sums of the half's next tile.
+// products(from, sum): adds to this warp's tiles (i, j) of the upper triangle of M, kTall x 8 each, row by row, what
+// the columns of one 16-byte load bring. from: shared memory, the lane's bytes of each 8 rows kWarp apart.
 template <class In>
 struct Tile {  // 16 bit
   static constexpr int kTall = 16, kValues = 4;
-  template <int kGroups, int kHalves, int kHalf, class Add>
-  __device__ static void products(const Raw (&v)[kGroups], const Add& add) {
-    uint32_t part[kGroups][4];
+  static constexpr int kAdditions = 1;  // to a sum in a step
+  template <int kGroups, int kTiles>
+  __device__ static void products(const Raw* from, float (&sum)[kTiles][kValues]) {
+    Raw v[kGroups];
 #pragma unroll
-    for (int q = 0; q < kGroups; ++q) memcpy(part[q], &v[q], 16);
+    for (int q = 0; q < kGroups; ++q) v[q] = from[q * kWarp];
 #pragma unroll
     for (int i = 0, tile = 0; i < kGroups / 2; ++i) {
-      if (!is_mine(kHalves, kHalf, i)) continue;
-      const uint32_t a[2][4] = {{part[2 * i][0], part[2 * i + 1][0], part[2 * i][1], part[2 * i + 1][1]},
-                                {part[2 * i][2], part[2 * i + 1][2], part[2 * i][3], part[2 * i + 1][3]}};
+      const Raw &up = v[2 * i], &down = v[2 * i + 1];
+      const uint32_t a[2][4] = {{up.w[0], down.w[0], up.w[1], down.w[1]}, {up.w[2], down.w[2], up.w[3], down.w[3]}};
 #pragma unroll
-      for (int j = 2 * i; j < kGroups; ++j) {
+      for (int j = 2 * i; j < kGroups; ++j, ++tile) {
         float d[4];
-        const uint32_t b[2][2] = {{part[j][0], part[j][1]}, {part[j][2], part[j][3]}};
+        const uint32_t b[2][2] = {{v[j].w[0], v[j].w[1]}, {v[j].w[2], v[j].w[3]}};
         mma<false>(d, a[0], b[0], In{});
         mma<true>(d, a[1], b[1], In{});
-        add(tile++, [&](float (&sum)[4]) { add_values(sum, d); });
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sum[tile][k] += d[k];
       }
     }
   }
@@ -60,34 +59,44 @@ struct Tile {  // 16 bit
 template <>
 struct Tile<float> {
   static constexpr int kTall = 16, kValues = 4;
-  template <int kGroups, int kHalves, int kHalf, class Add>
-  __device__ static void products(const Raw (&v)[kGroups], const Add& add) {
+  static constexpr int kAdditions = 2;
+  template <int kGroups, int kTiles>
+  __device__ static void products(const Raw* from, float (&sum)[kTiles][kValues]) {
+#pragma unroll(kGroups < 8 ? 2 : 1)  // 64 rows have no registers for both at once
+    for (int half = 0; half < 2; ++half) {
+      // High and low parts of two columns. What stands on the right is not the same number as what stands on the left,
+      // but for tensor cores it is: it saves the moves between the registers that the two sides want.
+      uint32_t left_high[kGroups][2], left_low[kGroups][2], right_high[kGroups][2], right_low[kGroups][2];
 #pragma unroll
-    for (int s = 0; s < 4; s += 2) {
-      uint32_t high[kGroups][2], low[kGroups][2];
-#pragma unroll
-      for (int q = 0; q < kGroups; ++q)
+      for (int q = 0; q < kGroups; ++q) {
+        const auto two = reinterpret_cast<const Vector<float, 2>*>(from + q * kWarp)[half];
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          float x;
-          memcpy(&x, &v[q].w[s + k], 4);
+          uint32_t bits;
+          memcpy(&bits, &two.v[k], 4);
+          left_high[q][k] = to_tf32(bits);
+          right_high[q][k] = bits + 0x1000;
           float rounded;
-          high[q][k] = to_tf32(x);
-          memcpy(&rounded, &high[q][k], 4);
-          low[q][k] = to_tf32(x - rounded);
+          memcpy(&rounded, &left_high[q][k], 4);
+          // NaN where there was one, whatever has become of it in the high part
+          const float rest = two.v[k] - rounded;
+          memcpy(&left_low[q][k], &rest, 4);
+          right_low[q][k] = left_low[q][k] & kTf32;
         }
+      }
 #pragma unroll
       for (int i = 0, tile = 0; i < kGroups / 2; ++i) {
-        if (!is_mine(kHalves, kHalf, i)) continue;
-        const uint32_t ah[4] = {high[2 * i][0], high[2 * i + 1][0], high[2 * i][1], high[2 * i + 1][1]};
-        const uint32_t al[4] = {low[2 * i][0], low[2 * i + 1][0], low[2 * i][1], low[2 * i + 1][1]};
+        const int p = 2 * i, q = 2 * i + 1;
+        const uint32_t ah[4] = {left_high[p][0], left_high[q][0], left_high[p][1], left_high[q][1]};
+        const uint32_t al[4] = {left_low[p][0], left_low[q][0], left_low[p][1], left_low[q][1]};
 #pragma unroll
-        for (int j = 2 * i; j < kGroups; ++j) {
+        for (int j = 2 * i; j < kGroups; ++j, ++tile) {
           float d[4];
-          mma<false>(d, al, high[j], 0.0f);
-          mma<true>(d, ah, low[j], 0.0f);
-          mma<true>(d, ah, high[j], 0.0f);
-          add(tile++, [&](float (&sum)[4]) { add_values(sum, d); });
+          mma<false>(d, al, right_high[j], 0.0f);
+          mma<true>(d, ah, right_low[j], 0.0f);
+          mma<true>(d, ah, right_high[j], 0.0f);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sum[tile][k] += d[k];
         }
       }
     }
@@ -97,20 +106,18 @@ struct Tile<float> {
 template <>
 struct Tile<double> {
   static constexpr int kTall = 8, kValues = 2;
-  template <int kGroups, int kHalves, int kHalf, class Add>
-  __device__ static void products(const Raw (&v)[kGroups], const Add& add) {
+  static constexpr int kAdditions = 0;  // in float32
+  template <int kGroups, int kTiles>
+  __device__ static void products(const Raw* from, double (&sum)[kTiles][kValues]) {
 #pragma unroll
-    for (int i = 0, tile = 0; i < kGroups; ++i) {
-      if (!is_mine(kHalves, kHalf, i)) continue;
+    for (int k = 0; k < 2; ++k) {
+      double x[kGroups];
 #pragma unroll
-      for (int j = i; j < kGroups; ++j)
-        add(tile++, [&](double (&sum)[2]) {
-          double x[2], y[2];
-          memcpy(x, &v[i], 16);
-          memcpy(y, &v[j], 16);
-          mma(sum, x[0], y[0]);
-          mma(sum, x[1], y[1]);
-        });
+      for (int q = 0; q < kGroups; ++q) x[q] = reinterpret_cast<const double*>(from + q * kWarp)[k];
+#pragma unroll
+      for (int i = 0, tile = 0; i < kGroups; ++i)
+#pragma unroll
+        for (int j = i; j < kGroups; ++j, ++tile) mma(sum[tile], x[i], x[j]);
     }
   }
 };
@@ -120,38 +127,39 @@ template <class In, int kGroups>
 struct MmaShape {
   using Acc = typename Accumulator<In>::type;
   static constexpr int kVector = 16 / static_cast<int>(sizeof(In));
-  static constexpr int kColumns = 4 * kVector;  // of a warp's step
+  static constexpr int kColumns = 4 * kVector;                             // of a warp's step
+  static constexpr int kStep = kWarps * kColumns;                          // of the block's
+  static constexpr int kBlocks = kGroups == 2 ? 3 : kGroups == 4 ? 2 : 1;  // of a multiprocessor
+  static constexpr int kStages = std::max(FASTMTL_KIB_IN_FLIGHT / kBlocks / (kGroups * 4), 2);
   static constexpr int kTall = Tile<In>::kTall, kValues = Tile<In>::kValues;
   static constexpr int kPerRow = kTall / 8;  // groups of rows in a tile
   static constexpr int kTileRows = kGroups / kPerRow;
-  static constexpr int kHalves = kGroups > 4 ? 2 : 1;
-  static constexpr int kTeams = kWarps / kHalves;  // warps that walk the columns side by side
-  // 16-bit rows of up to 32 tasks leave room for two blocks to a multiprocessor, which hide the loads as well
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  // where 64 tasks spill with it
-  static constexpr bool kAhead = (sizeof(In) > 2 || kGroups > 4) && kGroups < 8;
-#else
-  static constexpr bool kAhead = sizeof(In) > 2 || kGroups > 4;
-#endif
-  static constexpr int tiles_of(int half) {
+  static constexpr int length_of(int tile_row) { return kGroups - tile_row * kPerRow; }
+  static constexpr int tiles() {
     int count = 0;
-    for (int i = 0; i < kTileRows; ++i) count += is_mine(kHalves, half, i) ? kGroups - i * kPerRow : 0;
+    for (int i = 0; i < kTileRows; ++i) count += length_of(i);
     return count;
   }
-  static constexpr int kTiles = std::max(tiles_of(0), tiles_of(kHalves - 1));
-  static constexpr int kTileSize = kTall * 8;
-  static constexpr int kRound = 4;  // tiles that the warps add up at a time
+  static constexpr int kTiles = tiles();
+  static constexpr int kPairs = kValues / 2;  // of neighbours in a row of M: what a lane holds of a tile
+  // A float32 sum has 96 additions at most: where all products are equal each of them errs the same way, by up to half
+  // a unit, which no later sum averages out.
+  static constexpr int kStepsOfSum = Tile<In>::kAdditions == 0 ? 1 << 30 : 96 / std::max(Tile<In>::kAdditions, 1);
 
   struct Shared {
     union {
       struct {
+        Raw queue[kStages][kWarps][kGroups][kWarp];
+        Vector<double, 2> total[kTiles][kPairs][kWarp];
         Batch<kGroups * 8, 0> batch;
-        Acc sums[kWarps][kRound][kTileSize];
       };
       SolverMemory<kGroups == 2 ? 16 : kMaxTasks> solver;
     };
     int flag;
   };
+  // what the smallest cards leave a block, a KiB of each of a multiprocessor's being the system's; with more in flight,
+  // the largest
+  static_assert(kBlocks * (sizeof(Shared) + 1024) <= (FASTMTL_KIB_IN_FLIGHT <= 64 ? 100 : 228) * 1024);
 };
 
 constexpr int kBand = 32;
@@ -181,110 +189,131 @@ __device__ inline bool owns(const Bands& b, int row, int column) {
   return high == low + 1 && (i == low || high == b.count - 1);
 }
 
+// The lane's columns at ... of each 8 rows, element by element, as many as there are before `end`, to where they would
+// have been copied. row, stride: of the lane's first row, in shared memory.
 template <class In, int kGroups>
-__global__ void __launch_bounds__(kThreads, kGroups == 2 ? 3 : 1)
+__device__ inline void load_narrow(const void* const* row, const int64_t* stride, int64_t at, int64_t end, Raw* to) {
+  constexpr int kVector = 16 / static_cast<int>(sizeof(In));
+#pragma unroll 2
+  for (int q = 0; q < kGroups; ++q) {
+    Vector<In, kVector> v{};
+#pragma unroll
+    for (int k = 0; k < kVector; ++k)
+      if (row[q * 8] != nullptr && at + k < end)
+        v.v[k] = in_global(static_cast<const In*>(row[q * 8]))[(at + k) * stride[q * 8]];
+    memcpy(to + q * kWarp, &v, 16);
+  }
+}
+
+// Adds the sums of all warps to the block's totals, and starts them anew. In each round every warp adds another few of
+// its tiles, so that each total gets the warps' sums in a fixed order.
+template <class Shape>
+__device__ inline void add_to_totals(typename Shape::Acc (&acc)[Shape::kTiles][Shape::kValues],
+                                     typename Shape::Shared& shared) {
+  constexpr int kShare = (Shape::kTiles + kWarps - 1) / kWarps;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll 1
+  for (int round = 0; round < kWarps; ++round) {
+    __syncthreads();
+    const int mine = (warp + round) % kWarps;
+#pragma unroll
+    for (int share = 0; share * kShare < Shape::kTiles; ++share) {
+      if (share != mine) continue;
+#pragma unroll
+      for (int tile = share * kShare; tile < (share + 1) * kShare && tile < Shape::kTiles; ++tile)
+#pragma unroll
+        for (int pair = 0; pair < Shape::kPairs; ++pair) {
+          Vector<double, 2>& total = shared.total[tile][pair][lane];
+          Vector<double, 2> sum = total;
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            sum.v[k] += static_cast<double>(acc[tile][2 * pair + k]);
+            acc[tile][2 * pair + k] = 0;
+          }
+          total = sum;
+        }
+    }
+  }
+}
+
+template <class In, int kGroups>
+__global__ void __launch_bounds__(kThreads, MmaShape<In, kGroups>::kBlocks)
     gram_mma_kernel(const __grid_constant__ GramParams p) {
   using Shape = MmaShape<In, kGroups>;
-  using Acc = typename Shape::Acc;
-  FASTMTL_SHARED(typename Shape::Shared, shared);
+  using Shared = typename Shape::Shared;
+  FASTMTL_BIG_SHARED(Shared, shared);
   const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
-  const int half = warp % Shape::kHalves, team = warp / Shape::kHalves;
   const int T = p.grads.num_tasks;
   const int slot_here = static_cast<int>(blockIdx.x) / p.blocks_per_slot;
   const Bands bands = bands_of(T, static_cast<int>(blockIdx.x) % p.blocks_per_slot);
   auto task_of = [&](int row) { return (row < kBand ? bands.first : bands.second) + row % kBand; };
-  Acc acc[Shape::kTiles][Shape::kValues] = {};
+  typename Shape::Acc acc[Shape::kTiles][Shape::kValues] = {};
+  constexpr int kHeld = Shape::kTiles * Shape::kPairs * kWarp;
+  for (int e = tid; e < kHeld; e += kThreads) (&shared.total[0][0][0])[e] = {};
+  int steps = 0;  // since the totals were added to
 
   const int64_t low = slot_here * p.columns_per_slot;
   for_each_segment(p.grads, low, low + p.columns_per_slot, 0, task_of, shared.batch, [&](int s) {
     const Segment segment = shared.batch.segment[s];
     // volatile: fetched for every step, since there is no register to keep them in
-    const void* const volatile* rows = shared.batch.row[s] + lane / 4;
-    auto load = [&](int64_t at, Raw(&v)[kGroups]) {
-      const int64_t mine = at + lane % 4 * Shape::kVector;
-      if (segment.wide && at + Shape::kColumns <= segment.end) {
+    const void* const volatile* const rows = shared.batch.row[s] + lane / 4;
+    constexpr int kStage = kWarps * kGroups * kWarp;
+    Raw* const queue = &shared.queue[0][warp][0][lane];
+    // from the segment's first column on; warps take whole steps of what comes before `whole` from their queues
+    const int length = static_cast<int>(segment.end - segment.begin);
+    const int whole = segment.wide ? length / Shape::kColumns * Shape::kColumns : 0;
+    const int64_t mine = segment.begin + lane % 4 * Shape::kVector;
+    auto copy = [&](int at, int stage) {
+      if (at < whole) {
 #pragma unroll
-        for (int q = 0; q < kGroups; ++q) {
-          const auto* row = static_cast<const In*>(rows[q * 8]);
-          v[q] = row != nullptr ? *reinterpret_cast<const Raw*>(in_global(row + mine)) : Raw{};
-        }
-        return;
+        for (int q = 0; q < kGroups; ++q)
+          if (const auto* row = static_cast<const In*>(rows[q * 8]))
+            copy_async(queue + stage * kStage + q * kWarp, row + mine + at);
       }
-#pragma unroll
-      for (int q = 0; q < kGroups; ++q) {
-        const auto* row = static_cast<const In*>(rows[q * 8]);
-        const int64_t stride = shared.batch.stride[s][q * 8 + lane / 4];
-        v[q] = Raw{};
-#pragma unroll
-        for (int k = 0; k < Shape::kVector; ++k) {
-          In x{};
-          if (row != nullptr && mine + k < segment.end) x = in_global(row)[(mine + k) * stride];
-          if constexpr (sizeof(In) == 2) {
-            uint16_t bits;
-            memcpy(&bits, &x, 2);
-            v[q].w[k / 2] |= static_cast<uint32_t>(bits) << (k % 2 * 16);
-          } else {
-            memcpy(&v[q].w[k * sizeof(In) / 4], &x, sizeof(In));
-          }
-        }
-      }
+      commit_copies();
     };
-    auto walk = [&](auto half_of) {
-      constexpr int kHalf = decltype(half_of)::value;
-      const auto add = [&](int tile, const auto& add_to) { add_to(acc[tile]); };
-      constexpr int64_t kStep = Shape::kTeams * Shape::kColumns;
-      int64_t at = segment.begin + team * Shape::kColumns;
-      Raw v[kGroups];
-      if (Shape::kAhead && at < segment.end) load(at, v);
-      for (; at < segment.end; at += kStep) {
-        if constexpr (Shape::kAhead) {
-          // the next step's loads are on their way while this one's products are made
-          Raw next[kGroups];
-          if (at + kStep < segment.end) load(at + kStep, next);
-          Tile<In>::template products<kGroups, Shape::kHalves, kHalf>(v, add);
+#pragma unroll 1
+    for (int k = 0; k < Shape::kStages; ++k) {
 #pragma unroll
-          for (int q = 0; q < kGroups; ++q) v[q] = next[q];
-        } else {
-          load(at, v);
-          Tile<In>::template products<kGroups, Shape::kHalves, kHalf>(v, add);
-        }
+      for (int q = 0; q < kGroups; ++q)
+        if (rows[q * 8] == nullptr) queue[k * kStage + q * kWarp] = Raw{};
+      copy(warp * Shape::kColumns + k * Shape::kStep, k);
+    }
+    int stage = 0;
+    for (int base = 0; base < length; base += Shape::kStep) {
+      if (steps == Shape::kStepsOfSum) {
+        add_to_totals<Shape>(acc, shared);
+        steps = 0;
       }
-    };
-    if (half == 0) walk(std::integral_constant<int, 0>{});
-    else if constexpr (Shape::kHalves == 2) walk(std::integral_constant<int, 1>{});
+      ++steps;
+      const int at = base + warp * Shape::kColumns;
+      if (at >= length) continue;
+      Raw* const from = queue + stage * kStage;
+      if (at < whole) wait_for_copies<Shape::kStages - 1>();
+      else
+        load_narrow<In, kGroups>(shared.batch.row[s] + lane / 4, shared.batch.stride[s] + lane / 4, mine + at,
+                                 segment.end, from);
+      Tile<In>::template products<kGroups>(from, acc);
+      // to where the bytes just taken lay
+      copy(at + Shape::kStages * Shape::kStep, stage);
+      stage = stage + 1 < Shape::kStages ? stage + 1 : 0;
+    }
   });
+  add_to_totals<Shape>(acc, shared);
+  __syncthreads();
 
-  // the teams' tiles, a few at a time
   const int slot = p.first_slot + slot_here;
   double* partial = p.partial + static_cast<int64_t>(slot) * num_entries(T);
+  for (int e = tid; e < kHeld; e += kThreads) {
+    const int from = e % kWarp, pair = e / kWarp % Shape::kPairs;
+    int i = 0, j = e / (kWarp * Shape::kPairs);
+    while (j >= Shape::length_of(i)) j -= Shape::length_of(i++);
+    const int r = task_of(i * Shape::kTall + pair * 8 + from / 4);
+    const int c = task_of((i * Shape::kPerRow + j) * 8 + from % 4 * 2);
+    const Vector<double, 2> total = (&shared.total[0][0][0])[e];
 #pragma unroll
-  for (int first = 0; first < Shape::kTiles; first += Shape::kRound) {
-#pragma unroll
-    for (int u = 0; u < Shape::kRound; ++u) {
-      if (first + u >= Shape::kTiles) continue;
-#pragma unroll
-      for (int k = 0; k < Shape::kValues; ++k) {
-        const int row = lane / 4 + k / 2 * 8, column = lane % 4 * 2 + k % 2;
-        shared.sums[warp][u][row * 8 + column] = acc[first + u][k];
-      }
-    }
-    __syncthreads();
-    for (int e = tid; e < Shape::kHalves * Shape::kRound * Shape::kTileSize; e += kThreads) {
-      const int cell = e % Shape::kTileSize, u = e / Shape::kTileSize % Shape::kRound;
-      const int of = e / (Shape::kTileSize * Shape::kRound);  // the half
-      double sum = 0.0;
-      for (int k = 0; k < Shape::kTeams; ++k) sum += static_cast<double>(shared.sums[k * Shape::kHalves + of][u][cell]);
-      int i = 0, rest = first + u;
-      for (; i < Shape::kTileRows; ++i) {
-        const int length = is_mine(Shape::kHalves, of, i) ? kGroups - i * Shape::kPerRow : 0;
-        if (rest < length) break;
-        rest -= length;
-      }
-      if (i == Shape::kTileRows) continue;  // this half has fewer
-      const int r = task_of(i * Shape::kTall + cell / 8), c = task_of((i * Shape::kPerRow + rest) * 8 + cell % 8);
-      if (r <= c && c < T && owns(bands, r, c)) partial[entry_of(T, r, c)] = sum;
-    }
-    __syncthreads();
+    for (int k = 0; k < 2; ++k)
+      if (r <= c + k && c + k < T && owns(bands, r, c + k)) partial[entry_of(T, r, c + k)] = total.v[k];
   }
   if constexpr (kGroups == 8) {
     if (T > 64) {

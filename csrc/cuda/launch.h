@@ -6,12 +6,6 @@
 
 namespace fastmtl::cuda {
 
-// blocks that share a slot's columns
-inline int blocks_per_slot(int T) {
-  const int bands = (T + 31) / 32;
-  return T <= 64 ? 1 : bands * (bands - 1) / 2;
-}
-
 // slots: of this launch
 template <class In>
 void launch_gram(const GramParams& p, int slots, cudaStream_t stream);

@@ -14,21 +14,29 @@ struct Slots {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The longest slot: so that no float32 sum has more than some hundred additions. Of gradients whose products are all
-// equal each addition errs the same way, by up to half a unit, which no later sum averages out.
-inline int64_t longest_slot(int T) { return T <= 8 ? 24576 : T <= 32 ? 8192 : 3072; }
+// blocks that share a slot's columns, each with the products of some of the tasks
+inline int blocks_per_slot(int T) {
+  const int bands = (T + 31) / 32;
+  return T <= 64 ? 1 : bands * (bands - 1) / 2;
+}
+
+// The longest slot to 8 tasks: so that no float32 sum has more than 96 additions. Of gradients whose products are all
+// equal each addition errs the same way, by up to half a unit, which no later sum averages out. With more tasks blocks
+// see to that by themselves.
+constexpr int64_t kLongestSlot = 24576;
 
 // counted columns (see grads.cuh) of one launch
 inline Slots gram_slots(int64_t columns, int T) {
-  // few columns: one wave of blocks, of which two fit on a multiprocessor, or with more tasks one; many: small slots
-  // enough that the last ones end together
-  constexpr int64_t kMany = 1056;
-  const bool many_tasks = T > 16;
+  // few columns: one wave of blocks, as many as a multiprocessor has room for; many: slots enough that the last ones
+  // end together, on cards of any size
+  const int64_t few = (T <= 16 ? 264 : 132) / blocks_per_slot(T);
+  const int64_t many = (T <= 16 ? 1056 : 528) / blocks_per_slot(T);
   const int64_t shortest = T > 8 ? 256 : 1024;  // a few steps of a block
-  const int64_t few = std::min<int64_t>(many_tasks ? 128 : 264, ceil_div(columns, shortest));
-  const int64_t wanted = std::clamp(columns / (many_tasks ? 16384 : 4096), std::max<int64_t>(few, 1), kMany);
-  const int64_t even = ceil_div(std::max<int64_t>(ceil_div(columns, wanted), 1), 64) * 64;
-  const int64_t each = std::min(even, longest_slot(T));
+  const int64_t even = T > 16 ? 16384 : 4096;
+  const int64_t wanted =
+      std::clamp(columns / even, std::min(few, std::max<int64_t>(ceil_div(columns, shortest), 1)), many);
+  int64_t each = ceil_div(std::max<int64_t>(ceil_div(columns, wanted), 1), 64) * 64;
+  if (T <= 8) each = std::min(each, kLongestSlot);
   return {each, std::max<int64_t>(ceil_div(columns, each), 1)};
 }
 
@@ -40,11 +48,13 @@ inline Slots combine_slots(int64_t columns) {
 
 constexpr int kMaxGroups = 255;
 
-// how many slots share a ticket: one group where the last block reads little, else about as many groups as slots
+// How many slots share a ticket: all of them where one block adds them up in a few rounds of loads, else about as many
+// as there are tickets. A second level takes another ticket and another round.
 inline int slots_per_group(int T, int64_t slots) {
-  int64_t each = T <= 16 ? (slots <= 128 ? slots : 64) : 1;
-  if (T > 16)
-    while (each * each < slots) ++each;
+  const int64_t at_once = T <= 8 ? 128 : T <= 16 ? 64 : T <= 32 ? 16 : T <= 64 ? 8 : 4;
+  int64_t each = T <= 8 ? 64 : 1;
+  if (slots <= at_once) each = slots;
+  while (each * each < slots && T > 8) ++each;
   return static_cast<int>(std::max(each, ceil_div(slots, kMaxGroups)));
 }
 

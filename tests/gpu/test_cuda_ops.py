@@ -604,23 +604,37 @@ def test_another_device(forced: str | None) -> None:
 
 
 @pytest.mark.slow
-def test_more_than_2_31_elements(forced: str | None) -> None:
-    num_columns = 2**30 + 5
-    free, _ = torch.cuda.mem_get_info()
-    if free < 12 * 2**30:
-        pytest.skip(f"needs 12 GiB of GPU memory, {free / 2**30:.0f} are free")
+@pytest.mark.parametrize(
+    ("num_tasks", "num_columns"),
+    [
+        (3, 2**30 + 5),  # an odd length: rows that are not aligned, read element by element
+        (3, 2**30 + 8),  # aligned ones, read 16 bytes at a time
+        (2, 2**31 + 8),  # within one row
+        (17, 2**27 + 8),  # on tensor cores
+    ],
+)
+def test_more_than_2_31_elements(num_tasks: int, num_columns: int, forced: str | None) -> None:
+    assert num_tasks * num_columns > 2**31
     if forced == "reference":
         pytest.skip("the reference upcasts the whole bank")
-    grads = torch.zeros(3, num_columns, dtype=torch.bfloat16, device=DEVICE)
-    at = torch.tensor([0, 1, 2**29, num_columns - 2, num_columns - 1], device=DEVICE)
-    grads[:, at] = torch.arange(1, 16, device=DEVICE).reshape(3, 5).to(torch.bfloat16)
-    with use("combine", forced):
-        out = combine(torch.tensor([1.0, 2.0, -1.0], device=DEVICE), grads)
-        m = gram(grads)
-    assert torch.equal(out[at], grads[0, at] + 2 * grads[1, at] - grads[2, at])
-    assert out.count_nonzero() == 5
+    needed = (num_tasks + 2) * num_columns * 2 + 2**31
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free")
+    grads = torch.zeros(num_tasks, num_columns, dtype=torch.bfloat16, device=DEVICE)
+    wide = num_columns % 8 == 0
+    assert (grads[1].data_ptr() % 16 == 0) == wide
+    at = torch.tensor([0, 1, num_columns // 2, num_columns - 2, num_columns - 1], device=DEVICE)
+    grads[:, at] = torch.arange(1, 5 * num_tasks + 1, device=DEVICE).reshape(num_tasks, 5).to(torch.bfloat16)
     picked = grads[:, at].double()
+    weights = (torch.arange(num_tasks, device=DEVICE) % 3 + 1.0).double()
+    with use("combine", forced):
+        out = combine(weights, grads)
+        m = gram(grads)
+    assert torch.equal(out[at], (weights @ picked).to(torch.bfloat16))
+    assert out.count_nonzero() == 5
     torch.testing.assert_close(m.double(), picked @ picked.mT)
+    del out
     with use("pcgrad", forced):
         # everything agrees: nothing is projected
         update = pcgrad(grads, generator=order_state(0, device=DEVICE))

@@ -108,8 +108,20 @@ struct Warp {
 // how blocks and threads take turns: 0 in rising order, 1 both in falling order, else blocks shuffled by this seed
 inline uint64_t schedule = 0;
 
+// copies to shared memory that their thread has not waited for; `group` counts the thread's commits
+struct Copy {
+  void* to;
+  const void* from;
+  int group;
+};
+struct Copies {
+  std::vector<Copy> waiting;
+  int committed = 0;
+};
+
 struct Machine {
   std::vector<Context> contexts;
+  std::vector<Copies> copies;
   std::vector<State> states;
   std::vector<Warp> warps;
   std::unique_ptr<char[]> stacks;
@@ -172,6 +184,7 @@ inline void barrier() {
 inline void run_thread() {
   Machine& m = machine;
   m.body(m.arguments);
+  if (!m.copies[m.current].waiting.empty()) fail("a copy to shared memory that nobody waits for");
   m.states[m.current] = State::left;
   --m.live;
   if (m.live == 0) switch_context(m.contexts[m.current], m.caller);
@@ -232,6 +245,7 @@ inline void run_block(int num_threads) {
   m.contexts.resize(num_threads);
   m.states.assign(num_threads, State::runs);
   m.warps.assign(num_threads / kWarp, Warp{});
+  m.copies.assign(num_threads, Copies{});
   if (m.num_stacks < static_cast<size_t>(num_threads)) {
     m.stacks.reset(new char[num_threads * kStackBytes]);
     m.num_stacks = num_threads;
@@ -277,6 +291,8 @@ To bits_as(const From& x) {
 }  // namespace cuda_on_host
 
 #define FASTMTL_SHARED(Type, name) Type& name = *static_cast<Type*>(cuda_on_host::shared_memory(sizeof(Type)))
+#define FASTMTL_BIG_SHARED(Type, name) FASTMTL_SHARED(Type, name)
+#define FASTMTL_BIG_LAUNCH(bytes, blocks, stream, arguments, ...) FASTMTL_LAUNCH(blocks, stream, arguments, __VA_ARGS__)
 #define FASTMTL_LAUNCH(blocks, stream, arguments, ...) \
   (static_cast<void>(stream), cuda_on_host::launch(blocks, kThreads, [&] { __VA_ARGS__ arguments; }))
 
@@ -376,14 +392,27 @@ void store_wide(void* to, const V& x) {
   std::memcpy(to, &x, sizeof(V));
 }
 
-// --- tensor cores
-
-// to nearest, ties away from zero
-inline uint32_t to_tf32(float x) {
-  const auto bits = cuda_on_host::bits_as<uint32_t>(x);
-  if (!std::isfinite(x)) return bits;
-  return (bits + 0x1000) & ~uint32_t{0x1FFF};
+// What is copied arrives as late as it may; until then all bits are set there.
+inline void copy_async(void* to, const void* from) {
+  auto& m = cuda_on_host::machine;
+  for (const void* p : {static_cast<const void*>(to), from})
+    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) cuda_on_host::fail("a misaligned copy");
+  std::memset(to, 0xFF, 16);
+  auto& copies = m.copies[m.current];
+  copies.waiting.push_back({to, from, copies.committed});
 }
+inline void commit_copies() { ++cuda_on_host::machine.copies[cuda_on_host::machine.current].committed; }
+template <int kMost>
+void wait_for_copies() {
+  auto& copies = cuda_on_host::machine.copies[cuda_on_host::machine.current];
+  auto it = copies.waiting.begin();
+  for (; it != copies.waiting.end() && it->group < copies.committed - kMost; ++it) std::memcpy(it->to, it->from, 16);
+  copies.waiting.erase(copies.waiting.begin(), it);
+}
+
+inline unsigned add_acq_rel(unsigned* to, unsigned x) { return atomicAdd(to, x); }
+
+// --- tensor cores
 
 // A sum as tensor cores may form it, at worst: every term cut off at the last digit of the largest, and the sum too.
 inline float cut_sum(const double* terms, int count) {

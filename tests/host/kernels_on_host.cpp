@@ -178,6 +178,14 @@ int host_gram(const HostRows* rows, HostCut* cut, const HostSolve* solve, void* 
   });
 }
 
+// what plan.h makes of so many counted columns: a slot's, their number, slots to a group
+void host_plan(int64_t columns, int64_t num_tasks, int64_t* result) {
+  const Slots s = gram_slots(columns, static_cast<int>(num_tasks));
+  result[0] = s.columns;
+  result[1] = s.count;
+  result[2] = slots_per_group(static_cast<int>(num_tasks), s.count);
+}
+
 // weights [K, T]
 int host_combine(const HostRows* rows, HostCut* cut, const double* weights) {
   return guarded([&] {
@@ -213,7 +221,8 @@ void host_from_16_bits(const uint16_t* x, float* y, int64_t count, int64_t half)
   for (int64_t k = 0; k < count; ++k) y[k] = half != 0 ? __half2float({x[k]}) : __bfloat162float({x[k]});
 }
 void host_to_tf32(const float* x, float* y, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) y[k] = cuda_on_host::bits_as<float>(to_tf32(x[k]));
+  for (int64_t k = 0; k < count; ++k)
+    y[k] = cuda_on_host::bits_as<float>(to_tf32(cuda_on_host::bits_as<uint32_t>(x[k])));
 }
 
 // Small kernels that do one thing wrong each; 0 does none. The result: the sum over a block's 64 threads of their
@@ -224,14 +233,22 @@ int host_faulty(int64_t fault, uint64_t schedule, double* result) {
     *result = -1.0;
     struct Shared {
       double values[64];
+      alignas(16) double copied[2 * 64];
     };
+    alignas(16) double given[2 * 64];
+    for (int k = 0; k < 64; ++k) given[2 * k] = given[2 * k + 1] = k;
     cuda_on_host::launch(1, 64, [&] {
       const int tid = static_cast<int>(threadIdx.x);
       FASTMTL_SHARED(Shared, shared);
       if (fault == 1 && tid == 5) return;  // a lane that its warp still needs
       if (fault == 2 && tid < 40) __syncthreads();
       if (fault == 3 && tid % 2 == 0) __syncwarp();
-      if (fault != 4 || tid != 7) shared.values[tid] = tid;  // 4: one value is not written
+      if (fault == 10) copy_async(shared.copied + 2 * tid + 1, given + 2 * tid);
+      copy_async(shared.copied + 2 * tid, given + 2 * tid);
+      commit_copies();
+      if (fault < 8) wait_for_copies<0>();
+      if (fault != 4 || tid != 7) shared.values[tid] = shared.copied[2 * tid];  // 4: one value is not written
+      if (fault == 8) wait_for_copies<0>();
       if (fault != 5) __syncthreads();
       if (fault == 6 && tid >= 32) return;  // allowed: a whole warp leaves
       if (fault == 6) __syncthreads();
