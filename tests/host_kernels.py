@@ -311,6 +311,18 @@ def coefficients(m: Tensor, order: Tensor, include_self: bool = False, schedule:
     return c.tensor
 
 
+def table(words: Tensor, large: bool) -> tuple[Tensor, int]:
+    """The int64 words `[N]` as a pointer table's launches write them, and how many launches that takes."""
+    found = torch.full((words.numel() + 1,), -1, dtype=torch.int64)
+    launches = _int64()
+    status = library().host_table(
+        *_pointers(words), _int64(words.numel()), _int64(large), *_pointers(found), ctypes.byref(launches)
+    )
+    _checked(status)
+    assert found[-1] == -1, "written beyond the table"
+    return found[:-1], launches.value
+
+
 def to_16_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 -> int16, the bits."""
     y = torch.zeros(x.shape, dtype=torch.int16)

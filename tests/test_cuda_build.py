@@ -67,7 +67,7 @@ def _kernels_of(dtype: str) -> set[Kernel]:
 KERNELS = {
     **{f"kernels_{dtype}": _kernels_of(dtype) for dtype in _DTYPES.values()},
     "kernels_solve": {Kernel("pcgrad_coefficients_kernel", "", (n,)) for n in (16, 32, 64, 128)},
-    "runtime": {Kernel("write_table_kernel")},
+    "runtime": {Kernel("write_table_kernel", "", (n,)) for n in (480, 1536, 4093)},
     "surgery": set(),
 }
 # always every kernel for one architecture, and one dtype for the other

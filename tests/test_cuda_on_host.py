@@ -415,6 +415,31 @@ def test_combine_of_what_is_not_finite() -> None:
     assert not out.tensor[1].isfinite().any()
 
 
+# --- pointer tables
+
+
+def test_tables() -> None:
+    """At the edges of what a launch carries: with 4 KiB of arguments, and with 32,764 bytes."""
+    resnet50 = 161 * (3 + 2 * 8 + 1) + 1
+    for count, few, many in (
+        (1, 1, 1),
+        (257, 1, 1),
+        (480, 1, 1),
+        (481, 2, 1),
+        (1536, 4, 1),
+        (1537, 4, 1),
+        (resnet50, 7, 1),
+        (4093, 9, 1),
+        (4094, 9, 2),
+        (3 * 4093 + 5, 26, 4),
+    ):
+        words = torch.arange(count, dtype=torch.int64) * 0x0123456789ABCD + 5
+        for large, launches in ((False, few), (True, many)):
+            found, taken = host.table(words, large)
+            assert torch.equal(found, words)
+            assert taken == launches
+
+
 # --- the whole of PCGrad
 
 

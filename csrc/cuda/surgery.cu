@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -29,7 +31,7 @@ using torch::headeronly::ScalarType;
 // what the kernels need of the caller's gradients; the tables must outlive the launches' queueing
 struct Parts {
   std::vector<Part> parts;
-  std::vector<Tensor> tables;
+  std::vector<DeviceTable> tables;
 };
 
 Parts read_parts(const Rows& rows, bool is_bank, int device, cudaStream_t stream) {
@@ -37,7 +39,7 @@ Parts read_parts(const Rows& rows, bool is_bank, int device, cudaStream_t stream
   for (Part& part : result.parts) {
     if (part.words.empty()) continue;
     result.tables.push_back(device_table(device, stream, part.words));
-    part.grads.table = static_cast<const int64_t*>(result.tables.back().const_data_ptr());
+    part.grads.table = result.tables.back().get();
   }
   return result;
 }
@@ -50,6 +52,9 @@ void gram(const std::vector<Part>& parts, Tensor& out, const Solve& solve, int d
     slots.push_back(gram_slots(part.grads.columns, part.grads.num_tasks));
     total += slots.back().count;
   }
+  // a column of stride 0 may be repeated as often as one likes
+  constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(total <= kMostBlocks / blocks_per_slot(parts[0].grads.num_tasks), "fastmtl: too many columns");
   GramPlan plan = plan_gram(parts, slots, slots_per_group(parts[0].grads.num_tasks, total));
   const Tensor memory = workspace(device, 8 * plan.words);
   plan.use_memory(static_cast<double*>(memory.mutable_data_ptr()));

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cuda/parts.h"
+#include "cuda/table.cuh"
 
 using namespace fastmtl;
 using namespace fastmtl::cuda;
@@ -200,6 +201,15 @@ int host_coefficients(const double* gram, int64_t num_tasks, const HostSolve* so
     Guarded memory(8 * more_words(T), 0xFF);
     launch_coefficients(gram, T, memory.as<double>(), read_solve(*solve), nullptr);
     memory.check("the workspace");
+  });
+}
+
+// words [count] into table, which has one more that must stay as it is; *launches: how many it took
+int host_table(const int64_t* words, int64_t count, int64_t large, int64_t* table, int64_t* launches) {
+  return guarded([&] {
+    cuda_on_host::schedule = 0;
+    *launches = 0;
+    write_table(table, std::vector<int64_t>(words, words + count), large != 0, nullptr, [&] { ++*launches; });
   });
 }
 
