@@ -288,12 +288,20 @@ def solved_gram(
     return m.tensor, w.tensor
 
 
-def combine(weights: Tensor, grads: Gradients, cut: Cut | None = None) -> None:
-    """`weights`: `[K, T]` float64; the result goes where `grads` has its outputs."""
+def combine(weights: Tensor, grads: Gradients, cut: Cut | None = None, *, split: bool = False) -> None:
+    """`weights`: `[K, T]` float64; the result goes where `grads` has its outputs.
+
+    split: by the kernel for few columns and one output, whose blocks take 256; without a `cut` as it is planned.
+    """
     assert weights.dtype == torch.float64 and weights.is_contiguous()
-    _checked(
-        library().host_combine(ctypes.byref(grads.c), ctypes.byref(cut or Cut()), ctypes.c_void_p(weights.data_ptr()))
+    if split:
+        assert weights.shape[0] == 1
+        cut = cut or Cut()
+        cut.columns_per_slot = 256
+    status = library().host_combine(
+        ctypes.byref(grads.c), ctypes.byref(cut or Cut()), ctypes.c_void_p(weights.data_ptr()), _int64(split)
     )
+    _checked(status)
 
 
 def coefficients(m: Tensor, order: Tensor, include_self: bool = False, schedule: int = FORWARD) -> Tensor:

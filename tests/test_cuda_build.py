@@ -60,6 +60,7 @@ def _kernels_of(dtype: str) -> set[Kernel]:
         *(Kernel("gram_rows_kernel", dtype, (n,)) for n in (2, 4, 8)),
         *(Kernel("gram_mma_kernel", dtype, (n,)) for n in (2, 4, 6, 8)),
         *(Kernel("combine_kernel", dtype, (n,)) for n in (1, 8)),
+        Kernel("combine_split_kernel", dtype),
     }
 
 
@@ -89,6 +90,8 @@ MATRIX_INSTRUCTIONS = {
 def wanted_blocks(kernel: Kernel) -> int:
     """Blocks that should fit on a multiprocessor at once: enough loads in flight without them to hide latency."""
     first = kernel.numbers[0] if kernel.numbers else 0
+    if kernel.name == "combine_split_kernel":
+        return 3
     if kernel.name == "combine_kernel":
         return 3 if first == 1 else 2 if kernel.dtype == "f32" else 1
     if kernel.name == "gram_mma_kernel" and first == 2:

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdlib>
+#include <cstring>
 #include <iterator>
 #include <list>
 #include <map>
@@ -149,6 +151,7 @@ uint64_t hash_of(const std::vector<int64_t>& words) {
 struct State {
   std::mutex mutex;
   std::map<int, TicketArena> arenas;
+  std::map<int, bool> early;                                        // by device
   std::map<std::pair<int, StreamId>, std::list<KeptTable>> tables;  // last used first
 };
 
@@ -166,6 +169,24 @@ DeviceTable table_of_call(int device, cudaStream_t stream, const std::vector<int
 }
 
 }  // namespace
+
+bool launches_early(int device) {
+  static const bool wanted = [] {
+    const char* value = std::getenv("FASTMTL_PDL");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  // before 12.3 a graph has no such edges
+  if (!wanted || driver_version() < 12030) return false;
+  State& s = state();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  const auto found = s.early.find(device);
+  if (found != s.early.end()) return found->second;
+  // code for an older architecture, which a newer card runs too, doesn't wait; all sources are compiled for the same
+  const OutsideCapture outside;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, write_table_kernel<kFewWords>), "function attributes");
+  return s.early[device] = attributes.ptxVersion >= 90;
+}
 
 Tickets tickets(int device, cudaStream_t stream, size_t launches) {
   if (launches == 1) {

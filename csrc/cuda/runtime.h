@@ -20,6 +20,9 @@ cudaStream_t current_stream(int device);
 // uninitialised device memory that lives as long as the tensor
 Tensor workspace(int device, int64_t bytes);
 
+// Whether a launch may begin before the one in front is done: FASTMTL_PDL=1, on sm_90 and later.
+bool launches_early(int device);
+
 // 256 counters, zero when a call's first launch begins.
 struct Tickets {
   unsigned* counters;

@@ -69,12 +69,14 @@ void gram(const std::vector<Part>& parts, Tensor& out, const Solve& solve, int d
   });
 }
 
-void combine(const std::vector<Part>& parts, const double* weights, cudaStream_t stream) {
+// early: the first launch may begin while the Gram matrix's last block still solves
+void combine(const std::vector<Part>& parts, const double* weights, bool early, cudaStream_t stream) {
   for (const Part& part : parts) {
     if (part.grads.columns == 0 || part.grads.num_out == 0) continue;
-    const Slots slots = combine_slots(part.grads.columns);
-    launch_combine(part.dtype, {part.grads, slots.columns, weights}, slots.count, stream);
+    const CombineCut cut = combine_cut(part.grads.columns, part.grads.num_tasks, part.grads.num_out);
+    launch_combine(part.dtype, {part.grads, cut.slots.columns, weights}, cut, early, stream);
     check(cudaGetLastError(), "combine launch");
+    early = false;  // what follows waits for this one
   }
 }
 
@@ -134,7 +136,7 @@ void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::v
   const Rows rows = read_rows(tensors, index, weights.size(1), num_params, out);
   check_outputs(rows, weights.size(0));
   combine(read_parts(rows, index.empty(), device, stream).parts, static_cast<const double*>(weights.const_data_ptr()),
-          stream);
+          false, stream);
 }
 
 void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
@@ -200,7 +202,7 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
   check_outputs(rows, num_out);
   const Parts read = read_parts(rows, index.empty(), device, stream);
   gram(read.parts, gram_out, s, device, stream);
-  combine(read.parts, s.result, stream);
+  combine(read.parts, s.result, launches_early(device), stream);
 }
 
 }  // namespace

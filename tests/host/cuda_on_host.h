@@ -279,6 +279,9 @@ To bits_as(const From& x) {
 #define FASTMTL_SHARED(Type, name) Type& name = *static_cast<Type*>(cuda_on_host::shared_memory(sizeof(Type)))
 #define FASTMTL_LAUNCH(blocks, stream, arguments, ...) \
   (static_cast<void>(stream), cuda_on_host::launch(blocks, kThreads, [&] { __VA_ARGS__ arguments; }))
+// launches run one after another
+#define FASTMTL_LAUNCH_EARLY(early, blocks, stream, argument, ...) \
+  (static_cast<void>(early), FASTMTL_LAUNCH(blocks, stream, (argument), __VA_ARGS__))
 
 using std::isfinite;
 
@@ -369,6 +372,8 @@ template <class T>
 T* in_global(T* p) {
   return p;
 }
+inline void next_launch_may_begin() {}
+inline void wait_for_launch_before() {}
 template <class V>
 void store_wide(void* to, const V& x) {
   static_assert(sizeof(V) == 16);

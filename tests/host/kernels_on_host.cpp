@@ -179,17 +179,18 @@ int host_gram(const HostRows* rows, HostCut* cut, const HostSolve* solve, void* 
   });
 }
 
-// weights [K, T]
-int host_combine(const HostRows* rows, HostCut* cut, const double* weights) {
+// weights [K, T]; split: whether the threads share the tasks, if columns are given
+int host_combine(const HostRows* rows, HostCut* cut, const double* weights, int64_t split) {
   return guarded([&] {
     cuda_on_host::schedule = cut->schedule;
     for (const Part& part : read_parts(*rows)) {
       if (part.grads.columns == 0 || part.grads.num_out == 0) continue;
-      Slots s = combine_slots(part.grads.columns);
-      if (cut->columns_per_slot != 0) s = {cut->columns_per_slot, ceil_div(part.grads.columns, cut->columns_per_slot)};
-      launch_combine(part.dtype, {part.grads, s.columns, weights}, s.count, nullptr);
+      CombineCut it = combine_cut(part.grads.columns, part.grads.num_tasks, part.grads.num_out);
+      if (cut->columns_per_slot != 0)
+        it = {{cut->columns_per_slot, ceil_div(part.grads.columns, cut->columns_per_slot)}, split != 0};
+      launch_combine(part.dtype, {part.grads, it.slots.columns, weights}, it, false, nullptr);
       ++cut->launches;
-      cut->slots += s.count;
+      cut->slots += it.slots.count;
     }
   });
 }
