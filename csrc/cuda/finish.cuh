@@ -73,6 +73,8 @@ __device__ inline void sum_rows(const double* from, int first, int last, int col
 // been.
 template <int kTasks, int kMost>
 __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, SolverMemory<kMost>& memory) {
+  // from here on little is read, and the combine kernel's first rows may come in the meantime
+  next_launch_may_begin();
   const int T = p.grads.num_tasks, entries = num_entries(T);
   const int group = slot / p.slots_per_group;
   const int first = group * p.slots_per_group;

@@ -129,7 +129,6 @@ void queue_table(int64_t* table, const std::vector<int64_t>& words, cudaStream_t
 }
 
 struct KeptTable {
-  uint64_t hash;
   std::vector<int64_t> words;
   size_t capacity;
   std::shared_ptr<int64_t> memory;  // held by calls that have yet to queue their launches, too
@@ -137,15 +136,7 @@ struct KeptTable {
 
 // of a stream, that could hold a new one: then the one that was not used for longest makes room
 constexpr int kKeptTables = 32;
-
-uint64_t hash_of(const std::vector<int64_t>& words) {
-  // four chains, which need not wait for each other
-  uint64_t hash[4] = {words.size(), 1, 2, 3};
-  for (size_t k = 0; k < words.size(); ++k)
-    hash[k % 4] = (hash[k % 4] ^ static_cast<uint64_t>(words[k])) * 0x9E3779B97F4A7C15u;
-  for (int k = 1; k < 4; ++k) hash[0] = (hash[0] ^ hash[k] >> 7) * 0x9E3779B97F4A7C15u;
-  return hash[0];
-}
+constexpr size_t kStreamsWithTables = 256;
 
 // Never destroyed: at exit CUDA may be gone before this library is.
 struct State {
@@ -215,12 +206,13 @@ Tickets tickets(int device, cudaStream_t stream, size_t launches) {
 
 DeviceTable device_table(int device, cudaStream_t stream, const std::vector<int64_t>& words) {
   if (is_capturing(stream)) return table_of_call(device, stream, words);
-  const uint64_t hash = hash_of(words);
   State& s = state();
   const std::lock_guard<std::mutex> lock(s.mutex);
-  std::list<KeptTable>& tables = s.tables[{device, id_of(stream)}];
-  auto found = std::find_if(tables.begin(), tables.end(),
-                            [&](const KeptTable& t) { return t.hash == hash && t.words == words; });
+  const std::pair<int, StreamId> key{device, id_of(stream)};
+  // of streams that come and go no one learns that they are gone
+  if (s.tables.size() >= kStreamsWithTables && !s.tables.contains(key)) return table_of_call(device, stream, words);
+  std::list<KeptTable>& tables = s.tables[key];
+  auto found = std::find_if(tables.begin(), tables.end(), [&](const KeptTable& t) { return t.words == words; });
   if (found == tables.end()) {
     int fitting = 0;
     for (auto t = tables.begin(); t != tables.end(); ++t)
@@ -232,12 +224,11 @@ DeviceTable device_table(int device, cudaStream_t stream, const std::vector<int6
       const size_t capacity = std::bit_ceil(std::max<size_t>(words.size(), 64));
       auto* memory = static_cast<int64_t*>(lasting_memory(capacity * sizeof(int64_t)));
       if (memory == nullptr) return table_of_call(device, stream, words);
-      tables.push_back({0, {}, capacity, std::shared_ptr<int64_t>(memory, [](int64_t*) {})});
+      tables.push_back({{}, capacity, std::shared_ptr<int64_t>(memory, [](int64_t*) {})});
       found = std::prev(tables.end());
     }
     found->words.clear();  // if the launch fails, it holds nothing
     queue_table(found->memory.get(), words, stream);
-    found->hash = hash;
     found->words = words;
   }
   tables.splice(tables.begin(), tables, found);

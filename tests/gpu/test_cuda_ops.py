@@ -684,6 +684,92 @@ def test_nothing_is_kept_in_torchs_memory() -> None:
     assert run_python(KEPT_MEMORY) == ["0"]
 
 
+SAME_BITS = """
+import torch
+from cases import BankCase, ListCase, random_order
+from fastmtl.ops import pcgrad, pcgrad_project
+
+def tensors(x):
+    return [x] if isinstance(x, torch.Tensor) else [z for y in x for z in tensors(y)]
+
+def show(name, x):
+    total = 0
+    for y in tensors(x):
+        # a tensor's bytes, each times a number of its own
+        byte = y.flatten().view(torch.uint8).to(torch.int64)
+        total = total * 31 + int((byte * (torch.arange(byte.numel(), device="cuda") % 1_000_003 + 1)).sum())
+    print(name, total % (1 << 64), flush=True)
+
+def steps(bank, order, count):
+    # each step reads what the last one's combine wrote, and writes what it still read
+    for k in range(count):
+        bank[k % len(bank)].copy_(0.3 * pcgrad(bank, order))
+
+for T in (2, 8, 9, 17, 40, 64, 100):
+    for P, dtype in ((1000, "float32"), (100_000, "float32"), (300_001, "float32"), (100_000, "bfloat16")):
+        case = BankCase(T, P, getattr(torch, dtype))
+        order = random_order(T).to("cuda")
+        bank = case.make("cuda")
+        show(f"{case} once", [pcgrad(bank, order), pcgrad_project(bank, order)])
+        steps(bank, order, 20)
+        show(f"{case} steps", bank)
+        row = bank.clone()
+        pcgrad(row, order, out=row[1])
+        show(f"{case} in place", row)
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.graph(graph, stream=side):
+            steps(bank, order, 4)
+        for _ in range(5):
+            graph.replay()
+        show(f"{case} graph", bank)
+for case in (ListCase("nones", 5), ListCase("mixed_dtypes", 19), ListCase("many", 12), ListCase("large", 8)):
+    made, order = case.make("cuda"), random_order(case.num_tasks).to("cuda")
+    for _ in range(20):
+        found = pcgrad(made, order)
+    show(str(case), found)
+"""
+
+
+def test_early_launches_give_the_same_bits() -> None:
+    """FASTMTL_PDL=1: the combine kernel begins while the Gram kernel still solves."""
+    if (reason := _backend.unavailable("cuda", DEVICE)) is not None:
+        pytest.skip(reason)
+    expected = run_python(SAME_BITS, FASTMTL_PDL="0")
+    assert len(expected) == 7 * 4 * 4 + 4
+    for _ in range(3):
+        assert run_python(SAME_BITS, FASTMTL_PDL="1") == expected
+
+
+OVERLAP = """
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from cases import BankCase, random_order
+from fastmtl.ops import pcgrad
+
+bank, order = BankCase(128, 100_000).make("cuda"), random_order(128).to("cuda")
+for _ in range(3):
+    pcgrad(bank, order)
+torch.cuda.synchronize()
+with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+    pcgrad(bank, order)
+    torch.cuda.synchronize()
+events = {("gram" if "gram" in e.name else "combine"): e.time_range
+          for e in recorded.events() if e.device_type == DeviceType.CUDA and "_kernel" in e.name}
+print(events["combine"].start < events["gram"].end)
+"""
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_launches_are_early_if_asked(early: bool) -> None:
+    """The T x T problem of 128 tasks takes hundreds of microseconds: time enough for the next launch to begin."""
+    if (reason := _backend.unavailable("cuda", DEVICE)) is not None:
+        pytest.skip(reason)
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("before sm_90 a launch waits for the one in front")
+    assert run_python(OVERLAP, FASTMTL_PDL=str(int(early)))[-1] == str(early)
+
+
 def test_another_device(forced: str | None) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
