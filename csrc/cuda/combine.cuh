@@ -34,6 +34,18 @@ template <class In, int kVector>
 __device__ inline Vector<In, kVector> unpacked(const Vector<In, kVector>& x) {
   return x;
 }
+// elements that were loaded one by one, each in a register of its own for the same reason
+template <class In, int kVector>
+struct Single {
+  std::conditional_t<sizeof(In) == 8, uint64_t, uint32_t> bits[kVector];
+};
+template <class In, int kVector>
+__device__ inline Vector<In, kVector> unpacked(const Single<In, kVector>& x) {
+  Vector<In, kVector> v;
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) memcpy(&v.v[k], &x.bits[k], sizeof(In));
+  return v;
+}
 
 template <class In, int kOut>
 struct CombineShared {
@@ -231,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 3) combine_split_kernel(const __grid
 #pragma unroll 1
     for (int base = group; base < T; base += kGroups * kAtOnce) {
       const In* row[kAtOnce];
-      Packed loaded[kAtOnce];
+      decltype(load(row[0], 0)) loaded[kAtOnce];
 #pragma unroll
       for (int r = 0; r < kAtOnce; ++r) {
         const int t = base + r * kGroups;
@@ -275,15 +287,18 @@ __global__ void __launch_bounds__(kThreads, 3) combine_split_kernel(const __grid
           }
         },
         [&](const In* row, int r) {
-          Vector<In, kVector> x{};
+          Single<In, kVector> x{};
 #pragma unroll
           for (int k = 0; k < kVector; ++k) {
             const int64_t c = first + k * apart;
-            if (row != nullptr && c < chunk.size) x.v[k] = in_global(row)[c * stride[r]];
+            if (row != nullptr && c < chunk.size) {
+              const In element = in_global(row)[c * stride[r]];
+              std::conditional_t<sizeof(In) == 2, uint16_t, decltype(+x.bits[k])> bits;
+              memcpy(&bits, &element, sizeof(In));
+              x.bits[k] = bits;
+            }
           }
-          Packed packed;
-          memcpy(&packed, &x, sizeof(packed));
-          return packed;
+          return x;
         });
   }
   const int column = across / Shape::kPerChunk * kChunk + mine;
