@@ -44,8 +44,10 @@ Parts read_parts(const Rows& rows, bool is_bank, int device, cudaStream_t stream
   return result;
 }
 
-// The Gram matrix into `out`, then the T x T problem, if it is wanted, in one launch per dtype.
-void gram(const std::vector<Part>& parts, Tensor& out, const Solve& solve, int device, cudaStream_t stream) {
+// The Gram matrix into `out`, then the T x T problem, if it is wanted, in one launch per dtype. next_is_early: combine
+// comes next, and is early.
+void gram(const std::vector<Part>& parts, Tensor& out, const Solve& solve, bool next_is_early, int device,
+          cudaStream_t stream) {
   std::vector<Slots> slots;
   int64_t total = 0;
   for (const Part& part : parts) {
@@ -61,6 +63,7 @@ void gram(const std::vector<Part>& parts, Tensor& out, const Solve& solve, int d
   const Tickets taken = tickets(device, stream, parts.size());
   plan.params.tickets = taken.counters;
   plan.params.solve = solve;
+  plan.params.next_is_early = next_is_early;
   plan.params.gram = out.mutable_data_ptr();
   plan.params.gram_is_double = dtype_of(out) == DType::f64;
   for_each_launch(plan, parts, [&](DType dtype, const GramParams& p, int count) {
@@ -120,7 +123,7 @@ void gram_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& ind
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const Rows rows = read_rows(tensors, index, num_tasks, num_params, {});
-  gram(read_parts(rows, index.empty(), device, stream).parts, out, Solve{}, device, stream);
+  gram(read_parts(rows, index.empty(), device, stream).parts, out, Solve{}, false, device, stream);
 }
 
 void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::vector<int64_t>& index,
@@ -201,8 +204,9 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
   const Rows rows = read_rows(tensors, index, num_tasks, num_params, out);
   check_outputs(rows, num_out);
   const Parts read = read_parts(rows, index.empty(), device, stream);
-  gram(read.parts, gram_out, s, device, stream);
-  combine(read.parts, s.result, launches_early(device), stream);
+  const bool early = read.parts[0].grads.columns > 0 && launches_early(device);
+  gram(read.parts, gram_out, s, early, device, stream);
+  combine(read.parts, s.result, early, stream);
 }
 
 }  // namespace
