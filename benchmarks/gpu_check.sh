@@ -132,7 +132,7 @@ if wanted profile; then
   if [ -n "$profiler" ]; then
     metrics=gpu__time_duration.sum,dram__bytes.sum.per_second,dram__throughput.avg.pct_of_peak_sustained_elapsed
     metrics=$metrics,launch__registers_per_thread,sm__warps_active.avg.pct_of_peak_sustained_active
-    SHOW=80 stage profile 60 "$profiler" --clock-control none -k 'regex:gram_rows_kernel|gram_mma_kernel|combine_kernel' \
+    SHOW=80 stage profile 60 "$profiler" --clock-control none -k 'regex:gram_rows_kernel|gram_mma_kernel|combine_kernel|combine_split_kernel' \
       --metrics "$metrics" "$python" -m fastmtl.benchmarks.surgery_check profile --backend cuda
   else
     skipped profile "ncu was not found on the PATH or under CUDA_HOME"

@@ -288,12 +288,20 @@ def solved_gram(
     return m.tensor, w.tensor
 
 
-def combine(weights: Tensor, grads: Gradients, cut: Cut | None = None) -> None:
-    """`weights`: `[K, T]` float64; the result goes where `grads` has its outputs."""
+def combine(weights: Tensor, grads: Gradients, cut: Cut | None = None, *, split: bool = False) -> None:
+    """`weights`: `[K, T]` float64; the result goes where `grads` has its outputs.
+
+    split: by the kernel for few columns and one output, whose blocks take 256; without a `cut` as it is planned.
+    """
     assert weights.dtype == torch.float64 and weights.is_contiguous()
-    _checked(
-        library().host_combine(ctypes.byref(grads.c), ctypes.byref(cut or Cut()), ctypes.c_void_p(weights.data_ptr()))
+    if split:
+        assert weights.shape[0] == 1
+        cut = cut or Cut()
+        cut.columns_per_slot = 256
+    status = library().host_combine(
+        ctypes.byref(grads.c), ctypes.byref(cut or Cut()), ctypes.c_void_p(weights.data_ptr()), _int64(split)
     )
+    _checked(status)
 
 
 def coefficients(m: Tensor, order: Tensor, include_self: bool = False, schedule: int = FORWARD) -> Tensor:
@@ -309,6 +317,18 @@ def coefficients(m: Tensor, order: Tensor, include_self: bool = False, schedule:
     c.check()
     assert torch.equal(m.nan_to_num(), before.nan_to_num()), "the Gram matrix was written"
     return c.tensor
+
+
+def table(words: Tensor, large: bool) -> tuple[Tensor, int]:
+    """The int64 words `[N]` as a pointer table's launches write them, and how many launches that takes."""
+    found = torch.full((words.numel() + 1,), -1, dtype=torch.int64)
+    launches = _int64()
+    status = library().host_table(
+        *_pointers(words), _int64(words.numel()), _int64(large), *_pointers(found), ctypes.byref(launches)
+    )
+    _checked(status)
+    assert found[-1] == -1, "written beyond the table"
+    return found[:-1], launches.value
 
 
 def to_16_bits(x: Tensor, dtype: torch.dtype) -> Tensor:

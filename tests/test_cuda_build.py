@@ -60,6 +60,7 @@ def _kernels_of(dtype: str) -> set[Kernel]:
         *(Kernel("gram_rows_kernel", dtype, (n,)) for n in (2, 4, 8)),
         *(Kernel("gram_mma_kernel", dtype, (n,)) for n in (2, 4, 6, 8)),
         *(Kernel("combine_kernel", dtype, (n,)) for n in (1, 8)),
+        Kernel("combine_split_kernel", dtype),
     }
 
 
@@ -67,7 +68,7 @@ def _kernels_of(dtype: str) -> set[Kernel]:
 KERNELS = {
     **{f"kernels_{dtype}": _kernels_of(dtype) for dtype in _DTYPES.values()},
     "kernels_solve": {Kernel("pcgrad_coefficients_kernel", "", (n,)) for n in (16, 32, 64, 128)},
-    "runtime": {Kernel("write_table_kernel")},
+    "runtime": {Kernel("write_table_kernel", "", (n,)) for n in (480, 1536, 4093)},
     "surgery": set(),
 }
 # always every kernel for one architecture, and one dtype for the other
@@ -89,6 +90,8 @@ MATRIX_INSTRUCTIONS = {
 def wanted_blocks(kernel: Kernel) -> int:
     """Blocks that should fit on a multiprocessor at once: enough loads in flight without them to hide latency."""
     first = kernel.numbers[0] if kernel.numbers else 0
+    if kernel.name == "combine_split_kernel":
+        return 3
     if kernel.name == "combine_kernel":
         return 3 if first == 1 else 2 if kernel.dtype == "f32" else 1
     if kernel.name == "gram_mma_kernel":

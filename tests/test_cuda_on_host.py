@@ -399,27 +399,74 @@ def test_combine_of_lists(case: ListCase, num_out: int) -> None:
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.short)
 @pytest.mark.parametrize("offset", [0, 1])
 def test_combine_in_place(dtype: torch.dtype, offset: int) -> None:
-    for num_tasks, target in ((1, 0), (5, 3), (40, 0)):
+    for num_tasks, target, split in ((1, 0, False), (5, 3, False), (40, 0, False), (5, 4, True), (40, 7, True)):
         case = BankCase(num_tasks, 531, dtype)
         memory = Output((case.num_columns,), dtype, rows=num_tasks, offset=offset)
         memory.tensor.copy_(case.make())
         weights = random_weights((1, num_tasks))
-        host.combine(weights, host.bank_gradients(memory.tensor, [memory.pieces[target]]), Cut(128))
+        cut = Cut(128, 0, REVERSE)
+        host.combine(weights, host.bank_gradients(memory.tensor, [memory.pieces[target]]), cut, split=split)
         memory.check()
         assert_combined(memory.tensor[target], weights[0], cases.bank64(case), dtype)
         rest = [t for t in range(num_tasks) if t != target]
         assert torch.equal(memory.tensor[rest], case.make()[rest])
 
 
-def test_combine_as_it_is_planned() -> None:
-    case = BankCase(2, 40_003)
-    weights = random_weights((1, 2))
-    out = Output((case.num_columns,), case.dtype, rows=1)
+# tasks, columns, outputs -> blocks' columns: eight tasks, one output and 256 Ki columns are the most or the least
+@pytest.mark.parametrize(
+    ("num_tasks", "num_columns", "num_out", "slots"),
+    [
+        (2, 40_003, 1, 40),
+        (8, 5000, 1, 5),
+        (9, 5000, 1, 20),
+        (9, 5000, 2, 5),
+        (9, 1 << 18, 1, 1024),
+        (9, 263_000, 1, 257),
+    ],
+)
+def test_combine_as_it_is_planned(num_tasks: int, num_columns: int, num_out: int, slots: int) -> None:
+    case = BankCase(num_tasks, num_columns)
+    weights = random_weights((num_out, num_tasks))
+    out = Output((case.num_columns,), case.dtype, rows=num_out)
     cut = Cut()
     host.combine(weights, host.bank_gradients(case.make(), out.pieces), cut)
     out.check()
-    assert cut.slots > 1
+    assert cut.slots == slots
     assert_combined(out.tensor, weights, cases.bank64(case), case.dtype)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.short)
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize(("num_tasks", "num_columns"), [(1, 1), (3, 65), (8, 257), (17, 1000), (50, 770), (128, 261)])
+def test_split_combine_of_a_bank(num_tasks: int, num_columns: int, layout: str, dtype: torch.dtype) -> None:
+    case = BankCase(num_tasks, num_columns, dtype, layout)
+    weights = random_weights((1, num_tasks))
+    found = []
+    for offset, schedule in ((0, FORWARD), (1, REVERSE), (0, 2)):
+        out = Output((num_columns,), dtype, rows=1, offset=offset)
+        cut = Cut(0, 0, schedule)
+        host.combine(weights, host.bank_gradients(case.make(), out.pieces), cut, split=True)
+        out.check()
+        assert cut.slots == -(-num_columns // 256)
+        assert_combined(out.tensor, weights, cases.bank64(case), dtype)
+        found.append(out.tensor)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("case", HOST_LISTS, ids=str)
+def test_split_combine_of_lists(case: ListCase) -> None:
+    rows = read_lists(case.make())
+    weights = random_weights((1, case.num_tasks))
+    unit = cases.units(columns_of(case))
+    found = []
+    for schedule in (FORWARD, REVERSE):
+        out = list_outputs(case, 1)
+        host.combine(weights, host.list_gradients(rows, tensors(out)), Cut(0, 0, schedule), split=True)
+        found.append(flat(out))
+    assert torch.equal(*found)
+    tolerance = max((cases.COMBINE_TOLERANCE[x.dtype] for x in rows.tensors), default=0.0)
+    smallest = max((SMALLEST[x.dtype] for x in rows.tensors), default=0.0)
+    cases.assert_combine(found[0], weights, cases.bank64(case), unit, tolerance, smallest)
 
 
 def test_combine_of_what_is_not_finite() -> None:
@@ -431,6 +478,35 @@ def test_combine_of_what_is_not_finite() -> None:
     host.combine(weights, host.bank_gradients(bank, out.pieces))
     assert torch.equal(out.tensor[0].isnan(), torch.arange(100) == 50)
     assert not out.tensor[1].isfinite().any()
+    for k in range(2):
+        one = Output((100,), bank.dtype, rows=1)
+        host.combine(weights[k : k + 1].contiguous(), host.bank_gradients(bank, one.pieces), split=True)
+        assert torch.equal(one.tensor[0].isfinite(), out.tensor[k].isfinite())
+
+
+# --- pointer tables
+
+
+def test_tables() -> None:
+    """At the edges of what a launch carries: with 4 KiB of arguments, and with 32,764 bytes."""
+    resnet50 = 161 * (3 + 2 * 8 + 1) + 1
+    for count, few, many in (
+        (1, 1, 1),
+        (257, 1, 1),
+        (480, 1, 1),
+        (481, 2, 1),
+        (1536, 4, 1),
+        (1537, 4, 1),
+        (resnet50, 7, 1),
+        (4093, 9, 1),
+        (4094, 9, 2),
+        (3 * 4093 + 5, 26, 4),
+    ):
+        words = torch.arange(count, dtype=torch.int64) * 0x0123456789ABCD + 5
+        for large, launches in ((False, few), (True, many)):
+            found, taken = host.table(words, large)
+            assert torch.equal(found, words)
+            assert taken == launches
 
 
 # --- the whole of PCGrad

@@ -26,6 +26,9 @@
       cudaFuncSetAttribute(__VA_ARGS__, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); \
     __VA_ARGS__<<<blocks, kThreads, bytes, stream>>> arguments;                              \
   } while (false)
+// early: its blocks may start before the launch in front is done (sm_90)
+#define FASTMTL_LAUNCH_EARLY(early, blocks, stream, argument, ...) \
+  launch_early(early, blocks, stream, __VA_ARGS__, argument)
 #else
 #include "cuda_on_host.h"
 #endif
@@ -122,6 +125,35 @@ __device__ inline unsigned add_acq_rel(unsigned* to, unsigned x) {
                : "l"(__cvta_generic_to_global(to)), "r"(x)
                : "memory");
   return before;
+}
+
+// A launch may be let in while the one in front still runs (programmatic dependent launch): once every block of that
+// one has called next_launch_may_begin or has ended. Until wait_for_launch_before it may only read what was there
+// before the launch in front began; after it, all that this one wrote is seen. Neither does anything between other
+// launches.
+__device__ inline void next_launch_may_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+template <class Params>
+void launch_early(bool early, unsigned blocks, cudaStream_t stream, void (*kernel)(Params), const Params& params) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, params);
 }
 
 // Tensor core products of one warp: d = a b, or with kAdd d += a b. A is 16 x k by rows, B is k x 8 by columns, two

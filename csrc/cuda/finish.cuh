@@ -22,6 +22,7 @@ struct GramParams {
   void* gram;    // the result
   bool gram_is_double;
   Solve solve;
+  bool next_is_early;  // the launch behind the last one is a combine kernel by launch_early, and no one else's
 };
 
 __host__ __device__ inline int num_entries(int T) { return T * (T + 1) / 2; }
@@ -97,6 +98,8 @@ __device__ inline void sum_rows(const double* from, int first, int last, int col
 // been.
 template <int kTasks, int kMost>
 __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, SolverMemory<kMost>& memory) {
+  // from here on little is read, and the combine kernel's first rows may come in the meantime
+  if (p.next_is_early) next_launch_may_begin();
   const int T = p.grads.num_tasks, entries = num_entries(T);
   const int group = slot / p.slots_per_group;
   const int first = group * p.slots_per_group;

@@ -149,12 +149,13 @@ inline void launch_gram(DType dtype, const GramParams& p, int slots, cudaStream_
   }
 }
 
-inline void launch_combine(DType dtype, const CombineParams& p, int64_t slots, cudaStream_t stream) {
+inline void launch_combine(DType dtype, const CombineParams& p, const CombineCut& cut, bool early,
+                           cudaStream_t stream) {
   switch (dtype) {
-    case DType::f32: launch_combine<float>(p, slots, stream); break;
-    case DType::f64: launch_combine<double>(p, slots, stream); break;
-    case DType::bf16: launch_combine<__nv_bfloat16>(p, slots, stream); break;
-    case DType::f16: launch_combine<__half>(p, slots, stream); break;
+    case DType::f32: launch_combine<float>(p, cut, early, stream); break;
+    case DType::f64: launch_combine<double>(p, cut, early, stream); break;
+    case DType::bf16: launch_combine<__nv_bfloat16>(p, cut, early, stream); break;
+    case DType::f16: launch_combine<__half>(p, cut, early, stream); break;
   }
 }
 

@@ -40,10 +40,24 @@ inline Slots gram_slots(int64_t columns, int T) {
   return {each, std::max<int64_t>(ceil_div(columns, each), 1)};
 }
 
-inline Slots combine_slots(int64_t columns) {
+// what a block of the combine kernel takes
+struct CombineCut {
+  Slots slots;
+  bool split;  // its threads share the tasks too
+};
+
+// columns of a block that splits the tasks
+constexpr int kSplitColumns = 256;
+
+// counted columns of one launch
+inline CombineCut combine_cut(int64_t columns, int T, int num_out) {
+  // one block of 1024 columns, eight rows at a time, to each of some 250 leaves memory idle: more loads are in flight
+  // if threads share the rows
+  constexpr int64_t kMostSplit = 256 * 1024;
+  if (num_out == 1 && T > 8 && columns <= kMostSplit) return {{kSplitColumns, ceil_div(columns, kSplitColumns)}, true};
   constexpr int64_t kMany = 1056, kShortest = 1024, kLongest = 16384;
   const int64_t each = std::clamp(ceil_div(ceil_div(columns, kMany), 64) * 64, kShortest, kLongest);
-  return {each, ceil_div(columns, each)};
+  return {{each, ceil_div(columns, each)}, false};
 }
 
 constexpr int kMaxGroups = 255;

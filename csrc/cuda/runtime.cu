@@ -5,11 +5,18 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <bit>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
 #include <list>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <utility>
 
 #include "abi.h"
+#include "table.cuh"
 
 // a CPU-only torch has no such function: the library must load all the same
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -42,61 +49,101 @@ bool is_capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+using StreamId = unsigned long long;
+
+// A handle may come again when its stream is gone but not yet done, or mean another stream in each thread.
+StreamId id_of(cudaStream_t stream) {
+  StreamId id;
+  check(cudaStreamGetId(stream, &id), "stream id");
+  return id;
+}
+
+// CUDA 12.1 is 12010
+int driver_version() {
+  static const int version = [] {
+    int found = 0;
+    check(cudaDriverGetVersion(&found), "driver version");
+    return found;
+  }();
+  return version;
+}
+
+// For calls that are forbidden while some stream is captured, by this thread or another, but that no graph has to see.
+class OutsideCapture {
+ public:
+  OutsideCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "capture mode"); }
+  ~OutsideCapture() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  OutsideCapture(const OutsideCapture&) = delete;
+  OutsideCapture& operator=(const OutsideCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Device memory for good; null if there is none left. Not torch's: its allocator may be handing out a graph's pool, to
+// a capture or to one of torch.compile's warm-ups, and replays overwrite what lies there.
+void* lasting_memory(size_t bytes) {
+  const OutsideCapture outside;
+  void* memory = nullptr;
+  const cudaError_t error = cudaMalloc(&memory, bytes);
+  if (error == cudaErrorMemoryAllocation) {
+    static_cast<void>(cudaGetLastError());  // or the next launch would seem to have failed
+    return nullptr;
+  }
+  check(error, "cudaMalloc");
+  return memory;
+}
+
 constexpr int kTickets = 256;  // counters in a set
 constexpr int kSets = 2048;
 constexpr int kSetsForStreams = 256;  // that graphs leave
+constexpr size_t kSetBytes = kTickets * sizeof(unsigned);
 
-// the sets of one device, zeroed once
+// the sets of one device
 struct TicketArena {
-  Tensor memory;
-  cudaEvent_t zeroed;
+  unsigned* memory;
   int used = 0;
-  std::map<cudaStream_t, int> by_stream;
+  std::map<StreamId, int> by_stream;
+
+  unsigned* set(int k) const { return memory + k * kTickets; }
 };
 
-constexpr int kWordsPerLaunch = 480;  // with the rest, less than the 4 KiB that arguments may take
-
-struct TableWords {
-  int64_t* table;
-  int count;
-  int64_t word[kWordsPerLaunch];
-};
-
-__global__ void __launch_bounds__(kWordsPerLaunch) write_table_kernel(const __grid_constant__ TableWords words) {
-  const int k = static_cast<int>(threadIdx.x);
-  if (k < words.count) words.table[k] = words.word[k];
+// The host waits, this once: any stream's work may then use the arena, and so may any graph, at whatever time it is
+// captured. On a stream of its own, that waits for no other stream's work.
+unsigned* make_arena() {
+  auto* memory = static_cast<unsigned*>(lasting_memory(kSets * kSetBytes));
+  if (memory == nullptr) return nullptr;
+  const OutsideCapture outside;
+  cudaStream_t own;
+  check(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking), "tickets");
+  check(cudaMemsetAsync(memory, 0, kSets * kSetBytes, own), "tickets");
+  check(cudaStreamSynchronize(own), "tickets");
+  check(cudaStreamDestroy(own), "tickets");
+  return memory;
 }
 
-void write_table(int64_t* table, const std::vector<int64_t>& words, cudaStream_t stream) {
-  for (size_t first = 0; first < words.size(); first += kWordsPerLaunch) {
-    TableWords part{table + first, static_cast<int>(std::min<size_t>(kWordsPerLaunch, words.size() - first)), {}};
-    std::copy_n(words.begin() + first, part.count, part.word);
-    write_table_kernel<<<1, kWordsPerLaunch, 0, stream>>>(part);
-    check(cudaGetLastError(), "pointer table launch");
-  }
+void queue_table(int64_t* table, const std::vector<int64_t>& words, cudaStream_t stream) {
+  // an older driver under this runtime refuses more than 4 KiB of arguments
+  const bool large = driver_version() >= 12010;
+  write_table(table, words, large, stream, [] { check(cudaGetLastError(), "pointer table launch"); });
 }
 
 struct KeptTable {
-  int device;
-  cudaStream_t stream;
-  uint64_t hash;
   std::vector<int64_t> words;
-  Tensor table;
+  size_t capacity;
+  std::shared_ptr<int64_t> memory;  // held by calls that have yet to queue their launches, too
 };
 
-constexpr size_t kKeptTables = 64;
+// of a stream, that could hold a new one: then the one that was not used for longest makes room
+constexpr int kKeptTables = 32;
+constexpr size_t kStreamsWithTables = 256;
 
-uint64_t hash_of(const std::vector<int64_t>& words) {
-  uint64_t hash = words.size();
-  for (int64_t word : words) hash = (hash ^ static_cast<uint64_t>(word)) * 0x9E3779B97F4A7C15u;
-  return hash;
-}
-
-// Never destroyed: at exit torch's allocator may be gone before this library is.
+// Never destroyed: at exit CUDA may be gone before this library is.
 struct State {
   std::mutex mutex;
   std::map<int, TicketArena> arenas;
-  std::list<KeptTable> tables;  // last used first
+  std::map<int, bool> early;                                        // by device
+  std::map<std::pair<int, StreamId>, std::list<KeptTable>> tables;  // last used first
 };
 
 State& state() {
@@ -104,33 +151,51 @@ State& state() {
   return *it;
 }
 
+// of a call: torch's allocator may give its memory to what is queued, or captured, on the same stream later
+DeviceTable table_of_call(int device, cudaStream_t stream, const std::vector<int64_t>& words) {
+  const auto owner = std::make_shared<Tensor>(workspace(device, static_cast<int64_t>(words.size() * sizeof(int64_t))));
+  auto* memory = static_cast<int64_t*>(owner->mutable_data_ptr());
+  queue_table(memory, words, stream);
+  return DeviceTable(owner, memory);
+}
+
 }  // namespace
 
+bool launches_early(int device) {
+  static const bool wanted = [] {
+    const char* value = std::getenv("FASTMTL_PDL");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  // before 12.3 a graph has no such edges
+  if (!wanted || driver_version() < 12030) return false;
+  State& s = state();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  const auto found = s.early.find(device);
+  if (found != s.early.end()) return found->second;
+  // code for an older architecture, which a newer card runs too, doesn't wait; all sources are compiled for the same
+  const OutsideCapture outside;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, write_table_kernel<kFewWords>), "function attributes");
+  return s.early[device] = attributes.ptxVersion >= 90;
+}
+
 Tickets tickets(int device, cudaStream_t stream, size_t launches) {
-  constexpr int64_t kSetBytes = kTickets * sizeof(unsigned);
   if (launches == 1) {
+    const bool capturing = is_capturing(stream);
     State& s = state();
     const std::lock_guard<std::mutex> lock(s.mutex);
-    const bool capturing = is_capturing(stream);
     auto found = s.arenas.find(device);
-    if (found == s.arenas.end() && !capturing) {
-      TicketArena arena{workspace(device, kSets * kSetBytes), nullptr};
-      check(cudaMemsetAsync(arena.memory.mutable_data_ptr(), 0, kSets * kSetBytes, stream), "tickets");
-      check(cudaEventCreateWithFlags(&arena.zeroed, cudaEventDisableTiming), "tickets");
-      check(cudaEventRecord(arena.zeroed, stream), "tickets");
-      found = s.arenas.emplace(device, std::move(arena)).first;
-    }
-    auto set = [&](int k) { return static_cast<unsigned*>(found->second.memory.mutable_data_ptr()) + k * kTickets; };
-    if (!capturing) {
-      auto& by_stream = found->second.by_stream;
-      const auto mine = by_stream.find(stream);
-      if (mine != by_stream.end()) return {set(mine->second), std::nullopt};
-      if (found->second.used < kSets) {
-        check(cudaStreamWaitEvent(stream, found->second.zeroed), "tickets");
-        return {set(by_stream[stream] = found->second.used++), std::nullopt};
+    if (found == s.arenas.end())
+      if (unsigned* memory = make_arena()) found = s.arenas.emplace(device, TicketArena{memory}).first;
+    if (found != s.arenas.end()) {
+      TicketArena& arena = found->second;
+      if (capturing) {
+        if (arena.used < kSets - kSetsForStreams) return {arena.set(arena.used++), std::nullopt};
+      } else {
+        const auto mine = arena.by_stream.find(id_of(stream));
+        if (mine != arena.by_stream.end()) return {arena.set(mine->second), std::nullopt};
+        if (arena.used < kSets) return {arena.set(arena.by_stream[id_of(stream)] = arena.used++), std::nullopt};
       }
-    } else if (found != s.arenas.end() && found->second.used < kSets - kSetsForStreams) {
-      return {set(found->second.used++), std::nullopt};
     }
   }
   Tensor memory = workspace(device, kSetBytes);
@@ -139,28 +204,35 @@ Tickets tickets(int device, cudaStream_t stream, size_t launches) {
   return {counters, memory};
 }
 
-Tensor device_table(int device, cudaStream_t stream, const std::vector<int64_t>& words) {
-  const int64_t bytes = static_cast<int64_t>(words.size() * sizeof(int64_t));
-  if (is_capturing(stream)) {
-    Tensor table = workspace(device, bytes);
-    write_table(static_cast<int64_t*>(table.mutable_data_ptr()), words, stream);
-    return table;
-  }
+DeviceTable device_table(int device, cudaStream_t stream, const std::vector<int64_t>& words) {
+  if (is_capturing(stream)) return table_of_call(device, stream, words);
   State& s = state();
-  const uint64_t hash = hash_of(words);
   const std::lock_guard<std::mutex> lock(s.mutex);
-  const auto found = std::find_if(s.tables.begin(), s.tables.end(), [&](const KeptTable& t) {
-    return t.hash == hash && t.device == device && t.stream == stream && t.words == words;
-  });
-  if (found != s.tables.end()) {
-    s.tables.splice(s.tables.begin(), s.tables, found);
-  } else {
-    Tensor table = workspace(device, bytes);
-    write_table(static_cast<int64_t*>(table.mutable_data_ptr()), words, stream);
-    s.tables.push_front({device, stream, hash, words, table});
-    if (s.tables.size() > kKeptTables) s.tables.pop_back();
+  const std::pair<int, StreamId> key{device, id_of(stream)};
+  // of streams that come and go no one learns that they are gone
+  if (s.tables.size() >= kStreamsWithTables && !s.tables.contains(key)) return table_of_call(device, stream, words);
+  std::list<KeptTable>& tables = s.tables[key];
+  auto found = std::find_if(tables.begin(), tables.end(), [&](const KeptTable& t) { return t.words == words; });
+  if (found == tables.end()) {
+    int fitting = 0;
+    for (auto t = tables.begin(); t != tables.end(); ++t)
+      if (t->capacity >= words.size() && t->memory.use_count() == 1) {
+        ++fitting;
+        found = t;
+      }
+    if (fitting < kKeptTables) {
+      const size_t capacity = std::bit_ceil(std::max<size_t>(words.size(), 64));
+      auto* memory = static_cast<int64_t*>(lasting_memory(capacity * sizeof(int64_t)));
+      if (memory == nullptr) return table_of_call(device, stream, words);
+      tables.push_back({{}, capacity, std::shared_ptr<int64_t>(memory, [](int64_t*) {})});
+      found = std::prev(tables.end());
+    }
+    found->words.clear();  // if the launch fails, it holds nothing
+    queue_table(found->memory.get(), words, stream);
+    found->words = words;
   }
-  return s.tables.front().table;
+  tables.splice(tables.begin(), tables, found);
+  return found->memory;
 }
 
 }  // namespace fastmtl::cuda

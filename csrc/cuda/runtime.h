@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -19,6 +20,9 @@ cudaStream_t current_stream(int device);
 // uninitialised device memory that lives as long as the tensor
 Tensor workspace(int device, int64_t bytes);
 
+// Whether a launch may begin before the one in front is done: FASTMTL_PDL=1, on sm_90 and later.
+bool launches_early(int device);
+
 // 256 counters, zero when a call's first launch begins.
 struct Tickets {
   unsigned* counters;
@@ -27,11 +31,17 @@ struct Tickets {
 
 // A call of one launch, which leaves its counters at zero, takes the stream's set; captured in a CUDA graph a set of
 // its own, since graphs may run beside each other. A call of several launches gets a new one, zeroed on the stream:
-// another thread's call may come between its launches, or the call may end between them.
+// another thread's call may come between its launches, or the call may end between them. The first call on a device
+// makes all sets, and the host waits until they are zero, in a capture too; without memory for them every call gets a
+// new one.
 Tickets tickets(int device, cudaStream_t stream, size_t launches);
 
-// The words in device memory. Written by launches that carry them as arguments, so nothing is copied from the host and
-// the call may be captured; kept by device, stream and content, unless it is.
-Tensor device_table(int device, cudaStream_t stream, const std::vector<int64_t>& words);
+// Words in device memory, which lasts until the launches that read them are queued, and those launches' time.
+using DeviceTable = std::shared_ptr<const int64_t>;
+
+// Kept by device, stream and content, in memory that the stream's later tables take over. In a capture the table is the
+// call's, in memory of the graph's pool, and is written at every replay: what the same stream does later in the graph
+// may use that memory again.
+DeviceTable device_table(int device, cudaStream_t stream, const std::vector<int64_t>& words);
 
 }  // namespace fastmtl::cuda

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -29,7 +31,7 @@ using torch::headeronly::ScalarType;
 // what the kernels need of the caller's gradients; the tables must outlive the launches' queueing
 struct Parts {
   std::vector<Part> parts;
-  std::vector<Tensor> tables;
+  std::vector<DeviceTable> tables;
 };
 
 Parts read_parts(const Rows& rows, bool is_bank, int device, cudaStream_t stream) {
@@ -37,25 +39,31 @@ Parts read_parts(const Rows& rows, bool is_bank, int device, cudaStream_t stream
   for (Part& part : result.parts) {
     if (part.words.empty()) continue;
     result.tables.push_back(device_table(device, stream, part.words));
-    part.grads.table = static_cast<const int64_t*>(result.tables.back().const_data_ptr());
+    part.grads.table = result.tables.back().get();
   }
   return result;
 }
 
-// The Gram matrix into `out`, then the T x T problem, if it is wanted, in one launch per dtype.
-void gram(const std::vector<Part>& parts, Tensor& out, const Solve& solve, int device, cudaStream_t stream) {
+// The Gram matrix into `out`, then the T x T problem, if it is wanted, in one launch per dtype. next_is_early: combine
+// comes next, and is early.
+void gram(const std::vector<Part>& parts, Tensor& out, const Solve& solve, bool next_is_early, int device,
+          cudaStream_t stream) {
   std::vector<Slots> slots;
   int64_t total = 0;
   for (const Part& part : parts) {
     slots.push_back(gram_slots(part.grads.columns, part.grads.num_tasks));
     total += slots.back().count;
   }
+  // a column of stride 0 may be repeated as often as one likes
+  constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(total <= kMostBlocks / blocks_per_slot(parts[0].grads.num_tasks), "fastmtl: too many columns");
   GramPlan plan = plan_gram(parts, slots, slots_per_group(parts[0].grads.num_tasks, total));
   const Tensor memory = workspace(device, 8 * plan.words);
   plan.use_memory(static_cast<double*>(memory.mutable_data_ptr()));
   const Tickets taken = tickets(device, stream, parts.size());
   plan.params.tickets = taken.counters;
   plan.params.solve = solve;
+  plan.params.next_is_early = next_is_early;
   plan.params.gram = out.mutable_data_ptr();
   plan.params.gram_is_double = dtype_of(out) == DType::f64;
   for_each_launch(plan, parts, [&](DType dtype, const GramParams& p, int count) {
@@ -64,12 +72,14 @@ void gram(const std::vector<Part>& parts, Tensor& out, const Solve& solve, int d
   });
 }
 
-void combine(const std::vector<Part>& parts, const double* weights, cudaStream_t stream) {
+// early: the first launch may begin while the Gram matrix's last block still solves
+void combine(const std::vector<Part>& parts, const double* weights, bool early, cudaStream_t stream) {
   for (const Part& part : parts) {
     if (part.grads.columns == 0 || part.grads.num_out == 0) continue;
-    const Slots slots = combine_slots(part.grads.columns);
-    launch_combine(part.dtype, {part.grads, slots.columns, weights}, slots.count, stream);
+    const CombineCut cut = combine_cut(part.grads.columns, part.grads.num_tasks, part.grads.num_out);
+    launch_combine(part.dtype, {part.grads, cut.slots.columns, weights}, cut, early, stream);
     check(cudaGetLastError(), "combine launch");
+    early = false;  // what follows waits for this one
   }
 }
 
@@ -113,7 +123,7 @@ void gram_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& ind
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const Rows rows = read_rows(tensors, index, num_tasks, num_params, {});
-  gram(read_parts(rows, index.empty(), device, stream).parts, out, Solve{}, device, stream);
+  gram(read_parts(rows, index.empty(), device, stream).parts, out, Solve{}, false, device, stream);
 }
 
 void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::vector<int64_t>& index,
@@ -129,7 +139,7 @@ void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::v
   const Rows rows = read_rows(tensors, index, weights.size(1), num_params, out);
   check_outputs(rows, weights.size(0));
   combine(read_parts(rows, index.empty(), device, stream).parts, static_cast<const double*>(weights.const_data_ptr()),
-          stream);
+          false, stream);
 }
 
 void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
@@ -194,8 +204,9 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
   const Rows rows = read_rows(tensors, index, num_tasks, num_params, out);
   check_outputs(rows, num_out);
   const Parts read = read_parts(rows, index.empty(), device, stream);
-  gram(read.parts, gram_out, s, device, stream);
-  combine(read.parts, s.result, stream);
+  const bool early = read.parts[0].grads.columns > 0 && launches_early(device);
+  gram(read.parts, gram_out, s, early, device, stream);
+  combine(read.parts, s.result, early, stream);
 }
 
 }  // namespace

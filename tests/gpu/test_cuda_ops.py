@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -578,6 +580,194 @@ def test_graphs_beside_each_other(forced: str | None) -> None:
             assert_same_bits(pcgrad(banks[0], order), expected[0])
         torch.cuda.synchronize()
     assert [int(x) for x in wrong] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("num_params", [3, 161, 700])
+def test_tables_in_one_graph(num_params: int, forced: str | None) -> None:
+    """Each call's table goes back to the graph's pool, where the next one may find it; eager calls keep theirs."""
+    if served_by(forced) == "reference":
+        pytest.skip("the reference has no tables")
+    banks = [BankCase(8, num_params * 67).make(DEVICE) for _ in range(3)]
+    lists = [[list(row.split(67)) for row in bank] for bank in banks]
+    weights = cases.random_weights((8,)).to(DEVICE)
+    order = cases.random_order(8).to(DEVICE)
+
+    def call() -> list[Any]:
+        return [(gram(one), combine(weights, one), pcgrad(one, order)) for one in [*lists, lists[0]]]
+
+    with use("pcgrad", forced):
+        graph, result = captured(call, torch.cuda.Stream())
+        for _ in range(3):
+            for bank in banks:
+                bank.copy_(torch.randn_like(bank))
+            graph.replay()
+            assert_same_bits(result, call())
+            # after what was kept has been written over: more tables than a stream keeps
+            for k in range(40):
+                combine(weights, [row[k % num_params :] for row in lists[k % 3]])
+            graph.replay()
+            assert_same_bits(result, call())
+
+
+def run_python(script: str, **environment: str) -> list[str]:
+    """The lines that a new process prints; `cases` and this package as here."""
+    path = os.pathsep.join([os.path.dirname(cases.__file__), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path, "FASTMTL_BACKEND": "cuda", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout.splitlines()
+
+
+FIRST_IN_A_CAPTURE = """
+import torch
+from cases import BankCase, random_order
+from fastmtl.ops import pcgrad
+
+bank = BankCase(8, 300_032).make("cuda")
+given = [list(row.split(1875)) for row in bank] if FORM == "lists" else bank
+order = random_order(8).to("cuda")
+flat = lambda x: torch.cat([y.flatten() for y in x]) if isinstance(x, list) else x
+side, other = torch.cuda.Stream(), torch.cuda.Stream()
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph, stream=side, capture_error_mode=MODE):
+    result = pcgrad(given, order)
+# a replay and an eager call at once, on two streams, before either has run
+with torch.cuda.stream(other):
+    graph.replay()
+found = pcgrad(given, order)
+torch.cuda.synchronize()
+print(torch.equal(flat(result), flat(found)), bool(flat(found).isfinite().all()))
+for _ in range(20):
+    bank.copy_(torch.randn_like(bank))
+    graph.replay()
+    if not torch.equal(flat(result), flat(pcgrad(given, order))):
+        print("differs")
+"""
+
+
+@pytest.mark.parametrize("mode", ["global", "thread_local"])
+@pytest.mark.parametrize("form", ["bank", "lists"])
+def test_the_first_call_is_captured(form: str, mode: str) -> None:
+    """On a stream of its own, in a new process: nothing was made before, and nothing can be made on that stream."""
+    if (reason := _backend.unavailable("cuda", DEVICE)) is not None:
+        pytest.skip(reason)
+    assert run_python(f"FORM, MODE = {form!r}, {mode!r}\n{FIRST_IN_A_CAPTURE}") == ["True True"]
+
+
+KEPT_MEMORY = """
+import torch
+from cases import BankCase, random_order
+from fastmtl.ops import combine, gram, pcgrad
+
+bank = BankCase(8, 300_032).make("cuda")
+lists = [list(row.split(1875)) for row in bank]
+order = random_order(8).to("cuda")
+weights = torch.ones(8, device="cuda")
+torch.cuda.synchronize()
+before = torch.cuda.memory_allocated()
+for given in (bank, lists):
+    gram(given), combine(weights, given), pcgrad(given, order)
+print(torch.cuda.memory_allocated() - before)
+"""
+
+
+def test_nothing_is_kept_in_torchs_memory() -> None:
+    """What outlives a call must not lie in a pool that torch.compile's graphs, warming up, may write over."""
+    if (reason := _backend.unavailable("cuda", DEVICE)) is not None:
+        pytest.skip(reason)
+    assert run_python(KEPT_MEMORY) == ["0"]
+
+
+SAME_BITS = """
+import torch
+from cases import BankCase, ListCase, random_order
+from fastmtl.ops import pcgrad, pcgrad_project
+
+def tensors(x):
+    return [x] if isinstance(x, torch.Tensor) else [z for y in x for z in tensors(y)]
+
+def show(name, x):
+    total = 0
+    for y in tensors(x):
+        # a tensor's bytes, each times a number of its own
+        byte = y.flatten().view(torch.uint8).to(torch.int64)
+        total = total * 31 + int((byte * (torch.arange(byte.numel(), device="cuda") % 1_000_003 + 1)).sum())
+    print(name, total % (1 << 64), flush=True)
+
+def steps(bank, order, count):
+    # each step reads what the last one's combine wrote, and writes what it still read
+    for k in range(count):
+        bank[k % len(bank)].copy_(0.3 * pcgrad(bank, order))
+
+for T in (2, 8, 9, 17, 40, 64, 100):
+    for P, dtype in ((1000, "float32"), (100_000, "float32"), (300_001, "float32"), (100_000, "bfloat16")):
+        case = BankCase(T, P, getattr(torch, dtype))
+        order = random_order(T).to("cuda")
+        bank = case.make("cuda")
+        show(f"{case} once", [pcgrad(bank, order), pcgrad_project(bank, order)])
+        steps(bank, order, 20)
+        show(f"{case} steps", bank)
+        row = bank.clone()
+        pcgrad(row, order, out=row[1])
+        show(f"{case} in place", row)
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.graph(graph, stream=side):
+            steps(bank, order, 4)
+        for _ in range(5):
+            graph.replay()
+        show(f"{case} graph", bank)
+for case in (ListCase("nones", 5), ListCase("mixed_dtypes", 19), ListCase("many", 12), ListCase("large", 8)):
+    made, order = case.make("cuda"), random_order(case.num_tasks).to("cuda")
+    for _ in range(20):
+        found = pcgrad(made, order)
+    show(str(case), found)
+"""
+
+
+def test_early_launches_give_the_same_bits() -> None:
+    """FASTMTL_PDL=1: the combine kernel begins while the Gram kernel still solves."""
+    if (reason := _backend.unavailable("cuda", DEVICE)) is not None:
+        pytest.skip(reason)
+    expected = run_python(SAME_BITS, FASTMTL_PDL="0")
+    assert len(expected) == 7 * 4 * 4 + 4
+    for _ in range(3):
+        assert run_python(SAME_BITS, FASTMTL_PDL="1") == expected
+
+
+OVERLAP = """
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from cases import BankCase, random_order
+from fastmtl.ops import pcgrad
+
+bank, order = BankCase(128, 100_000).make("cuda"), random_order(128).to("cuda")
+for _ in range(3):
+    pcgrad(bank, order)
+torch.cuda.synchronize()
+with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+    pcgrad(bank, order)
+    torch.cuda.synchronize()
+events = {("gram" if "gram" in e.name else "combine"): e.time_range
+          for e in recorded.events() if e.device_type == DeviceType.CUDA and "_kernel" in e.name}
+print(events["combine"].start < events["gram"].end)
+"""
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_launches_are_early_if_asked(early: bool) -> None:
+    """The T x T problem of 128 tasks takes hundreds of microseconds: time enough for the next launch to begin."""
+    if (reason := _backend.unavailable("cuda", DEVICE)) is not None:
+        pytest.skip(reason)
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("before sm_90 a launch waits for the one in front")
+    assert run_python(OVERLAP, FASTMTL_PDL=str(int(early)))[-1] == str(early)
 
 
 def test_another_device(forced: str | None) -> None:

@@ -295,6 +295,9 @@ To bits_as(const From& x) {
 #define FASTMTL_BIG_LAUNCH(bytes, blocks, stream, arguments, ...) FASTMTL_LAUNCH(blocks, stream, arguments, __VA_ARGS__)
 #define FASTMTL_LAUNCH(blocks, stream, arguments, ...) \
   (static_cast<void>(stream), cuda_on_host::launch(blocks, kThreads, [&] { __VA_ARGS__ arguments; }))
+// launches run one after another
+#define FASTMTL_LAUNCH_EARLY(early, blocks, stream, argument, ...) \
+  (static_cast<void>(early), FASTMTL_LAUNCH(blocks, stream, (argument), __VA_ARGS__))
 
 using std::isfinite;
 
@@ -385,6 +388,8 @@ template <class T>
 T* in_global(T* p) {
   return p;
 }
+inline void next_launch_may_begin() {}
+inline void wait_for_launch_before() {}
 template <class V>
 void store_wide(void* to, const V& x) {
   static_assert(sizeof(V) == 16);

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cuda/parts.h"
+#include "cuda/table.cuh"
 
 using namespace fastmtl;
 using namespace fastmtl::cuda;
@@ -186,17 +187,18 @@ void host_plan(int64_t columns, int64_t num_tasks, int64_t* result) {
   result[2] = slots_per_group(static_cast<int>(num_tasks), s.count);
 }
 
-// weights [K, T]
-int host_combine(const HostRows* rows, HostCut* cut, const double* weights) {
+// weights [K, T]; split: whether the threads share the tasks, if columns are given
+int host_combine(const HostRows* rows, HostCut* cut, const double* weights, int64_t split) {
   return guarded([&] {
     cuda_on_host::schedule = cut->schedule;
     for (const Part& part : read_parts(*rows)) {
       if (part.grads.columns == 0 || part.grads.num_out == 0) continue;
-      Slots s = combine_slots(part.grads.columns);
-      if (cut->columns_per_slot != 0) s = {cut->columns_per_slot, ceil_div(part.grads.columns, cut->columns_per_slot)};
-      launch_combine(part.dtype, {part.grads, s.columns, weights}, s.count, nullptr);
+      CombineCut it = combine_cut(part.grads.columns, part.grads.num_tasks, part.grads.num_out);
+      if (cut->columns_per_slot != 0)
+        it = {{cut->columns_per_slot, ceil_div(part.grads.columns, cut->columns_per_slot)}, split != 0};
+      launch_combine(part.dtype, {part.grads, it.slots.columns, weights}, it, false, nullptr);
       ++cut->launches;
-      cut->slots += s.count;
+      cut->slots += it.slots.count;
     }
   });
 }
@@ -208,6 +210,15 @@ int host_coefficients(const double* gram, int64_t num_tasks, const HostSolve* so
     Guarded memory(8 * more_words(T), 0xFF);
     launch_coefficients(gram, T, memory.as<double>(), read_solve(*solve), nullptr);
     memory.check("the workspace");
+  });
+}
+
+// words [count] into table, which has one more that must stay as it is; *launches: how many it took
+int host_table(const int64_t* words, int64_t count, int64_t large, int64_t* table, int64_t* launches) {
+  return guarded([&] {
+    cuda_on_host::schedule = 0;
+    *launches = 0;
+    write_table(table, std::vector<int64_t>(words, words + count), large != 0, nullptr, [&] { ++*launches; });
   });
 }
 
