@@ -170,6 +170,7 @@ class Runner:
         at_least = dict.fromkeys(hinges, FEWEST_OF_OURS) | dict(case.at_least)
         budget_s = self.settings.budget_s if case.budget_s is None else case.budget_s
         warm = case.verify is not None
+        measure.warm_up(self.device)
         return measure.interleave(samplers, budget_s, at_least=at_least, reps=case.reps, warm=warm, tick=tick)
 
     def _built(self, candidate: Candidate, inputs: Any) -> str | None:

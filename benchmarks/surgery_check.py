@@ -137,6 +137,7 @@ RATED = (
 def _seconds(call: Callable[[Any], Any], inputs: Sequence[Any], device: torch.device) -> float:
     """Median over replays of a graph with one call per input."""
     graph = measure.capture(call, inputs)
+    measure.warm_up(device)
     samples = [measure.seconds_per_call(lambda _: graph.replay(), [None], device) for _ in range(12)]
     return measure.summary(samples[2:])["median"] / len(inputs)
 
