@@ -121,7 +121,8 @@ def test_weight_gradients_fill_the_device_without_long_chains() -> None:
         found = choose(channels, features, kernel, size)
         layer = f"{channels} to {features}, {kernel}x{kernel} at {size}: {found}"
         assert found.steps <= 320, layer
-        assert 0.9 * configs.ASSUMED_SMS <= found.blocks <= 5 * configs.ASSUMED_SMS, layer
+        # half of the processors with large tiles were faster than all with small ones
+        assert 0.45 * configs.ASSUMED_SMS <= found.blocks <= 5 * configs.ASSUMED_SMS, layer
         assert found.plan.split_rows % found.plan.tile.depth == 0, layer
         # not more than x and grad_out, or the gradients themselves
         assert found.workspace <= 2 * max(SAMPLES * size * size * (channels + features), 10 * TASKS * 512 * 512), layer
