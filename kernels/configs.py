@@ -145,17 +145,17 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     # a walk holds two accumulators: the task's and the sum. On sm_90 tiles are square: rows and columns of different
     # sizes are loaded in two layouts, each with places of its own, and took twice as long
     "wgrad": {
-        _WIDE: (Tile(128, 128, 32, 8, 2), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(32, 64, 64, 4, 4)),
+        _WIDE: (Tile(128, 128, 32, 8, 2), Tile(64, 128, 32, 8, 4), Tile(64, 64, 64, 8, 4)),
         _HOPPER: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 8, 4)),
         _NARROW: (Tile(64, 64, 16, 8, 4), Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 4, 3)),
     },
     "wgrad_split": {
-        _WIDE: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(32, 64, 64, 4, 4)),
+        _WIDE: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(32, 64, 32, 4, 4)),
         _HOPPER: (Tile(128, 128, 64, 4, 3), Tile(64, 64, 64, 8, 4)),
         _NARROW: (Tile(64, 64, 16, 8, 4), Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 4, 3)),
     },
     "wgrad_packed": {
-        _WIDE: (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 4, 2), Tile(16, 16, 32, 4, 1)),
+        _WIDE: (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2), Tile(16, 16, 32, 4, 1)),
         _NARROW: (Tile(32, 64, 16, 8, 2), Tile(32, 32, 16, 8, 2), Tile(16, 16, 16, 4, 1)),
     },
 }
