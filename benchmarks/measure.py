@@ -40,7 +40,7 @@ def seconds_per_call(call: Callable[[Any], Any], arguments: Sequence[Any], devic
 
 
 def warm_up(device: torch.device, seconds: float = 0.03) -> None:
-    """Keeps a GPU busy: its clock falls while the host makes inputs, checks and captures, and comes back in milliseconds.
+    """Keeps a GPU busy: its clock falls while the host makes inputs, checks and captures, and rises in milliseconds.
 
     An H100 that had been idle took 1.7 times as long for a convolution.
     """

@@ -142,25 +142,20 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         _WIDE: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
         _NARROW: (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 4, 3), Tile(32, 64, 32, 8, 2), Tile(16, 64, 32, 4, 3)),
     },
-    # a walk holds two accumulators: the task's and the sum
+    # a walk holds two accumulators: the task's and the sum. On sm_90 tiles are square: rows and columns of different
+    # sizes are loaded in two layouts, each with places of its own, and took twice as long
     "wgrad": {
-        _WIDE: (Tile(128, 128, 32, 8, 2), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(32, 64, 64, 4, 4)),
-        _HOPPER: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(32, 64, 64, 4, 4)),
+        _WIDE: (Tile(128, 128, 32, 8, 2), Tile(64, 128, 32, 8, 4), Tile(64, 64, 64, 8, 4)),
+        _HOPPER: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 8, 4)),
         _NARROW: (Tile(64, 64, 16, 8, 4), Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 4, 3)),
     },
     "wgrad_split": {
-        _WIDE: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(32, 64, 64, 4, 4)),
-        _HOPPER: (
-            Tile(128, 128, 64, 4, 3),
-            Tile(128, 128, 32, 4, 4),
-            Tile(64, 128, 64, 4, 4),
-            Tile(128, 64, 64, 4, 4),
-            Tile(64, 64, 64, 8, 4),
-        ),
+        _WIDE: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(32, 64, 32, 4, 4)),
+        _HOPPER: (Tile(128, 128, 64, 4, 3), Tile(64, 64, 64, 8, 4)),
         _NARROW: (Tile(64, 64, 16, 8, 4), Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 4, 3)),
     },
     "wgrad_packed": {
-        _WIDE: (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 4, 2), Tile(16, 16, 32, 4, 1)),
+        _WIDE: (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2), Tile(16, 16, 32, 4, 1)),
         _NARROW: (Tile(32, 64, 16, 8, 2), Tile(32, 32, 16, 8, 2), Tile(16, 16, 16, 4, 1)),
     },
 }
@@ -168,15 +163,17 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
 # The models of time below count in products of one processor: about 2100 in a clock of an H100 in 16 bits.
 # An element of an operand, loaded; with it the model's order of the forward's tiles is the measured one.
 LOAD_COST = 64
-# Of weight gradients, as predicted: what a step waits, whatever its size; a block's first loads and its results; a
-# launch more; a byte of a workspace, written and read; a piece in the sum of the pieces, which one block adds up; and
-# how much longer the largest chunk of tasks is than the average one.
+# Of weight gradients, where an element's way is longer; what a step waits, whatever its size; a block's first loads and
+# its results; a launch more; a byte of a workspace, written and read; a piece in the sum of the pieces, which one block
+# adds up; and how much longer than the average chunk of tasks the largest is. With these the model is within 30% of
+# what an H100 took for seven of eight layers; see docs/task-kernels.md.
+WGRAD_LOAD_COST = 100
 STEP_COST = 400_000
 BLOCK_COST = 4_000_000
 LAUNCH_COST = 10_000_000
 WORKSPACE_COST = 2.6
 PIECE_COST = 200_000
-IMBALANCE = 1.5
+IMBALANCE = 1.75
 
 _forced: dict[str, Any] = {}
 # what can be forced beside a tile
@@ -323,7 +320,7 @@ class WgradPlan(NamedTuple):
     cost: float = 0.0  # in the model
 
 
-def pick_wgrad(shape: Filter, num_tasks: int, parts: int, rows: int, operand: Tensor) -> WgradPlan:
+def pick_wgrad(shape: Filter, num_tasks: int, parts: int, rows: int, summed: bool, operand: Tensor) -> WgradPlan:
     """Tile, walk or split, and chunks or pieces together: the plan with the least cost in a model of time.
 
     How many rows each task has is known on the device only. The model takes the tasks for equally large; a piece has at
@@ -334,10 +331,11 @@ def pick_wgrad(shape: Filter, num_tasks: int, parts: int, rows: int, operand: Te
         num_tasks: T; `parts` of them can have rows.
         parts: see above.
         rows: of the batch.
+        summed: whether W's gradient is wanted, for which chunks of tasks are added up.
         operand: a tensor of the operands' dtype and device.
     """
     given = tuple(forced(choice) for choice in ("mode", "chunks", "split_rows", "wgrad", "wgrad_split", "wgrad_packed"))
-    return _plan_wgrad(shape, num_tasks, parts, rows, operand.dtype, operand.device, given)
+    return _plan_wgrad(shape, num_tasks, parts, rows, summed, operand.dtype, operand.device, given)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -346,6 +344,7 @@ def _plan_wgrad(
     num_tasks: int,
     parts: int,
     rows: int,
+    summed: bool,
     dtype: torch.dtype,
     device: torch.device,
     given: tuple[Any, ...],
@@ -361,42 +360,34 @@ def _plan_wgrad(
 
     plans = []
     if mode != "split":
-        plans += [
-            _walked(shape, tile, num_tasks, parts, rows, limits.sms, count)
-            for tile in tiles("wgrad", walk_tile)
-            for count in ([chunks] if chunks is not None else sorted({min(1 << k, num_tasks) for k in range(8)}))
-        ]
+        counts = [chunks] if chunks is not None else sorted({min(1 << k, num_tasks) for k in range(8)})
+        for tile in tiles("wgrad", walk_tile):
+            plans += [_walked(shape, tile, num_tasks, parts, rows, summed, limits.sms, count) for count in counts]
     if mode != "walk":
-        plans += [
-            _split(
-                shape,
-                tile,
-                num_tasks,
-                parts,
-                rows,
-                limits.sms,
-                chunks,
-                split_rows or _piece(shape, tile, parts, rows, blocks),
-            )
-            for tile in tiles("wgrad_split", split_tile)
-            for blocks in (limits.sms * waves for waves in WGRAD_WAVES)
-        ]
+        for tile in tiles("wgrad_split", split_tile):
+            for waves in WGRAD_WAVES:
+                each = split_rows or _piece(shape, tile, parts, rows, limits.sms * waves)
+                plans.append(_split(shape, tile, num_tasks, parts, rows, summed, limits.sms, chunks, each))
     return min(plans, key=lambda plan: plan.cost)
 
 
 def _step(tile: Tile) -> int:
-    return tile.depth * (tile.rows * tile.cols + LOAD_COST * (tile.rows + tile.cols)) + STEP_COST
+    return tile.depth * (tile.rows * tile.cols + WGRAD_LOAD_COST * (tile.rows + tile.cols)) + STEP_COST
 
 
-def _walked(shape: Filter, tile: Tile, num_tasks: int, parts: int, rows: int, sms: int, chunks: int) -> WgradPlan:
+def _walked(
+    shape: Filter, tile: Tile, num_tasks: int, parts: int, rows: int, summed: bool, sms: int, chunks: int
+) -> WgradPlan:
     chunk_tasks = _cdiv(num_tasks, chunks)
     chunks = _cdiv(num_tasks, chunk_tasks)
     # each task's last step is half full on average
     steps = _cdiv(_cdiv(rows, chunks), tile.depth) + _cdiv(parts, 2 * chunks)
     block = steps * _step(tile) + _cdiv(parts, chunks) * BLOCK_COST
     cost = _cdiv(shape.tiles(tile) * shape.groups * chunks, sms) * block
-    if chunks > 1:
-        cost = (IMBALANCE if parts > 1 else 1) * cost + LAUNCH_COST + WORKSPACE_COST * 4 * shape.size * chunks
+    if chunks > 1 and parts > 1:
+        cost *= IMBALANCE
+    if chunks > 1 and summed:
+        cost += LAUNCH_COST + WORKSPACE_COST * 4 * shape.size * chunks
     return WgradPlan(tile, chunk_tasks, 0, cost)
 
 
@@ -410,7 +401,15 @@ def _piece(shape: Filter, tile: Tile, parts: int, rows: int, blocks: int) -> int
 
 
 def _split(
-    shape: Filter, tile: Tile, num_tasks: int, parts: int, rows: int, sms: int, chunks: int | None, split_rows: int
+    shape: Filter,
+    tile: Tile,
+    num_tasks: int,
+    parts: int,
+    rows: int,
+    summed: bool,
+    sms: int,
+    chunks: int | None,
+    split_rows: int,
 ) -> WgradPlan:
     pieces = max(_cdiv(rows, split_rows) + parts // 2, parts)
     if chunks is None:
@@ -419,7 +418,7 @@ def _split(
     chunk_tasks = _cdiv(num_tasks, chunks)
     steps = _cdiv(min(split_rows, _cdiv(rows, parts)), tile.depth)
     cost = _cdiv(shape.tiles(tile) * shape.groups * pieces, sms) * (steps * _step(tile) + BLOCK_COST)
-    cost += LAUNCH_COST * (1 + (chunks > 1)) + WORKSPACE_COST * 4 * shape.size * pieces
+    cost += LAUNCH_COST * (1 + (summed and chunks > 1)) + WORKSPACE_COST * 4 * shape.size * pieces
     return WgradPlan(tile, chunk_tasks, split_rows, cost + PIECE_COST * _cdiv(pieces * chunk_tasks, num_tasks))
 
 

@@ -56,6 +56,9 @@ def rows_product(
     acc = tl.zeros((BM, BN), tl.float32)
     moved_y = co * y_c
     moved_x = channel * x_c + move_h * x_h + move_w * x_w
+    # where samples have no pixels no row is read, but these are divided by
+    pixels = tl.maximum(pixels, 1)
+    out_width = tl.maximum(out_width, 1)
     out_height = pixels // out_width
     samples, lines, columns = steps_of(tl.full((), BP, tl.int32), pixels, out_width)
     row = tl.arange(0, BP)

@@ -272,7 +272,8 @@ def _weight_grads(
     # gradients of another memory order than the first's are written in its order, and copied
     grads = _deltas(grad_delta, grad_tasks, batch.num_tasks, copy=False)
     filter_ = configs.Filter.of(features, channels, kh * kw, groups)
-    plan = configs.pick_wgrad(filter_, batch.num_tasks, batch.parts, batch.num_samples * pixels, x)
+    rows, summed = batch.num_samples * pixels, grad_weight is not None
+    plan = configs.pick_wgrad(filter_, batch.num_tasks, batch.parts, rows, summed, x)
     tile, tiles, rows_out = plan.tile, filter_.tiles(plan.tile), filter_.rows
     chunks = -(-batch.num_tasks // plan.chunk_tasks)
 

@@ -90,7 +90,7 @@ class Chosen(NamedTuple):
 def choose(channels: int, features: int, kernel: int, size: int, samples: int = SAMPLES, tasks: int = TASKS) -> Chosen:
     rows = samples * size * size
     shape = Filter.of(features, channels, kernel * kernel, 1)
-    plan = configs.pick_wgrad(shape, tasks, min(tasks, samples), rows, X)
+    plan = configs.pick_wgrad(shape, tasks, min(tasks, samples), rows, True, X)
     tile, task = plan.tile, math.ceil(rows / tasks)
     if plan.split_rows:
         pieces = tasks * math.ceil(task / plan.split_rows)
@@ -121,7 +121,8 @@ def test_weight_gradients_fill_the_device_without_long_chains() -> None:
         found = choose(channels, features, kernel, size)
         layer = f"{channels} to {features}, {kernel}x{kernel} at {size}: {found}"
         assert found.steps <= 320, layer
-        assert 0.9 * configs.ASSUMED_SMS <= found.blocks <= 5 * configs.ASSUMED_SMS, layer
+        # half of the processors with large tiles were faster than all with small ones
+        assert 0.45 * configs.ASSUMED_SMS <= found.blocks <= 5 * configs.ASSUMED_SMS, layer
         assert found.plan.split_rows % found.plan.tile.depth == 0, layer
         # not more than x and grad_out, or the gradients themselves
         assert found.workspace <= 2 * max(SAMPLES * size * size * (channels + features), 10 * TASKS * 512 * 512), layer
@@ -146,16 +147,23 @@ def test_splits_stay_within_a_grid() -> None:
     for rows in (1, 1000, 10**6, 10**9):
         for shape in (Filter.of(1, 1, 1, 1), Filter.of(64, 3, 49, 1), Filter.of(4096, 64, 9, 1)):
             for tasks in (1, 8, 64_511):
-                plan = configs.pick_wgrad(shape, tasks, tasks, max(rows, tasks), X)
+                plan = configs.pick_wgrad(shape, tasks, tasks, max(rows, tasks), True, X)
                 pieces = math.ceil(max(rows, tasks) / plan.split_rows) + tasks if plan.split_rows else 1
                 assert pieces <= 65_535 and math.ceil(tasks / plan.chunk_tasks) <= 65_535
+
+
+def test_rows_of_a_bank_need_no_sum() -> None:
+    """Without W's gradient each task's is final as it is made: chunks of tasks cost no workspace."""
+    shape = Filter.of(512, 1024, 1, 1)
+    summed, apart = (configs.pick_wgrad(shape, 64, 64, 64 * 196, wanted, X) for wanted in (True, False))
+    assert apart.split_rows == 0 and apart.cost < summed.cost
 
 
 def test_forced_weight_gradients() -> None:
     shape, walk_tile, split_tile = Filter.of(128, 128, 9, 1), Tile(64, 64, 64, 8, 4), Tile(128, 64, 64, 4, 3)
 
     def plan() -> WgradPlan:
-        return configs.pick_wgrad(shape, 8, 8, 50176, X)
+        return configs.pick_wgrad(shape, 8, 8, 50176, True, X)
 
     before = plan()
     with configs.force(mode="walk", chunks=3, wgrad=walk_tile):
@@ -164,5 +172,5 @@ def test_forced_weight_gradients() -> None:
         assert plan()[:3] == (split_tile, 1, 640)
     # a packed filter has one table for both
     with configs.force(mode="split", wgrad=walk_tile, wgrad_packed=split_tile):
-        assert configs.pick_wgrad(Filter.of(64, 3, 49, 1), 8, 8, 50176, X).tile == split_tile
+        assert configs.pick_wgrad(Filter.of(64, 3, 49, 1), 8, 8, 50176, True, X).tile == split_tile
     assert plan() == before

@@ -391,6 +391,20 @@ def test_small_batches(n: int, mode: str) -> None:
     check(case, mode=mode)
 
 
+@pytest.mark.parametrize("mode", ["walk", "split"])
+@pytest.mark.filterwarnings("error")
+def test_samples_without_rows(mode: str) -> None:
+    """Nothing is read, and nothing divided by their number."""
+    x = torch.randn(3, 0, 5, requires_grad=True)
+    leaves = [x, *(torch.randn(*size, requires_grad=True) for size in ((6, 5), (2, 6, 5), (2,), (2, 6)))]
+    with configs.force(mode=mode):
+        y = task_linear(x, *leaves[1:3], torch.tensor([0, 1, 0]), gate=leaves[3], bias=leaves[4])
+        found = torch.autograd.grad(y, leaves, torch.empty_like(y))
+    assert y.shape == (3, 0, 6)
+    for g, p in zip(found, leaves, strict=True):
+        assert torch.equal(g, torch.zeros_like(p))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_memory_orders_of_results(layout: str) -> None:
     case = PLAIN.but(x_layout=layout, weight_layout=layout, delta="list", n=2, cout=3)
