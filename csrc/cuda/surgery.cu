@@ -28,6 +28,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+constexpr int64_t kMost32 = std::numeric_limits<int32_t>::max();
+
 // what the kernels need of the caller's gradients; the tables must outlive the launches' queueing
 struct Parts {
   std::vector<Part> parts;
@@ -55,8 +57,7 @@ void gram(const std::vector<Part>& parts, Tensor& out, const Solve& solve, bool 
     total += slots.back().count;
   }
   // a column of stride 0 may be repeated as often as one likes
-  constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(total <= kMostBlocks / blocks_per_slot(parts[0].grads.num_tasks), "fastmtl: too many columns");
+  STD_TORCH_CHECK(total <= kMost32 / blocks_per_slot(parts[0].grads.num_tasks), "fastmtl: too many columns");
   GramPlan plan = plan_gram(parts, slots, slots_per_group(parts[0].grads.num_tasks, total));
   const Tensor memory = workspace(device, 8 * plan.words);
   plan.use_memory(static_cast<double*>(memory.mutable_data_ptr()));
@@ -130,6 +131,7 @@ void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::v
                 int64_t num_params, const std::vector<Tensor>& out) {
   STD_TORCH_CHECK(weights.dim() == 2 && dtype_of(weights) == DType::f64 && weights.is_contiguous(),
                   "fastmtl: kernel weights must be a contiguous [K, T] float64 tensor");
+  STD_TORCH_CHECK(weights.size(0) <= kMost32, "fastmtl: too many outputs");
   if (tensors.empty() || weights.size(0) == 0) return;
   const int device = weights.get_device_index();
   check_devices(tensors, device, "the gradients");
