@@ -466,7 +466,8 @@ class GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, ids, groups, eps, count_w, count_b, num_rows, *targets):
         n, c = x.shape[:2]
-        if not is_channels_last(x):
+        # the CPU alone has a kernel for channels_last
+        if x.device.type != "cpu" or not is_channels_last(x):
             x = x.contiguous()
         size = x.numel() // (n * c)
         y, mean, rstd = torch.native_group_norm(x, w, b, n, c, size, groups, eps)
@@ -481,7 +482,7 @@ class GroupNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad
         rows, own = zip(*(_wants(c, need) for c, need in zip(ctx.counts, needs[1:3], strict=True)), strict=True)
         n, c = x.shape[:2]
-        if not g.is_contiguous() and not is_channels_last(g):
+        if not g.is_contiguous() and (g.device.type != "cpu" or not is_channels_last(g)):
             g = g.contiguous()
         rows_w = rows_b = None
         gx = gw = gb = None
