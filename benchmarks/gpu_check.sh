@@ -89,6 +89,8 @@ from fastmtl import _backend
 missing = {name: _backend.unavailable(name, "cuda") for name in ("cuda", "triton")}
 print(missing)
 raise SystemExit(any(missing.values()))' || exit 1
+# Inductor's pool of compilers can outlive a worker of the tests and hold it up at its end
+export TORCHINDUCTOR_COMPILE_THREADS=1
 # many processes at once on the same cores
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 SHOW=12 stage smoke 150 env CUDA_LAUNCH_BLOCKING=1 "$python" -m fastmtl.benchmarks.gpu_smoke
