@@ -82,6 +82,11 @@ struct alignas(sizeof(In) * N) Vector {
   In v[N];
 };
 
+// 16 bytes of a row as they came: unpacked, they would have to arrive before the next load is issued
+struct alignas(16) Raw {
+  uint32_t w[4];
+};
+
 #if defined(__CUDACC__)
 // Gradients and results: of pointers that were read from memory the compiler doesn't know that they are global.
 template <class T>

@@ -23,11 +23,6 @@
 
 namespace fastmtl::cuda {
 
-// 16 bytes of a row as they came: unpacked, they would have to arrive before the next load is issued
-struct alignas(16) Raw {
-  uint32_t w[4];
-};
-
 // products(from, sum): adds to this warp's tiles (i, j) of the upper triangle of M, kTall x 8 each, row by row, what
 // the columns of one 16-byte load bring. from: shared memory, the lane's bytes of each 8 rows kWarp apart.
 template <class In>
@@ -265,10 +260,13 @@ __global__ void __launch_bounds__(kThreads, MmaShape<In, kGroups>::kBlocks)
     const int64_t mine = segment.begin + lane % 4 * Shape::kVector;
     auto copy = [&](int at, int stage) {
       if (at < whole) {
+        // all of them first: the compiler takes no load past a copy
+        const In* row[kGroups];
+#pragma unroll
+        for (int q = 0; q < kGroups; ++q) row[q] = static_cast<const In*>(rows[q * 8]);
 #pragma unroll
         for (int q = 0; q < kGroups; ++q)
-          if (const auto* row = static_cast<const In*>(rows[q * 8]))
-            copy_async(queue + stage * kStage + q * kWarp, row + mine + at);
+          if (row[q] != nullptr) copy_async(queue + stage * kStage + q * kWarp, row[q] + mine + at);
       }
       commit_copies();
     };
