@@ -57,7 +57,7 @@ struct Tile<float> {
   static constexpr int kAdditions = 2;
   template <int kGroups, int kTiles>
   __device__ static void products(const Raw* from, float (&sum)[kTiles][kValues]) {
-#pragma unroll(kGroups < 8 ? 2 : 1)  // 64 rows have no registers for both at once
+#pragma unroll(kGroups > 2 ? 1 : 2)  // many rows have no registers for both at once
     for (int half = 0; half < 2; ++half) {
       // High and low parts of two columns. What stands on the right is not the same number as what stands on the left,
       // but for tensor cores it is: it saves the moves between the registers that the two sides want.
