@@ -263,6 +263,17 @@ def test_coefficients_of_bad_entries(num_tasks: int) -> None:
     assert found[[0, 1, 3]].isnan().all()
 
 
+@pytest.mark.parametrize("num_tasks", [3, 16, 20, 40, 80])
+def test_coefficients_of_a_matrix_of_no_gradients(num_tasks: int) -> None:
+    """Off the diagonal larger than any Gram matrix allows: products overflow on the way, and their rows become NaN."""
+    order = random_order(num_tasks)
+    for size in (1e20, 1e155):
+        m = torch.full((num_tasks, num_tasks), -size, dtype=torch.float64).fill_diagonal_(1.0)
+        expected = reference.pcgrad_coefficients(m, order)
+        assert_coefficients(host.coefficients(m, order), expected)
+    assert expected.isnan().any()
+
+
 @pytest.mark.parametrize("num_tasks", [4, 16, 33, 80])
 def test_zero_gradients_and_gradients_alike(num_tasks: int) -> None:
     bank = BankCase(num_tasks, 31, torch.float64).make()

@@ -188,6 +188,7 @@ __device__ inline void read_line(const double* m, int T, int j, bool wanted,
 }
 
 // Rows of coefficients, as `pcgrad_row` of solvers.h defines them, where nothing is out of the ordinary: the matrix is
+// a Gram matrix (|M[i][j]|^2 <= M[i][i] M[j][j], so that a visit at most doubles a product, in units of the norms),
 // finite, every norm is 0 or has an inverse, the order is staged and in range. Then no visit has to look at more than
 // the sign of its product, which is what this path is for: a visit is bound by the number of its instructions.
 // Coefficients stand in scratch.c, of which the lane that owns task j alone touches column j.
@@ -390,8 +391,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   FASTMTL_SHARED(SolverMemory<kMost>, shared);
   const Scratch scratch = shared.template scratch<kMost>(T, more);
   bool unusual = stage_order(s, T, scratch);
-#pragma unroll 8
-  for (int e = threadIdx.x; e < T * T; e += kThreads) unusual = scratch.put(T, e / T, e % T, gram[e]) || unusual;
+#pragma unroll 4
+  for (int e = threadIdx.x; e < T * T; e += kThreads) {
+    const int i = e / T, j = e % T;
+    const double x = gram[e];
+    // a matrix that is no Gram matrix may grow beyond all bounds on the way
+    const bool bounded = x * x <= 1.01 * gram[i * T + i] * gram[j * T + j];
+    unusual = scratch.put(T, i, j, x) || !bounded || unusual;
+  }
   scratch.tell(unusual);
   __syncthreads();
   solve_pcgrad<kMost>(s, T, scratch);
