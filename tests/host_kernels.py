@@ -1,16 +1,21 @@
-"""The bodies of the CUDA kernels on CPU tensors: builds `tests/host/` with the host compiler and calls it."""
+"""The bodies of the CUDA kernels on CPU tensors: builds `tests/host/` with the host compiler and calls it.
+
+Built in several ways, of which FASTMTL_HOST or `using` chooses one: see `Build`.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
 import hashlib
 import math
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +27,36 @@ from fastmtl.ops._rows import Rows, accumulate_dtype, present_params
 
 ROOT = Path(__file__).parent.parent
 
-SOURCES = [ROOT / "tests" / "host" / "kernels_on_host.cpp", *sorted((ROOT / "csrc" / "cuda").glob("kernels_*.cu"))]
-SANITIZE = os.environ.get("FASTMTL_HOST_SANITIZE") == "1"
-FOLDER = ROOT / "build" / ("host-sanitized" if SANITIZE else "host")
+HOST = ROOT / "tests" / "host"
+SOURCES = [HOST / "kernels_on_host.cpp", *sorted((ROOT / "csrc" / "cuda").glob("kernels_*.cu"))]
+FOLDER = ROOT / "build" / "host"
 # a struct of one number and that number are the same memory to the kernels
-FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
-if SANITIZE:
-    FLAGS += ["-g1", "-fsanitize=address", "-fno-omit-frame-pointer"]
-INCLUDE = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'host'}"]
+FLAGS = ["-std=c++20", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
+INCLUDE = [f"-I{ROOT / 'csrc'}", f"-I{HOST}"]
+
+
+@dataclass(frozen=True)
+class Build:
+    """A way to build the kernels: flags for the kernels and their driver; sources compiled without these."""
+
+    name: str
+    flags: tuple[str, ...] = ("-O1", "-g0")
+    more_sources: tuple[Path, ...] = ()
+    more_flags: tuple[str, ...] = ()
+
+
+PLAIN = Build("plain")
+# under the address sanitizer, which must be loaded before Python
+SANITIZED = Build("sanitized", ("-O1", "-g1", "-fsanitize=address", "-fno-omit-frame-pointer"))
+# under the checks of races.h
+RACES = Build(
+    "races",
+    ("-O1", "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-DFASTMTL_RACES"),
+    (HOST / "races.cpp",),
+    ("-O2", "-g0", "-DFASTMTL_RACES"),
+)
+BUILDS = {build.name: build for build in (PLAIN, SANITIZED, RACES)}
+_chosen = BUILDS[os.environ.get("FASTMTL_HOST", "plain")]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # elements before and after each output that must not be written
 MARGIN = 64
@@ -52,29 +79,31 @@ def _run(command: Sequence[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
-def build() -> Path:
+def build(how: Build) -> Path:
     """The shared library, compiled if its sources are not those of the last time."""
     cxx = compiler()
     assert cxx is not None
-    files = [*SOURCES, *(f for folder in ("csrc", "csrc/cuda", "tests/host") for f in (ROOT / folder).glob("*"))]
-    digest = hashlib.sha256(" ".join([cxx, *FLAGS]).encode())
-    for file in sorted({f for f in files if f.suffix in (".h", ".cuh", ".inc", ".cu", ".cpp")}):
+    digest = hashlib.sha256(f"{cxx} {FLAGS} {how}".encode())
+    files = {f for folder in ("csrc", "csrc/cuda", "tests/host") for f in (ROOT / folder).glob("*")}
+    for file in sorted(f for f in files if f.suffix in (".h", ".cuh", ".inc", ".cu", ".cpp")):
         digest.update(file.read_bytes())
-    library = FOLDER / f"kernels-{digest.hexdigest()[:16]}.so"
+    library = FOLDER / f"{how.name}-{digest.hexdigest()[:16]}.so"
     if library.exists():
         return library
     work = FOLDER / f"{library.stem}.{os.getpid()}"
     work.mkdir(parents=True)
-    objects = [work / f"{source.stem}.o" for source in SOURCES]
+    sources = [*((s, how.flags) for s in SOURCES), *((s, how.more_flags) for s in how.more_sources)]
+    objects = [work / f"{source.stem}.o" for source, _ in sources]
     compiles = [
-        [cxx, *FLAGS, *INCLUDE, "-x", "c++", "-c", str(source), "-o", str(target)]
-        for source, target in zip(SOURCES, objects, strict=True)
+        [cxx, *FLAGS, *flags, *INCLUDE, "-x", "c++", "-c", str(source), "-o", str(target)]
+        for (source, flags), target in zip(sources, objects, strict=True)
     ]
+    sanitizer = ["-fsanitize=address"] if how is SANITIZED else []
     try:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             list(pool.map(_run, compiles))
-        _run([cxx, *FLAGS, "-shared", *map(str, objects), "-o", str(work / "kernels.so")])
-        for old in FOLDER.glob("kernels-*.so"):
+        _run([cxx, *sanitizer, "-shared", *map(str, objects), "-o", str(work / "kernels.so")])
+        for old in FOLDER.glob(f"{how.name}-*.so"):
             old.unlink(missing_ok=True)
         (work / "kernels.so").replace(library)
     finally:
@@ -83,16 +112,48 @@ def build() -> Path:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    found = ctypes.CDLL(str(build()))
+def _loaded(how: Build) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(build(how)))
     found.host_error.restype = ctypes.c_char_p
-    found.host_uses_sanitizer.restype = ctypes.c_int64
     return found
+
+
+def library() -> ctypes.CDLL:
+    return _loaded(_chosen)
+
+
+def chosen() -> Build:
+    return _chosen
+
+
+@contextlib.contextmanager
+def using(how: Build) -> Iterator[None]:
+    """The kernels in another build."""
+    global _chosen
+    before, _chosen = _chosen, how
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def _source_of(offset: str) -> str:
+    """The line of source behind an offset in the library."""
+    tool = shutil.which("addr2line")
+    if tool is None:
+        return f"offset {offset}"
+    where = hex(int(offset, 16) - 1)  # within the call that returns there
+    command = [tool, "-e", library()._name, "-i", where]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
+    # the innermost line that is a kernel's
+    found = next((line for line in lines if "/csrc/" in line), lines[0])
+    return re.sub(r"\s.*", "", found).removeprefix(f"{ROOT}/")
 
 
 def _checked(status: int) -> None:
     if status != 0:
-        raise HostError(library().host_error().decode())
+        text = library().host_error().decode()
+        raise HostError(re.sub(r"\+(0x[0-9a-f]+)", lambda found: _source_of(found[1]), text))
 
 
 _int64 = ctypes.c_int64

@@ -91,7 +91,7 @@ constexpr uint8_t kNobody = 255;
 __device__ inline bool is_staged(const Solve& s, int T) { return s.draw || s.num_visits <= T; }
 
 // The order into scratch.visits, if it fits: copied, or drawn, one thread per entry, whose rank among the row's random
-// numbers is the step at which it is visited. Whether this thread met an entry out of range.
+// numbers is the step at which it is visited. Whether this thread met an entry out of range. A barrier must follow.
 __device__ inline bool stage_order(const Solve& s, int T, const Scratch& scratch) {
   const int tid = threadIdx.x;
   if (!s.draw) {
@@ -102,7 +102,6 @@ __device__ inline bool stage_order(const Solve& s, int T, const Scratch& scratch
       scratch.visits[e] = j >= 0 && j < T ? static_cast<uint8_t>(j) : kNobody;
       outside = outside || scratch.visits[e] == kNobody;
     }
-    __syncthreads();
     return outside;
   }
   uint64_t key = s.key, counter = 0;
@@ -333,7 +332,6 @@ __device__ inline void solve_rows(const Solve& s, int T, const Scratch& scratch)
         }
       }
     }
-    if (!Shape::kShared) __threadfence();
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
       for (int q = 0; q < kValues; ++q) {
@@ -351,7 +349,6 @@ __device__ inline void solve_pcgrad(const Solve& s, int T, const Scratch& scratc
   for (int w = 0; w < kWarps; ++w) ordinary = ordinary && !scratch.unusual[w];
   if (ordinary) solve_ordinary_rows<kMost>(s, T, scratch);
   else solve_rows<kMost>(s, T, scratch);
-  __threadfence();
   __syncthreads();
   auto c = [&](int e) { return SolverShape<kMost>::kShared ? scratch.c[e] : __ldcg(scratch.c + e); };
   if (s.project) {

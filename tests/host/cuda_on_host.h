@@ -2,8 +2,8 @@
 //
 // Every thread of a block is a fiber, the blocks run one after another. It sees wrong indices and sums, barriers that
 // not all reach, shared memory that is read before it is written, and, since threads may be run in rising or falling
-// order, barriers that are missing. It does not see what only a GPU does: missing fences, most misaligned accesses,
-// speed.
+// order, barriers that are missing; with FASTMTL_RACES every access that no barrier or fence orders (races.h). It does
+// not see what only a GPU does: most misaligned accesses, speed.
 #pragma once
 
 #include <algorithm>
@@ -15,11 +15,14 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <source_location>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "races.h"
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -167,6 +170,7 @@ inline void next_thread() {
 }
 
 inline void release_block() {
+  races::barrier();
   Machine& m = machine;
   m.at_block = 0;
   for (State& s : m.states)
@@ -174,6 +178,7 @@ inline void release_block() {
 }
 
 inline void barrier() {
+  const races::Quiet quiet;
   Machine& m = machine;
   m.states[m.current] = State::at_block;
   if (++m.at_block == m.live) release_block();
@@ -183,7 +188,9 @@ inline void barrier() {
 // entry of every fiber
 inline void run_thread() {
   Machine& m = machine;
+  races::kernel_runs(true);
   m.body(m.arguments);
+  races::kernel_runs(false);
   if (!m.copies[m.current].waiting.empty()) fail("a copy to shared memory that nobody waits for");
   m.states[m.current] = State::left;
   --m.live;
@@ -198,6 +205,7 @@ template <class Taken, class Given, class All>
 Taken collective(const Given& mine, const All& all) {
   static_assert(sizeof(Given) <= 48 && sizeof(Taken) <= 32);
   static const char operation = 0;
+  const races::Quiet quiet;
   Machine& m = machine;
   Warp& warp = m.warps[m.current / kWarp];
   const int lane = m.current % kWarp;
@@ -226,11 +234,13 @@ Taken collective(const Given& mine, const All& all) {
 
 // the block's shared memory: all bits set, so that what was not written is NaN
 inline void* shared_memory(size_t bytes) {
+  const races::Quiet quiet;
   Machine& m = machine;
   if (m.shared == nullptr) {
     m.shared.reset(new unsigned char[bytes]);
     m.shared_bytes = bytes;
     std::memset(m.shared.get(), 0xFF, bytes);
+    races::shared_memory_is(m.shared.get(), bytes);
   }
   if (bytes != m.shared_bytes) fail("two kinds of shared memory in one kernel");
   return m.shared.get();
@@ -257,6 +267,7 @@ inline void run_block(int num_threads) {
   m.current = m.step > 0 ? 0 : num_threads - 1;
   threadIdx = {static_cast<unsigned>(m.current), 0, 0};
   switch_context(m.caller, m.contexts[m.current]);
+  races::kernel_runs(false);
   m.shared.reset();
   if (m.error != nullptr) throw std::runtime_error(m.error);
 }
@@ -274,8 +285,10 @@ void launch(int64_t blocks, int num_threads, const Body& body) {
   std::iota(order.begin(), order.end(), 0);
   if (schedule == 1) std::reverse(order.begin(), order.end());
   if (schedule > 1) std::shuffle(order.begin(), order.end(), std::mt19937_64(schedule));
+  races::launch_begins();
   for (int64_t block : order) {
     blockIdx = {static_cast<unsigned>(block), 0, 0};
+    races::block_begins(block, num_threads);
     run_block(num_threads);
   }
 }
@@ -301,17 +314,34 @@ To bits_as(const From& x) {
 
 using std::isfinite;
 
-inline void __syncthreads() { cuda_on_host::barrier(); }
-inline void __syncwarp(unsigned = ~0u) {
-  cuda_on_host::collective<char>('\0', [](const char (&)[32], char (&taken)[32]) { std::fill_n(taken, 32, '\0'); });
+// Where a call stands, so that tests can leave it out.
+struct Site {
+  bool skipped;
+  Site(std::source_location at = std::source_location::current())
+      : skipped(cuda_on_host::races::skipped(at.file_name(), static_cast<int>(at.line()))) {}
+};
+
+inline void __syncthreads(Site site = {}) {
+  if (!site.skipped) cuda_on_host::barrier();
 }
-inline void __threadfence() {}
+inline void __syncwarp(unsigned = ~0u, Site site = {}) {
+  if (site.skipped) return;
+  cuda_on_host::collective<char>('\0', [](const char (&)[32], char (&taken)[32]) {
+    cuda_on_host::races::warp_barrier();
+    std::fill_n(taken, 32, '\0');
+  });
+}
+inline void __threadfence(Site site = {}) {
+  if (!site.skipped) cuda_on_host::races::fence();
+}
 template <class T>
 T __ldcg(const T* p) {
   return *p;
 }
 template <class T>
 T atomicAdd(T* p, T x) {
+  cuda_on_host::races::atomic(p, sizeof(T), false, __builtin_return_address(0));
+  const cuda_on_host::races::Quiet quiet;
   const T before = *p;
   *p += x;
   return before;
@@ -394,6 +424,8 @@ template <class V>
 void store_wide(void* to, const V& x) {
   static_assert(sizeof(V) == 16);
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) cuda_on_host::fail("a misaligned store");
+  cuda_on_host::races::access(to, 16, true, __builtin_return_address(0));
+  const cuda_on_host::races::Quiet quiet;
   std::memcpy(to, &x, sizeof(V));
 }
 

@@ -86,14 +86,6 @@ struct HostSolve {
 };
 
 const char* host_error() { return error.c_str(); }
-
-int64_t host_uses_sanitizer() {
-#if defined(__SANITIZE_ADDRESS__)
-  return 1;
-#else
-  return 0;
-#endif
-}
 }
 
 namespace {
