@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -34,8 +35,29 @@ class Launch(NamedTuple):
     max_registers: int | None = None
 
 
+class _Tables:
+    """The tables used last, by key. Autograd has a thread for each device, and users have theirs: all may meet here."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_key: collections.OrderedDict[tuple[Any, ...], Tensor] = collections.OrderedDict()
+
+    def find(self, key: tuple[Any, ...]) -> Tensor | None:
+        with self._lock:
+            table = self._by_key.get(key)
+            if table is not None:
+                self._by_key.move_to_end(key)
+            return table
+
+    def keep(self, key: tuple[Any, ...], table: Tensor) -> None:
+        with self._lock:
+            self._by_key[key] = table
+            while len(self._by_key) > TABLES_KEPT:
+                self._by_key.popitem(last=False)
+
+
 _recorded: list[list[Launch]] = []
-_tables: collections.OrderedDict[tuple[Any, ...], Tensor] = collections.OrderedDict()
+_tables = _Tables()
 
 
 @contextlib.contextmanager
@@ -120,14 +142,13 @@ def pointer_table(tensors: Sequence[Tensor | None]) -> Tensor:
         key = (device, torch.cuda.current_stream(device).cuda_stream, *addresses)
     else:
         captured, key = bool(_recorded), (device, 0, *addresses)
-    if not captured and key in _tables:
-        _tables.move_to_end(key)
-        return _tables[key]
-    table = _written_by_launches(addresses, device)
-    if not captured:
-        _tables[key] = table
-        if len(_tables) > TABLES_KEPT:
-            _tables.popitem(last=False)
+    if captured:
+        return _written_by_launches(addresses, device)
+    table = _tables.find(key)
+    if table is None:
+        # two threads may both write one: each is good, and lies on the stream that uses it
+        table = _written_by_launches(addresses, device)
+        _tables.keep(key, table)
     return table
 
 
@@ -142,17 +163,14 @@ def integer_table(values: Sequence[int], device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
     captured = capturing(device)
     key = (device, torch.cuda.current_stream(device).cuda_stream, "integers", *values)
-    if not captured and key in _tables:
-        _tables.move_to_end(key)
-        return _tables[key]
-    if not captured:
+    if captured:
+        return _written_by_launches(values, device)
+    table = _tables.find(key)
+    if table is None:
         # pinned, so that the copy is one of the stream's; its memory is not given out again before the copy is done
         table = torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
-        _tables[key] = table
-        if len(_tables) > TABLES_KEPT:
-            _tables.popitem(last=False)
-        return table
-    return _written_by_launches(values, device)
+        _tables.keep(key, table)
+    return table
 
 
 # groups of programs whose last one is found by a ticket, and one ticket more for the groups
@@ -169,9 +187,10 @@ def capturing(device: torch.device) -> bool:
 
 
 class _Tickets:
-    """Zeroed counters; a launch that counts with them leaves them zero."""
+    """Zeroed counters; a launch that counts with them leaves them zero. Threads may take them at the same time."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._by_stream: dict[tuple[torch.device, int], Tensor] = {}
         self._free: dict[torch.device, list[Tensor]] = {}
         self._kept: list[Tensor] = []  # graphs hold addresses, which must stay theirs
@@ -184,25 +203,27 @@ class _Tickets:
         """
         if launches > 1:
             return self._zeros(1, device)[0]
-        if capturing(device):
-            free = self._free.get(device)
-            # without one made before the capture, zeroing it is a part of the graph
-            return free.pop() if free else self._zeros(1, device)[0]
-        stream = 0
-        if device.type == "cuda":
-            stream = torch.cuda.current_stream(device).cuda_stream
-            self.prepare(device)
-        key = (device, stream)
-        if key not in self._by_stream:
-            self._by_stream[key] = self._zeros(1, device)[0]
-        return self._by_stream[key]
+        captured = capturing(device)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        with self._lock:
+            if captured:
+                free = self._free.get(device)
+                # without one made before the capture, zeroing it is a part of the graph
+                return free.pop() if free else self._zeros(1, device)[0]
+            if device.type == "cuda":
+                self.prepare(device)
+            key = (device, stream)
+            if key not in self._by_stream:
+                self._by_stream[key] = self._zeros(1, device)[0]
+            return self._by_stream[key]
 
     def prepare(self, device: torch.device) -> None:
         """Sets for the graphs that will be captured: torch synchronises before it captures."""
-        free = self._free.setdefault(device, [])
-        if len(free) < TICKETS_PER_BATCH // 2:
-            self._kept.append(self._zeros(TICKETS_PER_BATCH, device))
-            free.extend(self._kept[-1].unbind(0))
+        with self._lock:
+            free = self._free.setdefault(device, [])
+            if len(free) < TICKETS_PER_BATCH // 2:
+                self._kept.append(self._zeros(TICKETS_PER_BATCH, device))
+                free.extend(self._kept[-1].unbind(0))
 
     @staticmethod
     def _zeros(count: int, device: torch.device) -> Tensor:
