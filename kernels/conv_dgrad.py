@@ -131,6 +131,7 @@ def task_conv2d_dgrad_kernel(
     c_ok = c < channels
     k = tl.arange(0, BK)
     if WIDE:
+        c = c.to(tl.int64)
         k = k.to(tl.int64)
 
     scale = task_scale(p_gate, task, num_tasks)
@@ -146,6 +147,9 @@ def task_conv2d_dgrad_kernel(
 
     rest_h = class_h + pad_h
     rest_w = class_w + pad_w
+    if WIDE:
+        rest_h = rest_h.to(tl.int64)
+        rest_w = rest_w.to(tl.int64)
     first_h, taps_h = first_tap(rest_h, KH, SH, DH, STEP_H)
     first_w, taps_w = first_tap(rest_w, KW, SW, DW, STEP_W)
     blocks_k = tl.cdiv(features, BK)
@@ -199,8 +203,6 @@ def task_conv2d_dgrad_kernel(
     ih = qh * SH + class_h
     iw = qw * SW + class_w
     ci = group * channels + c
-    if WIDE:
-        ci = ci.to(tl.int64)
     p_dx_rows = p_dx + n * x_n + (ih * x_h + iw * x_w)
     p_out = p_dx_rows[:, None] + (ci * x_c)[None, :]
     tl.store(p_out, acc.to(p_dx.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])

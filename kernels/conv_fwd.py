@@ -136,6 +136,8 @@ def task_conv2d_fwd_kernel(
         p_w_columns = p_w + slot * w_t + co * w_co
 
     k = tl.arange(0, BK)
+    if WIDE:
+        k = k.to(tl.int64)
     if PACKED:
         depth = KH * KW * channels
         steps = tl.cdiv(depth, BK)
@@ -148,8 +150,8 @@ def task_conv2d_fwd_kernel(
     if not PACKED:
         # counted along, without a division in each step; of a 1x1 the only tap stays the constant that it is, as the
         # compiler would load single elements if it did not see that
-        kh = 0
-        kw = 0
+        kh = tl.zeros((), tl.int64) if WIDE and KH * KW > 1 else 0
+        kw = tl.zeros((), tl.int64) if WIDE and KH * KW > 1 else 0
         first_k = 0
     for step in range(0, steps):
         if PACKED:
@@ -171,10 +173,7 @@ def task_conv2d_fwd_kernel(
                 at_h = (ih + kh * DH)[:, None]
                 at_w = (iw + kw * DW)[:, None]
             inside = inside & (at_h >= 0) & (at_h < height) & (at_w >= 0) & (at_w < width)
-        channel = first_channel + ci
-        if WIDE:
-            channel = channel.to(tl.int64)
-        moved = kh * (DH * x_h) + kw * (DW * x_w) + channel * x_c
+        moved = kh * DH * x_h + kw * DW * x_w + (first_channel + ci) * x_c
         a = tl.load(p_rows[:, None] + moved[None, :], mask=inside & k_ok[None, :], other=0.0)
         w_ok = k_ok[:, None] & f_ok[None, :]
         if FUSED:

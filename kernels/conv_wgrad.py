@@ -206,6 +206,8 @@ def task_conv2d_wgrad_walk_kernel(
     w_kw = known_multiple(w_kw, W_MULTIPLE)
     blocks_m = tl.cdiv(features, BM)
     tile = tl.program_id(0) // blocks_m
+    if WIDE:
+        tile = tile.to(tl.int64)
     group = tl.program_id(1)
     chunk = tl.program_id(2)
     f = (tl.program_id(0) - tile * blocks_m) * BM + tl.arange(0, BM)
@@ -214,9 +216,6 @@ def task_conv2d_wgrad_walk_kernel(
     ci, kh, kw, column_ok, move_h, move_w = filter_columns(
         tile, channels, pad_h, pad_w, KH, KW, DH, DW, PACKED, BN
     )  # fmt: skip
-    if WIDE:
-        co = co.to(tl.int64)
-        ci = ci.to(tl.int64)
     ok = f_ok[:, None] & column_ok[None, :]
     delta_offset = (co * d_co)[:, None] + (ci * d_ci + kh * d_kh + kw * d_kw)[None, :]
     grad_offset = (co * g_co)[:, None] + (ci * g_ci + kh * g_kh + kw * g_kw)[None, :]
@@ -316,6 +315,8 @@ def task_conv2d_wgrad_split_kernel(
     y_w = known_multiple(y_w, MULTIPLE)
     blocks_m = tl.cdiv(features, BM)
     tile = tl.program_id(0) // blocks_m
+    if WIDE:
+        tile = tile.to(tl.int64)
     group = tl.program_id(1)
     split = tl.program_id(2)
     task, low, high = find_tile(p_offsets, split, split_rows, num_tasks, num_samples, pixels, WIDE, TB)
@@ -332,9 +333,6 @@ def task_conv2d_wgrad_split_kernel(
     ci, kh, kw, column_ok, move_h, move_w = filter_columns(
         tile, channels, pad_h, pad_w, KH, KW, DH, DW, PACKED, BN
     )  # fmt: skip
-    if WIDE:
-        co = co.to(tl.int64)
-        ci = ci.to(tl.int64)
     acc = rows_product(
         p_x, p_dy, p_order, low, high, co, f_ok, group * channels + ci, column_ok, move_h, move_w,
         height, width, out_width, pixels, x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,

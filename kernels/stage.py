@@ -188,6 +188,8 @@ def stage_kernel(
             block = block.to(tl.int64)
         row = block * BR + tl.arange(0, BR)
         tap = tl.arange(0, BT)
+        if WIDE:
+            tap = tap.to(tl.int64)
         co = row // channels
         ci = row % channels
         if KH * KW == 1:

@@ -125,7 +125,7 @@ def conv2d(
         PADDED=geometry.padding != (0, 0),
         MULTIPLE=_multiple(x, y, sizes=(channels, features)),
         SMALL=pixels <= configs.SMALL_PIXELS,
-        WIDE=_wide(batch.num_samples * pixels, x, y, *_held(weights)),
+        WIDE=_wide(batch.num_samples * pixels, (x, y), _held(weights)),
         CAST=in_interpreter(),
         TB=batch.block,
         BM=tile.rows,
@@ -236,7 +236,7 @@ def _input_grad(
         EDGES=not geometry.pixelwise((kh, kw)),
         MULTIPLE=_multiple(grad_x, grad_out, sizes=(channels, features)),
         SMALL=pixels <= configs.SMALL_PIXELS,
-        WIDE=_wide(batch.num_samples * pixels, grad_x, grad_out, *_held(weights)),
+        WIDE=_wide(batch.num_samples * pixels, (grad_x, grad_out), _held(weights)),
         CAST=in_interpreter(),
         TB=batch.block,
         BM=tile.rows,
@@ -288,8 +288,8 @@ def _weight_grads(
     if grad_gate is not None:
         count = tiles * groups if plan.split_rows == 0 else blocks
         gate_parts = torch.empty((batch.num_tasks, count), dtype=torch.float32, device=x.device)
-    wide = _wide(batch.num_samples * pixels, x, grad_out, *(d for d in (grad_weight, grads.base) if d is not None))
-    wide = wide or size > INT32_MAX
+    written = [w for w in (grad_weight, grads.base, deltas.base) if w is not None]
+    wide = _wide(batch.num_samples * pixels, (x, grad_out), written)
     gate = None if gate is None else gate.contiguous()
     into: dict[str, Any] = {
         "p_gate": gate,
@@ -425,7 +425,7 @@ def _bias_grad(grad_out: Tensor, batch: Batch, grad_bias: Tensor) -> None:
     split_rows = configs.pick_split_rows(blocks, batch.num_samples * pixels, rows, grad_out)
     splits = batch.row_tiles(pixels, split_rows)
     parts = torch.empty((splits, features), dtype=torch.float32, device=grad_out.device)
-    wide = _wide(batch.num_samples * pixels, grad_out)
+    wide = _wide(batch.num_samples * pixels, (grad_out,))
     launch(
         bias_grad_kernel,
         (blocks, splits),
@@ -507,6 +507,12 @@ def _operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batch: Ba
     if deltas.base is None and weight is not None and weight.dtype == dtype and weight.stride(1) == 1:
         # every task sees W, which can be read as it is
         return {**given, "FUSED": False}
+    if weight is None and weights.stacked and weights.gate is None:
+        (delta,) = weights.delta
+        if delta.dtype == dtype and deltas.strides[2] == 1:
+            # the tasks' own weights lie in slots as a workspace's would
+            own = {**_named("w", "t co ci kh kw", deltas.strides), **_named("d", "t co ci kh kw", NO_DELTAS_STRIDES)}
+            return {**given, **own, "p_w": delta, "W_MULTIPLE": deltas.multiple, "D_MULTIPLE": 1, "FUSED": False}
     contiguous = (weight is None or weight.stride(1) == 1) and (deltas.base is None or deltas.strides[2] == 1)
     if configs.pick_schedule(rows, contiguous) == "fused":
         return {**given, "FUSED": True}
@@ -549,7 +555,7 @@ def _operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batch: Ba
         MULTIPLE=_multiple_of(dtype, shape["channels"]),
         W_MULTIPLE=w_multiple,
         D_MULTIPLE=deltas.multiple,
-        WIDE=_wide(0, *_held(weights)),
+        WIDE=_wide(0, filters=_held(weights)),
         BR=block,
         BT=taps,
     )
@@ -603,7 +609,13 @@ def _multiple(*tensors: Tensor, sizes: Sequence[int] = ()) -> int:
     return _multiple_of(tensors[0].dtype, *sizes, *strides)
 
 
-def _wide(rows: int, *tensors: Tensor) -> bool:
-    """Whether counts of rows, or offsets inside one sample or one weight, can pass 32 bits."""
-    reach = [sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in tensors]
-    return max(2 * max(reach, default=0), rows + 2**16) > INT32_MAX
+def _wide(rows: int, pictures: Sequence[Tensor] = (), filters: Sequence[Tensor] = ()) -> bool:
+    """Whether counts of rows, or offsets inside one sample or one filter, can pass 32 bits.
+
+    Where a sample, or a task of a `[T, ...]` tensor, begins is 64 bit in any case. A filter's copies in a workspace
+    are dense: they have as many elements as it has, whatever its strides. Twice, for a tile's masked rows and columns.
+    """
+    inside = [(x.shape[1:], x.stride()[1:]) for x in pictures] + [(w.shape[-4:], w.stride()[-4:]) for w in filters]
+    reach = [sum((n - 1) * s for n, s in zip(*each, strict=True)) for each in inside]
+    sizes = [math.prod(w.shape[-4:]) for w in filters]
+    return max(2 * max([*reach, *sizes], default=0), rows + 2**16) > INT32_MAX

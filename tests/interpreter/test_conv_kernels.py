@@ -570,3 +570,76 @@ def test_staging_skips_what_nobody_needs(layouts: tuple[str, str], monkeypatch: 
             assert_close(staged[t], exact.permute(0, 2, 3, 1), exact.abs().permute(0, 2, 3, 1), F32)
         else:
             assert torch.isnan(staged[t]).all()
+
+
+FAR = 2**30  # of float16 elements; three of them are past 32 bits
+
+
+@pytest.fixture(scope="module")
+def far_memory() -> Tensor:
+    # from numpy, which leaves the pages untouched: a few of them are used
+    return torch.from_numpy(np.empty(3 * FAR + 2**12, dtype=np.float16))
+
+
+@pytest.mark.parametrize("forced", [STAGED, FUSED], ids=["staged-walk", "fused-split"])
+@pytest.mark.parametrize("far", ["co", "ci", "kh", "kw"])
+@pytest.mark.parametrize("held", ["weight", "delta", "stacked"])
+def test_weights_past_32_bits(held: str, far: str, forced: dict[str, Any], far_memory: Tensor) -> None:
+    # the kernels are asked for by their rule; only one dimension's offsets reach that far
+    shape = (4, 4, 1, 1) if far in ("co", "ci") else (2, 3, 4, 1) if far == "kh" else (2, 3, 1, 4)
+    strides = [FAR if name == far else s for name, s in zip(("co", "ci", "kh", "kw"), (64, 1, 16, 16), strict=True)]
+    near = [torch.randn(shape).half() for _ in range(3)]
+    weight, deltas = near[0], [near[1], near[2]]
+    if held == "weight":
+        weight = torch.as_strided(far_memory, shape, strides).copy_(near[0])
+    elif held == "delta":
+        deltas[0] = torch.as_strided(far_memory, shape, strides).copy_(near[1])
+        deltas[1] = torch.as_strided(far_memory, shape, strides, 512).copy_(near[2])
+    else:
+        deltas = torch.as_strided(far_memory, (2, *shape), (512, *strides)).copy_(torch.stack(near[1:]))
+    x, ids = torch.randn(3, shape[1], 4, 4).half(), torch.tensor([1, 0, 1])
+    grad_out = torch.randn(3, shape[0], 5 - shape[2], 5 - shape[3]).half()
+    gate = torch.tensor([0.5, 2.0]).half()
+
+    def run(w: Tensor, d: Any, **kwargs: Any) -> list[Tensor]:
+        inputs = [t.requires_grad_() for t in (x.detach(), gate.detach())]
+        with configs.force(**kwargs):
+            y = task_conv2d(inputs[0], w, d, ids, gate=inputs[1])
+            return [y.detach(), *torch.autograd.grad(y, inputs, grad_out)]
+
+    apart = run(weight, deltas, **forced)
+    for a, b in zip(apart, run(near[0], near[1:], **forced), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("case", "copied"),
+    [
+        (WIDE.but(delta="stacked", shared=False, gate=None, kernel=(1, 1), padding=0, ids="absent"), False),
+        (PLAIN.but(delta="stacked", shared=False, gate=None, kernel=(1, 1), cout=3, bias=None, num_tasks=4), False),
+        # what is not the product's operand as it is: gated, of another dtype, with channels apart
+        (PLAIN.but(delta="stacked", shared=False, kernel=(1, 1), cout=3), True),
+        (PLAIN.but(delta="stacked", shared=False, gate=None, kernel=(1, 1), cout=3, weight_dtype=F32, dtype=F16), True),
+        (PLAIN.but(delta="stacked", shared=False, gate=None, cout=3), True),
+    ],
+    ids=str,
+)
+def test_separate_weights_are_read_as_they_are(case: ConvCase, copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    launch = launchers.launch
+    monkeypatch.setattr(
+        launchers, "launch", lambda fn, *args, **kwargs: (names.append(fn.__name__), launch(fn, *args, **kwargs))
+    )
+    check(case, **STAGED)
+    assert ("stage_kernel" in names) == copied
+    assert {"task_conv2d_fwd_kernel", "task_conv2d_dgrad_kernel"} < set(names)
+
+
+def test_separate_weights_and_samples_of_no_task() -> None:
+    delta, x = torch.randn(2, 3, 4, 1, 1), torch.randn(4, 4, 2, 2)
+    ids = torch.tensor([1, -1, 0, 2])
+    plan = TaskPlan(ids, *reference.task_plan(ids, 2))
+    y = task_conv2d(x, None, delta, plan)
+    assert torch.isnan(y[[1, 3]]).all()
+    want = torch.einsum("nchw,noc->nohw", x[[0, 2]].double(), delta.double()[[1, 0], :, :, 0, 0])
+    torch.testing.assert_close(y[[0, 2]].double(), want, rtol=1e-5, atol=1e-5)
