@@ -5,8 +5,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -21,6 +21,8 @@ if interpreting():
 
 POINTERS_PER_LAUNCH = 16
 TABLES_KEPT = 512
+PLANS_KEPT = 4096
+Plan = TypeVar("Plan")
 # an address that no tensor has: the arguments must be 64 bit whatever they hold
 NO_POINTER = -(1 << 62)
 
@@ -70,6 +72,87 @@ def recording() -> Iterator[list[Launch]]:
         _recorded.pop()
 
 
+class Prepared:
+    """A launch that is settled but for its pointers: where the same shapes come again, only these are filled in.
+
+    Triton binds some 50 arguments by name and specialises each at every launch. Here numbers and constants stay as they
+    are, so that a build depends on nothing but the pointers' dtypes, which of them there are, and which are multiples
+    of 16: Triton's own path is taken for each such set once, and its build is launched directly from then on.
+    """
+
+    def __init__(
+        self,
+        fn: Any,
+        grid: Sequence[int],
+        num_warps: int = 4,
+        num_stages: int = 1,
+        max_registers: int | None = None,
+        **settled: Any,
+    ) -> None:
+        """`settled`: every argument but the pointers, by name; see `launch`."""
+        self._fn, self._grid = fn, (*grid, 1, 1)[:3]
+        self._num_warps, self._num_stages, self._max_registers = num_warps, num_stages, max_registers
+        self._settled = settled
+        self._pointers = [(k, name) for k, name in enumerate(fn.arg_names) if name not in settled]
+        self._values = [settled.get(name) for name in fn.arg_names]
+        self._builds: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, **pointers: Tensor | None) -> None:
+        """Runs on the device of its tensors; an empty grid runs nothing."""
+        if _recorded:
+            arguments = {**self._settled, **pointers}
+            made = Launch(self._fn, arguments, self._num_warps, self._num_stages, self._max_registers)
+            _recorded[-1].append(made)
+            return
+        if 0 in self._grid:
+            return
+        values, kinds, device = self._values.copy(), [], None
+        for k, name in self._pointers:
+            x = pointers[name]
+            if x is None:
+                kinds.append(None)
+                continue
+            values[k] = address = x.data_ptr()
+            kinds.append((x.dtype, address % 16 == 0))
+            device = x.device
+        with _on(device):
+            key = (device, *kinds)
+            build = self._builds.get(key)
+            if build is not None and not self._fn.pre_run_hooks:
+                build(*values)
+                return
+            options = {"num_warps": self._num_warps, "num_stages": self._num_stages, "maxnreg": self._max_registers}
+            found = self._fn[self._grid](**self._settled, **pointers, **options)
+            # not in the interpreter, which builds nothing; not for AMD, where builds depend on sizes of memory too
+            if isinstance(found, triton.compiler.CompiledKernel) and torch.version.hip is None:
+                self._builds[key] = found[self._grid]
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """`device` as the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+_plans: dict[Any, Any] = {}
+
+
+def planned(key: Any, make: Callable[[], Plan]) -> Plan:
+    """What `make` gives, kept by what it depends on: shapes, strides, dtypes, device, number of tasks.
+
+    A thread that makes what another has just made does no harm. All are forgotten where there are too many, as with
+    batches of ever new sizes.
+    """
+    plan = _plans.get(key)
+    if plan is None:
+        plan = make()
+        if len(_plans) >= PLANS_KEPT:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
 def launch(
     fn: Any,
     grid: Sequence[int],
@@ -82,15 +165,23 @@ def launch(
 
     `max_registers` per thread; None: the assembler's choice, which may spill a few bytes to fit one more block.
     """
-    if _recorded:
-        _recorded[-1].append(Launch(fn, arguments, num_warps, num_stages, max_registers))
-        return
-    if min(grid) == 0:
-        return
-    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        fn[tuple(grid)](**arguments, num_warps=num_warps, num_stages=num_stages, maxnreg=max_registers)
+    settled = {name: x for name, x in arguments.items() if not isinstance(x, Tensor)}
+    pointers = {name: x for name, x in arguments.items() if name not in settled}
+    options = (tuple(grid), num_warps, num_stages, max_registers)
+    prepared = planned((id(fn), options, tuple(settled.items())), lambda: Prepared(fn, *options, **settled))
+    prepared(**pointers)
+
+
+@contextlib.contextmanager
+def forgetting() -> Iterator[None]:
+    """Nothing that was kept before is used inside the block, and nothing that is kept there stays."""
+    global _plans, _tables
+    before = _plans, _tables
+    _plans, _tables = {}, _Tables()
+    try:
+        yield
+    finally:
+        _plans, _tables = before
 
 
 @triton.jit(do_not_specialize=[f"a{k}" for k in range(POINTERS_PER_LAUNCH)] + ["first", "count"])

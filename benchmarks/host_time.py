@@ -1,0 +1,163 @@
+"""What a task layer costs the host: `python -m fastmtl.benchmarks.host_time`, on any machine.
+
+The ops, their launchers and Triton's own part of a launch run as they do before a GPU. Compilation and what the driver
+is asked for are stubbed out, so that no kernel runs, and tensors lie in the CPU's memory. Not counted, since they are
+missing here: the driver's time, the CUDA allocator's, and the questions for stream and capture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import fastmtl
+from fastmtl import _backend, ops
+from fastmtl.benchmarks.machine import describe
+
+TASKS = 8
+_NUMBERS = itertools.count(10_000)
+
+
+class Launched(NamedTuple):
+    """What the driver's launcher would get: the build, the grid and every argument of the kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+
+
+@contextlib.contextmanager
+def stubbed(record: bool = False) -> Iterator[list[Launched]]:
+    """Inside the block Triton's kernels take tensors of the CPU, are compiled to nothing and run as nothing.
+
+    Args:
+        record: whether launches are added to the list that the block gets.
+    """
+    import triton.compiler
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from fastmtl.kernels import _launch
+
+    launched: list[Launched] = []
+
+    class Nothing(triton.compiler.CompiledKernel):
+        """A build without code, launched by Triton's own methods."""
+
+        def __init__(self, src: Any, **_: Any) -> None:
+            self.src, self.name, self.hash = src, src.fn.__name__, ""
+            self.module = self.function = self.packed_metadata = 0
+            self._run = self._launch if record else lambda *_: None
+
+        def _launch(self, *given: Any) -> None:
+            # before the arguments: the grid, stream, function, metadata of two kinds, two hooks
+            launched.append(Launched(self, given[:3], given[9:]))
+
+        def __del__(self) -> None:
+            pass
+
+    number = next(_NUMBERS)
+    stub = SimpleNamespace(
+        # of its own, under which Triton keeps these builds
+        get_current_device=lambda: number,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    with (
+        mock.patch.object(triton.compiler, "compile", Nothing),
+        mock.patch.object(_backend, "_triton_unavailable", lambda device_type: None),
+        mock.patch.object(driver, "_active", stub),
+        _launch.forgetting(),
+        fastmtl.use_backend("triton"),
+    ):
+        yield launched
+
+
+class Layer(NamedTuple):
+    """A layer of `TASKS` tasks, in bfloat16, small: its launches cost what a large one's cost."""
+
+    name: str
+    run: Callable[[], Tensor]
+    leaves: list[Tensor]
+
+
+def layers() -> list[Layer]:
+    ids = torch.arange(2 * TASKS) % TASKS
+    plan = ops.TaskPlan(ids, *ops.reference.task_plan(ids, TASKS))
+
+    def leaf(*shape: int, channels_last: bool = False) -> Tensor:
+        x = torch.randn(shape, dtype=torch.bfloat16)
+        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        return x.requires_grad_()
+
+    x = leaf(2 * TASKS, 32, 4, 4, channels_last=True)
+    filters = [leaf(32, 32, 3, 3, channels_last=True) for _ in range(TASKS + 1)]
+    rows = leaf(2 * TASKS, 32)
+    matrices = [leaf(32, 32) for _ in range(TASKS + 1)]
+    gate = torch.rand(TASKS, requires_grad=True)
+
+    def conv(gate: Tensor | None = None) -> Callable[[], Tensor]:
+        return lambda: ops.task_conv2d(x, filters[0], filters[1:], plan, gate=gate, padding=1)
+
+    return [
+        Layer("conv 3x3, a list of deltas", conv(), [x, *filters]),
+        Layer("conv 3x3, and gates", conv(gate), [x, *filters, gate]),
+        Layer(
+            "linear, a list of deltas",
+            lambda: ops.task_linear(rows, matrices[0], matrices[1:], plan),
+            [rows, *matrices],
+        ),
+    ]
+
+
+def microseconds(call: Callable[[], Any], seconds: float) -> float:
+    """Median of the processor's time for a call: what others do on this machine does not count."""
+    for _ in range(20):
+        call()
+    found, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.thread_time_ns()
+        call()
+        found.append((time.thread_time_ns() - begin) / 1000)
+    return statistics.median(found)
+
+
+def measure(seconds: float) -> list[tuple[str, float, float, int]]:
+    """Of each layer: microseconds of the forward and of the backward, and launches of both."""
+    found = []
+    for layer in layers():
+        with stubbed(), torch.no_grad():
+            forward = microseconds(layer.run, seconds)
+        with stubbed():
+            grad_out = torch.empty_like(layer.run())
+            both = microseconds(lambda: torch.autograd.grad(layer.run(), layer.leaves, grad_out), seconds)  # noqa: B023
+        with stubbed(record=True) as launched:
+            torch.autograd.grad(layer.run(), layer.leaves, grad_out)
+        found.append((layer.name, forward, both, len(launched)))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    machine = describe(torch.device("cpu"))
+    print(f"{machine['device']}, torch {torch.__version__}, {TASKS} tasks; host time, no kernel runs")
+    print(f"{'layer':32}{'forward':>12}{'fwd + bwd':>12}{'launches':>10}")
+    for name, forward, both, launches in measure(options.seconds):
+        print(f"{name:32}{forward:9.0f} us{both:9.0f} us{launches:10}")
+
+
+if __name__ == "__main__":
+    main()
