@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import statistics
 import time
@@ -23,6 +24,7 @@ from torch import Tensor
 import fastmtl
 from fastmtl import _backend, ops
 from fastmtl.benchmarks.machine import describe
+from fastmtl.ops._task import Geometry, TaskWeights
 
 TASKS = 8
 _NUMBERS = itertools.count(10_000)
@@ -89,6 +91,7 @@ class Layer(NamedTuple):
     name: str
     run: Callable[[], Tensor]
     leaves: list[Tensor]
+    launchers: Callable[[], Any]  # forward and backward without torch's part: operators, autograd
 
 
 def layers() -> list[Layer]:
@@ -106,18 +109,33 @@ def layers() -> list[Layer]:
     matrices = [leaf(32, 32) for _ in range(TASKS + 1)]
     gate = torch.rand(TASKS, requires_grad=True)
 
-    def conv(gate: Tensor | None = None) -> Callable[[], Tensor]:
-        return lambda: ops.task_conv2d(x, filters[0], filters[1:], plan, gate=gate, padding=1)
+    def conv(gate: Tensor | None = None) -> Layer:
+        def launch() -> None:
+            from fastmtl.kernels import task_conv2d
 
-    return [
-        Layer("conv 3x3, a list of deltas", conv(), [x, *filters]),
-        Layer("conv 3x3, and gates", conv(gate), [x, *filters, gate]),
-        Layer(
-            "linear, a list of deltas",
-            lambda: ops.task_linear(rows, matrices[0], matrices[1:], plan),
-            [rows, *matrices],
-        ),
-    ]
+            weights = TaskWeights(filters[0], filters[1:], range(TASKS), gate)
+            batch, geometry = (plan.order, plan.offsets), Geometry((1, 1), (1, 1))
+            y = task_conv2d.conv2d(x, weights, None, *batch, geometry)
+            wanted = [True, True, gate is not None, False]
+            task_conv2d.conv2d_backward(y, x, weights, None, *batch, geometry, wanted, range(TASKS))
+
+        leaves = [x, *filters] if gate is None else [x, *filters, gate]
+        name = "conv 3x3, a list of deltas" if gate is None else "conv 3x3, and gates"
+        return Layer(
+            name, lambda: ops.task_conv2d(x, filters[0], filters[1:], plan, gate=gate, padding=1), leaves, launch
+        )
+
+    def linear() -> Layer:
+        def launch() -> None:
+            _linear = importlib.import_module("fastmtl.ops.task_linear")  # the module, not the function
+            weights = matrices[0], matrices[1:], range(TASKS), None, None, plan.order, plan.offsets
+            y = _linear._triton(rows, *weights)
+            _linear._backward_triton(y, rows, *weights, [True, True, False, False], range(TASKS))
+
+        run = lambda: ops.task_linear(rows, matrices[0], matrices[1:], plan)  # noqa: E731
+        return Layer("linear, a list of deltas", run, [rows, *matrices], launch)
+
+    return [conv(), conv(gate), linear()]
 
 
 def microseconds(call: Callable[[], Any], seconds: float) -> float:
@@ -132,19 +150,28 @@ def microseconds(call: Callable[[], Any], seconds: float) -> float:
     return statistics.median(found)
 
 
-def measure(seconds: float) -> list[tuple[str, float, float, int]]:
-    """Of each layer: microseconds of the forward and of the backward, and launches of both."""
-    found = []
-    for layer in layers():
-        with stubbed(), torch.no_grad():
-            forward = microseconds(layer.run, seconds)
-        with stubbed():
-            grad_out = torch.empty_like(layer.run())
-            both = microseconds(lambda: torch.autograd.grad(layer.run(), layer.leaves, grad_out), seconds)  # noqa: B023
-        with stubbed(record=True) as launched:
+class Row(NamedTuple):
+    """Microseconds of the host: the op's forward, its forward and backward, and the launchers' part of the latter."""
+
+    name: str
+    forward: float
+    both: float
+    launchers: float
+    launches: int  # in forward and backward
+
+
+def measure(layer: Layer, seconds: float) -> Row:
+    with stubbed(), torch.no_grad():
+        forward = microseconds(layer.run, seconds)
+        launchers = microseconds(layer.launchers, seconds)
+    with stubbed():
+        grad_out = torch.empty_like(layer.run())
+        both = microseconds(lambda: torch.autograd.grad(layer.run(), layer.leaves, grad_out), seconds)
+    with stubbed(record=True) as launched:
+        for _ in range(2):
+            launched.clear()  # of the first call, which writes the tables of addresses
             torch.autograd.grad(layer.run(), layer.leaves, grad_out)
-        found.append((layer.name, forward, both, len(launched)))
-    return found
+    return Row(layer.name, forward, both, launchers, len(launched))
 
 
 def main() -> None:
@@ -153,10 +180,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     machine = describe(torch.device("cpu"))
-    print(f"{machine['device']}, torch {torch.__version__}, {TASKS} tasks; host time, no kernel runs")
-    print(f"{'layer':32}{'forward':>12}{'fwd + bwd':>12}{'launches':>10}")
-    for name, forward, both, launches in measure(options.seconds):
-        print(f"{name:32}{forward:9.0f} us{both:9.0f} us{launches:10}")
+    print(f"{machine['device']}, torch {torch.__version__}, {TASKS} tasks; microseconds of the host, no kernel runs")
+    print(f"{'layer':32}{'forward':>12}{'fwd + bwd':>12}{'launchers':>12}{'launches':>12}")
+    for row in (measure(layer, options.seconds) for layer in layers()):
+        print(f"{row.name:32}{row.forward:12.0f}{row.both:12.0f}{row.launchers:12.0f}{row.launches:12}")
 
 
 if __name__ == "__main__":

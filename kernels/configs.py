@@ -222,6 +222,11 @@ def _check_choice(choice: str, value: Any) -> None:
         raise ValueError(f"{choice}: expected numbers of at least 1, got {value!r}")
 
 
+def choices() -> tuple[Any, ...]:
+    """What is forced, for plans that depend on it."""
+    return tuple(_forced.items())
+
+
 def forced(choice: str) -> Any:
     return _forced.get(choice)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.kernels import configs
-from fastmtl.kernels._launch import in_interpreter, launch, pointer_table
+from fastmtl.kernels._launch import Prepared, in_interpreter, planned, pointer_table
 from fastmtl.kernels.conv_dgrad import task_conv2d_dgrad_kernel
 from fastmtl.kernels.conv_fwd import task_conv2d_fwd_kernel
 from fastmtl.kernels.conv_wgrad import (
@@ -25,7 +25,7 @@ from fastmtl.kernels.conv_wgrad import (
     wgrad_finish_kernel,
 )
 from fastmtl.kernels.stage import stage_kernel
-from fastmtl.ops._task import Geometry, TaskWeights, empty_gradients, memory_format
+from fastmtl.ops._task import Geometry, TaskWeights, empty_gradients, is_channels_last
 
 INT32_MAX = 2**31 - 1
 NO_DELTAS_STRIDES = (0,) * 5
@@ -74,40 +74,125 @@ class Deltas(NamedTuple):
     base: Tensor | None  # one `[T, ...]` tensor, or one of the list for its dtype and strides; None: no task has one
     table: Tensor | None  # addresses by task, 0 for none; None for one tensor
     strides: tuple[int, ...]  # t, co, ci, kh, kw
-    multiple: int  # of the strides and addresses, see `_multiple`
-    held: list[Tensor]  # what the table points to
+    aligned: bool  # whether addresses in the table are multiples of 16 bytes
+    held: Sequence[Tensor]  # what the table points to
+
+    @property
+    def multiple(self) -> int:
+        """Of the strides and addresses, see `_multiple`."""
+        return _multiple(self.base) if self.base is not None and self.aligned else 1
+
+    @property
+    def key(self) -> tuple[Any, ...] | None:
+        """What a plan depends on."""
+        return None if self.base is None else (*_sign(self.base), self.strides, self.aligned, self.table is None)
+
+
+NO_DELTAS = Deltas(None, None, NO_DELTAS_STRIDES, False, ())
+
+
+class Operand(NamedTuple):
+    """How the kernels come to W + s_t Delta_t."""
+
+    settled: dict[str, Any]  # of the kernels' arguments, but for pointers
+    stage: Prepared | None  # None: nothing is staged
+    workspace: tuple[int, ...]  # `[slots, Cout, kh, kw, Cin / groups]`, where something is
+    own: bool  # the stacked deltas are the tasks' weights, which are read as they are
+
+    def pointers(self, weights: TaskWeights, deltas: Deltas, gate: Tensor | None, batch: Batch, dtype: torch.dtype):
+        """The kernels' pointers; stages, if that is planned."""
+        p_w = deltas.base if self.own else weights.weight
+        if self.stage is not None:
+            p_w = torch.empty(self.workspace, dtype=dtype, device=batch.offsets.device)
+            self.stage(
+                p_out=p_w,
+                p_w=weights.weight,
+                p_delta=deltas.base,
+                p_table=deltas.table,
+                p_gate=gate,
+                p_offsets=batch.offsets,
+            )
+        return {"p_w": p_w, "p_delta": deltas.base, "p_table": deltas.table, "p_gate": gate}
+
+
+class Result(NamedTuple):
+    """Memory for a result: as the op promises it, and as the kernel writes it if that is another order."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    written: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, shape: Sequence[int], strides: Sequence[int], channels: int) -> Result:
+        """`channels`: of a group. Where they lie apart they are stored one at a time, which costs more than a copy."""
+        written = None
+        if strides[1] != 1 and channels >= configs.CHANNELS_LAST_MIN_CHANNELS:
+            written = torch.empty(shape, device="meta", memory_format=torch.channels_last).stride()
+        return cls(tuple(shape), tuple(strides), written)
+
+    @property
+    def kernel_strides(self) -> tuple[int, ...]:
+        return self.written or self.strides
+
+
+class ForwardPlan(NamedTuple):
+    result: Result
+    operand: Operand
+    product: Prepared
 
 
 def conv2d(
     x: Tensor, weights: TaskWeights, bias: Tensor | None, order: Tensor, offsets: Tensor, geometry: Geometry
 ) -> Tensor:
     """Forward: `[N, Cout, Ho, Wo]`, channels_last if x is; rows of no task are NaN."""
+    last = is_channels_last(x)
+    x = _by_channel(x, weights.shape[1])
+    batch = Batch.of(order, offsets)
+    gate = None if weights.gate is None else weights.gate.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    deltas = _deltas(weights.delta, weights.delta_tasks, batch.num_tasks)
+    key = ("forward", x.device, _sign(x), last, _sign(weights.weight), deltas.key, gate is None, _sign(bias))
+    plan = planned(
+        (*key, batch.num_tasks, geometry, configs.choices()),
+        lambda: _plan_forward(x, last, weights, deltas, bias, batch, geometry),
+    )
+    y = made = torch.empty_strided(plan.result.shape, plan.result.strides, dtype=x.dtype, device=x.device)
+    if plan.result.written is not None:
+        made = torch.empty_strided(plan.result.shape, plan.result.written, dtype=x.dtype, device=x.device)
+    operand = plan.operand.pointers(weights, deltas, gate, batch, x.dtype)
+    plan.product(**operand, p_x=x, p_bias=bias, p_y=made, p_order=order, p_offsets=offsets)
+    return y if made is y else y.copy_(made)
+
+
+def _plan_forward(
+    x: Tensor,
+    last: bool,
+    weights: TaskWeights,
+    deltas: Deltas,
+    bias: Tensor | None,
+    batch: Batch,
+    geometry: Geometry,
+) -> ForwardPlan:
+    """x: with its channels as they will be read; `last`: whether the given one is channels_last."""
     features, channels, kh, kw = weights.shape
     height, width = geometry.output_size(x.shape[2:], (kh, kw))
-    y = torch.empty(
-        (x.shape[0], features, height, width), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
-    )
-    x = _by_channel(x, channels)
-    batch, pixels, groups = Batch.of(order, offsets), height * width, geometry.groups
+    pixels, groups = height * width, geometry.groups
+    shape = (x.shape[0], features, height, width)
+    order = torch.channels_last if last else torch.contiguous_format
     features //= groups
+    result = Result.of(shape, torch.empty(shape, device="meta", memory_format=order).stride(), features)
+    y = torch.empty_strided(shape, result.kernel_strides, dtype=x.dtype, device="meta")
     rows = batch.rows_per_task(pixels)
-    deltas = _deltas(weights.delta, weights.delta_tasks, batch.num_tasks)
-    operand = _operand(x.dtype, weights, deltas, batch, rows)
+    operand = _plan_operand(x.dtype, weights, deltas, batch, rows)
     packed = channels <= configs.PACKED_MAX_CHANNELS
-    kernel = "fwd_packed" if packed else "fwd_fused" if operand["FUSED"] else "fwd"
+    kernel = "fwd_packed" if packed else "fwd_fused" if operand.settled["FUSED"] else "fwd"
     tile = configs.pick_tile(kernel, batch.parts, rows, features, groups, x)
-    launch(
+    product = Prepared(
         task_conv2d_fwd_kernel,
         (batch.row_tiles(pixels, tile.rows) * -(-features // tile.cols), groups),
         tile.num_warps,
         tile.num_stages,
-        p_x=x,
-        **operand,
-        p_gate=None if weights.gate is None else weights.gate.contiguous(),
-        p_bias=None if bias is None else bias.contiguous(),
-        p_y=y,
-        p_order=order,
-        p_offsets=offsets,
+        **operand.settled,
         num_samples=batch.num_samples,
         num_tasks=batch.num_tasks,
         height=x.shape[2],
@@ -132,7 +217,7 @@ def conv2d(
         BN=tile.cols,
         BK=tile.depth,
     )
-    return y
+    return ForwardPlan(result, operand, product)
 
 
 def conv2d_backward(
@@ -147,7 +232,8 @@ def conv2d_backward(
     wanted_delta: Sequence[int],
 ) -> list[Tensor]:
     """The gradients of x, weight, deltas, gate and bias, of these the wanted ones; as the reference gives them."""
-    out = empty_gradients(x, weights, bias, wanted, wanted_delta)
+    together = _together(weights, wanted_delta, offsets.shape[0] - 1)
+    out = empty_gradients(x, weights, bias, wanted, wanted_delta, together)
     left = iter(out)
     grad_x = next(left) if wanted[0] else None
     grad_weight = next(left) if wanted[1] and weights.weight is not None else None
@@ -174,8 +260,8 @@ def conv2d_backward(
             tuple(weights.shape),
             gate=weights.gate if by_task else None,
             deltas=deltas if grad_gate is not None else None,
-            grad_delta=grad_delta,
-            grad_tasks=tasks,
+            grad_delta=grad_delta if together is None else [together],
+            grad_tasks=tasks if together is None else [],
             grad_gate=grad_gate,
             grad_weight=grad_weight,
         )
@@ -197,28 +283,43 @@ def weight_grad(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, geo
 def _input_grad(
     grad_out: Tensor, grad_x: Tensor, weights: TaskWeights, deltas: Deltas, batch: Batch, geometry: Geometry
 ) -> None:
+    gate = None if weights.gate is None else weights.gate.contiguous()
+    key = ("input", grad_x.device, _sign(grad_out), _sign(grad_x), _sign(weights.weight), deltas.key, gate is None)
+    plan = planned(
+        (*key, batch.num_tasks, geometry, configs.choices()),
+        lambda: _plan_input_grad(grad_out, grad_x, weights, deltas, batch, geometry),
+    )
+    made = grad_x
+    if plan.result.written is not None:
+        made = torch.empty_strided(plan.result.shape, plan.result.written, dtype=grad_x.dtype, device=grad_x.device)
+    operand = plan.operand.pointers(weights, deltas, gate, batch, grad_out.dtype)
+    plan.product(**operand, p_dy=grad_out, p_dx=made, p_order=batch.order, p_offsets=batch.offsets)
+    if made is not grad_x:
+        grad_x.copy_(made)
+
+
+def _plan_input_grad(
+    grad_out: Tensor, grad_x: Tensor, weights: TaskWeights, deltas: Deltas, batch: Batch, geometry: Geometry
+) -> ForwardPlan:
     features, channels, kh, kw = weights.shape
     groups, (sh, sw) = geometry.groups, geometry.stride
     features //= groups
     height, width = grad_x.shape[2:]
+    result = Result.of(grad_x.shape, grad_x.stride(), channels)
+    made = torch.empty_strided(grad_x.shape, result.kernel_strides, dtype=grad_x.dtype, device="meta")
     # of the largest residue class
     pixels = -(-height // sh) * -(-width // sw)
     rows = batch.rows_per_task(pixels)
-    operand = _operand(grad_out.dtype, weights, deltas, batch, rows)
+    operand = _plan_operand(grad_out.dtype, weights, deltas, batch, rows)
     tile = configs.pick_tile(
-        "dgrad_fused" if operand["FUSED"] else "dgrad", batch.parts, rows, channels, groups * sh * sw, grad_out
+        "dgrad_fused" if operand.settled["FUSED"] else "dgrad", batch.parts, rows, channels, groups * sh * sw, grad_out
     )
-    launch(
+    product = Prepared(
         task_conv2d_dgrad_kernel,
         (batch.row_tiles(pixels, tile.rows) * -(-channels // tile.cols), groups, sh * sw),
         tile.num_warps,
         tile.num_stages,
-        p_dy=grad_out,
-        **operand,
-        p_gate=None if weights.gate is None else weights.gate.contiguous(),
-        p_dx=grad_x,
-        p_order=batch.order,
-        p_offsets=batch.offsets,
+        **operand.settled,
         num_samples=batch.num_samples,
         num_tasks=batch.num_tasks,
         height=height,
@@ -228,21 +329,34 @@ def _input_grad(
         channels=channels,
         features=features,
         **_named("pad", "h w", geometry.padding),
-        **_named("x", "n c h w", grad_x.stride()),
+        **_named("x", "n c h w", made.stride()),
         **_named("y", "n c h w", grad_out.stride()),
         **_filter_constants(kh, kw, geometry),
         STEP_H=sh // math.gcd(sh, geometry.dilation[0]),
         STEP_W=sw // math.gcd(sw, geometry.dilation[1]),
         EDGES=not geometry.pixelwise((kh, kw)),
-        MULTIPLE=_multiple(grad_x, grad_out, sizes=(channels, features)),
+        MULTIPLE=_multiple(made, grad_out, sizes=(channels, features)),
         SMALL=pixels <= configs.SMALL_PIXELS,
-        WIDE=_wide(batch.num_samples * pixels, (grad_x, grad_out), _held(weights)),
+        WIDE=_wide(batch.num_samples * pixels, (made, grad_out), _held(weights)),
         CAST=in_interpreter(),
         TB=batch.block,
         BM=tile.rows,
         BN=tile.cols,
         BK=tile.depth,
     )
+    return ForwardPlan(result, operand, product)
+
+
+class WeightPlan(NamedTuple):
+    """`product` writes all, or, where rows are split, `parts`, of which `finish` makes the rest."""
+
+    product: Prepared
+    finish: Prepared | None
+    parts: tuple[int, int]
+    total: tuple[int, ...] | None  # sums of W's gradient over chunks of tasks, which `add` adds up
+    add: Prepared | None
+    gate_parts: tuple[int, int]
+    gate: Prepared | None
 
 
 def _weight_grads(
@@ -259,60 +373,86 @@ def _weight_grads(
     grad_weight: Tensor | None = None,
 ) -> None:
     """One walk over the batch for the gradients of W, deltas and gate. `deltas` are read for the gate's only."""
-    features, channels, kh, kw = shape
-    groups, pixels = geometry.groups, grad_out.shape[2] * grad_out.shape[3]
-    size = features * channels * kh * kw
     if deltas is None or deltas.base is None:
         if grad_gate is not None:
             grad_gate.zero_()
             grad_gate = None
-        deltas = Deltas(None, None, NO_DELTAS_STRIDES, 1, [])
+        deltas = NO_DELTAS
         if grad_weight is None and not grad_delta:
             return
     # gradients of another memory order than the first's are written in its order, and copied
     grads = _deltas(grad_delta, grad_tasks, batch.num_tasks, copy=False)
+    gate = None if gate is None else gate.contiguous()
+    key = ("weights", x.device, _sign(x), _sign(grad_out), shape, deltas.key, grads.key, _sign(grad_weight))
+    plan = planned(
+        (*key, grad_gate is None, batch.num_tasks, batch.num_samples, geometry, configs.choices()),
+        lambda: _plan_weight_grads(x, grad_out, batch, geometry, shape, deltas, grads, grad_gate, grad_weight),
+    )
+    total, gate_parts = grad_weight, None
+    if plan.total is not None:
+        total = torch.empty(plan.total, dtype=torch.float32, device=x.device)
+    if plan.gate is not None:
+        gate_parts = torch.empty(plan.gate_parts, dtype=torch.float32, device=x.device)
+    read = {"p_x": x, "p_dy": grad_out, "p_order": batch.order, "p_offsets": batch.offsets, "p_gate": gate}
+    written = {"p_grad": grads.base, "p_grad_table": grads.table}
+    into = {**written, "p_delta": deltas.base, "p_table": deltas.table, "p_partial": gate_parts, "p_dw": total}
+    if plan.finish is None:
+        plan.product(**read, **into)
+    else:
+        parts = torch.empty(plan.parts, dtype=torch.float32, device=x.device)
+        plan.product(**read, **written, p_parts=parts)
+        plan.finish(p_parts=parts, p_offsets=batch.offsets, p_gate=gate, **into)
+    if plan.add is not None:
+        plan.add(p_parts=total, p_out=grad_weight)
+    if plan.gate is not None:
+        plan.gate(p_partial=gate_parts, p_out=grad_gate)
+    for made, grad in zip(grads.held, grad_delta, strict=True):
+        if made is not grad:
+            grad.copy_(made)
+
+
+def _plan_weight_grads(
+    x: Tensor,
+    grad_out: Tensor,
+    batch: Batch,
+    geometry: Geometry,
+    shape: tuple[int, ...],
+    deltas: Deltas,
+    grads: Deltas,
+    grad_gate: Tensor | None,
+    grad_weight: Tensor | None,
+) -> WeightPlan:
+    features, channels, kh, kw = shape
+    groups, pixels = geometry.groups, grad_out.shape[2] * grad_out.shape[3]
+    size = features * channels * kh * kw
     filter_ = configs.Filter.of(features, channels, kh * kw, groups)
     rows, summed = batch.num_samples * pixels, grad_weight is not None
     plan = configs.pick_wgrad(filter_, batch.num_tasks, batch.parts, rows, summed, x)
     tile, tiles, rows_out = plan.tile, filter_.tiles(plan.tile), filter_.rows
     chunks = -(-batch.num_tasks // plan.chunk_tasks)
 
-    total, total_strides = grad_weight, (0, 0, 0, 0, 0)
-    if grad_weight is not None and chunks > 1:
-        total = torch.empty((chunks, features, kh, kw, channels), dtype=torch.float32, device=x.device)
-        total_strides = (size, kh * kw * channels, 1, kw * channels, channels)
-    elif grad_weight is not None:
-        total_strides = (0, *grad_weight.stride())
+    total, total_strides, total_multiple = None, (0, 0, 0, 0, 0), 1
+    if grad_weight is not None:
+        total_dtype, total_strides = grad_weight.dtype, (0, *grad_weight.stride())
+        if chunks > 1:
+            total, total_dtype = (chunks, features, kh, kw, channels), torch.float32
+            total_strides = (size, kh * kw * channels, 1, kw * channels, channels)
+        total_multiple = _multiple_of(total_dtype, *total_strides[:2], *total_strides[3:])
     blocks = -(-size // configs.FINISH_BLOCK)
-    gate_parts = None
-    if grad_gate is not None:
-        count = tiles * groups if plan.split_rows == 0 else blocks
-        gate_parts = torch.empty((batch.num_tasks, count), dtype=torch.float32, device=x.device)
+    gate_parts = (batch.num_tasks, tiles * groups if plan.split_rows == 0 else blocks)
     written = [w for w in (grad_weight, grads.base, deltas.base) if w is not None]
-    wide = _wide(batch.num_samples * pixels, (x, grad_out), written)
-    gate = None if gate is None else gate.contiguous()
+    wide = _wide(rows, (x, grad_out), written)
     into: dict[str, Any] = {
-        "p_gate": gate,
-        "p_delta": deltas.base,
-        "p_table": deltas.table,
-        "p_grad": grads.base,
-        "p_grad_table": grads.table,
-        "p_partial": gate_parts,
-        "p_dw": total,
         "num_tasks": batch.num_tasks,
         "chunk_tasks": plan.chunk_tasks,
         **_named("d", "t co ci kh kw", deltas.strides),
         **_named("g", "t co ci kh kw", grads.strides),
         **_named("w", "chunk co ci kh kw", total_strides),
-        "W_MULTIPLE": 1 if total is None else _multiple_of(total.dtype, *total_strides[:2], *total_strides[3:]),
+        "W_MULTIPLE": total_multiple,
         "D_MULTIPLE": deltas.multiple,
         "G_MULTIPLE": grads.multiple,
     }
     read: dict[str, Any] = {
-        "p_x": x,
-        "p_dy": grad_out,
-        "p_order": batch.order,
-        "p_offsets": batch.offsets,
         "height": x.shape[2],
         "width": x.shape[3],
         "out_width": grad_out.shape[3],
@@ -333,36 +473,30 @@ def _weight_grads(
         "BN": tile.cols,
         "BP": tile.depth,
     }
+    finish, parts = None, (0, size)
+    options = (tile.num_warps, tile.num_stages)
     if plan.split_rows == 0:
-        grid = (tiles, groups, chunks)
-        launch(task_conv2d_wgrad_walk_kernel, grid, tile.num_warps, tile.num_stages, **read, **into)
+        product = Prepared(task_conv2d_wgrad_walk_kernel, (tiles, groups, chunks), *options, **read, **into)
     else:
-        splits = batch.row_tiles(pixels, plan.split_rows)
-        parts = torch.empty((splits, size), dtype=torch.float32, device=x.device)
-        launch(
+        parts = (batch.row_tiles(pixels, plan.split_rows), size)
+        product = Prepared(
             task_conv2d_wgrad_split_kernel,
-            (tiles, groups, splits),
-            tile.num_warps,
-            tile.num_stages,
+            (tiles, groups, parts[0]),
+            *options,
             **read,
-            p_gate=gate,
-            p_grad=grads.base,
-            p_grad_table=grads.table,
-            p_parts=parts,
             num_samples=batch.num_samples,
             num_tasks=batch.num_tasks,
             split_rows=plan.split_rows,
             size=size,
-            DELTA_ONLY=total is None and gate_parts is None,
+            DELTA_ONLY=grad_weight is None and grad_gate is None,
             TB=batch.block,
         )
-        _finish(parts, batch, pixels, plan.split_rows, (size, channels, kh, kw), wide, chunks, into)
-    if total is not grad_weight and grad_weight is not None:
-        launch(
+        finish = _plan_finish(batch, pixels, plan.split_rows, (size, channels, kh, kw), wide, chunks, into)
+    add = gate = None
+    if total is not None:
+        add = Prepared(
             sum_parts_kernel,
             (blocks,),
-            p_parts=total,
-            p_out=grad_weight,
             count=chunks,
             size=size,
             channels=channels,
@@ -374,21 +508,11 @@ def _weight_grads(
             BE=configs.FINISH_BLOCK,
         )
     if grad_gate is not None:
-        launch(
-            gate_grad_kernel,
-            (batch.num_tasks,),
-            p_partial=gate_parts,
-            p_out=grad_gate,
-            count=gate_parts.shape[1],
-            BE=configs.FINISH_BLOCK,
-        )
-    for made, grad in zip(grads.held, grad_delta, strict=True):
-        if made is not grad:
-            grad.copy_(made)
+        gate = Prepared(gate_grad_kernel, (batch.num_tasks,), count=gate_parts[1], BE=configs.FINISH_BLOCK)
+    return WeightPlan(product, finish, parts, total, add, gate_parts, gate)
 
 
-def _finish(
-    parts: Tensor,
+def _plan_finish(
     batch: Batch,
     pixels: int,
     split_rows: int,
@@ -396,43 +520,53 @@ def _finish(
     wide: bool,
     chunks: int,
     into: dict[str, Any],
-) -> None:
+) -> Prepared:
     size, channels, kh, kw = shape
-    launch(
+    return Prepared(
         wgrad_finish_kernel,
         (-(-size // configs.FINISH_BLOCK), chunks),
         **into,
-        p_parts=parts,
-        p_offsets=batch.offsets,
         pixels=pixels,
         split_rows=split_rows,
         channels=channels,
         size=size,
         KH=kh,
         KW=kw,
-        MULTIPLE=_multiple_of(parts.dtype, channels),
+        MULTIPLE=_multiple_of(torch.float32, channels),
         WIDE=wide,
         TB=batch.block,
         BE=configs.FINISH_BLOCK,
     )
 
 
+class BiasPlan(NamedTuple):
+    parts: tuple[int, int]
+    product: Prepared
+    finish: Prepared
+
+
 def _bias_grad(grad_out: Tensor, batch: Batch, grad_bias: Tensor) -> None:
     """Sums of grad_out by task, `[T, Cout]`, or over one, `[Cout]`."""
+    plan = planned(
+        ("bias", grad_out.device, _sign(grad_out), batch.num_tasks, configs.choices()),
+        lambda: _plan_bias_grad(grad_out, batch),
+    )
+    parts = torch.empty(plan.parts, dtype=torch.float32, device=grad_out.device)
+    plan.product(p_dy=grad_out, p_order=batch.order, p_offsets=batch.offsets, p_parts=parts)
+    none = dict.fromkeys(("p_gate", "p_delta", "p_table", "p_grad_table", "p_partial", "p_dw"))
+    plan.finish(p_parts=parts, p_offsets=batch.offsets, p_grad=grad_bias, **none)
+
+
+def _plan_bias_grad(grad_out: Tensor, batch: Batch) -> BiasPlan:
     features, pixels = grad_out.shape[1], grad_out.shape[2] * grad_out.shape[3]
     columns, rows = configs.BIAS_TILE
     blocks = -(-features // columns)
     split_rows = configs.pick_split_rows(blocks, batch.num_samples * pixels, rows, grad_out)
     splits = batch.row_tiles(pixels, split_rows)
-    parts = torch.empty((splits, features), dtype=torch.float32, device=grad_out.device)
     wide = _wide(batch.num_samples * pixels, (grad_out,))
-    launch(
+    product = Prepared(
         bias_grad_kernel,
         (blocks, splits),
-        p_dy=grad_out,
-        p_order=batch.order,
-        p_offsets=batch.offsets,
-        p_parts=parts,
         num_samples=batch.num_samples,
         num_tasks=batch.num_tasks,
         split_rows=split_rows,
@@ -449,8 +583,6 @@ def _bias_grad(grad_out: Tensor, batch: Batch, grad_bias: Tensor) -> None:
     )
     # the same finish as for a filter of one tap and one channel, with each task's sum as its delta's gradient
     into: dict[str, Any] = {
-        **dict.fromkeys(("p_gate", "p_delta", "p_table", "p_grad_table", "p_partial", "p_dw")),
-        "p_grad": grad_bias,
         "num_tasks": batch.num_tasks,
         "chunk_tasks": 1,
         **_named("d", "t co ci kh kw", NO_DELTAS_STRIDES),
@@ -460,7 +592,8 @@ def _bias_grad(grad_out: Tensor, batch: Batch, grad_bias: Tensor) -> None:
         "D_MULTIPLE": 1,
         "G_MULTIPLE": 1,
     }
-    _finish(parts, batch, pixels, split_rows, (features, 1, 1, 1), wide, batch.num_tasks, into)
+    finish = _plan_finish(batch, pixels, split_rows, (features, 1, 1, 1), wide, batch.num_tasks, into)
+    return BiasPlan((splits, features), product, finish)
 
 
 # --- operands
@@ -475,10 +608,10 @@ def _by_channel(x: Tensor, channels: int) -> Tensor:
 
 def _deltas(tensors: Sequence[Tensor], tasks: Sequence[int], num_tasks: int, copy: bool = True) -> Deltas:
     if not tensors:
-        return Deltas(None, None, NO_DELTAS_STRIDES, 1, [])
+        return NO_DELTAS
     if not tasks:
         (stacked,) = tensors
-        return Deltas(stacked, None, stacked.stride(), _multiple(stacked), [stacked])
+        return Deltas(stacked, None, stacked.stride(), True, tensors)
     # one kernel meets them all with the same strides: for odd ones there are others in their place
     strides = tensors[0].stride()
     same = [d if d.stride() == strides else d.new_empty_strided(d.shape, strides) for d in tensors]
@@ -487,41 +620,66 @@ def _deltas(tensors: Sequence[Tensor], tasks: Sequence[int], num_tasks: int, cop
         if copy and d is not given:
             d.copy_(given)
         by_task[t] = d
-    multiple = _multiple(same[0]) if all(d.data_ptr() % 16 == 0 for d in same) else 1
-    return Deltas(same[0], pointer_table(by_task), (0, *strides), multiple, same)
+    aligned = all(d.data_ptr() % 16 == 0 for d in same)
+    return Deltas(same[0], pointer_table(by_task), (0, *strides), aligned, same)
 
 
-def _operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batch: Batch, rows: int) -> dict[str, Any]:
-    """The kernels' arguments for W + s_t Delta_t: staged here, or to be added in their main loop."""
+def _together(weights: TaskWeights, wanted_delta: Sequence[int], num_tasks: int) -> Tensor | None:
+    """Memory for the gradients of a list, `[T, ...]`, if every task has one and wants it; else None.
+
+    One allocation in place of T, and no table of addresses. Each begins at a multiple of 128 bytes.
+    """
+    if list(weights.delta_tasks) != list(range(num_tasks)) or len(wanted_delta) < num_tasks:
+        return None
+    first = weights.delta[0]
+    last = is_channels_last(first)
+    if any(d.stride() != first.stride() and is_channels_last(d) != last for d in weights.delta):
+        return None
+    shape, strides = planned(
+        ("together", num_tasks, last, _sign(first)), lambda: _plan_together(first, last, num_tasks)
+    )
+    return torch.empty_strided(shape, strides, dtype=first.dtype, device=first.device)
+
+
+def _plan_together(first: Tensor, last: bool, num_tasks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    # in the memory order of `like_parameter`
+    order = torch.channels_last if last else torch.contiguous_format
+    strides = torch.empty(first.shape, device="meta", memory_format=order).stride()
+    line = 128 // first.element_size()
+    return (num_tasks, *first.shape), (-(-first.numel() // line) * line, *strides)
+
+
+def _plan_operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batch: Batch, rows: int) -> Operand:
+    """For W + s_t Delta_t: staged, or to be added in the kernels' main loop."""
     weight, (features, channels, kh, kw) = weights.weight, weights.shape
-    common = {"p_delta": deltas.base, "p_table": deltas.table, "D_MULTIPLE": deltas.multiple}
     w_strides = (0,) * 4 if weight is None else weight.stride()
+    w_multiple = 1 if weight is None else _multiple(weight)
     given = {
-        **common,
-        "p_w": weight,
-        "W_MULTIPLE": 1 if weight is None else _multiple(weight),
+        "W_MULTIPLE": w_multiple,
+        "D_MULTIPLE": deltas.multiple,
         "shared_slot": 0,
         **_named("w", "t co ci kh kw", (0, *w_strides)),
         **_named("d", "t co ci kh kw", deltas.strides),
+        "FUSED": False,
     }
+    # of what is not read: constants, so that layers share a compiled kernel
+    unread = {**_named("d", "t co ci kh kw", NO_DELTAS_STRIDES), "D_MULTIPLE": 1}
     if deltas.base is None and weight is not None and weight.dtype == dtype and weight.stride(1) == 1:
         # every task sees W, which can be read as it is
-        return {**given, "FUSED": False}
+        return Operand(given, None, (), False)
     if weight is None and weights.stacked and weights.gate is None:
         (delta,) = weights.delta
         if delta.dtype == dtype and deltas.strides[2] == 1:
             # the tasks' own weights lie in slots as a workspace's would
-            own = {**_named("w", "t co ci kh kw", deltas.strides), **_named("d", "t co ci kh kw", NO_DELTAS_STRIDES)}
-            return {**given, **own, "p_w": delta, "W_MULTIPLE": deltas.multiple, "D_MULTIPLE": 1, "FUSED": False}
+            own = {**_named("w", "t co ci kh kw", deltas.strides), "W_MULTIPLE": deltas.multiple}
+            return Operand({**given, **own, **unread}, None, (), True)
     contiguous = (weight is None or weight.stride(1) == 1) and (deltas.base is None or deltas.strides[2] == 1)
     if configs.pick_schedule(rows, contiguous) == "fused":
-        return {**given, "FUSED": True}
+        return Operand({**given, "FUSED": True}, None, (), False)
     slots = 1 if deltas.base is None else batch.num_tasks + 1
-    staged = torch.empty((slots, features, kh, kw, channels), dtype=dtype, device=batch.offsets.device)
     size = features * channels * kh * kw
     shape = {"channels": channels, "rows": features * channels, "KH": kh, "KW": kw}
     strides = {**_named("w", "co ci kh kw", w_strides), **_named("d", "t co ci kh kw", deltas.strides)}
-    w_multiple = given["W_MULTIPLE"]
     dense = (kh * kw * channels, 1, kw * channels, channels)
     if all(
         n == 1 or s in (None, d)
@@ -540,15 +698,9 @@ def _operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batch: Ba
         w_multiple = 1 if weight is None else _multiple_of(weight.dtype)
     taps = configs.next_power_of_2(shape["KH"] * shape["KW"])
     block = max(16, configs.STAGE_BLOCK // taps)
-    launch(
+    stage = Prepared(
         stage_kernel,
         (-(-shape["rows"] // block), slots),
-        p_out=staged,
-        p_w=weight,
-        p_delta=deltas.base,
-        p_table=deltas.table,
-        p_gate=None if weights.gate is None else weights.gate.contiguous(),
-        p_offsets=batch.offsets,
         num_tasks=slots - 1,
         **shape,
         **strides,
@@ -559,17 +711,12 @@ def _operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batch: Ba
         BR=block,
         BT=taps,
     )
-    return {
-        **common,
-        "p_w": staged,
+    staged = {
         "shared_slot": slots - 1,
         **_named("w", "t co ci kh kw", (size, kh * kw * channels, 1, kw * channels, channels)),
-        # not read any more: constants, so that layers share a compiled kernel
-        **_named("d", "t co ci kh kw", NO_DELTAS_STRIDES),
         "W_MULTIPLE": _multiple_of(dtype, channels),
-        "D_MULTIPLE": 1,
-        "FUSED": False,
     }
+    return Operand({**given, **staged, **unread}, stage, (slots, features, kh, kw, channels), False)
 
 
 def _held(weights: TaskWeights) -> list[Tensor]:
@@ -577,6 +724,11 @@ def _held(weights: TaskWeights) -> list[Tensor]:
 
 
 # --- arguments
+
+
+def _sign(x: Tensor | None) -> tuple[Any, ...] | None:
+    """What a plan depends on of a tensor."""
+    return None if x is None else (x.dtype, x.shape, x.stride())
 
 
 def _named(prefix: str, names: str, values: Sequence[int]) -> dict[str, int]:

@@ -151,16 +151,27 @@ def like_stacked(delta: Tensor) -> Tensor:
 
 
 def empty_gradients(
-    x: Tensor, weights: TaskWeights, bias: Tensor | None, wanted: Sequence[bool], wanted_delta: Sequence[int]
+    x: Tensor,
+    weights: TaskWeights,
+    bias: Tensor | None,
+    wanted: Sequence[bool],
+    wanted_delta: Sequence[int],
+    together: Tensor | None = None,
 ) -> list[Tensor]:
-    """Memory for what a backward op returns: x, weight, deltas, gate, bias, of these the wanted ones."""
+    """Memory for what a backward op returns: x, weight, deltas, gate, bias, of these the wanted ones.
+
+    `together`: memory for those of the deltas, one after another.
+    """
     out = []
     if wanted[0]:
         out.append(torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
     if wanted[1] and weights.weight is not None:
         out.append(like_parameter(weights.weight))
-    for k in wanted_delta:
-        out.append(like_stacked(weights.delta[k]) if weights.stacked else like_parameter(weights.delta[k]))
+    if together is not None:
+        out.extend(together.unbind(0))
+    else:
+        for k in wanted_delta:
+            out.append(like_stacked(weights.delta[k]) if weights.stacked else like_parameter(weights.delta[k]))
     for want, p in zip(wanted[2:], (weights.gate, bias), strict=True):
         if want and p is not None:
             out.append(torch.empty(p.shape, dtype=p.dtype, device=p.device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -44,7 +44,6 @@ import triton.language as tl
 
 from fastmtl.kernels import _launch, configs
 from fastmtl.kernels import task_conv2d as launchers
-from fastmtl.kernels._launch import launch
 from fastmtl.kernels.configs import Tile
 from fastmtl.kernels.stage import quotient
 from fastmtl.ops._task import TRITON_MAX_TASKS, Geometry, TaskWeights, triton_declines
@@ -68,8 +67,30 @@ FUSED = {"schedule": "fused", "mode": "split", "split_rows": 16, "chunks": 2}
 
 @pytest.fixture(autouse=True)
 def small_tiles() -> Iterator[None]:
-    with fastmtl.use_backend("triton"), configs.force(**SMALL):
+    with fastmtl.use_backend("triton"), configs.force(**SMALL), _launch.forgetting():
         yield
+
+
+class Seen(NamedTuple):
+    """A launch, as it is made."""
+
+    name: str
+    grid: tuple[int, ...]
+    settled: dict[str, Any]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
+    """Takes the launches of a test."""
+    found: list[Seen] = []
+    call = _launch.Prepared.__call__
+
+    def launch(self: _launch.Prepared, **pointers: Tensor | None) -> None:
+        found.append(Seen(self._fn.__name__, self._grid, self._settled))
+        call(self, **pointers)
+
+    monkeypatch.setattr(_launch.Prepared, "__call__", launch)
+    return found
 
 
 def assert_close(x: Tensor, exact: Tensor, size: Tensor, dtype: torch.dtype) -> None:
@@ -500,10 +521,8 @@ def test_rules() -> None:
 
 
 @pytest.mark.parametrize("mode", ["walk", "split"])
-def test_grids_of_the_most_tasks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grids_of_the_most_tasks(mode: str, seen: list[Seen]) -> None:
     """With more samples than tasks, so that every split may hold a task of its own."""
-    grids: list[tuple[str, tuple[int, ...]]] = []
-    monkeypatch.setattr(launchers, "launch", lambda fn, grid, *args, **kwargs: grids.append((fn.__name__, grid)))
     tasks, samples = TRITON_MAX_TASKS, 2 * TRITON_MAX_TASKS
     x, y, weight, delta, gate, bias = (
         torch.empty(size, device="meta")
@@ -511,13 +530,13 @@ def test_grids_of_the_most_tasks(mode: str, monkeypatch: pytest.MonkeyPatch) -> 
     )
     order, offsets = (torch.empty(n, dtype=torch.int64, device="meta") for n in (samples, tasks + 1))
     weights = TaskWeights(weight, [delta], [], gate)
-    with configs.force(**dict.fromkeys(SMALL), schedule="staged", mode=mode):
+    with configs.force(**dict.fromkeys(SMALL), schedule="staged", mode=mode), _launch.recording():
         launchers.conv2d(x, weights, bias, order, offsets, Geometry())
         launchers.conv2d_backward(y, x, weights, bias, order, offsets, Geometry(), [True] * 4, [0])
-    names = {name for name, _ in grids}
+    names = {made.name for made in seen}
     assert {"stage_kernel", f"task_conv2d_wgrad_{mode}_kernel", "bias_grad_kernel", "wgrad_finish_kernel"} <= names
-    assert tasks < max(max(grid[1:], default=0) for _, grid in grids) < 65_536
-    assert max(grid[0] for _, grid in grids) < 2**31
+    assert tasks < max(max(each.grid[1:]) for each in seen) < 65_536
+    assert max(each.grid[0] for each in seen) < 2**31
 
 
 def test_more_tasks_than_a_grid_has_programs() -> None:
@@ -546,22 +565,22 @@ def test_more_tasks_than_a_grid_has_programs() -> None:
 @pytest.mark.parametrize(
     "layouts", [("contiguous",) * 2, ("channels_last",) * 2, ("channels_last", "contiguous")], ids=str
 )
-def test_staging_skips_what_nobody_needs(layouts: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staging_skips_what_nobody_needs(layouts: tuple[str, str], seen: list[Seen]) -> None:
     """Slots of closed and absent tasks are not written: the kernels take W's slot for them."""
     case = ConvCase(num_tasks=4, gate="zeros", ids="absent", n=5, delta="list", cout=3)
     made = case.make()
     # filters in the workspace's own order are a line of elements, if both are
     made.weight, made.delta = LAYOUTS[layouts[0]](made.weight), [LAYOUTS[layouts[1]](d) for d in made.delta]
-    taps = []
-    monkeypatch.setattr(
-        launchers, "launch", lambda *args, **kwargs: (taps.append(kwargs["KH"]), launch(*args, **kwargs))
-    )
     weights = TaskWeights(made.weight, made.delta, [0, 1, 2, 3], made.gate)
     order, offsets = reference.task_plan(made.task_ids, 4)
     deltas = launchers._deltas(weights.delta, weights.delta_tasks, 4)
     with configs.force(schedule="staged"):
-        staged = launchers._operand(F32, weights, deltas, launchers.Batch.of(order, offsets), 64)["p_w"]
-    assert taps == [1 if layouts == ("channels_last",) * 2 else 3]
+        batch = launchers.Batch.of(order, offsets)
+        operand = launchers._plan_operand(F32, weights, deltas, batch, 64)
+        staged = operand.pointers(weights, deltas, made.gate, batch, F32)["p_w"]
+    assert [each.settled["KH"] for each in seen if each.name == "stage_kernel"] == [
+        1 if layouts == ("channels_last",) * 2 else 3
+    ]
     open_tasks = [t for t in present_tasks(case, made) if made.gate[t] != 0]
     assert torch.equal(staged[4], made.weight.permute(0, 2, 3, 1))
     for t in range(4):
@@ -624,13 +643,9 @@ def test_weights_past_32_bits(held: str, far: str, forced: dict[str, Any], far_m
     ],
     ids=str,
 )
-def test_separate_weights_are_read_as_they_are(case: ConvCase, copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = []
-    launch = launchers.launch
-    monkeypatch.setattr(
-        launchers, "launch", lambda fn, *args, **kwargs: (names.append(fn.__name__), launch(fn, *args, **kwargs))
-    )
+def test_separate_weights_are_read_as_they_are(case: ConvCase, copied: bool, seen: list[Seen]) -> None:
     check(case, **STAGED)
+    names = [made.name for made in seen]
     assert ("stage_kernel" in names) == copied
     assert {"task_conv2d_fwd_kernel", "task_conv2d_dgrad_kernel"} < set(names)
 
