@@ -87,7 +87,9 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        found = _TARGET.search(self.operands) if self.name.split(".")[0] == "BRA" else None
+        """Where a branch goes. A call under a predicate is one too, over a far branch; others come back."""
+        name = self.name.split(".")[0]
+        found = _TARGET.search(self.operands) if name == "BRA" or (name == "CALL" and self.guarded) else None
         return int(found[1], 16) if found else None
 
     @property

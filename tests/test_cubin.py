@@ -148,6 +148,9 @@ def test_fields_of_an_instruction() -> None:
     assert {text: parse(line(0, text))[0].loads for text in widths} == widths
     branches = {"BRA 0x10": False, "@P0 BRA 0x10": True, "BRA P1, 0x10": True, "EXIT": False, "@P0 EXIT": True}
     assert {text: parse(line(0, text))[0].falls_through for text in branches} == branches
+    # sm_80 goes around a far branch by a call under a predicate; another call comes back
+    targets = {"BRA P1, 0x10": 16, "@P0 CALL.REL.NOINC 0x20": 32, "CALL.REL.NOINC 0x20": None, "NOP": None}
+    assert {text: parse(line(0, text))[0].target for text in targets} == targets
 
 
 @pytest.mark.parametrize(
