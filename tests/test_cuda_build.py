@@ -5,12 +5,12 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import functools
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import pytest
 from torch.utils import cpp_extension
 
 from fastmtl import _backend
+from fastmtl.benchmarks import cubin
 
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -29,7 +30,6 @@ REGISTERS = {1: 255, 2: 128, 3: 80}
 
 _DTYPES = {"f": "f32", "d": "f64", "13__nv_bfloat16": "bf16", "6__half": "f16"}
 _ARGUMENTS = re.compile(r"(?:I(f|d|13__nv_bfloat16|6__half)?((?:Li\d+E)*)E)?")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 
 
 class Kernel(NamedTuple):
@@ -50,6 +50,7 @@ class Built(NamedTuple):
     stack: int
     shared: int
     instructions: collections.Counter[str]
+    loops: tuple[cubin.Loop, ...] = ()
 
     def has(self, pattern: str) -> bool:
         return any(re.match(pattern, name) for name in self.instructions)
@@ -85,6 +86,62 @@ MATRIX_INSTRUCTIONS = {
     "bf16": r"HMMA\.16816\.F32\.BF16",
     "f16": r"HMMA\.16816\.F32$",
 }
+
+# Rounds of load latency in a step, at most, of the loops that are bound by memory. One is what loads into registers can
+# have. More, with the reason:
+ROUNDS = {
+    # a queue of two steps or more in shared memory
+    ("gram_mma_kernel", "rows"): 0.5,
+    # A lane's elements are unpacked between the loads. On an H100 and an H200 that cost 2 to 16 per cent (bfloat16, 8
+    # tasks, beside float32); rows held as words, as in combine.cuh, would be one round, and wait for a GPU.
+    ("gram_rows_kernel", "rows", "bf16"): 3,
+    ("gram_rows_kernel", "rows", "f16"): 3,
+    # lists: the rows' pointers come out of device memory first
+    ("combine_split_kernel", "rows"): 2,
+    # Once a call. 16 loads of a thread, 32 from 17 tasks on, are more than six scoreboards tell apart: a wait for the
+    # pointer of one is a wait for another.
+    ("gram_rows_kernel", "sums"): 2,
+    ("gram_mma_kernel", "sums"): 3,
+}
+# loads to a round of sums, whatever the rounds: less was measured to take tens of microseconds
+SUMS_AT_ONCE = 8
+
+
+def memory_bound(kernel: Kernel, loop: cubin.Loop) -> str | None:
+    """Which loop that is: "rows" walks the gradients, 16 bytes a load; "sums" adds up what blocks have left. Others
+    are tables of lists, rows that are not aligned, and the T x T problem.
+    """
+    widest, count = max(loop.loads.items())
+    if kernel.name == "gram_mma_kernel":
+        rows = loop.has(r"[HD]MMA")
+    else:
+        rows = kernel.name in ("gram_rows_kernel", "combine_kernel", "combine_split_kernel")
+    if widest == 16 and rows:
+        return "rows"
+    # past the first-level cache
+    sums = widest == 8 and count >= 2 * SUMS_AT_ONCE and loop.has("LDG.E.64.STRONG.GPU") and loop.has("DADD")
+    return "sums" if sums and kernel.name.startswith("gram_") else None
+
+
+def most_rounds(kernel: Kernel, kind: str) -> float:
+    return ROUNDS.get((kernel.name, kind, kernel.dtype), ROUNDS.get((kernel.name, kind), 1))
+
+
+def slow_loops(kernel: Kernel, loops: Sequence[cubin.Loop]) -> list[str]:
+    """What keeps a kernel from having its loads in flight together; empty: nothing."""
+    found, seen = [], set()
+    for loop in loops:
+        kind = memory_bound(kernel, loop)
+        if kind is None:
+            continue
+        seen.add(kind)
+        most = most_rounds(kernel, kind)
+        if not 0 < loop.rounds <= most:
+            found.append(f"{kind}: {loop.rounds:.3g} rounds of loads in a step, {most} are wanted at most")
+        if kind == "sums" and loop.loads[8] < SUMS_AT_ONCE * loop.rounds:
+            found.append(f"sums: {loop.loads[8]} loads in {loop.rounds:.3g} rounds")
+    wanted = {"rows", "sums"} if kernel.name.startswith("gram_") else {"rows"}
+    return found + [f"no loop over {kind}" for kind in sorted(wanted - seen)]
 
 
 def wanted_blocks(kernel: Kernel) -> int:
@@ -123,6 +180,11 @@ def problems(kernel: Kernel, built: Built) -> list[str]:
     return found
 
 
+def all_problems(kernel: Kernel, built: Built) -> list[str]:
+    loops = slow_loops(kernel, built.loops) if kernel.name.startswith(("gram_", "combine_")) else []
+    return problems(kernel, built) + loops
+
+
 def kernel_of(mangled: str) -> Kernel:
     # names stand behind their lengths, which may stand behind other digits
     for length in re.finditer(r"(?=(\d+))", mangled):
@@ -136,38 +198,15 @@ def kernel_of(mangled: str) -> Kernel:
     raise AssertionError(f"no kernel's name: {mangled}")
 
 
-def _cuobjdump() -> str | None:
-    spec = importlib.util.find_spec("triton")
-    if spec is not None and spec.origin is not None:
-        bundled = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        if bundled.exists():
-            return str(bundled)
-    return shutil.which("cuobjdump")
-
-
-CUOBJDUMP = _cuobjdump()
+CUOBJDUMP = cubin.tool("cuobjdump")
 needs_tools = pytest.mark.skipif(NVCC is None or CUOBJDUMP is None, reason="no nvcc, or no cuobjdump")
 
 
-def _dump(flag: str, file: Path) -> dict[str, list[str]]:
-    """Mangled name -> the sections about that function."""
-    assert CUOBJDUMP is not None
-    text = subprocess.run([CUOBJDUMP, flag, str(file)], capture_output=True, check=True, text=True).stdout
-    found = collections.defaultdict(list)
-    for section in re.split(r"\bFunction\s*:?\s+(?=\S*_kernel)", text)[1:]:
-        name, rest = re.split(r"[:\s]", section, maxsplit=1)
-        found[name].append(rest)
-    return found
-
-
 def read_cubin(file: Path) -> dict[Kernel, Built]:
-    usage, code = _dump("--dump-resource-usage", file), _dump("-sass", file)
-    assert usage.keys() == code.keys()
     found = {}
-    for name, (text,) in usage.items():
-        registers, stack, shared = (int(re.findall(rf"\b{word}:(\d+)", text)[0]) for word in ("REG", "STACK", "SHARED"))
-        counter = collections.Counter(_INSTRUCTION.findall(code[name][0]))
-        found[kernel_of(name)] = Built(registers, stack, shared, counter)
+    for name, code in cubin.read(file).items():
+        counter = collections.Counter(one.name for one in code.instructions)
+        found[kernel_of(name)] = Built(code.registers, code.stack, code.shared, counter, tuple(code.loops))
     return found
 
 
@@ -227,7 +266,7 @@ def test_every_kernel_compiles_to_what_it_should(source: str, arch: int, compile
         pytest.skip(f"this nvcc does not know sm_{arch}")
     built = compiled(source, arch)
     assert set(built) == KERNELS[source]
-    found = {str(kernel): problems(kernel, one) for kernel, one in built.items()}
+    found = {str(kernel): all_problems(kernel, one) for kernel, one in built.items()}
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
 
@@ -247,7 +286,7 @@ def _extension() -> Path:
 @needs_tools
 def test_the_extension_holds_every_kernel_without_spills() -> None:
     extension = _extension()
-    usage = {kernel_of(name): text for name, text in _dump("--dump-resource-usage", extension).items()}
+    usage = {kernel_of(name): text for name, text in cubin.dump("--dump-resource-usage", extension).items()}
     assert set(usage) == set().union(*KERNELS.values())
     for kernel, texts in usage.items():
         assert len(texts) == len(_backend.build_info()["cuda_architectures"])
@@ -302,6 +341,41 @@ def test_faults_are_found() -> None:
         # the right width with another type
         wrong = _built("LDGSTS.E.BYPASS.LTC128B.128", "HMMA.16816.F32.BF16")
         assert problems(kernel, wrong) == ["no matrix instruction"]
+
+
+def _loop(*names: str, waits: Sequence[int] = ()) -> cubin.Loop:
+    """Instructions that each set scoreboard 0; those at `waits` wait for it."""
+    code = [
+        cubin.Instruction(0, name, "", False, 1, 0, frozenset({0} if k in waits else ()))
+        for k, name in enumerate(names)
+    ]
+    return cubin.Loop(tuple(code), tuple(code))
+
+
+def test_loops_that_wait_too_often_are_found() -> None:
+    combine, rows = Kernel("combine_kernel", "bf16", (1,)), Kernel("gram_rows_kernel", "f32", (8,))
+    together = _loop(*["LDG.E.128"] * 8, "FADD", waits=[8])
+    each = _loop(*["LDG.E.128", "FADD"] * 4, waits=[1, 3, 5, 7])
+    assert slow_loops(combine, [together]) == []
+    assert slow_loops(combine, [together, each]) == ["rows: 4 rounds of loads in a step, 1 are wanted at most"]
+    assert slow_loops(combine, []) == ["no loop over rows"]
+    # loads that nobody waits for are no loop over rows
+    assert slow_loops(combine, [_loop("LDG.E.128")]) == ["rows: 0 rounds of loads in a step, 1 are wanted at most"]
+    one, sums = "LDG.E.64.STRONG.GPU", _loop(*["LDG.E.64.STRONG.GPU"] * 16, "DADD", waits=[16])
+    assert slow_loops(rows, [together, sums]) == []
+    assert slow_loops(rows, [together]) == ["no loop over sums"]
+    late = _loop(*[one] * 4, "DADD", *[one] * 12, "DADD", waits=[4, 8, 17])
+    assert slow_loops(rows, [together, late]) == [
+        "sums: 3 rounds of loads in a step, 2 are wanted at most",
+        "sums: 16 loads in 3 rounds",
+    ]
+    # a queue: as many steps ahead as it is deep
+    mma = Kernel("gram_mma_kernel", "f32", (2,))
+    copies = (cubin.Instruction(0, "DEPBAR.LE", "SB0, 0x1", False, 1, 7, frozenset()), *_loop("LDGSTS.E.128").own)
+    queue = cubin.Loop((*copies, *_loop("LDGDEPBAR", "HMMA.1688.F32.TF32").own), (*copies, *_loop("LDGDEPBAR").own))
+    assert slow_loops(mma, [queue, sums]) == []
+    at_once = cubin.Loop(queue.path, (replace(copies[0], operands="SB0, 0x0"), *queue.own[1:]))
+    assert slow_loops(mma, [at_once, sums]) == ["rows: 1 rounds of loads in a step, 0.5 are wanted at most"]
 
 
 def test_names_are_read() -> None:
