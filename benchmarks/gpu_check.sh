@@ -66,7 +66,8 @@ module() { "$python" -c "import $1" >/dev/null 2>&1; }
 # kernels of Triton take seconds to compile: many processes share the work. A test that hangs ends with its traceback.
 pytest=("$python" -m pytest -v --tb=short)
 if module xdist; then pytest+=(-n "${WORKERS:-$(nproc)}"); fi
-if module pytest_timeout; then pytest+=(--timeout 60); fi
+# Some start processes of their own, or fill the card.
+if module pytest_timeout; then pytest+=(--timeout 300); fi
 
 if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
   TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1

@@ -55,6 +55,7 @@ void gram(const std::vector<Part>& parts, Tensor& out, const Solve& solve, bool 
   for (const Part& part : parts) {
     slots.push_back(gram_slots(part.grads.columns, part.grads.num_tasks));
     total += slots.back().count;
+    STD_TORCH_CHECK(slots.back().columns <= kMost32 / 2, "fastmtl: too many columns");  // positions in a slot are int
   }
   // a column of stride 0 may be repeated as often as one likes
   STD_TORCH_CHECK(total <= kMost32 / blocks_per_slot(parts[0].grads.num_tasks), "fastmtl: too many columns");
