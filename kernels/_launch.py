@@ -89,28 +89,32 @@ class Prepared:
         max_registers: int | None = None,
         **settled: Any,
     ) -> None:
-        """`settled`: every argument but the pointers, by name; see `launch`."""
+        """`settled`: by name, every argument but pointers and numbers that Triton doesn't specialise; see `launch`."""
         self._fn, self._grid = fn, (*grid, 1, 1)[:3]
         self._num_warps, self._num_stages, self._max_registers = num_warps, num_stages, max_registers
         self._settled = settled
-        self._pointers = [(k, name) for k, name in enumerate(fn.arg_names) if name not in settled]
+        self._filled = [(k, name) for k, name in enumerate(fn.arg_names) if name not in settled]
         self._values = [settled.get(name) for name in fn.arg_names]
         self._builds: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, **pointers: Tensor | None) -> None:
+    def __call__(self, **filled: Tensor | int | None) -> None:
         """Runs on the device of its tensors; an empty grid runs nothing."""
         if _recorded:
-            arguments = {**self._settled, **pointers}
+            arguments = {**self._settled, **filled}
             made = Launch(self._fn, arguments, self._num_warps, self._num_stages, self._max_registers)
             _recorded[-1].append(made)
             return
         if 0 in self._grid:
             return
         values, kinds, device = self._values.copy(), [], None
-        for k, name in self._pointers:
-            x = pointers[name]
+        for k, name in self._filled:
+            x = filled[name]
             if x is None:
                 kinds.append(None)
+                continue
+            if isinstance(x, int):
+                values[k] = x
+                kinds.append(-(1 << 31) <= x < 1 << 31)  # else it is an int64
                 continue
             values[k] = address = x.data_ptr()
             kinds.append((x.dtype, address % 16 == 0))
@@ -122,7 +126,7 @@ class Prepared:
                 build(*values)
                 return
             options = {"num_warps": self._num_warps, "num_stages": self._num_stages, "maxnreg": self._max_registers}
-            found = self._fn[self._grid](**self._settled, **pointers, **options)
+            found = self._fn[self._grid](**self._settled, **filled, **options)
             # not in the interpreter, which builds nothing; not for AMD, where builds depend on sizes of memory too
             if isinstance(found, triton.compiler.CompiledKernel) and torch.version.hip is None:
                 self._builds[key] = found[self._grid]
@@ -204,19 +208,11 @@ def pointer_table_kernel(
 def _written_by_launches(values: Sequence[int], device: torch.device) -> Tensor:
     """int64 on the device, which travel as kernel arguments."""
     table = torch.empty(len(values), dtype=torch.int64, device=device)
+    prepared = planned("pointer table", lambda: Prepared(pointer_table_kernel, (1,), num_warps=1, NONE=NO_POINTER))
     for first in range(0, len(values), POINTERS_PER_LAUNCH):
         part = list(values[first : first + POINTERS_PER_LAUNCH])
         filled = part + [NO_POINTER] * (POINTERS_PER_LAUNCH - len(part))
-        launch(
-            pointer_table_kernel,
-            (1,),
-            num_warps=1,
-            p_table=table,
-            first=first,
-            count=len(part),
-            **{f"a{k}": a for k, a in enumerate(filled)},
-            NONE=NO_POINTER,
-        )
+        prepared(p_table=table, first=first, count=len(part), **{f"a{k}": a for k, a in enumerate(filled)})
     return table
 
 

@@ -193,6 +193,19 @@ def test_a_build_is_launched_as_triton_would_launch_it() -> None:
     assert all(not isinstance(x, Tensor) for made in direct[len(pairs) // 2 :] for x in made.arguments)
 
 
+def test_numbers_that_are_not_specialised() -> None:
+    x = torch.zeros(1)
+    with host_time.stubbed(record=True) as direct:
+        prepared = _launch.Prepared(some_kernel, (1,), stride=16, other=1, SIZE=4)
+        for count in (3, 1, 16, 2**40, 3, 2**40):
+            prepared(p_x=x, p_y=None, count=count)
+        assert len(prepared._builds) == 2
+    with host_time.stubbed(record=True) as bound:
+        for count in (3, 1, 16, 2**40, 3, 2**40):
+            some_kernel[(1,)](x, None, count, 16, 1, 4, num_warps=4, num_stages=1, maxnreg=None)
+    assert by_triton(direct) == by_triton(bound)
+
+
 def test_an_empty_grid_launches_nothing() -> None:
     with host_time.stubbed(record=True) as launched:
         _launch.Prepared(some_kernel, (0, 3), count=3, stride=16, other=1, SIZE=4)(p_x=torch.zeros(1), p_y=None)

@@ -352,6 +352,19 @@ def test_runs_on_the_current_stream(triton_backend: None) -> None:
     assert_same_bits(found, expected)
 
 
+def test_memory_that_is_aligned_otherwise_each_time(triton_backend: None) -> None:
+    # a build is kept for each set of alignments, and launched directly from the second time on
+    ids, memory = torch.arange(6, device=DEVICE) % 2, torch.randn(6 * 64 + 8, device=DEVICE, dtype=BF16)
+    weight, delta = torch.randn(48, 64, device=DEVICE, dtype=BF16), torch.randn(2, 48, 64, device=DEVICE, dtype=BF16)
+    for offset in (0, 1, 0, 8, 1, 3):
+        x = memory[offset : offset + 6 * 64].view(6, 64)
+        found = task_linear(x, weight, delta, ids)
+        effective = weight.double() + delta.double()
+        exact = torch.einsum("nc,noc->no", x.double(), effective[ids])
+        size = torch.einsum("nc,noc->no", x.double().abs(), effective[ids].abs())
+        cases.assert_within(found.double(), exact, 2.0**-7 * size)
+
+
 def test_compiled(triton_backend: None, fresh_compiler: None) -> None:
     step = Step(dtype=F32)
     expected = step.run()

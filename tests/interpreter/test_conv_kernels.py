@@ -85,9 +85,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     found: list[Seen] = []
     call = _launch.Prepared.__call__
 
-    def launch(self: _launch.Prepared, **pointers: Tensor | None) -> None:
+    def launch(self: _launch.Prepared, **filled: Any) -> None:
         found.append(Seen(self._fn.__name__, self._grid, self._settled))
-        call(self, **pointers)
+        call(self, **filled)
 
     monkeypatch.setattr(_launch.Prepared, "__call__", launch)
     return found
@@ -658,3 +658,15 @@ def test_separate_weights_and_samples_of_no_task() -> None:
     assert torch.isnan(y[[1, 3]]).all()
     want = torch.einsum("nchw,noc->nohw", x[[0, 2]].double(), delta.double()[[1, 0], :, :, 0, 0])
     torch.testing.assert_close(y[[0, 2]].double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("forced", [STAGED, FUSED], ids=["staged-walk", "fused-split"])
+def test_a_plan_is_filled_with_other_memory(forced: dict[str, Any]) -> None:
+    case = PLAIN.but(delta="list", n=5, cout=9, ids="turns")
+    check(case, **forced)
+    kept = len(_launch._plans)
+    check(case, **forced)
+    assert kept == len(_launch._plans) > 0
+    # nothing of it serves another shape
+    check(case.but(size=(4, 3)), **forced)
+    assert len(_launch._plans) > kept
