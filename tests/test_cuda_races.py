@@ -57,6 +57,7 @@ CASES: dict[str, Callable[[], None]] = {
     "solved-8": functools.partial(solved, 8, None),
     "combine-bank": functools.partial(on_host.test_combine_of_a_bank, 17, 9, torch.float32),
     "combine-lists": functools.partial(on_host.test_combine_of_lists, ListCase("nones", 3), 9),
+    "combine-split": functools.partial(on_host.test_split_combine_of_lists, ListCase("nones", 17)),
     **{
         f"drawn-{num_tasks}-{per_group}-{'falling' if schedule == REVERSE else 'rising'}": functools.partial(
             drawn, num_tasks, per_group, schedule

@@ -431,23 +431,38 @@ void store_wide(void* to, const V& x) {
 
 // What is copied arrives as late as it may; until then all bits are set there.
 inline void copy_async(void* to, const void* from) {
-  auto& m = cuda_on_host::machine;
   for (const void* p : {static_cast<const void*>(to), from})
     if (reinterpret_cast<uintptr_t>(p) % 16 != 0) cuda_on_host::fail("a misaligned copy");
+  cuda_on_host::races::access(from, 16, false, __builtin_return_address(0));
+  cuda_on_host::races::access(to, 16, true, __builtin_return_address(0));
+  const cuda_on_host::races::Quiet quiet;
   std::memset(to, 0xFF, 16);
-  auto& copies = m.copies[m.current];
+  auto& copies = cuda_on_host::machine.copies[cuda_on_host::machine.current];
   copies.waiting.push_back({to, from, copies.committed});
 }
-inline void commit_copies() { ++cuda_on_host::machine.copies[cuda_on_host::machine.current].committed; }
+inline void commit_copies() {
+  const cuda_on_host::races::Quiet quiet;
+  ++cuda_on_host::machine.copies[cuda_on_host::machine.current].committed;
+}
 template <int kMost>
 void wait_for_copies() {
   auto& copies = cuda_on_host::machine.copies[cuda_on_host::machine.current];
   auto it = copies.waiting.begin();
-  for (; it != copies.waiting.end() && it->group < copies.committed - kMost; ++it) std::memcpy(it->to, it->from, 16);
+  for (; it != copies.waiting.end() && it->group < copies.committed - kMost; ++it) {
+    cuda_on_host::races::access(it->to, 16, true, __builtin_return_address(0));
+    const cuda_on_host::races::Quiet quiet;
+    std::memcpy(it->to, it->from, 16);
+  }
+  const cuda_on_host::races::Quiet quiet;
   copies.waiting.erase(copies.waiting.begin(), it);
 }
 
-inline unsigned add_acq_rel(unsigned* to, unsigned x) { return atomicAdd(to, x); }
+// skipped: without its release and acquire
+inline unsigned add_acq_rel(unsigned* to, unsigned x, Site site = {}) {
+  cuda_on_host::races::atomic(to, sizeof x, !site.skipped, __builtin_return_address(0));
+  const cuda_on_host::races::Quiet quiet;
+  return std::exchange(*to, *to + x);
+}
 
 // --- tensor cores
 

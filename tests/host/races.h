@@ -8,7 +8,7 @@
 // of them a write, end the launch with an error.
 //
 // FASTMTL_RACES switches this on, with races.cpp. Accesses are then reported by gcc's -fsanitize=thread, whose hooks
-// are in races.cpp in place of the sanitizer's runtime, or by ptx_on_host.h.
+// are in races.cpp in place of the sanitizer's runtime.
 #pragma once
 
 #include <cstddef>
