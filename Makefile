@@ -10,7 +10,7 @@ STAMP = $(VENV)/.installed
 INTERPRET = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: dev test test-slow bench bench-full readme lint format aot abi gpu-check clean
+.PHONY: dev test test-slow bench bench-full readme kernel-table lint format aot abi gpu-check clean
 
 dev: $(STAMP)  ## environment with an editable build
 
@@ -39,6 +39,9 @@ bench-full: dev  ## every case; results go where the README reads them
 
 readme: dev  ## redraws the README's table and plot from the newest committed results
 	$(BIN)/python -m fastmtl.benchmarks.report --readme README.md
+
+kernel-table: dev  ## compiles the surgery kernels and rewrites their table in docs/ and the data of predict; needs nvcc
+	$(BIN)/python -m fastmtl.benchmarks.kernel_table
 
 lint: dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -7,7 +7,6 @@ import concurrent.futures
 import functools
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,32 +14,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from torch.utils import cpp_extension
 
 from fastmtl import _backend
-from fastmtl.benchmarks import cubin
+from fastmtl.benchmarks import cubin, kernel_table
+from fastmtl.benchmarks.kernel_table import Kernel, kernel_of, memory_bound
 
 ROOT = Path(__file__).parent.parent
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+NVCC = kernel_table.nvcc()
 ALL = os.environ.get("FASTMTL_AOT") == "all"
 # a block's static shared memory
 SHARED_LIMIT = 48 * 1024
 # blocks of 256 threads of which a multiprocessor has 64 Ki registers
 REGISTERS = {1: 255, 2: 128, 3: 80}
-
-_DTYPES = {"f": "f32", "d": "f64", "13__nv_bfloat16": "bf16", "6__half": "f16"}
-_ARGUMENTS = re.compile(r"(?:I(f|d|13__nv_bfloat16|6__half)?((?:Li\d+E)*)E)?")
-
-
-class Kernel(NamedTuple):
-    """An instantiation: `dtype` is empty where the kernel has none."""
-
-    name: str
-    dtype: str = ""
-    numbers: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        return "-".join([self.name, *filter(None, [self.dtype]), *map(str, self.numbers)])
 
 
 class Built(NamedTuple):
@@ -67,7 +52,7 @@ def _kernels_of(dtype: str) -> set[Kernel]:
 
 # source -> what it launches; that these are all is checked against the sources and against the extension
 KERNELS = {
-    **{f"kernels_{dtype}": _kernels_of(dtype) for dtype in _DTYPES.values()},
+    **{f"kernels_{dtype}": _kernels_of(dtype) for dtype in kernel_table.DTYPES.values()},
     "kernels_solve": {Kernel("pcgrad_coefficients_kernel", "", (n,)) for n in (16, 32, 64, 128)},
     "runtime": {Kernel("write_table_kernel", "", (n,)) for n in (480, 1536, 4093)},
     "surgery": set(),
@@ -105,22 +90,6 @@ ROUNDS = {
 }
 # loads to a round of sums, whatever the rounds: less was measured to take tens of microseconds
 SUMS_AT_ONCE = 8
-
-
-def memory_bound(kernel: Kernel, loop: cubin.Loop) -> str | None:
-    """Which loop that is: "rows" walks the gradients, 16 bytes a load; "sums" adds up what blocks have left. Others
-    are tables of lists, rows that are not aligned, and the T x T problem.
-    """
-    widest, count = max(loop.loads.items())
-    if kernel.name == "gram_mma_kernel":
-        rows = loop.has(r"[HD]MMA")
-    else:
-        rows = kernel.name in ("gram_rows_kernel", "combine_kernel", "combine_split_kernel")
-    if widest == 16 and rows:
-        return "rows"
-    # past the first-level cache
-    sums = widest == 8 and count >= 2 * SUMS_AT_ONCE and loop.has("LDG.E.64.STRONG.GPU") and loop.has("DADD")
-    return "sums" if sums and kernel.name.startswith("gram_") else None
 
 
 def most_rounds(kernel: Kernel, kind: str) -> float:
@@ -185,19 +154,6 @@ def all_problems(kernel: Kernel, built: Built) -> list[str]:
     return problems(kernel, built) + loops
 
 
-def kernel_of(mangled: str) -> Kernel:
-    # names stand behind their lengths, which may stand behind other digits
-    for length in re.finditer(r"(?=(\d+))", mangled):
-        start = length.end(1)
-        name = mangled[start : start + int(length[1])]
-        if name.endswith("_kernel") and len(name) == int(length[1]):
-            arguments = _ARGUMENTS.match(mangled, start + len(name))
-            assert arguments is not None
-            dtype, numbers = arguments.groups()
-            return Kernel(name, _DTYPES.get(dtype or "", ""), tuple(int(n) for n in re.findall(r"\d+", numbers or "")))
-    raise AssertionError(f"no kernel's name: {mangled}")
-
-
 CUOBJDUMP = cubin.tool("cuobjdump")
 needs_tools = pytest.mark.skipif(NVCC is None or CUOBJDUMP is None, reason="no nvcc, or no cuobjdump")
 
@@ -218,21 +174,7 @@ def _architectures() -> set[int]:
 
 
 def compile_source(source: str, arch: int, folder: Path) -> dict[Kernel, Built]:
-    """The real translation unit, with the flags of setup.py that matter to machine code."""
-    assert NVCC is not None
-    target = folder / f"{source}_{arch}.cubin"
-    flags = ["-O3", "-std=c++20", f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-    flags += cpp_extension.COMMON_NVCC_FLAGS
-    if not source.startswith("kernels_"):  # the launchers know nothing of torch
-        flags += [f"-I{path}" for path in cpp_extension.include_paths()]
-        flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
-    report = subprocess.run(
-        [NVCC, *flags, "-cubin", str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", str(target)],
-        capture_output=True,
-        text=True,
-    )
-    assert report.returncode == 0, report.stderr
-    return read_cubin(target)
+    return read_cubin(kernel_table.compile_cubin(source, arch, folder))
 
 
 class Compiled:
