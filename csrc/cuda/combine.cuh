@@ -275,7 +275,11 @@ __global__ void __launch_bounds__(kThreads, 3) combine_split_kernel(const __grid
           return row != nullptr ? *reinterpret_cast<const Packed*>(in_global(row + first)) : Packed{};
         });
   } else {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    constexpr int kFewer = sizeof(In) == 2 ? 2 : 4;  // of eight elements each, four rows spill
+#else
     constexpr int kFewer = 4;
+#endif
     int64_t stride[kFewer];
     add_rows(
         std::integral_constant<int, kFewer>{},
