@@ -69,6 +69,10 @@ if module xdist; then pytest+=(-n "${WORKERS:-$(nproc)}"); fi
 # Some start processes of their own, or fill the card.
 if module pytest_timeout; then pytest+=(--timeout 300); fi
 
+if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; then
+  echo "$python has no torch that sees a GPU"
+  exit 1
+fi
 if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
   TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1
   export TORCH_CUDA_ARCH_LIST
