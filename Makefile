@@ -40,7 +40,7 @@ bench-full: dev  ## every case; results go where the README reads them
 readme: dev  ## redraws the README's table and plot from the newest committed results
 	$(BIN)/python -m fastmtl.benchmarks.report --readme README.md
 
-kernel-table: dev  ## compiles the surgery kernels and rewrites their table in docs/ and the data of predict; needs nvcc
+kernel-table: dev  ## compiles the surgery kernels and rewrites their table in docs/; needs nvcc
 	$(BIN)/python -m fastmtl.benchmarks.kernel_table
 
 lint: dev
