@@ -2,8 +2,8 @@
 
     python -m fastmtl.benchmarks.kernel_table [--arch 90] [--cubins FOLDER]
 
-From a checkout with nvcc, some minutes. Writes `benchmarks/kernels_sm_90.json`, every loop of every kernel, and, between
-two markers, the table in `docs/surgery-kernels.md`. Needs no GPU.
+From a checkout with nvcc, some minutes. Writes every loop of every kernel into `benchmarks/kernels_sm_90.json`, and the
+table between two markers in `docs/surgery-kernels.md`. Needs no GPU.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ DTYPE_PAIRS = ((F64, F64), (F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F
 
 # relative to the same expression on absolute values, on top of one rounding of the result to its dtype. In 16 bits
 # `W + s Delta`, the bias and each task's weight gradient are rounded once to the dtype of x; torch's float16
-# convolution adds columns and samples up in float16, too, and its bfloat16 one in bfloat16 on a CPU for which oneDNN has
-# none (without AVX-512), where its matrix products do so over the whole of a sum.
+# convolution adds columns and samples up in float16, too. On a CPU for which oneDNN has no bfloat16 (without AVX-512)
+# torch's convolutions and matrix products add up in bfloat16, over the whole of a sum.
 BF16_ADDS_IN_FLOAT32 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 TASK_TOLERANCE = {F64: 1e-14, F32: 2e-6, BF16: 2.0**-8 if BF16_ADDS_IN_FLOAT32 else 2.0**-6, F16: 2.0**-9}
 # the least number of a dtype below which a result is rounded by half of that
