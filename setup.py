@@ -1,14 +1,16 @@
 """Builds the one compiled extension, `fastmtl._C`, against torch's stable ABI.
 
-CUDA sources are compiled whenever `nvcc` is found, with or without a GPU and whatever the torch build
-(FASTMTL_CUDA=0 turns it off; TORCH_CUDA_ARCH_LIST as usual). Without a C++ compiler the package installs
-without the extension and says so: `fastmtl info` shows why.
+CUDA sources are compiled whenever an `nvcc` is found that fits torch, with or without a GPU; a torch without CUDA takes
+any (FASTMTL_CUDA=0 turns it off, FASTMTL_CUDA=1 fails where there is none; TORCH_CUDA_ARCH_LIST as usual). Without a C++
+compiler the package installs without the extension. `fastmtl info` says what was left out and why.
 """
 
 import json
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,19 +44,43 @@ def find_cxx() -> str | None:
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
-def find_cuda_home() -> tuple[Path | None, str | None]:
-    """The toolkit's root, or None and the reason."""
-    if os.environ.get("FASTMTL_CUDA", "1") == "0":
+def find_cuda_home(torch_cuda: str | None) -> tuple[Path | None, str | None]:
+    """The toolkit's root, or None and the reason. torch_cuda: the release of CUDA that torch was built with, if any."""
+    wanted = os.environ.get("FASTMTL_CUDA", "")
+    if wanted == "0":
         return None, "FASTMTL_CUDA=0 was set when it was built"
     candidates = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     nvcc = shutil.which("nvcc")
     if nvcc:
         candidates.append(Path(nvcc).resolve().parent.parent)
     candidates.append(Path("/usr/local/cuda"))
-    for home in candidates:
+    if torch_cuda is not None:
+        candidates.append(Path(f"/usr/local/cuda-{torch_cuda}"))
+    others = []
+    for home in dict.fromkeys(candidates):
         if (home / "bin" / "nvcc").exists() and cuda_folder(home, "cuda_runtime.h", CUDA_INCLUDES):
-            return home, None
-    return None, "no nvcc was found when it was built (CUDA_HOME, PATH, /usr/local/cuda)"
+            release = nvcc_release(home)
+            # torch's own build command refuses another major release
+            if torch_cuda is None or release.split(".")[0] == torch_cuda.split(".")[0]:
+                return home, None
+            others.append(f"{home} has {release}")
+    reason = "no nvcc was found when it was built (CUDA_HOME, PATH, /usr/local/cuda)"
+    if others:
+        reason = (
+            f"no nvcc was found that fits torch's CUDA {torch_cuda} when it was built ({', '.join(others)}): "
+            "point CUDA_HOME to such a toolkit and install again"
+        )
+    if wanted == "1":
+        raise SystemExit(f"fastmtl: FASTMTL_CUDA=1, but {reason}")
+    return None, reason
+
+
+def nvcc_release(home: Path) -> str:
+    said = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", said)
+    if found is None:
+        raise SystemExit(f"fastmtl: {home}/bin/nvcc --version names no release:\n{said}")
+    return found[1]
 
 
 # the toolkit's own installer has lib64; conda and the wheels have lib or a folder by target
@@ -90,9 +116,12 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
         return [], {}, {"extension": reason}
 
     import pybind11
+    import torch
     from torch.utils import cpp_extension
 
-    cuda_home, no_cuda = find_cuda_home()
+    cuda_home, no_cuda = find_cuda_home(torch.version.cuda)
+    if no_cuda is not None:
+        print(f"fastmtl: {no_cuda}: installing without CUDA C++ kernels", file=sys.stderr)
     sources = sorted(
         str(p.relative_to(ROOT)) for pattern in ("csrc/*.cpp", "csrc/cpu/*.cpp") for p in ROOT.glob(pattern)
     )

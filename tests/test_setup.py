@@ -21,10 +21,13 @@ def setup_file(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
-def toolkit(root: Path, include: str, library: str | None) -> Path:
+def toolkit(root: Path, include: str = "include", library: str | None = "lib64", release: str = "13.0") -> Path:
     for name in ("bin/nvcc", f"{include}/cuda_runtime.h", *([f"{library}/libcudart_static.a"] if library else [])):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
+    nvcc = root / "bin/nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    nvcc.chmod(0o755)
     return root
 
 
@@ -39,12 +42,35 @@ def test_toolkits(layout: str, tmp_path: Path, setup_file: dict[str, Any], monke
     home = toolkit(tmp_path, include, library)
     monkeypatch.setitem(os.environ, "CUDA_HOME", str(home))
     monkeypatch.delitem(os.environ, "FASTMTL_CUDA", raising=False)
-    assert setup_file["find_cuda_home"]() == (home, None)
+    for torch_cuda in (None, "13.0", "13.2"):
+        assert setup_file["find_cuda_home"](torch_cuda) == (home, None)
     assert setup_file["cuda_folders"](home) == (home / include, home / library)
 
 
+def test_the_toolkit_must_fit_torch(
+    tmp_path: Path, setup_file: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = toolkit(tmp_path / "old", release="12.8"), toolkit(tmp_path / "new")
+    find = setup_file["find_cuda_home"]
+    monkeypatch.setitem(os.environ, "CUDA_HOME", str(new))
+    monkeypatch.setitem(os.environ, "CUDA_PATH", str(old))
+    monkeypatch.delitem(os.environ, "FASTMTL_CUDA", raising=False)
+    assert find("12.6") == (old, None)
+    assert find("13.0") == (new, None)
+    home, reason = find("11.8")
+    assert home is None
+    assert reason.startswith("no nvcc was found that fits torch's CUDA 11.8")
+    assert f"{new} has 13.0, {old} has 12.8" in reason
+    assert "CUDA_HOME" in reason
+    monkeypatch.setitem(os.environ, "FASTMTL_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"FASTMTL_CUDA=1, but no nvcc was found that fits torch's CUDA 11\.8"):
+        find("11.8")
+    monkeypatch.setitem(os.environ, "FASTMTL_CUDA", "0")
+    assert find("13.0") == (None, "FASTMTL_CUDA=0 was set when it was built")
+
+
 def test_no_static_runtime(tmp_path: Path, setup_file: dict[str, Any]) -> None:
-    home = toolkit(tmp_path, "include", None)
+    home = toolkit(tmp_path, library=None)
     with pytest.raises(SystemExit, match=r"no libcudart_static\.a in lib64, targets/.*FASTMTL_CUDA=0"):
         setup_file["cuda_folders"](home)
 
