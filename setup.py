@@ -1,8 +1,8 @@
 """Builds the one compiled extension, `fastmtl._C`, against torch's stable ABI.
 
-CUDA sources are compiled whenever an `nvcc` is found that fits torch, with or without a GPU; a torch without CUDA takes
-any (FASTMTL_CUDA=0 turns it off, FASTMTL_CUDA=1 fails where there is none; TORCH_CUDA_ARCH_LIST as usual). Without a C++
-compiler the package installs without the extension. `fastmtl info` says what was left out and why.
+CUDA sources are compiled whenever an `nvcc` is found that fits torch, with or without a GPU; a torch without CUDA
+takes any (FASTMTL_CUDA=0 turns it off, FASTMTL_CUDA=1 fails where there is none; TORCH_CUDA_ARCH_LIST as usual).
+Without a C++ compiler the package installs without the extension. `fastmtl info` says what was left out and why.
 """
 
 import json

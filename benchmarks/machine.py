@@ -15,12 +15,14 @@ import torch
 
 import fastmtl
 
-PACKAGES = ("torch", "torchjd", "quadprog", "numpy", "scikit-learn", "triton")
+PACKAGES = ("torchjd", "quadprog", "numpy", "scikit-learn", "triton")
 
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, fastmtl and the packages that matter; None: not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "fastmtl": fastmtl.__version__}
+    # of torch with the build (+cu130), which the package's metadata may lack
+    known = {"python": platform.python_version(), "fastmtl": fastmtl.__version__, "torch": torch.__version__}
+    found: dict[str, str | None] = dict(known)
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -24,6 +24,9 @@ def _rows(model: nn.Module, losses: Tensor) -> list[list[Tensor]]:
     return [list(torch.autograd.grad(losses[of(t)].sum(), params, retain_graph=True)) for t in range(T)]
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 11), reason="dynamo of torch 2.10 can't set attributes of tensors within a graph"
+)
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_models_trace_one_graph(name: str) -> None:
     case, model, x = make(name)

@@ -576,9 +576,12 @@ def test_a_teacher_beside_the_student():
 # --- wrapped and compiled modules
 
 
-def test_params_as_a_data_parallel_module():
+def test_params_as_a_data_parallel_module(monkeypatch: pytest.MonkeyPatch):
     net = Net(mlp()).double()
-    wrapped = nn.DataParallel(net)
+    with monkeypatch.context() as patch:
+        # on a machine with a GPU it would move the model there
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        wrapped = nn.DataParallel(net)
     train_both(net, lambda: batches(5, 4), lambda net, x: losses_of(net(x)), params=wrapped)
     with pytest.raises(ValueError, match="needs no gradient"):
         fastmtl.backward([torch.ones(())], wrapped)

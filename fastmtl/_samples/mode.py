@@ -113,7 +113,7 @@ class Follow(TorchFunctionMode):
         found = getattr(x, ATTRIBUTE, None)
         # a tensor that got another graph since is the result of a torch.autograd.Function, whose backward is not seen
         if found is not None and found[0] is self.samples and _same_graph(x, found[2]):
-            tag: Tag = found[1]
+            tag = Tag(*found[1])
             if tag.kind in (TOTAL, MIXING) and not x.requires_grad:
                 return Tag(CONST, why=tag.why or "a number of the whole batch")
             return CONSTANT if tag.kind == PARAM and not x.requires_grad else tag
@@ -145,7 +145,8 @@ class Follow(TorchFunctionMode):
             size = tag.outer * len(tag.samples) * tag.inner
             if not 0 <= tag.axis < x.dim() or x.shape[tag.axis] != size:
                 tag = unknown("the axis of the samples was lost")
-        setattr(x, ATTRIBUTE, (self.samples, tag, _graph(x)))
+        # the tag as a plain tuple: dynamo of torch 2.11 loses the fields of a named one on its way out of a graph
+        setattr(x, ATTRIBUTE, (self.samples, tuple(tag), _graph(x)))
         if not torch.compiler.is_compiling() and x.grad_fn is None:
             self._tagged.append(weakref.ref(x))
 
@@ -404,7 +405,7 @@ class Follow(TorchFunctionMode):
     def _is_constant(self, x: Tensor) -> bool:
         """Whether it is known to be no batch: a buffer, a parameter outside the bank, or named by `bank.constant`."""
         found = getattr(x, ATTRIBUTE, None)
-        named = found is not None and found[0] is self.samples and found[1] is NAMED
+        named = found is not None and found[0] is self.samples and found[1] == NAMED
         return named or x in self.constants or isinstance(x, nn.Parameter)
 
     def _on_loop(self, name: str, func: Any, args: Any, kwargs: dict[str, Any], why: str) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -475,8 +476,20 @@ def _pieces(name: str, args: Any, kwargs: Any, out: Any, get: Get) -> Any:
     return found
 
 
+def _indices(where: slice, length: int) -> tuple[int, int, int]:
+    """`where.indices(length)` of a slice of a tensor, whose step is positive; dynamo of torch 2.11 can't trace that."""
+
+    def bound(at: Any, default: int) -> int:
+        if at is None:
+            return default
+        at = at if isinstance(at, int) else operator.index(at)
+        return max(at + length, 0) if at < 0 else min(at, length)
+
+    return bound(where.start, 0), bound(where.stop, length), 1 if where.step is None else where.step
+
+
 def _slice(tag: Tag, where: slice, length: int) -> Tag:
-    start, stop, step = where.indices(length)
+    start, stop, step = _indices(where, length)
     if (start, stop, step) == (0, length, 1):
         return tag
     part = tag.samples.part(start, stop) if step == 1 and tag.outer == tag.inner == 1 else None
@@ -655,7 +668,7 @@ def _filled(x: Tensor, index: Any, value: Tensor, tag: Tag) -> Tag:
         position = len(kept) - (value.dim() - tag.axis)
         if position >= 0:
             axis = kept[position]
-            if items[axis].indices(x.shape[axis]) == (0, value.shape[tag.axis], 1) and x.shape[axis] > 1:
+            if _indices(items[axis], x.shape[axis]) == (0, value.shape[tag.axis], 1) and x.shape[axis] > 1:
                 return tag.at(axis)
     return unknown("writing samples into a tensor by an index that does not keep all of them apart")
 
