@@ -38,7 +38,7 @@ def missing_extras(suites: list[str]) -> list[str]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code: 0; 1 when a row failed; 2 when the run could not start."""
+    """Exit code: 0; 1 when a row failed or the run was interrupted; 2 when it could not start."""
     suites = [name.strip() for name in options.suite.split(",") if name.strip()]
     missing = missing_extras(suites)
     if missing:
@@ -68,11 +68,15 @@ def run(options: argparse.Namespace) -> int:
         print(f"fastmtl bench: {error}", file=sys.stderr)
         return 2
     results = run_cases(cases, device, quick=options.quick, out=options.out)
-    return 0 if all(row["status"] == "ok" for row in results["rows"]) else 1
+    done = len(results["rows"]) == len(cases)
+    return 0 if done and all(row["status"] == "ok" for row in results["rows"]) else 1
 
 
 def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, out: Path) -> dict[str, Any]:
-    """Runs the cases with a progress display, prints the table, writes the files; returns the results of this run."""
+    """Runs the cases with a progress display, prints the table, writes the files; returns the results of this run.
+
+    Interrupted, it keeps what it has measured.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -95,7 +99,13 @@ def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, 
         )
         for case in cases:
             current[0] = case.name
-            row = runner.run_case(case)
+            try:
+                row = runner.run_case(case)
+            except KeyboardInterrupt:
+                if not rows:
+                    raise
+                progress.console.print(f"interrupted in {case.name}: {len(rows)} of {len(cases)} cases are kept")
+                break
             rows.append(row)
             progress.advance(task)
             name, ours, ratio, *_ = report.cells(row)

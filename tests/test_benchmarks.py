@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -396,6 +397,31 @@ def written(tmp_path_factory, step):
     cases += [wrong(surgery.bank_case("gram", 2, 500, quick=True), lambda x: x.grads), step.training_case(1, 4, WIDTHS)]
     results = cli.run_cases(cases, CPU, quick=True, out=out)
     return out, results
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    options = argparse.Namespace(
+        suite="surgery", quick=True, out=tmp_path, device="cpu", filter="pcgrad_coefficients", list=False
+    )
+    names = [case.name for case in registry.collect(["surgery"], CPU, quick=True, pattern=options.filter)]
+    assert len(names) > 1
+    measured, run_case = [], Runner.run_case
+
+    def one_case(self, case):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(case.name)
+        return run_case(self, case)
+
+    monkeypatch.setattr(Runner, "run_case", one_case)
+    assert cli.run(options) == 1
+    (path,) = tmp_path.glob("*.json")
+    assert [row["name"] for row in json.loads(path.read_text())["rows"]] == measured == names[:1]
+    monkeypatch.setattr(Runner, "run_case", lambda self, case: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        cli.run(options)
 
 
 def test_results_are_written(written, capsys):
