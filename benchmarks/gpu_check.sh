@@ -90,7 +90,7 @@ fi
 SHOW=40 stage info 60 "$python" -m fastmtl info
 # without them the tests would skip, and the benchmarks measure something else
 stage backends 60 "$python" -c '
-from fastmtl import _backend
+from fastmtl.core import dispatch
 missing = {name: _backend.unavailable(name, "cuda") for name in ("cuda", "triton")}
 print(missing)
 raise SystemExit(any(missing.values()))' || exit 1

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import fastmtl
-from fastmtl import _backend, ops
+from fastmtl import ops
+from fastmtl.core import dispatch
 from fastmtl.ops import reference
 
 DEVICE = torch.device("cuda")
@@ -88,7 +89,7 @@ def main() -> int:
     wrong = 0
     for name, backend, dtype, step in (*_surgery_steps(), *_task_steps()):
         print(f"{name} {backend} {str(dtype)[6:]}: ", end="", flush=True)
-        if (reason := _backend.unavailable(backend, DEVICE.type)) is not None:
+        if (reason := dispatch.unavailable(backend, DEVICE.type)) is not None:
             print(f"not there: {reason}")
             wrong += 1
             continue

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 import fastmtl
-from fastmtl import _backend, ops
+from fastmtl import ops
 from fastmtl.benchmarks.machine import describe
+from fastmtl.core import dispatch
 from fastmtl.ops._task import Geometry, TaskWeights
 
 TASKS = 8
@@ -77,7 +78,7 @@ def stubbed(record: bool = False) -> Iterator[list[Launched]]:
     )
     with (
         mock.patch.object(triton.compiler, "compile", Nothing),
-        mock.patch.object(_backend, "_triton_unavailable", lambda device_type: None),
+        mock.patch.object(dispatch, "_triton_unavailable", lambda device_type: None),
         mock.patch.object(driver, "_active", stub),
         _launch.forgetting(),
         fastmtl.use_backend("triton"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastmtl
-from fastmtl import _backend, ops
+from fastmtl import ops
 from fastmtl.benchmarks import baselines, peers
 from fastmtl.benchmarks.gradients import (
     Inputs,
@@ -25,6 +25,7 @@ from fastmtl.benchmarks.gradients import (
     transformer_shapes,
 )
 from fastmtl.benchmarks.registry import Candidate, Case, Check
+from fastmtl.core import dispatch
 from fastmtl.ops import reference
 
 TASKS = (2, 4, 8, 16, 32, 64)
@@ -224,7 +225,7 @@ def on_gpu(case: Case, *, tuned: bool = False) -> Case:
                 call = partial(_on_matrix, compiled)
                 detail = f"torch.compile of `plain`, mode {mode}"
                 found.append(Candidate(label, call, detail, graph=True, unavailable=reason, builds=True))
-    missing = _backend.unavailable("triton", "cuda")
+    missing = dispatch.unavailable("triton", "cuda")
     triton = _by("triton", it.ours)
     detail = "ours, by Triton"
     found.append(Candidate("triton", triton, detail, "yardstick", graph=True, unavailable=missing, builds=True))
@@ -232,7 +233,7 @@ def on_gpu(case: Case, *, tuned: bool = False) -> Case:
         detail = "ours, with a given order instead of a drawn one"
         given = Candidate("given", lambda x: it.ours(replace(x, order=x.given)), detail, "yardstick", graph=True)
         found.append(given)
-    backend = "triton" if _backend.unavailable("cuda", "cuda") else "cuda"
+    backend = "triton" if dispatch.unavailable("cuda", "cuda") else "cuda"
     return replace(case, params={**case.params, "backend": backend}, candidates=tuple(found))
 
 
@@ -354,7 +355,7 @@ def coefficients_case(num_tasks: int, *, quick: bool = False, triton: bool = Fal
     def ours(x: Inputs) -> Tensor:
         return ops.pcgrad_coefficients(x.grads, x.order)
 
-    missing = _backend.unavailable("triton", "cuda")
+    missing = dispatch.unavailable("triton", "cuda")
     by_triton = Candidate(
         "triton", _by("triton", ours), "ours, by Triton", "yardstick", graph=True, unavailable=missing, builds=True
     )

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 import fastmtl
-from fastmtl import _backend, ops
+from fastmtl import ops
 from fastmtl.benchmarks import gradients, measure
+from fastmtl.core import dispatch
 from fastmtl.ops import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -149,7 +150,7 @@ def print_rates(device: torch.device, say: Callable[[str], None], backend: str |
     copy = measure.summary([rates.copy() for _ in range(20)])["median"]
     say(f"copy: {1e-12 / copy:.2f} TB/s, a copied byte read once and written once")
     names = ("cuda", "triton") if backend is None else (backend,)
-    backends = [name for name in names if _backend.unavailable(name, device.type) is None]
+    backends = [name for name in names if dispatch.unavailable(name, device.type) is None]
     for num_tasks, num_params, dtype in RATED:
         row = num_params * dtype.itemsize
         count = min(16, 4 * measure.cache_bytes(device) // (num_tasks * row) + 1)

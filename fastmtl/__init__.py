@@ -1,12 +1,14 @@
 """fastmtl: fused kernels for multi-task learning in PyTorch."""
 
 from fastmtl import methods, nn, ops, optim
-from fastmtl._backend import use_backend
-from fastmtl._marks import mark_per_task
 from fastmtl._version import __version__
-from fastmtl.bank import GradientBank
-from fastmtl.one_pass import OnePassBank, one_pass
-from fastmtl.surgery import Surgery, backward
+from fastmtl.core.dispatch import use_backend
+from fastmtl.parameters import mark_per_task
+from fastmtl.surgery.result import Surgery
+from fastmtl.task_gradients.bank import GradientBank
+from fastmtl.task_gradients.losses import backward
+from fastmtl.task_gradients.one_pass.bank import OnePassBank
+from fastmtl.task_gradients.one_pass.context import one_pass
 
 __all__ = [
     "GradientBank",

@@ -9,40 +9,40 @@ from typing import Any
 
 import torch
 
-from fastmtl import _backend
 from fastmtl._version import __version__
+from fastmtl.core import dispatch
 
 
 def collect() -> dict[str, Any]:
     """Versions, compiled parts and the state of every backend, as plain data."""
-    build = _backend.build_info()
-    extension = _backend.extension
-    backends = {name: _backend.unavailable(name, _device_of(name)) or _no_device(name) for name in _backend.BACKENDS}
+    build = dispatch.build_info()
+    extension = dispatch.extension
+    backends = {name: dispatch.unavailable(name, _device_of(name)) or _no_device(name) for name in dispatch.BACKENDS}
     return {
         "fastmtl": __version__,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "platform": platform.platform(),
         "extension": getattr(extension, "__file__", None),
-        "extension_error": _backend.extension_error,
+        "extension_error": dispatch.extension_error,
         "compiler": build.get("compiler"),
         "torch_stable_abi": build.get("torch_target"),
         "cpu_levels_compiled": build.get("cpu_levels", []),
         "cpu_level_active": extension.cpu_level() if extension is not None else None,
         "cuda_architectures": [f"sm_{arch}" for arch in build.get("cuda_architectures", [])],
         "cuda_kernels": build.get("cuda_kernels", []),
-        "cuda_reason": None if build.get("cuda_architectures") else _backend.build_note("cuda"),
+        "cuda_reason": None if build.get("cuda_architectures") else dispatch.build_note("cuda"),
         "triton": _triton_version(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "forced_backend": _backend.forced_backend(),
+        "forced_backend": dispatch.forced_backend(),
         "inactive": {name: reason for name, reason in backends.items() if reason is not None},
         "active": [name for name, reason in backends.items() if reason is None],
     }
 
 
 def _device_of(backend: str) -> str:
-    interpreted = backend == "triton" and _backend.interpreting()
+    interpreted = backend == "triton" and dispatch.interpreting()
     return "cuda" if backend in ("cuda", "triton") and not interpreted else "cpu"
 
 
@@ -80,7 +80,7 @@ def report() -> str:
             f"{found['threads']} threads",
             f"  CUDA      {cuda}",
         ]
-    interpreted = ", interpreted on CPU tensors (TRITON_INTERPRET=1)" if _backend.interpreting() else ""
+    interpreted = ", interpreted on CPU tensors (TRITON_INTERPRET=1)" if dispatch.interpreting() else ""
     lines.append(f"Triton      {found['triton'] or 'none'}{interpreted}")
     lines.append(f"GPU         {found['gpu'] or 'none'}")
     if found["forced_backend"]:

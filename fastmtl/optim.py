@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import methods
-from fastmtl.distributed import find_ranks
+from fastmtl.distributed.wrappers import find_ranks
 from fastmtl.ops.order import Randomness
-from fastmtl.surgery import Surgery, run_backward
+from fastmtl.surgery.result import Surgery
+from fastmtl.task_gradients.losses import run_backward
 
 
 class PCGrad:
@@ -89,7 +90,7 @@ class PCGrad:
             self._method,
             False,
             None,
-            accumulate=False,
+            overwrite=True,
             process_group=self._process_group,
             module=self._module,
             call="fastmtl.optim.PCGrad.pc_backward",

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmtl._backend import interpreting
+from fastmtl.core.dispatch import interpreting
 from fastmtl.kernels._interpreter import mend_interpreter
 
 if interpreting():

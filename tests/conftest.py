@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastmtl
-from fastmtl import _backend
+from fastmtl.core import dispatch
 
 # cuBLAS is deterministic only with this, and says so by raising
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -29,7 +29,7 @@ class Backend(NamedTuple):
 
 
 def _cpu_levels() -> list[str | None]:
-    return list(_backend.extension.available_cpu_levels()) if _backend.extension is not None else [None]
+    return list(dispatch.extension.available_cpu_levels()) if dispatch.extension is not None else [None]
 
 
 BACKENDS = [Backend("reference"), Backend("cpu")]
@@ -44,10 +44,10 @@ def skip_or_fail(reason: str) -> None:
 
 
 def _forced(backend: Backend) -> Iterator[Backend]:
-    reason = _backend.unavailable(backend.name, "cpu")
+    reason = dispatch.unavailable(backend.name, "cpu")
     if reason is not None:
         skip_or_fail(reason)
-    extension = _backend.extension
+    extension = dispatch.extension
     before = extension.cpu_level() if backend.level is not None else None
     if backend.level is not None:
         extension.set_cpu_level(backend.level)

@@ -15,7 +15,7 @@ from cases import BankCase
 from conftest import skip_or_fail
 
 import fastmtl
-from fastmtl import _backend
+from fastmtl.core import dispatch
 from fastmtl.ops import combine, gram, pcgrad, pcgrad_coefficients, pcgrad_project
 
 _GRADS = BankCase(3, 65).make()
@@ -40,37 +40,37 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "extension", None)
-    monkeypatch.setattr(_backend, "extension_error", "ImportError: hidden by a test")
+    monkeypatch.setattr(dispatch, "extension", None)
+    monkeypatch.setattr(dispatch, "extension_error", "ImportError: hidden by a test")
 
 
 def test_forcing_nests_and_restores() -> None:
-    assert _backend.forced_backend() is None
+    assert dispatch.forced_backend() is None
     with fastmtl.use_backend("reference"):
-        assert _backend.forced_backend() == "reference"
+        assert dispatch.forced_backend() == "reference"
         with fastmtl.use_backend("cuda"):
-            assert _backend.forced_backend() == "cuda"
-        assert _backend.forced_backend() == "reference"
-    assert _backend.forced_backend() is None
+            assert dispatch.forced_backend() == "cuda"
+        assert dispatch.forced_backend() == "reference"
+    assert dispatch.forced_backend() is None
 
 
 def test_forcing_ends_with_an_error() -> None:
     with pytest.raises(KeyError), fastmtl.use_backend("reference"):
         raise KeyError
-    assert _backend.forced_backend() is None
+    assert dispatch.forced_backend() is None
 
 
 def test_use_backend_as_decorator() -> None:
-    seen = fastmtl.use_backend("reference")(_backend.forced_backend)
+    seen = fastmtl.use_backend("reference")(dispatch.forced_backend)
     assert seen() == "reference" and seen() == "reference"
-    assert _backend.forced_backend() is None
+    assert dispatch.forced_backend() is None
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "CPU", "fastmtl"])
 def test_unknown_name(name: str) -> None:
     with pytest.raises(ValueError, match=rf"use_backend: expected one of cpu, cuda, triton, reference, got '{name}'"):
         fastmtl.use_backend(name).__enter__()
-    assert _backend.forced_backend() is None
+    assert dispatch.forced_backend() is None
 
 
 def test_unknown_name_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,14 +86,14 @@ def test_environment_forces(monkeypatch: pytest.MonkeyPatch) -> None:
     with fastmtl.use_backend("reference"):
         gram(_GRADS)
     monkeypatch.setenv("FASTMTL_BACKEND", "")
-    assert _backend.forced_backend() is None
+    assert dispatch.forced_backend() is None
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_every_op_runs_what_is_forced(call: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of implementations is asked for the forced one, never for another."""
     asked: list[str] = []
-    choose = _backend.choose
+    choose = dispatch.choose
 
     def spy(op: str, device_type: str, implementations: dict) -> object:
         chosen = choose(op, device_type, implementations)
@@ -107,7 +107,7 @@ def test_every_op_runs_what_is_forced(call: object, monkeypatch: pytest.MonkeyPa
     assert asked and set(asked) == {"reference"}
     asked.clear()
     call()
-    assert set(asked) == {"reference" if _backend.unavailable("cpu", "cpu") else "cpu"}
+    assert set(asked) == {"reference" if dispatch.unavailable("cpu", "cpu") else "cpu"}
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -130,59 +130,59 @@ def test_forced_cpu_without_extension(call: object, no_extension: None) -> None:
 
 
 def test_reasons(no_extension: None) -> None:
-    assert _backend.unavailable("reference", "cpu") is None
-    assert _backend.unavailable("reference", "mps") is None
+    assert dispatch.unavailable("reference", "cpu") is None
+    assert dispatch.unavailable("reference", "mps") is None
     for name in ("cpu", "cuda"):
-        assert "hidden by a test" in _backend.unavailable(name, name)
-    assert _backend.build_info() == {}
+        assert "hidden by a test" in dispatch.unavailable(name, name)
+    assert dispatch.build_info() == {}
 
 
 @pytest.fixture
 def fresh_import_of_triton() -> Iterator[None]:
-    _backend._triton_import_error.cache_clear()
+    dispatch._triton_import_error.cache_clear()
     yield
-    _backend._triton_import_error.cache_clear()
+    dispatch._triton_import_error.cache_clear()
 
 
 def test_reasons_of_triton(monkeypatch: pytest.MonkeyPatch, fresh_import_of_triton: None) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     for device in ("cuda", "cpu"):
-        assert "Triton cannot be imported (" in (_backend.unavailable("triton", device) or "")
+        assert "Triton cannot be imported (" in (dispatch.unavailable("triton", device) or "")
 
 
 def test_triton_takes_cuda_tensors_and_cpu_ones_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert _backend.unavailable("triton", "cuda") is None
-    assert _backend.unavailable("triton", "cpu") == (
+    assert dispatch.unavailable("triton", "cuda") is None
+    assert dispatch.unavailable("triton", "cpu") == (
         "the triton backend takes cuda tensors, got tensors on 'cpu' "
         "(on the CPU only in its interpreter: TRITON_INTERPRET=1)"
     )
-    assert _backend.unavailable("triton", "mps") == "the triton backend takes cuda tensors, got tensors on 'mps'"
+    assert dispatch.unavailable("triton", "mps") == "the triton backend takes cuda tensors, got tensors on 'mps'"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert _backend.unavailable("triton", "cpu") is None
-    assert _backend.unavailable("triton", "mps")
+    assert dispatch.unavailable("triton", "cpu") is None
+    assert dispatch.unavailable("triton", "mps")
 
 
 def test_cuda_prefers_what_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton where an op has nothing compiled for CUDA; the reference where the arguments are declined."""
-    monkeypatch.setattr(_backend, "unavailable", lambda backend, device: None)
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend, device: None)
     table = {name: (lambda name=name: name) for name in ("cpu", "triton", "reference")}
-    assert _backend.choose("op", "cuda", table)() == "triton"
-    assert _backend.choose("op", "cuda", {**table, "cuda": lambda: "cuda"})() == "cuda"
-    assert _backend.choose("op", "cuda", table, {"triton": "no float64"})() == "reference"
+    assert dispatch.choose("op", "cuda", table)() == "triton"
+    assert dispatch.choose("op", "cuda", {**table, "cuda": lambda: "cuda"})() == "cuda"
+    assert dispatch.choose("op", "cuda", table, {"triton": "no float64"})() == "reference"
     with (
         fastmtl.use_backend("triton"),
         pytest.raises(RuntimeError, match=r"fastmtl\.op: backend 'triton' is forced .*: no float64"),
     ):
-        _backend.choose("op", "cuda", table, {"triton": "no float64"})
+        dispatch.choose("op", "cuda", table, {"triton": "no float64"})
 
 
 def test_backend_of_another_device() -> None:
-    if _backend.extension is None:
-        skip_or_fail(_backend.unavailable("cpu", "cpu") or "")
-    assert "takes cuda tensors, got tensors on 'cpu'" in _backend.unavailable("cuda", "cpu")
-    assert "takes cpu tensors, got tensors on 'cuda'" in _backend.unavailable("cpu", "cuda")
+    if dispatch.extension is None:
+        skip_or_fail(dispatch.unavailable("cpu", "cpu") or "")
+    assert "takes cuda tensors, got tensors on 'cpu'" in dispatch.unavailable("cuda", "cpu")
+    assert "takes cpu tensors, got tensors on 'cuda'" in dispatch.unavailable("cpu", "cuda")
 
 
 def test_unforced_uses_the_extension_where_there_is_one() -> None:
@@ -193,17 +193,17 @@ def test_unforced_uses_the_extension_where_there_is_one() -> None:
         return "plain"
 
     table = {"cpu": compiled, "reference": plain}
-    have = _backend.unavailable("cpu", "cpu") is None
-    assert _backend.choose("op", "cpu", table)() == ("compiled" if have else "plain")
-    assert _backend.choose("op", "mps", table)() == "plain"
-    assert _backend.choose("op", "cpu", {"reference": plain})() == "plain"
+    have = dispatch.unavailable("cpu", "cpu") is None
+    assert dispatch.choose("op", "cpu", table)() == ("compiled" if have else "plain")
+    assert dispatch.choose("op", "mps", table)() == "plain"
+    assert dispatch.choose("op", "cpu", {"reference": plain})() == "plain"
 
 
 def test_levels_of_the_extension() -> None:
-    extension = _backend.extension
+    extension = dispatch.extension
     if extension is None:
-        skip_or_fail(_backend.unavailable("cpu", "cpu") or "")
-    info = _backend.build_info()
+        skip_or_fail(dispatch.unavailable("cpu", "cpu") or "")
+    info = dispatch.build_info()
     assert {"cpu_levels", "cuda_architectures", "compiler", "torch_target"} <= info.keys()
     available, before = list(extension.available_cpu_levels()), extension.cpu_level()
     assert "portable" in available and set(available) <= set(info["cpu_levels"])

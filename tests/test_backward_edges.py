@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import fastmtl
+from fastmtl.surgery.gradients import TaskGradients
 
 # --- the result is written into the first gradient, unless somebody else can see it
 
@@ -65,17 +66,15 @@ def test_two_parameters_with_one_gradient_tensor() -> None:
 
 
 def test_result_takes_the_memory_of_the_first_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmtl import surgery
-
     seen: list[tuple[set[int], list[int]]] = []
-    choose_memory = surgery._result_memory
+    choose_memory = TaskGradients._result_memory
 
-    def spy(params, tensors, index, n, held):
-        memory = choose_memory(params, tensors, index, n, held)
-        seen.append(({x.data_ptr() for x in tensors}, [x.data_ptr() for x in memory]))
+    def spy(self: TaskGradients) -> list[Tensor]:
+        memory = choose_memory(self)
+        seen.append(({x.data_ptr() for x in self._gradients.tensors}, [x.data_ptr() for x in memory]))
         return memory
 
-    monkeypatch.setattr(surgery, "_result_memory", spy)
+    monkeypatch.setattr(TaskGradients, "_result_memory", spy)
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 16, 3))
     out = net(torch.randn(2, 1, 6, 6))
     fastmtl.backward([out[:, t].square().mean() for t in range(3)])

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fastmtl import ops
-from fastmtl._library import PUBLIC_OPS
 from fastmtl.benchmarks import baselines, cli, digits, gradients, measure, predict, registry, report, surgery
 from fastmtl.benchmarks.runner import Runner, Settings
+from fastmtl.core.schemas import PUBLIC_OPS
 from fastmtl.ops import reference
 
 CPU = torch.device("cpu")

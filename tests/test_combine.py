@@ -13,7 +13,8 @@ from conftest import Backend
 from torch import Tensor
 
 import fastmtl
-from fastmtl import _backend, ops
+from fastmtl import ops
+from fastmtl.core import dispatch
 from fastmtl.ops import combine, reference
 
 # the smallest float16 is 2**-24: below it a result is rounded by half of that
@@ -399,7 +400,7 @@ def test_op_itself_checks_a_bank(backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_out_of_lists_and_banks(backend: str) -> None:
-    if (reason := _backend.unavailable(backend, "cpu")) is not None:
+    if (reason := dispatch.unavailable(backend, "cpu")) is not None:
         pytest.skip(reason)
     g, w = torch.randn(3, 70), torch.randn(2, 3)
     rows = [[x[:60].reshape(6, 10), None, x[60:]] for x in g]
@@ -462,7 +463,7 @@ def test_refuses_out_that_does_not_fit() -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_autocast_does_not_lower_the_precision(backend: str) -> None:
-    if (reason := _backend.unavailable(backend, "cpu")) is not None:
+    if (reason := dispatch.unavailable(backend, "cpu")) is not None:
         pytest.skip(reason)
     g = torch.randn(4, 500, requires_grad=True)
     w = torch.randn(4, requires_grad=True)

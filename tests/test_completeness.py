@@ -15,7 +15,7 @@ from conftest import Backend, skip_or_fail
 from samples_task import TASK_OPCHECK_SAMPLES
 from torch import Tensor
 
-from fastmtl._library import PUBLIC_OPS
+from fastmtl.core.schemas import PUBLIC_OPS
 from fastmtl.ops import combine, reference
 
 OPCHECK_SAMPLES = cases.OPCHECK_SAMPLES | TASK_OPCHECK_SAMPLES

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import pytest
 
-from fastmtl import _backend
 from fastmtl.benchmarks import cubin, kernel_table
 from fastmtl.benchmarks.kernel_table import Kernel, kernel_of, memory_bound
+from fastmtl.core import dispatch
 
 ROOT = Path(__file__).parent.parent
 NVCC = kernel_table.nvcc()
@@ -218,11 +218,11 @@ def test_every_source_is_compiled() -> None:
 
 
 def _extension() -> Path:
-    if _backend.extension is None:
-        pytest.skip(f"no compiled extension ({_backend.extension_error})")
-    if not _backend.build_info()["cuda_architectures"]:
-        pytest.skip(f"an extension without CUDA ({_backend.build_note('cuda')})")
-    return Path(_backend.extension.__file__)
+    if dispatch.extension is None:
+        pytest.skip(f"no compiled extension ({dispatch.extension_error})")
+    if not dispatch.build_info()["cuda_architectures"]:
+        pytest.skip(f"an extension without CUDA ({dispatch.build_note('cuda')})")
+    return Path(dispatch.extension.__file__)
 
 
 @needs_tools
@@ -231,21 +231,21 @@ def test_the_extension_holds_every_kernel_without_spills() -> None:
     usage = {kernel_of(name): text for name, text in cubin.dump("--dump-resource-usage", extension).items()}
     assert set(usage) == set().union(*KERNELS.values())
     for kernel, texts in usage.items():
-        assert len(texts) == len(_backend.build_info()["cuda_architectures"])
+        assert len(texts) == len(dispatch.build_info()["cuda_architectures"])
         for text in texts:
             assert re.search(r"\bSTACK:0\b", text) and re.search(r"\bLOCAL:0\b", text), f"{kernel}: {text}"
 
 
 def test_extension_needs_libtorch_and_holds_the_architectures() -> None:
-    extension = _backend.extension
+    extension = dispatch.extension
     if extension is None:
-        pytest.skip(f"no compiled extension ({_backend.extension_error})")
+        pytest.skip(f"no compiled extension ({dispatch.extension_error})")
     needed = subprocess.run(["readelf", "-d", extension.__file__], capture_output=True, text=True, check=True).stdout
     # dropped, the weak symbol of the CUDA half stays null on a CUDA torch
     assert "[libtorch.so]" in needed
     assert not re.search(r"NEEDED.*(libtorch_python|libtorch_cuda|libcudart)", needed)
-    info = _backend.build_info()
-    with_cuda = _backend.build_note("cuda") is None and NVCC is not None
+    info = dispatch.build_info()
+    with_cuda = dispatch.build_note("cuda") is None and NVCC is not None
     if with_cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         assert info["cuda_architectures"] == [80, 90]
     kernels = ["combine", "gram", "pcgrad", "pcgrad_coefficients", "pcgrad_project"]

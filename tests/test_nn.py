@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fastmtl
-from fastmtl._marks import is_per_task
 from fastmtl.nn import TaskConv2d, TaskLinear, TaskParameters, checkpoint_contexts, context, tasks
+from fastmtl.parameters import is_per_task
 
 NAMES = ["photo", "sketch", "clipart"]
 IDS = torch.tensor([2, 0, 1, 0, 2])

@@ -408,10 +408,10 @@ class _Mix(torch.autograd.Function):
 
 
 def test_check_finds_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmtl.ops import _per_task
+    from fastmtl.task_gradients.one_pass import autograd
 
-    right = _per_task.linear_rows
-    monkeypatch.setattr(_per_task, "_linear_rows", lambda receive, *a: right(*a).roll(1, 0))
+    right = autograd.linear_rows
+    monkeypatch.setattr(autograd, "_linear_rows", lambda receive, *a: right(*a).roll(1, 0))
     x = _x()
     model = _mlp()
     wrong = r"row 0 of parameter '0.weight'.*differs from a backward pass"

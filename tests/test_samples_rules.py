@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl._samples.mode import Follow
-from fastmtl._samples.tags import CONST, MIXING, SAMPLES, TOTAL, UNKNOWN, Samples, Tag, nested
+from fastmtl.task_gradients.one_pass.sample_axis import CONST, MIXING, SAMPLES, TOTAL, UNKNOWN, Samples, Tag, nested
+from fastmtl.task_gradients.one_pass.tracker import Follow
 
 N = 4
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from fastmtl import _backend
+from fastmtl.core import dispatch
 
-if _backend.interpreting():
+if dispatch.interpreting():
     pytest.skip("TRITON_INTERPRET=1: the kernels are not compiled", allow_module_level=True)
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastmtl._marks import mark_per_task
 from fastmtl.nn.context import current_plan
 from fastmtl.ops import TaskPlan, reference
 from fastmtl.ops._task import TaskWeights
+from fastmtl.parameters import mark_per_task
 
 Tasks = int | Sequence[str]
 _Layer = TypeVar("_Layer", bound="TaskLayer")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fastmtl._library import autocast_is_on
+from fastmtl.core.schemas import autocast_is_on
 
 Delta: TypeAlias = "Tensor | Sequence[Tensor | None] | torch.nn.ParameterList | None"
 Pair: TypeAlias = int | Sequence[int]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmtl._library import define_kernel
+from fastmtl.core.schemas import define_kernel
 from fastmtl.ops._task import TaskWeights, is_channels_last, memory_format
 
 _copy_rows = define_kernel(

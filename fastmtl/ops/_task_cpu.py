@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl._backend import unavailable
-from fastmtl._library import define_kernel
+from fastmtl.core.dispatch import unavailable
+from fastmtl.core.schemas import define_kernel
 from fastmtl.ops._task import Geometry, TaskWeights, like_parameter, like_stacked, memory_format
 from fastmtl.ops._task_batch import Batch, Cut, Samples, Segment, cuts
 from fastmtl.ops._task_direct import Direct

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmtl._library import define_kernel
+from fastmtl.core.schemas import define_kernel
 from fastmtl.ops._task import Geometry, TaskWeights, is_channels_last
 from fastmtl.ops._task_batch import Batch, Segment
 

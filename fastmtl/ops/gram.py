@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl._backend import choose, triton_kernels
-from fastmtl._library import define_kernel, define_op
+from fastmtl.core.dispatch import choose, triton_kernels
+from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops import reference
 from fastmtl.ops._rows import Grads, Rows, accumulate_dtype, bank_rows, check_bank, is_bank, read_lists
 from fastmtl.ops.combine import combine_list_op, combine_op, pick_positions

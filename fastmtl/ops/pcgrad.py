@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl._backend import choose, triton_kernels
-from fastmtl._library import define_kernel, define_op, without_autocast
+from fastmtl.core.dispatch import choose, triton_kernels
+from fastmtl.core.schemas import define_kernel, define_op, without_autocast
 from fastmtl.ops import reference
 from fastmtl.ops._rows import Grads, Rows, bank_rows, check_bank, check_num_tasks, is_bank, read_lists
 from fastmtl.ops.combine import (

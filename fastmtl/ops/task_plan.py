@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl._backend import choose, interpreting, triton_kernels
-from fastmtl._library import define_op
+from fastmtl.core.dispatch import choose, interpreting, triton_kernels
+from fastmtl.core.schemas import define_op
 from fastmtl.ops import reference
 from fastmtl.ops._task import TaskPlan, check_ids, checking
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl._backend import choose, triton_kernels
-from fastmtl._library import define_op
+from fastmtl.core.dispatch import choose, triton_kernels
+from fastmtl.core.schemas import define_op
 from fastmtl.ops import _task_cpu, reference
 from fastmtl.ops._composed import composed_backward
 from fastmtl.ops._task import (

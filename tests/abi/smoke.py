@@ -3,10 +3,11 @@
 import torch
 
 import fastmtl
-from fastmtl import _backend, ops
+from fastmtl import ops
+from fastmtl.core import dispatch
 from fastmtl.ops import reference
 
-assert _backend.extension is not None, _backend.extension_error
+assert dispatch.extension is not None, dispatch.extension_error
 assert "site-packages" in fastmtl.__file__, fastmtl.__file__
 g = torch.randn(5, 1234)
 order = ops.random_order(5)
@@ -20,4 +21,4 @@ with fastmtl.use_backend("cpu"):
     net = torch.nn.Linear(7, 3)
     surgery = fastmtl.backward([x.square().mean() for x in net(torch.randn(4, 7)).unbind(1)])
     assert net.weight.grad is not None and surgery.gram.shape == (3, 3)
-print("torch", torch.__version__, "fastmtl", fastmtl.__version__, _backend.build_info(), "ok")
+print("torch", torch.__version__, "fastmtl", fastmtl.__version__, dispatch.build_info(), "ok")

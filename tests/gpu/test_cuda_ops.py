@@ -17,7 +17,7 @@ from cases import BANK_CASES, FEW_BANKS, FEW_LISTS, LIST_CASES, OPCHECK_SAMPLES,
 from torch import Tensor
 
 import fastmtl
-from fastmtl import _backend
+from fastmtl.core import dispatch
 from fastmtl.ops import (
     combine,
     gram,
@@ -61,7 +61,7 @@ def _kernels(op: str) -> set[str]:
 def forced(request: pytest.FixtureRequest) -> Iterator[str | None]:
     """Each backend in turn; None: the one that the package chooses."""
     name = request.param
-    if name is not None and (reason := _backend.unavailable(name, DEVICE)) is not None:
+    if name is not None and (reason := dispatch.unavailable(name, DEVICE)) is not None:
         pytest.skip(reason)
     yield name
 
@@ -90,7 +90,7 @@ def served_by(name: str | None) -> str:
     """The backend that serves a call: the forced one, or the one that the package must choose."""
     if name is not None:
         return name
-    return next((b for b in ("cuda", "triton") if _backend.unavailable(b, DEVICE) is None), "reference")
+    return next((b for b in ("cuda", "triton") if dispatch.unavailable(b, DEVICE) is None), "reference")
 
 
 def slack(forced: str | None, case: BankCase | ListCase | None = None) -> float:
@@ -655,7 +655,7 @@ for _ in range(20):
 @pytest.mark.parametrize("form", ["bank", "lists"])
 def test_the_first_call_is_captured(form: str, mode: str) -> None:
     """On a stream of its own, in a new process: nothing was made before, and nothing can be made on that stream."""
-    if (reason := _backend.unavailable("cuda", DEVICE)) is not None:
+    if (reason := dispatch.unavailable("cuda", DEVICE)) is not None:
         pytest.skip(reason)
     assert run_python(f"FORM, MODE = {form!r}, {mode!r}\n{FIRST_IN_A_CAPTURE}") == ["True True"]
 
@@ -679,7 +679,7 @@ print(torch.cuda.memory_allocated() - before)
 
 def test_nothing_is_kept_in_torchs_memory() -> None:
     """What outlives a call must not lie in a pool that torch.compile's graphs, warming up, may write over."""
-    if (reason := _backend.unavailable("cuda", DEVICE)) is not None:
+    if (reason := dispatch.unavailable("cuda", DEVICE)) is not None:
         pytest.skip(reason)
     assert run_python(KEPT_MEMORY) == ["0"]
 
@@ -732,7 +732,7 @@ for case in (ListCase("nones", 5), ListCase("mixed_dtypes", 19), ListCase("many"
 
 def test_early_launches_give_the_same_bits() -> None:
     """FASTMTL_PDL=1: the combine kernel begins while the Gram kernel still solves."""
-    if (reason := _backend.unavailable("cuda", DEVICE)) is not None:
+    if (reason := dispatch.unavailable("cuda", DEVICE)) is not None:
         pytest.skip(reason)
     expected = run_python(SAME_BITS, FASTMTL_PDL="0")
     assert len(expected) == 7 * 4 * 4 + 4
@@ -763,7 +763,7 @@ print(events["combine"].start < events["gram"].end)
 @pytest.mark.parametrize("early", [False, True])
 def test_launches_are_early_if_asked(early: bool) -> None:
     """The T x T problem of 128 tasks takes hundreds of microseconds: time enough for the next launch to begin."""
-    if (reason := _backend.unavailable("cuda", DEVICE)) is not None:
+    if (reason := dispatch.unavailable("cuda", DEVICE)) is not None:
         pytest.skip(reason)
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("before sm_90 a launch waits for the one in front")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import fastmtl
-from fastmtl import _backend, methods
+from fastmtl import methods
+from fastmtl.core import dispatch
 from fastmtl.ops import order_state, reference
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +27,7 @@ SAMPLES = 6
 def forced(request: pytest.FixtureRequest) -> Iterator[str | None]:
     """Each backend in turn; None: the one that the package chooses."""
     name = request.param
-    if name is not None and (reason := _backend.unavailable(name, DEVICE)) is not None:
+    if name is not None and (reason := dispatch.unavailable(name, DEVICE)) is not None:
         pytest.skip(reason)
     with fastmtl.use_backend(name) if name is not None else nullcontext():
         yield name

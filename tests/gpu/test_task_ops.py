@@ -31,7 +31,7 @@ from cases_task import (
 from torch import Tensor
 
 import fastmtl
-from fastmtl import _backend
+from fastmtl.core import dispatch
 from fastmtl.ops import (
     reference,
     task_conv2d,
@@ -61,7 +61,7 @@ def full_float32() -> Iterator[None]:
 
 @pytest.fixture(params=["triton", "reference"])
 def forced(request: pytest.FixtureRequest) -> Iterator[str]:
-    reason = _backend.unavailable(request.param, DEVICE)
+    reason = dispatch.unavailable(request.param, DEVICE)
     if reason is not None:
         pytest.skip(reason)
     with fastmtl.use_backend(request.param):
@@ -485,6 +485,6 @@ def test_more_than_2_31_elements(triton_backend: None) -> None:
 def test_unforced_is_triton() -> None:
     case = ON_GPU[0]
     made = made_on_device(case)
-    with fastmtl.use_backend("triton") if _backend.unavailable("triton", DEVICE) is None else nullcontext():
+    with fastmtl.use_backend("triton") if dispatch.unavailable("triton", DEVICE) is None else nullcontext():
         expected = case.run(made)
     assert torch.equal(case.run(made), expected)

@@ -25,7 +25,7 @@ from cases_task import (
 from torch import Tensor
 
 import fastmtl
-from fastmtl import _backend
+from fastmtl.core import dispatch
 from fastmtl.ops import (
     TaskPlan,
     reference,
@@ -35,7 +35,7 @@ from fastmtl.ops import (
     task_linear_weight_grad,
 )
 
-if not _backend.interpreting():
+if not dispatch.interpreting():
     pytest.skip("needs TRITON_INTERPRET=1, set before Triton is imported", allow_module_level=True)
 pytest.importorskip("triton")
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import fastmtl
-from fastmtl import _backend
+from fastmtl.core import dispatch
 from fastmtl.ops import reference, task_plan, task_scale_shift
 
-if not _backend.interpreting():
+if not dispatch.interpreting():
     pytest.skip("needs TRITON_INTERPRET=1, set before Triton is imported", allow_module_level=True)
 pytest.importorskip("triton")
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastmtl
-from fastmtl import _backend
+from fastmtl.core import dispatch
 from fastmtl.ops import combine, gram, order_state, pcgrad, pcgrad_coefficients, pcgrad_project, random_order, reference
 from fastmtl.ops._rows import Rows, bank_rows
 from fastmtl.ops.order import Draw, drawn_order
 from fastmtl.ops.pcgrad import operate_rows
 
-if not _backend.interpreting():
+if not dispatch.interpreting():
     pytest.skip("needs TRITON_INTERPRET=1, set before Triton is imported", allow_module_level=True)
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

@@ -26,7 +26,7 @@ def read_chunk_size(chunk_size: int | None) -> int:
     return chunk_size
 
 
-def gradients(
+def run_passes(
     tasks: Sequence[Tensor | None],
     inputs: Mapping[Tensor, int],
     overlap: Sequence[int],

@@ -66,7 +66,7 @@ def define_op(
 
     Without `backward` the op is not differentiable: its results are integers, or it writes into an argument.
 
-    `implementation` chooses the backend itself (see `fastmtl._backend.choose`), so that the choice is
+    `implementation` chooses the backend itself (see `fastmtl.core.dispatch.choose`), so that the choice is
     made when the op runs, in eager mode and inside a compiled graph alike.
     """
     name = schema.split("(", 1)[0]

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl._samples.names import ALONG, BATCH_FIRST, LINEAR, LOSSES, POINTWISE, REDUCTIONS, SPATIAL
-from fastmtl._samples.tags import (
+from fastmtl.task_gradients.one_pass.sample_axis import (
     CONST,
     CONSTANT,
     MIXING,
@@ -26,6 +25,15 @@ from fastmtl._samples.tags import (
     mixing,
     nested,
     unknown,
+)
+from fastmtl.task_gradients.one_pass.torch_names import (
+    ALONG,
+    BATCH_FIRST,
+    LINEAR,
+    LOSSES,
+    POINTWISE,
+    REDUCTIONS,
+    SPATIAL,
 )
 
 Get = Callable[[Any], Tag]

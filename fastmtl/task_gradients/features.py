@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmtl._graph import Edge, Reach, names_of, reach, reach_from
-from fastmtl._marks import describe
-from fastmtl._passes import grad
 from fastmtl.ops._rows import FLOAT_DTYPES
+from fastmtl.parameters import describe
+from fastmtl.task_gradients.passes import grad
+from fastmtl.task_gradients.reach import Edge, Reach, names_of, reach, reach_from
 
 
 class Split(NamedTuple):
@@ -63,7 +63,7 @@ def read_features(features: Any) -> list[Tensor]:
     return list(named)
 
 
-def split(tasks: Sequence[Tensor | None], names: Sequence[str], features: Sequence[Tensor]) -> Split:
+def split_at_features(tasks: Sequence[Tensor | None], names: Sequence[str], features: Sequence[Tensor]) -> Split:
     """What each loss reaches through the features, and past them.
 
     Raises:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastmtl._marks import describe
-from fastmtl._samples.layers import Unproven, Weight, call_layer, copied, lift
-from fastmtl._samples.names import PLAIN, RANDOM, in_python, name_of, writes
-from fastmtl._samples.rules import argument, is_known, tag_of_result
-from fastmtl._samples.tags import (
+from fastmtl.parameters import describe
+from fastmtl.task_gradients.one_pass import autograd
+from fastmtl.task_gradients.one_pass.layers import Unproven, Weight, call_layer, copied, lift
+from fastmtl.task_gradients.one_pass.rules import argument, is_known, tag_of_result
+from fastmtl.task_gradients.one_pass.sample_axis import (
     ATTRIBUTE,
     CONST,
     CONSTANT,
@@ -36,7 +36,7 @@ from fastmtl._samples.tags import (
     unknown,
     versions,
 )
-from fastmtl.ops import _per_task
+from fastmtl.task_gradients.one_pass.torch_names import PLAIN, RANDOM, in_python, name_of, writes
 
 OF_PARAMETERS = Tag(PARAM)
 NAMED = Tag(CONST, axis=-1)  # by the user: never one that a rule has made
@@ -83,7 +83,7 @@ class Follow(TorchFunctionMode):
         self.partition, self.loop, self.bounded = partition, loop, bounded
         self.backward = backward
         self.off = False
-        self.boundaries: list[tuple[Tensor, Tag, _per_task.Place]] = []
+        self.boundaries: list[tuple[Tensor, Tag, autograd.Place]] = []
         self.mixed = False  # a layer that mixes samples was met, and accepted
         self.looped: dict[Tensor, bool] = {}
         self.met: dict[Tensor, list[Samples]] = {}  # which parts of the batch each parameter saw; () all of it
@@ -164,7 +164,7 @@ class Follow(TorchFunctionMode):
         """A parameter of the bank, what was computed from some, or a tensor with its own gradient."""
         if p in self.rows:
             self._use(p)
-            return Weight(self.values[p], _per_task.STACKED, (self.rows[p],))
+            return Weight(self.values[p], autograd.STACKED, (self.rows[p],))
         tag = self.tag(p)
         if tag.kind != PARAM:
             return Weight(p, 0, ())
@@ -348,9 +348,9 @@ class Follow(TorchFunctionMode):
         tag = self.tag(x)
         if tag.kind != SAMPLES or not x.requires_grad:
             return x
-        place = _per_task.Place()
+        place = autograd.Place()
         self.boundaries.append((x, tag, place))
-        return _per_task.Boundary.apply(x, place)
+        return autograd.Boundary.apply(x, place)
 
     def _on_parameters(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Parameters and constants alone."""

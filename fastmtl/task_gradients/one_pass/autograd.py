@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl._backend import unavailable
+from fastmtl.core.dispatch import unavailable
 from fastmtl.ops._task import Geometry, is_channels_last
 from fastmtl.ops._task_cpu import HUGE_BYTES, linear_weight_grads
 from fastmtl.ops.task_conv2d import (

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmtl import distributed, methods
-from fastmtl._graph import read_loss_scale
-from fastmtl._marks import Params, compiled_module, is_per_task, read_params
-from fastmtl._memory import has_other_holders
-from fastmtl.distributed import Ranks, find_ranks, reporting
+from fastmtl import methods
+from fastmtl.core.memory import has_other_holders
+from fastmtl.distributed.dtensors import local, refuse_dtensors
+from fastmtl.distributed.ranks import SAME_PASSES, Ranks, reporting, statement_of
+from fastmtl.distributed.wrappers import check_reduces, find_ranks
 from fastmtl.methods import Weighting
 from fastmtl.ops._rows import check_num_tasks
-from fastmtl.surgery import (
-    Row,
-    Surgery,
-    add_own,
-    check_within,
-    on_shards,
-    operate,
-    operate_on_means,
-    sparse_shared,
-    split_shared,
-    write,
-)
+from fastmtl.parameters import Params, compiled_module, is_per_task, read_params
+from fastmtl.surgery.accumulate import accumulate
+from fastmtl.surgery.gradients import Row, TaskGradients
+from fastmtl.surgery.result import Surgery
+from fastmtl.surgery.solve import SurgeryOptions, solve
+from fastmtl.task_gradients.over_ranks import averaged, of_shards
+from fastmtl.task_gradients.reach import read_loss_scale
+from fastmtl.task_gradients.sharing import add_unshared, check_within, sparse_shared, split_shared
 
 _APPLY = "GradientBank.apply"
 
@@ -92,7 +87,7 @@ class GradientBank:
             self._shared = self._shared and ranks.rename(self._shared)
             ranks.check_params(self._named, "fastmtl.GradientBank")
         else:
-            distributed.refuse_dtensors(self._named, "fastmtl.GradientBank")
+            refuse_dtensors(self._named, "fastmtl.GradientBank")
         self._params = list(self._named)
         if self._shared is not None:
             check_within(self._shared, self._named)
@@ -111,7 +106,7 @@ class GradientBank:
     def clear(self) -> None:
         """Forgets every row."""
         self._rows: list[dict[Tensor, Tensor]] = [{} for _ in self.names]
-        self._own: dict[Tensor, Tensor] = {}
+        self._unshared: dict[Tensor, Tensor] = {}
         self._present = [False] * len(self.names)
 
     @contextlib.contextmanager
@@ -138,7 +133,7 @@ class GradientBank:
             p.grad = None
         try:
             yield
-            distributed.check_reduces([m for m in self._modules if m is not None], "GradientBank.task")
+            check_reduces([m for m in self._modules if m is not None], "GradientBank.task")
             visit = [(p, p.grad) for p in self._params if p.grad is not None]
         finally:
             for p, g in zip(self._params, aside, strict=True):
@@ -153,13 +148,13 @@ class GradientBank:
             # create_graph=True leaves gradients with a graph
             g = g.detach().clone() if _in_a_bucket(g) else g.detach()
             if is_per_task(p) or (self._shared is not None and p not in self._shared):
-                add_own(self._own, p, g)
+                add_unshared(self._unshared, p, g)
             elif p not in row:
                 row[p] = g
             elif row[p].layout is torch.strided:
                 row[p].add_(g)
             else:
-                add_own(row, p, g)
+                add_unshared(row, p, g)
 
     @torch._disable_dynamo
     def apply(self, method: str | Weighting = "pcgrad", *, loss_scale: float | Tensor | None = None) -> Surgery:
@@ -185,47 +180,43 @@ class GradientBank:
         for t, row in enumerate(self._rows):
             for p in row:
                 masks[p] |= 1 << t
-        reached = {p: mask for p, mask in masks.items() if mask or p in self._own}
+        reached = {p: mask for p, mask in masks.items() if mask or p in self._unshared}
         present = self._present
         if ranks is not None:
-            mine = distributed.state(
-                _APPLY, self.names, method, self._named, self._shared, present, masks, [*self._rows, self._own]
+            mine = statement_of(
+                _APPLY, self.names, method, self._named, self._shared, present, masks, [*self._rows, self._unshared]
             )
-            joint = ranks.meet(mine, self._named, same=distributed.SAME_PASSES if ranks.sharded else None)
+            joint = ranks.meet(mine, self._named, same=SAME_PASSES if ranks.sharded else None)
             reached = {p: mask for p, mask in joint.masks.items() if joint.kinds[p]}
             present = joint.present
         if not any(present):
             raise RuntimeError("GradientBank.apply: no gradient was collected since the bank was made or applied")
-        common = split_shared(reached, self._named, self._shared)
+        shared = split_shared(reached, self._named, self._shared)
         device = next(iter(reached)).device
-        decide = functools.partial(
-            operate, names=self.names, method=method, scale=scale, device=device, held=1, ranks=ranks
-        )
-        own = dict(self._own)
-        if ranks is not None and not ranks.sharded:
+        sharded = ranks is not None and ranks.sharded
+        unshared = dict(self._unshared)
+        if ranks is not None and not sharded:
             # if the method raises, the means stand where the rows were; those of means are the same
-            updates, surgery = operate_on_means(common, self._rows, own, joint, self._named, decide, ranks)
-            self.clear()
-            write(updates)
-            return surgery
-        in_common = set(common)
-        for row in self._rows:
-            for p, g in row.items():
-                if p not in in_common:
-                    add_own(own, p, g)
-                elif g.layout is not torch.strided:
-                    raise sparse_shared(g.layout, p, self._named)
-        rows: list[Row] = [[row.get(p) for p in common] for row in self._rows]
-        if ranks is not None:
-            shards = [[None if g is None else distributed.local(g) for g in row] for row in rows]
-            own = {p: distributed.local(g) for p, g in own.items()}
-            updates, surgery = on_shards(common, functools.partial(decide, rows=shards, own=own, present=present))
-            self.clear()
-            distributed.write_sharded(updates)
-            return surgery
-        updates, surgery = decide(common, rows, own, present)
+            gradients = averaged(ranks, joint, shared, self._rows, unshared, self._named, self.names, device)
+        else:
+            is_shared = set(shared)
+            for row in self._rows:
+                for p, g in row.items():
+                    if p not in is_shared:
+                        add_unshared(unshared, p, g)
+                    elif g.layout is not torch.strided:
+                        raise sparse_shared(g.layout, p, self._named)
+            rows: list[Row] = [[row.get(p) for p in shared] for row in self._rows]
+            if sharded:
+                rows = [[None if g is None else local(g) for g in row] for row in rows]
+                unshared = {p: local(g) for p, g in unshared.items()}
+                gradients = of_shards(shared, rows, unshared, self.names, present, device, references=1)
+            else:
+                gradients = TaskGradients(shared, rows, unshared, self.names, present, device, references=1)
+        updates, surgery = solve(gradients, SurgeryOptions(method, scale, ranks, partitioned=sharded))
         self.clear()
-        write(updates)
+        # hooks ran in each backward pass
+        accumulate(updates, run_hooks=False)
         return surgery
 
     def __repr__(self) -> str:

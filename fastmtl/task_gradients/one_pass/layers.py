@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl._library import autocast_is_on
-from fastmtl._samples.attention import multi_head_attention
-from fastmtl._samples.names import LOSSES, POINTWISE, name_of
-from fastmtl._samples.rules import aligned, argument, dims_of, factors, tag_of_result
-from fastmtl._samples.tags import CONSTANT, PARAM, SAMPLES, Tag, nested, replaced
-from fastmtl.ops import _per_task
+from fastmtl.core.schemas import autocast_is_on
 from fastmtl.ops._task import cast_by_autocast
+from fastmtl.task_gradients.one_pass import autograd
+from fastmtl.task_gradients.one_pass.attention import multi_head_attention
+from fastmtl.task_gradients.one_pass.rules import aligned, argument, dims_of, factors, tag_of_result
+from fastmtl.task_gradients.one_pass.sample_axis import CONSTANT, PARAM, SAMPLES, Tag, nested, replaced
+from fastmtl.task_gradients.one_pass.torch_names import LOSSES, POINTWISE, name_of
 
 if TYPE_CHECKING:
-    from fastmtl._samples.mode import Follow
+    from fastmtl.task_gradients.one_pass.tracker import Follow
 
 
 class Weight(NamedTuple):
@@ -32,7 +32,7 @@ class Weight(NamedTuple):
     def viewed(self, view: Callable[[Tensor], Tensor]) -> Weight:
         """The same view of the value and of everything that receives its rows."""
         assert self.value is not None
-        if self.count == _per_task.STACKED:
+        if self.count == autograd.STACKED:
             # every row is the value itself, so the view of one is expanded to all
             rows = self.targets[0]
             shape = view(self.value).shape
@@ -117,7 +117,7 @@ def lift(follow: Follow, p: Tensor, right: int, tag: Tag) -> Tensor:
             return _expanded(follow, Weight(*_narrowed(weight, axis)), axis, ids, tag)
         if not copied(follow, p, p.dim() - right):
             raise Unproven("its own positions would lie along the axis of the samples")
-        out = _per_task.PerSample.apply(value, ids, axis, weight.count, tag.samples.num_rows, *weight.targets)
+        out = autograd.PerSample.apply(value, ids, axis, weight.count, tag.samples.num_rows, *weight.targets)
     elif value.shape[axis] == 1:
         return _expanded(follow, weight, axis, ids, tag)
     else:
@@ -179,12 +179,12 @@ _KEEP = frozenset(("view", "reshape", "transpose", "permute", "unsqueeze", "sque
 
 def _narrowed(weight: Weight, axis: int) -> tuple[Any, int, tuple[Tensor, ...]]:
     one = weight.value.narrow(axis, 0, 1)  # type: ignore[union-attr]
-    shift = 1 if weight.count == _per_task.STACKED else 0
+    shift = 1 if weight.count == autograd.STACKED else 0
     return one, weight.count, tuple(t.narrow(axis + shift, 0, 1) for t in weight.targets)
 
 
 def _expanded(follow: Follow, weight: Weight, axis: int, ids: Tensor, tag: Tag) -> Tensor:
-    out = _per_task.Expand.apply(weight.value, ids, axis, weight.count, tag.samples.num_rows, *weight.targets)
+    out = autograd.Expand.apply(weight.value, ids, axis, weight.count, tag.samples.num_rows, *weight.targets)
     follow.mark(out, tag.at(axis))
     return out
 
@@ -208,7 +208,7 @@ def _affine(follow: Follow, x: Tensor, w: Tensor, b: Tensor | None, *, transpose
         outer *= size
     ids, order, offsets = tag.samples.plan(outer, tag.inner)
     weight, bias = follow.weight(w), NOTHING if b is None else follow.weight(b)
-    y = _per_task.Linear.apply(
+    y = autograd.Linear.apply(
         x, weight.value, bias.value, ids, order, offsets, tag.axis, transposed, weight.count, bias.count,
         *weight.targets, *bias.targets,
     )  # fmt: skip
@@ -258,7 +258,7 @@ def _affine_of(follow: Follow, x: Tensor, weight: Weight, tag: Tag) -> tuple[Ten
     for size in x.shape[: tag.axis]:
         outer *= size
     plan = tag.samples.plan(outer, tag.inner)
-    y = _per_task.Linear.apply(x, weight.value, None, *plan, tag.axis, True, weight.count, 0, *weight.targets)
+    y = autograd.Linear.apply(x, weight.value, None, *plan, tag.axis, True, weight.count, 0, *weight.targets)
     return y, tag
 
 
@@ -319,7 +319,7 @@ def _conv(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[str, Any
     value, offset = cast_by_autocast(_value(weight)), None if b is None else cast_by_autocast(_value(bias))
     if value.dtype != _value(weight).dtype or x.dtype != value.dtype:
         x = cast_by_autocast(x)
-    y = _per_task.Conv.apply(
+    y = autograd.Conv.apply(
         x, value, offset, *plan, stride, many(padding), dilation, transposed, output_padding, given["groups"],
         weight.count, bias.count, *weight.targets, *bias.targets,
     )  # fmt: skip
@@ -361,9 +361,7 @@ def _table(follow: Follow, w: Tensor, index: Tensor, padding: int) -> tuple[Tens
         outer *= size
     ids, _, _ = tag.samples.plan(outer, tag.inner)
     weight = follow.weight(w)
-    y = _per_task.Embedding.apply(
-        weight.value, index, ids, padding, weight.count, tag.samples.num_rows, *weight.targets
-    )
+    y = autograd.Embedding.apply(weight.value, index, ids, padding, weight.count, tag.samples.num_rows, *weight.targets)
     return y, tag
 
 
@@ -421,7 +419,7 @@ def _layer_norm(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[st
     for size in x.shape[: tag.axis]:
         outer *= size
     ids, _, _ = tag.samples.plan(outer, tag.inner)
-    y = _per_task.LayerNorm.apply(
+    y = autograd.LayerNorm.apply(
         x, weight.value, bias.value, ids, tag.axis, shape, eps, weight.count, bias.count, tag.samples.num_rows,
         *weight.targets, *bias.targets,
     )  # fmt: skip
@@ -471,7 +469,7 @@ def _group_norm(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[st
     if not _same_dtype(x, weight, bias):
         return _affine_after(follow, F.group_norm(x, groups, None, None, eps), tag, w, b, channels=True)
     ids, _, _ = tag.samples.plan(tag.outer, tag.inner)
-    y = _per_task.GroupNorm.apply(
+    y = autograd.GroupNorm.apply(
         x, weight.value, bias.value, ids, groups, eps, weight.count, bias.count, tag.samples.num_rows,
         *weight.targets, *bias.targets,
     )  # fmt: skip
@@ -503,7 +501,7 @@ def _batch_norm(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[st
         y = F.batch_norm(x, mean, var, None, None, training, momentum, eps)
         return _affine_after(follow, y, tag, w, b, channels=True)
     ids, _, _ = tag.samples.plan(tag.outer, tag.inner)
-    y = _per_task.BatchNorm.apply(
+    y = autograd.BatchNorm.apply(
         x, weight.value, bias.value, ids, (mean, var), training, momentum, eps, weight.count, bias.count,
         tag.samples.num_rows, *weight.targets, *bias.targets,
     )  # fmt: skip
@@ -578,7 +576,7 @@ def _task_layer(follow: Follow, name: str, func: Any, args: Any, kwargs: dict[st
     weight, bias = (NOTHING if p is None else follow.weight(p) for p in (w, b))
     y = func(x, weight.value, delta, delta_tasks, gate, bias.value, *rest)
     plan = tag.samples.plan(tag.outer, tag.inner)
-    y = _per_task.Shared.apply(
+    y = autograd.Shared.apply(
         y, x.detach(), weight.value, bias.value, *plan, tuple(rest[2:]) or None, weight.count, bias.count,
         *weight.targets, *bias.targets,
     )  # fmt: skip

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastmtl._library import without_autocast
-from fastmtl._marks import Params, describe
-from fastmtl._samples.mode import Follow
-from fastmtl._samples.tags import CONST, MIXING, PARAM, SAMPLES, TOTAL, UNKNOWN, Samples, Tag
-from fastmtl.ops import _per_task
+from fastmtl.core.schemas import without_autocast
 from fastmtl.ops._rows import Rows
 from fastmtl.ops.gram import gram_rows
 from fastmtl.ops.task_plan import task_plan_op
-
-if TYPE_CHECKING:
-    from fastmtl.one_pass import OnePassBank
+from fastmtl.parameters import Params, describe
+from fastmtl.surgery.accumulate import Updates
+from fastmtl.task_gradients.one_pass import autograd
+from fastmtl.task_gradients.one_pass.sample_axis import CONST, MIXING, PARAM, SAMPLES, TOTAL, UNKNOWN, Samples, Tag
+from fastmtl.task_gradients.one_pass.tracker import Follow
 
 # how far the rows of a step may be from those of T backward passes, when checked
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -41,14 +39,22 @@ def added(before: TaskRows | None, now: TaskRows) -> TaskRows:
         return [b if a is None else a if b is None else a.add_(b) for a, b in zip(before, now, strict=True)]
 
 
-class Block:
-    """One batch: what is followed inside a `one_pass` block, and what its backward pass left."""
+class Batch:
+    """One batch: what is followed inside a `one_pass` block, and what its backward pass left.
+
+    Args:
+        model, params, task_ids, batch_dim, mixing, fallback, memory, check: as for `one_pass`.
+        names: of the tasks.
+        deliver: called with this once the backward pass has filled it.
+        told: the caller named the shared parameters.
+    """
 
     def __init__(
         self,
         model: Params,
         params: Mapping[Tensor, str],
-        bank: OnePassBank,
+        names: Sequence[str],
+        deliver: Callable[[Batch], None],
         task_ids: Tensor,
         batch_dim: int,
         mixing: str,
@@ -58,13 +64,15 @@ class Block:
         *,
         told: bool,
     ) -> None:
-        self.model, self.params, self.bank, self.task_ids = model, params, bank, task_ids
+        self.model, self.params, self.task_ids = model, params, task_ids
+        self.names, self.deliver = names, deliver
         self.stream = memory == "stream"
         self.partition = mixing == "partition"
         self.check = check and not (isinstance(model, nn.Module) and model in _checked)
         self.done = False
+        self.entered = False  # and not left yet
         self.told = told  # which parameters are shared
-        num_tasks = len(bank.names)
+        num_tasks = len(names)
         device = next(iter(params)).device
         # what the host knows of the tasks, or what the device does
         ids = task_ids.detach()
@@ -95,8 +103,8 @@ class Block:
         with torch.enable_grad():
             for p in self.params:
                 receiver = _Receiver(self, p)
-                rows[p] = _per_task.Collect.apply(token, p.detach(), self.num_rows, receiver)
-                setattr(rows[p], _per_task.RECEIVE, receiver)
+                rows[p] = autograd.Collect.apply(token, p.detach(), self.num_rows, receiver)
+                setattr(rows[p], autograd.RECEIVE, receiver)
                 values[p] = p.detach().requires_grad_() if second else p.detach()
                 if self.fallback == "loop":
                     loop[p] = p.detach().requires_grad_()
@@ -128,8 +136,10 @@ class Block:
         self.gram: Tensor | None = None
         self.running = False
         self.follow.__enter__()
+        self.entered = True
 
     def leave(self) -> None:
+        self.entered = False
         self.follow.__exit__(None, None, None)
         self.follow.clear()
         self.follow.backward = _left  # a cycle less
@@ -180,12 +190,11 @@ class Block:
                 self._loop()
             if self.check:
                 self._compare()
-        self.bank._note(self)
         if self.stream:
             for g in self.received.values():
                 self._add_gram(g)
-        else:
-            self.bank._keep(self)
+        self.deliver(self)
+        if not self.stream:
             self.follow.boundaries.clear()
         self.received = {}
 
@@ -237,7 +246,7 @@ class Block:
             self.received[p] = rows
 
     def _add_gram(self, rows: TaskRows) -> None:
-        num_tasks = len(self.bank.names)
+        num_tasks = len(self.names)
         known = [t for t in range(num_tasks) if rows[t] is not None]
         if not known:
             return
@@ -255,9 +264,9 @@ class Block:
             if any(s is self.samples or s.key == self.samples.key for s in parts):
                 continue
             seen = torch.cat([s.ids.reshape(-1) for s in parts]).unique().tolist()
-            if len(seen) == 1 and seen[0] < len(self.bank.names):
+            if len(seen) == 1 and seen[0] < len(self.names):
                 raise ValueError(
-                    f"one_pass: {describe(p, self.params[p])} saw the samples of task {self.bank.names[seen[0]]!r} "
+                    f"one_pass: {describe(p, self.params[p])} saw the samples of task {self.names[seen[0]]!r} "
                     "alone: a head belongs to its task, and would change the norms of the gradients. Name the shared "
                     "parameters by shared=, or mark it with fastmtl.mark_per_task"
                 )
@@ -284,7 +293,7 @@ class Block:
         # a value may have come from the parameter itself, its stand-in in layers, or that in looped calls
         leaves = [(p, x) for p in params for x in (p, self.values[p], self.loop.get(p)) if x is not None]
         leaves = [(p, x) for p, x in leaves if x.requires_grad]
-        with _per_task.native(), self.follow.on(), torch.enable_grad():
+        with autograd.native(), self.follow.on(), torch.enable_grad():
             found = torch.autograd.grad(
                 outputs, [x for _, x in leaves], cotangents, retain_graph=keep, allow_unused=True
             )
@@ -335,11 +344,34 @@ def _left(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("one_pass: the block has ended")
 
 
+class StreamedGradients:
+    """Task gradients of which the Gram matrix alone was kept: the update takes one more backward pass."""
+
+    is_empty = False
+
+    def __init__(
+        self, batch: Batch, params: Sequence[Tensor], present: Sequence[bool] | Tensor, poison: Tensor | None
+    ) -> None:
+        self.names, self.device = batch.names, batch.ids.device
+        self.present, self.poison = present, poison
+        self._batch, self._params = batch, params
+
+    def gram(self) -> Tensor:
+        if self._batch.gram is None:
+            return torch.zeros(len(self.names), len(self.names), device=self.device)
+        return self._batch.gram.to(self._batch.wide)
+
+    def combine(self, weights: Tensor) -> Updates:
+        # samples of no task count as they are
+        found = self._batch.plain(torch.cat([weights, weights.new_ones(1)]), self._params, keep=False)
+        return list(found.items())
+
+
 class _Receiver:
     """Takes the rows of one parameter; holds no reference that would keep a graph alive."""
 
-    def __init__(self, block: Block, param: Tensor) -> None:
-        self._block, self._param = weakref.ref(block), param
+    def __init__(self, batch: Batch, param: Tensor) -> None:
+        self._batch, self._param = weakref.ref(batch), param
         self._deliveries = 0
 
     def __call__(self, g: TaskRows) -> None:
@@ -347,8 +379,8 @@ class _Receiver:
         self._hand_over(g, True)
 
     def takes_parts(self) -> bool:
-        block = self._block()
-        return block is not None and block.running
+        batch = self._batch()
+        return batch is not None and batch.running
 
     def parts(self, rows: TaskRows) -> None:
         """The rows of one use of the parameter, as soon as there are."""
@@ -357,11 +389,11 @@ class _Receiver:
         else:
             rows = rows.to(self._param.dtype)
         self._deliveries += 1
-        block = self._block()
-        self._hand_over(rows, block is not None and self._deliveries == block.follow.uses.get(self._param))
+        batch = self._batch()
+        self._hand_over(rows, batch is not None and self._deliveries == batch.follow.uses.get(self._param))
 
     def _hand_over(self, rows: TaskRows, complete: bool) -> None:
-        block = self._block()
-        if block is None:
+        batch = self._batch()
+        if batch is None:
             raise RuntimeError("one_pass: the block and its bank are gone, but gradients still arrive")
-        block.receive(self._param, rows, complete)
+        batch.receive(self._param, rows, complete)

@@ -1,0 +1,1 @@
+"""Surgery over several ranks: who takes part, what they agree on, and the means of their gradients."""

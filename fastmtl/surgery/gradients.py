@@ -1,0 +1,139 @@
+"""The T gradients of the shared parameters, as a surgery takes them: whoever collected them, and however."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastmtl.core.memory import can_keep, references_alone
+from fastmtl.core.schemas import without_autocast
+from fastmtl.methods import PCGrad
+from fastmtl.ops._rows import Rows, accumulate_dtype, present_params
+from fastmtl.ops.combine import combine_into
+from fastmtl.ops.gram import gram_rows
+from fastmtl.surgery.accumulate import Updates
+
+Row: TypeAlias = list[Tensor | None]  # one task's gradients by parameter; None: zero
+
+
+class SurgeryInput(Protocol):
+    """What `solve` asks of task gradients.
+
+    Attributes:
+        names: of the T tasks.
+        present: which of them take part; `[T]` bool where the device alone knows.
+        device: of the Gram matrix.
+        poison: NaN where something was wrong that the host can't see, else 0; None: nothing can be.
+        is_empty: no parameter is shared, so that the method has nothing to decide.
+    """
+
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def present(self) -> Sequence[bool] | Tensor: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def poison(self) -> Tensor | None: ...
+    @property
+    def is_empty(self) -> bool: ...
+
+    def gram(self) -> Tensor:
+        """`[T, T]` inner products of the gradients that this process has."""
+
+    def combine(self, weights: Tensor) -> Updates:
+        """What is to be added to each parameter's `.grad`; only once."""
+
+
+class TaskGradients:
+    """T gradients of n shared parameters (or features), and the gradients of the others, which no method weighs.
+
+    Args:
+        params: the n shared parameters.
+        rows: T rows of their gradients. Emptied: the update is written into the memory of gradients that nobody
+            else holds, so that it costs none.
+        unshared: the other parameters, each with the sum of its gradients. Emptied likewise.
+        names, present, poison: see `SurgeryInput`.
+        device: where the Gram matrix goes if nothing is shared.
+        references: how many the caller keeps to each gradient, besides `rows`.
+        receivers: what the updates are for, in the order of `params`; None: `params` themselves.
+        partitioned: each rank has columns of its own, and perhaps none, of the gradients that all have together.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        rows: list[Row],
+        unshared: dict[Tensor, Tensor],
+        names: Sequence[str],
+        present: Sequence[bool] | Tensor,
+        device: torch.device,
+        *,
+        poison: Tensor | None = None,
+        references: int = 0,
+        receivers: Sequence[Tensor] | None = None,
+        partitioned: bool = False,
+    ) -> None:
+        n = len(params)
+        # what ops.gram checks is known here: autograd gives every gradient its parameter's shape, dtype and device
+        index = [t * n + i for t, row in enumerate(rows) for i, g in enumerate(row) if g is not None]
+        tensors = [g for row in rows for g in row if g is not None]
+        rows.clear()
+        self.names, self.present, self.poison = names, present, poison
+        self.device = params[0].device if params else device
+        self.is_empty = not (tensors or (partitioned and params))
+        self._gradients = Rows(tensors, index, len(names), n)
+        self._params, self._unshared = params, unshared
+        self._receivers = params if receivers is None else receivers
+        self._references = references
+
+    def gram(self) -> Tensor:
+        if self._gradients.tensors:
+            return gram_rows(self._gradients)
+        dtype = accumulate_dtype([p.dtype for p in self._params])
+        return torch.zeros(len(self.names), len(self.names), dtype=dtype, device=self.device)
+
+    def combine(self, weights: Tensor) -> Updates:
+        columns = self._result_memory()
+        if columns and not self.is_empty:
+            with without_autocast(self.device.type):
+                combine_into(weights, self._gradients, columns)
+        return self._updates(columns)
+
+    def pcgrad(self, method: PCGrad) -> tuple[Tensor, Tensor, Updates]:
+        """Gram matrix, weights and updates by the op that makes all three, in two launches on a GPU."""
+        assert not isinstance(self.present, Tensor)
+        columns = self._result_memory()
+        gram, weights = method.operate(self._gradients, columns, self.present)
+        return gram, weights, self._updates(columns)
+
+    def _result_memory(self) -> list[Tensor]:
+        """For each parameter with a gradient its first task's, to be overwritten, if nobody else holds it; else new
+        memory, which would add P to the peak, and whose first touch on a CPU costs as much as the combine itself."""
+        tensors, n = self._gradients.tensors, len(self._params)
+        first: dict[int, int] = {}
+        for k, position in enumerate(self._gradients.index):
+            first.setdefault(position % n, k)
+        kept: set[int] = set()
+        alone = references_alone() + self._references
+        memory = []
+        for i, k in sorted(first.items()):
+            p, g = self._params[i], tensors[k]
+            if sys.getrefcount(g) <= alone and can_keep(p, g, kept):
+                memory.append(g)
+            else:
+                memory.append(torch.empty_like(p, dtype=g.dtype))
+        return memory
+
+    def _updates(self, columns: list[Tensor]) -> Updates:
+        """Lets go of all that it holds: whoever writes an update asks whether others do."""
+        with_gradient = present_params(self._gradients.index, len(self._params))
+        updates = [(self._receivers[i], column) for i, column in zip(with_gradient, columns, strict=True)]
+        updates.extend(self._unshared.items())
+        self._gradients.tensors.clear()
+        self._unshared.clear()
+        return updates

@@ -1,0 +1,99 @@
+"""What a surgery saw and decided, for whoever called it and for a logger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Surgery:
+    """What one surgery saw and decided. All tensors are on the device of the gradients; nothing is copied to the
+    host until asked.
+
+    Attributes:
+        gram: `[T, T]` Gram matrix of the shared parameters' gradients, float32 (float64 for float64 gradients),
+            already divided by `loss_scale**2`. Zero for absent tasks. After `backward(features=)` it is the features'
+            gradients that this, the cosines, conflicts and norms are about.
+        weights: `[T]` float64 (what a callable returned, for one): the update of the shared parameters is
+            `sum_t weights[t] * g_t`, where g_t are their own gradients in any case. 0 for absent tasks. Where no
+            parameter is shared the method is not asked: every present task has weight 1.
+        names: the T task names.
+        present: per task, whether it had a loss (or a gradient, in a bank). After `one_pass` with task ids on a
+            device a `[T]` bool tensor there, and `log_dict` then has all tasks.
+    """
+
+    __slots__ = ("gram", "names", "present", "weights")
+
+    def __init__(self, gram: Tensor, weights: Tensor, names: Sequence[str], present: Sequence[bool] | Tensor) -> None:
+        self.gram = gram
+        self.weights = weights
+        self.names = tuple(names)
+        self.present = present if isinstance(present, Tensor) else tuple(present)
+
+    def cosines(self) -> Tensor:
+        """`[T, T]` float64 cosines between the tasks' gradients; 0 where one of the two is zero."""
+        m = self.gram.to(torch.float64)
+        norms = m.diagonal().sqrt()
+        scale = norms[:, None] * norms
+        return torch.where(scale == 0, 0.0, m / torch.where(scale == 0, 1.0, scale))
+
+    def conflicts(self) -> Tensor:
+        """`[T, T]` bool: which pairs of gradients have a negative inner product."""
+        return self.gram < 0  # a diagonal entry is a squared norm
+
+    def grad_norm(self) -> Tensor:
+        """0-d float64: norm of the shared parameters' update (with `features=`: of the gradient that enters the
+        trunk), `sqrt(w^T M w)`, without the loss scale."""
+        w = self.weights.to(torch.float64)
+        return (w @ self.gram.to(torch.float64) @ w).clamp(min=0).sqrt()
+
+    def log_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """0-d tensors for a logger: `weight/<task>`, `norm/<task>` and `conflicts/<task>` (with how many tasks) of
+        every present task, `grad_norm`, and `conflicts` (pairs). `prefix` is put before each key.
+        """
+        norms = self.gram.diagonal().sqrt()
+        conflicts = self.conflicts().sum(1)
+        out = {f"{prefix}grad_norm": self.grad_norm(), f"{prefix}conflicts": conflicts.sum() // 2}
+        known = [True] * len(self.names) if isinstance(self.present, Tensor) else self.present
+        for t, (name, here) in enumerate(zip(self.names, known, strict=True)):
+            if here:
+                out[f"{prefix}weight/{name}"] = self.weights[t]
+                out[f"{prefix}norm/{name}"] = norms[t]
+                out[f"{prefix}conflicts/{name}"] = conflicts[t]
+        return out
+
+    def __repr__(self) -> str:
+        # no values: showing them would wait for the device
+        if isinstance(self.present, Tensor):
+            return f"Surgery({', '.join(self.names)})"
+        tasks = zip(self.names, self.present, strict=True)
+        return f"Surgery({', '.join(name if here else f'{name} (absent)' for name, here in tasks)})"
+
+
+class PartitionSurgery(Surgery):
+    """A surgery on rows that are parts of a batch's gradient by samples, and no gradients of the tasks' losses."""
+
+    __slots__ = ()
+
+    def _refuse(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"Surgery.{what}: mixing='partition' has rows that are each sample's part of the gradient; tasks whose "
+            "samples share batch statistics have no gradients of their own to compare"
+        )
+
+    def cosines(self) -> Tensor:
+        raise self._refuse("cosines")
+
+    def conflicts(self) -> Tensor:
+        raise self._refuse("conflicts")
+
+    def log_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """As of `Surgery`, without what tells of conflicts."""
+        norms = self.gram.diagonal().sqrt()
+        out = {f"{prefix}grad_norm": self.grad_norm()}
+        for t, name in enumerate(self.names):
+            out[f"{prefix}weight/{name}"] = self.weights[t]
+            out[f"{prefix}norm/{name}"] = norms[t]
+        return out

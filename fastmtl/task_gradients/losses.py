@@ -1,0 +1,432 @@
+"""`fastmtl.backward`: the backward passes of several losses, with gradient surgery on what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmtl import methods
+from fastmtl.distributed.averaging import average_gradients
+from fastmtl.distributed.dtensors import refuse_dtensors
+from fastmtl.distributed.ranks import SAME_PASSES, Joint, Ranks, reporting, statement_of
+from fastmtl.distributed.wrappers import find_ranks
+from fastmtl.methods import Weighting
+from fastmtl.parameters import Params, is_per_task, read_params
+from fastmtl.surgery.accumulate import Updates, accumulate
+from fastmtl.surgery.gradients import Row, TaskGradients
+from fastmtl.surgery.result import Surgery
+from fastmtl.surgery.solve import SurgeryOptions, solve
+from fastmtl.task_gradients.features import (
+    Split,
+    check_trunk,
+    cut_at,
+    plain_sums,
+    read_features,
+    split_at_features,
+    through_trunk,
+)
+from fastmtl.task_gradients.over_ranks import averaged, of_shards
+from fastmtl.task_gradients.passes import DONATED, read_chunk_size, run_passes
+from fastmtl.task_gradients.reach import Reach, names_of, reach, read_loss_scale, read_losses
+from fastmtl.task_gradients.sharded import sharded_gradients
+from fastmtl.task_gradients.sharing import add_unshared, check_within, sparse_shared, split_shared
+
+
+@torch._disable_dynamo  # inside a compiled step it runs eagerly, between two graphs
+def backward(
+    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None],
+    params: Params | None = None,
+    *,
+    shared: Params | None = None,
+    method: str | Weighting = "pcgrad",
+    retain_graph: bool = False,
+    features: Tensor | Sequence[Tensor] | None = None,
+    chunk_size: int | None = None,
+    loss_scale: float | Tensor | None = None,
+    groups: Any = None,
+    process_group: Any = None,
+) -> Surgery:
+    """Replaces `sum(losses).backward()`: accumulates into `.grad`, with gradient surgery on shared parameters.
+
+    A parameter that two or more losses reach is shared: its T gradients go into the Gram matrix, and their sum
+    weighted by `method` comes out. A loss that does not reach it counts as a zero gradient. A parameter that one
+    loss alone reaches (a head) gets that gradient as it is.
+
+    Args:
+        losses: a sequence or 1-D tensor of T scalars (named "0", "1", ...), or a dict name -> scalar; T from 1 to
+            128. None in a sequence or dict: that task is absent. Elements of one vector are told apart where it
+            was made by `torch.stack` or `torch.cat` of scalars and scaled by constants since; of other vectors
+            (a mean over one dimension of a loss matrix) each element reaches everything, and `shared` is needed.
+        params: a module or an iterable of parameters; others get nothing. None: every leaf that the losses
+            reach; a leaf that is no `nn.Parameter` (an input that needs a gradient) then gets the plain sum of its
+            gradients, unless no `nn.Parameter` is reached at all. Frozen parameters are left out, tied ones count
+            once.
+        shared: the shared ones among `params`, as a module or an iterable, where reach does not say it: all others
+            get the plain sum of their gradients. Needed for compiled models. Parameters marked by
+            `mark_per_task` are never shared.
+        method: "pcgrad" (which draws its order from torch's default CPU generator) or another name (see
+            `fastmtl.methods.get`), a `Method`, or a callable from the Gram matrix `[T, T]` to the weights `[T]`. It
+            is not asked when nothing is shared, as with a single loss and no `shared`.
+        retain_graph: keep the graphs for a further backward pass.
+        loss_scale: what the losses were multiplied by (`scaler.get_scale()`, or better a device tensor): the
+            method sees the Gram matrix divided by its square. The result stays scaled like the losses.
+        features: the shared representation: a tensor, or an iterable of tensors (which may depend on each other, as
+            the stages of a backbone), of any shape, float64, 32, 16 or bfloat16, that every loss goes through. T
+            passes then stop there, `method` sees the Gram matrix of the gradients with respect to the features, and
+            one pass takes their weighted sum through the trunk: exactly `sum_t weights[t] * g_t` of the shared
+            parameters, with weights that are an approximation (docs/training-loops.md says what holds). Shared
+            parameters must lie behind the features, and be reached through them alone. Those behind them that are
+            not shared (outside `shared`, marked, reached by one loss) get the plain sum, for one more pass.
+        chunk_size: how many backward passes to run at once (`torch.autograd.grad` with `is_grads_batched`, which is
+            `vmap`). None or 1: one at a time. Equal up to rounding; more memory, and no custom function or
+            compiled graph that vmap can't batch.
+        groups: not available yet.
+        process_group: the ranks whose gradients are averaged, whatever `params` is. None: those of the
+            `DistributedDataParallel` or `fully_shard` module that `params` (or `shared`) itself is or contains; else
+            this process alone. docs/distributed.md says what each rank passes and what is sent.
+
+    Returns:
+        A `Surgery`: Gram matrix, weights, cosines, conflicts.
+
+    Raises:
+        TypeError: losses that are not floating-point tensors; shared parameters or features of other dtypes than
+            float64, 32, 16 and bfloat16, complex parameters, a sparse gradient of a shared parameter; a method that
+            returns no floating-point tensor; `chunk_size` no int; `process_group` no process group; tensor-parallel
+            parameters, `FullyShardedDataParallel` modules.
+        ValueError: no loss, more than 128, a loss that is not a scalar or needs no gradient; no parameter reached;
+            reach that can't be read without `shared`; shared parameters on several devices; weights of the wrong
+            length; an unknown method. `features` that are leaves, need no gradient, are on several devices or that
+            a loss does not reach; a shared parameter that a loss reaches past them. `chunk_size` below 1. Ranks that
+            disagree on tasks, parameters or method (on every rank); a `process_group` without this rank; `features`,
+            `chunk_size` or `process_group` with a `fully_shard` module.
+        RuntimeError: several ranks and neither `params` nor `process_group` says what to do; another rank raised; what
+            autograd raises; what vmap can't batch; a compiled graph with donated buffers (see below).
+        NotImplementedError: `groups` is given.
+        Nothing has been written to any `.grad` when one of these is raised.
+
+    A non-finite gradient in any task shows in `.grad`, so that `GradScaler` skips the step. Peak extra memory: the
+    T gradients of the shared parameters (with `features`: of the features); the result is written into the first of
+    them where nobody else holds it. Hooks on a parameter run once per pass that reaches it: for each task (with
+    `features` once, with `chunk_size` once per chunk, on a batch of gradients). Hooks after accumulation
+    (`register_post_accumulate_grad_hook`) run once, when every `.grad` is written. Graphs compiled by inductor with
+    donated buffers refuse a second backward pass: set `torch._functorch.config.donated_buffer = False` before their
+    first call, pass `features=` where the trunk alone is compiled, or use `GradientBank`.
+
+    Source: the shared/own split and PCGrad, Yu et al. 2020, Algorithm 1; the gradient of the representation, Sener
+    and Koltun 2018, *Multi-Task Learning as Multi-Objective Optimization*, section 3.3.
+
+    Example:
+        >>> trunk, heads = torch.nn.Linear(4, 8), torch.nn.ModuleList(torch.nn.Linear(8, 1) for _ in range(2))
+        >>> x = trunk(torch.ones(3, 4)).relu()
+        >>> surgery = backward([head(x).square().mean() for head in heads], method="sum")
+        >>> surgery.weights
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    if groups is not None:
+        raise NotImplementedError("fastmtl.backward: groups is not available yet")
+    return run_backward(
+        losses,
+        params,
+        shared,
+        method,
+        retain_graph,
+        loss_scale,
+        features=features,
+        chunk_size=chunk_size,
+        process_group=process_group,
+    )
+
+
+def run_backward(
+    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None],
+    params: Params | None,
+    shared: Params | None,
+    method: str | Weighting,
+    retain_graph: bool,
+    loss_scale: float | Tensor | None,
+    *,
+    overwrite: bool = False,
+    features: Tensor | Sequence[Tensor] | None = None,
+    chunk_size: int | None = None,
+    process_group: Any = None,
+    module: torch.nn.Module | None = None,
+    call: str = "fastmtl.backward",
+) -> Surgery:
+    """`backward`; with `overwrite` every `.grad` of `params` is overwritten, by None where not reached.
+
+    `module`: what `params` are the parameters of, if that is known, for the ranks that take part.
+    """
+    ranks = find_ranks(params if module is None else module, shared, process_group, call)
+    with reporting(ranks, call):
+        read = _read(losses, params, shared, method, loss_scale, features, chunk_size, ranks, call)
+    updates, surgery = _solve(read, retain_graph, ranks, call)
+    if overwrite:
+        for p in read.named:
+            p.grad = None
+    accumulate(updates, run_hooks=True)
+    return surgery
+
+
+class _Read(NamedTuple):
+    """Arguments of `backward`, read and checked, and what was found in the graph."""
+
+    method: Weighting
+    scale: float | Tensor | None
+    names: list[str]
+    tasks: list[Tensor | None]
+    named: dict[Tensor, str]
+    shared: dict[Tensor, str] | None
+    any_leaf: bool  # named are the leaves that were found
+    chunk_size: int
+    features: list[Tensor]
+    parts: Split | None  # None: no features, or no loss
+    found: Reach
+
+    @property
+    def present(self) -> list[bool]:
+        return [loss is not None for loss in self.tasks]
+
+    @property
+    def device(self) -> torch.device:
+        """Where a Gram matrix of nothing goes."""
+        return next((loss.device for loss in self.tasks if loss is not None), next(iter(self.named)).device)
+
+    def reached(self) -> dict[Tensor, int]:
+        """Parameters with the bit mask of the tasks that reach them."""
+        return {p: self.found.leaves[p] for p in self.named if p in self.found.leaves}
+
+    def split(self, reached: Mapping[Tensor, int]) -> list[Tensor]:
+        """The shared ones among them."""
+        if not reached:
+            raise ValueError(f"params: no loss reaches any of the {len(self.named)} parameters")
+        if self.any_leaf and self.shared is None and any(isinstance(p, torch.nn.Parameter) for p in reached):
+            # the gradient of a picture is no part of the tasks' conflict over the network
+            reached = {p: mask for p, mask in reached.items() if isinstance(p, torch.nn.Parameter)}
+        return split_shared(reached, self.named, self.shared, in_gram=not self.features)
+
+
+def _read(
+    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None],
+    params: Params | None,
+    shared: Params | None,
+    method: str | Weighting,
+    loss_scale: float | Tensor | None,
+    features: Tensor | Sequence[Tensor] | None,
+    chunk_size: int | None,
+    ranks: Ranks | None,
+    call: str,
+) -> _Read:
+    method = methods.get(method)
+    scale = read_loss_scale(loss_scale)
+    averaged = ranks is not None and not ranks.sharded
+    names, tasks = read_losses(losses, may_be_absent=averaged and params is not None)
+    named = None if params is None else read_params(params, "params")
+    shared_named = None if shared is None else read_params(shared, "shared")
+    if ranks is not None:
+        named = named and ranks.rename(named)
+        shared_named = shared_named and ranks.rename(shared_named)
+    chunk = read_chunk_size(chunk_size)
+    cut = [] if features is None else read_features(features)
+    if ranks is not None and ranks.sharded and (cut or chunk > 1):
+        raise ValueError(
+            f"{call}: {'features' if cut else 'chunk_size'}: not available for fully_shard modules, whose gradients "
+            "come from one ordinary .backward() per task"
+        )
+    parts = split_at_features(tasks, names, cut) if cut and any(loss is not None for loss in tasks) else None
+    found = reach(tasks) if parts is None else parts.found
+    if ranks is not None and ranks.managed is not None:
+        found = found._replace(leaves={ranks.managed.get(p, p): mask for p, mask in found.leaves.items()})
+    if shared is None and (found.compiled or found.entangled or found.joined):
+        through = names_of(found.compiled or found.entangled or found.joined, names)
+        if found.compiled:
+            raise ValueError(
+                f"losses {through} pass through the same compiled graph (torch.compile), which does not tell what "
+                "each of them reaches: pass shared=, the parameters (or the module) that the tasks share"
+            )
+        if not found.entangled:
+            raise ValueError(
+                f"losses {through} take different parts of one tensor made by torch.cat or torch.stack, which does "
+                "not tell what each of them reaches: use what was joined apart, or pass shared=, the parameters (or "
+                "the module) that the tasks share"
+            )
+        raise ValueError(
+            f"losses {through} are elements of one vector, each of which reaches all that the vector reaches: "
+            "pass them as a list of scalars computed apart, or pass shared=, the parameters (or the module) that "
+            "the tasks share"
+        )
+    if named is not None and shared_named is not None:
+        check_within(shared_named, named)
+    if named is None:
+        # a name for what was found in the graph: the one in `shared`, else its position
+        known = shared_named or {}
+        named = {p: known.get(p, f"{i} (of those that the losses reach)") for i, p in enumerate(found.leaves)}
+    if ranks is None:
+        refuse_dtensors(named, call)
+    else:
+        ranks.check_params(named, call)
+    return _Read(method, scale, names, tasks, named, shared_named, params is None, chunk, cut, parts, found)
+
+
+def _solve(read: _Read, retain_graph: bool, ranks: Ranks | None, call: str) -> tuple[Updates, Surgery]:
+    """The backward passes, and the surgery on what they leave."""
+    if read.features:
+        return _solve_by_features(read, retain_graph, ranks, f"{call} with features=")
+    if ranks is None:
+        gradients = _collect_alone(read, retain_graph)
+    elif ranks.sharded:
+        gradients = _collect_shards(read, retain_graph, ranks, call)
+    else:
+        gradients = _collect_means(read, retain_graph, ranks, call)
+    partitioned = ranks is not None and ranks.sharded
+    return solve(gradients, SurgeryOptions(read.method, read.scale, ranks, partitioned))
+
+
+def _collect_alone(read: _Read, retain_graph: bool) -> TaskGradients:
+    reached = read.reached()
+    shared = read.split(reached)
+    rows, unshared = _collect_rows(read, reached, shared, read.named, retain_graph)
+    return TaskGradients(shared, rows, unshared, read.names, read.present, read.device)
+
+
+def _meet(
+    read: _Read, ranks: Ranks, call: str, holders: Sequence[Mapping[Tensor, Tensor]] = (), same: str | None = None
+) -> tuple[Joint, list[Tensor]]:
+    """What the ranks have together, and the parameters that are shared then."""
+    mine = statement_of(call, read.names, read.method, read.named, read.shared, read.present, read.reached(), holders)
+    joint = ranks.meet(mine, read.named, same=same)
+    if not any(joint.present):
+        raise ValueError(f"losses: expected at least one loss, got {len(read.names)} times None on every rank")
+    return joint, read.split({p: mask for p, mask in joint.masks.items() if mask})
+
+
+def _collect_shards(read: _Read, retain_graph: bool, ranks: Ranks, call: str) -> TaskGradients:
+    joint, shared = _meet(read, ranks, call, same=SAME_PASSES)
+    rows: list[Row] = [[None] * len(shared) for _ in read.names]
+    unshared: dict[Tensor, Tensor] = {}
+    slots = {p: i for i, p in enumerate(shared)}
+    for t, grads in sharded_gradients(ranks, read.tasks, read.found, read.named, retain_graph):
+        for p, g in grads:
+            if p in slots:
+                rows[t][slots[p]] = g
+            else:
+                add_unshared(unshared, p, g)
+    return of_shards(shared, rows, unshared, read.names, joint.present, read.device)
+
+
+def _collect_means(read: _Read, retain_graph: bool, ranks: Ranks, call: str) -> TaskGradients:
+    if ranks.same_passes:
+        _meet(read, ranks, call, same=SAME_PASSES)
+    with ranks.reporting(call):
+        # what is shared is known when the ranks have met; until then all that may be has rows
+        reached = read.reached()
+        columns = [p for p in reached if not is_per_task(p) and (read.shared is None or p in read.shared)]
+        rows, unshared = _collect_rows(read, reached, columns, None, retain_graph)
+        held = [{p: g for p, g in zip(columns, row, strict=True) if g is not None} for row in rows]
+        del rows
+    joint, shared = _meet(read, ranks, call, [*held, unshared])
+    return averaged(ranks, joint, shared, held, unshared, read.named, read.names, read.device)
+
+
+def _solve_by_features(read: _Read, retain_graph: bool, ranks: Ranks | None, call: str) -> tuple[Updates, Surgery]:
+    """Surgery on the features' gradients, of which over several ranks each has those of its own samples."""
+    reached = read.reached()
+    if ranks is None:
+        assert read.parts is not None
+        shared = read.split(reached)
+        passes = _collect_rows_of_features(read, read.parts, reached, shared, retain_graph)
+        gradients = TaskGradients(list(read.parts.features), passes.rows, {}, read.names, read.present, read.device)
+        updates, surgery = solve(gradients, SurgeryOptions(read.method, read.scale))
+        return _run_through_trunk(updates, shared, passes, retain_graph), surgery
+
+    if ranks.same_passes:
+        _meet(read, ranks, call, same=SAME_PASSES)
+    joint, shared = _meet(read, ranks, call)
+    passes = _FeaturePasses([], {}, [], [])
+    with ranks.together(call):
+        if read.parts is not None:
+            passes = _collect_rows_of_features(read, read.parts, reached, shared, retain_graph)
+    cut = read.features if read.parts is None else list(read.parts.features)
+    with ranks.reporting(call):
+        gradients = TaskGradients(cut, passes.rows, {}, read.names, joint.present, read.device, partitioned=True)
+        updates, surgery = solve(gradients, SurgeryOptions(read.method, read.scale, ranks, partitioned=True))
+        mine = dict(_run_through_trunk(updates, shared, passes, retain_graph))
+    joint, _ = _meet(read, ranks, call, [mine])
+    average_gradients(ranks, joint, [], mine, set())
+    return list(mine.items()), surgery
+
+
+def _collect_rows(
+    read: _Read,
+    reached: Mapping[Tensor, int],
+    shared: Sequence[Tensor],
+    dense: Mapping[Tensor, str] | None,
+    retain_graph: bool,
+) -> tuple[list[Row], dict[Tensor, Tensor]]:
+    """T rows of the shared parameters' gradients, and the summed gradients of the others.
+
+    `dense`: the names of those in `shared` if a sparse gradient of theirs is an error.
+    """
+    tasks, found = read.tasks, read.found
+    slots = {p: i for i, p in enumerate(shared)}
+    rows: list[Row] = [[None] * len(shared) for _ in tasks]
+    unshared: dict[Tensor, Tensor] = {}
+    for t, grads in run_passes(tasks, reached, found.overlap, retain_graph, read.chunk_size, found.donated):
+        row = rows[t]
+        for p, g in grads:
+            slot = slots.get(p)
+            if slot is None:
+                if g is not None:
+                    add_unshared(unshared, p, g)
+            else:
+                if dense is not None and g is not None and g.layout is not torch.strided:
+                    raise sparse_shared(g.layout, p, dense)
+                row[slot] = g
+    return rows, unshared
+
+
+# --- with features=: T passes to them, and one through the trunk
+
+
+class _FeaturePasses(NamedTuple):
+    """What the passes to the features left."""
+
+    rows: list[Row]  # of the features' gradients
+    unshared: dict[Tensor, Tensor]  # sums of the gradients of parameters on the way
+    plain: list[Tensor]  # parameters behind the features that want the plain sum of their gradients
+    plain_sums: Updates  # the sums of the features' gradients that those want
+
+
+def _collect_rows_of_features(
+    read: _Read, parts: Split, reached: Mapping[Tensor, int], shared: Sequence[Tensor], retain_graph: bool
+) -> _FeaturePasses:
+    check_trunk(shared, parts, read.named, read.names, read.shared is not None)
+    cut = list(parts.features)
+    is_shared = set(shared)
+    plain = [p for p in reached if p in parts.trunk and p not in is_shared]
+    past = {p: mask for p, mask in parts.past.items() if p in reached}
+    # a pass that must stop at the features still runs through the graph behind them, and would free it
+    stop = bool(parts.nested) or any(p in parts.trunk for p in past)
+    if parts.donated and (retain_graph or stop or plain):
+        raise RuntimeError(DONATED)
+    with cut_at(cut, stop):
+        rows, unshared = _collect_rows(
+            read, parts.features | past, cut, dict.fromkeys(cut, "features"), retain_graph or stop
+        )
+    return _FeaturePasses(rows, unshared, plain, plain_sums(rows, cut) if plain else [])
+
+
+def _run_through_trunk(
+    updates: Updates, shared: Sequence[Tensor], passes: _FeaturePasses, retain_graph: bool
+) -> Updates:
+    """One pass from the features on; one more for the parameters behind them that want the plain sum."""
+    plain, unshared = passes.plain, passes.unshared
+    found = through_trunk(updates, shared, retain_graph or bool(plain)) if updates else []
+    if plain:
+        for p, g in through_trunk(passes.plain_sums, plain, retain_graph):
+            add_unshared(unshared, p, g)
+    found.extend(unshared.items())
+    unshared.clear()  # another reference to each
+    return found

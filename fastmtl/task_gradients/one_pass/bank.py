@@ -1,0 +1,363 @@
+"""`OnePassBank`: what the backward pass inside a `one_pass` block has left, by task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl import methods
+from fastmtl.distributed.averaging import Slot, average, average_rows
+from fastmtl.distributed.ranks import Ranks, reporting
+from fastmtl.distributed.wrappers import find_ranks
+from fastmtl.methods import Weighting
+from fastmtl.parameters import describe
+from fastmtl.surgery.accumulate import accumulate
+from fastmtl.surgery.gradients import Row, TaskGradients
+from fastmtl.surgery.result import PartitionSurgery, Surgery
+from fastmtl.surgery.solve import SurgeryOptions, solve
+from fastmtl.task_gradients.bank import position
+from fastmtl.task_gradients.one_pass import autograd
+from fastmtl.task_gradients.one_pass.batch import Batch, StreamedGradients, TaskRows, added
+from fastmtl.task_gradients.one_pass.sample_axis import SAMPLES, SUM, Tag
+from fastmtl.task_gradients.one_pass.tracker import NAMED, Follow
+from fastmtl.task_gradients.reach import read_loss_scale
+
+_APPLY = "OnePassBank.apply"
+
+
+class OnePassBank:
+    """T rows of task gradients, filled by the backward pass inside a `one_pass` block.
+
+    Attributes:
+        params: the parameters in the bank, each once.
+        names: the T task names.
+    """
+
+    def __init__(self, params: Mapping[Tensor, str], names: Sequence[str]) -> None:
+        self._where: tuple[Any, Any, Any] = (None, None, None)
+        self._loss_reduction = "sum"
+        self._named = dict(params)
+        self.params = list(params)
+        self.names = tuple(names)
+        self._batch: Batch | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets every row."""
+        self._rows: dict[Tensor, TaskRows] = {}
+        self._unprojected: dict[Tensor, Tensor] = {}  # of samples that belong to no task
+        self._counts: list[int] | None = [0] * len(self.names)
+        self._tally: Tensor | None = None  # `[T + 1]` samples of each task, and of none
+        self._present: Tensor | None = None  # where the host doesn't know
+        self._poison: Tensor | None = None
+        self._by_samples = False
+        self._filled = self._applied = False
+
+    # --- inside the block
+
+    def samples(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Tells that dimension `dim` of `x` carries the samples of the batch, in their order.
+
+        For tensors whose place can't be seen: inputs with the samples elsewhere than in `batch_dim`, results of a
+        `torch.autograd.Function`, a scripted module or a call that is not followed.
+
+        Returns:
+            `x` itself.
+
+        Raises:
+            RuntimeError: outside the block.
+            TypeError, ValueError: no tensor; a dimension that it does not have, or of another size than the batch.
+                A parameter of the bank that was used on the way to `x` unseen: its gradient would miss the rows.
+        """
+        follow = self._following("samples")
+        x, dim = _read_dim(x, dim)
+        if x.shape[dim] != len(follow.samples):
+            raise ValueError(
+                f"dim: expected a dimension of {len(follow.samples)} samples, got {x.shape[dim]} in {list(x.shape)}"
+            )
+        self._check_unseen(x)
+        follow.mark(x, Tag(SAMPLES, dim, follow.samples))
+        follow.seen = True
+        return x
+
+    def constant(self, x: Tensor) -> Tensor:
+        """Tells that `x` carries no samples, though one of its dimensions has their number.
+
+        Returns:
+            `x` itself.
+
+        Raises:
+            RuntimeError: outside the block.
+            TypeError: no tensor.
+            ValueError: it needs a gradient.
+        """
+        follow = self._following("constant")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        if x.requires_grad:
+            raise ValueError("x: expected a tensor that needs no gradient")
+        follow.mark(x, NAMED)
+        return x
+
+    def summed(self, loss: Tensor) -> Tensor:
+        """Tells that a loss is a sum of terms of single samples, where that can't be seen (or is accepted so).
+
+        Returns:
+            `loss` itself.
+
+        Raises:
+            RuntimeError: outside the block.
+            TypeError: no tensor.
+            ValueError: a parameter of the bank was used on the way unseen: its gradient would miss the rows.
+        """
+        follow = self._following("summed")
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
+        self._check_unseen(loss)
+        follow.mark(loss, SUM)
+        return loss
+
+    def verify(self, loss: Tensor, task: int | str | None = None) -> None:
+        """Runs the loss of one task's samples back and requires all other rows to be zero. Fills nothing.
+
+        Args:
+            loss: made from the outputs for one task's samples alone, such as `losses[task_ids == t].mean()`; its graph
+                is kept.
+            task: whose it is, position or name; None: whichever it turns out to be.
+
+        Raises:
+            RuntimeError: another row is not zero: samples of several tasks meet in the model; or outside the block.
+            ValueError: no such task; a loss that can't be followed.
+
+        Waits for the device.
+        """
+        self._following("verify")
+        batch = self._batch
+        assert batch is not None
+        expected = None if task is None else self.names[position(task, self.names)]
+        batch._check_loss(batch.follow.tag(loss), loss)
+        stand_ins = list(batch.rows.values())
+        with batch.follow.on():
+            found = torch.autograd.grad(loss, stand_ins, retain_graph=True, allow_unused=True)
+        owner = expected
+        for p, g in zip(batch.rows, found, strict=True):
+            if g is None:
+                continue
+            filled = (g.flatten(1) != 0).any(1).tolist()  # NaN is not zero either
+            for t, here in enumerate(filled):
+                if not here:
+                    continue
+                name = self.names[t] if t < len(self.names) else "-1 (of no task)"
+                if owner is None:
+                    owner = name
+                elif name != owner:
+                    raise RuntimeError(
+                        f"one_pass: the loss of task {owner!r} has a gradient in the row of task {name!r}, for "
+                        f"{describe(p, self._named[p])}: samples of different tasks meet in the model or in the loss"
+                    )
+
+    # --- afterwards
+
+    def row(self, task: int | str) -> list[Tensor | None]:
+        """Task t's gradients, aligned with `params`; None: zero, for want of a sample or of a way from the loss to it.
+
+        Raises:
+            RuntimeError: no backward pass has filled the bank, or it keeps no rows (`memory="stream"`).
+            TypeError, ValueError: no such task.
+        """
+        t = position(task, self.names)
+        self._check_filled("row")
+        if self._streamed():
+            raise RuntimeError("OnePassBank.row: memory='stream' keeps no rows")
+        return [self._rows[p][t] if p in self._rows else None for p in self.params]
+
+    @torch._disable_dynamo
+    def apply(self, method: str | Weighting = "pcgrad", *, loss_scale: float | Tensor | None = None) -> Surgery:
+        """Operates on the rows, accumulates the result into `.grad`, and empties the bank.
+
+        Post-accumulate hooks of the parameters run then, once; their gradient hooks don't run.
+
+        Args:
+            method, loss_scale: as for `fastmtl.backward`.
+
+        Returns:
+            A `Surgery`, as `fastmtl.backward`. A task without samples is absent; where the ids lie on a device,
+            `present` is a `[T]` bool tensor there.
+
+        Raises:
+            RuntimeError: no backward pass has filled the bank; a model changed since.
+            TypeError, ValueError: as `fastmtl.backward`. Nothing has been written then, and the rows are still there.
+        """
+        ranks = find_ranks(*self._where, _APPLY)
+        with reporting(ranks, _APPLY):
+            options = SurgeryOptions(methods.get(method), read_loss_scale(loss_scale), ranks)
+            self._check_filled("apply")
+            batch = self._batch
+            assert batch is not None
+            batch.check_model()
+        with batch.follow.on(False):
+            return self._apply(options, batch)
+
+    def _apply(self, options: SurgeryOptions, batch: Batch) -> Surgery:
+        present = self._present_tasks() if options.ranks is None else self._average(options.ranks, batch)
+        gradients = (
+            StreamedGradients(batch, self.params, present, self._poison)
+            if batch.stream
+            else self._task_gradients(present, batch.ids.device)
+        )
+        updates, surgery = solve(gradients, options)
+        if self._by_samples:
+            surgery = PartitionSurgery(surgery.gram, surgery.weights, surgery.names, surgery.present)
+        batch.follow.boundaries.clear()
+        self.clear()
+        self._applied = True
+        self._batch = None
+        accumulate(updates, run_hooks=True)
+        return surgery
+
+    def _present_tasks(self) -> list[bool] | Tensor:
+        if self._counts is not None:
+            return [count > 0 for count in self._counts]
+        assert self._present is not None
+        return self._present
+
+    def _task_gradients(self, present: Sequence[bool] | Tensor, device: torch.device) -> TaskGradients:
+        params = [p for p in self.params if p in self._rows]
+        known = [True] * len(self.names) if isinstance(present, Tensor) else present
+        rows: list[Row] = [
+            [self._rows[p][t] for p in params] if here else [None] * len(params) for t, here in enumerate(known)
+        ]
+        unshared = {p: self._unprojected[p] for p in self.params if p in self._unprojected}
+        return TaskGradients(params, rows, unshared, self.names, present, device, poison=self._poison, references=1)
+
+    def _average(self, ranks: Ranks, batch: Batch) -> list[bool]:
+        """Makes the rows those of the whole batch, which the ranks have in parts; and which tasks that has."""
+        for p, rows in self._rows.items():
+            if isinstance(rows, list):
+                self._rows[p] = torch.stack([torch.zeros_like(p) if row is None else row for row in rows])
+        assert self._tally is not None
+        counts = self._tally
+        rows_of = {p: rows for p, rows in self._rows.items() if isinstance(rows, Tensor)}
+        totals = average_rows(
+            ranks, self._named, self.names, rows_of, self._unprojected, counts, self._loss_reduction, _APPLY
+        )
+        self._rows.update(rows_of)
+        self._average_others(ranks, counts, totals, batch)
+        return (totals[:-1] > 0).tolist()
+
+    def _average_others(self, ranks: Ranks, counts: Tensor, totals: Tensor, batch: Batch) -> None:
+        """The gradients of parameters outside the bank, which DDP has not reduced inside the block."""
+        if not isinstance(batch.model, nn.Module):
+            return
+        others = {p: name for name, p in batch.model.named_parameters() if p.requires_grad and p not in self._named}
+        uneven = self._loss_reduction == "mean" and bool((counts * ranks.size != totals).any())
+        told = torch.tensor([uneven, *(p.grad is not None for p in others)], dtype=torch.int64, device=counts.device)
+        ranks.start_sum(told).wait()
+        uneven, *reached = told.tolist()
+        if uneven and any(reached):
+            name = next(name for name, r in zip(others.values(), reached, strict=True) if r)
+            raise ValueError(
+                f"loss_reduction: expected 'sum' where parameters outside the bank, such as {name!r}, get gradients, "
+                "and ranks have unequal numbers of samples of a task: for 'mean' it is not known whose they are"
+            )
+        held = {p: p.grad for p in others if p.grad is not None}
+        slots = [Slot(held, p) for p, here in zip(others, reached, strict=True) if here]
+        average(ranks, slots)
+        for slot in slots:
+            slot.param.grad = held[slot.param]
+
+    # --- between a block and its bank
+
+    def _receive(self, batch: Batch) -> None:
+        """What a backward pass has left."""
+        self._note(batch)
+        if not batch.stream:
+            self._keep(batch)
+
+    def _keep(self, batch: Batch) -> None:
+        """The rows of a backward pass."""
+        num_tasks = len(self.names)
+        for p, g in batch.received.items():
+            self._rows[p] = added(self._rows.get(p), g[:num_tasks])
+            extra = g[num_tasks] if batch.num_rows > num_tasks else None
+            if extra is not None:
+                self._unprojected[p] = extra if p not in self._unprojected else self._unprojected[p] + extra
+
+    def _note(self, batch: Batch) -> None:
+        """Which tasks a backward pass had."""
+        if batch.counts is not None and self._counts is not None:
+            self._counts = [a + b for a, b in zip(self._counts, batch.counts, strict=True)]
+        else:
+            now = (batch.ids[:, None] == torch.arange(len(self.names), device=batch.ids.device)).any(0)
+            before = self._present
+            if before is None and self._counts is not None and self._filled:
+                before = torch.tensor([c > 0 for c in self._counts]).to(now.device)
+            self._present = now if before is None else before | now
+            self._counts = None
+        tally = (batch.ids[:, None] == torch.arange(len(self.names) + 1, device=batch.ids.device)).sum(0)
+        self._tally = tally if self._tally is None else self._tally + tally
+        if batch.poison is not None:
+            self._poison = batch.poison if self._poison is None else self._poison + batch.poison
+        self._by_samples |= batch.follow.mixed or batch.partition
+        self._filled = True
+
+    def _streamed(self) -> bool:
+        return self._batch is not None and self._batch.stream
+
+    def _check_filled(self, call: str) -> None:
+        if not self._filled and self._applied:
+            raise RuntimeError(f"OnePassBank.{call}: the bank was applied, which empties it: read rows before")
+        if not self._filled:
+            raise RuntimeError(f"OnePassBank.{call}: no backward pass has filled the bank")
+
+    def _following(self, call: str) -> Follow:
+        if self._batch is None or not self._batch.entered:
+            raise RuntimeError(f"OnePassBank.{call}: call it inside the one_pass block")
+        return self._batch.follow
+
+    def _check_same(self, params: Mapping[Tensor, str], names: Sequence[str]) -> None:
+        if self.names != tuple(names):
+            raise ValueError(f"bank: expected the tasks {list(names)}, got a bank of {list(self.names)}")
+        if len(self.params) != len(params) or any(a is not b for a, b in zip(self.params, params, strict=True)):
+            raise ValueError("bank: expected a bank of the same parameters in the same order")
+
+    def _check_unseen(self, x: Tensor) -> None:
+        """No parameter may have gone into `x` unseen."""
+        todo, seen = [x.grad_fn], {None}
+        while todo:
+            node = todo.pop()
+            if node in seen or isinstance(node, _OURS):
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and leaf in self._named:
+                raise ValueError(
+                    f"one_pass: {describe(leaf, self._named[leaf])} was used on the way to this tensor where calls "
+                    "can't be seen (a torch.autograd.Function, a scripted module): leave it out by shared= or "
+                    "fastmtl.mark_per_task, or write the call in torch functions"
+                )
+            todo.extend(child for child, _ in node.next_functions)
+
+    def __repr__(self) -> str:
+        state = "filled" if self._filled else "empty"
+        return f"OnePassBank({len(self.params)} parameters, {len(self.names)} tasks, {state})"
+
+
+_OURS = tuple(
+    f._backward_cls
+    for f in vars(autograd).values()
+    if isinstance(f, type) and issubclass(f, torch.autograd.Function) and f is not autograd.Boundary
+)
+
+
+def _read_dim(x: Any, dim: Any) -> tuple[Tensor, int]:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim: expected an int, got {type(dim).__name__}")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim: expected a dimension of a tensor of shape {list(x.shape)}, got {dim}")
+    return x, dim % x.dim()
