@@ -136,12 +136,14 @@ __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, S
   bool unusual = false;
   if constexpr (!kMayDrawApart) unusual = p.solve.wanted && stage_order<kTasks>(p.solve, T, scratch);
   else if (apart) fetch_order(T, reinterpret_cast<const int64_t*>(p.more + order_at(T)), scratch);
-  else if (p.solve.wanted) unusual = copy_order(p.solve, T, scratch);
-  // No entry needs to be compared with its norms here, as the matrix of a caller's is: this one is made of gradients.
+  else if (p.solve.wanted) unusual = copy_order<kTasks>(p.solve, T, scratch);
+  // This matrix is made of gradients. Rounded sums break |M[i][j]|^2 <= M[i][i] M[j][j] by a little, or by a factor
+  // where norms are next to 0, which cannot overflow in 128 visits; a caller's matrix is tested for it, entry by entry.
   auto write_gram = [&](int entry, double sum) {
     const int i = row_of(T, entry), j = i + entry - entry_of(T, i, i);
     unusual = scratch.put(T, i, j, sum) || unusual;
     if (i != j) scratch.put(T, j, i, sum);
+    else unusual = scratch.put_norm(i, sum) || unusual;
     if (p.gram_is_double) {
       auto* out = static_cast<double*>(p.gram);
       out[i * T + j] = out[j * T + i] = sum;

@@ -39,8 +39,13 @@ struct Scratch {
   bool* unusual;    // by warp: see `tell`
   int* ranks;       // by warp, of random numbers
 
-  // Writes an entry of the matrix; whether it is unusual: not finite, or a norm, not 0, without an inverse.
+  // Writes an entry of the matrix; whether it is unusual: not finite.
   __device__ bool put(int T, int i, int j, double x) const;
+  // the same of M[i][i] and its reciprocal: a norm, not 0, without an inverse
+  __device__ bool put_norm(int i, double x) const {
+    norm[i] = {x, has_inverse(x) ? 1.0 / x : 0.0};
+    return !has_inverse(x) && x != 0;
+  }
   // Each thread says whether it met something that `solve_ordinary_rows` does not expect. A barrier must follow.
   __device__ void tell(bool met) const {
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) met = __shfl_xor_sync(~0u, static_cast<int>(met), lanes) || met;
@@ -54,13 +59,12 @@ struct Scratch {
   }
 };
 
-__host__ __device__ constexpr int leading_dimension(int T) { return T + T % 2; }
+// Of the matrix. Lanes read whole lines, and what lies behind a row: to 64 tasks there is shared memory to do so.
+__host__ __device__ constexpr int leading_dimension(int T) { return T <= 64 ? T + T % 2 : kMaxTasks; }
 
 __device__ inline bool Scratch::put(int T, int i, int j, double x) const {
   gram[i * leading_dimension(T) + j] = x;
-  if (i != j) return !isfinite(x);
-  norm[i] = {x, has_inverse(x) ? 1.0 / x : 0.0};
-  return !has_inverse(x) && x != 0;
+  return !isfinite(x);
 }
 
 // Shared memory of the solver for up to kMost tasks. To 16 tasks everything is in it; to 64 the Gram matrix and the
@@ -95,10 +99,10 @@ __host__ __device__ constexpr int order_at(int T) { return 2 * T * leading_dimen
 // float64s of device memory for the matrix, the coefficients and an order that another block has drawn
 __host__ __device__ constexpr int more_words(int T) { return order_at(T) + order_words(T); }
 
-__device__ inline bool is_absent(const Solve& s, int t) {
-  const uint64_t low = s.absent[0], high = s.absent[1];  // both: an index into parameters would be a load
-  return (t < 64 ? low : high) >> (t % 64) & 1;
-}
+__device__ inline bool is_absent(const Solve& s, int t) { return (t < 64 ? s.absent[0] : s.absent[1]) >> (t % 64) & 1; }
+
+// Whether there is a row i of coefficients of which something is wanted. Those of absent tasks are zeros otherwise.
+__device__ inline bool is_row(const Solve& s, int T, int i) { return i < T && (s.project || !is_absent(s, i)); }
 
 // An entry that no task has, for one out of range.
 constexpr uint8_t kNobody = 255;
@@ -107,16 +111,18 @@ __device__ inline bool is_staged(const Solve& s, int T) { return s.draw || s.num
 
 // A given order into scratch.visits, if it fits. Whether this thread met an entry out of range, or a row that visits a
 // task twice. A barrier must follow.
+template <int kMost>
 __device__ inline bool copy_order(const Solve& s, int T, const Scratch& scratch) {
   if (!is_staged(s, T)) return false;
   constexpr int kLanes = 8;  // to a row
   constexpr int kInFlight = 8;
+  constexpr int kWords = (kMost + 31) / 32;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const int num_visits = static_cast<int>(s.num_visits);
   bool unusual = false;
   for (int base = 0; base < T; base += kThreads / kLanes) {
     const int i = base + static_cast<int>(threadIdx.x) / kLanes;
-    uint64_t low = 0, high = 0;  // a bit per task
+    uint32_t seen[kWords] = {};  // a bit per task
     int count = 0;               // of visits in range
     for (int first = 0; first < num_visits; first += kInFlight * kLanes) {
       int64_t task[kInFlight];
@@ -129,22 +135,24 @@ __device__ inline bool copy_order(const Solve& s, int T, const Scratch& scratch)
       for (int u = 0; u < kInFlight; ++u) {
         const int k = first + u * kLanes + lane;
         if (i >= T || k >= num_visits) continue;
-        const bool in_range = task[u] >= 0 && task[u] < T;
+        const bool in_range = static_cast<uint64_t>(task[u]) < static_cast<uint64_t>(T);
         const int j = in_range ? static_cast<int>(task[u]) : kNobody;
         scratch.visits[i * num_visits + k] = static_cast<uint8_t>(j);
-        const uint64_t bit = in_range ? uint64_t{1} << (j % 64) : 0;
-        low |= j < 64 ? bit : 0;
-        high |= j < 64 ? 0 : bit;
         count += in_range;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) seen[w] |= j / 32 == w ? 1u << (j % 32) : 0u;
       }
     }
+    int distinct = 0;
 #pragma unroll
-    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
-      count += __shfl_xor_sync(~0u, count, lanes);
-      low |= __shfl_xor_sync(~0u, low, lanes);
-      high |= __shfl_xor_sync(~0u, high, lanes);
+    for (int w = 0; w < kWords; ++w) {
+#pragma unroll
+      for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) seen[w] |= __shfl_xor_sync(~0u, seen[w], lanes);
+      distinct += __popc(seen[w]);
     }
-    if (i < T) unusual = unusual || count != num_visits || __popcll(low) + __popcll(high) != num_visits;
+#pragma unroll
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) count += __shfl_xor_sync(~0u, count, lanes);
+    if (i < T) unusual = unusual || count != num_visits || distinct != num_visits;
   }
   return unusual;
 }
@@ -216,7 +224,7 @@ __device__ inline void draw_order(const Solve& s, int T, const Scratch& scratch,
 // expect. A barrier must follow.
 template <int kMost>
 __device__ inline bool stage_order(const Solve& s, int T, const Scratch& scratch) {
-  if (!s.draw) return copy_order(s, T, scratch);
+  if (!s.draw) return copy_order<kMost>(s, T, scratch);
   draw_order<kMost>(s, T, scratch, scratch.visits);
   return false;
 }
@@ -282,24 +290,21 @@ __device__ inline void read_line(const double* m, int T, int j, bool wanted,
   }
 }
 
-// This lane's part of a line of the matrix, where it is wanted; else what was there stays. To 64 tasks what lies behind
-// a line is read as well, in shared memory: products of tasks that there are none of, at which nobody looks.
+// This lane's part of a line of the matrix, where it is wanted; else what was there stays. Without a test for tasks
+// that there are none of: what is read in place of theirs is no one else's, and nobody looks at what comes of it.
 template <int kMost>
-__device__ inline void read_line_if(bool wanted, const double* from, int T,
-                                    double (&line)[SolverShape<kMost>::kValues]) {
+__device__ inline void read_line_if(bool wanted, const double* from, double (&line)[SolverShape<kMost>::kValues]) {
   using Shape = SolverShape<kMost>;
   const int lane = static_cast<int>(threadIdx.x) % Shape::kLanes;
   if constexpr (Shape::kValues == 1) {
-    if (wanted && lane < T) line[0] = from[lane];
+    if (wanted) line[0] = from[lane];
   } else {
 #pragma unroll
     for (int q = 0; q < Shape::kValues; q += 2) {
-      const int t = Shape::task_of(lane, q);
-      if (wanted && (kMost <= 64 || t < T)) {
-        const auto two = *reinterpret_cast<const Vector<double, 2>*>(from + t);
-        line[q] = two.v[0];
-        line[q + 1] = two.v[1];
-      }
+      if (!wanted) continue;
+      const auto two = *reinterpret_cast<const Vector<double, 2>*>(from + Shape::task_of(lane, q));
+      line[q] = two.v[0];
+      line[q + 1] = two.v[1];
     }
   }
 }
@@ -328,20 +333,22 @@ __device__ inline void solve_ordinary_rows(const Solve& s, int T, const Scratch&
     Norm norm[kRows];
     const uint8_t* visits[kRows];
     int row[kRows], now[kRows], next[kRows];
+    bool here[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int i = row[r] = base + r * kGroups + tid / kLanes;
+      here[r] = is_row(s, T, i);
       // a row that is not there has products of 0, which conflict with nothing
-      read_line<kMost>(scratch.gram, T, i < T ? i : 0, i < T, product[r]);
+      read_line<kMost>(scratch.gram, T, here[r] ? i : 0, here[r], product[r]);
 #pragma unroll
       for (int q = 0; q < kValues; ++q) {
         const int t = Shape::task_of(lane, q);
-        if (i < T && t < T) scratch.c[i * T + t] = t == i ? 1.0 : 0.0;
+        if (i < T && t < T) scratch.c[i * T + t] = here[r] && t == i ? 1.0 : 0.0;
       }
       visits[r] = scratch.visits + (i < T ? i : 0) * num_visits;
       now[r] = num_visits > 0 ? visits[r][0] : 0;
       next[r] = num_visits > 1 ? visits[r][1] : now[r];
-      d[r] = i < T ? scratch.gram[i * stride + now[r]] : 0.0;
+      d[r] = here[r] ? scratch.gram[i * stride + now[r]] : 0.0;
       norm[r] = scratch.norm[now[r]];
     }
     __syncwarp();  // lanes write coefficients that others have written first
@@ -364,7 +371,7 @@ __device__ inline void solve_ordinary_rows(const Solve& s, int T, const Scratch&
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         // without a conflict the line is an earlier one, and finite
-        read_line_if<kMost>(conflict[r], scratch.gram + now[r] * stride, T, line[r]);
+        read_line_if<kMost>(conflict[r], scratch.gram + now[r] * stride, line[r]);
         d[r] = fma(-step[r], taken[r], before[r]);
 #pragma unroll
         for (int q = 0; q < kValues; ++q) product[r][q] = fma(-step[r], line[r][q], product[r][q]);
@@ -375,7 +382,7 @@ __device__ inline void solve_ordinary_rows(const Solve& s, int T, const Scratch&
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const int visit = k / kLanes * kLanes + lane;
-          if (row[r] >= T || visit > k) continue;
+          if (!here[r] || visit > k) continue;
           const int j = visits[r][visit];
           scratch.c[row[r] * T + j] = (j == row[r] ? 1.0 : 0.0) - kept[r];
         }
@@ -408,12 +415,12 @@ __device__ inline void solve_rows(const Solve& s, int T, const Scratch& scratch)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int i = row[r] = base + r * kGroups + tid / kLanes;
-      const bool here = i < T;
+      const bool here = is_row(s, T, i);
       read_line<kMost>(scratch.gram, T, here ? i : 0, here, product[r]);
 #pragma unroll
       for (int q = 0; q < kValues; ++q) {
         const int t = Shape::task_of(lane, q);
-        if (here && t < T) scratch.c[i * T + t] = t == i ? 1.0 : 0.0;
+        if (i < T && t < T) scratch.c[i * T + t] = here && t == i ? 1.0 : 0.0;
       }
       next[r] = here && num_visits > 0 ? visit(i, 0) : kNobody;
     }
@@ -424,7 +431,7 @@ __device__ inline void solve_rows(const Solve& s, int T, const Scratch& scratch)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const int i = row[r], j = next[r];
-        const bool here = i < T, in_range = j < T;
+        const bool here = is_row(s, T, i), in_range = j < T;
         if (here && k + 1 < num_visits) next[r] = visit(i, k + 1);  // early: it waits for nothing
         task[r] = in_range ? j : 0;
         // a short line is loaded before it is known to be wanted, a long one would keep shared memory busy
@@ -495,7 +502,7 @@ __device__ inline void solve_pcgrad(const Solve& s, int T, const Scratch& scratc
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
         const int i = first + u * split;
-        x[u] = t < T && i < T && !is_absent(s, i) ? c(i * T + t) : 0.0;
+        x[u] = t < T && i < T ? c(i * T + t) : 0.0;
       }
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) sum += x[u];
@@ -514,6 +521,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   bool unusual = stage_order<kMost>(s, T, scratch);
   constexpr int kInFlight = 8;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int t = threadIdx.x; t < T; t += kThreads) unusual = scratch.put_norm(t, gram[t * (T + 1)]) || unusual;
   for (int j = lane; j < T; j += kWarp) {
     const double right = gram[j * (T + 1)];
     for (int first = warp; first < T; first += kInFlight * kWarps) {
