@@ -316,8 +316,9 @@ __device__ inline void read_line_if(bool wanted, const double* from, double (&li
 // number of its instructions, and by what each has to wait for.
 //
 // What the next visit meets is its product before this visit's step, and what the step takes from it. Both are fetched
-// while the step is made, so that from one sign to the next there are but multiply-adds. Nothing branches, so that the
-// latencies of a lane's rows overlap. A step is the negative of a coefficient: lane k % kLanes keeps that of visit k.
+// while the step is made, so that from one sign to the next there are but multiply-adds. No conflict branches, so that
+// the latencies of a lane's rows overlap. A step is the negative of a coefficient: lane k % kLanes keeps that of visit
+// k.
 template <int kMost>
 __device__ inline void solve_ordinary_rows(const Solve& s, int T, const Scratch& scratch) {
   using Shape = SolverShape<kMost>;
