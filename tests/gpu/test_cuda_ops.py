@@ -290,6 +290,17 @@ def test_drawn_orders_are_those_of_the_cpu(num_tasks: int, forced: str | None) -
         assert state.tolist() == twin.tolist()
 
 
+@pytest.mark.parametrize(("num_tasks", "key"), [(20, 84120), (50, 84120), (128, 1136), (128, 21465)])
+def test_drawn_orders_of_equal_halves(num_tasks: int, key: int, forced: str | None) -> None:
+    """Keys of which a row draws two numbers with the same upper half, as tests/test_cuda_on_host.py makes sure."""
+    grads = BankCase(num_tasks, 1000).make(DEVICE)
+    order = drawn_order(Draw(key, None), num_tasks, torch.device("cpu"))
+    out = [torch.empty_like(grads[0])]
+    with use("pcgrad", forced):
+        operate_rows(bank_rows(grads), None, Draw(key, None), out)
+        assert_same_bits(out[0], pcgrad(grads, order.to(DEVICE)))
+
+
 def test_order_of_a_generator_on_the_device(forced: str | None) -> None:
     grads = BankCase(9, 1000).make(DEVICE)
     with use("pcgrad", forced):
