@@ -742,7 +742,7 @@ for case in (ListCase("nones", 5), ListCase("mixed_dtypes", 19), ListCase("many"
 
 
 def test_early_launches_give_the_same_bits() -> None:
-    """FASTMTL_PDL=1: the combine kernel begins while the Gram kernel still solves."""
+    """The combine kernel begins while the Gram kernel still solves, unless FASTMTL_PDL=0."""
     if (reason := _backend.unavailable("cuda", DEVICE)) is not None:
         pytest.skip(reason)
     expected = run_python(SAME_BITS, FASTMTL_PDL="0")
