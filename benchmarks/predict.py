@@ -2,7 +2,8 @@
 
     python -m fastmtl.benchmarks.predict
 
-From a checkout: a wheel has neither the results nor the table of kernels. What a prediction is made of, and where that comes from:
+From a checkout: a wheel has neither the results nor the table of kernels. What a prediction is made of, and where that
+comes from:
 
 - bytes, at the rate of a copy, which the committed results of each card say;
 - steps of the compiled loops: registers, instructions, rounds of load latency and bytes of a step are read from
