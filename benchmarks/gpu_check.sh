@@ -44,7 +44,7 @@ stage() {  # NAME SECONDS COMMAND...: interrupted at its limit, so that it can s
   local name=$1 limit=$2 begin=$SECONDS code
   shift 2
   echo "== $name" | tee -a "$log"
-  timeout -s INT -k 20 "$limit" "$@" >"$out/stage.txt" 2>&1
+  timeout -s INT -k 30 "$limit" "$@" >"$out/stage.txt" 2>&1
   code=$?
   cat "$out/stage.txt" >>"$log"
   tail -n "${SHOW:-4}" "$out/stage.txt"

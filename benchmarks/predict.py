@@ -9,7 +9,7 @@ comes from:
 - steps of the compiled loops: registers, instructions, rounds of load latency and bytes of a step are read from
   `benchmarks/kernels_sm_90.json`, which `make kernel-table` writes;
 - how a call is cut among blocks: asked of `csrc/cuda/plan.h` through the extension;
-- the clocks of the T x T problem, which the results on the H200 say;
+- how long the T x T problem takes, which the results on the H100 say;
 - assumed latencies, the constants below.
 
 Each prediction stands beside what was measured and the ratio of the two: where that is far from 1, the model is wrong,
@@ -23,7 +23,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastmtl.benchmarks import kernel_table
 from fastmtl.benchmarks.kernel_table import THREADS, Kernel
@@ -34,6 +34,7 @@ MULTIPROCESSORS, WARPS = 132, THREADS // 32  # of both cards; of a block
 FROM_CACHE, CACHE_BYTES = 7e12, 45_000_000
 # assumed, in seconds: a load under traffic; one of sums that lie in the second-level cache; a kernel's way onto the
 # card in a graph, and its last block's end; the sums of a block's warps; a ticket with its barriers
+CLOCK = 1.98e9
 LOAD, LOAD_OF_SUMS, RAMP, BLOCK_SUMS, TICKET = 650e-9, 300e-9, 2e-6, 1.5e-6, 0.8e-6
 
 ITEMSIZE = {"f32": 4, "bf16": 2}
@@ -79,40 +80,25 @@ class Card:
         }
 
 
-H100 = Card("H100", "nvidia-h100-2026-11-25.txt")
+H100 = Card("H100", "nvidia-h100-2026-11-26.txt")
 H200 = Card("H200", "nvidia-h200-2026-11-26.txt")
 CARDS = (H100, H200)
-
-
-class Solver(NamedTuple):
-    """Clocks of the T x T problem with a drawn order: of one visit, and of all the rest."""
-
-    visit: float
-    rest: float
+LAUNCH = 1.4e-6  # of a graph's node: an add to one element, in the same results
 
 
 @functools.cache
-def solver_clocks() -> tuple[float, dict[int, Solver]]:
-    """The clock in Hz, and what `pcgrad_coefficients` took by T."""
-    heading = re.search(r"^== pcgrad_coefficients by itself.* at (\d+) MHz", H200.text, re.M)
-    line = re.compile(
-        r"^T (\d+) draw 1: .*clocks: order (\d+) gram (\d+) visits (\d+) \(\d+ each\) fence (\d+) bar (\d+) sum (\d+)",
-        re.M,
-    )
-    found = {}
-    for numbers in line.findall(H200.text):
-        t, order, gram, visits, fence, bar, total = map(int, numbers)
-        found[t] = Solver(visits / t, order + gram + fence + bar + total)
-    if heading is None or not found:
-        raise ValueError(f"{H200.results}: expected the clocks of pcgrad_coefficients")
-    return 1e6 * float(heading[1]), found
+def solve_times() -> dict[int, float]:
+    """Seconds of `pcgrad_coefficients` of a given order by itself, by T, less a launch."""
+    found = re.findall(r"^T (\d+) coefficients ([\d.]+)", H100.text, re.M)
+    if not found:
+        raise ValueError(f"{H100.results}: expected the times of pcgrad_coefficients")
+    return {int(t): 1e-6 * float(us) - LAUNCH for t, us in found}
 
 
 def solve_seconds(num_tasks: int) -> float:
-    """By the clocks of the next larger number of tasks that was measured."""
-    clock, by_tasks = solver_clocks()
-    one = by_tasks[min(t for t in by_tasks if t >= num_tasks)]
-    return (num_tasks * one.visit + one.rest) / clock
+    """The T x T problem, as long as that of the next larger number of tasks that was measured, by its visits."""
+    known = min(t for t in solve_times() if t >= num_tasks)
+    return solve_times()[known] * num_tasks / known
 
 
 # --- loops as compiled
@@ -147,9 +133,8 @@ class Loop:
         """Seconds of a step: one warp's latencies, and its instructions where they wait for its own loads; or the
         instructions of all warps, which four schedulers share, if those are more.
         """
-        clock, _ = solver_clocks()
-        alone = self.rounds * LOAD + (self.instructions / clock if self.rounds >= 1 else 0.0)
-        return max(alone, self.blocks * WARPS / 4 * self.instructions / clock)
+        alone = self.rounds * LOAD + (self.instructions / CLOCK if self.rounds >= 1 else 0.0)
+        return max(alone, self.blocks * WARPS / 4 * self.instructions / CLOCK)
 
     def walk(self, blocks: int, steps: int) -> float:
         """Seconds of so many blocks with so many steps each: few, whole waves; many, the average."""
@@ -311,5 +296,5 @@ def table() -> list[str]:
 
 if __name__ == "__main__":
     print("microseconds: predicted; measured, times the prediction")
-    print("combine: by itself, its gradients not in the cache; T x T: by the H200's clocks on both\n")
+    print("combine: by itself, its gradients not in the cache; T x T: by the H100's times on both\n")
     print("\n".join(table()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -115,8 +116,15 @@ def run_python(script: str, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+def driver_version() -> int:
+    """The newest CUDA that the driver knows, 12030 for 12.3."""
+    version = ctypes.c_int()
+    assert ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0
+    return version.value
+
+
 def never_early(driver: int, capability: tuple[int, int], architectures: Sequence[int]) -> str | None:
-    """Why `FASTMTL_PDL=1` changes nothing, as `launches_early` of `csrc/cuda/runtime.cu` decides; None if it does.
+    """Why no launch is early, as `launches_early` of `csrc/cuda/runtime.cu` decides; None if it does.
 
     Args:
         driver: the newest CUDA that the driver knows, 12030 for 12.3.

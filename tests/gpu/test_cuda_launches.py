@@ -12,6 +12,7 @@ import torch
 from cases import BankCase
 from cases_cuda import (
     DEVICE,
+    driver_version,
     never_early,
     run_python,
     served_by,
@@ -168,7 +169,7 @@ def test_launches_are_early_if_asked(early: bool) -> None:
     """The T x T problem of 128 tasks takes hundreds of microseconds: time enough for the next launch to begin."""
     if (reason := _backend.unavailable("cuda", DEVICE)) is not None:
         pytest.skip(reason)
-    driver, capability = torch._C._cuda_getDriverVersion(), torch.cuda.get_device_capability()
-    if (reason := never_early(driver, capability, _backend.build_info()["cuda_architectures"])) is not None:
+    capability = torch.cuda.get_device_capability()
+    if (reason := never_early(driver_version(), capability, _backend.build_info()["cuda_architectures"])) is not None:
         pytest.skip(reason)
     assert run_python(OVERLAP, FASTMTL_PDL=str(int(early)))[-1] == str(early)
