@@ -44,7 +44,7 @@ stage() {  # NAME SECONDS COMMAND...: interrupted at its limit, so that it can s
   local name=$1 limit=$2 begin=$SECONDS code
   shift 2
   echo "== $name" | tee -a "$log"
-  timeout -s INT -k 20 "$limit" "$@" >"$out/stage.txt" 2>&1
+  timeout -s INT -k 30 "$limit" "$@" >"$out/stage.txt" 2>&1
   code=$?
   cat "$out/stage.txt" >>"$log"
   tail -n "${SHOW:-4}" "$out/stage.txt"
@@ -102,14 +102,14 @@ SHOW=12 stage smoke 150 env CUDA_LAUNCH_BLOCKING=1 "$python" -m fastmtl.benchmar
 
 if wanted surgery; then
   SHOW=25 stage surgery 120 "${pytest[@]}" -m "not slow" -k "not triton" \
-    tests/gpu/test_cuda_ops.py tests/gpu/test_surgery_steps.py
+    tests/gpu/test_cuda_*.py tests/gpu/test_surgery_steps.py
 fi
 if wanted rates; then SHOW=60 stage rates 90 "$python" -m fastmtl.benchmarks.surgery_check rates --backend cuda; fi
 if wanted task; then
   SHOW=40 stage task 180 "${pytest[@]}" -m "not slow" tests/gpu/test_task_ops.py tests/gpu/test_one_pass_steps.py
 fi
 if wanted triton; then
-  SHOW=25 stage triton 200 "${pytest[@]}" -m "not slow" -k triton tests/gpu/test_cuda_ops.py tests/gpu/test_surgery_steps.py
+  SHOW=25 stage triton 200 "${pytest[@]}" -m "not slow" -k triton tests/gpu/test_cuda_*.py tests/gpu/test_surgery_steps.py
 fi
 if wanted hosttime; then SHOW=20 stage hosttime 60 "$python" -m fastmtl.benchmarks.host_time --device cuda; fi
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     x = torch.tensor(samples, dtype=torch.float64)
     p20, median, p80 = torch.quantile(x, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     return {"median": median, "p20": p20, "p80": p80, "reps": len(samples)}
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """For a check of results: cuDNN and cuBLAS may otherwise round the operands of float32 products to tf32."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def seconds_per_call(call: Callable[[Any], Any], arguments: Sequence[Any], device: torch.device) -> float:

@@ -1,173 +1,300 @@
-"""Predicted times of gradient surgery on an H200, where none was at hand: bytes, instructions, registers, latencies.
+"""Predicted times of gradient surgery beside measured ones, on an H100 and an H200.
 
     python -m fastmtl.benchmarks.predict
 
-Nothing here was measured but the copy rate. Counts of registers and instructions are the compiler's (nvcc 13.0, sm_90),
-latencies are assumptions. `fastmtl bench --suite surgery --device cuda` measures every row.
+From a checkout: a wheel has neither the results nor the table of kernels. What a prediction is made of, and where that
+comes from:
+
+- bytes, at the rate of a copy, which the committed results of each card say;
+- steps of the compiled loops: registers, instructions, rounds of load latency and bytes of a step are read from
+  `benchmarks/kernels_sm_90.json`, which `make kernel-table` writes;
+- how a call is cut among blocks: asked of `csrc/cuda/plan.h` through the extension;
+- how long the T x T problem takes, which the results on the H100 say;
+- assumed latencies, the constants below.
+
+Each prediction stands beside what was measured and the ratio of the two: where that is far from 1, the model is wrong,
+or the kernel is not what the model takes it for.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-# measured on such a card: bytes per second of a device-to-device copy, read and written
-COPY = 4.3e12
+from fastmtl.benchmarks import kernel_table
+from fastmtl.benchmarks.kernel_table import THREADS, Kernel
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MULTIPROCESSORS, WARPS = 132, THREADS // 32  # of both cards; of a block
 # read again from the second-level cache
 FROM_CACHE, CACHE_BYTES = 7e12, 45_000_000
-MULTIPROCESSORS, CLOCK, REGISTERS, THREADS = 132, 1.755e9, 65536, 256
-# assumed, in seconds: a load under traffic; a kernel's way onto the card in a graph, and its last block's end; the sums
-# of a block's warps; one level of tickets and sums; drawing an order; the weights' way out
-LOAD, RAMP, BLOCK_SUMS, LEVEL, DRAW, RESULT = 650e-9, 2e-6, 1.5e-6, 1.5e-6, 0.5e-6, 0.5e-6
-# assumed, in clocks: one visit of the T x T problem (a shuffle, a division in float64, dependent multiply-adds)
-VISIT = 300
+# assumed, in seconds: a load under traffic; one of sums that lie in the second-level cache; a kernel's way onto the
+# card in a graph, and its last block's end; the sums of a block's warps; a ticket with its barriers
+CLOCK = 1.98e9
+LOAD, LOAD_OF_SUMS, RAMP, BLOCK_SUMS, TICKET = 650e-9, 300e-9, 2e-6, 1.5e-6, 0.8e-6
+
+ITEMSIZE = {"f32": 4, "bf16": 2}
+NAMES = {"float32": "f32", "bfloat16": "bf16"}
+
+
+# --- what was measured
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card, and its committed results; the first section `rates` of them is read."""
+
+    name: str
+    results: str
+
+    @functools.cached_property
+    def text(self) -> str:
+        return (RESULTS / self.results).read_text()
+
+    @functools.cached_property
+    def _rates(self) -> str:
+        found = re.search(r"^== .*surgery_check rates.*\n((?:(?!== ).*\n?)*)", self.text, re.M)
+        if found is None:
+            raise ValueError(f"{self.results}: expected the output of surgery_check rates")
+        return found[1]
+
+    @functools.cached_property
+    def copy(self) -> float:
+        """Bytes per second of a device-to-device copy, read and written."""
+        found = re.search(r"^copy: ([\d.]+) TB/s", self._rates, re.M)
+        if found is None:
+            raise ValueError(f"{self.results}: expected the rate of a copy")
+        return 1e12 * float(found[1])
+
+    @functools.cached_property
+    def measured(self) -> dict[tuple[str, int, int, str], float]:
+        """Seconds by op, T, P and dtype, of CUDA C++."""
+        line = re.compile(r"^T= *(\d+) P=([\d.]+)M (\w+) +(\w+) +cuda +([\d.]+) us", re.M)
+        return {
+            (op, int(t), round(float(p) * 1e6), dtype): 1e-6 * float(us)
+            for t, p, dtype, op, us in line.findall(self._rates)
+        }
+
+
+H100 = Card("H100", "nvidia-h100-2026-11-26.txt")
+H200 = Card("H200", "nvidia-h200-2026-11-26.txt")
+CARDS = (H100, H200)
+LAUNCH = 1.4e-6  # of a graph's node: an add to one element, in the same results
+
+
+@functools.cache
+def solve_times() -> dict[int, float]:
+    """Seconds of `pcgrad_coefficients` of a given order by itself, by T, less a launch."""
+    found = re.findall(r"^T (\d+) coefficients ([\d.]+)", H100.text, re.M)
+    if not found:
+        raise ValueError(f"{H100.results}: expected the times of pcgrad_coefficients")
+    return {int(t): 1e-6 * float(us) - LAUNCH for t, us in found}
+
+
+def solve_seconds(num_tasks: int) -> float:
+    """The T x T problem, as long as that of the next larger number of tasks that was measured, by its visits."""
+    known = min(t for t in solve_times() if t >= num_tasks)
+    return solve_times()[known] * num_tasks / known
+
+
+# --- loops as compiled
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The inner loop of a kernel as compiled.
+    """A loop over the gradients: `rounds` below 1 where the loads of later steps are under way.
 
     Args:
-        registers: of a thread.
-        instructions: of a warp's step; of the tensor core kernels' aligned path, by estimate, without the other one.
+        blocks: of a multiprocessor, at once.
+        instructions: of a warp's step.
+        rounds: of load latency in a step.
         columns: that a warp's step takes.
-        sharing: warps that take the same columns.
-        ahead: whether the next step's loads are under way during this one's products.
     """
 
-    registers: int
+    blocks: int
     instructions: int
+    rounds: float
     columns: int
-    sharing: int = 1
-    ahead: bool = False
 
-    @property
-    def blocks(self) -> int:
-        """Of a multiprocessor, at once."""
-        return REGISTERS // (THREADS * 8 * math.ceil(self.registers / 8))
+    @classmethod
+    def of(cls, kernel: Kernel, rows: int) -> Loop:
+        """`rows`: that a warp's step takes."""
+        entry = kernels()[kernel]
+        loop = entry["rows"]
+        columns = loop["bytes"] // (rows * ITEMSIZE[kernel.dtype])
+        return cls(entry["blocks"], loop["instructions"], loop["rounds"], columns)
 
     @property
     def step(self) -> float:
-        """Seconds of a step: one warp's loads and instructions, one after the other or at once; or the instructions of
-        all warps, if those are more."""
-        alone, all_warps = self.instructions / CLOCK, 2 * self.blocks * self.instructions / CLOCK
-        return max(LOAD if self.ahead else LOAD + alone, all_warps)
+        """Seconds of a step: one warp's latencies, and its instructions where they wait for its own loads; or the
+        instructions of all warps, which four schedulers share, if those are more.
+        """
+        alone = self.rounds * LOAD + (self.instructions / CLOCK if self.rounds >= 1 else 0.0)
+        return max(alone, self.blocks * WARPS / 4 * self.instructions / CLOCK)
 
-    @property
-    def block_columns(self) -> int:
-        """Columns of a block's step."""
-        return THREADS // 32 * self.columns // self.sharing
-
-    def seconds(self, columns: int) -> float:
-        """With enough blocks, for one pass over that many columns, whatever the memory does."""
-        return columns * self.step / (MULTIPROCESSORS * self.blocks * self.block_columns)
+    def walk(self, blocks: int, steps: int) -> float:
+        """Seconds of so many blocks with so many steps each: few, whole waves; many, the average."""
+        waves = blocks / (MULTIPROCESSORS * self.blocks)
+        return (math.ceil(waves) if waves <= 2 else waves) * steps * self.step
 
 
-# largest T -> loop of the Gram kernel, by bytes of an element
-GRAM: dict[int, dict[int, Loop]] = {
-    4: {
-        2: Loop(86, 115, 512),
-        4: Loop(94, 145, 256),
-        8: Loop(128, 207, 128),
-        16: Loop(78, 110, 16, ahead=True),
-        32: Loop(154, 260, 16, ahead=True),
-        64: Loop(238, 420, 16, sharing=2, ahead=True),
-    },
-    2: {
-        4: Loop(106, 403, 512),
-        8: Loop(127, 531, 256),
-        16: Loop(78, 60, 32, ahead=True),
-        32: Loop(128, 110, 32),
-        64: Loop(234, 170, 32, sharing=2, ahead=True),
-    },
-}
-# eight rows at a time: one sum, eight sums
-COMBINE = {4: {1: Loop(80, 100, 128), 8: Loop(128, 338, 128)}, 2: {1: Loop(71, 311, 256), 8: Loop(212, 773, 256)}}
+@functools.cache
+def kernels() -> dict[Kernel, dict[str, Any]]:
+    return kernel_table.load()
 
 
-def gram_slots(columns: int, num_tasks: int) -> tuple[int, int]:
-    """Columns of a slot, and their number, as in csrc/cuda/plan.h."""
-    few = min(128 if num_tasks > 16 else 264, math.ceil(columns / (256 if num_tasks > 8 else 1024)))
-    wanted = min(max(columns // (16384 if num_tasks > 16 else 4096), few), 1056)
-    longest = 24576 if num_tasks <= 8 else 8192 if num_tasks <= 32 else 3072
-    each = min(math.ceil(math.ceil(columns / wanted) / 64) * 64, longest)
-    return each, math.ceil(columns / each)
+def gram_kernel(num_tasks: int, dtype: str) -> tuple[Kernel, int]:
+    """The one that `csrc/cuda/kernels.inc` launches, and the rows that it has room for: beyond 64 tasks two bands."""
+    room = {k: k.numbers[0] * (8 if k.name == "gram_mma_kernel" else 1) for k in kernels() if k.name.startswith("gram")}
+    rows, kernel = min((rows, k) for k, rows in room.items() if k.dtype == dtype and rows >= min(num_tasks, 64))
+    return kernel, rows
+
+
+def plan(num_params: int, num_tasks: int, num_out: int) -> dict[str, Any]:
+    """How `csrc/cuda/plan.h` cuts a call."""
+    from fastmtl.core.dispatch import extension, extension_error
+
+    if extension is None:
+        raise RuntimeError(f"no compiled extension, which knows how a call is cut: {extension_error}")
+    return extension.cuda_plan(64 * math.ceil(num_params / 64), num_tasks, num_out)
+
+
+# --- predictions
+
+
+def level_seconds(sums: dict[str, Any], slots: int, num_tasks: int) -> float:
+    """One ticket, and the sums of so many slots by one block: `sum_rows` of `csrc/cuda/finish.cuh`."""
+    entries = num_tasks * (num_tasks + 1) // 2
+    across = 1 if num_tasks <= 16 else 4
+    down = sums["loads"] // across
+    split = 1
+    while split < 32 and 2 * split * entries <= THREADS:
+        split *= 2
+    passes = math.ceil(entries / (across * THREADS // split)) * math.ceil(slots / (down * split))
+    return TICKET + passes * sums["rounds"] * LOAD_OF_SUMS
+
+
+def gram_seconds(card: Card, num_tasks: int, num_params: int, dtype: str) -> float:
+    kernel, rows = gram_kernel(num_tasks, dtype)
+    cut = plan(num_params, num_tasks, 1)
+    loop, sums = Loop.of(kernel, rows), kernels()[kernel]["sums"]
+    slots, group = cut["gram_slots"], cut["slots_per_group"]
+    steps = math.ceil(cut["gram_columns"] / (WARPS * loop.columns))
+    walked = loop.walk(slots * cut["blocks_per_slot"], steps)
+    reads = max(math.ceil(num_tasks / 32) - 1, 1)  # each band meets every other
+    partial = 2 * slots * num_tasks * (num_tasks + 1) // 2 * 8  # written and read
+    moved = reads * num_tasks * num_params * ITEMSIZE[dtype] + partial
+    levels = level_seconds(sums, min(slots, group), num_tasks)
+    if slots > group:
+        levels += level_seconds(sums, math.ceil(slots / group), num_tasks)
+    return RAMP + max(moved / card.copy, walked) + BLOCK_SUMS + levels
+
+
+def combine_seconds(
+    card: Card, num_tasks: int, num_params: int, dtype: str, num_out: int = 1, *, after_gram: bool = False
+) -> float:
+    """`after_gram`: the gradients may still lie in the second-level cache."""
+    size, cut = ITEMSIZE[dtype], plan(num_params, num_tasks, num_out)
+    outputs = 1 if num_out == 1 else 8
+    passes = math.ceil(num_out / outputs)
+    if cut["combine_split"]:
+        loop = Loop.of(Kernel("combine_split_kernel", dtype), 8)
+        # warps that have columns of their own share them with the others, which take other tasks
+        sharing = WARPS * loop.columns // cut["combine_columns"]
+        steps = math.ceil(num_tasks / (8 * sharing))
+    else:
+        loop = Loop.of(Kernel("combine_kernel", dtype, (outputs,)), 8)
+        steps = math.ceil(cut["combine_columns"] / (WARPS * loop.columns)) * math.ceil(num_tasks / 8)
+    row = num_params * size
+    cached = after_gram and num_tasks * row <= CACHE_BYTES
+    moved = (num_tasks * passes + num_out) * row
+    return RAMP + max(moved / (FROM_CACHE if cached else card.copy), loop.walk(cut["combine_slots"] * passes, steps))
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of the two launches, and the floor of two passes over G and one result."""
+    """Seconds: PCGrad's floor (two passes over G and the results), its parts, and the parts by themselves."""
 
     floor: float
     gram: float
     solve: float
     combine: float
+    combine_alone: float
 
     @property
     def total(self) -> float:
         return self.gram + self.solve + self.combine
 
 
-def predict(num_tasks: int, num_params: int, itemsize: int, *, project: bool = False, solve: bool = True) -> Prediction:
-    """PCGrad with a drawn order on one bank; `solve=False`: Gram matrix and one sum."""
-    t, row = num_tasks, num_params * itemsize
-    loops = GRAM[itemsize]
-    loop = loops[min(most for most in loops if most >= t)]
-    each, slots = gram_slots(num_params, t)
-    waves = math.ceil(slots / (MULTIPROCESSORS * loop.blocks))
-    steps = waves * math.ceil(each / loop.block_columns) * loop.step
-    # few slots: what one block takes; many: the average
-    walked = steps if waves <= 2 else loop.seconds(num_params)
-    levels = 1 if slots <= 128 and t <= 16 else 2
-    sums_moved = 2 * slots * t * (t + 1) / 2 * 8  # written and read
-    gram = RAMP + max((t * row + sums_moved) / COPY, walked) + BLOCK_SUMS + levels * LEVEL
-    solved = DRAW + t * VISIT / CLOCK + RESULT if solve else 0.0
-
-    sums = t if project else 1
-    passes = math.ceil(sums / 8) if project else 1
-    kind = COMBINE[itemsize][8 if project else 1]
-    chunks = math.ceil(t / 8)
-    columns = num_params * chunks * passes
-    alone = chunks * passes * kind.step
-    cached = t * row <= CACHE_BYTES
-    moved = (t * row * passes + sums * row) / (FROM_CACHE if cached else COPY)
-    combine = RAMP + max(moved, kind.seconds(columns), alone)
-    return Prediction((2 * t + sums) * row / COPY, gram, solved, combine)
+def predict(card: Card, num_tasks: int, num_params: int, dtype: str, *, project: bool = False) -> Prediction:
+    """PCGrad with a drawn order on one bank, dtype `"float32"` or `"bfloat16"`; `project`: T results."""
+    kind, sums = NAMES[dtype], num_tasks if project else 1
+    at = card, num_tasks, num_params, kind
+    return Prediction(
+        (2 * num_tasks + sums) * num_params * ITEMSIZE[kind] / card.copy,
+        gram_seconds(*at),
+        solve_seconds(num_tasks),
+        combine_seconds(*at, sums, after_gram=True),
+        combine_seconds(*at, sums),
+    )
 
 
-# T, P, bytes, what: the table of targets, its multiples of the floor or seconds
-TARGETS: tuple[tuple[str, int, int, int, dict[str, bool], str], ...] = (
-    ("Gram + wG", 2, 25_600_000, 4, {"solve": False}, "1.15x"),
-    ("pcgrad", 8, 25_600_000, 4, {}, "1.12x"),
-    ("pcgrad", 8, 25_600_000, 2, {}, "1.15x"),
-    ("pcgrad", 8, 1_000_000, 4, {}, "25 us"),
-    ("pcgrad", 8, 100_000, 4, {}, "12 us"),
-    ("pcgrad", 50, 100_000, 4, {}, "12 us"),
-    ("pcgrad", 50, 1_000_000, 4, {}, "-"),
-    ("pcgrad", 16, 25_600_000, 4, {}, "-"),
-    ("pcgrad", 16, 25_600_000, 2, {}, "-"),
-    ("pcgrad", 32, 25_600_000, 4, {}, "-"),
-    ("pcgrad", 32, 25_600_000, 2, {}, "-"),
-    ("pcgrad", 64, 25_600_000, 4, {}, "1.25x"),
-    ("pcgrad", 64, 25_600_000, 2, {}, "-"),
-    ("pcgrad", 4, 1_000_000_000, 2, {}, "1.08x"),
-    ("pcgrad_project", 8, 25_600_000, 4, {"project": True}, "1.12x of C G"),
+# T, P, dtype, whether projected: the rows of `surgery_check rates`, and some that were not measured by it
+ROWS: tuple[tuple[int, int, str, bool], ...] = (
+    (2, 25_600_000, "float32", False),
+    (8, 25_600_000, "float32", False),
+    (8, 25_600_000, "bfloat16", False),
+    (8, 25_600_000, "float32", True),
+    (16, 25_600_000, "float32", False),
+    (16, 25_600_000, "bfloat16", False),
+    (32, 25_600_000, "float32", False),
+    (32, 25_600_000, "bfloat16", False),
+    (64, 25_600_000, "float32", False),
+    (64, 25_600_000, "bfloat16", False),
+    (4, 1_000_000_000, "bfloat16", False),
+    (8, 1_000_000, "float32", False),
+    (50, 1_000_000, "float32", False),
+    (8, 100_000, "float32", False),
+    (50, 100_000, "float32", False),
 )
+
+
+def microseconds(seconds: float) -> str:
+    us = 1e6 * seconds
+    return f"{us:.0f}" if us >= 100 else f"{us:.3g}"
+
+
+def cell(predicted: float, measured: float | None) -> str:
+    """Predicted; and measured, with its multiple of the prediction."""
+    if measured is None:
+        return microseconds(predicted)
+    return f"{microseconds(predicted)}; {microseconds(measured)}, {measured / predicted:.2f}x"
 
 
 def table() -> list[str]:
     """Markdown."""
-    lines = ["| op, T, P, bytes | floor | Gram | T x T | combine | sum | x floor | target |"]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for op, t, p, size, options, target in TARGETS:
-        x = predict(t, p, size, **options)
-        times = (1e6 * s for s in (x.floor, x.gram, x.solve, x.combine, x.total))
-        figures = (f"{s:.0f}" if s >= 100 else f"{s:.3g}" for s in times)
-        name = f"{op}, {t}, {p / 1e6:g}M, {size}"
-        lines.append(f"| {name} | {' | '.join(figures)} | {x.total / x.floor:.2f} | {target} |")
+    columns = ["T, P, dtype", "T x T"]
+    for card in CARDS:
+        columns += [f"{card.name} Gram", "combine", "pcgrad", "floor"]
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    for t, p, dtype, project in ROWS:
+        cells = [f"{t}, {p / 1e6:g}M, {dtype}{', projected' if project else ''}", microseconds(solve_seconds(t))]
+        for card in CARDS:
+            x = predict(card, t, p, dtype, project=project)
+            parts = {"gram": x.gram, "combine": x.combine_alone, "pcgrad": x.total}
+            for op, seconds in parts.items():
+                known = None if project else card.measured.get((op, t, p, dtype))
+                cells.append(cell(seconds, known))
+            cells.append(microseconds(x.floor))
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 if __name__ == "__main__":
-    print("predicted, in microseconds")
+    print("microseconds: predicted; measured, times the prediction")
+    print("combine: by itself, its gradients not in the cache; T x T: by the H100's times on both\n")
     print("\n".join(table()))

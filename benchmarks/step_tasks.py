@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmtl
-from fastmtl.benchmarks import baselines, peers
+from fastmtl.benchmarks import baselines, measure, peers
 from fastmtl.benchmarks.networks import DIGITS, FULL_RESNET, FULL_RESNET_64, RESNET, RESNET_64, RL, VIT, Workload
 from fastmtl.benchmarks.registry import TASK_STEP, Candidate, Case, Check
 from fastmtl.ops import reference
@@ -318,7 +318,8 @@ class Workshop:
         """The first step of a method, in the given order; its trainee goes on from there in the timing."""
         trainee = self.trainees[label] = self.new()
         trainee.order = self.order.to(self.device)
-        call(trainee)
+        with measure.without_tf32():
+            call(trainee)
         trainee.order = None
         error = difference([p.grad for p in trainee.params], self.expected[rule(label)])
         against = f"{rule(label)} in float64 of a forward and backward per task"

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
+#include "cuda/plan.h"
 
 #define FASTMTL_TEXT_(x) #x
 #define FASTMTL_TEXT(x) FASTMTL_TEXT_(x)
@@ -36,4 +37,23 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_cpu_levels", &fastmtl::cpu::available_levels, "The compiled levels that this CPU can run.");
   m.def("set_cpu_level", &fastmtl::cpu::set_level, pybind11::arg("name"),
         "Chooses the vector level for this process; ValueError if this CPU can't run it.");
+  m.def(
+      "cuda_plan",
+      [](int64_t columns, int num_tasks, int num_out) {
+        namespace cuda = fastmtl::cuda;
+        const cuda::Slots gram = cuda::gram_slots(columns, num_tasks);
+        const cuda::CombineCut combine = cuda::combine_cut(columns, num_tasks, num_out);
+        pybind11::dict plan;
+        plan["gram_columns"] = gram.columns;
+        plan["gram_slots"] = gram.count;
+        plan["blocks_per_slot"] = cuda::blocks_per_slot(num_tasks);
+        plan["slots_per_group"] = cuda::slots_per_group(num_tasks, gram.count);
+        plan["combine_columns"] = combine.slots.columns;
+        plan["combine_slots"] = combine.slots.count;
+        plan["combine_split"] = combine.split;
+        return plan;
+      },
+      pybind11::arg("columns"), pybind11::arg("num_tasks"), pybind11::arg("num_out"),
+      "How the CUDA kernels cut one launch of a call, with or without CUDA: columns of a slot and number of slots, of "
+      "both kernels.");
 }

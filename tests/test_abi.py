@@ -1,19 +1,25 @@
 """The stable-ABI promise without gigabytes: csrc/ compiles against the headers of every torch release that it names.
 
 A build under the torch that is installed does not show a name that an older release lacks. `make abi` builds and runs.
+The headers are fetched once; without an index the compilations skip, unless FASTMTL_REQUIRE_HEADERS=1, as CI says.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import http.server
+import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from abi import old_headers
 from abi.old_headers import RELEASES, include_folder
 from conftest import skip_or_fail
 
@@ -98,13 +104,71 @@ def _users() -> set[Path]:
     return users - {Path("torch")}
 
 
-@pytest.mark.parametrize("release", RELEASES)
-def test_compiles(release: str) -> None:
+def headers(release: str) -> Path:
+    """The folder of a release's headers; skips without them, or fails where they are required."""
     try:
-        include = include_folder(release)
+        return include_folder(release)
     except OSError as problem:
         # an index that can't be reached says nothing about the sources; the names above are checked all the same
-        pytest.skip(f"the headers of torch {release} could not be fetched: {problem}")
+        reason = f"the headers of torch {release} could not be fetched: {problem}"
+    if os.environ.get("FASTMTL_REQUIRE_HEADERS") == "1":
+        pytest.fail(f"FASTMTL_REQUIRE_HEADERS=1, but: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def index_without_json(tmp_path: Path) -> Iterator[str]:
+    """The address of a package index that answers with a page."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html></html>")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/simple"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("answers", [True, False])
+@pytest.mark.parametrize("required", ["1", "0", None])
+def test_without_headers_it_skips_or_fails(
+    required: str | None, answers: bool, index_without_json: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of an index that answers with something else, and where nobody listens."""
+    monkeypatch.setattr(old_headers, "FOLDER", tmp_path)
+    monkeypatch.setattr(old_headers, "ATTEMPTS", 1)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("PIP_INDEX_URL", index_without_json if answers else "http://127.0.0.1:9/simple")
+    if required is None:
+        monkeypatch.delenv("FASTMTL_REQUIRE_HEADERS", raising=False)
+    else:
+        monkeypatch.setenv("FASTMTL_REQUIRE_HEADERS", required)
+    outcome = pytest.fail.Exception if required == "1" else pytest.skip.Exception
+    why = "does not list torch as JSON" if answers else "URLError"
+    with pytest.raises(outcome, match=rf"the headers of torch 2\.10\.0 could not be fetched: .*{why}"):
+        headers("2.10.0")
+
+
+def test_other_headers_are_never_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A digest that differs is a failure, wherever that is seen."""
+    monkeypatch.setattr(old_headers, "FOLDER", tmp_path)
+    monkeypatch.setattr(old_headers, "_fetch", lambda release, folder: folder.mkdir(parents=True))
+    with pytest.raises(old_headers.HeadersError, match=r"the headers of torch 2\.10\.0 have the digest"):
+        headers("2.10.0")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_compiles(release: str) -> None:
+    include = headers(release)
     sources = [p for p in sorted(_users()) if p.suffix in (".cpp", ".cu")]
     assert len(sources) >= 6
     commands = {p: _command(p, include) for p in sources}
@@ -125,10 +189,7 @@ def test_a_name_that_is_missing_is_seen(tmp_path: Path) -> None:
     """The check can fail: a source with a name that no release has."""
     source = tmp_path / "wrong.cpp"
     source.write_text("#include <torch/csrc/stable/library.h>\nint x = torch::stable::no_such_name();\n")
-    try:
-        include = include_folder(next(iter(RELEASES)))
-    except OSError as problem:
-        pytest.skip(f"the headers could not be fetched: {problem}")
+    include = headers(next(iter(RELEASES)))
     command = _command(source, include)
     if command is None:
         skip_or_fail("no C++ compiler")

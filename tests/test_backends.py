@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import cases
+import cases_cuda
 import pytest
 import torch
 from cases import BankCase
@@ -275,3 +278,24 @@ def test_environment_in_a_fresh_process() -> None:
     assert "backend 'cpu' is forced but cannot serve this call: no compiled extension" in _run(
         code, FASTMTL_BACKEND="cpu"
     )
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "architectures", "why"),
+    [
+        (12_030, (9, 0), [80, 90], None),
+        (13_000, (10, 0), [80, 90], None),
+        (12_020, (9, 0), [80, 90], "a driver before 12.3, got 12.2"),
+        (13_000, (8, 0), [80, 90], "the device has sm_80"),
+        (13_000, (9, 0), [80], r"the build has \[80\]"),
+        (13_000, (9, 0), [80, 100], r"the build has \[80, 100\]"),
+    ],
+)
+def test_when_launches_are_never_early(
+    driver: int, capability: tuple[int, int], architectures: list[int], why: str | None
+) -> None:
+    """As a GPU test decides whether to skip; the figures are those of `launches_early`."""
+    found = cases_cuda.never_early(driver, capability, architectures)
+    assert found is None if why is None else re.search(why, found)
+    source = (Path(__file__).parent.parent / "csrc" / "cuda" / "runtime.cu").read_text()
+    assert "driver_version() < 12030" in source and "ptxVersion >= 90" in source

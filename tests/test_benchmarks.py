@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastmtl import ops
-from fastmtl.benchmarks import baselines, cli, digits, gradients, measure, predict, registry, report, surgery
+from fastmtl.benchmarks import baselines, cli, digits, gradients, measure, registry, report, surgery
 from fastmtl.benchmarks.runner import Runner, Settings
 from fastmtl.core.schemas import PUBLIC_OPS
 from fastmtl.ops import reference
@@ -227,25 +227,6 @@ def test_what_compiles_is_called_once_before_the_clock_starts(runner):
     row = runner.run_case(replace(case, candidates=(case.ours, slow), reps=1))
     # before the clock, to warm up, the sample, and for its peak memory
     assert row["status"] == "ok" and len(calls) >= 4
-
-
-def test_predictions_are_no_better_than_the_floor():
-    assert len(predict.table()) == 2 + len(predict.TARGETS)
-    for op, t, p, size, options, _ in predict.TARGETS:
-        found = predict.predict(t, p, size, **options)
-        in_cache = t * p * size <= predict.CACHE_BYTES
-        assert found.total > found.floor or (in_cache and found.total > found.floor / 2), op
-        assert found.gram >= t * p * size / predict.COPY and found.combine > 0
-    # a 40th of the columns is not a 40th of the time
-    assert predict.predict(8, 100_000, 4).total > predict.predict(8, 4_000_000, 4).total / 10
-
-
-def test_a_loop_as_compiled():
-    """Two blocks of 256 threads with 128 registers, one with 129; loads and instructions of a step."""
-    assert (predict.Loop(128, 1, 1).blocks, predict.Loop(129, 1, 1).blocks) == (2, 1)
-    assert predict.Loop(128, 10, 128).block_columns == 1024
-    assert predict.Loop(206, 420, 16, sharing=2).block_columns == 64
-    assert predict.Loop(128, 0, 1).step == predict.LOAD
 
 
 @pytest.mark.parametrize(

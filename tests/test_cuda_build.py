@@ -77,10 +77,6 @@ MATRIX_INSTRUCTIONS = {
 ROUNDS = {
     # a queue of two steps or more in shared memory
     ("gram_mma_kernel", "rows"): 0.5,
-    # A lane's elements are unpacked between the loads. On an H100 and an H200 that cost 2 to 16 per cent (bfloat16, 8
-    # tasks, beside float32); rows held as words, as in combine.cuh, would be one round, and wait for a GPU.
-    ("gram_rows_kernel", "rows", "bf16"): 3,
-    ("gram_rows_kernel", "rows", "f16"): 3,
     # lists: the rows' pointers come out of device memory first
     ("combine_split_kernel", "rows"): 2,
     # Once a call. 16 loads of a thread, 32 from 17 tasks on, are more than six scoreboards tell apart: a wait for the
@@ -93,7 +89,7 @@ SUMS_AT_ONCE = 8
 
 
 def most_rounds(kernel: Kernel, kind: str) -> float:
-    return ROUNDS.get((kernel.name, kind, kernel.dtype), ROUNDS.get((kernel.name, kind), 1))
+    return ROUNDS.get((kernel.name, kind), 1)
 
 
 def slow_loops(kernel: Kernel, loops: Sequence[cubin.Loop]) -> list[str]:

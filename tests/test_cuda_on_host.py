@@ -247,6 +247,21 @@ def test_coefficients(num_tasks: int, include_self: bool) -> None:
             assert_coefficients(host.coefficients(m, order, include_self, schedule), expected)
 
 
+@pytest.mark.parametrize("num_tasks", [5, 16, 17, 32, 33, 50, 64, 65, 128])
+def test_coefficients_of_tasks_visited_again(num_tasks: int) -> None:
+    """Rows that visit a task twice add to a coefficient; one such row is enough to be found, wherever it is."""
+    m = gram_matrix(num_tasks)
+    generator = torch.Generator().manual_seed(num_tasks)
+    anything = torch.randint(num_tasks, (num_tasks, num_tasks), generator=generator)
+    last = random_order(num_tasks)
+    last[-1, -1] = last[-1, 0]
+    same = torch.full((num_tasks, 2), num_tasks - 1)
+    for order in (anything, last, same):
+        for include_self in (False, True):
+            expected = reference.pcgrad_coefficients(m, order, include_self)
+            assert_coefficients(host.coefficients(m, order, include_self), expected)
+
+
 @pytest.mark.parametrize("num_tasks", [5, 16, 40, 70])
 def test_coefficients_of_bad_entries(num_tasks: int) -> None:
     m = gram_matrix(num_tasks)
@@ -349,6 +364,60 @@ def test_drawn_orders(num_tasks: int, schedule: int) -> None:
         assert torch.equal(found[1], expected[1])
         if before is not None:
             assert torch.equal(source.state, before)  # drawn_order has advanced the copy
+
+
+# Keys of which a row draws two numbers with the same upper half: ranked by halves, both tasks have one rank.
+EQUAL_HALVES = (
+    (20, 84120, (10, 0, 18)),
+    (50, 84120, (4, 0, 18)),
+    (128, 1136, (122, 25, 36)),
+    (128, 21465, (69, 109, 117)),
+)
+
+
+@pytest.mark.parametrize(("num_tasks", "key", "where"), EQUAL_HALVES)
+def test_drawn_orders_of_equal_halves(num_tasks: int, key: int, where: tuple[int, int, int]) -> None:
+    order = drawn_order(Draw(key, None), num_tasks, torch.device("cpu"))
+    row, first, second = where
+    numbers = [splitmix64(key, row * num_tasks + task) for task in (first, second)]
+    assert numbers[0] != numbers[1] and numbers[0] >> 32 == numbers[1] >> 32
+    step = {int(task): k for k, task in enumerate(order[row])}
+    assert abs(step[first] - step[second]) == 1 and (step[first] < step[second]) == (numbers[0] < numbers[1])
+    grads = host.bank_gradients(BankCase(num_tasks, 65, torch.float64).make())
+    found = host.solved_gram(grads, None, Cut(64, 0), project=True, key=key)
+    assert torch.equal(found[1], host.solved_gram(grads, order, Cut(64, 0), project=True)[1])
+
+
+def splitmix64(key: int, n: int) -> int:
+    """Number n of a stream, as a signed integer."""
+    mask = (1 << 64) - 1
+    z = (key + (n + 1) * 0x9E3779B97F4A7C15) & mask
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+    z ^= z >> 31
+    return z - (1 << 64) if z >> 63 else z
+
+
+@pytest.mark.parametrize("num_tasks", [16, 17, 33, 66])
+@pytest.mark.parametrize("slots_per_group", [1, 1000])
+def test_orders_drawn_apart(num_tasks: int, slots_per_group: int) -> None:
+    """By the first block of several launches' first, whichever arrives last; absent tasks; what is not finite."""
+    case = ListCase("mixed_dtypes", num_tasks)
+    grads = host.list_gradients(read_lists(case.make()))
+    order = drawn_order(Draw(5, None), num_tasks, torch.device("cpu"))
+    present = absent_tasks(num_tasks)
+    for mean in (False, True):
+        expected = host.solved_gram(grads, order, Cut(64, slots_per_group), mean=mean, present=present)
+        for schedule in SCHEDULES:
+            cut = Cut(64, slots_per_group, schedule)
+            found = host.solved_gram(grads, None, cut, mean=mean, present=present, key=5)
+            assert cut.launches > 1
+            assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    bank = BankCase(num_tasks, 259).make()
+    bank[num_tasks // 2, 7] = torch.nan
+    for schedule in SCHEDULES:
+        found = host.solved_gram(host.bank_gradients(bank), None, Cut(64, slots_per_group, schedule), key=5)
+        assert found[1].isnan().all()
 
 
 # --- combine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +10,22 @@ import cases_task as table
 import pytest
 import torch
 import torch._dynamo.testing
-from cases_task import BF16, F32, F64, FEW_CASES, GEOMETRIES, ConvCase, LinearCase, Made, TaskCase
+from cases import short
+from cases_task import BF16, F16, F32, F64, FEW_CASES, GEOMETRIES, ConvCase, LinearCase, Made, TaskCase
 from conftest import Backend
 from torch import Tensor
 
-from fastmtl.ops import _task_batch, _task_direct, task_conv2d, task_linear, task_plan
+from fastmtl.ops import (
+    _task,
+    _task_batch,
+    _task_cpu,
+    _task_direct,
+    task_conv2d,
+    task_conv2d_weight_grad,
+    task_linear,
+    task_linear_weight_grad,
+    task_plan,
+)
 
 # one of each kind, small
 LAYERS: dict[str, TaskCase] = {
@@ -544,3 +556,127 @@ def test_autocast_is_off_inside_the_op(layer: TaskCase, backend: Backend) -> Non
     expected = op(*args)
     with torch.autocast("cpu", dtype=BF16):
         assert torch.equal(op(*args), expected)
+
+
+# --- CPUs without 16-bit arithmetic, on which torch would add up in 16 bits
+
+WIDENED_LAYERS: dict[str, TaskCase] = {
+    **LAYERS,
+    "conv_all": ConvCase(**GEOMETRIES["all"], ids="absent"),
+    "conv_runs": ConvCase(**GEOMETRIES["k3_large"], ids="random"),
+    "conv_1x1_large": ConvCase(**GEOMETRIES["k1_large"], ids="runs", x_layout="channels_last"),
+    "conv_one_pixel": ConvCase(**GEOMETRIES["one_pixel_in"], ids="turns", cin=1, x_layout="channels_last"),
+    "linear_large": LinearCase(leading=(5, 170), cin=64, cout=48, ids="random"),
+}
+narrow = pytest.mark.parametrize("dtype", [BF16, F16], ids=short)
+# what float32 leaves of a sum of a few thousand products
+ROUNDED_ONCE = 1e-5
+
+
+@pytest.fixture
+def widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both 16-bit dtypes as on a CPU for which oneDNN has neither."""
+    monkeypatch.setattr(_task, "WIDENED", {BF16, F16})
+
+
+def test_widened_where_torch_says_that_onednn_has_no_arithmetic() -> None:
+    assert (BF16 in _task.WIDENED) == (not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert (F16 in _task.WIDENED) == (not torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    assert {BF16, F16} >= _task.WIDENED
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channels_last_sliced", "expanded_batch"])
+@narrow
+def test_widen_keeps_values_and_memory_format(dtype: torch.dtype, layout: str, widened: None) -> None:
+    x = table.LAYOUTS[layout](torch.randn(3, 4, 5, 6).to(dtype))
+    wide = _task.widen(x)
+    assert wide.dtype == F32 and torch.equal(wide.to(dtype), x)
+    assert wide.is_contiguous(memory_format=table.memory_format_of(layout))
+    for plain in (x.float(), x.double(), x.to("meta")):
+        assert _task.widen(plain) is plain
+
+
+@pytest.mark.parametrize("wide_weights", [False, True], ids=["narrow_weights", "float32_weights"])
+@pytest.mark.parametrize(("delta", "shared"), [("list", True), ("stacked", False), ("nones", True)])
+@narrow
+@pytest.mark.parametrize("layer", WIDENED_LAYERS.values(), ids=WIDENED_LAYERS)
+def test_widened_results_are_rounded_once(
+    layer: TaskCase, delta: str, dtype: torch.dtype, shared: bool, wide_weights: bool, widened: None, backend: Backend
+) -> None:
+    """Within the rounding of the result, where the layers' tolerance allows one of each weight as well."""
+    case = layer.but(
+        delta=delta, gate="values", bias="per_task", shared=shared, dtype=dtype,
+        weight_dtype=F32 if wide_weights else None,
+    )  # fmt: skip
+    made = case.make().leaves()
+    want = table.expected_of(case, made)
+    y = case.run(made)
+    found = table.gradients(y, made)
+    table.assert_result(case, y, want, ROUNDED_ONCE)
+    table.assert_gradients(case, made, found, want, ROUNDED_ONCE)
+    if isinstance(case, ConvCase):
+        fmt = table.memory_format_of(case.x_layout)
+        assert y.is_contiguous(memory_format=fmt) and found["x"].is_contiguous(memory_format=fmt)
+    held = {name: x.detach() for name, x in made.named().items()}
+    table.assert_own_memory({"result": y.detach()} | found, held | {"grad_out": made.grad_out})
+
+
+@pytest.mark.parametrize("layer", WIDENED_LAYERS.values(), ids=WIDENED_LAYERS)
+@narrow
+def test_widened_weight_gradients_are_rounded_once(
+    layer: TaskCase, dtype: torch.dtype, widened: None, backend: Backend
+) -> None:
+    """As results, in rows of a bank, and unrounded in float32."""
+    case = layer.but(dtype=dtype)
+    made = case.make()
+
+    def run(x: Tensor, grad_out: Tensor, **options: Any) -> Tensor:
+        if isinstance(case, LinearCase):
+            return task_linear_weight_grad(x, grad_out, made.task_ids, case.num_tasks, **options)
+        return task_conv2d_weight_grad(
+            x, grad_out, made.task_ids, case.num_tasks, case.kernel, **case.options, **options
+        )
+
+    exact = run(made.x.double(), made.grad_out.double())
+    size = run(made.x.double().abs(), made.grad_out.double().abs())
+    bank = torch.empty(case.num_tasks, math.prod(case.weight_shape) + 3, dtype=F32)
+    rows = bank[:, 3:].view(case.num_tasks, *case.weight_shape)
+    for options, expected_dtype in (({}, dtype), ({"dtype": F32}, F32), ({"out": rows}, F32)):
+        found = run(made.x, made.grad_out, **options)
+        assert found.dtype == expected_dtype
+        table.assert_within(found, exact, table.bound(size, exact, ROUNDED_ONCE, found.dtype))
+
+
+@narrow
+def test_widened_linear_weight_gradients_task_by_task(dtype: torch.dtype, widened: None) -> None:
+    """What `one_pass` takes as it is made: sorted or not, with tasks enough for the threads and with one."""
+    x, g = torch.randn(9, 40, 8).to(dtype), torch.randn(9, 40, 5).to(dtype)
+    for ids in (torch.arange(9) % 4, torch.arange(9) // 3, torch.zeros(9, dtype=torch.int64)):
+        plan = task_plan(ids, 4)
+        for t, found in enumerate(_task_cpu.linear_weight_grads(x, g, plan.order, plan.offsets)):
+            if found is None:
+                assert not (ids == t).any()
+                continue
+            a, b = x[ids == t].flatten(0, 1).double(), g[ids == t].flatten(0, 1).double()
+            assert found.dtype == F32
+            table.assert_within(found, b.T @ a, table.bound(b.abs().T @ a.abs(), b.T @ a, ROUNDED_ONCE, F32))
+
+
+@narrow
+@pytest.mark.parametrize("layer", ["conv", "linear"])
+def test_widened_second_derivatives(layer: str, dtype: torch.dtype, widened: None, backend: Backend) -> None:
+    """Those of plain torch in float64, but for one rounding of each of the three passes."""
+    case = LAYERS[layer].but(gate="values", dtype=dtype)
+    made = case.make().leaves()
+
+    def penalty(made: Made) -> Tensor:
+        y = case.run(made)
+        (gx,) = torch.autograd.grad(y, made.x, made.grad_out.detach(), create_graph=True)
+        return gx.double().square().sum()
+
+    (found,) = torch.autograd.grad(penalty(made), made.weight)
+    double = made.double().leaves()
+    (exact,) = torch.autograd.grad(penalty(double), double.weight)
+    assert found.dtype == dtype
+    unit = torch.finfo(dtype).eps
+    assert (found.double() - exact).abs().max() <= 2 * unit * exact.abs().max()

@@ -18,22 +18,6 @@ struct CombineParams {
 
 constexpr int kRowsAtOnce = 8;  // rows whose loads are in flight together
 
-// 16 bytes of a row as they come: of 16-bit elements the compiler would unpack one row before it loads the next
-struct alignas(16) Packed {
-  uint32_t word[4];
-};
-
-template <class In, int kVector>
-__device__ inline Vector<In, kVector> unpacked(const Packed& x) {
-  static_assert(sizeof(Vector<In, kVector>) == sizeof(Packed));
-  Vector<In, kVector> v;
-  memcpy(&v, &x, sizeof(v));
-  return v;
-}
-template <class In, int kVector>
-__device__ inline Vector<In, kVector> unpacked(const Vector<In, kVector>& x) {
-  return x;
-}
 // elements that were loaded one by one, each in a register of its own for the same reason
 template <class In, int kVector>
 struct Single {
@@ -53,7 +37,7 @@ struct CombineShared {
   typename Accumulator<In>::type weight[kMaxTasks][kOut];
 };
 
-// result = weights x rows; load(r): Packed, or one element. with_weights() is called once the first loads are under
+// result = weights x rows; load(r): Raw, or one element. with_weights() is called once the first loads are under
 // way, and by all threads of the block.
 template <class In, int kOut, int kVector, class Load, class WithWeights>
 __device__ inline void combine_columns(const CombineShared<In, kOut>& shared, int num_tasks, const Load& load,
@@ -133,8 +117,8 @@ __global__ void __launch_bounds__(kThreads, kCombineBlocks<In, kOut>)
                 shared, T,
                 [&](int r) {
                   return here && row[r] != nullptr
-                             ? *reinterpret_cast<const Packed*>(in_global(static_cast<const In*>(row[r]) + c))
-                             : Packed{};
+                             ? *reinterpret_cast<const Raw*>(in_global(static_cast<const In*>(row[r]) + c))
+                             : Raw{};
                 },
                 with_weights, result);
             if (!here) continue;
@@ -272,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 3) combine_split_kernel(const __grid
     add_rows(
         std::integral_constant<int, kRowsAtOnce>{}, [](int) {},
         [&](const In* row, int) {
-          return row != nullptr ? *reinterpret_cast<const Packed*>(in_global(row + first)) : Packed{};
+          return row != nullptr ? *reinterpret_cast<const Raw*>(in_global(row + first)) : Raw{};
         });
   } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900

@@ -82,10 +82,22 @@ struct alignas(sizeof(In) * N) Vector {
   In v[N];
 };
 
-// 16 bytes of a row as they came: unpacked, they would have to arrive before the next load is issued
+// 16 bytes of a row as they came: of 16-bit elements the compiler would unpack one row before it loads the next
 struct alignas(16) Raw {
   uint32_t w[4];
 };
+
+template <class In, int kVector>
+__device__ inline Vector<In, kVector> unpacked(const Raw& x) {
+  static_assert(sizeof(Vector<In, kVector>) == sizeof(Raw));
+  Vector<In, kVector> v;
+  memcpy(&v, &x, sizeof(v));
+  return v;
+}
+template <class In, int kVector>
+__device__ inline Vector<In, kVector> unpacked(const Vector<In, kVector>& x) {
+  return x;
+}
 
 #if defined(__CUDACC__)
 // Gradients and results: of pointers that were read from memory the compiler doesn't know that they are global.

@@ -94,29 +94,56 @@ __device__ inline void sum_rows(const double* from, int first, int last, int col
   else sum_rows_of<4, 8>(from, first, last, columns, write);
 }
 
-// Called by every block after its partial sums are written; kTasks: as many at most. `memory` may lie where these have
-// been.
+// The first launch of a call that draws its order apart has one block more: the first, so that it is done early.
+__host__ __device__ inline int drawing_blocks(const GramParams& p) {
+  return p.first_slot == 0 && draws_apart(p.solve, p.grads.num_tasks) ? 1 : 0;
+}
+
+// All that the drawing block does before `finish`.
+template <int kMost>
+__device__ inline void draw_apart(const GramParams& p, SolverMemory<kMost>& memory) {
+  const int T = p.grads.num_tasks;
+  // all of `words` for random numbers, however many tasks there are: the order is left in device memory
+  const Scratch scratch = memory.template scratch<64>(T, p.more);
+  draw_order<kMaxTasks>(p.solve, T, scratch, reinterpret_cast<uint8_t*>(p.more + order_at(T)));
+}
+
+constexpr int kNoSlot = -1;
+
+// Called by every block after its partial sums are written, with their slot, and by the one that draws, with kNoSlot.
+// kTasks: as many at most. `memory` may lie where the sums have been.
 template <int kTasks, int kMost>
 __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, SolverMemory<kMost>& memory) {
   // from here on little is read, and the combine kernel's first rows may come in the meantime
   if (p.next_is_early) next_launch_may_begin();
   const int T = p.grads.num_tasks, entries = num_entries(T);
-  const int group = slot / p.slots_per_group;
-  const int first = group * p.slots_per_group;
-  const int last = first + p.slots_per_group < p.num_slots ? first + p.slots_per_group : p.num_slots;
-  if (!arrives_last(p.tickets + group, static_cast<unsigned>((last - first) * p.blocks_per_slot), shared_flag)) return;
-
-  if (p.num_groups > 1) {
+  const bool several = p.num_groups > 1;
+  if (several && slot != kNoSlot) {
+    const int group = slot / p.slots_per_group;
+    const int first = group * p.slots_per_group;
+    const int last = first + p.slots_per_group < p.num_slots ? first + p.slots_per_group : p.num_slots;
+    if (!arrives_last(p.tickets + group, static_cast<unsigned>((last - first) * p.blocks_per_slot), shared_flag))
+      return;
     double* mine = p.group_partial + static_cast<int64_t>(group) * entries;
     sum_rows<kMost>(p.partial, first, last, entries, [&](int entry, double sum) { mine[entry] = sum; });
-    if (!arrives_last(p.tickets + p.num_groups, static_cast<unsigned>(p.num_groups), shared_flag)) return;
   }
+  // the last ticket, to which the block that draws comes too
+  constexpr bool kMayDrawApart = kTasks > 16;
+  const bool apart = kMayDrawApart && draws_apart(p.solve, T);
+  const int expected = (several ? p.num_groups : p.num_slots * p.blocks_per_slot) + (apart ? 1 : 0);
+  if (!arrives_last(p.tickets + (several ? p.num_groups : 0), static_cast<unsigned>(expected), shared_flag)) return;
   const Scratch scratch = memory.template scratch<kTasks>(T, p.more);
-  bool unusual = p.solve.wanted && stage_order(p.solve, T, scratch);
+  bool unusual = false;
+  if constexpr (!kMayDrawApart) unusual = p.solve.wanted && stage_order<kTasks>(p.solve, T, scratch);
+  else if (apart) fetch_order(T, reinterpret_cast<const int64_t*>(p.more + order_at(T)), scratch);
+  else if (p.solve.wanted) unusual = copy_order<kTasks>(p.solve, T, scratch);
+  // This matrix is made of gradients. Rounded sums break |M[i][j]|^2 <= M[i][i] M[j][j] by a little, or by a factor
+  // where norms are next to 0, which cannot overflow in 128 visits; a caller's matrix is tested for it, entry by entry.
   auto write_gram = [&](int entry, double sum) {
     const int i = row_of(T, entry), j = i + entry - entry_of(T, i, i);
     unusual = scratch.put(T, i, j, sum) || unusual;
     if (i != j) scratch.put(T, j, i, sum);
+    else unusual = scratch.put_norm(i, sum) || unusual;
     if (p.gram_is_double) {
       auto* out = static_cast<double*>(p.gram);
       out[i * T + j] = out[j * T + i] = sum;
@@ -125,7 +152,7 @@ __device__ inline void finish(const GramParams& p, int slot, int& shared_flag, S
       out[i * T + j] = out[j * T + i] = static_cast<float>(sum);
     }
   };
-  if (p.num_groups == 1) sum_rows<kMost>(p.partial, first, last, entries, write_gram);
+  if (!several) sum_rows<kMost>(p.partial, 0, p.num_slots, entries, write_gram);
   else sum_rows<kMost>(p.group_partial, 0, p.num_groups, entries, write_gram);
   if (!p.solve.wanted) return;
   scratch.tell(unusual);

@@ -231,16 +231,14 @@ __device__ inline void add_to_totals(typename Shape::Acc (&acc)[Shape::kTiles][S
   }
 }
 
+// Leaves the partial sums of a slot, or of this block's bands of it. Returns the slot.
 template <class In, int kGroups>
-__global__ void __launch_bounds__(kThreads, MmaShape<In, kGroups>::kBlocks)
-    gram_mma_kernel(const __grid_constant__ GramParams p) {
+__device__ inline int leave_sums(const GramParams& p, int block, typename MmaShape<In, kGroups>::Shared& shared) {
   using Shape = MmaShape<In, kGroups>;
-  using Shared = typename Shape::Shared;
-  FASTMTL_BIG_SHARED(Shared, shared);
   const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
   const int T = p.grads.num_tasks;
-  const int slot_here = static_cast<int>(blockIdx.x) / p.blocks_per_slot;
-  const Bands bands = bands_of(T, static_cast<int>(blockIdx.x) % p.blocks_per_slot);
+  const int slot_here = block / p.blocks_per_slot;
+  const Bands bands = bands_of(T, block % p.blocks_per_slot);
   auto task_of = [&](int row) { return (row < kBand ? bands.first : bands.second) + row % kBand; };
   typename Shape::Acc acc[Shape::kTiles][Shape::kValues] = {};
   constexpr int kHeld = Shape::kTiles * Shape::kPairs * kWarp;
@@ -313,8 +311,22 @@ __global__ void __launch_bounds__(kThreads, MmaShape<In, kGroups>::kBlocks)
     for (int k = 0; k < 2; ++k)
       if (r <= c + k && c + k < T && owns(bands, r, c + k)) partial[entry_of(T, r, c + k)] = total.v[k];
   }
+  return slot;
+}
+
+template <class In, int kGroups>
+__global__ void __launch_bounds__(kThreads, MmaShape<In, kGroups>::kBlocks)
+    gram_mma_kernel(const __grid_constant__ GramParams p) {
+  using Shared = typename MmaShape<In, kGroups>::Shared;
+  FASTMTL_BIG_SHARED(Shared, shared);
+  int block = static_cast<int>(blockIdx.x), slot = kNoSlot;
+  if constexpr (kGroups > 2) {
+    block -= drawing_blocks(p);
+    if (block < 0) draw_apart(p, shared.solver);
+  }
+  if (block >= 0) slot = leave_sums<In, kGroups>(p, block, shared);
   if constexpr (kGroups == 8) {
-    if (T > 64) {
+    if (p.grads.num_tasks > 64) {
       finish<128>(p, slot, shared.flag, shared.solver);
       return;
     }

@@ -25,9 +25,13 @@ struct RowsShape {
   };
 };
 
-template <class In, int kRows, int kVector>
-__device__ inline void add_products(const Vector<In, kVector> (&g)[kRows],
+// loaded: Raw, or one element
+template <class In, int kVector, int kRows, class Loaded>
+__device__ inline void add_products(const Loaded (&loaded)[kRows],
                                     typename Accumulator<In>::type (&acc)[kRows * (kRows + 1) / 2]) {
+  Vector<In, kVector> g[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) g[r] = unpacked<In, kVector>(loaded[r]);
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
     typename Accumulator<In>::type x[kRows];
@@ -46,7 +50,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(In) < 8 ? 2 : 1)
     gram_rows_kernel(const __grid_constant__ GramParams p) {
   using Shape = RowsShape<In, kRows>;
   using Acc = typename Shape::Acc;
-  using Vec = Vector<In, Shape::kVector>;
   FASTMTL_SHARED(typename Shape::Shared, shared);
   const int tid = threadIdx.x;
   const int T = p.grads.num_tasks;
@@ -63,17 +66,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(In) < 8 ? 2 : 1)
           constexpr int64_t kStep = int64_t{kThreads} * Shape::kVector;
           const int64_t whole = segment.begin + (segment.end - segment.begin) / Shape::kVector * Shape::kVector;
           for (int64_t c = segment.begin + tid * Shape::kVector; c < whole; c += Shape::kUnroll * kStep) {
-            Vec g[Shape::kUnroll][kRows];
+            Raw g[Shape::kUnroll][kRows];
 #pragma unroll
             for (int u = 0; u < Shape::kUnroll; ++u)
 #pragma unroll
               for (int r = 0; r < kRows; ++r) {
-                g[u][r] = Vec{};
+                g[u][r] = Raw{};
                 if (row[r] != nullptr && (u == 0 || c + u * kStep < whole))
-                  g[u][r] = *reinterpret_cast<const Vec*>(in_global(static_cast<const In*>(row[r]) + c + u * kStep));
+                  g[u][r] = *reinterpret_cast<const Raw*>(in_global(static_cast<const In*>(row[r]) + c + u * kStep));
               }
 #pragma unroll
-            for (int u = 0; u < Shape::kUnroll; ++u) add_products<In, kRows, Shape::kVector>(g[u], acc);
+            for (int u = 0; u < Shape::kUnroll; ++u) add_products<In, Shape::kVector>(g[u], acc);
           }
           at = whole;
         }
@@ -84,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(In) < 8 ? 2 : 1)
             g[r] = Vector<In, 1>{};
             if (row[r] != nullptr) g[r].v[0] = in_global(static_cast<const In*>(row[r]))[c * shared.batch.stride[s][r]];
           }
-          add_products<In, kRows, 1>(g, acc);
+          add_products<In, 1>(g, acc);
         }
       });
 

@@ -27,9 +27,9 @@ constexpr int64_t kLongestSlot = 24576;
 
 // counted columns (see grads.cuh) of one launch
 inline Slots gram_slots(int64_t columns, int T) {
-  // few columns: one wave of blocks, as many as a multiprocessor has room for; many: slots enough that the last ones
-  // end together, on cards of any size
-  const int64_t few = (T <= 16 ? 264 : 132) / blocks_per_slot(T);
+  // few columns: one wave of blocks, as many as a multiprocessor has room for, with one that draws an order from 17
+  // tasks on; many: slots enough that the last ones end together, on cards of any size
+  const int64_t few = (T <= 16 ? 264 : 131) / blocks_per_slot(T);
   const int64_t many = (T <= 16 ? 1056 : 528) / blocks_per_slot(T);
   const int64_t shortest = T > 8 ? 256 : 1024;  // a few steps of a block
   const int64_t even = T > 16 ? 16384 : 4096;

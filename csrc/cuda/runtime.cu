@@ -136,6 +136,8 @@ struct KeptTable {
 
 // of a stream, that could hold a new one: then the one that was not used for longest makes room
 constexpr int kKeptTables = 32;
+// of all tables of a device: a table of many tasks and parameters may have tens of megabytes
+constexpr size_t kKeptBytes = size_t{64} << 20;
 constexpr size_t kStreamsWithTables = 256;
 
 // Never destroyed: at exit CUDA may be gone before this library is.
@@ -144,6 +146,7 @@ struct State {
   std::map<int, TicketArena> arenas;
   std::map<int, bool> early;                                        // by device
   std::map<std::pair<int, StreamId>, std::list<KeptTable>> tables;  // last used first
+  std::map<int, size_t> table_bytes;                                // by device, of all streams
 };
 
 State& state() {
@@ -164,7 +167,7 @@ DeviceTable table_of_call(int device, cudaStream_t stream, const std::vector<int
 bool launches_early(int device) {
   static const bool wanted = [] {
     const char* value = std::getenv("FASTMTL_PDL");
-    return value != nullptr && std::strcmp(value, "1") == 0;
+    return value == nullptr || std::strcmp(value, "0") != 0;
   }();
   // before 12.3 a graph has no such edges
   if (!wanted || driver_version() < 12030) return false;
@@ -220,12 +223,16 @@ DeviceTable device_table(int device, cudaStream_t stream, const std::vector<int6
         ++fitting;
         found = t;
       }
-    if (fitting < kKeptTables) {
-      const size_t capacity = std::bit_ceil(std::max<size_t>(words.size(), 64));
-      auto* memory = static_cast<int64_t*>(lasting_memory(capacity * sizeof(int64_t)));
+    const size_t capacity = std::bit_ceil(std::max<size_t>(words.size(), 64)), bytes = capacity * sizeof(int64_t);
+    size_t& kept = s.table_bytes[device];
+    if (fitting < kKeptTables && kept + bytes <= kKeptBytes) {
+      auto* memory = static_cast<int64_t*>(lasting_memory(bytes));
       if (memory == nullptr) return table_of_call(device, stream, words);
       tables.push_back({{}, capacity, std::shared_ptr<int64_t>(memory, [](int64_t*) {})});
       found = std::prev(tables.end());
+      kept += bytes;
+    } else if (fitting == 0) {
+      return table_of_call(device, stream, words);
     }
     found->words.clear();  // if the launch fails, it holds nothing
     queue_table(found->memory.get(), words, stream);

@@ -20,7 +20,7 @@ cudaStream_t current_stream(int device);
 // uninitialised device memory that lives as long as the tensor
 Tensor workspace(int device, int64_t bytes);
 
-// Whether a launch may begin before the one in front is done: FASTMTL_PDL=1, on sm_90 and later.
+// Whether a launch may begin before the one in front is done: on sm_90 and later, unless FASTMTL_PDL=0.
 bool launches_early(int device);
 
 // 256 counters, zero when a call's first launch begins.

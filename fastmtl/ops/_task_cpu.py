@@ -5,6 +5,9 @@ around it. One scratch weight holds `W + s_t Delta_t` of one task at a time, tas
 samples are copied only where calls on the runs in which they lie would cost more, and the weight gradient of a task is
 spread over dDelta, dW and the gate while it is in the cache. Segments with few rows are bound by the weights, which
 oneDNN would reorder first: they go through `csrc/cpu/task_conv.cpp`, which reads each weight once and copies no sample.
+
+Where oneDNN has no arithmetic for a 16-bit dtype, torch would add up in 16 bits. Such samples and gradients are widened
+to float32 here, once for all tasks, and so is a weight while it is staged; results are rounded once (`_task.widen`).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from fastmtl.core.dispatch import unavailable
 from fastmtl.core.schemas import define_kernel
-from fastmtl.ops._task import Geometry, TaskWeights, like_parameter, like_stacked, memory_format
+from fastmtl.ops._task import Geometry, TaskWeights, like_parameter, like_stacked, memory_format, widen
 from fastmtl.ops._task_batch import Batch, Cut, Samples, Segment, cuts
 from fastmtl.ops._task_direct import Direct
 
@@ -51,13 +54,15 @@ class Stage:
 
     def __init__(self, weights: TaskWeights, batch: Batch, dtype: torch.dtype) -> None:
         self.weights, self.batch, self.dtype = weights, batch, dtype
+        # `W + s_t Delta_t` is rounded to `dtype` alone, which may be narrower than the weights, or wider
+        self._wide = torch.promote_types(weights.like.dtype, dtype)
         self._scratch: Tensor | None = None
 
     def weight(self, task: int | None) -> Tensor | None:
         """`W + s_t Delta_t` in the dtype of x, valid until the next call; W for None; None where that is zero."""
-        base = self.weights.weight
+        base = self._base
         if task is None:
-            return None if base is None else plain_strides(base.detach().to(self.dtype))
+            return None if base is None else plain_strides(base.to(self.dtype))
         delta, gate = self.batch.deltas[task], self.batch.gate(task)
         assert delta is not None
         delta = delta.detach()
@@ -67,8 +72,14 @@ class Stage:
             like = delta if base is None else base
             self._scratch = plain_strides(torch.empty_like(like, dtype=self.dtype, requires_grad=False))
         if base is None:
-            return torch.mul(delta, gate, out=self._scratch)
-        return torch.add(base.detach(), delta, alpha=gate, out=self._scratch)
+            return torch.mul(delta.to(self._wide), gate, out=self._scratch)
+        return torch.add(base, delta, alpha=gate, out=self._scratch)
+
+    @functools.cached_property
+    def _base(self) -> Tensor | None:
+        """W, a copy only where x is wider."""
+        base = self.weights.weight
+        return None if base is None else base.detach().to(self._wide)
 
     @functools.cached_property
     def like(self) -> Tensor:
@@ -97,6 +108,9 @@ def conv2d(
     y = fresh(size, x)
     if y.numel() == 0:
         return y
+    result, x = y, widen(x)
+    if x.dtype != y.dtype:
+        y = fresh(size, x)
     batch = Batch(weights, order, offsets)
     stage = Stage(weights, batch, x.dtype)
     direct = Direct(x, weights, batch, geometry, size[2] * size[3])
@@ -121,7 +135,7 @@ def conv2d(
                 target.put(cut, F.conv2d(source.take(cut), w, own_bias, *geometry))
         if bias is not None and (w is None or (segment.task is None and bias.dim() == 2)):
             _add_bias(y, bias.detach(), batch, segment)
-    return y
+    return result if y is result else result.copy_(y)
 
 
 def _add_bias(y: Tensor, bias: Tensor, batch: Batch, segment: Segment) -> None:
@@ -159,6 +173,7 @@ def conv2d_backward(
     empty = grad_out.numel() == 0 or x.numel() == 0
     if empty:
         batch.present = []
+    given, x, grad_out = x, widen(x), widen(grad_out)
     grads = Gradients(x, weights, batch, want_weight, wanted_delta, want_gate)
     grad_x = None
     if want_x:
@@ -172,6 +187,8 @@ def conv2d_backward(
         _walk(back, source, weights, batch, geometry, target, grads)
     elif grad_x is not None:
         grad_x.zero_()
+    if grad_x is not None and grad_x.dtype != given.dtype:
+        grad_x = fresh(given.shape, given).copy_(grad_x)
     out = [] if grad_x is None else [grad_x]
     out += grads.collect()
     if want_bias:
@@ -388,9 +405,9 @@ class Gradients:
                 # the gradient itself; nobody else holds it
                 self._list[k] = grad
                 return
-        # in the dtype of the weights, which may be wider than that of x
+        # rounded to the dtype of the weights alone, which may be wider than that of x, or narrower
         target = self._target(task)
-        torch.mul(grad.to(target.dtype), gate, out=target)
+        torch.mul(grad.to(torch.promote_types(grad.dtype, target.dtype)), gate, out=target)
 
     def collect(self) -> list[Tensor]:
         out: list[Tensor] = []
@@ -431,8 +448,9 @@ def weight_grads(
 ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
     """Each task's weight gradient, as oneDNN makes it, and with `bias` that of the bias; None without samples.
 
-    Of `weight` only the shape and the memory order are read.
+    Of `weight` only the shape and the memory order are read. In the dtype of x, or float32 where x is widened.
     """
+    x, grad_out = widen(x), widen(grad_out)
     bounds, positions = offsets.tolist(), order.numpy()
     pixelwise = geometry.pixelwise(weight.shape[2:])
     source, back = Samples(x, pixelwise=pixelwise), Samples(grad_out, like=x, pixelwise=pixelwise)
@@ -490,8 +508,11 @@ def _together(
 
 
 def linear_weight_grads(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor) -> list[Tensor | None]:
-    """Each task's `[Cout, Cin]` from `[n, r, Cin]` and `[n, r, Cout]`; None for a task without samples."""
-    x, grad_out = x.detach().contiguous(), grad_out.detach().contiguous()
+    """Each task's `[Cout, Cin]` from `[n, r, Cin]` and `[n, r, Cout]`; None for a task without samples.
+
+    In the dtype of x, or float32 where x is widened.
+    """
+    x, grad_out = (widen(y.detach()).contiguous() for y in (x, grad_out))
     bounds = offsets.tolist()
     present = [(t, a, b) for t, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b]
     is_sorted = bool((order[1:] > order[:-1]).all())

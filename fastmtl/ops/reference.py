@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.ops._rows import accumulate_dtype, first_of_params
-from fastmtl.ops._task import Geometry, TaskWeights, memory_format, segments
+from fastmtl.ops._task import Geometry, TaskWeights, memory_format, segments, widen
 
 
 def bank_from_lists(tensors: Sequence[Tensor], index: Sequence[int], num_tasks: int, num_params: int) -> Tensor:
@@ -232,12 +232,13 @@ def task_conv2d(
     geometry = Geometry.of(stride, padding, dilation, groups)
     num_tasks = offsets.shape[0] - 1
     size = (x.shape[0], weights.shape[0], *geometry.output_size(x.shape[2:], weights.shape[2:]))
+    given, x = x, widen(x)
     y = torch.full(size, torch.nan, dtype=x.dtype, device=x.device)
     for t, rows in segments(order, offsets):
         w = effective_weight(weights, t, x.dtype, num_tasks)
         b = None if bias is None else (bias if bias.dim() == 1 else bias[t]).to(x.dtype)
         y = y.index_copy(0, rows, F.conv2d(x[rows], w, b, *geometry))
-    return y.contiguous(memory_format=memory_format(x))
+    return y.to(given.dtype).contiguous(memory_format=memory_format(given))
 
 
 def task_conv2d_backward(
@@ -268,6 +269,7 @@ def task_conv2d_backward(
     deltas = weights.by_task(num_tasks)
     wide = torch.promote_types(weights.like.dtype, torch.float32)
     zero = torch.zeros(weights.shape, dtype=wide, device=x.device)
+    given, x, grad_out = x, widen(x), widen(grad_out)
     grad_x = torch.full_like(x, torch.nan, memory_format=torch.contiguous_format)
     grad_eff = [zero] * num_tasks
     grad_bias = [torch.zeros(weights.shape[0], dtype=wide, device=x.device)] * num_tasks
@@ -286,7 +288,7 @@ def task_conv2d_backward(
         grad_delta.append(torch.zeros_like(scaled) if closed else scaled)
     out = []
     if wanted[0]:
-        out.append(grad_x.contiguous(memory_format=memory_format(x)))
+        out.append(grad_x.to(given.dtype).contiguous(memory_format=memory_format(given)))
     if wanted[1] and weight is not None:
         out.append(sum(grad_eff, zero).to(weight.dtype).contiguous(memory_format=memory_format(weight)))
     for k in wanted_delta:
@@ -325,6 +327,7 @@ def task_conv2d_weight_grad(
     geometry = Geometry.of(stride, padding, dilation, groups)
     shape = (grad_out.shape[1], x.shape[1] // groups, *kernel_size)
     dtype = dtype or x.dtype
+    x, grad_out = widen(x), widen(grad_out)
     found = [torch.zeros(shape, dtype=dtype, device=x.device)] * (offsets.shape[0] - 1)
     for t, rows in segments(order, offsets):
         found[t] = torch.nn.grad.conv2d_weight(x[rows], shape, grad_out[rows], *geometry).to(dtype)
@@ -370,12 +373,13 @@ def task_linear(
     """Each task's rows through `W + s_t Delta_t`; the samples are the first `order.numel()` slices of x."""
     weights = TaskWeights(weight, delta, delta_tasks, gate)
     num_tasks = offsets.shape[0] - 1
+    given, x = x, widen(x)
     rows_of = _samples(x, order.shape[0])
     y = torch.full((*rows_of.shape[:2], weights.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
     for t, rows in segments(order, offsets):
         b = None if bias is None else (bias if bias.dim() == 1 else bias[t]).to(x.dtype)
         y = y.index_copy(0, rows, F.linear(rows_of[rows], effective_weight(weights, t, x.dtype, num_tasks), b))
-    return y.reshape(*x.shape[:-1], weights.shape[0])
+    return y.to(given.dtype).reshape(*x.shape[:-1], weights.shape[0])
 
 
 def task_linear_backward(
@@ -409,7 +413,7 @@ def task_linear_weight_grad(
     x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Each task's gradient of a shared weight: `[T, Cout, Cin]`."""
-    inputs, grads = (_samples(y, order.shape[0]) for y in (x, grad_out))
+    inputs, grads = (_samples(widen(y), order.shape[0]) for y in (x, grad_out))
     shape = (grad_out.shape[-1], x.shape[-1])
     dtype = dtype or x.dtype
     found = [torch.zeros(shape, dtype=dtype, device=x.device)] * (offsets.shape[0] - 1)

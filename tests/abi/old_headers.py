@@ -6,6 +6,7 @@ python tests/abi/old_headers.py     # fetches them all and prints where they are
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -45,7 +46,10 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, url: str) -> None:
         self.url, self.position = url, 0
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as answer:
-            self.size = int(answer.headers["Content-Length"])
+            length = answer.headers["Content-Length"]
+        if length is None:
+            raise OSError(f"no length of {url}")
+        self.size = int(length)
         self.blocks: dict[int, bytes] = {}
 
     def seekable(self) -> bool:
@@ -101,7 +105,11 @@ def _wheel(release: str) -> str:
         f"{_index().rstrip('/')}/torch/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
-        files = json.load(answer)["files"]
+        page = answer.read()
+    try:
+        files = json.loads(page)["files"]
+    except (ValueError, KeyError) as problem:
+        raise OSError(f"the index does not list torch as JSON: {problem}") from problem
     pattern = re.compile(rf"torch-{re.escape(release)}(-\d+)?-cp311-cp311-manylinux\w*_x86_64\.whl")
     found = [file["url"] for file in files if pattern.fullmatch(file["filename"])]
     if not found:
@@ -130,7 +138,7 @@ def include_folder(release: str) -> Path:
     """The folder to give to a compiler; fetched if it is not there yet.
 
     Raises:
-        OSError: the index can't be reached, or lacks the release.
+        OSError: the index can't be reached, lacks the release, or does not serve what is asked of it.
         HeadersError: what was fetched is not what the digest in `RELEASES` was taken of.
     """
     folder = FOLDER / release
@@ -143,9 +151,9 @@ def include_folder(release: str) -> Path:
             try:
                 _fetch(release, work)
                 break
-            except OSError:
+            except (OSError, http.client.HTTPException, zipfile.BadZipFile) as problem:
                 if attempt == ATTEMPTS - 1:
-                    raise
+                    raise OSError(f"{type(problem).__name__}: {problem}") from problem
                 time.sleep(2.0**attempt)
         if (found := digest_of(work)) != RELEASES[release]:
             raise HeadersError(f"the headers of torch {release} have the digest {found}, not {RELEASES[release]!r}")

@@ -1,23 +1,26 @@
-"""The shared table on CUDA tensors, by CUDA C++, Triton and the plain torch reference; streams, graphs, no waiting."""
+"""The shared table on CUDA tensors, by CUDA C++, Triton and the plain torch reference: values, derivatives, errors."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import cases
+import cases_cuda
 import pytest
 import torch
 from cases import BANK_CASES, FEW_BANKS, FEW_LISTS, LIST_CASES, OPCHECK_SAMPLES, BankCase, ListCase
+from cases_cuda import (
+    DEVICE,
+    SMALLEST,
+    assert_same_bits,
+    by_backend,
+    slack,
+    tensors_in,
+    use,
+)
 from torch import Tensor
 
 import fastmtl
-from fastmtl.core import dispatch
 from fastmtl.ops import (
     combine,
     gram,
@@ -25,76 +28,17 @@ from fastmtl.ops import (
     pcgrad,
     pcgrad_coefficients,
     pcgrad_project,
-    random_order,
     reference,
 )
-from fastmtl.ops._rows import bank_rows
-from fastmtl.ops.order import Draw, drawn_order
-from fastmtl.ops.pcgrad import operate_rows
 
 pytestmark = pytest.mark.gpu
+forced = cases_cuda.forced
 
-DEVICE = "cuda"
-NAMES = ("reference", "cuda", "triton", None)
-SMALLEST = {dtype: 2.0**-25 if dtype == torch.float16 else 0.0 for dtype in cases.DTYPES}
-# op -> where its implementations are listed
-TABLES = {
-    "gram": ("gram", "_BANK"),
-    "combine": ("combine", "_BANK"),
-    "pcgrad_coefficients": ("pcgrad", "_COEFFICIENTS"),
-    "pcgrad": ("pcgrad", "_FUSED"),
-}
 # a kernel for every number of tasks, long enough for several groups of partial sums; an odd length misaligns rows
 LONG_BANKS = [
     *(BankCase(t, p) for t in (1, 2, 4, 7, 8, 13, 16, 17, 32, 40, 50, 64, 65, 100, 128) for p in (300_032, 300_001)),
     *(BankCase(t, 300_032, d) for t in (2, 8, 16, 40, 64, 100) for d in cases.DTYPES if d != torch.float32),
 ]
-
-
-def _kernels(op: str) -> set[str]:
-    module, name = TABLES[op]
-    table = getattr(sys.modules[f"fastmtl.ops.{module}"], name)
-    return set(table["pcgrad"] if name == "_FUSED" else table)
-
-
-@pytest.fixture(params=NAMES, ids=str)
-def forced(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    """Each backend in turn; None: the one that the package chooses."""
-    name = request.param
-    if name is not None and (reason := dispatch.unavailable(name, DEVICE)) is not None:
-        pytest.skip(reason)
-    yield name
-
-
-def by_backend(table: Sequence[Any], few: Sequence[Any] = ()) -> pytest.MarkDecorator:
-    """Each case on each backend. Triton compiles for seconds per kernel: only a few of its cases are not slow."""
-    combinations = [
-        pytest.param(case, name, id=f"{case}-{name}", marks=[pytest.mark.slow] if name == "triton" and _is_slow else [])
-        for case in table
-        for name in NAMES
-        for _is_slow in [case not in few]
-    ]
-    return pytest.mark.parametrize(("case", "forced"), combinations, indirect=["forced"])
-
-
-def use(op: str, name: str | None) -> Any:
-    """Forces the backend, or skips where it has no kernel for the op."""
-    if name is None:
-        return nullcontext()
-    if name not in _kernels(op):
-        pytest.skip(f"{name} has no kernel for {op}")
-    return fastmtl.use_backend(name)
-
-
-def served_by(name: str | None) -> str:
-    """The backend that serves a call: the forced one, or the one that the package must choose."""
-    if name is not None:
-        return name
-    return next((b for b in ("cuda", "triton") if dispatch.unavailable(b, DEVICE) is None), "reference")
-
-
-def slack(forced: str | None, case: BankCase | ListCase | None = None) -> float:
-    return cases.gram_slack(served_by(forced), case)
 
 
 @by_backend(BANK_CASES, FEW_BANKS)
@@ -228,17 +172,6 @@ def test_non_finite_shows(forced: str | None) -> None:
     assert torch.isnan(out[4000]) and torch.isfinite(out).sum() == 4096
 
 
-def tensors_in(found: Any) -> list[Tensor]:
-    if isinstance(found, Tensor):
-        return [found]
-    return [x for y in found if y is not None for x in tensors_in(y)]
-
-
-def assert_same_bits(found: Any, expected: Any) -> None:
-    for x, y in zip(tensors_in(found), tensors_in(expected), strict=True):
-        assert x.dtype == y.dtype and torch.equal(x, y)
-
-
 @by_backend(FEW_BANKS + FEW_LISTS + [BankCase(40, 300_001)], FEW_BANKS[:4] + FEW_LISTS[:3])
 def test_same_bits(case: BankCase | ListCase, forced: str | None) -> None:
     grads = case.make(DEVICE)
@@ -255,93 +188,6 @@ def test_same_bits(case: BankCase | ListCase, forced: str | None) -> None:
         first = run()
         for _ in range(3):
             assert_same_bits(run(), first)
-
-
-# --- random orders
-
-ORDER_TASKS = (1, 2, 8, 17, 50, 128)
-
-
-@pytest.mark.parametrize("num_tasks", ORDER_TASKS)
-def test_drawn_orders_are_those_of_the_cpu(num_tasks: int, forced: str | None) -> None:
-    """For a seed of torch's generator, a state, both at once, and lists: the bits of a call with that order given."""
-    grads = BankCase(num_tasks, 1000).make(DEVICE)
-    lists = [[row[:333].clone(), row[333:].clone()] for row in grads]
-    with use("pcgrad", forced):
-        for form in (grads, lists):
-            for call in (pcgrad, pcgrad_project):
-                torch.manual_seed(5)
-                order = random_order(num_tasks)
-                assert order.device.type == "cpu"
-                torch.manual_seed(5)
-                assert_same_bits(call(form), call(form, order.to(DEVICE)))
-                torch.manual_seed(5)
-                assert_same_bits(random_order(num_tasks, device=DEVICE).cpu(), order)
-        state, twin = order_state(-7, device=DEVICE), order_state(-7)
-        for count in range(1, 4):
-            order = random_order(num_tasks, generator=twin)
-            assert_same_bits(pcgrad(grads, generator=state), pcgrad(grads, order.to(DEVICE)))
-            assert state.tolist() == twin.tolist() == [-7, count]
-        # a key of the host's and a state, as in a captured graph
-        rows, out = bank_rows(grads), [torch.empty_like(grads[0])]
-        order = drawn_order(Draw(2**62 + 3, twin), num_tasks, torch.device("cpu"))
-        operate_rows(rows, None, Draw(2**62 + 3, state), out)
-        assert_same_bits(out[0], pcgrad(grads, order.to(DEVICE)))
-        assert state.tolist() == twin.tolist()
-
-
-def test_order_of_a_generator_on_the_device(forced: str | None) -> None:
-    grads = BankCase(9, 1000).make(DEVICE)
-    with use("pcgrad", forced):
-        found = pcgrad(grads, generator=torch.Generator(DEVICE).manual_seed(3))
-        again = torch.randint(0, (1 << 63) - 1, (2,), generator=torch.Generator(DEVICE).manual_seed(3), device=DEVICE)
-        order = drawn_order(Draw(0, again.cpu()), 9, torch.device("cpu"))
-        assert_same_bits(found, pcgrad(grads, order.to(DEVICE)))
-
-
-def test_orders_differ(forced: str | None) -> None:
-    """Four tasks of which every two conflict: the coefficients tell the orders apart."""
-    m = torch.full((4, 4), -0.5).fill_diagonal_(1.6)
-    rows, state = bank_rows(torch.linalg.cholesky(m).to(DEVICE)), order_state(1, device=DEVICE)
-    seen = set()
-    with use("pcgrad", forced):
-        for _ in range(12):
-            out = [torch.empty(4, 4, device=DEVICE)]
-            _, c = operate_rows(rows, None, Draw(0, state), out, project=True)
-            seen.add(tuple(c.flatten().tolist()))
-    assert len(seen) > 6 and int(state[1]) == 12
-
-
-def test_absent_tasks_and_mean(forced: str | None) -> None:
-    """As `PCGrad.operate` calls it: weights of the present tasks alone."""
-    grads = BankCase(6, 1000).make(DEVICE)
-    present = [True, False, True, True, False, True]
-    grads[[1, 4]] = 0.0
-    order = cases.random_order(6)
-    for mean in (False, True):
-        out = [torch.empty_like(grads[0])]
-        with use("pcgrad", forced):
-            m, w = operate_rows(bank_rows(grads), order.to(DEVICE), Draw(0, None), out, mean=mean, present=present)
-        c = reference.pcgrad_coefficients(reference.gram(grads.cpu().double()), order)
-        expected = c[torch.tensor(present)].sum(0) / (4 if mean else 1)
-        expected[[1, 4]] = 0.0
-        torch.testing.assert_close(w.cpu(), expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(out[0].cpu().double(), expected @ grads.cpu().double(), rtol=1e-4, atol=1e-3)
-        cases.assert_gram(m, grads.cpu().double(), [torch.float32], slack(forced))
-
-
-@pytest.mark.parametrize("num_tasks", [3, 40])
-def test_nothing_to_read_still_draws(num_tasks: int, forced: str | None) -> None:
-    """P = 0, and lists of empty tensors: the order is drawn and the state advanced all the same."""
-    state = order_state(2, device=DEVICE)
-    bank = torch.zeros(num_tasks, 0, device=DEVICE)
-    empty = [[torch.zeros(0, 3, device=DEVICE)] for _ in range(num_tasks)]
-    with use("pcgrad", forced):
-        assert pcgrad(bank, generator=state).shape == (0,)
-        assert pcgrad_project(bank, generator=state).shape == (num_tasks, 0)
-        assert pcgrad(empty, generator=state)[0].shape == (0, 3)
-        assert torch.equal(gram(bank), torch.zeros(num_tasks, num_tasks, device=DEVICE))
-    assert int(state[1]) == 3
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.short)
@@ -377,397 +223,6 @@ def _to_device(x: Any) -> Any:
 def test_opcheck(name: str) -> None:
     for args in OPCHECK_SAMPLES[name]():
         torch.library.opcheck(getattr(torch.ops.fastmtl, name).default, tuple(_to_device(list(args))))
-
-
-@pytest.mark.parametrize("order", [None, "given"])
-def test_never_waits_for_the_host(order: str | None) -> None:
-    grads = BankCase(5, 4097).make(DEVICE)
-    lists = [[row[:100], row[100:]] for row in grads]
-    given = None if order is None else cases.random_order(5).to(DEVICE)
-    weights = torch.ones(5, device=DEVICE)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for x in (grads, lists):
-            gram(x)
-            combine(weights, x)
-            pcgrad(x, given)
-            pcgrad_project(x, given)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def kernels_launched(call: Callable[[], Any]) -> list[str]:
-    """What one call has the device do, by name; copies and fills included."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        call()
-        torch.cuda.synchronize()
-    found = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
-    return [event.name for event in sorted(found, key=lambda event: event.time_range.start)]
-
-
-@pytest.mark.parametrize("form", ["drawn", "given", "state", "lists"])
-@pytest.mark.parametrize("num_tasks", [8, 50])
-def test_two_launches(num_tasks: int, form: str, forced: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if served_by(forced) == "reference":
-        pytest.skip("the reference is plain torch")
-    # filling what torch.empty gives is a launch too
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    grads: Any = BankCase(num_tasks, 100_000).make(DEVICE)
-    out: Any = torch.empty_like(grads[0])
-    options: dict[str, Any] = {}
-    if form == "given":
-        options["order"] = cases.random_order(num_tasks).to(DEVICE)
-    if form == "state":
-        options["generator"] = order_state(0, device=DEVICE)
-    if form == "lists":
-        grads = [list(row.split((64, 90_000, 9_936))) for row in grads]
-        out = list(out.split((64, 90_000, 9_936)))
-    with use("pcgrad", forced):
-        for _ in range(2):
-            pcgrad(grads, out=out, **options)
-        launched = kernels_launched(lambda: pcgrad(grads, out=out, **options))
-    assert len(launched) == 2, launched
-    assert "gram" in launched[0] and "combine" in launched[1]
-
-
-def test_runs_on_the_current_stream(forced: str | None) -> None:
-    grads = torch.zeros(3, 70000, device=DEVICE)
-    values = BankCase(3, 70000).make(DEVICE)
-    weights = torch.ones(3, device=DEVICE)
-    order = cases.random_order(3).to(DEVICE)
-    stream = torch.cuda.Stream()
-    with use("combine", forced):
-        expected = combine(weights, values), gram(values), pcgrad(values, order)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            # long enough for a kernel on another stream to read the zeros first
-            torch.cuda._sleep(50_000_000)
-            grads.copy_(values)
-            found = combine(weights, grads), gram(grads), pcgrad(grads, order)
-        stream.synchronize()
-    assert_same_bits(found, expected)
-
-
-def test_several_streams_at_once(forced: str | None) -> None:
-    """The counters of arriving blocks are a stream's own."""
-    banks = [BankCase(8, 300_000 + 64 * k).make(DEVICE) for k in range(4)]
-    order = cases.random_order(8).to(DEVICE)
-    streams = [torch.cuda.Stream() for _ in banks]
-    with use("pcgrad", forced):
-        expected = [pcgrad(bank, order) for bank in banks]
-        torch.cuda.synchronize()
-        found: list[list[Tensor]] = [[] for _ in banks]
-        for _ in range(20):
-            for k, stream in enumerate(streams):
-                with torch.cuda.stream(stream):
-                    found[k].append(pcgrad(banks[k], order))
-        torch.cuda.synchronize()
-    for mine, one in zip(found, expected, strict=True):
-        for x in mine:
-            assert_same_bits(x, one)
-
-
-def test_two_threads_on_two_streams(forced: str | None) -> None:
-    lists = [[[row[:1000], row[1000:]] for row in BankCase(5, 90_000 + 64 * k).make(DEVICE)] for k in range(2)]
-    order = cases.random_order(5).to(DEVICE)
-    errors: list[BaseException] = []
-
-    def work(k: int, expected: Any) -> None:
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                for _ in range(30):
-                    found = pcgrad(lists[k], order)
-                    torch.cuda.current_stream().synchronize()
-                    assert_same_bits(found, expected)
-        except BaseException as error:
-            errors.append(error)
-
-    with use("pcgrad", forced):
-        expected = [pcgrad(grads, order) for grads in lists]
-        torch.cuda.synchronize()
-        threads = [threading.Thread(target=work, args=(k, expected[k])) for k in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not errors, errors
-
-
-def captured(call: Callable[[], Any], stream: torch.cuda.Stream | None = None) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of the call, and its result's memory; after two calls outside of it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        result = call()
-    return graph, result
-
-
-@pytest.mark.parametrize("form", ["bank", "lists"])
-@pytest.mark.parametrize("num_tasks", [8, 40])
-def test_graph_with_other_gradients(num_tasks: int, form: str, forced: str | None) -> None:
-    grads = BankCase(num_tasks, 20_000).make(DEVICE)
-    lists = [list(row.split((7, 12_000, 7_993))) for row in grads]
-    order = cases.random_order(num_tasks).to(DEVICE)
-    weights = cases.random_weights((num_tasks,)).to(DEVICE)
-    given: Any = grads if form == "bank" else lists
-
-    def call() -> Any:
-        return gram(given), combine(weights, given), pcgrad(given, order), pcgrad_project(given, order)
-
-    with use("pcgrad", forced):
-        graph, result = captured(call)
-        for _ in range(3):
-            grads.copy_(torch.randn_like(grads))
-            graph.replay()
-            assert_same_bits(result, call())
-
-
-def test_every_replay_draws_another_order(forced: str | None) -> None:
-    """Of torch's generator (a counter of the graph's own), of a state, and of `random_order` itself."""
-    grads = BankCase(8, 20_000).make(DEVICE)
-    state = order_state(11, device=DEVICE)
-    with use("pcgrad", forced):
-        for call in (
-            lambda: pcgrad_project(grads),
-            lambda: pcgrad_project(grads, generator=state),
-            lambda: random_order(8, device=DEVICE),
-        ):
-            graph, result = captured(call)
-            found = []
-            for _ in range(6):
-                graph.replay()
-                found.append(tuple(result.flatten().tolist()))
-            assert len(set(found)) >= 5
-        state.copy_(order_state(11))
-        graph, result = captured(lambda: pcgrad(grads, generator=state))
-        state[1].fill_(40)
-        for count in range(40, 44):
-            order = drawn_order(Draw(0, torch.tensor([11, count])), 8, torch.device("cpu"))
-            graph.replay()
-            assert_same_bits(result, pcgrad(grads, order.to(DEVICE)))
-        assert state.tolist() == [11, 44]
-
-
-def test_graphs_beside_each_other(forced: str | None) -> None:
-    """Several graphs replayed at once on different streams, and eager calls beside them."""
-    if served_by(forced) == "reference":
-        pytest.skip(
-            "graphs of plain torch hang beside each other: those captured on one stream share cuBLAS's workspace"
-        )
-    banks = [BankCase(8, 300_000 + 64 * k).make(DEVICE) for k in range(4)]
-    order = cases.random_order(8).to(DEVICE)
-    streams = [torch.cuda.Stream() for _ in banks]
-    with use("pcgrad", forced):
-        expected = [pcgrad(bank, order) for bank in banks]
-        graphs = [captured(lambda bank=bank: pcgrad(bank, order)) for bank in banks]
-        torch.cuda.synchronize()
-        wrong = [torch.zeros((), dtype=torch.int64, device=DEVICE) for _ in banks]
-        for _ in range(20):
-            for k, stream in enumerate(streams):
-                with torch.cuda.stream(stream):
-                    graphs[k][0].replay()
-                    wrong[k] += (graphs[k][1] != expected[k]).sum()
-            assert_same_bits(pcgrad(banks[0], order), expected[0])
-        torch.cuda.synchronize()
-    assert [int(x) for x in wrong] == [0, 0, 0, 0]
-
-
-@pytest.mark.parametrize("num_params", [3, 161, 700])
-def test_tables_in_one_graph(num_params: int, forced: str | None) -> None:
-    """Each call's table goes back to the graph's pool, where the next one may find it; eager calls keep theirs."""
-    if served_by(forced) == "reference":
-        pytest.skip("the reference has no tables")
-    banks = [BankCase(8, num_params * 67).make(DEVICE) for _ in range(3)]
-    lists = [[list(row.split(67)) for row in bank] for bank in banks]
-    weights = cases.random_weights((8,)).to(DEVICE)
-    order = cases.random_order(8).to(DEVICE)
-
-    def call() -> list[Any]:
-        return [(gram(one), combine(weights, one), pcgrad(one, order)) for one in [*lists, lists[0]]]
-
-    with use("pcgrad", forced):
-        graph, result = captured(call, torch.cuda.Stream())
-        for _ in range(3):
-            for bank in banks:
-                bank.copy_(torch.randn_like(bank))
-            graph.replay()
-            assert_same_bits(result, call())
-            # after what was kept has been written over: more tables than a stream keeps
-            for k in range(40):
-                combine(weights, [row[k % num_params :] for row in lists[k % 3]])
-            graph.replay()
-            assert_same_bits(result, call())
-
-
-def run_python(script: str, **environment: str) -> list[str]:
-    """The lines that a new process prints; `cases` and this package as here."""
-    path = os.pathsep.join([os.path.dirname(cases.__file__), *filter(None, sys.path)])
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": path, "FASTMTL_BACKEND": "cuda", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout.splitlines()
-
-
-FIRST_IN_A_CAPTURE = """
-import torch
-from cases import BankCase, random_order
-from fastmtl.ops import pcgrad
-
-bank = BankCase(8, 300_032).make("cuda")
-given = [list(row.split(1875)) for row in bank] if FORM == "lists" else bank
-order = random_order(8).to("cuda")
-flat = lambda x: torch.cat([y.flatten() for y in x]) if isinstance(x, list) else x
-side, other = torch.cuda.Stream(), torch.cuda.Stream()
-torch.cuda.synchronize()
-graph = torch.cuda.CUDAGraph()
-with torch.cuda.graph(graph, stream=side, capture_error_mode=MODE):
-    result = pcgrad(given, order)
-# a replay and an eager call at once, on two streams, before either has run
-with torch.cuda.stream(other):
-    graph.replay()
-found = pcgrad(given, order)
-torch.cuda.synchronize()
-print(torch.equal(flat(result), flat(found)), bool(flat(found).isfinite().all()))
-for _ in range(20):
-    bank.copy_(torch.randn_like(bank))
-    graph.replay()
-    if not torch.equal(flat(result), flat(pcgrad(given, order))):
-        print("differs")
-"""
-
-
-@pytest.mark.parametrize("mode", ["global", "thread_local"])
-@pytest.mark.parametrize("form", ["bank", "lists"])
-def test_the_first_call_is_captured(form: str, mode: str) -> None:
-    """On a stream of its own, in a new process: nothing was made before, and nothing can be made on that stream."""
-    if (reason := dispatch.unavailable("cuda", DEVICE)) is not None:
-        pytest.skip(reason)
-    assert run_python(f"FORM, MODE = {form!r}, {mode!r}\n{FIRST_IN_A_CAPTURE}") == ["True True"]
-
-
-KEPT_MEMORY = """
-import torch
-from cases import BankCase, random_order
-from fastmtl.ops import combine, gram, pcgrad
-
-bank = BankCase(8, 300_032).make("cuda")
-lists = [list(row.split(1875)) for row in bank]
-order = random_order(8).to("cuda")
-weights = torch.ones(8, device="cuda")
-torch.cuda.synchronize()
-before = torch.cuda.memory_allocated()
-for given in (bank, lists):
-    gram(given), combine(weights, given), pcgrad(given, order)
-print(torch.cuda.memory_allocated() - before)
-"""
-
-
-def test_nothing_is_kept_in_torchs_memory() -> None:
-    """What outlives a call must not lie in a pool that torch.compile's graphs, warming up, may write over."""
-    if (reason := dispatch.unavailable("cuda", DEVICE)) is not None:
-        pytest.skip(reason)
-    assert run_python(KEPT_MEMORY) == ["0"]
-
-
-SAME_BITS = """
-import torch
-from cases import BankCase, ListCase, random_order
-from fastmtl.ops import pcgrad, pcgrad_project
-
-def tensors(x):
-    return [x] if isinstance(x, torch.Tensor) else [z for y in x for z in tensors(y)]
-
-def show(name, x):
-    total = 0
-    for y in tensors(x):
-        # a tensor's bytes, each times a number of its own
-        byte = y.flatten().view(torch.uint8).to(torch.int64)
-        total = total * 31 + int((byte * (torch.arange(byte.numel(), device="cuda") % 1_000_003 + 1)).sum())
-    print(name, total % (1 << 64), flush=True)
-
-def steps(bank, order, count):
-    # each step reads what the last one's combine wrote, and writes what it still read
-    for k in range(count):
-        bank[k % len(bank)].copy_(0.3 * pcgrad(bank, order))
-
-for T in (2, 8, 9, 17, 40, 64, 100):
-    for P, dtype in ((1000, "float32"), (100_000, "float32"), (300_001, "float32"), (100_000, "bfloat16")):
-        case = BankCase(T, P, getattr(torch, dtype))
-        order = random_order(T).to("cuda")
-        bank = case.make("cuda")
-        show(f"{case} once", [pcgrad(bank, order), pcgrad_project(bank, order)])
-        steps(bank, order, 20)
-        show(f"{case} steps", bank)
-        row = bank.clone()
-        pcgrad(row, order, out=row[1])
-        show(f"{case} in place", row)
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        with torch.cuda.graph(graph, stream=side):
-            steps(bank, order, 4)
-        for _ in range(5):
-            graph.replay()
-        show(f"{case} graph", bank)
-for case in (ListCase("nones", 5), ListCase("mixed_dtypes", 19), ListCase("many", 12), ListCase("large", 8)):
-    made, order = case.make("cuda"), random_order(case.num_tasks).to("cuda")
-    for _ in range(20):
-        found = pcgrad(made, order)
-    show(str(case), found)
-"""
-
-
-def test_early_launches_give_the_same_bits() -> None:
-    """FASTMTL_PDL=1: the combine kernel begins while the Gram kernel still solves."""
-    if (reason := dispatch.unavailable("cuda", DEVICE)) is not None:
-        pytest.skip(reason)
-    expected = run_python(SAME_BITS, FASTMTL_PDL="0")
-    assert len(expected) == 7 * 4 * 4 + 4
-    for _ in range(3):
-        assert run_python(SAME_BITS, FASTMTL_PDL="1") == expected
-
-
-OVERLAP = """
-import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
-from cases import BankCase, random_order
-from fastmtl.ops import pcgrad
-
-bank, order = BankCase(128, 100_000).make("cuda"), random_order(128).to("cuda")
-for _ in range(3):
-    pcgrad(bank, order)
-torch.cuda.synchronize()
-with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-    pcgrad(bank, order)
-    torch.cuda.synchronize()
-events = {("gram" if "gram" in e.name else "combine"): e.time_range
-          for e in recorded.events() if e.device_type == DeviceType.CUDA and "_kernel" in e.name}
-print(events["combine"].start < events["gram"].end)
-"""
-
-
-@pytest.mark.parametrize("early", [False, True])
-def test_launches_are_early_if_asked(early: bool) -> None:
-    """The T x T problem of 128 tasks takes hundreds of microseconds: time enough for the next launch to begin."""
-    if (reason := dispatch.unavailable("cuda", DEVICE)) is not None:
-        pytest.skip(reason)
-    if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("before sm_90 a launch waits for the one in front")
-    assert run_python(OVERLAP, FASTMTL_PDL=str(int(early)))[-1] == str(early)
 
 
 def test_another_device(forced: str | None) -> None:

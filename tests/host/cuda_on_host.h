@@ -334,6 +334,7 @@ inline void __syncwarp(unsigned = ~0u, Site site = {}) {
 inline void __threadfence(Site site = {}) {
   if (!site.skipped) cuda_on_host::races::fence();
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <class T>
 T __ldcg(const T* p) {
   return *p;
