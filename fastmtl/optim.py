@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import methods
-from fastmtl.distributed.ranks.wrappers import find_ranks
+from fastmtl.distributed.wrappers import find_ranks
 from fastmtl.ops.order import Randomness
+from fastmtl.surgery.result import Surgery
 from fastmtl.task_gradients.losses import run_backward
-from fastmtl.task_gradients.losses.result import Surgery
 
 
 class PCGrad:

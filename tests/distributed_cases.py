@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fastmtl
 from fastmtl import methods
-from fastmtl.distributed.ranks.averaging import average_rows
-from fastmtl.distributed.ranks.wrappers import find_ranks
+from fastmtl.distributed.averaging import average_rows
+from fastmtl.distributed.wrappers import find_ranks
 
 TIMEOUT = datetime.timedelta(seconds=20)
 ORDER = torch.tensor([[1, 2, 0], [2, 0, 1], [0, 1, 2]])
@@ -297,7 +297,7 @@ def gradients_that_somebody_holds(rank: int, size: int) -> Any:
 @contextlib.contextmanager
 def buckets(bucket_bytes: int, large_bytes: int) -> Iterator[None]:
     """Other sizes for all-reduces: many buckets, or gradients reduced in their own memory."""
-    d = fastmtl.distributed.ranks.averaging
+    d = fastmtl.distributed.averaging
     before = d.BUCKET_BYTES, d.LARGE_BYTES
     d.BUCKET_BYTES, d.LARGE_BYTES = bucket_bytes, large_bytes
     try:

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import fastmtl
-from fastmtl.distributed.ranks.wrappers import find_ranks
+from fastmtl.distributed.wrappers import find_ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 LIMIT = 150  # seconds for all cases of one start; they take 15 to 30

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.memory import can_keep, references_alone
-from fastmtl.distributed.ranks.ranks import DENSE, Joint, Kind, Ranks, statement_of
+from fastmtl.distributed.ranks import DENSE, Joint, Kind, Ranks, statement_of
 from fastmtl.parameters import describe
 
 # bytes of one all-reduce of several gradients, where there are as many; and what is worth one of its own: a copy into

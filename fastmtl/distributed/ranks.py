@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastmtl.distributed.ranks.dtensors import is_dtensor, not_fully_shard
+from fastmtl.distributed.dtensors import is_dtensor, not_fully_shard
 from fastmtl.parameters import describe, is_per_task
 
 WAYS = (

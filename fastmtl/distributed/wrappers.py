@@ -1,4 +1,4 @@
-"""What torch's wrappers say of the ranks: `DistributedDataParallel`, `fully_shard`, or a process group of the caller's."""
+"""What torch's wrappers say of the ranks: `DistributedDataParallel`, `fully_shard`, or a process group."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastmtl.distributed.ranks.dtensors import not_fully_shard
-from fastmtl.distributed.ranks.ranks import WAYS, Ranks
+from fastmtl.distributed.dtensors import not_fully_shard
+from fastmtl.distributed.ranks import WAYS, Ranks
 from fastmtl.parameters import Params, describe
 
 

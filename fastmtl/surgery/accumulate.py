@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.memory import can_keep, references_alone
-from fastmtl.distributed.ranks.dtensors import add_shard, is_dtensor
+from fastmtl.distributed.dtensors import add_shard, is_dtensor
 
 # parameters, each with what is to be added to its `.grad`: of a DTensor this rank's shard
 Updates: TypeAlias = list[tuple[Tensor, Tensor]]

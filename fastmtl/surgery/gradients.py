@@ -15,7 +15,7 @@ from fastmtl.methods import PCGrad
 from fastmtl.ops._rows import Rows, accumulate_dtype, present_params
 from fastmtl.ops.combine import combine_into
 from fastmtl.ops.gram import gram_rows
-from fastmtl.task_gradients.losses.accumulate import Updates
+from fastmtl.surgery.accumulate import Updates
 
 Row: TypeAlias = list[Tensor | None]  # one task's gradients by parameter; None: zero
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fastmtl import methods
 from fastmtl.core.schemas import without_autocast
-from fastmtl.distributed.ranks.ranks import Ranks
+from fastmtl.distributed.ranks import Ranks
 from fastmtl.methods import Method, PCGrad, Weighting
-from fastmtl.task_gradients.losses.accumulate import Updates
-from fastmtl.task_gradients.losses.gradients import SurgeryInput, TaskGradients
-from fastmtl.task_gradients.losses.result import Surgery
+from fastmtl.surgery.accumulate import Updates
+from fastmtl.surgery.gradients import SurgeryInput, TaskGradients
+from fastmtl.surgery.result import Surgery
 
 
 class SurgeryOptions(NamedTuple):

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from fastmtl import methods
 from fastmtl.core.memory import has_other_holders
-from fastmtl.distributed.ranks.dtensors import local, refuse_dtensors
-from fastmtl.distributed.ranks.ranks import SAME_PASSES, Ranks, reporting, statement_of
-from fastmtl.distributed.ranks.wrappers import check_reduces, find_ranks
+from fastmtl.distributed.dtensors import local, refuse_dtensors
+from fastmtl.distributed.ranks import SAME_PASSES, Ranks, reporting, statement_of
+from fastmtl.distributed.wrappers import check_reduces, find_ranks
 from fastmtl.methods import Weighting
 from fastmtl.ops._rows import check_num_tasks
 from fastmtl.parameters import Params, compiled_module, is_per_task, read_params
-from fastmtl.task_gradients.losses.accumulate import accumulate
-from fastmtl.task_gradients.losses.gradients import Row, TaskGradients
-from fastmtl.task_gradients.losses.result import Surgery
-from fastmtl.task_gradients.losses.solve import SurgeryOptions, solve
+from fastmtl.surgery.accumulate import accumulate
+from fastmtl.surgery.gradients import Row, TaskGradients
+from fastmtl.surgery.result import Surgery
+from fastmtl.surgery.solve import SurgeryOptions, solve
 from fastmtl.task_gradients.over_ranks import averaged, of_shards
 from fastmtl.task_gradients.reach import read_loss_scale
 from fastmtl.task_gradients.sharing import add_unshared, check_within, sparse_shared, split_shared

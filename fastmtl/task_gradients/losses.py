@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from fastmtl import methods
-from fastmtl.distributed.ranks.averaging import average_gradients
-from fastmtl.distributed.ranks.dtensors import refuse_dtensors
-from fastmtl.distributed.ranks.ranks import SAME_PASSES, Joint, Ranks, reporting, statement_of
-from fastmtl.distributed.ranks.wrappers import find_ranks
+from fastmtl.distributed.averaging import average_gradients
+from fastmtl.distributed.dtensors import refuse_dtensors
+from fastmtl.distributed.ranks import SAME_PASSES, Joint, Ranks, reporting, statement_of
+from fastmtl.distributed.wrappers import find_ranks
 from fastmtl.methods import Weighting
 from fastmtl.parameters import Params, is_per_task, read_params
+from fastmtl.surgery.accumulate import Updates, accumulate
+from fastmtl.surgery.gradients import Row, TaskGradients
+from fastmtl.surgery.result import Surgery
+from fastmtl.surgery.solve import SurgeryOptions, solve
 from fastmtl.task_gradients.features import (
     Split,
     check_trunk,
@@ -24,10 +28,6 @@ from fastmtl.task_gradients.features import (
     split_at_features,
     through_trunk,
 )
-from fastmtl.task_gradients.losses.accumulate import Updates, accumulate
-from fastmtl.task_gradients.losses.gradients import Row, TaskGradients
-from fastmtl.task_gradients.losses.result import Surgery
-from fastmtl.task_gradients.losses.solve import SurgeryOptions, solve
 from fastmtl.task_gradients.over_ranks import averaged, of_shards
 from fastmtl.task_gradients.passes import DONATED, read_chunk_size, run_passes
 from fastmtl.task_gradients.reach import Reach, names_of, reach, read_loss_scale, read_losses

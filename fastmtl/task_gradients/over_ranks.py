@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastmtl.distributed.ranks.averaging import average_gradients
-from fastmtl.distributed.ranks.dtensors import local
-from fastmtl.distributed.ranks.ranks import DENSE, Joint, Ranks
-from fastmtl.task_gradients.losses.gradients import Row, TaskGradients
+from fastmtl.distributed.averaging import average_gradients
+from fastmtl.distributed.dtensors import local
+from fastmtl.distributed.ranks import DENSE, Joint, Ranks
+from fastmtl.surgery.gradients import Row, TaskGradients
 from fastmtl.task_gradients.sharing import add_unshared, sparse_shared
 
 

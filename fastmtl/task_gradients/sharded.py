@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from fastmtl.distributed.ranks.dtensors import local
-from fastmtl.distributed.ranks.ranks import Ranks
+from fastmtl.distributed.dtensors import local
+from fastmtl.distributed.ranks import Ranks
 from fastmtl.task_gradients.reach import Reach
 
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import methods
-from fastmtl.distributed.ranks.averaging import Slot, average, average_rows
-from fastmtl.distributed.ranks.ranks import Ranks, reporting
-from fastmtl.distributed.ranks.wrappers import find_ranks
+from fastmtl.distributed.averaging import Slot, average, average_rows
+from fastmtl.distributed.ranks import Ranks, reporting
+from fastmtl.distributed.wrappers import find_ranks
 from fastmtl.methods import Weighting
 from fastmtl.parameters import describe
+from fastmtl.surgery.accumulate import accumulate
+from fastmtl.surgery.gradients import Row, TaskGradients
+from fastmtl.surgery.result import PartitionSurgery, Surgery
+from fastmtl.surgery.solve import SurgeryOptions, solve
 from fastmtl.task_gradients.bank import position
-from fastmtl.task_gradients.losses.accumulate import accumulate
-from fastmtl.task_gradients.losses.gradients import Row, TaskGradients
-from fastmtl.task_gradients.losses.result import PartitionSurgery, Surgery
-from fastmtl.task_gradients.losses.solve import SurgeryOptions, solve
 from fastmtl.task_gradients.one_pass import autograd
 from fastmtl.task_gradients.one_pass.batch import Batch, StreamedGradients, TaskRows, added
 from fastmtl.task_gradients.one_pass.sample_axis import SAMPLES, SUM, Tag

@@ -15,7 +15,7 @@ from fastmtl.ops._rows import Rows
 from fastmtl.ops.gram import gram_rows
 from fastmtl.ops.task_plan import task_plan_op
 from fastmtl.parameters import Params, describe
-from fastmtl.task_gradients.losses.accumulate import Updates
+from fastmtl.surgery.accumulate import Updates
 from fastmtl.task_gradients.one_pass import autograd
 from fastmtl.task_gradients.one_pass.sample_axis import CONST, MIXING, PARAM, SAMPLES, TOTAL, UNKNOWN, Samples, Tag
 from fastmtl.task_gradients.one_pass.tracker import Follow

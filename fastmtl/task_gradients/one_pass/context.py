@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastmtl.distributed.ranks.wrappers import find_ranks
+from fastmtl.distributed.wrappers import find_ranks
 from fastmtl.ops._rows import FLOAT_DTYPES
 from fastmtl.ops._task import check_ids, checking
 from fastmtl.parameters import Params, describe, is_per_task, read_params
