@@ -59,7 +59,7 @@ RACES = Build(
     ("-O2", "-g0", "-DFASTMTL_RACES"),
 )
 
-def _of_ptx(name: str, dtypes: Sequence[str], arch: int, races: bool = False, faults: bool = False) -> Build:
+def _of_ptx(name: str, dtypes: Sequence[str], arch: int, races: bool = False, faulty: str | None = None) -> Build:
     """The kernels of these dtypes as nvcc's PTX has them, in the place of their bodies: unoptimised, the driver calls
     each of them by its name."""
     sources = [*(f"kernels_{dtype}" for dtype in dtypes), "kernels_solve", "tables"]
@@ -70,21 +70,17 @@ def _of_ptx(name: str, dtypes: Sequence[str], arch: int, races: bool = False, fa
         ("-O0", "-g0", *flags),
         (HOST / "ptx" / "ptx.cpp", *([HOST / "races.cpp"] if races else [])),
         ("-O2", "-g0", *flags),
-        functools.partial(ptx.objects, sources, arch, faults),
+        functools.partial(ptx.objects, sources, arch, faulty),
     )
 
 
-SOME, ALL = ("f32", "bf16"), ("f32", "f64", "bf16", "f16")
+SOME, EVERY = ("f32", "bf16"), ("f32", "f64", "bf16", "f16")
 PTX = _of_ptx("ptx", SOME, 90)
-PTX_ALL = {arch: _of_ptx(f"ptx_all_{arch}", ALL, arch) for arch in (80, 90)}
-PTX_RACES = _of_ptx("ptx_races", SOME, 90, races=True)
-PTX_ALL_RACES = _of_ptx("ptx_all_races", ALL, 90, races=True)
-PTX_FAULTS = _of_ptx("ptx_faults", SOME, 90, races=True, faults=True)
-
-BUILDS = {
-    build.name: build
-    for build in (PLAIN, SANITIZED, RACES, PTX, *PTX_ALL.values(), PTX_RACES, PTX_ALL_RACES, PTX_FAULTS)
-}
+PTX_RACES = _of_ptx("ptx_races", EVERY, 90, races=True)
+PTX_FAULTS = _of_ptx("ptx_faults", SOME, 90, races=True, faulty="combine_split_kernelIf|gram_mma_kernelIfLi2E")
+PTX_MUTATIONS = _of_ptx("ptx_mutations", SOME, 90, races=True, faulty="")
+PTX_EVERY = {arch: _of_ptx(f"ptx_every_{arch}", EVERY, arch) for arch in (80, 90)}
+BUILDS = {build.name: build for build in (PLAIN, SANITIZED, RACES, PTX, PTX_RACES, *PTX_EVERY.values())}
 _chosen = BUILDS[os.environ.get("FASTMTL_HOST", "plain")]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # elements before and after each output that must not be written
@@ -147,6 +143,8 @@ def build(how: Build) -> Path:
 def _loaded(how: Build) -> ctypes.CDLL:
     found = ctypes.CDLL(str(build(how)))
     found.host_error.restype = ctypes.c_char_p
+    if how.objects is not None:
+        found.ptx_entered.restype = ctypes.c_char_p
     return found
 
 
@@ -461,3 +459,8 @@ def faulty(fault: int, schedule: int = FORWARD) -> float:
     result = ctypes.c_double()
     _checked(library().host_faulty(_int64(fault), ctypes.c_uint64(schedule), ctypes.byref(result)))
     return result.value
+
+
+def ptx_entered() -> list[str]:
+    """The kernels of PTX that ran since the last call, by their mangled names."""
+    return library().ptx_entered().decode().split()

@@ -6,7 +6,9 @@ import concurrent.futures
 import functools
 import hashlib
 import os
+import re
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from fastmtl.benchmarks.kernel_table import nvcc
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
 FOLDER = ROOT / "build" / "host" / "ptx"
+KEPT_DAYS = 14  # what no build has used since goes
 NVCC_FLAGS = ["-ptx", "-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
 # doubles and floats are rounded after every operation, and a value is read with another type than it was written
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", f"-I{HERE}"]
@@ -60,19 +63,18 @@ def ptx_of(source: str, arch: int) -> Path:
     target = FOLDER / f"{source}_{arch}-{_digest(_compiler_version(program), str(NVCC_FLAGS), *contents)}.ptx"
     if not target.exists():
         _run([program, *NVCC_FLAGS, f"-arch=compute_{arch}", str(file)], target)
-        for old in FOLDER.glob(f"{source}_{arch}-*.ptx"):
-            if old != target:
-                old.unlink(missing_ok=True)
     return target
 
 
 def _object(text: str, cxx: str, folder: Path) -> Path:
     target = folder / f"{_digest(cxx, str(FLAGS), (HERE / 'ptx.h').read_bytes(), text)}.o"
-    if not target.exists():
-        source = target.with_suffix(f".{os.getpid()}.cpp")
-        source.write_text(text)
-        _run([cxx, *FLAGS, *QUIET, "-c", str(source)], target)
-        source.unlink()
+    if target.exists():
+        target.touch()
+        return target
+    source = target.with_suffix(f".{os.getpid()}.cpp")
+    source.write_text(text)
+    _run([cxx, *FLAGS, *QUIET, "-c", str(source)], target)
+    source.unlink()
     return target
 
 
@@ -80,17 +82,21 @@ def kernels_of(source: str, arch: int) -> list[Kernel]:
     return read(ptx_of(source, arch).read_text())
 
 
-def objects(sources: Sequence[str], arch: int, faults: bool, cxx: str) -> list[Path]:
-    """An object of each kernel; two compilers at a time."""
+def objects(sources: Sequence[str], arch: int, faulty: str | None, cxx: str) -> list[Path]:
+    """An object of each kernel; faulty: a pattern of the names of those in which faults can be planted. Two compilers
+    at a time."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        files = list(pool.map(functools.partial(ptx_of, arch=arch), sources))
-        made = []
-        for source, file in zip(sources, files, strict=True):
-            folder = FOLDER / f"{source}_{arch}{'_faults' * faults}"
-            folder.mkdir(exist_ok=True)
-            texts = [translate(kernel, faults_of if faults else no_faults) for kernel in read(file.read_text())]
-            made.append((folder, list(pool.map(functools.partial(_object, cxx=cxx, folder=folder), texts))))
-    for folder, kept in made:
-        for old in set(folder.glob("*.o")) - set(kept):
-            old.unlink(missing_ok=True)
-    return [one for _, kept in made for one in kept]
+        for file in pool.map(functools.partial(ptx_of, arch=arch), sources):
+            file.touch()
+        folder = FOLDER / "objects"
+        folder.mkdir(exist_ok=True)
+        texts = [
+            translate(kernel, faults_of if faulty is not None and re.search(faulty, kernel.name) else no_faults)
+            for source in sources
+            for kernel in kernels_of(source, arch)
+        ]
+        made = list(pool.map(functools.partial(_object, cxx=cxx, folder=folder), texts))
+    for file in (*folder.iterdir(), *FOLDER.glob("*.ptx")):
+        if file.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
+            file.unlink(missing_ok=True)
+    return made

@@ -185,7 +185,7 @@ class Emitter:
         t, space = one.modifiers[-1], self.space(one, "shared", "global")
         values = [self.value(x, t) for x in self.parts(one.operands[1])]
         size = SIZES[t] * len(values)
-        early = f"if (!waited) ptx::stores_too_early({self.where(one)}); " if self.waits and space != "shared" else ""
+        early = f"ptx::check_waited({self.where(one)}); " if self.waits and space != "shared" else ""
         at = self.address(one.operands[0], space)
         place = f"ptx::{space}_at({at}, {size}, {size}, true, {self.where(one)})"
         puts = " ".join(f"v[{k}] = {x};" for k, x in enumerate(values))
@@ -498,7 +498,7 @@ class Emitter:
 
     def _griddepcontrol(self, one: Instruction) -> str:
         # launches run one after another
-        return {"launch_dependents": ";", "wait": "waited = true;"}[one.modifiers[0]]
+        return {"launch_dependents": ";", "wait": "ptx::wait_for_launch_before();"}[one.modifiers[0]]
 
     # --- warps and tensor cores
 

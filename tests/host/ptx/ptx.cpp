@@ -7,11 +7,29 @@
 #include "cuda_on_host.h"
 
 namespace ptx {
+
+bool fault_reached = false;
+
 namespace {
 
 using cuda_on_host::machine;
 
 std::set<std::string> entered;
+
+// Which threads know that the launch in front is done: they have waited, or passed a barrier behind one that had.
+struct Waits {
+  std::vector<char> waited;
+  std::vector<int> barriers;  // that a thread has come to
+  int known_from = std::numeric_limits<int>::max();
+
+  explicit Waits(int num_threads = 0) : waited(num_threads), barriers(num_threads) {}
+  void comes_to_barrier(int thread) {
+    ++barriers[thread];
+    if (waited[thread]) known_from = std::min(known_from, barriers[thread]);
+  }
+  bool known(int thread) const { return waited[thread] || known_from <= barriers[thread]; }
+};
+Waits waits;
 
 // printf's, and back to the launch
 void fail(const char* format, ...) {
@@ -44,6 +62,7 @@ void check_mask(u32 mask) {
 u64 enter(const char* kernel, u32 static_bytes) {
   if (threadIdx.x == 0 && blockIdx.x == 0) entered.insert(kernel);
   cuda_on_host::races::describe_by(instruction);
+  if (machine.shared == nullptr) waits = Waits(machine.num_threads);  // the block's first thread
   return reinterpret_cast<u64>(cuda_on_host::shared_memory(static_bytes + machine.dynamic_shared));
 }
 
@@ -82,11 +101,17 @@ const void* param_at(u64 address, u32 bytes, const void* params, u64 params_byte
   return reinterpret_cast<const void*>(address);
 }
 
-void barrier() { cuda_on_host::barrier(); }
+void barrier() {
+  waits.comes_to_barrier(machine.current);
+  cuda_on_host::barrier();
+}
 void warp_barrier(u32 mask) { __syncwarp(mask); }
 void fence() { cuda_on_host::races::fence(); }
 
-void stores_too_early(const char* where) { fail("a store before the launch in front is waited for: %s", where); }
+void wait_for_launch_before() { waits.waited[machine.current] = true; }
+void check_waited(const char* where) {
+  if (!waits.known(machine.current)) fail("a store before the launch in front is waited for: %s", where);
+}
 
 void copy_async(u32 to, u64 from, u32 bytes, u32 taken, const char* where) {
   if (u64{to} + bytes > machine.shared_bytes) fail("a copy beyond shared memory: %s", where);
@@ -214,10 +239,16 @@ f32 from_f16(u16 x) { return __half2float({x}); }
 
 }  // namespace ptx
 
-// the names of kernels that have run, one to a line
-extern "C" const char* ptx_entered() {
+extern "C" {
+
+// the names of the kernels that have run since the last call, one to a line
+const char* ptx_entered() {
   static std::string names;
   names.clear();
   for (const std::string& name : ptx::entered) names += name + "\n";
+  ptx::entered.clear();
   return names.c_str();
+}
+
+int ptx_fault_reached() { return ptx::fault_reached; }
 }

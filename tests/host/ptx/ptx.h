@@ -23,6 +23,8 @@ struct alignas(8) Bytes {
 
 namespace ptx {
 
+extern bool fault_reached;  // a fault that translate.py has planted was run
+
 // Begins a kernel's thread: shared memory is what the kernel declares, and behind it what the launch asks for. Returns
 // where shared memory begins.
 u64 enter(const char* kernel, u32 static_bytes);
@@ -44,8 +46,9 @@ const void* param_at(u64 address, u32 bytes, const void* params, u64 params_byte
 void barrier();
 void warp_barrier(u32 mask);
 void fence();
-// a store by a kernel that waits for the launch in front of it, in a thread that has not waited yet
-void stores_too_early(const char* where);
+void wait_for_launch_before();
+// a store by a kernel that waits for the launch in front of it
+void check_waited(const char* where);
 void copy_async(u32 to, u64 from, u32 bytes, u32 taken, const char* where);
 void commit_copies();
 void wait_for_copies(u32 most, const char* where);

@@ -33,7 +33,7 @@ def translate(kernel: Kernel, faults: Faults = no_faults) -> str:
         for wrong in faults(one):
             planted += 1
             wrong_text = ";" if wrong is None else emitter.emit(wrong)
-            text = f"if (planted_{kernel.name} == {planted}) {{ {wrong_text} }} else {{ {text} }}"
+            text = f"if (planted_{kernel.name} == {planted}) {{ ptx::fault_reached = true; {wrong_text} }} else {{ {text} }}"
         lines.append(text)
     types = [_argument(p.size, p.is_struct) for p in kernel.parameters]
     arguments = [f"{t} p{k}" for k, t in enumerate(types)]
@@ -47,7 +47,6 @@ def translate(kernel: Kernel, faults: Faults = no_faults) -> str:
         f"struct {{ {' '.join(f'{one};' for one in arguments)} }} params{{{', '.join(f'p{k}' for k in range(len(types)))}}};",
         f"constexpr u32 dynamic = {behind};",
         f'const u64 shared = ptx::enter("{kernel.name}", {behind});',
-        *(["bool waited = false;"] if emitter.waits else []),
         "static_cast<void>(special), static_cast<void>(params), static_cast<void>(dynamic), static_cast<void>(shared);",
         *registers,
     ]
