@@ -75,12 +75,15 @@ def _of_ptx(name: str, dtypes: Sequence[str], arch: int, races: bool = False, fa
 
 
 SOME, EVERY = ("f32", "bf16"), ("f32", "f64", "bf16", "f16")
-PTX = _of_ptx("ptx", SOME, 90)
-PTX_RACES = _of_ptx("ptx_races", EVERY, 90, races=True)
-PTX_FAULTS = _of_ptx("ptx_faults", SOME, 90, races=True, faulty="combine_split_kernelIf|gram_mma_kernelIfLi2E")
-PTX_MUTATIONS = _of_ptx("ptx_mutations", SOME, 90, races=True, faulty="")
+# kernels that tests plant faults in: two, or all of them
+FAULTY = "combine_split_kernelIfE|gram_mma_kernelIfLi2E"
+PTX = _of_ptx("ptx", SOME, 90, faulty=FAULTY)
+PTX_RACES = _of_ptx("ptx_races", SOME, 90, races=True, faulty=FAULTY)
+PTX_MUTATIONS = _of_ptx("ptx_mutations", SOME, 90, faulty="")
+PTX_MUTATIONS_RACES = _of_ptx("ptx_mutations_races", SOME, 90, races=True, faulty="")
 PTX_EVERY = {arch: _of_ptx(f"ptx_every_{arch}", EVERY, arch) for arch in (80, 90)}
-BUILDS = {build.name: build for build in (PLAIN, SANITIZED, RACES, PTX, PTX_RACES, *PTX_EVERY.values())}
+PTX_EVERY_RACES = _of_ptx("ptx_every_races", EVERY, 90, races=True)
+BUILDS = {build.name: build for build in (PLAIN, SANITIZED, RACES, *PTX_EVERY.values())}
 _chosen = BUILDS[os.environ.get("FASTMTL_HOST", "plain")]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # elements before and after each output that must not be written
@@ -464,3 +467,19 @@ def faulty(fault: int, schedule: int = FORWARD) -> float:
 def ptx_entered() -> list[str]:
     """The kernels of PTX that ran since the last call, by their mangled names."""
     return library().ptx_entered().decode().split()
+
+
+def run_ptx(text: str, arguments: Sequence[Tensor], folder: Path, num_threads: int = 32) -> None:
+    """One block of the one kernel in a PTX file, whose arguments are pointers; in a build with PTX, `folder` for what is
+    compiled."""
+    cxx = compiler()
+    assert cxx is not None
+    kernels = ctypes.CDLL(str(ptx.library(text, cxx, Path(library()._name), folder)))
+    (kernel,) = ptx.read(text)
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in arguments]
+    given = (ctypes.c_void_p * len(pointers))(*(ctypes.addressof(p) for p in pointers))
+    launch = library().ptx_launch
+    launch.restype = ctypes.c_char_p
+    error = launch(getattr(kernels, f"call_{kernel.name}"), given, _int64(1), num_threads, _int64(0))
+    if error is not None:
+        raise HostError(error.decode())

@@ -69,7 +69,6 @@ def ptx_of(source: str, arch: int) -> Path:
 def _object(text: str, cxx: str, folder: Path) -> Path:
     target = folder / f"{_digest(cxx, str(FLAGS), (HERE / 'ptx.h').read_bytes(), text)}.o"
     if target.exists():
-        target.touch()
         return target
     source = target.with_suffix(f".{os.getpid()}.cpp")
     source.write_text(text)
@@ -78,25 +77,42 @@ def _object(text: str, cxx: str, folder: Path) -> Path:
     return target
 
 
+def library(text: str, cxx: str, runtime: Path, folder: Path) -> Path:
+    """Kernels of PTX in a library of their own; runtime: one that `host_kernels` has built with ptx.cpp."""
+    objects = [str(_object(translate(kernel), cxx, folder)) for kernel in read(text)]
+    return _run([cxx, "-shared", *objects, str(runtime)], folder / "kernels.so")
+
+
 def kernels_of(source: str, arch: int) -> list[Kernel]:
     return read(ptx_of(source, arch).read_text())
+
+
+def _texts(file: Path, faulty: str | None) -> list[str]:
+    return [
+        translate(kernel, faults_of if faulty is not None and re.search(faulty, kernel.name) else no_faults)
+        for kernel in read(file.read_text())
+    ]
 
 
 def objects(sources: Sequence[str], arch: int, faulty: str | None, cxx: str) -> list[Path]:
     """An object of each kernel; faulty: a pattern of the names of those in which faults can be planted. Two compilers
     at a time."""
+    folder = FOLDER / "objects"
+    folder.mkdir(parents=True, exist_ok=True)
+    translator = [file.read_bytes() for file in sorted([*HERE.glob("*.py"), HERE / "ptx.h"])]
+    made = []
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for file in pool.map(functools.partial(ptx_of, arch=arch), sources):
-            file.touch()
-        folder = FOLDER / "objects"
-        folder.mkdir(exist_ok=True)
-        texts = [
-            translate(kernel, faults_of if faulty is not None and re.search(faulty, kernel.name) else no_faults)
-            for source in sources
-            for kernel in kernels_of(source, arch)
-        ]
-        made = list(pool.map(functools.partial(_object, cxx=cxx, folder=folder), texts))
-    for file in (*folder.iterdir(), *FOLDER.glob("*.ptx")):
-        if file.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
-            file.unlink(missing_ok=True)
+        for file in list(pool.map(functools.partial(ptx_of, arch=arch), sources)):
+            # names of the objects, so that nothing is translated that was before
+            names = FOLDER / f"{file.stem}-{_digest(cxx, str(FLAGS), str(faulty), *translator)}.txt"
+            found = [folder / name for name in names.read_text().split()] if names.exists() else []
+            if not found or not all(one.exists() for one in found):
+                found = list(pool.map(functools.partial(_object, cxx=cxx, folder=folder), _texts(file, faulty)))
+                names.write_text("\n".join(one.name for one in found))
+            for one in (file, names, *found):
+                one.touch()
+            made += found
+    for one in (*folder.iterdir(), *FOLDER.glob("*.*")):
+        if one.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
+            one.unlink(missing_ok=True)
     return made

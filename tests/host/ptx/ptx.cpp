@@ -250,5 +250,19 @@ const char* ptx_entered() {
   return names.c_str();
 }
 
+// A kernel by translate.py's call_<kernel>; given: addresses of its arguments. The error, or null.
+const char* ptx_launch(void (*call)(const void* const*), const void* const* given, int64_t blocks, int num_threads,
+                       int64_t dynamic_shared) {
+  static std::string error;
+  try {
+    cuda_on_host::schedule = 0;
+    cuda_on_host::launch(blocks, num_threads, [&] { call(given); }, static_cast<size_t>(dynamic_shared));
+    return nullptr;
+  } catch (const std::exception& e) {
+    error = e.what();
+    return error.c_str();
+  }
+}
+
 int ptx_fault_reached() { return ptx::fault_reached; }
 }

@@ -52,4 +52,8 @@ def translate(kernel: Kernel, faults: Faults = no_faults) -> str:
     ]
     body = "\n".join(f"  {line}" for line in (*head, *lines))
     switch = f'extern "C" int planted_{kernel.name};\nint planted_{kernel.name} = 0;\n' if planted else ""
-    return f'#include "ptx.h"\n\n{switch}extern "C" void {kernel.name}({", ".join(arguments)}) {{\n{body}\n}}\n'
+    given = ", ".join(f"*static_cast<const {t}*>(given[{k}])" for k, t in enumerate(types))
+    return (
+        f'#include "ptx.h"\n\n{switch}extern "C" void {kernel.name}({", ".join(arguments)}) {{\n{body}\n}}\n'
+        f'extern "C" void call_{kernel.name}(const void* const* given) {{ {kernel.name}({given}); }}\n'
+    )

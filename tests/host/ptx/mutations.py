@@ -1,0 +1,75 @@
+"""What a fault in a kernel's PTX brings about, in a process of its own: it may hang, or write to wild pointers."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from host.ptx.faults import faults_of
+from host.ptx.module import Instruction, Kernel
+
+SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The `number`-th of its kernel, as translate.py counts them."""
+
+    kernel: str
+    number: int
+    right: Instruction
+    wrong: Instruction | None
+
+    def __str__(self) -> str:
+        return f"{self.right} (line {self.right.line}) -> {self.wrong or 'nothing'}"
+
+    @property
+    def is_order(self) -> bool:
+        """Whether it is about the order of accesses, which the race checks are for."""
+        return self.right.opcode in ("bar", "membar", "fence", "atom", "cp")
+
+
+def faults_in(kernel: Kernel) -> list[Fault]:
+    pairs = [(one, wrong) for one in kernel.instructions for wrong in faults_of(one)]
+    return [Fault(kernel.name, k, *pair) for k, pair in enumerate(pairs, 1)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`reached`: a case ran the faulty instruction; `seen`: what told of it, empty if nothing did."""
+
+    reached: bool
+    seen: str
+
+
+def _child(library: ctypes.CDLL, fault: Fault, cases: Mapping[str, Callable[[], None]], writing: int) -> None:
+    ctypes.c_int.in_dll(library, f"planted_{fault.kernel}").value = fault.number
+    for name, case in cases.items():
+        try:
+            case()
+        except BaseException as e:
+            os.write(writing, f"seen {name}: {type(e).__name__}: {e}".encode()[:4000])
+            return
+    os.write(writing, b"reached" if library.ptx_fault_reached() else b"not reached")
+
+
+def outcome(library: ctypes.CDLL, fault: Fault, cases: Mapping[str, Callable[[], None]]) -> Outcome:
+    """Of the cases up to the first that tells of it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(SECONDS)
+            _child(library, fault, cases, writing)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        text = said.read()
+    status = os.waitpid(child, 0)[1]
+    if status != 0:
+        return Outcome(True, f"ended by signal {status}")
+    return Outcome(text != "not reached", text.removeprefix("seen ") if text.startswith("seen ") else "")
