@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cases
@@ -22,11 +23,14 @@ import test_cuda_races as races
 import torch
 from cases import BankCase, ListCase
 from conftest import skip_or_fail
-from host.ptx import build, instructions, module, translate
-from host.ptx.faults import faults_of
-from host_kernels import FORWARD, REVERSE
+from host.ptx import build
+from host.ptx.module import Kernel, PtxError, read
+from host.ptx.mutations import Fault, Outcome, faults_in, outcome
+from host.ptx.translate import translate
+from host_kernels import FORWARD, REVERSE, Cut, HostError
 
-from fastmtl.benchmarks.kernel_table import kernel_of, nvcc
+from fastmtl.benchmarks.kernel_table import nvcc
+from fastmtl.ops.order import Draw, drawn_order
 
 ALL = os.environ.get("FASTMTL_AOT") == "all"
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
@@ -41,6 +45,24 @@ def translated() -> Iterator[None]:
     with host.using(host.PTX):
         host.library()
         yield
+
+
+def levels(num_tasks: int, dtype: torch.dtype) -> None:
+    """Five slots in groups of two, and a drawn order, against one group and the same order."""
+    grads = host.bank_gradients(BankCase(num_tasks, 300, dtype).make())
+    drawn = drawn_order(Draw(3, None), num_tasks, torch.device("cpu"))
+    found = host.solved_gram(grads, None, Cut(64, 2, REVERSE), project=True, key=3)
+    expected = host.solved_gram(grads, drawn, Cut(64, 9, FORWARD), project=True)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.allclose(x, y, rtol=1e-5)
+    cases.assert_gram(found[0], cases.bank64(BankCase(num_tasks, 300, dtype)), [dtype], 1.0)
+
+
+def long_slot(num_tasks: int, dtype: torch.dtype) -> None:
+    """More steps than a queue holds."""
+    case = BankCase(num_tasks, 1549, dtype)
+    m = host.gram(host.bank_gradients(case.make()), Cut(1600, 0))
+    cases.assert_gram(m, cases.bank64(case), [dtype], 1.0)
 
 
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -73,6 +95,10 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
                 yield f"gram-{case}-{columns}", bind(on_host.test_gram_of_lists, case, columns)
             yield f"combine-{case}", bind(on_host.test_combine_of_lists, case, 9 if case.num_tasks < 13 else 1)
             yield f"split-{case}", bind(on_host.test_split_combine_of_lists, case)
+        for num_tasks in (2, 4, 8, 12, 20, 40, 60):
+            yield f"many-{num_tasks}-{d}", bind(on_host.test_gram_of_lists, ListCase("many", num_tasks, dtype), 192)
+            yield f"levels-{num_tasks}-{d}", bind(levels, num_tasks, dtype)
+            yield f"long-{num_tasks}-{d}", bind(long_slot, num_tasks, dtype)
         for num_tasks in (2, 5, 17):
             case = BankCase(num_tasks, 259, dtype)
             yield f"pcgrad-{case}", bind(on_host.test_pcgrad, case, False)
@@ -202,9 +228,119 @@ COMPUTED = {
 @needs_nvcc
 def test_instructions(translated: None, tmp_path: Path) -> None:
     """Edges of the PTX ISA's definitions, lane 0 of a warp."""
-    store = "setp.eq.u32 %p8, %tid.x, 0;\n@%p8 st.global.u32 [%rd0+{}], %r0;"
+    store = "mov.u32 %r9, %tid.x; setp.eq.u32 %p8, %r9, 0; @%p8 st.global.u32 [%rd0+{}], %r0;"
     body = "\n".join(f"{text}\n{store.format(4 * k)}" for k, text in enumerate(COMPUTED))
     out = torch.zeros(len(COMPUTED), dtype=torch.int32)
-    host.run_ptx(kernel_text(body.replace("setp.eq.u32 %p8, %tid.x", "mov.u32 %r90, %tid.x; setp.eq.u32 %p8, %r90")), [out, out], tmp_path)
+    host.run_ptx(kernel_text(body), [out, out], tmp_path)
     found = dict(zip(COMPUTED, (x % 2**32 for x in out.tolist()), strict=True))
     assert {text: hex(found[text]) for text in COMPUTED} == {text: hex(x) for text, x in COMPUTED.items()}
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("ld.global.u32 %r0, [%rd0+2];", "a misaligned load"),
+        ("ld.global.v2.u32 {%r0, %r1}, [%rd0+4];", "a misaligned load"),
+        ("ld.global.u32 %r0, [8];", "a load at address 8"),
+        (".shared .align 4 .b8 s[8];\nst.shared.u32 [s+128], 1;", "a store beyond the 128 bytes of shared memory"),
+        ("cp.async.ca.shared.global [0], [%rd0], 16;", "a copy beyond shared memory"),
+        (".shared .align 16 .b8 s[16];\ncp.async.ca.shared.global [s], [%rd0], 16;", "nobody waits for"),
+        ("ld.param.u64 %rd2, [k_1+8];", "a load beside the arguments"),
+        ("mov.u32 %r1, %tid.x; setp.eq.u32 %p0, %r1, 3; @%p0 bra END; bar.warp.sync -1; END:", "not all of its threads"),
+        ("shfl.sync.bfly.b32 %r0, %r1, 5, 31, 1;", "some lanes only"),
+        ("st.global.u32 [%rd0], 1; griddepcontrol.wait;", "a store before the launch in front is waited for"),
+    ],
+)
+def test_what_a_kernel_does_wrong_is_seen(body: str, said: str, translated: None, tmp_path: Path) -> None:
+    out = torch.zeros(64, dtype=torch.int64)
+    with pytest.raises(HostError, match=said):
+        host.run_ptx(kernel_text(body), [out, out], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "wgmma.wait_group.sync.aligned 0",
+        "mbarrier.init.shared.b64 [0], 1",
+        "cp.async.bulk.prefetch.L2.global [%rd0], 16",
+        "fence.proxy.async",
+        "bar.sync 1, 64",
+        "add.sat.s32 %r0, %r0, 1",
+        "add.rz.f32 %f0, %f0, %f0",
+        "ld.acquire.gpu.global.u32 %r0, [%rd0]",
+        "atom.global.acquire.gpu.add.u32 %r0, [%rd0], 1",
+        "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%f0}, {%r0}, {%r0}, {%f0}",
+        "cvt.rz.f16.f32 %h0, %f0",
+        "mov.u32 %r0, %nothing",
+    ],
+)
+def test_what_is_not_known_is_named(instruction: str) -> None:
+    (kernel,) = read(kernel_text(f"{instruction};"))
+    with pytest.raises(PtxError, match=instruction.split()[0].replace(".", r"\.")):
+        translate(kernel)
+
+
+# --- races, and faults that are planted
+
+
+@pytest.fixture(scope="module")
+def under_races() -> Iterator[None]:
+    if host.compiler() is None:
+        skip_or_fail("no C++ compiler")
+    with host.using(host.PTX_RACES):
+        host.library()
+        yield
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    torch.set_num_threads(1)  # a forked process has no others
+
+
+@needs_nvcc
+@pytest.mark.parametrize("case", races.CASES)
+def test_no_race(case: str, under_races: None) -> None:
+    races.CASES[case]()
+
+
+def cases_of(kernel: Kernel, chosen: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
+    """Those in which the kernel runs."""
+    found = {}
+    for name, case in chosen.items():
+        entered()
+        case()
+        if kernel.name in entered():
+            found[name] = case
+    return found
+
+
+def faulty_kernels() -> list[Kernel]:
+    return [kernel for kernel in build.kernels_of("kernels_f32", 90) if re.search(host.FAULTY, kernel.name)]
+
+
+def not_seen(faults: Sequence[Fault], chosen: dict[str, Callable[[], None]]) -> list[str]:
+    """Faults whose instruction is run, and that no case tells of."""
+    found: list[tuple[Fault, Outcome]] = [(fault, outcome(host.library(), fault, chosen)) for fault in faults]
+    assert sum(one.reached for _, one in found) > 0.8 * len(found)
+    return [str(fault) for fault, one in found if one.reached and not one.seen]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", ["combine_split_kernel", "gram_mma_kernel"])
+def test_faults_of_order_are_seen(name: str, under_races: None, one_thread: None) -> None:
+    """A barrier left out, a copy not waited for or not committed, a ticket without release and acquire."""
+    (kernel,) = (one for one in faulty_kernels() if name in one.name)
+    faults = [fault for fault in faults_in(kernel) if fault.is_order]
+    assert len(faults) >= (15 if name == "gram_mma_kernel" else 2)
+    assert not_seen(faults, cases_of(kernel, {**races.CASES, **CASES})) == []
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", ["combine_split_kernel", "gram_mma_kernel"])
+def test_faults_of_value_are_seen(name: str, translated: None, one_thread: None) -> None:
+    """A predicate removed, a comparison with another edge."""
+    (kernel,) = (one for one in faulty_kernels() if name in one.name)
+    faults = [fault for fault in faults_in(kernel) if not fault.is_order]
+    print(len(faults))
+    assert not_seen(faults[::20], cases_of(kernel, CASES)) == []
