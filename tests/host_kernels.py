@@ -59,6 +59,7 @@ RACES = Build(
     ("-O2", "-g0", "-DFASTMTL_RACES"),
 )
 
+
 def _of_ptx(name: str, dtypes: Sequence[str], arch: int, races: bool = False, faulty: str | None = None) -> Build:
     """The kernels of these dtypes as nvcc's PTX has them, in the place of their bodies: unoptimised, the driver calls
     each of them by its name."""

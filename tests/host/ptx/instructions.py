@@ -337,7 +337,9 @@ class Emitter:
         wide = WIDE[t] if kind == "wide" else f"u{8 * SIZES[t]}"
         x, y = (f"{c_type(wide)}({self.value(x, t)})" for x in one.operands[1:3])
         unsigned = UNSIGNED[SIZES[wide]]
-        return self.put(one.operands[0], wide, f"{unsigned}({x} * {y}) + {unsigned}({self.value(one.operands[3], wide)})")
+        return self.put(
+            one.operands[0], wide, f"{unsigned}({x} * {y}) + {unsigned}({self.value(one.operands[3], wide)})"
+        )
 
     def _fma(self, one: Instruction) -> str:
         if one.modifiers not in (("rn", "f32"), ("rn", "f64")):

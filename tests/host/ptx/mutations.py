@@ -8,10 +8,10 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from host.ptx.faults import faults_of
+from host.ptx.faults import faults_of, kind_of
 from host.ptx.module import Instruction, Kernel
 
-SECONDS = 60
+SECONDS = 30  # what takes longer than that hangs
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,12 @@ class Fault:
     def __str__(self) -> str:
         return f"{self.right} (line {self.right.line}) -> {self.wrong or 'nothing'}"
 
-    @property
-    def is_order(self) -> bool:
-        """Whether it is about the order of accesses, which the race checks are for."""
-        return self.right.opcode in ("bar", "membar", "fence", "atom", "cp")
 
-
-def faults_in(kernel: Kernel) -> list[Fault]:
+def faults_in(kernel: Kernel, kind: str) -> list[Fault]:
+    """Of one of the kinds of faults.py."""
     pairs = [(one, wrong) for one in kernel.instructions for wrong in faults_of(one)]
-    return [Fault(kernel.name, k, *pair) for k, pair in enumerate(pairs, 1)]
+    numbered = [Fault(kernel.name, k, *pair) for k, pair in enumerate(pairs, 1)]
+    return [fault for fault in numbered if kind_of(fault.right) == kind]
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ Special special() {
 
 void* shared_at(u32 offset, u32 bytes, u32 used, bool write, const char* where) {
   if (u64{offset} + bytes > machine.shared_bytes)
-    fail("a %s beyond the %zu bytes of shared memory, at byte %u: %s", kind(write), machine.shared_bytes, offset, where);
+    fail("a %s beyond the %zu bytes of shared memory, at byte %u: %s", kind(write), machine.shared_bytes, offset,
+         where);
   return checked(machine.shared.get() + offset, bytes, used, write, where);
 }
 

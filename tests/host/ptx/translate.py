@@ -39,7 +39,8 @@ def translate(kernel: Kernel, faults: Faults = no_faults) -> str:
     arguments = [f"{t} p{k}" for k, t in enumerate(types)]
     # what a register holds before it is written
     registers = [
-        f"{t} {name} = {'false' if t == 'bool' else f'{t}(0xCDCDCDCDCDCDCDCDull)'};" for name, t in emitter.registers.items()
+        f"{t} {name} = {'false' if t == 'bool' else f'{t}(0xCDCDCDCDCDCDCDCDull)'};"
+        for name, t in emitter.registers.items()
     ]
     behind = -(-kernel.shared_bytes // 128) * 128
     head = [
