@@ -471,8 +471,10 @@ def ptx_entered() -> list[str]:
 
 
 def run_ptx(text: str, arguments: Sequence[Tensor], folder: Path, num_threads: int = 32) -> None:
-    """One block of the one kernel in a PTX file, whose arguments are pointers; in a build with PTX, `folder` for what is
-    compiled."""
+    """One block of the one kernel in a PTX file, whose arguments are pointers; in a build with PTX.
+
+    folder: for what is compiled.
+    """
     cxx = compiler()
     assert cxx is not None
     kernels = ctypes.CDLL(str(ptx.library(text, cxx, Path(library()._name), folder)))

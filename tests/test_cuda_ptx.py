@@ -152,9 +152,7 @@ HEAD = ".version 8.0\n.target sm_80\n.address_size 64\n"
 
 def kernel_text(body: str) -> str:
     """A kernel `k` of two pointers, which are in %rd0 and %rd1."""
-    registers = (
-        ".reg .pred %p<9>; .reg .b16 %h<9>; .reg .b32 %r<99>; .reg .f32 %f<9>; .reg .f64 %d<9>; .reg .b64 %rd<9>;"
-    )
+    registers = ".reg .pred %p<9>; .reg .b16 %h<9>; .reg .b32 %r<99>; .reg .f32 %f<9>; .reg .b64 %rd<9>;"
     arguments = "ld.param.u64 %rd0, [k_0];\nld.param.u64 %rd1, [k_1];"
     return f"{HEAD}.visible .entry k(.param .u64 k_0, .param .u64 k_1) {{\n{registers}\n{arguments}\n{body}\nret;\n}}\n"
 
@@ -251,7 +249,7 @@ def test_instructions(translated: None, tmp_path: Path) -> None:
         (".shared .align 16 .b8 s[16];\ncp.async.ca.shared.global [s], [%rd0], 16;", "nobody waits for"),
         ("ld.param.u64 %rd2, [k_1+8];", "a load beside the arguments"),
         (
-            "mov.u32 %r1, %tid.x; setp.eq.u32 %p0, %r1, 3; @%p0 bra END; bar.warp.sync -1; END:",
+            "mov.u32 %r1, %tid.x; setp.eq.u32 %p0, %r1, 3; @%p0 bra E; bar.warp.sync -1; E:",
             "not all of its threads",
         ),
         ("shfl.sync.bfly.b32 %r0, %r1, 5, 31, 1;", "some lanes only"),

@@ -365,7 +365,7 @@ class Emitter:
         if one.modifiers not in (("rn", "f32"), ("rn", "f64")):
             raise PtxError("not exact")
         t = one.modifiers[-1]
-        return self.put(one.operands[0], t, text.format(self.value(one.operands[1], t), f=t == "f32" and "f" or ""))
+        return self.put(one.operands[0], t, text.format(self.value(one.operands[1], t), f="f" * (t == "f32")))
 
     def _rcp(self, one: Instruction) -> str:
         return self._exact(one, "1 / {0}")
@@ -465,13 +465,11 @@ class Emitter:
             raise PtxError("an order of bits")
         else:
             found = f"({x} {({**COMPARED, **COMPARED_UNSIGNED} if t[0] == 'u' else COMPARED)[how]} {y})"
-        also = {"and": " && {}", "or": " || {}", "xor": " != {}"}[more[0]] if more else ""
-        third = self.value(one.operands[3], "pred") if more else ""
+        also = {"and": " && third", "or": " || third", "xor": " != third"}[more[0]] if more else ""
+        third = f" const bool third = {self.value(one.operands[3], 'pred')};" if more else ""
         to, *other = one.operands[0].split("|")
-        puts = self.put(to.strip(), "pred", "found" + also.format(third))
-        if other:
-            puts += " " + self.put(other[0].strip(), "pred", "!found" + also.format(third))
-        return f"{{ const bool found = {found}; {puts} }}"
+        puts = " ".join([self.put(to, "pred", "found" + also), *(self.put(x, "pred", "!found" + also) for x in other)])
+        return f"{{ const bool found = {found};{third} {puts} }}"
 
     # --- control
 

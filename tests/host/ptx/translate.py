@@ -1,4 +1,4 @@
-"""PTX kernels as C++ functions: of the same names and arguments, so that the linker puts them in the kernels' places."""
+"""PTX kernels as C++ functions of the same names and arguments, which the linker puts in the kernels' places."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def translate(kernel: Kernel, faults: Faults = no_faults) -> str:
         for wrong in faults(one):
             planted += 1
             wrong_text = ";" if wrong is None else emitter.emit(wrong)
-            text = f"if (planted_{kernel.name} == {planted}) {{ ptx::fault_reached = true; {wrong_text} }} else {{ {text} }}"
+            here = f"if (planted_{kernel.name} == {planted})"
+            text = f"{here} {{ ptx::fault_reached = true; {wrong_text} }} else {{ {text} }}"
         lines.append(text)
     types = [_argument(p.size, p.is_struct) for p in kernel.parameters]
     arguments = [f"{t} p{k}" for k, t in enumerate(types)]
@@ -43,9 +44,10 @@ def translate(kernel: Kernel, faults: Faults = no_faults) -> str:
         for name, t in emitter.registers.items()
     ]
     behind = -(-kernel.shared_bytes // 128) * 128
+    members, values = " ".join(f"{one};" for one in arguments), ", ".join(f"p{k}" for k in range(len(types)))
     head = [
         "const ptx::Special special = ptx::special();",
-        f"struct {{ {' '.join(f'{one};' for one in arguments)} }} params{{{', '.join(f'p{k}' for k in range(len(types)))}}};",
+        f"struct {{ {members} }} params{{{values}}};",
         f"constexpr u32 dynamic = {behind};",
         f'const u64 shared = ptx::enter("{kernel.name}", {behind});',
         "static_cast<void>(special), static_cast<void>(params), static_cast<void>(dynamic), static_cast<void>(shared);",
