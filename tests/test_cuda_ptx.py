@@ -23,7 +23,7 @@ import test_cuda_races as races
 import torch
 from cases import BankCase, ListCase
 from conftest import skip_or_fail
-from host.ptx import build
+from host.ptx import build, mutations
 from host.ptx.faults import CONTROL, DATA, ORDER
 from host.ptx.module import Kernel, PtxError, read
 from host.ptx.mutations import Fault, Outcome, faults_in, outcome
@@ -140,7 +140,7 @@ def test_every_kernel_ran(translated: None) -> None:
     if set(ENTERED) != set(CASES):
         pytest.skip("some cases were not run")
     sources = [*(f"kernels_{dtype}" for dtype in host.SOME), "kernels_solve", "tables"]
-    kernels = {kernel.name for source in sources for kernel in build.kernels_of(source, 90)}
+    kernels = {name for source in sources for name in build.names_of(source, 90)}
     assert len(kernels) == 27
     assert set().union(*ENTERED.values()) == kernels
 
@@ -329,8 +329,10 @@ def faulty_kernel(name: str) -> Kernel:
 class Tried:
     """Faults of a kernel, tried one by one."""
 
-    def __init__(self, faults: Sequence[Fault], chosen: dict[str, Callable[[], None]]) -> None:
-        self.found: list[tuple[Fault, Outcome]] = [(f, outcome(host.library(), f, chosen)) for f in faults]
+    def __init__(
+        self, faults: Sequence[Fault], chosen: dict[str, Callable[[], None]], seconds: int = mutations.SECONDS
+    ) -> None:
+        self.found: list[tuple[Fault, Outcome]] = [(f, outcome(host.library(), f, chosen, seconds)) for f in faults]
 
     @property
     def not_reached(self) -> list[str]:
@@ -346,12 +348,23 @@ class Tried:
         return "\n  ".join(lines + [f"not seen: {x}" for x in self.not_seen])
 
 
+SPLIT = [f"split-{num_tasks}-{layout}-float32" for num_tasks in (8, 50) for layout in cases.LAYOUTS]
+SPLIT += [f"split-{ListCase('nones', num_tasks)}" for num_tasks in (2, 12, 40)]
+QUEUE = ["long-12-float32", "levels-12-float32", "many-12-float32", f"gram-{ListCase('nones', 12)}-192"]
+
+
 # a barrier left out, a copy that is not waited for or not committed, a ticket without release and acquire
 @needs_nvcc
-@pytest.mark.parametrize(("name", "least"), [("combine_split_kernel", 2), ("gram_mma_kernel", 15)])
-def test_faults_of_order_are_seen(name: str, least: int, under_races: None, one_thread: None) -> None:
-    kernel = faulty_kernel(name)
-    tried = Tried(faults_in(kernel, ORDER), cases_of(kernel, {**races.CASES, **CASES}))
+@pytest.mark.parametrize(
+    ("name", "chosen", "least"),
+    [("combine_split_kernel", SPLIT, 2), ("gram_mma_kernel", QUEUE, 15)],
+    ids=["combine_split", "gram_mma"],
+)
+def test_faults_of_order_are_seen(
+    name: str, chosen: list[str], least: int, under_races: None, one_thread: None
+) -> None:
+    faults = faults_in(faulty_kernel(name), ORDER)
+    tried = Tried(faults, {**{one: CASES[one] for one in chosen}, **races.CASES}, seconds=5)
     assert tried.not_seen == []
     assert len(tried.found) - len(tried.not_reached) >= least
 
@@ -359,11 +372,10 @@ def test_faults_of_order_are_seen(name: str, least: int, under_races: None, one_
 # a store, a copy, a shuffle or a product left out; a guard removed, a comparison with another edge
 @needs_nvcc
 def test_faults_of_value_are_seen(translated: None, one_thread: None) -> None:
-    kernel = faulty_kernel("combine_split_kernel")
-    chosen = cases_of(kernel, CASES)
-    data = Tried(faults_in(kernel, DATA)[::4], chosen)
+    kernel, chosen = faulty_kernel("combine_split_kernel"), {one: CASES[one] for one in SPLIT}
+    data = Tried(faults_in(kernel, DATA)[::4], chosen, seconds=2)
     assert len(data.found) >= 5 and data.not_seen == []
-    control = Tried(faults_in(kernel, CONTROL)[::8], chosen)
+    control = Tried(faults_in(kernel, CONTROL)[::16], chosen, seconds=2)
     # some only steer between copies of a loop that nvcc has unrolled, which do the same
     assert len(control.not_seen) <= 0.4 * len(control.found)
 

@@ -21,6 +21,7 @@ from fastmtl.benchmarks.kernel_table import nvcc
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
 FOLDER = ROOT / "build" / "host" / "ptx"
+TRANSLATOR = ("module.py", "instructions.py", "translate.py", "faults.py", "ptx.h")
 KEPT_DAYS = 14  # what no build has used since goes
 NVCC_FLAGS = ["-ptx", "-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
 # doubles and floats are rounded after every operation, and a value is read with another type than it was written
@@ -83,8 +84,14 @@ def library(text: str, cxx: str, runtime: Path, folder: Path) -> Path:
     return _run([cxx, "-shared", *objects, str(runtime)], folder / "kernels.so")
 
 
+@functools.cache
 def kernels_of(source: str, arch: int) -> list[Kernel]:
     return read(ptx_of(source, arch).read_text())
+
+
+def names_of(source: str, arch: int) -> list[str]:
+    """Of its kernels, mangled."""
+    return re.findall(r"\.entry\s+([\w$]+)", ptx_of(source, arch).read_text())
 
 
 def _texts(file: Path, faulty: str | None) -> list[str]:
@@ -99,7 +106,7 @@ def objects(sources: Sequence[str], arch: int, faulty: str | None, cxx: str) -> 
     at a time."""
     folder = FOLDER / "objects"
     folder.mkdir(parents=True, exist_ok=True)
-    translator = [file.read_bytes() for file in sorted([*HERE.glob("*.py"), HERE / "ptx.h"])]
+    translator = [(HERE / name).read_bytes() for name in TRANSLATOR]
     made = []
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for file in list(pool.map(functools.partial(ptx_of, arch=arch), sources)):

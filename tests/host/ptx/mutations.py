@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
-import signal
+import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from host.ptx.faults import faults_of, kind_of
 from host.ptx.module import Instruction, Kernel
 
-SECONDS = 30  # what takes longer than that hangs
+SECONDS = 20  # of CPU time; what takes longer hangs
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,16 @@ def _child(library: ctypes.CDLL, fault: Fault, cases: Mapping[str, Callable[[], 
     os.write(writing, b"reached" if library.ptx_fault_reached() else b"not reached")
 
 
-def outcome(library: ctypes.CDLL, fault: Fault, cases: Mapping[str, Callable[[], None]]) -> Outcome:
+def outcome(
+    library: ctypes.CDLL, fault: Fault, cases: Mapping[str, Callable[[], None]], seconds: int = SECONDS
+) -> Outcome:
     """Of the cases up to the first that tells of it."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            signal.alarm(SECONDS)
+            faulthandler.disable()
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
             _child(library, fault, cases, writing)
         finally:
             os._exit(0)
