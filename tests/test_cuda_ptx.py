@@ -31,6 +31,7 @@ from host.ptx.translate import translate
 from host_kernels import FORWARD, REVERSE, Cut, HostError
 
 from fastmtl.benchmarks.kernel_table import kernel_of, nvcc
+from fastmtl.ops import reference
 from fastmtl.ops.order import Draw, drawn_order
 
 ALL = os.environ.get("FASTMTL_AOT") == "all"
@@ -49,7 +50,7 @@ def translated() -> Iterator[None]:
 
 
 def levels(num_tasks: int, dtype: torch.dtype) -> None:
-    """Five slots in groups of two, and a drawn order, against one group and the same order."""
+    """Five slots in groups of two, and a drawn order, against one group and the same order, and against the oracle."""
     grads = host.bank_gradients(BankCase(num_tasks, 300, dtype).make())
     drawn = drawn_order(Draw(3, None), num_tasks, torch.device("cpu"))
     found = host.solved_gram(grads, None, Cut(64, 2, REVERSE), project=True, key=3)
@@ -57,6 +58,9 @@ def levels(num_tasks: int, dtype: torch.dtype) -> None:
     for x, y in zip(found, expected, strict=True):
         assert torch.allclose(x, y, rtol=1e-5)
     cases.assert_gram(found[0], cases.bank64(BankCase(num_tasks, 300, dtype)), [dtype], 1.0)
+    # of a matrix that was rounded on its way out
+    coefficients = reference.pcgrad_coefficients(found[0].double(), drawn)
+    assert torch.allclose(found[1], coefficients, rtol=0.0, atol=1e-4 * float(coefficients.abs().max()))
 
 
 def long_slot(num_tasks: int, dtype: torch.dtype) -> None:
