@@ -64,9 +64,9 @@ def levels(num_tasks: int, dtype: torch.dtype) -> None:
 
 
 def long_slot(num_tasks: int, dtype: torch.dtype) -> None:
-    """More steps than a queue holds."""
-    case = BankCase(num_tasks, 1549, dtype)
-    m = host.gram(host.bank_gradients(case.make()), Cut(1600, 0))
+    """More steps than a queue holds, and in float32 more than a float32 sum takes."""
+    case = BankCase(num_tasks, 6500 if dtype == torch.float32 else 1549, dtype)
+    m = host.gram(host.bank_gradients(case.make()), Cut(6528, 0))
     cases.assert_gram(m, cases.bank64(case), [dtype], 1.0)
 
 
@@ -102,7 +102,8 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"split-{case}", bind(on_host.test_split_combine_of_lists, case)
         # as many tasks as each kernel takes: with fewer, some of its tiles hold no task, and nothing sees a fault there
         for num_tasks in (2, 4, 8, 16, 32, 48, 64):
-            yield f"many-{num_tasks}-{d}", bind(on_host.test_gram_of_lists, ListCase("many", num_tasks, dtype), 192)
+            # 70 parameters in a slot, of which a batch of pointers holds four
+            yield f"many-{num_tasks}-{d}", bind(on_host.test_gram_of_lists, ListCase("many", num_tasks, dtype), 64 * 70)
             yield f"levels-{num_tasks}-{d}", bind(levels, num_tasks, dtype)
             yield f"long-{num_tasks}-{d}", bind(long_slot, num_tasks, dtype)
         for num_tasks in (2, 5, 17):
@@ -371,7 +372,7 @@ def test_faults_of_order_are_seen(
     faults = faults_in(faulty_kernel(name), ORDER)
     tried = Tried(faults, {**{one: CASES[one] for one in chosen}, **races.CASES}, seconds=5)
     assert tried.not_seen == []
-    assert len(tried.found) - len(tried.not_reached) >= least
+    assert len(tried.found) >= least and tried.not_reached == []
 
 
 # a store, a copy, a shuffle or a product left out; a guard removed, a comparison with another edge
