@@ -1,4 +1,4 @@
-"""What a call launches, and that nothing waits: neither the host, nor, on sm_90, the second launch for the end of the first."""
+"""What a call launches, and that nothing waits: not the host, nor on sm_90 the second launch for the first."""
 
 from __future__ import annotations
 
