@@ -175,6 +175,8 @@ COMPUTED = {
     "mad.lo.s32 %r0, 65536, 65536, 7;": 7,
     "div.s32 %r0, -7, 2;": 0xFFFFFFFD,
     "rem.s32 %r0, -7, 2;": 0xFFFFFFFF,
+    "popc.b32 %r0, 0xF0000001;": 5,
+    "mov.b64 %rd2, -1; popc.b64 %r0, %rd2;": 64,
     "min.s32 %r0, -1, 1;": 0xFFFFFFFF,
     "min.u32 %r0, -1, 1;": 1,
     "shl.b32 %r0, 1, 32;": 0,

@@ -401,6 +401,11 @@ class Emitter:
 
     # --- bits
 
+    def _popc(self, one: Instruction) -> str:
+        (t,) = one.modifiers
+        count = {"b32": "__builtin_popcount", "b64": "__builtin_popcountll"}[t]
+        return self.put(one.operands[0], "u32", f"u32({count}({self.value(one.operands[1], t)}))")
+
     def _bits(self, one: Instruction, operator: str) -> str:
         (t,) = one.modifiers
         x, y = (self.value(x, t) for x in one.operands[1:])
