@@ -51,8 +51,8 @@ format: dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inc')
 
-aot: dev  ## compiles every configuration of every GPU kernel and checks registers, spills and instructions
-	FASTMTL_AOT=all $(BIN)/python -m pytest tests/test_cuda_build.py tests/test_triton_build.py
+aot: dev  ## compiles every configuration of every GPU kernel and checks registers, spills and instructions; runs its PTX
+	FASTMTL_AOT=all $(BIN)/python -m pytest tests/test_cuda_build.py tests/test_triton_build.py tests/test_cuda_ptx.py
 
 abi: dev  ## one build under several torch releases; downloads gigabytes
 	bash tests/abi/check.sh $(BIN)/python

@@ -59,11 +59,11 @@ def find_cuda_home(torch_cuda: str | None) -> tuple[Path | None, str | None]:
     others = []
     for home in dict.fromkeys(candidates):
         if (home / "bin" / "nvcc").exists() and cuda_folder(home, "cuda_runtime.h", CUDA_INCLUDES):
-            release = nvcc_release(home)
             # torch's own build command refuses another major release
-            if torch_cuda is None or release.split(".")[0] == torch_cuda.split(".")[0]:
+            release = None if torch_cuda is None else nvcc_release(home)
+            if torch_cuda is None or (release is not None and release.split(".")[0] == torch_cuda.split(".")[0]):
                 return home, None
-            others.append(f"{home} has {release}")
+            others.append(f"{home} has {release or 'an nvcc that does not run'}")
     reason = "no nvcc was found when it was built (CUDA_HOME, PATH, /usr/local/cuda)"
     if others:
         reason = (
@@ -75,12 +75,14 @@ def find_cuda_home(torch_cuda: str | None) -> tuple[Path | None, str | None]:
     return None, reason
 
 
-def nvcc_release(home: Path) -> str:
-    said = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+def nvcc_release(home: Path) -> str | None:
+    """What its nvcc says; None: it can't be run, or names none."""
+    try:
+        said = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return None
     found = re.search(r"release (\d+\.\d+)", said)
-    if found is None:
-        raise SystemExit(f"fastmtl: {home}/bin/nvcc --version names no release:\n{said}")
-    return found[1]
+    return None if found is None else found[1]
 
 
 # the toolkit's own installer has lib64; conda and the wheels have lib or a folder by target

@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, out: Path) -> dict[str, Any]:
     """Runs the cases with a progress display, prints the table, writes the files; returns the results of this run.
 
-    Interrupted, it keeps what it has measured.
+    Interrupted, it keeps what it has measured, in files of their own.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -90,30 +90,32 @@ def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, 
         f"fastmtl {machine['versions']['fastmtl']}, torch {machine['versions']['torch']}: {machine['device']}"
     )
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    rows = []
+    rows, interrupted = [], False
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("measuring the copy rate", total=len(cases))
         current = [""]
         runner = Runner(
             device, settings, lambda text: progress.update(task, description=f"{current[0]}: {text}", refresh=False)
         )
-        for case in cases:
-            current[0] = case.name
-            try:
+        try:
+            for case in cases:
+                current[0] = case.name
                 row = runner.run_case(case)
-            except KeyboardInterrupt:
-                if not rows:
-                    raise
-                progress.console.print(f"interrupted in {case.name}: {len(rows)} of {len(cases)} cases are kept")
-                break
-            rows.append(row)
-            progress.advance(task)
-            name, ours, ratio, *_ = report.cells(row)
-            progress.console.print(f"{name}: {ours}, {report.columns(row)[2]}: {ratio}", highlight=False, markup=False)
+                rows.append(row)
+                progress.advance(task)
+                name, ours, ratio, *_ = report.cells(row)
+                line = f"{name}: {ours}, {report.columns(row)[2]}: {ratio}"
+                progress.console.print(line, highlight=False, markup=False)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            interrupted = True
+            progress.console.print(f"interrupted in {current[0]}: {len(rows)} of {len(cases)} cases are kept")
     how = {"quick": quick, "budget_s": settings.budget_s, "longest_s": settings.longest_s}
     results = {
         "schema": 2,
-        "slug": slug(machine),
+        # a part of a suite must not take the place of an earlier whole
+        "slug": slug(machine) + ("-interrupted" if interrupted else ""),
         "machine": machine,
         "suites": report.suite_runs(rows, machine, how),
         "rows": rows,

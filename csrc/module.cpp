@@ -41,6 +41,8 @@ PYBIND11_MODULE(_C, m) {
       "cuda_plan",
       [](int64_t columns, int num_tasks, int num_out) {
         namespace cuda = fastmtl::cuda;
+        if (columns < 1 || num_tasks < 1 || num_tasks > 128 || num_out < 1)
+          throw pybind11::value_error("expected at least one column and one result, and 1 to 128 tasks");
         const cuda::Slots gram = cuda::gram_slots(columns, num_tasks);
         const cuda::CombineCut combine = cuda::combine_cut(columns, num_tasks, num_out);
         pybind11::dict plan;

@@ -15,12 +15,13 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from host.ptx import build as ptx
 from torch import Tensor
 
 from fastmtl.ops._rows import Rows, accumulate_dtype, present_params
@@ -37,12 +38,14 @@ INCLUDE = [f"-I{ROOT / 'csrc'}", f"-I{HOST}"]
 
 @dataclass(frozen=True)
 class Build:
-    """A way to build the kernels: flags for the kernels and their driver; sources compiled without these."""
+    """A way to build the kernels: flags for the kernels and their driver; sources compiled without these; objects
+    that a C++ compiler makes elsewhere."""
 
     name: str
     flags: tuple[str, ...] = ("-O1", "-g0")
     more_sources: tuple[Path, ...] = ()
     more_flags: tuple[str, ...] = ()
+    objects: Callable[[str], list[Path]] | None = field(default=None, repr=False)
 
 
 PLAIN = Build("plain")
@@ -55,7 +58,33 @@ RACES = Build(
     (HOST / "races.cpp",),
     ("-O2", "-g0", "-DFASTMTL_RACES"),
 )
-BUILDS = {build.name: build for build in (PLAIN, SANITIZED, RACES)}
+
+
+def _of_ptx(name: str, dtypes: Sequence[str], arch: int, races: bool = False, faulty: str | None = None) -> Build:
+    """The kernels of these dtypes as nvcc's PTX has them, in the place of their bodies: unoptimised, the driver calls
+    each of them by its name."""
+    sources = [*(f"kernels_{dtype}" for dtype in dtypes), "kernels_solve", "tables"]
+    # a kernel's virtual registers, and 32 KiB of arguments more than once
+    flags = ("-DFASTMTL_STACK_KIB=512", *(["-DFASTMTL_RACES"] if races else []))
+    return Build(
+        name,
+        ("-O0", "-g0", *flags),
+        (HOST / "ptx" / "ptx.cpp", *([HOST / "races.cpp"] if races else [])),
+        ("-O2", "-g0", *flags),
+        functools.partial(ptx.objects, sources, arch, faulty),
+    )
+
+
+SOME, EVERY = ("f32", "bf16"), ("f32", "f64", "bf16", "f16")
+# kernels that tests plant faults in: two, or all of them
+FAULTY = "combine_split_kernelIfE|gram_mma_kernelIfLi2E"
+PTX = _of_ptx("ptx", SOME, 90, faulty=FAULTY)
+PTX_RACES = _of_ptx("ptx_races", SOME, 90, races=True, faulty=FAULTY)
+PTX_MUTATIONS = _of_ptx("ptx_mutations", SOME, 90, faulty="")
+PTX_MUTATIONS_RACES = _of_ptx("ptx_mutations_races", SOME, 90, races=True, faulty="")
+PTX_EVERY = {arch: _of_ptx(f"ptx_every_{arch}", EVERY, arch) for arch in (80, 90)}
+PTX_EVERY_RACES = _of_ptx("ptx_every_races", EVERY, 90, races=True)
+BUILDS = {build.name: build for build in (PLAIN, SANITIZED, RACES, *PTX_EVERY.values())}
 _chosen = BUILDS[os.environ.get("FASTMTL_HOST", "plain")]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # elements before and after each output that must not be written
@@ -83,8 +112,10 @@ def build(how: Build) -> Path:
     """The shared library, compiled if its sources are not those of the last time."""
     cxx = compiler()
     assert cxx is not None
-    digest = hashlib.sha256(f"{cxx} {FLAGS} {how}".encode())
-    files = {f for folder in ("csrc", "csrc/cuda", "tests/host") for f in (ROOT / folder).glob("*")}
+    made = how.objects(cxx) if how.objects is not None else []
+    digest = hashlib.sha256(f"{cxx} {FLAGS} {how} {[one.name for one in made]}".encode())
+    folders = ("csrc", "csrc/cuda", "tests/host", "tests/host/ptx")
+    files = {f for folder in folders for f in (ROOT / folder).glob("*")}
     for file in sorted(f for f in files if f.suffix in (".h", ".cuh", ".inc", ".cu", ".cpp")):
         digest.update(file.read_bytes())
     library = FOLDER / f"{how.name}-{digest.hexdigest()[:16]}.so"
@@ -92,7 +123,8 @@ def build(how: Build) -> Path:
         return library
     work = FOLDER / f"{library.stem}.{os.getpid()}"
     work.mkdir(parents=True)
-    sources = [*((s, how.flags) for s in SOURCES), *((s, how.more_flags) for s in how.more_sources)]
+    # of two definitions of a function in a header the linker takes the first one
+    sources = [*((s, how.more_flags) for s in how.more_sources), *((s, how.flags) for s in SOURCES)]
     objects = [work / f"{source.stem}.o" for source, _ in sources]
     compiles = [
         [cxx, *FLAGS, *flags, *INCLUDE, "-x", "c++", "-c", str(source), "-o", str(target)]
@@ -102,7 +134,7 @@ def build(how: Build) -> Path:
     try:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             list(pool.map(_run, compiles))
-        _run([cxx, *sanitizer, "-shared", *map(str, objects), "-o", str(work / "kernels.so")])
+        _run([cxx, *sanitizer, "-shared", *map(str, [*made, *objects]), "-o", str(work / "kernels.so")])
         for old in FOLDER.glob(f"{how.name}-*.so"):
             old.unlink(missing_ok=True)
         (work / "kernels.so").replace(library)
@@ -115,6 +147,8 @@ def build(how: Build) -> Path:
 def _loaded(how: Build) -> ctypes.CDLL:
     found = ctypes.CDLL(str(build(how)))
     found.host_error.restype = ctypes.c_char_p
+    if how.objects is not None:
+        found.ptx_entered.restype = ctypes.c_char_p
     return found
 
 
@@ -429,3 +463,26 @@ def faulty(fault: int, schedule: int = FORWARD) -> float:
     result = ctypes.c_double()
     _checked(library().host_faulty(_int64(fault), ctypes.c_uint64(schedule), ctypes.byref(result)))
     return result.value
+
+
+def ptx_entered() -> list[str]:
+    """The kernels of PTX that ran since the last call, by their mangled names."""
+    return library().ptx_entered().decode().split()
+
+
+def run_ptx(text: str, arguments: Sequence[Tensor], folder: Path, num_threads: int = 32) -> None:
+    """One block of the one kernel in a PTX file, whose arguments are pointers; in a build with PTX.
+
+    folder: for what is compiled.
+    """
+    cxx = compiler()
+    assert cxx is not None
+    kernels = ctypes.CDLL(str(ptx.library(text, cxx, Path(library()._name), folder)))
+    (kernel,) = ptx.read(text)
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in arguments]
+    given = (ctypes.c_void_p * len(pointers))(*(ctypes.addressof(p) for p in pointers))
+    launch = library().ptx_launch
+    launch.restype = ctypes.c_char_p
+    error = launch(getattr(kernels, f"call_{kernel.name}"), given, _int64(1), num_threads, _int64(0))
+    if error is not None:
+        raise HostError(error.decode())

@@ -399,6 +399,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
     monkeypatch.setattr(Runner, "run_case", one_case)
     assert cli.run(options) == 1
     (path,) = tmp_path.glob("*.json")
+    assert path.stem.endswith("-interrupted")  # beside an earlier whole run, not in its place
     assert [row["case"] for row in json.loads(path.read_text())["rows"]] == measured == names[:1]
     monkeypatch.setattr(Runner, "run_case", lambda self, case: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):

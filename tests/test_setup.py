@@ -69,6 +69,22 @@ def test_the_toolkit_must_fit_torch(
     assert find("13.0") == (None, "FASTMTL_CUDA=0 was set when it was built")
 
 
+@pytest.mark.parametrize("broken", ["not executable", "no program", "silent"])
+def test_an_nvcc_that_does_not_run(
+    broken: str, tmp_path: Path, setup_file: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = toolkit(tmp_path / "bad"), toolkit(tmp_path / "good")
+    nvcc = bad / "bin/nvcc"
+    nvcc.write_text({"no program": "text", "silent": "#!/bin/sh\nexit 3\n"}.get(broken, nvcc.read_text()))
+    nvcc.chmod(0o644 if broken == "not executable" else 0o755)
+    monkeypatch.setitem(os.environ, "CUDA_HOME", str(bad))
+    monkeypatch.setitem(os.environ, "CUDA_PATH", str(good))
+    monkeypatch.delitem(os.environ, "FASTMTL_CUDA", raising=False)
+    assert setup_file["find_cuda_home"]("13.0") == (good, None)
+    _, reason = setup_file["find_cuda_home"]("11.8")
+    assert f"{bad} has an nvcc that does not run" in reason
+
+
 def test_no_static_runtime(tmp_path: Path, setup_file: dict[str, Any]) -> None:
     home = toolkit(tmp_path, library=None)
     with pytest.raises(SystemExit, match=r"no libcudart_static\.a in lib64, targets/.*FASTMTL_CUDA=0"):

@@ -133,6 +133,9 @@ def built(request: pytest.FixtureRequest) -> Iterator[Callable[[str, int], Built
 def test_compiles_to_what_it_should(name: str, arch: int, built: Callable[[str, int], Built]) -> None:
     result = built(name, arch)
     found = problems(_targets()[name], arch, result)
+    if not triton.__version__.startswith("3.6."):
+        # other releases assign registers otherwise: the tiles are those that don't spill under the pinned one
+        found = [problem for problem in found if not problem.startswith("spills: ")]
     assert not found, f"{'; '.join(found)} ({result.registers} registers, {result.shared} bytes of shared memory)"
 
 

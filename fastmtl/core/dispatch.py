@@ -90,7 +90,7 @@ def unavailable(backend: str, device_type: str) -> str | None:
     if backend != device_type:
         return f"the {backend} backend takes {backend} tensors, got tensors on {device_type!r}"
     if backend == "cuda" and not build_info().get("cuda_architectures"):
-        return "the extension was built without CUDA (no nvcc was found, or FASTMTL_CUDA=0)"
+        return "the extension was built without CUDA (`fastmtl info` says why)"
     return None
 
 

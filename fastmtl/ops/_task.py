@@ -66,6 +66,14 @@ class Geometry(NamedTuple):
         return h, w
 
 
+def shape_of_one(weights: TaskWeights) -> torch.Size:
+    """`weights.shape`, as a function: dynamo of torch 2.10 traces no property of a named tuple."""
+    if weights.weight is not None:
+        return weights.weight.shape
+    stacked = len(weights.delta) == 1 and not weights.delta_tasks
+    return weights.delta[0].shape[1:] if stacked else weights.delta[0].shape
+
+
 class TaskWeights(NamedTuple):
     """`W + s_t * Delta_t` of all tasks, as the ops pass it on.
 
@@ -94,9 +102,7 @@ class TaskWeights(NamedTuple):
     @property
     def shape(self) -> torch.Size:
         """Of one weight: `[Cout, Cin / groups, kh, kw]` or `[Cout, Cin]`."""
-        if self.weight is not None:
-            return self.weight.shape
-        return self.delta[0].shape[1:] if self.stacked else self.delta[0].shape
+        return shape_of_one(self)
 
     @property
     def like(self) -> Tensor:

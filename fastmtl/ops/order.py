@@ -130,7 +130,8 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
 
 def check_generator(generator: object) -> None:
     """Raises TypeError unless it is a generator, a state or None."""
-    if generator is not None and not isinstance(generator, (torch.Generator, Tensor)):
+    # a tensor first and by itself: dynamo of torch 2.14 does not ask whether one is a generator
+    if generator is not None and not isinstance(generator, Tensor) and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator or a state, got {type(generator).__name__}")
 
 

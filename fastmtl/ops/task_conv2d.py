@@ -29,6 +29,7 @@ from fastmtl.ops._task import (
     memory_format,
     read_pair,
     read_weights,
+    shape_of_one,
     triton_declines,
 )
 from fastmtl.ops.combine import check_unrecorded, mark_written
@@ -91,7 +92,7 @@ def task_conv2d(
     x = cast_by_autocast(x)
     check_ids(task_ids, x.device)
     weights, tasks = read_weights(x, weight, delta, gate, 4)
-    shape = weights.shape
+    shape = shape_of_one(weights)
     check_bias(x, bias, shape[0], tasks)
     geometry, extra = read_geometry(stride, padding, dilation, groups, shape[2:])
     check_channels(x, shape, groups)

@@ -28,6 +28,7 @@ from fastmtl.ops._task import (
     check_leading,
     empty_gradients,
     read_weights,
+    shape_of_one,
     triton_declines,
 )
 from fastmtl.ops.combine import mark_written
@@ -83,7 +84,7 @@ def task_linear(
     x = cast_by_autocast(x)
     check_ids(task_ids, x.device)
     weights, tasks = read_weights(x, weight, delta, gate, 2)
-    shape = weights.shape
+    shape = shape_of_one(weights)
     check_bias(x, bias, shape[0], tasks)
     if x.shape[-1] != shape[1]:
         raise ValueError(f"x: expected {shape[1]} columns as the weights, got {x.shape[-1]}")

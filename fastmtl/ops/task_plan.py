@@ -47,8 +47,9 @@ def read_plan(task_ids: Tensor | TaskPlan, num_tasks: int) -> TaskPlan:
     if not isinstance(task_ids, TaskPlan):
         return task_plan(task_ids, num_tasks)
     plan = task_ids
-    if plan.num_tasks != num_tasks:
-        raise ValueError(f"task_ids: expected a plan of {num_tasks} tasks, got one of {plan.num_tasks}")
+    planned = plan.offsets.shape[0] - 1  # `plan.num_tasks`, which dynamo of torch 2.10 does not trace
+    if planned != num_tasks:
+        raise ValueError(f"task_ids: expected a plan of {num_tasks} tasks, got one of {planned}")
     for name, x in (("order", plan.order), ("offsets", plan.offsets)):
         if x.dtype != torch.int64 or x.dim() != 1 or x.device != plan.task_ids.device:
             raise ValueError(f"task_ids: expected a plan as `task_plan` makes it, got {name} {x.dtype} on {x.device}")

@@ -66,7 +66,7 @@ def task_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, task_ids: Tensor |
     ids = task_ids.task_ids if isinstance(task_ids, TaskPlan) else task_ids
     if list(ids.shape) != [x.shape[0]]:
         raise ValueError(f"task_ids: expected shape [{x.shape[0]}], as x, got {list(ids.shape)}")
-    if isinstance(task_ids, TaskPlan) and task_ids.num_tasks != scale.shape[0]:
+    if isinstance(task_ids, TaskPlan) and task_ids.offsets.shape[0] - 1 != scale.shape[0]:
         raise ValueError(f"task_ids: expected a plan of {scale.shape[0]} tasks, got one of {task_ids.num_tasks}")
     return task_scale_shift_op(x, scale, shift, ids)
 

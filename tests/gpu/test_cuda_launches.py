@@ -1,4 +1,4 @@
-"""What a call launches, and that nothing waits: neither the host, nor with `FASTMTL_PDL=1` the second launch."""
+"""What a call launches, and that nothing waits: not the host, nor on sm_90 the second launch for the first."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ print(events["combine"].start < events["gram"].end)
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_launches_are_early_if_asked(early: bool) -> None:
+def test_launches_are_early_unless_turned_off(early: bool) -> None:
     """The T x T problem of 128 tasks takes hundreds of microseconds: time enough for the next launch to begin."""
     if (reason := dispatch.unavailable("cuda", DEVICE)) is not None:
         pytest.skip(reason)

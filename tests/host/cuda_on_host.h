@@ -49,7 +49,10 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace cuda_on_host {
 
 constexpr int kWarp = 32;
-constexpr size_t kStackBytes = 128 << 10;  // the sanitizer's frames are large
+#if !defined(FASTMTL_STACK_KIB)
+#define FASTMTL_STACK_KIB 128  // the sanitizer's frames are large
+#endif
+constexpr size_t kStackBytes = FASTMTL_STACK_KIB << 10;
 
 // --- fibers
 
@@ -115,6 +118,7 @@ inline uint64_t schedule = 0;
 struct Copy {
   void* to;
   const void* from;
+  uint32_t bytes, taken;  // zeros behind those taken
   int group;
 };
 struct Copies {
@@ -131,6 +135,7 @@ struct Machine {
   size_t num_stacks = 0;
   std::unique_ptr<unsigned char[]> shared;
   size_t shared_bytes = 0;
+  size_t dynamic_shared = 0;  // what the launch asks for
   Context caller;
   void (*body)(const void*) = nullptr;
   const void* arguments = nullptr;
@@ -246,6 +251,40 @@ inline void* shared_memory(size_t bytes) {
   return m.shared.get();
 }
 
+inline void* big_shared_memory(size_t bytes) {
+  if (bytes > machine.dynamic_shared) fail("more shared memory than the launch asks for");
+  return shared_memory(bytes);
+}
+
+// Copies to shared memory arrive as late as they may; until then all bits are set there. where: the code that calls.
+inline void begin_copy(void* to, const void* from, uint32_t bytes, uint32_t taken, const void* where) {
+  for (const void* p : {static_cast<const void*>(to), from})
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("a misaligned copy");
+  if (taken > 0) races::access(from, taken, false, where);
+  races::access(to, bytes, true, where);
+  const races::Quiet quiet;
+  std::memset(to, 0xFF, bytes);
+  Copies& copies = machine.copies[machine.current];
+  copies.waiting.push_back({to, from, bytes, taken, copies.committed});
+}
+inline void commit_copies() {
+  const races::Quiet quiet;
+  ++machine.copies[machine.current].committed;
+}
+// but for the last `most` groups committed
+inline void finish_copies(int most, const void* where) {
+  Copies& copies = machine.copies[machine.current];
+  auto it = copies.waiting.begin();
+  for (; it != copies.waiting.end() && it->group < copies.committed - most; ++it) {
+    races::access(it->to, it->bytes, true, where);
+    const races::Quiet quiet;
+    std::memcpy(it->to, it->from, it->taken);
+    std::memset(static_cast<char*>(it->to) + it->taken, 0, it->bytes - it->taken);
+  }
+  const races::Quiet quiet;
+  copies.waiting.erase(copies.waiting.begin(), it);
+}
+
 inline void run_block(int num_threads) {
   Machine& m = machine;
   m.num_threads = m.live = num_threads;
@@ -272,11 +311,13 @@ inline void run_block(int num_threads) {
   if (m.error != nullptr) throw std::runtime_error(m.error);
 }
 
+// dynamic_shared: bytes of FASTMTL_BIG_SHARED
 template <class Body>
-void launch(int64_t blocks, int num_threads, const Body& body) {
+void launch(int64_t blocks, int num_threads, const Body& body, size_t dynamic_shared = 0) {
   if (blocks < 1 || num_threads < 1 || num_threads % kWarp != 0) throw std::runtime_error("a launch without threads");
   Machine& m = machine;
   m.arguments = &body;
+  m.dynamic_shared = dynamic_shared;
   m.body = [](const void* it) { (*static_cast<const Body*>(it))(); };
   m.step = schedule == 1 ? -1 : 1;
   gridDim = {static_cast<unsigned>(blocks), 1, 1};
@@ -304,8 +345,9 @@ To bits_as(const From& x) {
 }  // namespace cuda_on_host
 
 #define FASTMTL_SHARED(Type, name) Type& name = *static_cast<Type*>(cuda_on_host::shared_memory(sizeof(Type)))
-#define FASTMTL_BIG_SHARED(Type, name) FASTMTL_SHARED(Type, name)
-#define FASTMTL_BIG_LAUNCH(bytes, blocks, stream, arguments, ...) FASTMTL_LAUNCH(blocks, stream, arguments, __VA_ARGS__)
+#define FASTMTL_BIG_SHARED(Type, name) Type& name = *static_cast<Type*>(cuda_on_host::big_shared_memory(sizeof(Type)))
+#define FASTMTL_BIG_LAUNCH(bytes, blocks, stream, arguments, ...) \
+  (static_cast<void>(stream), cuda_on_host::launch(blocks, kThreads, [&] { __VA_ARGS__ arguments; }, bytes))
 #define FASTMTL_LAUNCH(blocks, stream, arguments, ...) \
   (static_cast<void>(stream), cuda_on_host::launch(blocks, kThreads, [&] { __VA_ARGS__ arguments; }))
 // launches run one after another
@@ -430,32 +472,13 @@ void store_wide(void* to, const V& x) {
   std::memcpy(to, &x, sizeof(V));
 }
 
-// What is copied arrives as late as it may; until then all bits are set there.
 inline void copy_async(void* to, const void* from) {
-  for (const void* p : {static_cast<const void*>(to), from})
-    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) cuda_on_host::fail("a misaligned copy");
-  cuda_on_host::races::access(from, 16, false, __builtin_return_address(0));
-  cuda_on_host::races::access(to, 16, true, __builtin_return_address(0));
-  const cuda_on_host::races::Quiet quiet;
-  std::memset(to, 0xFF, 16);
-  auto& copies = cuda_on_host::machine.copies[cuda_on_host::machine.current];
-  copies.waiting.push_back({to, from, copies.committed});
+  cuda_on_host::begin_copy(to, from, 16, 16, __builtin_return_address(0));
 }
-inline void commit_copies() {
-  const cuda_on_host::races::Quiet quiet;
-  ++cuda_on_host::machine.copies[cuda_on_host::machine.current].committed;
-}
+inline void commit_copies() { cuda_on_host::commit_copies(); }
 template <int kMost>
 void wait_for_copies() {
-  auto& copies = cuda_on_host::machine.copies[cuda_on_host::machine.current];
-  auto it = copies.waiting.begin();
-  for (; it != copies.waiting.end() && it->group < copies.committed - kMost; ++it) {
-    cuda_on_host::races::access(it->to, 16, true, __builtin_return_address(0));
-    const cuda_on_host::races::Quiet quiet;
-    std::memcpy(it->to, it->from, 16);
-  }
-  const cuda_on_host::races::Quiet quiet;
-  copies.waiting.erase(copies.waiting.begin(), it);
+  cuda_on_host::finish_copies(kMost, __builtin_return_address(0));
 }
 
 // skipped: without its release and acquire
