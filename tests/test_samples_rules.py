@@ -1,4 +1,4 @@
-"""Every rule of `fastmtl._samples` against what really depends on what: a changed sample changes its own part alone."""
+"""Every rule of `one_pass` against what really depends on what: a changed sample changes its own part alone."""
 
 from __future__ import annotations
 

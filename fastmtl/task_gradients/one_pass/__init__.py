@@ -1,6 +1,7 @@
-"""Following the samples of a batch through a forward pass: which axis of every tensor carries them.
+"""The task gradients of a batch in which every sample has one task, from one forward and one backward pass.
 
-`tags` says what is known of a tensor, `rules` how each torch function hands that on, `layers` what is done where a
-parameter meets samples, `mode` is the torch function mode that sees every call, `block` one batch with its backward
-pass.
+The samples of the batch are followed through the forward pass: `sample_axis` says what is known of a tensor, `rules` how
+each torch function hands that on, `layers` and `attention` what is done where a parameter meets samples, `tracker` is the
+torch function mode that sees every call. `batch` is one batch with its backward pass, which delivers to `bank`; `context`
+is the block around them.
 """

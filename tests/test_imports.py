@@ -1,0 +1,85 @@
+"""Imports point one way: from what finds gradients to what knows nothing of them (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# what may import what stands behind it, and nothing before it
+LAYERS = (
+    ("fastmtl.benchmarks",),
+    ("fastmtl.optim", "fastmtl.nn"),
+    ("fastmtl.task_gradients",),
+    ("fastmtl.surgery",),
+    ("fastmtl.distributed", "fastmtl.methods"),
+    ("fastmtl.ops",),
+    ("fastmtl.kernels",),
+    ("fastmtl.parameters",),
+    ("fastmtl.core", "fastmtl._C", "fastmtl._version"),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# the package itself, its command line and what that prints may know everything
+TOP = ("fastmtl/__init__.py", "fastmtl/__main__.py", "fastmtl/info.py")
+# to be cut: the kernels read how the ops pass gradients and weights on
+KNOWN = {("fastmtl.kernels", "fastmtl.ops._rows"), ("fastmtl.kernels", "fastmtl.ops._task")}
+FILES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("fastmtl", "kernels", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+    if path.relative_to(ROOT).as_posix() not in TOP
+)
+
+
+def module_of(file: str) -> str:
+    parts = Path(file).with_suffix("").parts
+    parts = parts if parts[0] == "fastmtl" else ("fastmtl", *parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imported(source: str) -> Iterator[str]:
+    """Every module of fastmtl that is imported, in functions and for types too; of `from fastmtl import x` fastmtl.x."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("fastmtl."))
+        elif isinstance(node, ast.ImportFrom) and node.module == "fastmtl":
+            yield from (f"fastmtl.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastmtl."):
+            yield node.module
+
+
+def layer_of(module: str) -> str | None:
+    return next((name for name in LEVEL if module == name or module.startswith(f"{name}.")), None)
+
+
+def arrows_back(file: str, source: str) -> list[str]:
+    here = layer_of(module_of(file))
+    assert here is not None, f"{file} is in no layer"
+    found = []
+    for module in imported(source):
+        there = layer_of(module)
+        if there is None or (here, module) in KNOWN or there == here:
+            continue
+        if LEVEL[there] <= LEVEL[here]:
+            found.append(f"{file} imports {module}")
+    return found
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_point_one_way(file: str) -> None:
+    assert arrows_back(file, (ROOT / file).read_text()) == []
+
+
+def test_an_arrow_back_is_found() -> None:
+    assert arrows_back("fastmtl/surgery/x.py", "from fastmtl.task_gradients.bank import GradientBank") != []
+    assert arrows_back("kernels/x.py", "def f():\n    import fastmtl.surgery.solve") != []
+    assert arrows_back("fastmtl/methods/x.py", "from fastmtl import distributed") != []
+    assert arrows_back("fastmtl/task_gradients/x.py", "from fastmtl import methods, ops") == []
+
+
+def test_known_arrows_are_still_there() -> None:
+    seen = {(layer_of(module_of(f)), m) for f in FILES for m in imported((ROOT / f).read_text())}
+    assert seen >= KNOWN
