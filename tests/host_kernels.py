@@ -108,12 +108,18 @@ def _run(command: Sequence[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
+def _flags(cxx: str) -> list[str]:
+    """g++ makes variables in inline functions and templates one for all libraries of a process, however these are
+    loaded: a kernel's shared memory of one build would be that of another, which may be smaller."""
+    return FLAGS if "clang" in Path(cxx).name else [*FLAGS, "-fno-gnu-unique"]
+
+
 def build(how: Build) -> Path:
     """The shared library, compiled if its sources are not those of the last time."""
     cxx = compiler()
     assert cxx is not None
     made = how.objects(cxx) if how.objects is not None else []
-    digest = hashlib.sha256(f"{cxx} {FLAGS} {how} {[one.name for one in made]}".encode())
+    digest = hashlib.sha256(f"{cxx} {_flags(cxx)} {how} {[one.name for one in made]}".encode())
     folders = ("csrc", "csrc/cuda", "tests/host", "tests/host/ptx")
     files = {f for folder in folders for f in (ROOT / folder).glob("*")}
     for file in sorted(f for f in files if f.suffix in (".h", ".cuh", ".inc", ".cu", ".cpp")):
@@ -127,7 +133,7 @@ def build(how: Build) -> Path:
     sources = [*((s, how.more_flags) for s in how.more_sources), *((s, how.flags) for s in SOURCES)]
     objects = [work / f"{source.stem}.o" for source, _ in sources]
     compiles = [
-        [cxx, *FLAGS, *flags, *INCLUDE, "-x", "c++", "-c", str(source), "-o", str(target)]
+        [cxx, *_flags(cxx), *flags, *INCLUDE, "-x", "c++", "-c", str(source), "-o", str(target)]
         for (source, flags), target in zip(sources, objects, strict=True)
     ]
     sanitizer = ["-fsanitize=address"] if how is SANITIZED else []
