@@ -41,7 +41,7 @@ def module_of(file: str) -> str:
 
 
 def imported(source: str) -> Iterator[str]:
-    """Every module of fastmtl that is imported, in functions and for types too; of `from fastmtl import x` fastmtl.x."""
+    """Every module of fastmtl that is imported, in functions and for types too; `from fastmtl import x` too."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("fastmtl."))
