@@ -91,7 +91,7 @@ SHOW=40 stage info 60 "$python" -m fastmtl info
 # without them the tests would skip, and the benchmarks measure something else
 stage backends 60 "$python" -c '
 from fastmtl.core import dispatch
-missing = {name: _backend.unavailable(name, "cuda") for name in ("cuda", "triton")}
+missing = {name: dispatch.unavailable(name, "cuda") for name in ("cuda", "triton")}
 print(missing)
 raise SystemExit(any(missing.values()))' || exit 1
 # Inductor's pool of compilers can outlive a worker of the tests and hold it up at its end
