@@ -34,7 +34,6 @@ MULTIPROCESSORS, WARPS = 132, THREADS // 32  # of both cards; of a block
 FROM_CACHE, CACHE_BYTES = 7e12, 45_000_000
 # assumed, in seconds: a load under traffic; one of sums that lie in the second-level cache; a kernel's way onto the
 # card in a graph, and its last block's end; the sums of a block's warps; a ticket with its barriers
-CLOCK = 1.98e9
 LOAD, LOAD_OF_SUMS, RAMP, BLOCK_SUMS, TICKET = 650e-9, 300e-9, 2e-6, 1.5e-6, 0.8e-6
 
 ITEMSIZE = {"f32": 4, "bf16": 2}
@@ -83,7 +82,25 @@ class Card:
 H100 = Card("H100", "nvidia-h100-2026-11-26.txt")
 H200 = Card("H200", "nvidia-h200-2026-11-26.txt")
 CARDS = (H100, H200)
-LAUNCH = 1.4e-6  # of a graph's node: an add to one element, in the same results
+
+
+def _number(card: Card, what: str, pattern: str) -> float:
+    found = re.search(pattern, card.text, re.M)
+    if found is None:
+        raise ValueError(f"{card.results}: expected {what}")
+    return float(found[1])
+
+
+@functools.cache
+def clock() -> float:
+    """Of a busy card, in Hz."""
+    return 1e6 * _number(H200, "the clock", r"^== .* at (\d+) MHz")
+
+
+@functools.cache
+def launch() -> float:
+    """Seconds of a graph's node: an add to one element."""
+    return 1e-6 * _number(H100, "the time of a tiny add", r"^tiny add in a graph ([\d.]+) us")
 
 
 @functools.cache
@@ -92,7 +109,7 @@ def solve_times() -> dict[int, float]:
     found = re.findall(r"^T (\d+) coefficients ([\d.]+)", H100.text, re.M)
     if not found:
         raise ValueError(f"{H100.results}: expected the times of pcgrad_coefficients")
-    return {int(t): 1e-6 * float(us) - LAUNCH for t, us in found}
+    return {int(t): 1e-6 * float(us) - launch() for t, us in found}
 
 
 def solve_seconds(num_tasks: int) -> float:
@@ -133,8 +150,8 @@ class Loop:
         """Seconds of a step: one warp's latencies, and its instructions where they wait for its own loads; or the
         instructions of all warps, which four schedulers share, if those are more.
         """
-        alone = self.rounds * LOAD + (self.instructions / CLOCK if self.rounds >= 1 else 0.0)
-        return max(alone, self.blocks * WARPS / 4 * self.instructions / CLOCK)
+        alone = self.rounds * LOAD + (self.instructions / clock() if self.rounds >= 1 else 0.0)
+        return max(alone, self.blocks * WARPS / 4 * self.instructions / clock())
 
     def walk(self, blocks: int, steps: int) -> float:
         """Seconds of so many blocks with so many steps each: few, whole waves; many, the average."""

@@ -800,6 +800,21 @@ def one_pass_of_uneven_parts(rank: int, size: int) -> Any:
 
 
 @case(2)
+def one_pass_of_wrong_ids(rank: int, size: int) -> Any:
+    """Ids out of range on a device, which only that device can see: NaN in `_poison`, here on the last rank alone."""
+    x, ids = [*one_pass_parts(size)][rank]
+    found = {}
+    for name, method in METHODS.items():
+        model = OneTaskEach()
+        with fastmtl.one_pass(model, ids, 3, shared=model.trunk, process_group=dist.group.WORLD) as bank:
+            model(x).square().sum().backward()
+        bank._poison = torch.tensor(torch.nan if rank == size - 1 else 0.0)
+        surgery = bank.apply(method)
+        found[name] = [surgery.weights, *(p.grad for p in model.trunk.parameters())]
+    return found
+
+
+@case(2)
 def one_pass_errors(rank: int, size: int) -> Any:
     x, ids = [*one_pass_parts(size)][rank]
     model = OneTaskEach()

@@ -40,13 +40,18 @@ only_in_aot = pytest.mark.skipif(not ALL, reason="part of `make aot`")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def translated() -> Iterator[None]:
+def built(how: host.Build) -> Iterator[None]:
+    """Inside, the host's launches run these kernels."""
     if host.compiler() is None:
         skip_or_fail("no C++ compiler")
-    with host.using(host.PTX):
+    with host.using(how):
         host.library()
         yield
+
+
+@pytest.fixture(scope="module")
+def translated() -> Iterator[None]:
+    yield from built(host.PTX)
 
 
 def levels(num_tasks: int, dtype: torch.dtype) -> None:
@@ -298,11 +303,7 @@ def test_what_is_not_known_is_named(instruction: str) -> None:
 
 @pytest.fixture(scope="module")
 def under_races() -> Iterator[None]:
-    if host.compiler() is None:
-        skip_or_fail("no C++ compiler")
-    with host.using(host.PTX_RACES):
-        host.library()
-        yield
+    yield from built(host.PTX_RACES)
 
 
 @pytest.fixture

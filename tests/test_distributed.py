@@ -503,6 +503,13 @@ def test_one_pass_of_uneven_parts(results, size, reduction, method, wrap):
                 torch.testing.assert_close(got["grads"][name], g, rtol=1e-4, atol=1e-5)
 
 
+def test_ids_out_of_range_on_one_rank_are_nan_on_all(results):
+    for found in results(2, "one_pass_of_wrong_ids"):
+        assert found.keys() == dc.METHODS.keys()
+        for tensors in found.values():
+            assert all(x.isnan().all() for x in tensors)
+
+
 def test_one_pass_errors(results):
     for found in results(2, "one_pass_errors"):
         assert re.search("process_group", found["no group"])

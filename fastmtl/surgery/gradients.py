@@ -29,6 +29,8 @@ class SurgeryInput(Protocol):
         device: of the Gram matrix.
         poison: NaN where something was wrong that the host can't see, else 0; None: nothing can be.
         is_empty: no parameter is shared, so that the method has nothing to decide.
+        partitioned: each rank has columns of its own, and perhaps none, so that the Gram matrix is a sum over ranks;
+            else all have equal gradients.
     """
 
     @property
@@ -41,6 +43,8 @@ class SurgeryInput(Protocol):
     def poison(self) -> Tensor | None: ...
     @property
     def is_empty(self) -> bool: ...
+    @property
+    def partitioned(self) -> bool: ...
 
     def gram(self) -> Tensor:
         """`[T, T]` inner products of the gradients that this process has."""
@@ -57,11 +61,10 @@ class TaskGradients:
         rows: T rows of their gradients. Emptied: the update is written into the memory of gradients that nobody
             else holds, so that it costs none.
         unshared: the other parameters, each with the sum of its gradients. Emptied likewise.
-        names, present, poison: see `SurgeryInput`.
+        names, present, poison, partitioned: see `SurgeryInput`.
         device: where the Gram matrix goes if nothing is shared.
         references: how many the caller keeps to each gradient, besides `rows`.
         receivers: what the updates are for, in the order of `params`; None: `params` themselves.
-        partitioned: each rank has columns of its own, and perhaps none, of the gradients that all have together.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class TaskGradients:
         index = [t * n + i for t, row in enumerate(rows) for i, g in enumerate(row) if g is not None]
         tensors = [g for row in rows for g in row if g is not None]
         rows.clear()
-        self.names, self.present, self.poison = names, present, poison
+        self.names, self.present, self.poison, self.partitioned = names, present, poison, partitioned
         self.device = params[0].device if params else device
         self.is_empty = not (tensors or (partitioned and params))
         self._gradients = Rows(tensors, index, len(names), n)
@@ -99,7 +102,7 @@ class TaskGradients:
 
     def combine(self, weights: Tensor) -> Updates:
         columns = self._result_memory()
-        if columns and not self.is_empty:
+        if columns:
             with without_autocast(self.device.type):
                 combine_into(weights, self._gradients, columns)
         return self._updates(columns)

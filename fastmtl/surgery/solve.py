@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,14 +24,11 @@ class SurgeryOptions(NamedTuple):
         method: what turns the Gram matrix into weights.
         loss_scale: what the losses were multiplied by; None: by nothing.
         ranks: who decides together; None: this process alone.
-        partitioned: each of the ranks has columns of its own, so that the Gram matrix is a sum over them; else all
-            have equal gradients.
     """
 
     method: Weighting
     loss_scale: float | Tensor | None = None
     ranks: Ranks | None = None
-    partitioned: bool = False
 
 
 def solve(gradients: SurgeryInput, options: SurgeryOptions) -> tuple[Updates, Surgery]:
@@ -47,14 +45,14 @@ def solve(gradients: SurgeryInput, options: SurgeryOptions) -> tuple[Updates, Su
                 gram, weights, updates = gradients.pcgrad(options.method)
                 return updates, Surgery(_unscaled(gram, options.loss_scale), weights, names, present)
             gram = gradients.gram()
-            if options.ranks is not None and options.partitioned:
+            if options.ranks is not None and gradients.partitioned:
                 gram = options.ranks.total_gram(gram)
             gram = _unscaled(gram, options.loss_scale)
             weights = _weigh(gram, gradients, options)
         return gradients.combine(weights), Surgery(gram, weights, names, present)
 
 
-def _ones_of_present(present: object, device: torch.device) -> Tensor:
+def _ones_of_present(present: Sequence[bool] | Tensor, device: torch.device) -> Tensor:
     if isinstance(present, Tensor):
         return present.to(torch.float64)
     weights = torch.zeros(len(present), dtype=torch.float64, device=device)

@@ -193,31 +193,43 @@ class GradientBank:
             raise RuntimeError("GradientBank.apply: no gradient was collected since the bank was made or applied")
         shared = split_shared(reached, self._named, self._shared)
         device = next(iter(reached)).device
-        sharded = ranks is not None and ranks.sharded
         unshared = dict(self._unshared)
-        if ranks is not None and not sharded:
+        if ranks is not None and not ranks.sharded:
             # if the method raises, the means stand where the rows were; those of means are the same
-            gradients = averaged(ranks, joint, shared, self._rows, unshared, self._named, self.names, device)
+            gradients = averaged(
+                ranks, joint, shared, self._rows, unshared, self._named, self.names, device, references=1
+            )
         else:
-            is_shared = set(shared)
-            for row in self._rows:
-                for p, g in row.items():
-                    if p not in is_shared:
-                        add_unshared(unshared, p, g)
-                    elif g.layout is not torch.strided:
-                        raise sparse_shared(g.layout, p, self._named)
-            rows: list[Row] = [[row.get(p) for p in shared] for row in self._rows]
-            if sharded:
-                rows = [[None if g is None else local(g) for g in row] for row in rows]
-                unshared = {p: local(g) for p, g in unshared.items()}
-                gradients = of_shards(shared, rows, unshared, self.names, present, device, references=1)
-            else:
-                gradients = TaskGradients(shared, rows, unshared, self.names, present, device, references=1)
-        updates, surgery = solve(gradients, SurgeryOptions(method, scale, ranks, partitioned=sharded))
+            gradients = self._collected(shared, unshared, present, device, sharded=ranks is not None)
+        updates, surgery = solve(gradients, SurgeryOptions(method, scale, ranks))
         self.clear()
         # hooks ran in each backward pass
         accumulate(updates, run_hooks=False)
         return surgery
+
+    def _collected(
+        self,
+        shared: Sequence[Tensor],
+        unshared: dict[Tensor, Tensor],
+        present: Sequence[bool],
+        device: torch.device,
+        *,
+        sharded: bool,
+    ) -> TaskGradients:
+        """The rows of this process, or its shards of them; those of parameters that are not shared go to `unshared`."""
+        is_shared = set(shared)
+        for row in self._rows:
+            for p, g in row.items():
+                if p not in is_shared:
+                    add_unshared(unshared, p, g)
+                elif g.layout is not torch.strided:
+                    raise sparse_shared(g.layout, p, self._named)
+        rows: list[Row] = [[row.get(p) for p in shared] for row in self._rows]
+        if not sharded:
+            return TaskGradients(shared, rows, unshared, self.names, present, device, references=1)
+        rows = [[None if g is None else local(g) for g in row] for row in rows]
+        unshared = {p: local(g) for p, g in unshared.items()}
+        return of_shards(shared, rows, unshared, self.names, present, device, references=1)
 
     def __repr__(self) -> str:
         seen = [name for name, here in zip(self.names, self._present, strict=True) if here]

@@ -46,7 +46,6 @@ def backward(
     features: Tensor | Sequence[Tensor] | None = None,
     chunk_size: int | None = None,
     loss_scale: float | Tensor | None = None,
-    groups: Any = None,
     process_group: Any = None,
 ) -> Surgery:
     """Replaces `sum(losses).backward()`: accumulates into `.grad`, with gradient surgery on shared parameters.
@@ -83,7 +82,6 @@ def backward(
         chunk_size: how many backward passes to run at once (`torch.autograd.grad` with `is_grads_batched`, which is
             `vmap`). None or 1: one at a time. Equal up to rounding; more memory, and no custom function or
             compiled graph that vmap can't batch.
-        groups: not available yet.
         process_group: the ranks whose gradients are averaged, whatever `params` is. None: those of the
             `DistributedDataParallel` or `fully_shard` module that `params` (or `shared`) itself is or contains; else
             this process alone. docs/distributed.md says what each rank passes and what is sent.
@@ -104,7 +102,6 @@ def backward(
             `chunk_size` or `process_group` with a `fully_shard` module.
         RuntimeError: several ranks and neither `params` nor `process_group` says what to do; another rank raised; what
             autograd raises; what vmap can't batch; a compiled graph with donated buffers (see below).
-        NotImplementedError: `groups` is given.
         Nothing has been written to any `.grad` when one of these is raised.
 
     A non-finite gradient in any task shows in `.grad`, so that `GradScaler` skips the step. Peak extra memory: the
@@ -125,8 +122,6 @@ def backward(
         >>> surgery.weights
         tensor([1., 1.], dtype=torch.float64)
     """
-    if groups is not None:
-        raise NotImplementedError("fastmtl.backward: groups is not available yet")
     return run_backward(
         losses,
         params,
@@ -280,8 +275,7 @@ def _solve(read: _Read, retain_graph: bool, ranks: Ranks | None, call: str) -> t
         gradients = _collect_shards(read, retain_graph, ranks, call)
     else:
         gradients = _collect_means(read, retain_graph, ranks, call)
-    partitioned = ranks is not None and ranks.sharded
-    return solve(gradients, SurgeryOptions(read.method, read.scale, ranks, partitioned))
+    return solve(gradients, SurgeryOptions(read.method, read.scale, ranks))
 
 
 def _collect_alone(read: _Read, retain_graph: bool) -> TaskGradients:
@@ -351,7 +345,7 @@ def _solve_by_features(read: _Read, retain_graph: bool, ranks: Ranks | None, cal
     cut = read.features if read.parts is None else list(read.parts.features)
     with ranks.reporting(call):
         gradients = TaskGradients(cut, passes.rows, {}, read.names, joint.present, read.device, partitioned=True)
-        updates, surgery = solve(gradients, SurgeryOptions(read.method, read.scale, ranks, partitioned=True))
+        updates, surgery = solve(gradients, SurgeryOptions(read.method, read.scale, ranks))
         mine = dict(_run_through_trunk(updates, shared, passes, retain_graph))
     joint, _ = _meet(read, ranks, call, [mine])
     average_gradients(ranks, joint, [], mine, set())

@@ -23,10 +23,12 @@ def averaged(
     named: Mapping[Tensor, str],
     names: Sequence[str],
     device: torch.device,
+    references: int = 0,
 ) -> TaskGradients:
     """The means over the ranks of T rows by parameter (`held`) and of the other gradients, which they replace.
 
-    What `held` has of parameters that turned out not to be shared goes to `unshared`.
+    What `held` has of parameters that turned out not to be shared goes to `unshared`. `references`: to each mean, of a
+    caller that keeps `held`.
     """
     for p in shared:
         if joint.kinds[p] - {DENSE}:
@@ -38,7 +40,7 @@ def averaged(
                 add_unshared(unshared, p, g)
     average_gradients(ranks, joint, held, unshared, is_shared)
     rows: list[Row] = [[row.get(p) for p in shared] for row in held]
-    return TaskGradients(shared, rows, unshared, names, joint.present, device, references=1)
+    return TaskGradients(shared, rows, unshared, names, joint.present, device, references=references)
 
 
 def of_shards(

@@ -347,7 +347,7 @@ def _left(*args: Any, **kwargs: Any) -> None:
 class StreamedGradients:
     """Task gradients of which the Gram matrix alone was kept: the update takes one more backward pass."""
 
-    is_empty = False
+    is_empty = partitioned = False
 
     def __init__(
         self, batch: Batch, params: Sequence[Tensor], present: Sequence[bool] | Tensor, poison: Tensor | None
