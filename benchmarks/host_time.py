@@ -38,6 +38,44 @@ class Launched(NamedTuple):
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
 
+    @classmethod
+    def of(cls, kernel: Any, given: tuple[Any, ...]) -> Launched:
+        """`given`: what Triton calls the launcher with: the grid, stream, function, metadata of two kinds, two hooks,
+        and the arguments."""
+        return cls(kernel, given[:3], given[9:])
+
+
+@contextlib.contextmanager
+def without_gpu(compiled: Callable[..., Any], arch: int = 90) -> Iterator[None]:
+    """Inside the block Triton's kernels take tensors of the CPU; bound and specialised as for a GPU, launched by whom
+    `compiled` says.
+
+    Args:
+        compiled: in the place of `triton.compiler.compile`: takes what that takes, and gives a `CompiledKernel`.
+        arch: of the GPU that is not there, 90 for sm_90.
+    """
+    import triton.compiler
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from fastmtl.kernels import _launch
+
+    number = next(_NUMBERS)
+    stub = SimpleNamespace(
+        # of its own, under which Triton keeps these builds
+        get_current_device=lambda: number,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+    )
+    with (
+        mock.patch.object(triton.compiler, "compile", compiled),
+        mock.patch.object(dispatch, "_triton_unavailable", lambda device_type: None),
+        mock.patch.object(driver, "_active", stub),
+        _launch.forgetting(),
+        fastmtl.use_backend("triton"),
+    ):
+        yield
+
 
 @contextlib.contextmanager
 def stubbed(record: bool = False) -> Iterator[list[Launched]]:
@@ -47,10 +85,6 @@ def stubbed(record: bool = False) -> Iterator[list[Launched]]:
         record: whether launches are added to the list that the block gets.
     """
     import triton.compiler
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    from fastmtl.kernels import _launch
 
     launched: list[Launched] = []
 
@@ -63,26 +97,12 @@ def stubbed(record: bool = False) -> Iterator[list[Launched]]:
             self._run = self._launch if record else lambda *_: None
 
         def _launch(self, *given: Any) -> None:
-            # before the arguments: the grid, stream, function, metadata of two kinds, two hooks
-            launched.append(Launched(self, given[:3], given[9:]))
+            launched.append(Launched.of(self, given))
 
         def __del__(self) -> None:
             pass
 
-    number = next(_NUMBERS)
-    stub = SimpleNamespace(
-        # of its own, under which Triton keeps these builds
-        get_current_device=lambda: number,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    )
-    with (
-        mock.patch.object(triton.compiler, "compile", Nothing),
-        mock.patch.object(dispatch, "_triton_unavailable", lambda device_type: None),
-        mock.patch.object(driver, "_active", stub),
-        _launch.forgetting(),
-        fastmtl.use_backend("triton"),
-    ):
+    with without_gpu(Nothing):
         yield launched
 
 

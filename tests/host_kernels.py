@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import math
@@ -38,11 +39,12 @@ INCLUDE = [f"-I{ROOT / 'csrc'}", f"-I{HOST}"]
 
 @dataclass(frozen=True)
 class Build:
-    """A way to build the kernels: flags for the kernels and their driver; sources compiled without these; objects
-    that a C++ compiler makes elsewhere."""
+    """A way to build the kernels: flags for the kernels and their driver, which are `sources`; sources compiled without
+    these; objects that a C++ compiler makes elsewhere."""
 
     name: str
     flags: tuple[str, ...] = ("-O1", "-g0")
+    sources: tuple[Path, ...] = tuple(SOURCES)
     more_sources: tuple[Path, ...] = ()
     more_flags: tuple[str, ...] = ()
     objects: Callable[[str], list[Path]] | None = field(default=None, repr=False)
@@ -55,29 +57,32 @@ SANITIZED = Build("sanitized", ("-O1", "-g1", "-fsanitize=address", "-fno-omit-f
 RACES = Build(
     "races",
     ("-O1", "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-DFASTMTL_RACES"),
-    (HOST / "races.cpp",),
-    ("-O2", "-g0", "-DFASTMTL_RACES"),
+    more_sources=(HOST / "races.cpp",),
+    more_flags=("-O2", "-g0", "-DFASTMTL_RACES"),
 )
+
+
+def _ptx_runtime(name: str, races: bool = False) -> Build:
+    """What kernels of PTX call, without any."""
+    # a kernel's virtual registers, and 32 KiB of arguments more than once
+    flags = ("-g0", "-DFASTMTL_STACK_KIB=512", *(["-DFASTMTL_RACES"] if races else []))
+    more = (HOST / "ptx" / "ptx.cpp", *([HOST / "races.cpp"] if races else []))
+    return Build(name, ("-O0", *flags), (), more, ("-O2", *flags))
 
 
 def _of_ptx(name: str, dtypes: Sequence[str], arch: int, races: bool = False, faulty: str | None = None) -> Build:
     """The kernels of these dtypes as nvcc's PTX has them, in the place of their bodies: unoptimised, the driver calls
     each of them by its name."""
     sources = [*(f"kernels_{dtype}" for dtype in dtypes), "kernels_solve", "tables"]
-    # a kernel's virtual registers, and 32 KiB of arguments more than once
-    flags = ("-DFASTMTL_STACK_KIB=512", *(["-DFASTMTL_RACES"] if races else []))
-    return Build(
-        name,
-        ("-O0", "-g0", *flags),
-        (HOST / "ptx" / "ptx.cpp", *([HOST / "races.cpp"] if races else [])),
-        ("-O2", "-g0", *flags),
-        functools.partial(ptx.objects, sources, arch, faulty),
-    )
+    objects = functools.partial(ptx.objects, sources, arch, faulty)
+    return dataclasses.replace(_ptx_runtime(name, races), sources=tuple(SOURCES), objects=objects)
 
 
 SOME, EVERY = ("f32", "bf16"), ("f32", "f64", "bf16", "f16")
 # kernels that tests plant faults in: two, or all of them
 FAULTY = "combine_split_kernelIfE|gram_mma_kernelIfLi2E"
+# for Triton's kernels, each in a library of its own
+PTX_RUNTIME, PTX_RUNTIME_RACES = _ptx_runtime("ptx_runtime"), _ptx_runtime("ptx_runtime_races", races=True)
 PTX = _of_ptx("ptx", SOME, 90, faulty=FAULTY)
 PTX_RACES = _of_ptx("ptx_races", SOME, 90, races=True, faulty=FAULTY)
 PTX_MUTATIONS = _of_ptx("ptx_mutations", SOME, 90, faulty="")
@@ -130,7 +135,7 @@ def build(how: Build) -> Path:
     work = FOLDER / f"{library.stem}.{os.getpid()}"
     work.mkdir(parents=True)
     # of two definitions of a function in a header the linker takes the first one
-    sources = [*((s, how.more_flags) for s in how.more_sources), *((s, how.flags) for s in SOURCES)]
+    sources = [*((s, how.more_flags) for s in how.more_sources), *((s, how.flags) for s in how.sources)]
     objects = [work / f"{source.stem}.o" for source, _ in sources]
     compiles = [
         [cxx, *_flags(cxx), *flags, *INCLUDE, "-x", "c++", "-c", str(source), "-o", str(target)]
@@ -152,9 +157,10 @@ def build(how: Build) -> Path:
 @functools.cache
 def _loaded(how: Build) -> ctypes.CDLL:
     found = ctypes.CDLL(str(build(how)))
-    found.host_error.restype = ctypes.c_char_p
-    if how.objects is not None:
-        found.ptx_entered.restype = ctypes.c_char_p
+    if how.sources:
+        found.host_error.restype = ctypes.c_char_p
+    if HOST / "ptx" / "ptx.cpp" in how.more_sources:
+        found.ptx_entered.restype = found.ptx_launch.restype = ctypes.c_char_p
     return found
 
 
@@ -481,14 +487,31 @@ def run_ptx(text: str, arguments: Sequence[Tensor], folder: Path, num_threads: i
 
     folder: for what is compiled.
     """
+    kernels = ptx_library(text, folder)
+    (kernel,) = ptx.read(text)
+    launch_ptx(kernels, kernel.name, [ctypes.c_void_p(x.data_ptr()) for x in arguments], (1, 1, 1), num_threads)
+
+
+def ptx_library(text: str, folder: Path | None = None, faulty: bool = False) -> ctypes.CDLL:
+    """Kernels of PTX, to run on the chosen build. folder: for what is compiled, else where it is found again; faulty:
+    whether faults can be planted."""
     cxx = compiler()
     assert cxx is not None
-    kernels = ctypes.CDLL(str(ptx.library(text, cxx, Path(library()._name), folder)))
-    (kernel,) = ptx.read(text)
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in arguments]
-    given = (ctypes.c_void_p * len(pointers))(*(ctypes.addressof(p) for p in pointers))
-    launch = library().ptx_launch
-    launch.restype = ctypes.c_char_p
-    error = launch(getattr(kernels, f"call_{kernel.name}"), given, _int64(1), num_threads, _int64(0))
+    return ctypes.CDLL(str(ptx.library(text, cxx, Path(library()._name), folder or ptx.OBJECTS, faulty)))
+
+
+def launch_ptx(
+    kernels: ctypes.CDLL,
+    name: str,
+    arguments: Sequence[Any],
+    grid: Sequence[int],
+    num_threads: int,
+    dynamic_shared: int = 0,
+    schedule: int = FORWARD,
+) -> None:
+    """One kernel of a `ptx_library`; its arguments as numbers of ctypes."""
+    given = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(x) for x in arguments))
+    blocks, call = (ctypes.c_uint * 3)(*grid), getattr(kernels, f"call_{name}")
+    error = library().ptx_launch(call, given, blocks, num_threads, _int64(dynamic_shared), ctypes.c_uint64(schedule))
     if error is not None:
         raise HostError(error.decode())

@@ -313,14 +313,15 @@ inline void run_block(int num_threads) {
 
 // dynamic_shared: bytes of FASTMTL_BIG_SHARED
 template <class Body>
-void launch(int64_t blocks, int num_threads, const Body& body, size_t dynamic_shared = 0) {
+void launch(dim3 grid, int num_threads, const Body& body, size_t dynamic_shared = 0) {
+  const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
   if (blocks < 1 || num_threads < 1 || num_threads % kWarp != 0) throw std::runtime_error("a launch without threads");
   Machine& m = machine;
   m.arguments = &body;
   m.dynamic_shared = dynamic_shared;
   m.body = [](const void* it) { (*static_cast<const Body*>(it))(); };
   m.step = schedule == 1 ? -1 : 1;
-  gridDim = {static_cast<unsigned>(blocks), 1, 1};
+  gridDim = grid;
   blockDim = {static_cast<unsigned>(num_threads), 1, 1};
   std::vector<int64_t> order(blocks);
   std::iota(order.begin(), order.end(), 0);
@@ -328,10 +329,15 @@ void launch(int64_t blocks, int num_threads, const Body& body, size_t dynamic_sh
   if (schedule > 1) std::shuffle(order.begin(), order.end(), std::mt19937_64(schedule));
   races::launch_begins();
   for (int64_t block : order) {
-    blockIdx = {static_cast<unsigned>(block), 0, 0};
+    blockIdx = {static_cast<unsigned>(block % grid.x), static_cast<unsigned>(block / grid.x % grid.y),
+                static_cast<unsigned>(block / grid.x / grid.y)};
     races::block_begins(block, num_threads);
     run_block(num_threads);
   }
+}
+template <class Body>
+void launch(int64_t blocks, int num_threads, const Body& body, size_t dynamic_shared = 0) {
+  launch(dim3{static_cast<unsigned>(std::max<int64_t>(blocks, 0))}, num_threads, body, dynamic_shared);
 }
 
 template <class To, class From>

@@ -21,6 +21,7 @@ from fastmtl.benchmarks.kernel_table import nvcc
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
 FOLDER = ROOT / "build" / "host" / "ptx"
+OBJECTS = FOLDER / "objects"
 TRANSLATOR = ("module.py", "instructions.py", "translate.py", "faults.py", "ptx.h")
 KEPT_DAYS = 14  # what no build has used since goes
 NVCC_FLAGS = ["-ptx", "-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
@@ -78,10 +79,20 @@ def _object(text: str, cxx: str, folder: Path) -> Path:
     return target
 
 
-def library(text: str, cxx: str, runtime: Path, folder: Path) -> Path:
+def _translator() -> list[bytes]:
+    return [(HERE / name).read_bytes() for name in TRANSLATOR]
+
+
+def library(text: str, cxx: str, runtime: Path, folder: Path, faulty: bool) -> Path:
     """Kernels of PTX in a library of their own; runtime: one that `host_kernels` has built with ptx.cpp."""
-    objects = [str(_object(translate(kernel), cxx, folder)) for kernel in read(text)]
-    return _run([cxx, "-shared", *objects, str(runtime)], folder / "kernels.so")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{_digest(cxx, str(FLAGS), runtime.name, str(faulty), text, *_translator())}.so"
+    if not target.exists():
+        faults = faults_of if faulty else no_faults
+        made = [str(_object(translate(kernel, faults), cxx, folder)) for kernel in read(text)]
+        _run([cxx, "-shared", *made, str(runtime)], target)
+    target.touch()
+    return target
 
 
 @functools.cache
@@ -104,14 +115,13 @@ def _texts(file: Path, faulty: str | None) -> list[str]:
 def objects(sources: Sequence[str], arch: int, faulty: str | None, cxx: str) -> list[Path]:
     """An object of each kernel; faulty: a pattern of the names of those in which faults can be planted. Two compilers
     at a time."""
-    folder = FOLDER / "objects"
+    folder = OBJECTS
     folder.mkdir(parents=True, exist_ok=True)
-    translator = [(HERE / name).read_bytes() for name in TRANSLATOR]
     made = []
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for file in list(pool.map(functools.partial(ptx_of, arch=arch), sources)):
             # names of the objects, so that nothing is translated that was before
-            names = FOLDER / f"{file.stem}-{_digest(cxx, str(FLAGS), str(faulty), *translator)}.txt"
+            names = FOLDER / f"{file.stem}-{_digest(cxx, str(FLAGS), str(faulty), *_translator())}.txt"
             found = [folder / name for name in names.read_text().split()] if names.exists() else []
             if not found or not all(one.exists() for one in found):
                 found = list(pool.map(functools.partial(_object, cxx=cxx, folder=folder), _texts(file, faulty)))

@@ -99,8 +99,8 @@ class Emitter:
             return f"__builtin_bit_cast({want}, 0x{m[1]}u)"
         if m := re.fullmatch(r"0[dD](\w{16})", operand):
             return f"__builtin_bit_cast({want}, u64(0x{m[1]}))"
-        if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|[0-9]+)", operand):
-            number = int(operand, 0)
+        if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|[0-9]+)U?", operand):
+            number = int(operand.rstrip("U"), 0)
             if t == "pred":
                 return "true" if number else "false"
             return f"{want}(0x{number % (1 << 8 * SIZES[t]):x}u{'ll' * (SIZES[t] == 8)})"
@@ -269,6 +269,10 @@ class Emitter:
             high, low = (f"u32(ptx::to_{to[:-2]}({self.value(x, 'f32')}))" for x in one.operands[1:])
             return self.put(one.operands[0], "b32", f"{high} << 16 | {low}")
         x = self.value(one.operands[1], source)
+        if to == "tf32":
+            if source != "f32" or how != ["rna"]:
+                raise PtxError("anything but float32, rounded to nearest, ties away from zero")
+            return self.put(one.operands[0], to, f"ptx::to_tf32({x})")
         if source in ("f16", "bf16"):
             if to != "f32" or how:
                 raise PtxError("16 bits to anything but float32")
@@ -350,9 +354,11 @@ class Emitter:
 
     def _div(self, one: Instruction) -> str:
         *how, t = one.modifiers
+        x, y = (self.value(x, t) for x in one.operands[1:])
+        if (how, t) == (["full"], "f32"):
+            return self.put(one.operands[0], t, f"ptx::divide_full({x}, {y})")
         if how not in ([], ["rn"]):
             raise PtxError("not exact")
-        x, y = (self.value(x, t) for x in one.operands[1:])
         # by zero: any number will do
         return self.put(one.operands[0], t, f"{x} / {y}" if is_float(t) else f"{y} ? {x} / {y} : {c_type(t)}(-1)")
 
@@ -453,11 +459,18 @@ class Emitter:
             raise PtxError("unknown")
         return self.put(one.operands[0], "b32", f"ptx::insert_bits({self._values(one, 'b32')})")
 
+    def _bfe(self, one: Instruction) -> str:
+        (t,) = one.modifiers
+        x, at, count = self.value(one.operands[1], t), *(self.value(x, "u32") for x in one.operands[2:])
+        return self.put(one.operands[0], t, f"ptx::extract_bits<{c_type(t)}>({x}, {at}, {count})")
+
     # --- comparisons
 
     def _setp(self, one: Instruction) -> str:
         how, *more, t = one.modifiers
         x, y = (self.value(x, t) for x in one.operands[1:3])
+        if t in ("f16", "bf16"):
+            x, y, t = f"ptx::from_{t}({x})", f"ptx::from_{t}({y})", "f32"
         if is_float(t) and how == "ne":  # false if one is NaN
             found = f"({x} < {y} || {x} > {y})"
         elif is_float(t) and how == "equ":
@@ -546,7 +559,8 @@ class Emitter:
         to, a, b, c = one.operands
         if (shape, types) == ("m8n8k4", ("f64",) * 4):
             sums = self.array("f64", "d", c, 2)
-            product = f"ptx::mma_f64(d, {self.value(a.strip('{}'), 'f64')}, {self.value(b.strip('{}'), 'f64')});"
+            (a,), (b,) = self.parts(a), self.parts(b)
+            product = f"ptx::mma_f64(d, {self.value(a, 'f64')}, {self.value(b, 'f64')});"
         else:
             wanted = {"tf32": "m16n8k8", "bf16": "m16n8k16", "f16": "m16n8k16"}[types[1]]
             if shape != wanted or types != ("f32", types[1], types[1], "f32"):

@@ -68,9 +68,16 @@ class Kernel:
         return self.registers.get(register) or self.registers.get(register.rstrip("0123456789") + "<>")
 
 
-def _without_comments(text: str) -> str:
-    text = re.sub(r"/\*.*?\*/", lambda found: "\n" * found[0].count("\n"), text, flags=re.S)
-    return re.sub(r"//[^\n]*", "", text)
+def _code(text: str) -> str:
+    """Without comments and what is for debuggers, line for line."""
+
+    def lines_of(found: re.Match[str]) -> str:
+        return "\n" * found[0].count("\n")
+
+    text = re.sub(r"/\*.*?\*/", lines_of, text, flags=re.S)
+    text = re.sub(r"//[^\n]*", "", text)
+    text = re.sub(r"^\s*\.section\s[^{]*\{.*?\}", lines_of, text, flags=re.S | re.M)
+    return re.sub(r"^[ \t]*\.(?:loc|file)\b[^\n]*", "", text, flags=re.M)
 
 
 def _closing(text: str, start: int) -> int:
@@ -190,7 +197,7 @@ class _Reader:
 
 def read(text: str) -> list[Kernel]:
     """The kernels of a PTX file; lines count from each one's first."""
-    text = _without_comments(text)
+    text = _code(text)
     kernels = []
     head = text.partition(".entry")[0]
     for m in re.finditer(r"^\s*\.(?:global|const|func)\b.*", text, flags=re.M):

@@ -251,13 +251,15 @@ const char* ptx_entered() {
   return names.c_str();
 }
 
-// A kernel by translate.py's call_<kernel>; given: addresses of its arguments. The error, or null.
-const char* ptx_launch(void (*call)(const void* const*), const void* const* given, int64_t blocks, int num_threads,
-                       int64_t dynamic_shared) {
+// A kernel by translate.py's call_<kernel>; given: addresses of its arguments; grid: blocks along x, y and z; schedule:
+// see cuda_on_host.h. The error, or null.
+const char* ptx_launch(void (*call)(const void* const*), const void* const* given, const unsigned* grid,
+                       int num_threads, int64_t dynamic_shared, uint64_t schedule) {
   static std::string error;
   try {
-    cuda_on_host::schedule = 0;
-    cuda_on_host::launch(blocks, num_threads, [&] { call(given); }, static_cast<size_t>(dynamic_shared));
+    cuda_on_host::schedule = schedule;
+    cuda_on_host::launch(dim3{grid[0], grid[1], grid[2]}, num_threads, [&] { call(given); },
+                         static_cast<size_t>(dynamic_shared));
     return nullptr;
   } catch (const std::exception& e) {
     error = e.what();

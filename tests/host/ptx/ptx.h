@@ -71,6 +71,20 @@ u16 to_f16(f32 x);
 f32 from_bf16(u16 x);
 f32 from_f16(u16 x);
 
+// cvt.rna: the digits that tf32 lacks are zero
+inline u32 to_tf32(f32 x) {
+  const u32 bits = __builtin_bit_cast(u32, x);
+  return __builtin_isfinite(x) ? (bits + 0x1000) & ~0x1FFFu : bits;
+}
+
+// div.full may be off by two units in the last place, and here it is, either way
+inline f32 divide_full(f32 x, f32 y) {
+  const f32 quotient = x / y;
+  if (!__builtin_isnormal(quotient)) return quotient;
+  const u32 bits = __builtin_bit_cast(u32, quotient);
+  return __builtin_bit_cast(f32, __builtin_parity(bits) != 0 ? bits + 2 : bits - 2);
+}
+
 template <class U>
 inline U shift_left(U x, u32 n) {
   return n < 8 * sizeof(U) ? static_cast<U>(x << n) : U(0);
@@ -112,6 +126,19 @@ inline u32 logic(u32 a, u32 b, u32 c, u32 table) {
   for (u32 k = 0; k < 8; ++k)
     if (table >> k & 1) result |= (k & 4 ? a : ~a) & (k & 2 ? b : ~b) & (k & 1 ? c : ~c);
   return result;
+}
+
+template <class T>
+inline T extract_bits(T from, u32 at, u32 count) {
+  constexpr u32 kLast = 8 * sizeof(T) - 1;
+  at &= 255;
+  count &= 255;
+  const u32 highest = at + count - 1 < kLast ? at + count - 1 : kLast;
+  const bool sign = static_cast<T>(-1) < 0 && count != 0 && (from >> highest & 1) != 0;
+  u64 result = 0;
+  for (u32 k = 0; k <= kLast; ++k)
+    if (k < count && at + k <= kLast ? (from >> (at + k) & 1) != 0 : sign) result |= u64{1} << k;
+  return static_cast<T>(result);
 }
 
 inline u32 insert_bits(u32 from, u32 into, u32 at, u32 count) {
