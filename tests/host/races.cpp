@@ -73,6 +73,7 @@ struct State {
   std::string (*describe)(const void*) = offset_of;
   std::string skipped_file;
   int skipped_line = 0;
+  bool equal_writes = false;  // are allowed
 };
 
 State& state() {
@@ -107,6 +108,7 @@ struct Access {
   int thread;
   bool write, atomic, shared;
   const void* where;
+  bool equal = false;  // a write of what is there
 };
 
 std::string name(int block, int thread) {
@@ -123,7 +125,7 @@ void check(const char* what, const Stamp& was, const Access& a) {
 
 void access_byte(Byte& b, const Access& a) {
   const Stamp now{state().time, state().block, a.thread, a.atomic};
-  check(a.write ? "write after a write" : "read after a write", b.write, a);
+  if (!a.equal) check(a.write ? "write after a write" : "read after a write", b.write, a);
   if (!a.write) {
     b.read[!ordered(b.read[0], a.thread)] = now;
     return;
@@ -132,13 +134,14 @@ void access_byte(Byte& b, const Access& a) {
   b = {now, {}};
 }
 
-void access(const void* p, size_t size, Access a) {
+void access(const void* p, size_t size, Access a, const void* written = nullptr) {
   State& s = state();
   const Quiet quiet;
   ++s.time;
   const auto at = reinterpret_cast<uintptr_t>(p);
   a.shared = at - s.shared < s.shared_bytes.size();
   if (a.shared) {
+    a.equal = s.equal_writes && written != nullptr && std::memcmp(p, written, size) == 0;
     for (size_t k = 0; k < size; ++k) access_byte(s.shared_bytes[at - s.shared + k], a);
     return;
   }
@@ -183,9 +186,11 @@ void shared_memory_is(const void* p, size_t bytes) {
 
 void kernel_runs(bool runs) { state().running = runs; }
 
-void access(const void* p, size_t size, bool write, const void* where) {
-  if (state().running) access(p, size, {machine.current, write, false, false, where});
+void access(const void* p, size_t size, bool write, const void* where, const void* written) {
+  if (state().running) access(p, size, {machine.current, write, false, false, where}, written);
 }
+
+void allow_equal_writes(bool allowed) { state().equal_writes = allowed; }
 
 void atomic(const void* p, size_t size, bool acq_rel, const void* where) {
   State& s = state();

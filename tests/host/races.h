@@ -7,6 +7,9 @@
 // releases and acquires needs no fence. A barrier may lie between fence and atomic. Accesses that nothing orders, one
 // of them a write, end the launch with an error.
 //
+// `allow_equal_writes`: but for a write of the bytes that another has left there. Triton lets several threads hold the
+// same value, and all of them store it to shared memory.
+//
 // FASTMTL_RACES switches this on, with races.cpp. Accesses are then reported by gcc's -fsanitize=thread, whose hooks
 // are in races.cpp in place of the sanitizer's runtime.
 #pragma once
@@ -35,8 +38,10 @@ void launch_begins();
 void block_begins(int64_t block, int num_threads);
 void shared_memory_is(const void* p, size_t bytes);
 void kernel_runs(bool runs);  // from here on accesses are a kernel's, or not
-// The running thread's; `where`: the code that calls. An access is reported before it is made.
-void access(const void* p, size_t size, bool write, const void* where);
+// The running thread's; `where`: the code that calls. An access is reported before it is made. written: what a write
+// will leave there, if that is known.
+void access(const void* p, size_t size, bool write, const void* where, const void* written = nullptr);
+void allow_equal_writes(bool allowed);
 void atomic(const void* p, size_t size, bool acq_rel, const void* where);  // acq_rel: as if between two fences
 void fence();
 void barrier();  // all threads of the block that are left have come
@@ -55,7 +60,8 @@ inline void launch_begins() {}
 inline void block_begins(int64_t, int) {}
 inline void shared_memory_is(const void*, size_t) {}
 inline void kernel_runs(bool) {}
-inline void access(const void*, size_t, bool, const void*) {}
+inline void access(const void*, size_t, bool, const void*, const void* = nullptr) {}
+inline void allow_equal_writes(bool) {}
 inline void atomic(const void*, size_t, bool, const void*) {}
 inline void fence() {}
 inline void barrier() {}

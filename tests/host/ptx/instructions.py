@@ -177,7 +177,7 @@ class Emitter:
             place = f"ptx::param_at({at}, {size}, &params, sizeof params, {self.where(one)})"
         else:
             used = min(one.used or size, size)
-            place = f"ptx::{space}_at({at}, {size}, {used}, false, {self.where(one)})"
+            place = f"ptx::{space}_at({at}, {size}, {used}, {self.where(one)})"
         puts = " ".join(self.put(x, t, f"v[{k}]") for k, x in enumerate(to))
         return f"{{ auto* v = static_cast<const {c_type(t)}*>({place}); {puts} }}"
 
@@ -187,9 +187,8 @@ class Emitter:
         size = SIZES[t] * len(values)
         early = f"ptx::check_waited({self.where(one)}); " if self.waits and space != "shared" else ""
         at = self.address(one.operands[0], space)
-        place = f"ptx::{space}_at({at}, {size}, {size}, true, {self.where(one)})"
-        puts = " ".join(f"v[{k}] = {x};" for k, x in enumerate(values))
-        return f"{{ {early}auto* v = static_cast<{c_type(t)}*>({place}); {puts} }}"
+        stored = f"const {c_type(t)} v[] = {{{', '.join(values)}}};"
+        return f"{{ {early}{stored} ptx::store_{space}({at}, v, {size}, {self.where(one)}); }}"
 
     def _atom(self, one: Instruction) -> str:
         t = one.modifiers[-1]

@@ -45,13 +45,34 @@ const char* kind(bool write) { return write ? "store" : "load"; }
 
 std::string instruction(const void* where) { return static_cast<const char*>(where); }
 
-void* checked(void* p, u32 bytes, u32 used, bool write, const char* where) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("a misaligned %s at %s", kind(write), where);
-  cuda_on_host::races::access(p, used, write, where);
+bool is_shared(u64 address) { return address - reinterpret_cast<u64>(machine.shared.get()) < machine.shared_bytes; }
+
+void* in_shared(u32 offset, u32 bytes, bool write, const char* where) {
+  if (u64{offset} + bytes > machine.shared_bytes)
+    fail("a %s beyond the %zu bytes of shared memory, at byte %u: %s", kind(write), machine.shared_bytes, offset,
+         where);
+  return machine.shared.get() + offset;
+}
+
+void* in_global(u64 address, bool write, const char* where) {
+  if (address < 4096) fail("a %s at address %llu: %s", kind(write), static_cast<unsigned long long>(address), where);
+  if (is_shared(address)) fail("a %s of global memory in shared memory: %s", kind(write), where);
+  return reinterpret_cast<void*>(address);
+}
+
+u32 shared_offset(u64 address) { return static_cast<u32>(address - reinterpret_cast<u64>(machine.shared.get())); }
+
+const void* load(const void* p, u32 bytes, u32 used, const char* where) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("a misaligned load at %s", where);
+  cuda_on_host::races::access(p, used, false, where);
   return p;
 }
 
-bool is_shared(u64 address) { return address - reinterpret_cast<u64>(machine.shared.get()) < machine.shared_bytes; }
+void store(void* p, const void* from, u32 bytes, const char* where) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("a misaligned store at %s", where);
+  cuda_on_host::races::access(p, bytes, true, where, from);
+  std::memcpy(p, from, bytes);
+}
 
 void check_mask(u32 mask) {
   if (mask != ~0u) fail("a warp's operation among some lanes only");
@@ -70,23 +91,26 @@ Special special() {
   return {threadIdx.x, blockDim.x, {blockIdx.x, blockIdx.y, blockIdx.z}, {gridDim.x, gridDim.y, gridDim.z}};
 }
 
-void* shared_at(u32 offset, u32 bytes, u32 used, bool write, const char* where) {
-  if (u64{offset} + bytes > machine.shared_bytes)
-    fail("a %s beyond the %zu bytes of shared memory, at byte %u: %s", kind(write), machine.shared_bytes, offset,
-         where);
-  return checked(machine.shared.get() + offset, bytes, used, write, where);
+const void* shared_at(u32 offset, u32 bytes, u32 used, const char* where) {
+  return load(in_shared(offset, bytes, false, where), bytes, used, where);
+}
+const void* global_at(u64 address, u32 bytes, u32 used, const char* where) {
+  return load(in_global(address, false, where), bytes, used, where);
+}
+const void* generic_at(u64 address, u32 bytes, u32 used, const char* where) {
+  return is_shared(address) ? shared_at(shared_offset(address), bytes, used, where)
+                            : global_at(address, bytes, used, where);
 }
 
-void* global_at(u64 address, u32 bytes, u32 used, bool write, const char* where) {
-  if (address < 4096) fail("a %s at address %llu: %s", kind(write), static_cast<unsigned long long>(address), where);
-  if (is_shared(address)) fail("a %s of global memory in shared memory: %s", kind(write), where);
-  return checked(reinterpret_cast<void*>(address), bytes, used, write, where);
+void store_shared(u32 offset, const void* from, u32 bytes, const char* where) {
+  store(in_shared(offset, bytes, true, where), from, bytes, where);
 }
-
-void* generic_at(u64 address, u32 bytes, u32 used, bool write, const char* where) {
-  const u64 offset = address - reinterpret_cast<u64>(machine.shared.get());
-  return is_shared(address) ? shared_at(static_cast<u32>(offset), bytes, used, write, where)
-                            : global_at(address, bytes, used, write, where);
+void store_global(u64 address, const void* from, u32 bytes, const char* where) {
+  store(in_global(address, true, where), from, bytes, where);
+}
+void store_generic(u64 address, const void* from, u32 bytes, const char* where) {
+  if (is_shared(address)) store_shared(shared_offset(address), from, bytes, where);
+  else store_global(address, from, bytes, where);
 }
 
 void* atomic_at(u64 address, u32 bytes, bool acq_rel, const char* where) {
@@ -211,7 +235,7 @@ void load_matrix(u32 (&to)[4], u32 offset, int count, bool transposed, const cha
     u32 word[4];
   };
   const bool has_row = static_cast<int>(threadIdx.x) % 32 < 8 * count;
-  const void* row = has_row ? shared_at(offset, 16, 16, false, where) : nullptr;
+  const void* row = has_row ? shared_at(offset, 16, 16, where) : nullptr;
   const Given mine{static_cast<const unsigned char*>(row), count, transposed};
   const auto taken = cuda_on_host::collective<Taken>(mine, [](const Given(&given)[32], Taken(&all)[32]) {
     for (int lane = 0; lane < 32; ++lane)
@@ -251,13 +275,14 @@ const char* ptx_entered() {
   return names.c_str();
 }
 
-// A kernel by translate.py's call_<kernel>; given: addresses of its arguments; grid: blocks along x, y and z; schedule:
-// see cuda_on_host.h. The error, or null.
+// A kernel of Triton's by translate.py's call_<kernel>; given: addresses of its arguments; grid: blocks along x, y and
+// z; schedule: see cuda_on_host.h. The error, or null.
 const char* ptx_launch(void (*call)(const void* const*), const void* const* given, const unsigned* grid,
                        int num_threads, int64_t dynamic_shared, uint64_t schedule) {
   static std::string error;
   try {
     cuda_on_host::schedule = schedule;
+    cuda_on_host::races::allow_equal_writes(true);
     cuda_on_host::launch(dim3{grid[0], grid[1], grid[2]}, num_threads, [&] { call(given); },
                          static_cast<size_t>(dynamic_shared));
     return nullptr;

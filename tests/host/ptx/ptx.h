@@ -34,11 +34,14 @@ struct Special {
 };
 Special special();
 
-// --- memory. Whether the access is in bounds, aligned and, if that is built in, free of races; then its place. `used`:
-// bytes that the kernel makes use of; where: the instruction.
-void* shared_at(u32 offset, u32 bytes, u32 used, bool write, const char* where);
-void* global_at(u64 address, u32 bytes, u32 used, bool write, const char* where);
-void* generic_at(u64 address, u32 bytes, u32 used, bool write, const char* where);
+// --- memory. Whether the access is in bounds, aligned and, if that is built in, free of races; then a load's place, or
+// the store. `used`: bytes that the kernel makes use of; where: the instruction.
+const void* shared_at(u32 offset, u32 bytes, u32 used, const char* where);
+const void* global_at(u64 address, u32 bytes, u32 used, const char* where);
+const void* generic_at(u64 address, u32 bytes, u32 used, const char* where);
+void store_shared(u32 offset, const void* from, u32 bytes, const char* where);
+void store_global(u64 address, const void* from, u32 bytes, const char* where);
+void store_generic(u64 address, const void* from, u32 bytes, const char* where);
 void* atomic_at(u64 address, u32 bytes, bool acq_rel, const char* where);
 const void* param_at(u64 address, u32 bytes, const void* params, u64 params_bytes, const char* where);
 
