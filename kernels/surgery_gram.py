@@ -107,7 +107,7 @@ def _finish(
                 )  # fmt: skip
                 if p_state is not None:
                     # all programs have drawn: they did so before they took their tickets
-                    tl.store(p_state + 1, tl.load(p_state + 1) + 1)
+                    tl.atomic_add(p_state + 1, 1, sem="relaxed")
 
 
 @triton.jit

@@ -82,7 +82,7 @@ SOME, EVERY = ("f32", "bf16"), ("f32", "f64", "bf16", "f16")
 # kernels that tests plant faults in: two, or all of them
 FAULTY = "combine_split_kernelIfE|gram_mma_kernelIfLi2E"
 # for Triton's kernels, each in a library of its own
-PTX_RUNTIME, PTX_RUNTIME_RACES = _ptx_runtime("ptx_runtime"), _ptx_runtime("ptx_runtime_races", races=True)
+PTX_RUNTIME = _ptx_runtime("ptx_runtime", races=True)
 PTX = _of_ptx("ptx", SOME, 90, faulty=FAULTY)
 PTX_RACES = _of_ptx("ptx_races", SOME, 90, races=True, faulty=FAULTY)
 PTX_MUTATIONS = _of_ptx("ptx_mutations", SOME, 90, faulty="")

@@ -32,7 +32,7 @@ from host_kernels import FORWARD, REVERSE, Cut, HostError
 
 from fastmtl.benchmarks.kernel_table import kernel_of, nvcc
 from fastmtl.ops import reference
-from fastmtl.ops.order import Draw, drawn_order
+from fastmtl.ops.order import Draw, drawn_order, order_state
 
 ALL = os.environ.get("FASTMTL_AOT") == "all"
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
@@ -57,8 +57,10 @@ def translated() -> Iterator[None]:
 def levels(num_tasks: int, dtype: torch.dtype) -> None:
     """Five slots in groups of two, and a drawn order, against one group and the same order, and against the oracle."""
     grads = host.bank_gradients(BankCase(num_tasks, 300, dtype).make())
-    drawn = drawn_order(Draw(3, None), num_tasks, torch.device("cpu"))
-    found = host.solved_gram(grads, None, Cut(64, 2, REVERSE), project=True, key=3)
+    state = order_state(7)
+    drawn = drawn_order(Draw(3, state.clone()), num_tasks, torch.device("cpu"))
+    found = host.solved_gram(grads, None, Cut(64, 2, REVERSE), project=True, key=3, state=state)
+    assert state.tolist() == [7, 1]
     expected = host.solved_gram(grads, drawn, Cut(64, 9, FORWARD), project=True)
     for x, y in zip(found, expected, strict=True):
         assert torch.allclose(x, y, rtol=1e-5)
@@ -73,6 +75,21 @@ def long_slot(num_tasks: int, dtype: torch.dtype) -> None:
     case = BankCase(num_tasks, 6500 if dtype == torch.float32 else 1549, dtype)
     m = host.gram(host.bank_gradients(case.make()), Cut(6528, 0))
     cases.assert_gram(m, cases.bank64(case), [dtype], 1.0)
+
+
+def exact(num_tasks: int, dtype: torch.dtype, slots_per_group: int) -> None:
+    """Of whole numbers whose sums no step rounds: the lower halves of float64 numbers count too. An order of fewer
+    visits than tasks, so that most coefficients stay what they are at first; then its weights."""
+    generator = cases.generator_of((num_tasks, slots_per_group))
+    bank = torch.randint(-99, 100, (num_tasks, 300), generator=generator)
+    grads = host.bank_gradients(bank.to(dtype))
+    m = (bank @ bank.mT).double()
+    order = cases.random_order(num_tasks, min(3, num_tasks))
+    for project in (True, False):
+        found, solved = host.solved_gram(grads, order, Cut(64, slots_per_group, REVERSE), project=project)
+        assert torch.equal(found.double(), m)
+        c = reference.pcgrad_coefficients(m, order)
+        torch.testing.assert_close(solved, c if project else c.sum(0), rtol=1e-12, atol=1e-12)
 
 
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -110,6 +127,8 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
             # 70 parameters in a slot, of which a batch of pointers holds four
             yield f"many-{num_tasks}-{d}", bind(on_host.test_gram_of_lists, ListCase("many", num_tasks, dtype), 64 * 70)
             yield f"levels-{num_tasks}-{d}", bind(levels, num_tasks, dtype)
+            for per_group in (2, 9):
+                yield f"exact-{num_tasks}-{per_group}-{d}", bind(exact, num_tasks, dtype, per_group)
             yield f"long-{num_tasks}-{d}", bind(long_slot, num_tasks, dtype)
         for num_tasks in (2, 5, 17):
             case = BankCase(num_tasks, 259, dtype)

@@ -33,7 +33,7 @@ NUMBERS = {
 
 @dataclass
 class Ran:
-    """A build that was launched: Triton's, and its PTX as it is read and as a library."""
+    """A launch of a build: Triton's, and its PTX as it is read and as a library."""
 
     built: Any
     kernel: module.Kernel
@@ -53,20 +53,19 @@ def _argument(kind: str, x: Any) -> Any:
 class _Launcher:
     """In the place of the one that Triton makes for the driver."""
 
-    def __init__(self, built: Any, ran: list[Ran], faulty: str | None, schedule: int) -> None:
-        self.built, self.ran, self.faulty, self.schedule = built, ran, faulty, schedule
+    def __init__(self, built: Any, launched: list[Ran], faulty: str | None, schedule: int) -> None:
+        self.built, self.launched, self.faulty, self.schedule = built, launched, faulty, schedule
 
     @functools.cached_property
-    def _kernel(self) -> Ran:
+    def _run(self) -> Ran:
         text = self.built.asm["ptx"]
         (kernel,) = module.read(text)
-        library = host.ptx_library(text, faulty=self.faulty == kernel.name)
-        self.ran.append(Ran(self.built, kernel, library))
-        return self.ran[-1]
+        return Ran(self.built, kernel, host.ptx_library(text, faulty=self.faulty == kernel.name))
 
     def __call__(self, *given: Any) -> None:
         made = host_time.Launched.of(self.built, given)
-        run = self._kernel
+        run = self._run
+        self.launched.append(run)
         kinds = self.built.src.signature.values()
         pairs = [(kind, x) for kind, x in zip(kinds, made.arguments, strict=True) if kind != "constexpr"]
         arguments = [_argument(kind, x) for kind, x in pairs]
@@ -80,26 +79,25 @@ class _Launcher:
 
 
 @contextlib.contextmanager
-def running(races: bool = False, faulty: str | None = None, schedule: int = host.FORWARD) -> Iterator[list[Ran]]:
-    """Inside the block Triton's kernels run on tensors of the CPU; the block gets those that did.
+def running(schedule: int = host.FORWARD, faulty: str | None = None) -> Iterator[list[Ran]]:
+    """Inside the block Triton's kernels run on tensors of the CPU, checked for races; the block gets their launches.
 
     Args:
-        races: whether accesses that nothing orders are errors.
-        faulty: the name of a kernel in which faults can be planted.
         schedule: in which order blocks and threads take turns, see `tests/host/cuda_on_host.h`.
+        faulty: the name of a kernel in which faults can be planted.
     """
-    ran: list[Ran] = []
+    launched: list[Ran] = []
     compile_for_gpu = triton.compiler.compile
 
     def compiled(src: Any, target: GPUTarget | None = None, options: Any = None, **_: Any) -> Any:
         built = compile_for_gpu(src, target=target, options=options)
         built.module = built.function = 0  # nothing to load
-        built._run = _Launcher(built, ran, faulty, schedule)
+        built._run = _Launcher(built, launched, faulty, schedule)
         return built
 
     with (
-        host.using(host.PTX_RUNTIME_RACES if races else host.PTX_RUNTIME),
+        host.using(host.PTX_RUNTIME),
         mock.patch.object(configs, "device_limits", lambda device: LIMITS),
         host_time.without_gpu(compiled, ARCH),
     ):
-        yield ran
+        yield launched

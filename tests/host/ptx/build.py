@@ -24,7 +24,7 @@ FOLDER = ROOT / "build" / "host" / "ptx"
 OBJECTS = FOLDER / "objects"
 TRANSLATOR = ("module.py", "instructions.py", "translate.py", "faults.py", "ptx.h")
 KEPT_DAYS = 14  # what no build has used since goes
-NVCC_FLAGS = ["-ptx", "-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
+NVCC_FLAGS = ["-ptx", "-O3", "-lineinfo", "-std=c++20", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
 # doubles and floats are rounded after every operation, and a value is read with another type than it was written
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", f"-I{HERE}"]
 QUIET = ["-Wall", "-Wno-unused-label", "-Wno-unused-but-set-variable", "-Wframe-larger-than=262144"]

@@ -25,7 +25,8 @@ def kind_of(one: Instruction) -> str | None:
 
 
 def faults_of(one: Instruction) -> list[Instruction | None]:
-    """None: the instruction is left out."""
+    """None: the instruction is left out. A shuffle gives each lane its own value instead, as if no lane were another's;
+    a copy of some bytes and zeros behind them copies what lies behind them too."""
     kind = kind_of(one)
     if kind == CONTROL and one.guard is not None:
         return [replace(one, guard=None), None]
@@ -35,4 +36,9 @@ def faults_of(one: Instruction) -> list[Instruction | None]:
         return [replace(one, modifiers=tuple("relaxed" if m == "acq_rel" else m for m in one.modifiers))]
     if kind == ORDER and one.modifiers[-1] == "wait_group":
         return [replace(one, operands=(str(int(one.operands[0], 0) + 1),))]
+    if one.opcode == "shfl":
+        own = Instruction("mov", ("b32",), (one.operands[0].split("|")[0], one.operands[1]), line=one.line)
+        return [replace(own, source=one.source)]
+    if one.opcode == "cp" and len(one.operands) == 4:
+        return [None, replace(one, operands=one.operands[:3])]
     return [] if kind is None else [None]

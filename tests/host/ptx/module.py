@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 SIZES = {
     **{f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)},
@@ -18,7 +19,8 @@ class PtxError(Exception):
 
 @dataclass(frozen=True)
 class Instruction:
-    """`opcode` without its modifiers; `guard`: "%p1" or "!%p1"; `used`: bytes that a load makes use of, if not all."""
+    """`opcode` without its modifiers; `guard`: "%p1" or "!%p1"; `used`: bytes that a load makes use of, if not all;
+    `source`: the project's line that it comes from, as in solve.cuh:62, if the compiler says so."""
 
     opcode: str
     modifiers: tuple[str, ...]
@@ -26,6 +28,7 @@ class Instruction:
     guard: str | None = None
     line: int = 0
     used: int | None = None
+    source: str = ""
 
     @property
     def name(self) -> str:
@@ -68,8 +71,18 @@ class Kernel:
         return self.registers.get(register) or self.registers.get(register.rstrip("0123456789") + "<>")
 
 
+PROJECT = f"{Path(__file__).parents[3]}/"
+
+
 def _code(text: str) -> str:
-    """Without comments and what is for debuggers, line for line."""
+    """Line for line without comments and what is for debuggers, but for `.loc file:line`: the innermost place of an
+    inlined function that is the project's."""
+    files = {m[1]: m[2] for m in re.finditer(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, flags=re.M)}
+
+    def place(found: re.Match[str]) -> str:
+        places = [(files[file], line) for file, line in re.findall(r"(?:\.loc|inlined_at)\s+(\d+)\s+(\d+)", found[0])]
+        here = [f"{Path(file).name}:{line}" for file, line in places if file.startswith(PROJECT)]
+        return f".loc {here[0]};" if here else ""
 
     def lines_of(found: re.Match[str]) -> str:
         return "\n" * found[0].count("\n")
@@ -77,7 +90,8 @@ def _code(text: str) -> str:
     text = re.sub(r"/\*.*?\*/", lines_of, text, flags=re.S)
     text = re.sub(r"//[^\n]*", "", text)
     text = re.sub(r"^\s*\.section\s[^{]*\{.*?\}", lines_of, text, flags=re.S | re.M)
-    return re.sub(r"^[ \t]*\.(?:loc|file)\b[^\n]*", "", text, flags=re.M)
+    text = re.sub(r"^[ \t]*\.file\b[^\n]*", "", text, flags=re.M)
+    return re.sub(r"^[ \t]*\.loc\b[^\n]*", place, text, flags=re.M)
 
 
 def _closing(text: str, start: int) -> int:
@@ -126,6 +140,7 @@ class _Reader:
         self.scopes: list[dict[str, str]] = [{}]
         self.num_scopes = 0
         self.used: int | None = None
+        self.source = ""
 
     def read(self, text: str, line: int) -> None:
         start = 0
@@ -155,6 +170,8 @@ class _Reader:
             self.declare(text)
         elif text.startswith(".shared "):
             self.shared(text)
+        elif text.startswith(".loc "):
+            self.source = text.removeprefix(".loc ")
         elif text.startswith(".pragma"):
             m = re.search(r"used_bytes_mask (\w+)", text)
             self.used = int(m[1], 0).bit_length() if m else self.used
@@ -190,7 +207,7 @@ class _Reader:
         if m is None:
             raise PtxError(f"line {line} of {self.kernel.name}: {text}")
         opcode, *modifiers = m[2].split(".")
-        one = Instruction(opcode, tuple(modifiers), split_operands(m[3]), m[1], line, self.used)
+        one = Instruction(opcode, tuple(modifiers), split_operands(m[3]), m[1], line, self.used, self.source)
         self.used = None
         self.kernel.body.append(one)
 

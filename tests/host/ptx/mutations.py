@@ -25,7 +25,7 @@ class Fault:
     wrong: Instruction | None
 
     def __str__(self) -> str:
-        return f"{self.right} (line {self.right.line}) -> {self.wrong or 'nothing'}"
+        return f"{self.right} ({self.right.source}, line {self.right.line}) -> {self.wrong or 'nothing'}"
 
 
 def faults_in(kernel: Kernel, kind: str) -> list[Fault]:
