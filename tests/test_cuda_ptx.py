@@ -8,6 +8,7 @@ plants faults in all kernels.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -127,9 +128,9 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
             # 70 parameters in a slot, of which a batch of pointers holds four
             yield f"many-{num_tasks}-{d}", bind(on_host.test_gram_of_lists, ListCase("many", num_tasks, dtype), 64 * 70)
             yield f"levels-{num_tasks}-{d}", bind(levels, num_tasks, dtype)
-            for per_group in (2, 9):
-                yield f"exact-{num_tasks}-{per_group}-{d}", bind(exact, num_tasks, dtype, per_group)
             yield f"long-{num_tasks}-{d}", bind(long_slot, num_tasks, dtype)
+        for num_tasks, per_group in itertools.product((2, 4, 8, 16, 32, 48, 64, 97), (2, 9)):
+            yield f"exact-{num_tasks}-{per_group}-{d}", bind(exact, num_tasks, dtype, per_group)
         for num_tasks in (2, 5, 17):
             case = BankCase(num_tasks, 259, dtype)
             yield f"pcgrad-{case}", bind(on_host.test_pcgrad, case, False)

@@ -49,12 +49,15 @@ from triton_on_host import Ran, running
 
 from fastmtl.kernels import configs, surgery, task_scale_shift
 from fastmtl.kernels import task_plan as plans
+from fastmtl.kernels.surgery_gram import MAX_PAIRED
 
 ALL = os.environ.get("FASTMTL_AOT") == "all"
 only_in_aot = pytest.mark.skipif(not ALL, reason="part of `make aot`")
 DTYPES = (F32, BF16, F16)
 # float32 as three products of truncated tf32 parts: up to 3 * 2^-20 of each product
 SLACK = {F32: 4.0, BF16: 1.0, F16: 1.0}
+# tensor cores that cut every term of a sum off, where up to 256 columns of 16 bits are added before one sum is rounded
+CUT_SLACK = 4.0
 SCHEDULES = {"falling": host.REVERSE, "rising": host.FORWARD}
 
 
@@ -66,14 +69,15 @@ def check_surgery(case: BankCase | ListCase, dtype: torch.dtype, num_sums: int) 
     grads, bank = case.make(), cases.bank64(case)
     order = cases.random_order(case.num_tasks)
     unit, smallest = cases.unit_roundoff(dtype), 2.0**-25 if dtype == F16 else 0.0
+    slack = CUT_SLACK if dtype.itemsize == 2 and case.num_tasks > MAX_PAIRED else 1.0
     m = ops.gram(grads)
-    cases.assert_gram(m, bank, [dtype], 1.0)
+    cases.assert_gram(m, bank, [dtype], slack)
     assert torch.equal(m, m.mT)
     w = cases.random_weights((num_sums, case.num_tasks))
     tolerance = cases.COMBINE_TOLERANCE[dtype]
     cases.assert_combine(_columns(ops.combine(w, grads)), w, bank, unit, tolerance, smallest)
     projected = cases.projected64(case)
-    error = cases.PCGRAD_TOLERANCE[dtype] * cases.pcgrad_scale(bank, projected)
+    error = slack * cases.PCGRAD_TOLERANCE[dtype] * cases.pcgrad_scale(bank, projected)
     update = _columns(ops.pcgrad(grads, order))
     total = projected.sum(0)
     cases.assert_within(update, total, error.sum(0) + unit * total.abs() * 1.001 + smallest)
@@ -235,5 +239,5 @@ def test_every_case(case: str, launched: list[Ran]) -> None:
 @only_in_aot
 def test_every_kernel_ran() -> None:
     wanted = {(target.fn.__name__, target.dtype) for target in configs.build_targets()}
-    assert len(wanted) >= 60
+    assert len(wanted) >= 57
     assert wanted - FOUND == set()
