@@ -124,9 +124,7 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
     cuda_home, no_cuda = find_cuda_home(torch.version.cuda)
     if no_cuda is not None:
         print(f"fastmtl: {no_cuda}: installing without CUDA C++ kernels", file=sys.stderr)
-    sources = sorted(
-        str(p.relative_to(ROOT)) for pattern in ("csrc/*.cpp", "csrc/cpu/*.cpp") for p in ROOT.glob(pattern)
-    )
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
     common = ["-O3", "-g0", "-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     cxx = [*common, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
     nvcc = [
@@ -144,7 +142,7 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
     if cuda_home is not None:
         cpp_extension.CUDA_HOME = str(cuda_home)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
-        sources += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
+        sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").rglob("*.cu"))
         cxx.append("-DFASTMTL_WITH_CUDA")
         cuda_include, cuda_library = cuda_folders(cuda_home)
         library_dirs.append(str(cuda_library))
@@ -161,7 +159,7 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
             # under a CPU-only torch ninja is not told which headers a CUDA source includes
             headers = [p for pattern in ("*.h", "*.cuh", "*.inc") for p in (ROOT / "csrc").rglob(pattern)]
             newest = max(p.stat().st_mtime for p in headers)
-            for compiled in Path(self.build_temp).rglob("cuda/*.o"):
+            for compiled in Path(self.build_temp).rglob("cuda/**/*.o"):
                 if compiled.stat().st_mtime < newest:
                     compiled.unlink()
             super().build_extensions()
@@ -196,7 +194,11 @@ class BuildPy(build_py):
 
 
 setup(
-    packages=[*find_packages(include=["fastmtl", "fastmtl.*"]), "fastmtl.benchmarks"],
+    packages=[
+        *find_packages(include=["fastmtl", "fastmtl.*"]),
+        "fastmtl.benchmarks",
+        *(f"fastmtl.{folder}.{name}" for folder in ("benchmarks", "kernels") for name in find_packages(folder)),
+    ],
     package_dir={"fastmtl.benchmarks": "benchmarks", "fastmtl.kernels": "kernels"},
     package_data={"fastmtl": ["py.typed"]},
     ext_modules=ext_modules,

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import setuptools
-
-ROOT = Path(__file__).parent.parent
+from paths import ROOT
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ _PREFERENCE: Mapping[str, tuple[str, ...]] = {
 
 def build_note(part: str) -> str | None:
     """Why setup.py left out `"extension"` or `"cuda"`; None if it did not, or left no note."""
-    note = Path(__file__).with_name("_build.json")
+    note = Path(__file__).parents[1] / "_build.json"
     return json.loads(note.read_text()).get(part) if note.exists() else None
 
 
