@@ -104,7 +104,7 @@ def test_every_op_runs_what_is_forced(call: object, monkeypatch: pytest.MonkeyPa
         return chosen
 
     for module in ("gram", "combine", "pcgrad"):
-        monkeypatch.setattr(sys.modules[f"fastmtl.ops.{module}"], "choose", spy)
+        monkeypatch.setattr(sys.modules[f"fastmtl.ops.gradients.{module}"], "choose", spy)
     with fastmtl.use_backend("reference"):
         call()
     assert asked and set(asked) == {"reference"}

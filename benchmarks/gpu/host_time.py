@@ -26,6 +26,7 @@ from fastmtl import ops
 from fastmtl.benchmarks.runner.machine import describe
 from fastmtl.core import dispatch
 from fastmtl.core.task_weights import Geometry, TaskWeights
+from fastmtl.ops.task_weights import reference
 
 TASKS = 8
 _NUMBERS = itertools.count(10_000)
@@ -97,7 +98,7 @@ class Layer(NamedTuple):
 
 def layers() -> list[Layer]:
     ids = torch.arange(2 * TASKS) % TASKS
-    plan = ops.TaskPlan(ids, *ops.reference.task_plan(ids, TASKS))
+    plan = ops.TaskPlan(ids, *reference.task_plan(ids, TASKS))
 
     def leaf(*shape: int, channels_last: bool = False) -> Tensor:
         x = torch.randn(shape, dtype=torch.bfloat16)
@@ -128,7 +129,7 @@ def layers() -> list[Layer]:
 
     def linear() -> Layer:
         def launch() -> None:
-            _linear = importlib.import_module("fastmtl.ops.task_linear")  # the module, not the function
+            _linear = importlib.import_module("fastmtl.ops.task_weights.task_linear")  # the module, not the function
             weights = matrices[0], matrices[1:], range(TASKS), None, None, plan.order, plan.offsets
             y = _linear._triton(rows, *weights)
             _linear._backward_triton(y, rows, *weights, [True, True, False, False], range(TASKS))

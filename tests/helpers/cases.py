@@ -1,7 +1,7 @@
 """The shared table of the op tests: inputs by shape, dtype and memory layout, tolerances, samples for opcheck.
 
 Oracles are float64: inputs are first rounded to the dtype under test, then upcast and given to
-`fastmtl.ops.reference`.
+`fastmtl.ops.gradients.reference`.
 """
 
 from __future__ import annotations

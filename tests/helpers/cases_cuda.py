@@ -33,7 +33,7 @@ TABLES = {
 
 def _kernels(op: str) -> set[str]:
     module, name = TABLES[op]
-    table = getattr(sys.modules[f"fastmtl.ops.{module}"], name)
+    table = getattr(sys.modules[f"fastmtl.ops.gradients.{module}"], name)
     return set(table["pcgrad"] if name == "_FUSED" else table)
 
 

@@ -1,6 +1,6 @@
 """The table of the per-task ops' tests: layers by geometry, tasks, dtype and layout; oracle, tolerances, samples.
 
-As in `cases.py`: inputs are rounded to the dtype under test, then upcast and given to `fastmtl.ops.reference`.
+As in `cases.py`: inputs are rounded to the dtype under test, then upcast and given to the oracles.
 """
 
 from __future__ import annotations
