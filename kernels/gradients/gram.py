@@ -182,7 +182,7 @@ def gram_paired_kernel(
 
 @triton.jit
 def _product_tile(acc, row, there, at, inside, CAST: tl.constexpr):
-    """Adds a tile `[TP, BLOCK]` times its transpose; inside None: all columns. CAST: see `_launch.in_interpreter`."""
+    """Adds a tile `[TP, BLOCK]` times its transpose; inside None: all columns. CAST: see `launches.in_interpreter`."""
     if inside is None:
         tile = tl.load(row[:, None] + at[None, :], mask=there[:, None], other=0.0)
     else:

@@ -108,7 +108,7 @@ class _Group:
         return sum(triton.cdiv(n, self.block * self.tiles_per_block) for n in self.lengths)
 
     def table(self) -> Tensor | None:
-        """See `surgery_rows`; None for a bank."""
+        """See `rows.py`; None for a bank."""
         if self.bank is not None:
             return None
         values = [0 if x is None else x.data_ptr() for p in self.params for x in p.rows]

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def multiply(a, b, acc, CAST: tl.constexpr):
-    """a b + acc. float32 as three tf32 products: one alone truncates; CAST: see `_launch.in_interpreter`."""
+    """a b + acc. float32 as three tf32 products: one alone truncates; CAST: see `launches.in_interpreter`."""
     if CAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

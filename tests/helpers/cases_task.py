@@ -27,7 +27,7 @@ DTYPE_PAIRS = ((F64, F64), (F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F
 
 # relative to the same expression on absolute values, on top of one rounding of the result to its dtype. In 16 bits
 # `W + s Delta`, the bias and each task's weight gradient are rounded once to the dtype of x, one unit roundoff, or not
-# at all on a CPU that lacks its arithmetic (`_task.widen`).
+# at all on a CPU that lacks its arithmetic (`widen`).
 TASK_TOLERANCE = {F64: 1e-14, F32: 2e-6, BF16: 2.0**-8, F16: 2.0**-11}
 # the least number of a dtype below which a result is rounded by half of that
 SMALLEST = {F64: 0.0, F32: 1e-38, BF16: 1e-38, F16: 2.0**-24}
