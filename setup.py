@@ -49,7 +49,8 @@ def find_cuda_home(torch_cuda: str | None) -> tuple[Path | None, str | None]:
     wanted = os.environ.get("FASTMTL_CUDA", "")
     if wanted == "0":
         return None, "FASTMTL_CUDA=0 was set when it was built"
-    candidates = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    given = {name: Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)}
+    candidates = list(given.values())
     nvcc = shutil.which("nvcc")
     if nvcc:
         candidates.append(Path(nvcc).resolve().parent.parent)
@@ -64,11 +65,13 @@ def find_cuda_home(torch_cuda: str | None) -> tuple[Path | None, str | None]:
             if torch_cuda is None or (release is not None and release.split(".")[0] == torch_cuda.split(".")[0]):
                 return home, None
             others.append(f"{home} has {release or 'an nvcc that does not run'}")
-    reason = "no nvcc was found when it was built (CUDA_HOME, PATH, /usr/local/cuda)"
+    without = [f"{name}={home} has none" for name, home in given.items() if not (home / "bin" / "nvcc").exists()]
+    looked = [f"{name}={home}" for name, home in given.items()] or ["CUDA_HOME, which was not set"]
+    reason = f"no nvcc was found when it was built ({', '.join(looked)}; PATH; /usr/local/cuda)"
     if others:
         reason = (
-            f"no nvcc was found that fits torch's CUDA {torch_cuda} when it was built ({', '.join(others)}): "
-            "point CUDA_HOME to such a toolkit and install again"
+            f"no nvcc was found that fits torch's CUDA {torch_cuda} when it was built "
+            f"({', '.join([*others, *without])}): point CUDA_HOME to such a toolkit and install again"
         )
     if wanted == "1":
         raise SystemExit(f"fastmtl: FASTMTL_CUDA=1, but {reason}")
