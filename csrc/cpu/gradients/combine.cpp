@@ -2,8 +2,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/gradients/gram.h"
-#include "cpu/pages.h"
 #include "cpu/gradients/walk.h"
+#include "cpu/pages.h"
 
 namespace fastmtl::cpu {
 namespace {

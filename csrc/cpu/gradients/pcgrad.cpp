@@ -5,9 +5,9 @@
 #include <optional>
 #include <utility>
 
+#include "common/solvers.h"
 #include "cpu/gradients/gram.h"
 #include "cpu/gradients/walk.h"
-#include "common/solvers.h"
 
 namespace fastmtl::cpu {
 namespace {

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/simd/tiles.h"
 #include "common/rows.h"
+#include "cpu/simd/tiles.h"
 
 namespace fastmtl::cpu {
 

@@ -10,8 +10,8 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/simd/kernels.h"
 #include "cpu/pages.h"
+#include "cpu/simd/kernels.h"
 
 namespace fastmtl::cpu {
 namespace {

@@ -9,9 +9,9 @@
 #include <optional>
 #include <string>
 
+#include "common/rows.h"
 #include "cuda/gradients/launch.h"
 #include "cuda/gradients/parts.h"
-#include "common/rows.h"
 #include "cuda/runtime.h"
 
 namespace fastmtl::cuda {
