@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.core.dispatch import unavailable
-from fastmtl.ops._task import Geometry, is_channels_last
-from fastmtl.ops._task_cpu import HUGE_BYTES, linear_weight_grads
-from fastmtl.ops.task_conv2d import (
+from fastmtl.core.task_weights import Geometry
+from fastmtl.core.tensors import is_channels_last
+from fastmtl.ops.task_weights.cpu.conv2d import HUGE_BYTES, linear_weight_grads
+from fastmtl.ops.task_weights.task_conv2d import (
     task_conv2d_weight_grad_op,
     task_conv2d_weight_grad_out_op,
     weight_grad_parts,
 )
-from fastmtl.ops.task_linear import task_linear_weight_grad_op, task_linear_weight_grad_out_op
+from fastmtl.ops.task_weights.task_linear import task_linear_weight_grad_op, task_linear_weight_grad_out_op
 
 STACKED = -1
 

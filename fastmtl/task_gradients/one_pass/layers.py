@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.core.schemas import autocast_is_on
-from fastmtl.ops._task import cast_by_autocast
+from fastmtl.ops.task_weights.precision import cast_by_autocast
 from fastmtl.task_gradients.one_pass import autograd
 from fastmtl.task_gradients.one_pass.attention import multi_head_attention
 from fastmtl.task_gradients.one_pass.rules import aligned, argument, dims_of, factors, tag_of_result

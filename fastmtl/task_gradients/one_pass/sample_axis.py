@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmtl.ops.task_plan import task_plan_op
+from fastmtl.ops.task_weights.task_plan import task_plan_op
 
 # kinds of tags, in the words of the errors
 CONST = "const"  # depends on no sample and on no parameter with a gradient
