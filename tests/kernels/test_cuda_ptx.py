@@ -358,7 +358,7 @@ def faulty_kernel(name: str) -> Kernel:
 
 # lines of csrc whose faults no case can tell of -> why
 EXPLAINED = {
-    "__syncthreads();  // before another round": "to 64 tasks one round takes all, and the next barrier is before the redo",
+    "__syncthreads();  // before another round": "to 64 tasks there is none, and a barrier is before the redo",
     "seen[w] |= __shfl_xor_sync": "a false alarm, after which the path for unusual orders gives the same numbers",
     "distinct += __popc": "a false alarm, see above",
     "count += __shfl_xor_sync": "a false alarm, see above",
