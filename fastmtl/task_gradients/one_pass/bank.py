@@ -253,11 +253,12 @@ class OnePassBank:
         """The gradients of parameters outside the bank, which DDP has not reduced inside the block."""
         if not isinstance(batch.model, nn.Module):
             return
-        others = {p: name for name, p in batch.model.named_parameters() if p.requires_grad and p not in self._named}
+        named: dict[Tensor, str] = {p: name for name, p in batch.model.named_parameters()}
+        others = {p: name for p, name in named.items() if p.requires_grad and p not in self._named}
         uneven = self._loss_reduction == "mean" and bool((counts * ranks.size != totals).any())
-        told = torch.tensor([uneven, *(p.grad is not None for p in others)], dtype=torch.int64, device=counts.device)
-        ranks.start_sum(told).wait()
-        uneven, *reached = told.tolist()
+        flags = torch.tensor([uneven, *(p.grad is not None for p in others)], dtype=torch.int64, device=counts.device)
+        ranks.start_sum(flags).wait()
+        uneven, *reached = flags.tolist()
         if uneven and any(reached):
             name = next(name for name, r in zip(others.values(), reached, strict=True) if r)
             raise ValueError(
@@ -335,7 +336,8 @@ class OnePassBank:
 
     def _check_unseen(self, x: Tensor) -> None:
         """No parameter may have gone into `x` unseen."""
-        todo, seen = [x.grad_fn], {None}
+        todo: list[Any] = [x.grad_fn]
+        seen: set[Any] = {None}
         while todo:
             node = todo.pop()
             if node in seen or takes_apart(node):

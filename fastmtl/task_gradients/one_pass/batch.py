@@ -173,6 +173,7 @@ class Batch:
             self.tracker.mark(leaf, CONSTANT)
         self.received: dict[Tensor, TaskRows] = {}
         self.gram: Tensor | None = None
+        self.gram_dtype = torch.float32  # the dtype that the Gram matrix of all rows has
         self.running = False
         self.tracker.__enter__()
         self.entered = True
@@ -290,11 +291,11 @@ class Batch:
 
     def _add_gram(self, rows: TaskRows) -> None:
         num_tasks = len(self.names)
-        known = [t for t in range(num_tasks) if rows[t] is not None]
+        known = {t: row for t in range(num_tasks) if (row := rows[t]) is not None}
         if not known:
             return
         with torch.no_grad(), without_autocast(self.ids.device.type):
-            part = gram_rows(Rows([rows[t] for t in known], known, num_tasks, 1))
+            part = gram_rows(Rows(list(known.values()), list(known), num_tasks, 1))
             self.gram_dtype = part.dtype if self.gram is None else torch.promote_types(self.gram_dtype, part.dtype)
             part = part.to(torch.float64)
             self.gram = part if self.gram is None else self.gram + part

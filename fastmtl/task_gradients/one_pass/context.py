@@ -105,7 +105,8 @@ class one_pass:
                 raise ValueError(f"{argument}: expected {known[0]!r} or {known[1]!r}, got {value!r}")
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
             raise TypeError(f"batch_dim: expected an int, got {type(batch_dim).__name__}")
-        where = (*(x if isinstance(x, nn.Module) else None for x in (model, shared)), process_group)
+        modules = [x if isinstance(x, nn.Module) else None for x in (model, shared)]
+        where = (modules[0], modules[1], process_group)
         ranks = find_ranks(*where, _CALL)
         if ranks is not None and ranks.sharded:
             raise TypeError(f"{_CALL}: fully_shard modules work with fastmtl.backward and GradientBank")

@@ -2,8 +2,8 @@
 each parameter where torch would give their sum.
 
 Every function takes the parameters as plain values and after them `targets`, stand-ins that receive the rows: for each
-parameter one `[R, ...]` tensor (`count` STACKED), R tensors (`count` R: the task copies of a computed parameter), or
-none (`count` 0: the parameter is not in a bank and gets its own gradient). Inside `plain_gradients()` the parameters
+parameter one `[R, ...]` tensor (`form` STACKED), R tensors (`form` R: the task copies of a computed parameter), or
+none (`form` 0: the parameter is not in a bank and gets its own gradient). Inside `plain_gradients()` the parameters
 get their plain gradient instead: the sum over the samples, weighted as the cotangents are.
 
 Source: task t's gradient of a shared weight is the weight gradient over task t's samples (docs/one-pass.md).

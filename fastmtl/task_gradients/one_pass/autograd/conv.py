@@ -31,46 +31,46 @@ class ConvByTask(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, w, b, ids, order, offsets, stride, padding, dilation, transposed, output_padding, groups,
-        count_w, count_b, *targets,
+        form_w, form_b, *targets,
     ):  # fmt: skip
         ctx.save_for_backward(x, w, ids, order, offsets)
         ctx.geometry = stride, padding, dilation, transposed, output_padding, groups
-        ctx.counts, ctx.bias_dtype = (count_w, count_b), None if b is None else b.dtype
-        ctx.receiver = receiver_of(count_w, targets)
+        ctx.forms, ctx.bias_dtype = (form_w, form_b), None if b is None else b.dtype
+        ctx.receiver = receiver_of(form_w, targets)
         return torch.convolution(x, w, b, *ctx.geometry)
 
     @unseen
     def backward(ctx, g, x, w, ids, order, offsets):
-        count_w, count_b = ctx.counts
+        form_w, form_b = ctx.forms
         needs = ctx.needs_input_grad
         n, num_rows = ids.shape[0], offsets.shape[0] - 1
         rows_w = rows_b = gb = None
         stride, padding, dilation, transposed, output_padding, groups = ctx.geometry
-        want_rows, want_own = wants(count_w, needs[1])
+        want_rows, want_plain = wants(form_w, needs[1])
         gx = gw = None
-        if needs[0] or want_own:
+        if needs[0] or want_plain:
             gx, gw, _ = torch.ops.aten.convolution_backward(
                 g, x, w, None, stride, padding, dilation, transposed, output_padding, groups,
-                (needs[0], want_own, False),
+                (needs[0], want_plain, False),
             )  # fmt: skip
         if want_rows:
             # a transposed convolution is the gradient of a plain one, with input and output changing places
             source, back = (g, x) if transposed else (x, g)
-            bias = count_b == STACKED and not transposed
+            bias = form_b == STACKED and not transposed
             rows_w, rows_b = deliver_conv_rows(
                 ctx.receiver, source, back, order, offsets, w, bias, stride, padding, dilation, groups
             )
-        want_rows, want_own = wants(count_b, needs[2])
+        want_rows, want_plain = wants(form_b, needs[2])
         if rows_b is not None:
             rows_b = rows_b.to(ctx.bias_dtype)
-        elif want_rows or want_own:
+        elif want_rows or want_plain:
             promoted = torch.promote_types(g.dtype, torch.float32)
             each = g.sum(tuple(range(2, g.dim())), dtype=promoted) if g.dim() > 2 else g
             if want_rows:
                 rows_b = sum_by_row(each.reshape(n, -1, each.shape[-1]).sum(1), ids, num_rows, ctx.bias_dtype)
             else:
                 gb = each.sum(0).to(ctx.bias_dtype)
-        return (gx, gw, gb, *(None,) * 11, *give_rows(rows_w, count_w), *give_rows(rows_b, count_b))
+        return (gx, gw, gb, *(None,) * 11, *give_rows(rows_w, form_w), *give_rows(rows_b, form_b))
 
 
 def deliver_conv_rows(

@@ -70,13 +70,13 @@ def sum_by_row(values: Tensor, ids: Tensor, num_rows: int, dtype: torch.dtype) -
     return total.to(dtype).reshape(num_rows, *values.shape[1:])
 
 
-def give_rows(rows: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
+def give_rows(rows: Tensor | None, form: int) -> tuple[Tensor | None, ...]:
     """The rows in the form of the targets."""
-    if count == STACKED:
+    if form == STACKED:
         return (rows,)
     if rows is None:
-        return (None,) * count
-    return tuple(rows.unbind(0))[:count]
+        return (None,) * form
+    return tuple(rows.unbind(0))[:form]
 
 
 # the attribute of a stand-in that takes rows as they are made, one tensor for each task, past autograd
@@ -99,9 +99,9 @@ class Receiver(Protocol):
         ...
 
 
-def receiver_of(count: int, targets: Sequence[Tensor]) -> Receiver | None:
+def receiver_of(form: int, targets: Sequence[Tensor]) -> Receiver | None:
     """What takes the parts of the first target, if that is a stand-in itself."""
-    if count != STACKED or torch.compiler.is_compiling():
+    if form != STACKED or torch.compiler.is_compiling():
         return None
     return getattr(targets[0], RECEIVER, None)
 
@@ -118,8 +118,8 @@ def deliver(receiver: Receiver | None, rows: Tensor) -> Tensor | None:
     return None
 
 
-def wants(count: int, needs: bool) -> tuple[bool, bool]:
+def wants(form: int, needs: bool) -> tuple[bool, bool]:
     """Whether the rows of a parameter, and whether its plain gradient."""
-    if count == 0:
+    if form == 0:
         return False, needs
     return (False, needs) if _plain_gradients[0] else (True, False)

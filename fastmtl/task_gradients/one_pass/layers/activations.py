@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Layer, LayerTracker, Unproven, sample_axis
+from fastmtl.task_gradients.one_pass.layers.protocol import (
+    Followed,
+    Layer,
+    LayerTracker,
+    Unproven,
+    follow_one,
+    sample_axis,
+)
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 
 
@@ -14,9 +21,8 @@ def _prelu(tracker: LayerTracker, call: TorchCall) -> Followed:
     if w.numel() > 1:
         if axis.axis != 0:
             raise Unproven("prelu with samples along another axis than the first")
-        w, shaped = tracker.follow(torch.Tensor.reshape, (w, (-1, *(1,) * (x.dim() - 2))), {})
-        tracker.mark(w, shaped)
-    below, found = tracker.follow(torch.mul, (x, w), {})
+        w, _ = follow_one(tracker, torch.Tensor.reshape, w, (-1, *(1,) * (x.dim() - 2)))
+    below, found = follow_one(tracker, torch.mul, x, w)
     return torch.where(x > 0, x, below), found
 
 

@@ -64,7 +64,7 @@ def lift(tracker: LayerTracker, p: Tensor, right: int, axis: PerSample) -> Tenso
             return _expanded(tracker, weight.narrowed(dim), dim, ids, axis)
         if not copied(tracker, p, p.dim() - right):
             raise Unproven("its own positions would lie along the axis of the samples")
-        out = SplitByTask.apply(value, ids, dim, weight.count, axis.task_ids.num_rows, *weight.targets)
+        out = SplitByTask.apply(value, ids, dim, weight.form, axis.task_ids.num_rows, *weight.targets)
     elif value.shape[dim] == 1:
         return _expanded(tracker, weight, dim, ids, axis)
     else:
@@ -74,7 +74,7 @@ def lift(tracker: LayerTracker, p: Tensor, right: int, axis: PerSample) -> Tenso
 
 
 def _expanded(tracker: LayerTracker, weight: Weight, dim: int, ids: Tensor, axis: PerSample) -> Tensor:
-    out = ExpandByTask.apply(weight.value, ids, dim, weight.count, axis.task_ids.num_rows, *weight.targets)
+    out = ExpandByTask.apply(weight.value, ids, dim, weight.form, axis.task_ids.num_rows, *weight.targets)
     tracker.mark(out, axis.at(dim))
     return out
 

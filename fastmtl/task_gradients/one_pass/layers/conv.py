@@ -51,7 +51,7 @@ def _conv(tracker: LayerTracker, call: TorchCall) -> Followed:
         x = cast_by_autocast(x)
     y = ConvByTask.apply(
         x, value, offset, *plan, stride, many(padding), dilation, transposed, output_padding, given["groups"],
-        weight.count, bias.count, *weight.targets, *bias.targets,
+        weight.form, bias.form, *weight.targets, *bias.targets,
     )  # fmt: skip
     return y, axis
 

@@ -15,6 +15,7 @@ from fastmtl.task_gradients.one_pass.layers.protocol import (
     Unproven,
     Weight,
     carries_samples,
+    follow_one,
     from_parameters,
     plan_of,
     sample_axis,
@@ -44,7 +45,7 @@ def _affine(
 
 def _apply(x: Tensor, weight: Weight, bias: Weight, axis: PerSample, transposed: bool) -> tuple[Tensor, PerSample]:
     y = LinearByTask.apply(
-        x, weight.value, bias.value, *plan_of(x, axis), axis.axis, transposed, weight.count, bias.count,
+        x, weight.value, bias.value, *plan_of(x, axis), axis.axis, transposed, weight.form, bias.form,
         *weight.targets, *bias.targets,
     )  # fmt: skip
     return y, axis
@@ -65,8 +66,7 @@ def _baddbmm(tracker: LayerTracker, call: TorchCall) -> Followed:
     if call.kwargs.get("alpha", 1) != 1 or call.kwargs.get("beta", 1) != 1:
         raise Unproven("baddbmm with alpha or beta")
     b, x, y = (call.argument(k, n) for k, n in enumerate(("input", "batch1", "batch2")))
-    product, axis = tracker.follow(torch.matmul, (x, y), {})
-    tracker.mark(product, axis)
+    product, _ = follow_one(tracker, torch.matmul, x, y)
     return tracker.follow(torch.add, (b, product), {})
 
 

@@ -15,6 +15,7 @@ from fastmtl.task_gradients.one_pass.layers.protocol import (
     Unproven,
     Weight,
     first_sample_axis,
+    follow_one,
     plan_of,
     sample_axis,
     weight_of,
@@ -45,10 +46,8 @@ def _affine_after(
         if p is None:
             continue
         if channels:
-            p, shaped = tracker.follow(torch.Tensor.reshape, (p, (-1, *(1,) * (y.dim() - 2))), {})
-            tracker.mark(p, shaped)
-        y, known = tracker.follow(op, (y, p), {})
-        tracker.mark(y, known)
+            p, _ = follow_one(tracker, torch.Tensor.reshape, p, (-1, *(1,) * (y.dim() - 2)))
+        y, known = follow_one(tracker, op, y, p)
     return y, known
 
 
@@ -65,7 +64,7 @@ def _layer_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
         return _affine_after(tracker, F.layer_norm(x, shape, None, None, eps), axis, w, b)
     ids, _, _ = plan_of(x, axis)
     y = LayerNormByTask.apply(
-        x, weight.value, bias.value, ids, axis.axis, shape, eps, weight.count, bias.count, axis.task_ids.num_rows,
+        x, weight.value, bias.value, ids, axis.axis, shape, eps, weight.form, bias.form, axis.task_ids.num_rows,
         *weight.targets, *bias.targets,
     )  # fmt: skip
     return y, axis
@@ -91,7 +90,7 @@ def _group_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
         return _affine_after(tracker, F.group_norm(x, groups, None, None, eps), axis, w, b, channels=True)
     ids, _, _ = axis.task_ids.plan(axis.outer, axis.inner)
     y = GroupNormByTask.apply(
-        x, weight.value, bias.value, ids, groups, eps, weight.count, bias.count, axis.task_ids.num_rows,
+        x, weight.value, bias.value, ids, groups, eps, weight.form, bias.form, axis.task_ids.num_rows,
         *weight.targets, *bias.targets,
     )  # fmt: skip
     return y, axis
@@ -122,7 +121,7 @@ def _batch_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
         return _affine_after(tracker, y, axis, w, b, channels=True)
     ids, _, _ = axis.task_ids.plan(axis.outer, axis.inner)
     y = BatchNormByTask.apply(
-        x, weight.value, bias.value, ids, (mean, var), training, momentum, eps, weight.count, bias.count,
+        x, weight.value, bias.value, ids, (mean, var), training, momentum, eps, weight.form, bias.form,
         axis.task_ids.num_rows, *weight.targets, *bias.targets,
     )  # fmt: skip
     return y, axis

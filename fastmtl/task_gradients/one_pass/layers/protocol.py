@@ -22,28 +22,28 @@ class Weight(NamedTuple):
 
     Attributes:
         value: what the layer computes with; None: the layer has no such parameter.
-        count: `STACKED`; R, the number of rows; or 0: not in the bank. See `autograd`.
-        targets: what receives the rows, in the form that `count` says.
+        form: `STACKED`; R, the number of rows; or 0: not in the bank. See `autograd`.
+        targets: what receives the rows, in the form that `form` says.
     """
 
     value: Tensor | None
-    count: int
+    form: int
     targets: tuple[Tensor, ...]
 
     def viewed(self, view: Callable[[Tensor], Tensor]) -> Weight:
         """The same view of the value and of everything that receives its rows."""
         value = view(self.tensor())
-        if self.count == STACKED:
+        if self.form == STACKED:
             # every row is the value itself, so the view of one is expanded to all
             rows = self.targets[0]
-            return Weight(value, self.count, (rows.reshape(rows.shape[0], *value.shape),))
-        return Weight(value, self.count, tuple(view(t) for t in self.targets))
+            return Weight(value, self.form, (rows.reshape(rows.shape[0], *value.shape),))
+        return Weight(value, self.form, tuple(view(t) for t in self.targets))
 
     def narrowed(self, axis: int) -> Weight:
         """The first position of an axis alone."""
-        shift = 1 if self.count == STACKED else 0
+        shift = 1 if self.form == STACKED else 0
         targets = tuple(t.narrow(axis + shift, 0, 1) for t in self.targets)
-        return Weight(self.tensor().narrow(axis, 0, 1), self.count, targets)
+        return Weight(self.tensor().narrow(axis, 0, 1), self.form, targets)
 
     def tensor(self) -> Tensor:
         """The value of a parameter that is there."""
@@ -96,6 +96,14 @@ class LayerTracker(Protocol):
 
 
 Layer: TypeAlias = Callable[[LayerTracker, TorchCall], Followed]
+
+
+def follow_one(tracker: LayerTracker, func: Any, *args: Any) -> tuple[Tensor, SampleAxis]:
+    """The only result of a call as if the model had made it, marked with what is known of it."""
+    out, axis = tracker.follow(func, args, {})
+    assert not isinstance(axis, list)
+    tracker.mark(out, axis)
+    return out, axis
 
 
 def weight_of(tracker: LayerTracker, p: Tensor | None) -> Weight:

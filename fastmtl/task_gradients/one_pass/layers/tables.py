@@ -24,7 +24,7 @@ def looked_up(tracker: LayerTracker, w: Tensor, index: Tensor, padding: int = -1
     axis = sample_axis(tracker, index)
     ids, _, _ = plan_of(index, axis)
     weight, num_rows = tracker.weight(w), axis.task_ids.num_rows
-    y = EmbeddingByTask.apply(weight.value, index, ids, padding, weight.count, num_rows, *weight.targets)
+    y = EmbeddingByTask.apply(weight.value, index, ids, padding, weight.form, num_rows, *weight.targets)
     return y, axis
 
 

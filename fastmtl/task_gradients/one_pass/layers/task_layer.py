@@ -28,12 +28,13 @@ def _task_layer(tracker: LayerTracker, call: TorchCall) -> Followed:
         raise Unproven("what belongs to single tasks is in the bank")
     added = None
     if b is not None and b.dim() > 1 and from_parameters(tracker, b):
-        b, added = None, _picked(tracker, b, axis, *rest[:2])
+        added = _picked(tracker, b, axis, *rest[:2])
+        b = None
     weight, bias = weight_of(tracker, w), weight_of(tracker, b)
     y = call.func(x, weight.value, delta, delta_tasks, gate, bias.value, *rest)
     plan = axis.task_ids.plan(axis.outer, axis.inner)
     y = SharedByTask.apply(
-        y, x.detach(), weight.value, bias.value, *plan, tuple(rest[2:]) or None, weight.count, bias.count,
+        y, x.detach(), weight.value, bias.value, *plan, tuple(rest[2:]) or None, weight.form, bias.form,
         *weight.targets, *bias.targets,
     )  # fmt: skip
     if added is not None:

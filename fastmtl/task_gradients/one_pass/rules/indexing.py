@@ -236,8 +236,8 @@ def _setitem(call: TorchCall) -> Axes:
         items = index if isinstance(index, tuple) else (index,)
         plain = all(isinstance(i, (slice, int)) for i in items)
         dims = x.dim() - sum(isinstance(i, int) for i in items)
-        kept = isinstance(picked, PerSample) and picked.agrees(before)
-        if plain and kept and dims - picked.axis == value.dim() - axis.axis:
+        right = value.dim() - axis.axis
+        if plain and isinstance(picked, PerSample) and picked.agrees(before) and dims - picked.axis == right:
             return before
     return Unknown("writing samples into a tensor by an index can't be followed")
 
