@@ -38,10 +38,10 @@ bench-full: dev  ## every case; results go where the README reads them
 	$(BIN)/fastmtl bench --out benchmarks/results
 
 readme: dev  ## redraws the README's table and plot from the newest committed results
-	$(BIN)/python -m fastmtl.benchmarks.report --readme README.md
+	$(BIN)/python -m fastmtl.benchmarks.report.report --readme README.md
 
 kernel-table: dev  ## compiles the surgery kernels and rewrites their table in docs/; needs nvcc
-	$(BIN)/python -m fastmtl.benchmarks.kernel_table
+	$(BIN)/python -m fastmtl.benchmarks.machine_code.kernel_table
 
 lint: dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -52,13 +52,13 @@ format: dev
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inc')
 
 aot: dev  ## compiles every configuration of every GPU kernel and checks registers, spills and instructions; runs its PTX
-	FASTMTL_AOT=all $(BIN)/python -m pytest tests/test_cuda_build.py tests/test_triton_build.py tests/test_cuda_ptx.py
+	FASTMTL_AOT=all $(BIN)/python -m pytest tests/kernels/test_cuda_build.py tests/kernels/test_triton_build.py tests/kernels/test_cuda_ptx.py
 
 abi: dev  ## one build under several torch releases; downloads gigabytes
 	bash tests/abi/check.sh $(BIN)/python
 
-gpu-check:  ## on a machine with a GPU and torch: PARTS of benchmarks/gpu_check.sh; results to $$OUT (docs/first-gpu-run.md)
-	bash benchmarks/gpu_check.sh $(PARTS)
+gpu-check:  ## on a machine with a GPU and torch: PARTS of benchmarks/gpu/gpu_check.sh; results to $$OUT (docs/first-gpu-run.md)
+	bash benchmarks/gpu/gpu_check.sh $(PARTS)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) fastmtl/*.so fastmtl/_build.json

@@ -49,7 +49,8 @@ def find_cuda_home(torch_cuda: str | None) -> tuple[Path | None, str | None]:
     wanted = os.environ.get("FASTMTL_CUDA", "")
     if wanted == "0":
         return None, "FASTMTL_CUDA=0 was set when it was built"
-    candidates = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    given = {name: Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)}
+    candidates = list(given.values())
     nvcc = shutil.which("nvcc")
     if nvcc:
         candidates.append(Path(nvcc).resolve().parent.parent)
@@ -64,11 +65,13 @@ def find_cuda_home(torch_cuda: str | None) -> tuple[Path | None, str | None]:
             if torch_cuda is None or (release is not None and release.split(".")[0] == torch_cuda.split(".")[0]):
                 return home, None
             others.append(f"{home} has {release or 'an nvcc that does not run'}")
-    reason = "no nvcc was found when it was built (CUDA_HOME, PATH, /usr/local/cuda)"
+    without = [f"{name}={home} has none" for name, home in given.items() if not (home / "bin" / "nvcc").exists()]
+    looked = [f"{name}={home}" for name, home in given.items()] or ["CUDA_HOME, which was not set"]
+    reason = f"no nvcc was found when it was built ({', '.join(looked)}; PATH; /usr/local/cuda)"
     if others:
         reason = (
-            f"no nvcc was found that fits torch's CUDA {torch_cuda} when it was built ({', '.join(others)}): "
-            "point CUDA_HOME to such a toolkit and install again"
+            f"no nvcc was found that fits torch's CUDA {torch_cuda} when it was built "
+            f"({', '.join([*others, *without])}): point CUDA_HOME to such a toolkit and install again"
         )
     if wanted == "1":
         raise SystemExit(f"fastmtl: FASTMTL_CUDA=1, but {reason}")
@@ -124,9 +127,7 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
     cuda_home, no_cuda = find_cuda_home(torch.version.cuda)
     if no_cuda is not None:
         print(f"fastmtl: {no_cuda}: installing without CUDA C++ kernels", file=sys.stderr)
-    sources = sorted(
-        str(p.relative_to(ROOT)) for pattern in ("csrc/*.cpp", "csrc/cpu/*.cpp") for p in ROOT.glob(pattern)
-    )
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
     common = ["-O3", "-g0", "-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     cxx = [*common, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
     nvcc = [
@@ -144,7 +145,7 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
     if cuda_home is not None:
         cpp_extension.CUDA_HOME = str(cuda_home)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
-        sources += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
+        sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").rglob("*.cu"))
         cxx.append("-DFASTMTL_WITH_CUDA")
         cuda_include, cuda_library = cuda_folders(cuda_home)
         library_dirs.append(str(cuda_library))
@@ -161,7 +162,7 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
             # under a CPU-only torch ninja is not told which headers a CUDA source includes
             headers = [p for pattern in ("*.h", "*.cuh", "*.inc") for p in (ROOT / "csrc").rglob(pattern)]
             newest = max(p.stat().st_mtime for p in headers)
-            for compiled in Path(self.build_temp).rglob("cuda/*.o"):
+            for compiled in Path(self.build_temp).rglob("cuda/**/*.o"):
                 if compiled.stat().st_mtime < newest:
                     compiled.unlink()
             super().build_extensions()
@@ -196,7 +197,11 @@ class BuildPy(build_py):
 
 
 setup(
-    packages=[*find_packages(include=["fastmtl", "fastmtl.*"]), "fastmtl.benchmarks"],
+    packages=[
+        *find_packages(include=["fastmtl", "fastmtl.*"]),
+        "fastmtl.benchmarks",
+        *(f"fastmtl.{folder}.{name}" for folder in ("benchmarks", "kernels") for name in find_packages(folder)),
+    ],
     package_dir={"fastmtl.benchmarks": "benchmarks", "fastmtl.kernels": "kernels"},
     package_data={"fastmtl": ["py.typed"]},
     ext_modules=ext_modules,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastmtl.benchmarks import registry
+from fastmtl.benchmarks.runner import registry
 
 pytest.importorskip("pytest_benchmark")
 

@@ -2,8 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cpu/kernels.h"
-#include "cuda/plan.h"
+#include "cpu/simd/kernels.h"
+#include "cuda/gradients/plan.h"
 
 #define FASTMTL_TEXT_(x) #x
 #define FASTMTL_TEXT(x) FASTMTL_TEXT_(x)

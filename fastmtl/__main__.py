@@ -12,7 +12,7 @@ from fastmtl._version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    from fastmtl.benchmarks import cli
+    from fastmtl.benchmarks.runner import cli
 
     parser = argparse.ArgumentParser(prog="fastmtl", description="Fused kernels for multi-task learning in PyTorch.")
     parser.add_argument("--version", action="version", version=f"fastmtl {__version__}")

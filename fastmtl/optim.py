@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmtl import methods
 from fastmtl.distributed.wrappers import find_ranks
-from fastmtl.ops.order import Randomness
+from fastmtl.ops.gradients.order import Randomness
 from fastmtl.surgery.result import Surgery
 from fastmtl.task_gradients.losses import run_backward
 

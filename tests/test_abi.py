@@ -22,15 +22,15 @@ import pytest
 from abi import old_headers
 from abi.old_headers import RELEASES, include_folder
 from conftest import skip_or_fail
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h", ".inc"))
 TARGET = re.search(r'TORCH_TARGET_VERSION = "(0x\w+)"', (ROOT / "setup.py").read_text())[1]  # type: ignore[index]
 
 # What csrc/ takes from torch. A name belongs here once `test_compiles` has seen it in the oldest release, or once
-# csrc/abi.h says how to do without it there.
+# csrc/common/abi.h says how to do without it there.
 NAMES = {
-    "STABLE_TORCH_ERROR_CODE_CHECK",  # csrc/abi.h
+    "STABLE_TORCH_ERROR_CODE_CHECK",  # csrc/common/abi.h
     "STABLE_TORCH_LIBRARY_IMPL",
     "STD_TORCH_CHECK",
     "TORCH_ABI_VERSION",

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 
 import cases
 import cases_cuda
@@ -16,6 +15,7 @@ import pytest
 import torch
 from cases import BankCase
 from conftest import skip_or_fail
+from paths import ROOT
 
 import fastmtl
 from fastmtl.core import dispatch
@@ -104,7 +104,7 @@ def test_every_op_runs_what_is_forced(call: object, monkeypatch: pytest.MonkeyPa
         return chosen
 
     for module in ("gram", "combine", "pcgrad"):
-        monkeypatch.setattr(sys.modules[f"fastmtl.ops.{module}"], "choose", spy)
+        monkeypatch.setattr(sys.modules[f"fastmtl.ops.gradients.{module}"], "choose", spy)
     with fastmtl.use_backend("reference"):
         call()
     assert asked and set(asked) == {"reference"}
@@ -297,5 +297,5 @@ def test_when_launches_are_never_early(
     """As a GPU test decides whether to skip; the figures are those of `launches_early`."""
     found = cases_cuda.never_early(driver, capability, architectures)
     assert found is None if why is None else re.search(why, found)
-    source = (Path(__file__).parent.parent / "csrc" / "cuda" / "runtime.cu").read_text()
+    source = (ROOT / "csrc" / "cuda" / "runtime.cu").read_text()
     assert "driver_version() < 12030" in source and "ptxVersion >= 90" in source

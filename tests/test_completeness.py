@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,13 @@ from samples_task import TASK_OPCHECK_SAMPLES
 from torch import Tensor
 
 from fastmtl.core.schemas import PUBLIC_OPS
-from fastmtl.ops import combine, reference
+from fastmtl.ops import combine
+from fastmtl.ops.gradients import reference as of_gradients
+from fastmtl.ops.task_weights import reference as of_task_weights
 
 OPCHECK_SAMPLES = cases.OPCHECK_SAMPLES | TASK_OPCHECK_SAMPLES
+# the oracles of both families under one roof
+REFERENCE = types.SimpleNamespace(**vars(of_gradients) | vars(of_task_weights))
 
 
 def argument_count(name: str, implementation: Callable[..., Any]) -> int:
@@ -40,7 +45,7 @@ def missing(
     for name, (implementation, fake) in sorted(ops.items()):
         oracle = getattr(oracles, name, None)
         if not callable(oracle):
-            lacking.append(f"{name}: no oracle of that name in fastmtl/ops/reference.py")
+            lacking.append(f"{name}: no oracle of that name in a reference.py of fastmtl/ops")
         elif len(inspect.signature(oracle).parameters) != argument_count(name, implementation):
             lacking.append(f"{name}: its oracle takes other arguments than the op")
         if not callable(fake):
@@ -49,7 +54,7 @@ def missing(
             lacking.append(f"{name}: no entry in the opcheck samples of tests/")
         # a backward is timed as part of its op
         if benchmarks is not None and not name.endswith("_backward") and name not in benchmarks:
-            lacking.append(f"{name}: no entry in benchmarks/registry.py")
+            lacking.append(f"{name}: no entry in benchmarks/runner/registry.py")
     return lacking
 
 
@@ -64,7 +69,7 @@ def registered() -> set[str]:
 
 
 def test_every_op_is_complete() -> None:
-    assert missing(PUBLIC_OPS, reference, OPCHECK_SAMPLES) == []
+    assert missing(PUBLIC_OPS, REFERENCE, OPCHECK_SAMPLES) == []
 
 
 def test_every_registered_op_is_in_the_table() -> None:
@@ -73,10 +78,10 @@ def test_every_registered_op_is_in_the_table() -> None:
 
 def test_every_op_has_a_benchmark() -> None:
     try:
-        registry = importlib.import_module("fastmtl.benchmarks.registry")
+        registry = importlib.import_module("fastmtl.benchmarks.runner.registry")
     except ModuleNotFoundError as error:
         skip_or_fail(f"fastmtl.benchmarks is not installed ({error})")
-    assert missing(PUBLIC_OPS, reference, OPCHECK_SAMPLES, registry.covered_ops()) == []
+    assert missing(PUBLIC_OPS, REFERENCE, OPCHECK_SAMPLES, registry.covered_ops()) == []
 
 
 def test_no_sample_without_an_op() -> None:
@@ -86,22 +91,22 @@ def test_no_sample_without_an_op() -> None:
 def test_a_new_op_is_seen() -> None:
     """The check can fail: a copy of the table with an op that has nothing."""
     ops = {**PUBLIC_OPS, "gram_of_nothing": (lambda grads: grads, None)}
-    lacking = missing(ops, reference, OPCHECK_SAMPLES, benchmarks=PUBLIC_OPS.keys())
+    lacking = missing(ops, REFERENCE, OPCHECK_SAMPLES, benchmarks=PUBLIC_OPS.keys())
     assert [line.split(": ")[0] for line in lacking] == ["gram_of_nothing"] * 4
-    for what in ("no oracle", "no fake", "opcheck samples", "benchmarks/registry.py"):
+    for what in ("no oracle", "no fake", "opcheck samples", "benchmarks/runner/registry.py"):
         assert any(what in line for line in lacking), what
 
 
 @pytest.mark.parametrize("name", PUBLIC_OPS)
 def test_a_missing_entry_is_seen(name: str) -> None:
     rest = PUBLIC_OPS.keys() - {name}
-    assert missing(PUBLIC_OPS, reference, rest) == [f"{name}: no entry in the opcheck samples of tests/"]
-    oracles = type("Oracles", (), {other: staticmethod(getattr(reference, other)) for other in rest})
+    assert missing(PUBLIC_OPS, REFERENCE, rest) == [f"{name}: no entry in the opcheck samples of tests/"]
+    oracles = type("Oracles", (), {other: staticmethod(getattr(REFERENCE, other)) for other in rest})
     assert missing(PUBLIC_OPS, oracles, OPCHECK_SAMPLES) == [
-        f"{name}: no oracle of that name in fastmtl/ops/reference.py"
+        f"{name}: no oracle of that name in a reference.py of fastmtl/ops"
     ]
-    expected = [] if name.endswith("_backward") else [f"{name}: no entry in benchmarks/registry.py"]
-    assert missing(PUBLIC_OPS, reference, OPCHECK_SAMPLES, rest) == expected
+    expected = [] if name.endswith("_backward") else [f"{name}: no entry in benchmarks/runner/registry.py"]
+    assert missing(PUBLIC_OPS, REFERENCE, OPCHECK_SAMPLES, rest) == expected
 
 
 # --- every op on its samples
@@ -148,7 +153,7 @@ def test_op_equals_its_oracle(name: str, number: int, backend: Backend) -> None:
     wide = _upcast(list(args))
     out = _results(getattr(torch.ops.fastmtl, name), args)
     with torch.no_grad():
-        expected = _results(getattr(reference, name), wide)
+        expected = _results(getattr(REFERENCE, name), wide)
     assert out or name.endswith("_backward")
     for x, y in zip(out, expected, strict=True):
         if not x.is_floating_point():
@@ -230,6 +235,6 @@ def test_cases_have_their_features() -> None:
 
 
 def test_random_gradients_conflict() -> None:
-    m = reference.gram(cases.bank64(BankCase(8, 1024)))
+    m = of_gradients.gram(cases.bank64(BankCase(8, 1024)))
     share = (m < 0).double().mean()
     assert 0.2 < share < 0.8

@@ -13,10 +13,11 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import skip_or_fail
+from paths import ROOT
 
 import fastmtl
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 pytest.importorskip("sklearn")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmtl
-from fastmtl.ops.reference import pcgrad_loop
+from fastmtl.ops.gradients.reference import pcgrad_loop
 
 
 @pytest.fixture

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import setuptools
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
+import fastmtl
+from fastmtl import info
+from fastmtl.core import dispatch
 
 
 @pytest.fixture
@@ -69,6 +73,20 @@ def test_the_toolkit_must_fit_torch(
     assert find("13.0") == (None, "FASTMTL_CUDA=0 was set when it was built")
 
 
+def test_a_given_folder_without_a_toolkit_is_named(
+    tmp_path: Path, setup_file: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "CUDA_HOME", str(tmp_path / "nowhere"))
+    monkeypatch.setitem(os.environ, "CUDA_PATH", str(toolkit(tmp_path / "old", release="12.8")))
+    monkeypatch.delitem(os.environ, "FASTMTL_CUDA", raising=False)
+    _, reason = setup_file["find_cuda_home"]("11.8")
+    assert "old has 12.8" in reason and f"CUDA_HOME={tmp_path / 'nowhere'} has none" in reason
+    monkeypatch.delitem(os.environ, "CUDA_PATH")
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    home, reason = setup_file["find_cuda_home"]("13.0")
+    assert home is None and f"(CUDA_HOME={tmp_path / 'nowhere'}; PATH; /usr/local/cuda)" in reason
+
+
 @pytest.mark.parametrize("broken", ["not executable", "no program", "silent"])
 def test_an_nvcc_that_does_not_run(
     broken: str, tmp_path: Path, setup_file: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -96,3 +114,16 @@ def test_old_setuptools(version: str, setup_file: dict[str, Any], monkeypatch: p
     monkeypatch.setattr(setuptools, "__version__", version)
     with pytest.raises(SystemExit, match=rf"setuptools 77 or later, found {version}"):
         setup_file["check_setuptools"]()
+
+
+def test_the_note_of_what_was_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies where setup.py writes it, beside the package's `__init__.py`, and `fastmtl info` prints it."""
+    assert Path(fastmtl.__file__).with_name("_build.json") == dispatch.BUILD_NOTE
+    assert dispatch.extension is None or dispatch.BUILD_NOTE.exists()
+    note = tmp_path / "_build.json"
+    note.write_text('{"extension": null, "cuda": "no nvcc here"}')
+    monkeypatch.setattr(dispatch, "BUILD_NOTE", note)
+    assert dispatch.build_note("cuda") == "no nvcc here" and dispatch.build_note("extension") is None
+    monkeypatch.setattr(dispatch, "build_info", lambda: {"cpu_levels": ["portable"]})
+    monkeypatch.setattr(info.dispatch, "extension", SimpleNamespace(cpu_level=lambda: "portable", __file__="x"))
+    assert "no nvcc here" in info.report()

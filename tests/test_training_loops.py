@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastmtl
-from fastmtl.ops.reference import pcgrad_loop
+from fastmtl.ops.gradients.reference import pcgrad_loop
 
 STEPS = 4
 PAIR = torch.tensor([[1], [0]])

@@ -1,4 +1,4 @@
-#include "runtime.h"
+#include "cuda/runtime.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
@@ -15,8 +15,8 @@
 #include <mutex>
 #include <utility>
 
-#include "abi.h"
-#include "table.cuh"
+#include "common/abi.h"
+#include "cuda/table.cuh"
 
 // a CPU-only torch has no such function: the library must load all the same
 #pragma weak aoti_torch_get_current_cuda_stream

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace fastmtl::cuda {
 

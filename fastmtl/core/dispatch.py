@@ -23,10 +23,13 @@ _PREFERENCE: Mapping[str, tuple[str, ...]] = {
 }
 
 
+# where setup.py leaves a note of what it left out
+BUILD_NOTE = Path(__file__).parents[1] / "_build.json"
+
+
 def build_note(part: str) -> str | None:
     """Why setup.py left out `"extension"` or `"cuda"`; None if it did not, or left no note."""
-    note = Path(__file__).with_name("_build.json")
-    return json.loads(note.read_text()).get(part) if note.exists() else None
+    return json.loads(BUILD_NOTE.read_text()).get(part) if BUILD_NOTE.exists() else None
 
 
 def _load_extension() -> tuple[Any, str | None]:

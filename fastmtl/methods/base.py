@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.ops._rows import Grads
-from fastmtl.ops.pcgrad import check_gram
+from fastmtl.ops.gradients.arguments import Grads
+from fastmtl.ops.gradients.pcgrad import check_gram
 
 
 class Method:

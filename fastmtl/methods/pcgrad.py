@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.methods.base import Method
-from fastmtl.ops._rows import Grads, Rows
-from fastmtl.ops.order import Draw, Randomness, check_generator, draw_source, is_plain, random_order
-from fastmtl.ops.pcgrad import REDUCTIONS, check_no_generator, check_order, operate_rows
+from fastmtl.ops.gradients.arguments import Grads
+from fastmtl.ops.gradients.order import Draw, Randomness, check_generator, draw_source, is_plain, random_order
+from fastmtl.ops.gradients.pcgrad import REDUCTIONS, check_no_generator, check_order, operate_rows
 
 
 class PCGrad(Method):
@@ -75,7 +76,7 @@ class PCGrad(Method):
             w = w / (gram.shape[0] if present is None else present.sum())
         return w
 
-    def operate(self, rows: Rows, out: Sequence[Tensor], present: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    def operate(self, rows: GradientRows, out: Sequence[Tensor], present: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """The whole method on these rows, into `out`, in two launches on a GPU: the Gram matrix and the weights."""
         order, source = self.order, Draw(0, None)
         device = rows.tensors[0].device

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.ops import TaskPlan, task_plan
-from fastmtl.ops._task import check_ids
+from fastmtl.ops.task_weights.arguments import check_ids
 
 # process-wide: the recomputation of a checkpoint runs on autograd's threads
 _entered: list[tasks] = []

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fastmtl.nn.layer import TaskLayer, Tasks, check_plain
 from fastmtl.ops import task_conv2d
-from fastmtl.ops._task import Pair, read_pair
-from fastmtl.ops.task_conv2d import read_geometry
+from fastmtl.ops.task_weights.arguments import Pair, read_pair
+from fastmtl.ops.task_weights.task_conv2d import read_geometry
 
 
 class TaskConv2d(TaskLayer):

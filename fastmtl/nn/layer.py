@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastmtl.core.task_weights import TaskWeights
 from fastmtl.nn.context import current_plan
-from fastmtl.ops import TaskPlan, reference
-from fastmtl.ops._task import TaskWeights
+from fastmtl.ops import TaskPlan
+from fastmtl.ops.task_weights import reference
 from fastmtl.parameters import mark_per_task
 
 Tasks = int | Sequence[str]

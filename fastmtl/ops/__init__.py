@@ -3,15 +3,15 @@
 All live in `torch.ops.fastmtl`; these are their checked Python calls.
 """
 
-from fastmtl.ops._task import TaskPlan
-from fastmtl.ops.combine import combine
-from fastmtl.ops.gram import gram
-from fastmtl.ops.order import order_state, random_order
-from fastmtl.ops.pcgrad import pcgrad, pcgrad_coefficients, pcgrad_project
-from fastmtl.ops.task_conv2d import task_conv2d, task_conv2d_weight_grad
-from fastmtl.ops.task_linear import task_linear, task_linear_weight_grad
-from fastmtl.ops.task_plan import task_plan
-from fastmtl.ops.task_scale_shift import task_scale_shift
+from fastmtl.core.task_weights import TaskPlan
+from fastmtl.ops.gradients.combine import combine
+from fastmtl.ops.gradients.gram import gram
+from fastmtl.ops.gradients.order import order_state, random_order
+from fastmtl.ops.gradients.pcgrad import pcgrad, pcgrad_coefficients, pcgrad_project
+from fastmtl.ops.task_weights.task_conv2d import task_conv2d, task_conv2d_weight_grad
+from fastmtl.ops.task_weights.task_linear import task_linear, task_linear_weight_grad
+from fastmtl.ops.task_weights.task_plan import task_plan
+from fastmtl.ops.task_weights.task_scale_shift import task_scale_shift
 
 __all__ = [
     "TaskPlan",

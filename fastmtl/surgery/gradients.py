@@ -9,12 +9,12 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from fastmtl.core.gradient_rows import GradientRows, accumulate_dtype, present_params
 from fastmtl.core.memory import can_keep, references_alone
 from fastmtl.core.schemas import without_autocast
 from fastmtl.methods import PCGrad
-from fastmtl.ops._rows import Rows, accumulate_dtype, present_params
-from fastmtl.ops.combine import combine_into
-from fastmtl.ops.gram import gram_rows
+from fastmtl.ops.gradients.combine import combine_into
+from fastmtl.ops.gradients.gram import gram_rows
 from fastmtl.surgery.accumulate import Updates
 
 Row: TypeAlias = list[Tensor | None]  # one task's gradients by parameter; None: zero
@@ -89,7 +89,7 @@ class TaskGradients:
         self.names, self.present, self.poison, self.partitioned = names, present, poison, partitioned
         self.device = params[0].device if params else device
         self.is_empty = not (tensors or (partitioned and params))
-        self._gradients = Rows(tensors, index, len(names), n)
+        self._gradients = GradientRows(tensors, index, len(names), n)
         self._params, self._unshared = params, unshared
         self._receivers = params if receivers is None else receivers
         self._references = references

@@ -15,7 +15,7 @@ from fastmtl.distributed.dtensors import local, refuse_dtensors
 from fastmtl.distributed.ranks import SAME_PASSES, Ranks, reporting, statement_of
 from fastmtl.distributed.wrappers import check_reduces, find_ranks
 from fastmtl.methods import Weighting
-from fastmtl.ops._rows import check_num_tasks
+from fastmtl.ops.gradients.arguments import check_num_tasks
 from fastmtl.parameters import Params, compiled_module, is_per_task, read_params
 from fastmtl.surgery.accumulate import accumulate
 from fastmtl.surgery.gradients import Row, TaskGradients

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmtl.ops._rows import FLOAT_DTYPES
+from fastmtl.core.tensors import FLOAT_DTYPES
 from fastmtl.parameters import describe
 from fastmtl.task_gradients.passes import grad
 from fastmtl.task_gradients.reach import Edge, Reach, names_of, reach, reach_from

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmtl.ops._rows import MAX_TASKS
+from fastmtl.core.gradient_rows import MAX_TASKS
 
 # nodes that act on each element of a vector alone, as long as they have one input that needs a gradient
 _ELEMENTWISE = frozenset(

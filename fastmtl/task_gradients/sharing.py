@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastmtl.ops._rows import FLOAT_DTYPES
+from fastmtl.core.tensors import FLOAT_DTYPES
 from fastmtl.parameters import describe, is_per_task
 
 

@@ -5,7 +5,7 @@ import torch
 import fastmtl
 from fastmtl import ops
 from fastmtl.core import dispatch
-from fastmtl.ops import reference
+from fastmtl.ops.gradients import reference
 
 assert dispatch.extension is not None, dispatch.extension_error
 assert "site-packages" in fastmtl.__file__, fastmtl.__file__

@@ -21,15 +21,8 @@ from cases_cuda import (
 from torch import Tensor
 
 import fastmtl
-from fastmtl.ops import (
-    combine,
-    gram,
-    order_state,
-    pcgrad,
-    pcgrad_coefficients,
-    pcgrad_project,
-    reference,
-)
+from fastmtl.ops import combine, gram, order_state, pcgrad, pcgrad_coefficients, pcgrad_project
+from fastmtl.ops.gradients import reference
 
 pytestmark = pytest.mark.gpu
 forced = cases_cuda.forced

@@ -14,17 +14,11 @@ from cases_cuda import (
     use,
 )
 
-from fastmtl.ops import (
-    gram,
-    order_state,
-    pcgrad,
-    pcgrad_project,
-    random_order,
-    reference,
-)
-from fastmtl.ops._rows import bank_rows
-from fastmtl.ops.order import Draw, drawn_order
-from fastmtl.ops.pcgrad import operate_rows
+from fastmtl.core.gradient_rows import bank_rows
+from fastmtl.ops import gram, order_state, pcgrad, pcgrad_project, random_order
+from fastmtl.ops.gradients import reference
+from fastmtl.ops.gradients.order import Draw, drawn_order
+from fastmtl.ops.gradients.pcgrad import operate_rows
 
 pytestmark = pytest.mark.gpu
 forced = cases_cuda.forced
@@ -62,7 +56,7 @@ def test_drawn_orders_are_those_of_the_cpu(num_tasks: int, forced: str | None) -
 
 @pytest.mark.parametrize(("num_tasks", "key"), [(20, 84120), (50, 84120), (128, 1136), (128, 21465)])
 def test_drawn_orders_of_equal_halves(num_tasks: int, key: int, forced: str | None) -> None:
-    """Keys of which a row draws two numbers with the same upper half, as tests/test_cuda_on_host.py makes sure."""
+    """Keys of which a row draws two numbers with the same upper half, as a test on the host makes sure."""
     grads = BankCase(num_tasks, 1000).make(DEVICE)
     order = drawn_order(Draw(key, None), num_tasks, torch.device("cpu"))
     out = [torch.empty_like(grads[0])]

@@ -29,7 +29,7 @@ from fastmtl.ops import (
     pcgrad_project,
     random_order,
 )
-from fastmtl.ops.order import Draw, drawn_order
+from fastmtl.ops.gradients.order import Draw, drawn_order
 
 pytestmark = pytest.mark.gpu
 forced = cases_cuda.forced

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import fastmtl
 from fastmtl import methods
 from fastmtl.core import dispatch
-from fastmtl.ops import order_state, reference
+from fastmtl.ops import order_state
+from fastmtl.ops.gradients import reference
 
 pytestmark = pytest.mark.gpu
 
@@ -357,7 +358,7 @@ def test_two_captured_steps_beside_each_other(forced: str | None) -> None:
 
 def test_a_first_order_inside_a_capture_says_what_to_do() -> None:
     """Where no step ran before, the counter that replays need has no memory that is zero: a state has."""
-    from fastmtl.ops import order as orders
+    from fastmtl.ops.gradients import order as orders
 
     grads = cases.BankCase(8, 2000).make(DEVICE)
     fastmtl.ops.pcgrad(grads, cases.random_order(8).to(DEVICE))

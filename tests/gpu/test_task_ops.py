@@ -33,7 +33,6 @@ from torch import Tensor
 import fastmtl
 from fastmtl.core import dispatch
 from fastmtl.ops import (
-    reference,
     task_conv2d,
     task_conv2d_weight_grad,
     task_linear,
@@ -41,6 +40,7 @@ from fastmtl.ops import (
     task_plan,
     task_scale_shift,
 )
+from fastmtl.ops.task_weights import reference
 
 pytestmark = pytest.mark.gpu
 
@@ -136,14 +136,14 @@ def test_layers_of_ordinary_size(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("schedule", ["staged", "fused"])
 def test_schedules(schedule: str, layout: str) -> None:
     """Whatever the rule would choose."""
-    configs = pytest.importorskip("fastmtl.kernels.configs")
+    configs = pytest.importorskip("fastmtl.kernels.task_weights.configs")
     with configs.force(schedule=schedule):
         check(ConvCase(n=7, cin=32, cout=48, kernel=(1, 1), padding=0, gate="zeros", x_layout=layout, dtype=F16))
 
 
 @pytest.mark.parametrize("mode", ["walk", "split"])
 def test_weight_gradient_modes(mode: str) -> None:
-    configs = pytest.importorskip("fastmtl.kernels.configs")
+    configs = pytest.importorskip("fastmtl.kernels.task_weights.configs")
     with configs.force(mode=mode):
         check(ConvCase(n=40, cin=32, cout=48, size=(13, 12), num_tasks=4, gate="values", ids="absent", dtype=BF16))
 

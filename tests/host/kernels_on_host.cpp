@@ -1,9 +1,9 @@
-// Runs the CUDA kernels' bodies on the host, for tests/host_kernels.py: plain C functions on pointers.
+// Runs the CUDA kernels' bodies on the host, for tests/helpers/host_kernels.py: plain C functions on pointers.
 #include <cstdlib>
 #include <exception>
 #include <string>
 
-#include "cuda/parts.h"
+#include "cuda/gradients/parts.h"
 #include "cuda/table.cuh"
 
 using namespace fastmtl;
@@ -56,7 +56,7 @@ constexpr int64_t kTickets = 256;
 
 extern "C" {
 
-// Gradients as csrc/params.h has them. row and stride are [n, T], a row of 0 is absent; out is [n, K].
+// Gradients as csrc/common/params.h has them. row and stride are [n, T], a row of 0 is absent; out is [n, K].
 struct HostRows {
   int64_t num_tasks, num_params, num_out;
   int64_t is_bank;

@@ -48,7 +48,7 @@ struct Thread {
   Clock read;      // by its atomics since then
 };
 
-// "+0x..." within the library, which tests/host_kernels.py turns into a line of source
+// "+0x..." within the library, which tests/helpers/host_kernels.py turns into a line of source
 std::string offset_of(const void* where) {
   Dl_info info;
   dladdr(where, &info);

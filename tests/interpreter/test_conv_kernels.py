@@ -26,14 +26,8 @@ from torch import Tensor
 
 import fastmtl
 from fastmtl.core import dispatch
-from fastmtl.ops import (
-    TaskPlan,
-    reference,
-    task_conv2d,
-    task_conv2d_weight_grad,
-    task_linear,
-    task_linear_weight_grad,
-)
+from fastmtl.ops import TaskPlan, task_conv2d, task_conv2d_weight_grad, task_linear, task_linear_weight_grad
+from fastmtl.ops.task_weights import reference
 
 if not dispatch.interpreting():
     pytest.skip("needs TRITON_INTERPRET=1, set before Triton is imported", allow_module_level=True)
@@ -42,11 +36,13 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from fastmtl.kernels import _launch, configs
-from fastmtl.kernels import task_conv2d as launchers
-from fastmtl.kernels.configs import Tile
-from fastmtl.kernels.stage import quotient
-from fastmtl.ops._task import TRITON_MAX_TASKS, Geometry, TaskWeights, triton_declines
+from fastmtl.core.task_weights import Geometry, TaskWeights
+from fastmtl.kernels.common import launches
+from fastmtl.kernels.task_weights import configs
+from fastmtl.kernels.task_weights import task_conv2d as launchers
+from fastmtl.kernels.task_weights.configs import Tile
+from fastmtl.kernels.task_weights.stage import quotient
+from fastmtl.ops.task_weights.arguments import TRITON_MAX_TASKS, triton_declines
 
 # of one rounding to the dtype; the interpreter cuts bfloat16 off instead of rounding: 2^-8 on a GPU
 UNIT = {F32: 2.0**-24, BF16: 2.0**-7, F16: 2.0**-11}
@@ -67,7 +63,7 @@ FUSED = {"schedule": "fused", "mode": "split", "split_rows": 16, "chunks": 2}
 
 @pytest.fixture(autouse=True)
 def small_tiles() -> Iterator[None]:
-    with fastmtl.use_backend("triton"), configs.force(**SMALL), _launch.forgetting():
+    with fastmtl.use_backend("triton"), configs.force(**SMALL), launches.forgetting():
         yield
 
 
@@ -83,13 +79,13 @@ class Seen(NamedTuple):
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     """Takes the launches of a test."""
     found: list[Seen] = []
-    call = _launch.Prepared.__call__
+    call = launches.Prepared.__call__
 
-    def launch(self: _launch.Prepared, **filled: Any) -> None:
+    def launch(self: launches.Prepared, **filled: Any) -> None:
         found.append(Seen(self._fn.__name__, self._grid, self._settled))
         call(self, **filled)
 
-    monkeypatch.setattr(_launch.Prepared, "__call__", launch)
+    monkeypatch.setattr(launches.Prepared, "__call__", launch)
     return found
 
 
@@ -502,10 +498,10 @@ def test_the_same_bits_twice() -> None:
 
 def test_pointer_table() -> None:
     tensors = [None if k % 3 == 1 else torch.ones(k + 1) for k in range(37)]
-    table = _launch.pointer_table(tensors)
+    table = launches.pointer_table(tensors)
     assert table.tolist() == [0 if x is None else x.data_ptr() for x in tensors]
-    assert _launch.pointer_table(tensors) is table
-    assert _launch.pointer_table(tensors[1:] + tensors[:1]) is not table
+    assert launches.pointer_table(tensors) is table
+    assert launches.pointer_table(tensors[1:] + tensors[:1]) is not table
 
 
 def test_rules() -> None:
@@ -530,7 +526,7 @@ def test_grids_of_the_most_tasks(mode: str, seen: list[Seen]) -> None:
     )
     order, offsets = (torch.empty(n, dtype=torch.int64, device="meta") for n in (samples, tasks + 1))
     weights = TaskWeights(weight, [delta], [], gate)
-    with configs.force(**dict.fromkeys(SMALL), schedule="staged", mode=mode), _launch.recording():
+    with configs.force(**dict.fromkeys(SMALL), schedule="staged", mode=mode), launches.recording():
         launchers.conv2d(x, weights, bias, order, offsets, Geometry())
         launchers.conv2d_backward(y, x, weights, bias, order, offsets, Geometry(), [True] * 4, [0])
     names = {made.name for made in seen}
@@ -664,9 +660,9 @@ def test_separate_weights_and_samples_of_no_task() -> None:
 def test_a_plan_is_filled_with_other_memory(forced: dict[str, Any]) -> None:
     case = PLAIN.but(delta="list", n=5, cout=9, ids="turns")
     check(case, **forced)
-    kept = len(_launch._plans)
+    kept = len(launches._plans)
     check(case, **forced)
-    assert kept == len(_launch._plans) > 0
+    assert kept == len(launches._plans) > 0
     # nothing of it serves another shape
     check(case.but(size=(4, 3)), **forced)
-    assert len(_launch._plans) > kept
+    assert len(launches._plans) > kept

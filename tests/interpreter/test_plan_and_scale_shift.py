@@ -12,14 +12,15 @@ from torch import Tensor
 
 import fastmtl
 from fastmtl.core import dispatch
-from fastmtl.ops import reference, task_plan, task_scale_shift
+from fastmtl.ops import task_plan, task_scale_shift
+from fastmtl.ops.task_weights import reference
 
 if not dispatch.interpreting():
     pytest.skip("needs TRITON_INTERPRET=1, set before Triton is imported", allow_module_level=True)
 pytest.importorskip("triton")
 
-from fastmtl.kernels import task_plan as plan_kernels
-from fastmtl.kernels import task_scale_shift as scale_kernels
+from fastmtl.kernels.task_weights import task_plan as plan_kernels
+from fastmtl.kernels.task_weights import task_scale_shift as scale_kernels
 
 # the interpreter cuts bfloat16 off instead of rounding: 2^-8 on a GPU
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-11}

@@ -15,19 +15,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastmtl
 from fastmtl.core import dispatch
-from fastmtl.ops import combine, gram, order_state, pcgrad, pcgrad_coefficients, pcgrad_project, random_order, reference
-from fastmtl.ops._rows import Rows, bank_rows
-from fastmtl.ops.order import Draw, drawn_order
-from fastmtl.ops.pcgrad import operate_rows
+from fastmtl.core.gradient_rows import GradientRows, bank_rows
+from fastmtl.ops import combine, gram, order_state, pcgrad, pcgrad_coefficients, pcgrad_project, random_order
+from fastmtl.ops.gradients import reference
+from fastmtl.ops.gradients.order import Draw, drawn_order
+from fastmtl.ops.gradients.pcgrad import operate_rows
 
 if not dispatch.interpreting():
     pytest.skip("needs TRITON_INTERPRET=1, set before Triton is imported", allow_module_level=True)
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from fastmtl.kernels import _launch  # noqa: E402
-from fastmtl.kernels import surgery as kernels  # noqa: E402
-from fastmtl.kernels.surgery_solver import draw_visits  # noqa: E402
+from fastmtl.kernels.common import launches  # noqa: E402
+from fastmtl.kernels.gradients import launchers as kernels  # noqa: E402
+from fastmtl.kernels.gradients.pcgrad import draw_visits  # noqa: E402
 
 # the interpreter cuts bfloat16 off instead of rounding: 2^-8 on a GPU
 UNIT = {**{dtype: cases.unit_roundoff(dtype) for dtype in cases.DTYPES}, torch.bfloat16: 2.0**-7}
@@ -39,7 +40,7 @@ def triton_backend() -> Iterator[None]:
     with fastmtl.use_backend("triton"):
         yield
     # what counts arrivals is left as the next launch needs it
-    assert all(not kept.any() for kept in _launch.tickets._by_stream.values())
+    assert all(not kept.any() for kept in launches.tickets._by_stream.values())
 
 
 @pytest.fixture
@@ -262,7 +263,7 @@ def test_results_beside_the_sums() -> None:
 
 
 def test_lists_of_no_tensors() -> None:
-    rows = Rows([], [], 3, 2)
+    rows = GradientRows([], [], 3, 2)
     found, w = operate_rows(rows, cases.random_order(3), Draw(0, None), [], mean=True)
     assert torch.equal(found, torch.zeros(3, 3))
     torch.testing.assert_close(w, torch.full((3,), 1 / 3, dtype=torch.float64))
@@ -434,8 +435,8 @@ def test_the_same_bits_twice(case: BankCase, small_parts: None) -> None:
 
 
 def test_tickets_of_graphs_stay_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_launch, "TICKETS_PER_BATCH", 4)
-    made, device = _launch._Tickets(), torch.device("cpu")
+    monkeypatch.setattr(launches, "TICKETS_PER_BATCH", 4)
+    made, device = launches._Tickets(), torch.device("cpu")
     addresses, storages = set(), []
     for _ in range(4):
         made.prepare(device)
@@ -459,7 +460,7 @@ def test_a_call_that_stops_between_its_launches(monkeypatch: pytest.MonkeyPatch)
         launched.append(fn)
         if len(launched) == 2:
             raise KeyboardInterrupt
-        _launch.launch(fn, *args, **kwargs)
+        launches.launch(fn, *args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(kernels, "launch", stops)

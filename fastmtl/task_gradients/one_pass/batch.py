@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.core.schemas import without_autocast
-from fastmtl.ops._rows import Rows
-from fastmtl.ops.gram import gram_rows
-from fastmtl.ops.task_plan import task_plan_op
+from fastmtl.ops.gradients.gram import gram_rows
+from fastmtl.ops.task_weights.task_plan import task_plan_op
 from fastmtl.parameters import Params, describe
 from fastmtl.task_gradients.one_pass.autograd.ends import CollectRows
 from fastmtl.task_gradients.one_pass.autograd.rows import RECEIVER, plain_gradients
@@ -295,7 +295,7 @@ class Batch:
         if not known:
             return
         with torch.no_grad(), without_autocast(self.ids.device.type):
-            part = gram_rows(Rows(list(known.values()), list(known), num_tasks, 1))
+            part = gram_rows(GradientRows(list(known.values()), list(known), num_tasks, 1))
             self.gram_dtype = part.dtype if self.gram is None else torch.promote_types(self.gram_dtype, part.dtype)
             part = part.to(torch.float64)
             self.gram = part if self.gram is None else self.gram + part

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.ops.task_plan import task_plan_op
+from fastmtl.ops.task_weights.task_plan import task_plan_op
 
 
 class TaskIds:

@@ -16,7 +16,7 @@ from host.ptx.faults import faults_of
 from host.ptx.module import Kernel, read
 from host.ptx.translate import no_faults, translate
 
-from fastmtl.benchmarks.kernel_table import nvcc
+from fastmtl.benchmarks.machine_code.kernel_table import nvcc
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
@@ -57,8 +57,8 @@ def ptx_of(source: str, arch: int) -> Path:
     if program is None:
         raise FileNotFoundError("no nvcc")
     here = HERE / f"{source}.cu"
-    file = here if here.exists() else ROOT / "csrc" / "cuda" / f"{source}.cu"
-    headers = [f for folder in ("csrc", "csrc/cuda") for f in sorted((ROOT / folder).glob("*"))]
+    file = here if here.exists() else ROOT / "csrc" / "cuda" / "gradients" / f"{source}.cu"
+    headers = [f for folder in ("common", "cuda") for f in sorted((ROOT / "csrc" / folder).rglob("*"))]
     contents = [f.read_bytes() for f in (file, *headers) if f.suffix in (".h", ".cuh", ".inc", ".cu")]
     FOLDER.mkdir(parents=True, exist_ok=True)
     target = FOLDER / f"{source}_{arch}-{_digest(_compiler_version(program), str(NVCC_FLAGS), *contents)}.ptx"

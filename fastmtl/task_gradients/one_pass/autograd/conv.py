@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl.ops._task import Geometry
-from fastmtl.ops.task_conv2d import task_conv2d_weight_grad_op, task_conv2d_weight_grad_out_op, weight_grad_parts
+from fastmtl.core.task_weights import Geometry
+from fastmtl.ops.task_weights.task_conv2d import (
+    task_conv2d_weight_grad_op,
+    task_conv2d_weight_grad_out_op,
+    weight_grad_parts,
+)
 from fastmtl.task_gradients.one_pass.autograd.rows import (
     STACKED,
     Receiver,

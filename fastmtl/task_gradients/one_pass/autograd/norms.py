@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.ops._task import is_channels_last
+from fastmtl.core.tensors import is_channels_last
 from fastmtl.task_gradients.one_pass.autograd.rows import give_rows, sum_by_row, unseen, wants
 
 

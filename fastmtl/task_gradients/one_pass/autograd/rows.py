@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.dispatch import unavailable
-from fastmtl.ops._task import is_channels_last
-from fastmtl.ops._task_cpu import HUGE_BYTES
+from fastmtl.core.tensors import is_channels_last
+from fastmtl.ops.task_weights.cpu.conv2d import HUGE_BYTES
 
 STACKED = -1
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from fastmtl.ops._task import cast_by_autocast
+from fastmtl.ops.task_weights.precision import cast_by_autocast
 from fastmtl.task_gradients.one_pass.autograd.conv import ConvByTask
 from fastmtl.task_gradients.one_pass.layers.protocol import (
     Followed,

@@ -1,0 +1,1 @@
+"""What compiled GPU kernels look like, read without a GPU, and the times that this predicts."""

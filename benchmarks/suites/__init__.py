@@ -1,0 +1,1 @@
+"""The cases of each suite: what is measured, on which inputs, against what."""

@@ -1,0 +1,1 @@
+"""Data and networks that the suites measure on."""

@@ -1,0 +1,81 @@
+// w G and C G: one read of G, walked backwards.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/gradients/gram.h"
+#include "cpu/gradients/walk.h"
+#include "cpu/pages.h"
+
+namespace fastmtl::cpu {
+namespace {
+
+// results larger than this go past the cache: they would only push the gradients out of it
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
+}  // namespace
+
+void combine(const double* weights, int64_t num_out, const Rows& rows) {
+  const int T = rows.num_tasks;
+  const Plan plan = make_plan(rows);
+  const Kernels& kernel = kernels();
+  int64_t out_bytes = 0;
+  for (const Param& p : rows.params) {
+    const int64_t bytes = p.numel * size_of(p.dtype);
+    out_bytes += bytes * num_out;
+    if (bytes >= kStreamBytes)
+      for (void* out : p.out) advise_huge_pages(out, bytes);
+  }
+  const bool stream = out_bytes >= kStreamBytes;
+  parallel_chunks(plan, [&](int64_t first, int64_t last) {
+    BlockRows block_rows;
+    std::vector<double> wide(static_cast<size_t>(std::min<int64_t>(num_out, kMaxTasks)) * T);
+    std::vector<float> narrow(wide.size());
+    void* out[kMaxTasks];
+    const Param* prepared = nullptr;
+    int64_t prepared_out = -1;
+    for (int64_t chunk = last - 1; chunk >= first; --chunk)
+      for_each_block(rows, plan, chunk, true, [&](const Block& block) {
+        const Param& p = *block.param;
+        const int count = static_cast<int>(p.rows.size());
+        block_rows.read(block);
+        for (int64_t o = 0; o < num_out; o += kMaxTasks) {
+          const int group = static_cast<int>(std::min<int64_t>(kMaxTasks, num_out - o));
+          if (prepared != &p || prepared_out != o) {
+            // the columns of the weights that this parameter's tasks use
+            for (int k = 0; k < group; ++k)
+              for (int i = 0; i < count; ++i) {
+                wide[k * count + i] = weights[(o + k) * T + p.rows[i].task];
+                narrow[k * count + i] = static_cast<float>(wide[k * count + i]);
+              }
+            prepared = &p;
+            prepared_out = o;
+          }
+          for (int k = 0; k < group; ++k) out[k] = static_cast<char*>(p.out[o + k]) + block.offset * size_of(p.dtype);
+          const void* w = p.dtype == DType::f64 ? static_cast<const void*>(wide.data()) : narrow.data();
+          kernel.combine[static_cast<int>(p.dtype)](w, group, block_rows.pointers(), count, block.length, out, stream,
+                                                    count <= 8 ? block_rows.ahead() : Ahead{});
+        }
+      });
+#if defined(__x86_64__)
+    if (stream) __builtin_ia32_sfence();
+#endif
+  });
+}
+
+namespace {
+
+void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::vector<int64_t>& index,
+                int64_t num_params, const std::vector<Tensor>& out) {
+  STD_TORCH_CHECK(weights.dim() == 2 && dtype_of(weights) == DType::f64 && weights.is_contiguous(),
+                  "fastmtl: kernel weights must be a contiguous [K, T] float64 tensor");
+  if (tensors.empty() || weights.size(0) == 0) return;
+  const Rows rows = read_rows(tensors, index, weights.size(1), num_params, out);
+  for (const Param& p : rows.params)
+    STD_TORCH_CHECK(static_cast<int64_t>(p.out.size()) == weights.size(0), "fastmtl: expected ", weights.size(0),
+                    " outputs a parameter, got ", p.out.size());
+  combine(static_cast<const double*>(weights.const_data_ptr()), weights.size(0), rows);
+}
+
+}  // namespace
+}  // namespace fastmtl::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) { m.impl("_combine", TORCH_BOX(&fastmtl::cpu::combine_op)); }

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "common/rows.h"
+
+namespace fastmtl::cpu {
+
+// T x T, float64, row-major, symmetric
+std::vector<double> gram(const Rows& rows);
+
+// into a float32 or float64 tensor
+void write_gram(const std::vector<double>& m, int64_t num_tasks, Tensor& out);
+
+// out[k] of every parameter = sum_t weights[k * T + t] * row t; walks backwards, so that what a preceding gram()
+// left in the cache is read first
+void combine(const double* weights, int64_t num_out, const Rows& rows);
+
+}  // namespace fastmtl::cpu

@@ -1,0 +1,131 @@
+// The walk over all columns: blocks of one parameter, gathered into chunks that threads share out.
+// Blocks and chunks depend on sizes alone, never on the number of threads, and so do the results.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/simd/kernels.h"
+
+namespace fastmtl::cpu {
+
+struct Plan {
+  std::vector<int64_t> first_block;  // of each parameter, and the total at the end
+  int64_t blocks_per_chunk = 1;
+  int64_t num_chunks = 0;
+};
+
+inline Plan make_plan(const Rows& rows) {
+  Plan plan;
+  int64_t blocks = 0;
+  for (const Param& p : rows.params) {
+    plan.first_block.push_back(blocks);
+    blocks += (p.numel + kBlock - 1) / kBlock;
+  }
+  plan.first_block.push_back(blocks);
+  // at most 512 chunks; large enough that a chunk's T x T partial sums stay under 1% of its gradients
+  constexpr int64_t kMaxChunks = 512;
+  plan.blocks_per_chunk = std::max<int64_t>({(blocks + kMaxChunks - 1) / kMaxChunks, 4, rows.num_tasks / 4});
+  plan.num_chunks = (blocks + plan.blocks_per_chunk - 1) / plan.blocks_per_chunk;
+  return plan;
+}
+
+struct Block {
+  const Param* param;
+  int64_t offset;
+  int64_t length;
+  bool has_next;  // the next block visited follows (or, backwards, precedes) it in the same parameter
+  int64_t next_offset;
+};
+
+template <class F>
+void for_each_block(const Rows& rows, const Plan& plan, int64_t chunk, bool backwards, const F& visit) {
+  const int64_t begin = chunk * plan.blocks_per_chunk;
+  const int64_t end = std::min(begin + plan.blocks_per_chunk, plan.first_block.back());
+  const int64_t count = end - begin;
+  auto param_of = [&](int64_t block) {
+    return std::upper_bound(plan.first_block.begin(), plan.first_block.end() - 1, block) - plan.first_block.begin() - 1;
+  };
+  int64_t i = param_of(backwards ? end - 1 : begin);
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t block = backwards ? end - 1 - k : begin + k;
+    while (block < plan.first_block[i]) --i;
+    while (block >= plan.first_block[i + 1]) ++i;
+    const Param& p = rows.params[i];
+    const int64_t offset = (block - plan.first_block[i]) * kBlock;
+    const int64_t next = backwards ? offset - kBlock : offset + kBlock;
+    visit(Block{&p, offset, std::min(kBlock, p.numel - offset), next >= 0 && next < p.numel && k + 1 < count, next});
+  }
+}
+
+// chunks over torch's threads, each thread a contiguous range
+template <class F>
+void parallel_chunks(const Plan& plan, const F& run) {
+  if (plan.num_chunks > 0) torch::stable::parallel_for(0, plan.num_chunks, 1, run);
+}
+
+// pointers to one block of every row; rows whose stride is not 1 are gathered first
+class BlockRows {
+ public:
+  void read(const Block& block) {
+    const Param& p = *block.param;
+    const int64_t size = size_of(p.dtype);
+    count_ = static_cast<int>(p.rows.size());
+    int ahead = 0;
+    for (int i = 0; i < count_; ++i) {
+      const Row& row = p.rows[i];
+      const char* data = static_cast<const char*>(row.data);
+      task_[i] = row.task;
+      if (row.stride == 1 || p.numel == 1) {
+        pointer_[i] = data + block.offset * size;
+        if (block.has_next) next_[ahead++] = data + block.next_offset * size;
+      } else {
+        pointer_[i] = gather(i, data + block.offset * row.stride * size, row.stride, block.length, size);
+      }
+    }
+    ahead_ = {next_, ahead, block.has_next ? std::min(kBlock, p.numel - block.next_offset) * size : 0};
+  }
+  const void* const* pointers() const { return pointer_; }
+  const int* tasks() const { return task_; }
+  int count() const { return count_; }
+  const Ahead& ahead() const { return ahead_; }
+
+  // the rows as float, for a dtype that would otherwise be converted once per tile
+  const void* const* widened(const Block& block, WidenBlock widen) {
+    wide_.resize(static_cast<size_t>(count_) * kBlock);
+    for (int i = 0; i < count_; ++i) {
+      widen(pointer_[i], wide_.data() + i * kBlock, block.length);
+      wide_pointer_[i] = wide_.data() + i * kBlock;
+    }
+    return wide_pointer_;
+  }
+
+ private:
+  const void* gather(int i, const char* source, int64_t stride, int64_t length, int64_t size) {
+    gathered_.resize(static_cast<size_t>(kMaxTasks) * kBlock * 8);
+    char* target = gathered_.data() + static_cast<size_t>(i) * kBlock * 8;
+    auto move = [&](auto unit) {
+      using U = decltype(unit);
+      for (int64_t k = 0; k < length; ++k)
+        reinterpret_cast<U*>(target)[k] = reinterpret_cast<const U*>(source)[k * stride];
+    };
+    if (size == 2) move(uint16_t{});
+    else if (size == 4) move(uint32_t{});
+    else move(uint64_t{});
+    return target;
+  }
+
+  const void* pointer_[kMaxTasks];
+  const void* wide_pointer_[kMaxTasks];
+  const char* next_[kMaxTasks];
+  int task_[kMaxTasks];
+  int count_ = 0;
+  Ahead ahead_;
+  std::vector<float> wide_;
+  std::vector<char> gathered_;
+};
+
+}  // namespace fastmtl::cpu

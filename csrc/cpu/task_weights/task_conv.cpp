@@ -1,0 +1,427 @@
+// Convolution of a few samples of one task with `W + s Delta`, and its backward: one matrix product over the pixels
+// (rows) of those samples, wherever they lie in the batch. The weight is read once, added on the way into the cache,
+// and never written: for layers with large weights and few rows that is what counts. oneDNN would reorder it first.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "cpu/pages.h"
+#include "cpu/simd/kernels.h"
+
+namespace fastmtl::cpu {
+namespace {
+
+constexpr int64_t kDotRows = 12;           // rows of the weight staged at a time for the forward product, in L1
+constexpr int64_t kDotPanels = 8;          // panels in a pass of it: 2 KB of a row
+constexpr int64_t kBackRows = 64;          // rows of the weight staged at a time for the input gradient
+constexpr int64_t kBackPanels = 4;         // panels in a pass of it
+constexpr int64_t kOuterFloats = 1 << 17;  // of the input that a pass of the weight gradient keeps in L2
+
+struct Image {
+  float* data;
+  int64_t stride[4];  // of sample, channel, row, column, in elements
+  int64_t size[4];
+};
+
+Image image_of(const Tensor& x, const void* data) {
+  STD_TORCH_CHECK(x.dim() == 4 && dtype_of(x) == DType::f32, "fastmtl: expected a 4-D float32 tensor");
+  Image image{static_cast<float*>(const_cast<void*>(data)), {}, {}};
+  auto size = x.sizes(), stride = x.strides();
+  for (int d = 0; d < 4; ++d) {
+    image.size[d] = size[d];
+    image.stride[d] = stride[d];
+  }
+  return image;
+}
+
+// one filter tap, seen from an output pixel
+struct Filter {
+  int64_t channels, kernel[2], stride[2], padding[2], dilation[2];
+  bool last;  // a row of the weight runs (kh, kw, channel), else (channel, kh, kw)
+  int64_t taps() const { return kernel[0] * kernel[1]; }
+  int64_t length() const { return channels * taps(); }
+  int64_t panels() const { return (length() + kWide - 1) / kWide; }
+};
+
+// the rows of the product: pixels of the output, sample by sample
+struct RowMap {
+  const std::vector<int64_t>& samples;
+  int64_t height, width;  // of the output
+  int64_t count() const { return static_cast<int64_t>(samples.size()) * height * width; }
+  void find(int64_t m, int64_t* sample, int64_t* h, int64_t* w) const {
+    *w = m % width;
+    *h = m / width % height;
+    *sample = samples[m / (width * height)];
+  }
+};
+
+using Floats = std::unique_ptr<float[]>;
+Floats floats(int64_t count) { return Floats(new float[static_cast<size_t>(std::max<int64_t>(count, 1))]); }
+
+template <class F>
+void over(int64_t count, const F& run) {
+  if (count > 0) torch::stable::parallel_for(0, count, 1, run);
+}
+
+// visits the taps of an output pixel: f(tap, pointer to channel 0 of the input pixel, or null outside)
+template <class F>
+inline void for_each_tap(const Image& x, const Filter& f, int64_t sample, int64_t h, int64_t w, const F& visit) {
+  float* base = x.data + sample * x.stride[0];
+  int64_t tap = 0;
+  for (int64_t i = 0; i < f.kernel[0]; ++i)
+    for (int64_t j = 0; j < f.kernel[1]; ++j, ++tap) {
+      const int64_t row = h * f.stride[0] - f.padding[0] + i * f.dilation[0];
+      const int64_t column = w * f.stride[1] - f.padding[1] + j * f.dilation[1];
+      const bool inside = row >= 0 && row < x.size[2] && column >= 0 && column < x.size[3];
+      visit(tap, inside ? base + row * x.stride[2] + column * x.stride[3] : nullptr);
+    }
+}
+
+// input pixels under the filter, a: [panels][rows][kWide] in the order of the weight's rows
+void pack_input(const Image& x, const Filter& f, const RowMap& map, float* a) {
+  const int64_t rows = map.count(), length = f.length(), step = rows * kWide;
+  over(rows, [&](int64_t first, int64_t end) {
+    for (int64_t m = first; m < end; ++m) {
+      int64_t sample, h, w;
+      map.find(m, &sample, &h, &w);
+      float* row = a + m * kWide;
+      auto at = [&](int64_t k) -> float& { return row[k / kWide * step + k % kWide]; };
+      for_each_tap(x, f, sample, h, w, [&](int64_t tap, const float* pixel) {
+        if (!f.last) {
+          const int64_t taps = f.taps();
+          for (int64_t c = 0; c < f.channels; ++c) at(c * taps + tap) = pixel ? pixel[c * x.stride[1]] : 0.0f;
+          return;
+        }
+        for (int64_t c = 0; c < f.channels;) {
+          const int64_t k = tap * f.channels + c;
+          const int64_t run = std::min(kWide - k % kWide, f.channels - c);
+          float* target = &at(k);
+          if (!pixel) std::fill(target, target + run, 0.0f);
+          else if (x.stride[1] == 1) std::copy(pixel + c, pixel + c + run, target);
+          else
+            for (int64_t i = 0; i < run; ++i) target[i] = pixel[(c + i) * x.stride[1]];
+          c += run;
+        }
+      });
+      for (int64_t k = length; k < f.panels() * kWide; ++k) at(k) = 0;
+    }
+  });
+}
+
+// adds da back to the input pixels it came from; the samples of dx are overwritten
+void unpack_input(const float* da, const Filter& f, const RowMap& map, const Image& dx) {
+  const int64_t rows = map.count(), step = rows * kWide, per_sample = map.height * map.width;
+  constexpr int64_t kSlice = 64;  // channels of one sample that one thread adds up
+  const int64_t slices = (f.channels + kSlice - 1) / kSlice;
+  over(static_cast<int64_t>(map.samples.size()) * slices, [&](int64_t first, int64_t end) {
+    for (int64_t part = first; part < end; ++part) {
+      const int64_t s = part / slices, c0 = part % slices * kSlice, c1 = std::min(c0 + kSlice, f.channels);
+      float* base = dx.data + map.samples[s] * dx.stride[0];
+      const bool dense = dx.stride[1] == 1;
+      for (int64_t h = 0; h < dx.size[2]; ++h)
+        for (int64_t w = 0; w < dx.size[3]; ++w) {
+          float* pixel = base + h * dx.stride[2] + w * dx.stride[3];
+          for (int64_t c = c0; c < c1; ++c) pixel[c * dx.stride[1]] = 0;
+        }
+      for (int64_t r = 0; r < per_sample; ++r) {
+        const int64_t m = s * per_sample + r;
+        const float* row = da + m * kWide;
+        auto at = [&](int64_t k) -> const float* { return row + k / kWide * step + k % kWide; };
+        for_each_tap(dx, f, map.samples[s], r / map.width, r % map.width, [&](int64_t tap, float* pixel) {
+          if (!pixel) return;
+          if (!f.last) {
+            const int64_t taps = f.taps();
+            for (int64_t c = c0; c < c1; ++c) pixel[c * dx.stride[1]] += *at(c * taps + tap);
+            return;
+          }
+          for (int64_t c = c0; c < c1;) {
+            const int64_t k = tap * f.channels + c;
+            const int64_t run = std::min(kWide - k % kWide, c1 - c);
+            const float* source = at(k);
+            if (dense)
+              for (int64_t i = 0; i < run; ++i) pixel[c + i] += source[i];
+            else
+              for (int64_t i = 0; i < run; ++i) pixel[(c + i) * dx.stride[1]] += source[i];
+            c += run;
+          }
+        });
+      }
+    }
+  });
+}
+
+// the weights of one task: rows of `length`, contiguous
+struct Weights {
+  const char* weight = nullptr;
+  const char* delta = nullptr;
+  float gate = 1;
+  DType dtype = DType::f32;
+  int64_t rows = 0, length = 0;
+  void stage(const Kernels& k, int64_t row, int64_t from, int64_t floats, int64_t next, float* target) const {
+    const int64_t skip = (row * length + from) * size_of(dtype);
+    const int64_t there = std::max<int64_t>(std::min(floats, length - from), 0);
+    k.tiles.stage[static_cast<int>(dtype)](weight ? weight + skip : nullptr, delta ? delta + skip : nullptr, gate,
+                                           there, floats, row + next < rows ? next * length : 0, target);
+  }
+};
+
+void forward(const Image& x, const Filter& f, const RowMap& map, const Weights& weights, const float* bias,
+             const Image& y) {
+  const Kernels& kernel = kernels();
+  const int64_t rows = map.count(), num_out = weights.rows, panels = f.panels();
+  Floats a = floats(panels * rows * kWide);
+  pack_input(x, f, map, a.get());
+  Floats out = floats(rows * num_out);
+  const int64_t blocks = (num_out + kDotRows - 1) / kDotRows;
+  over(blocks, [&](int64_t first, int64_t end) {
+    std::vector<float> staged(static_cast<size_t>(kDotRows * kDotPanels * kWide));
+    for (int64_t p = 0; p < panels; p += kDotPanels) {
+      const int64_t count = std::min(kDotPanels, panels - p);
+      for (int64_t block = first; block < end; ++block) {
+        const int64_t n = block * kDotRows, num = std::min(kDotRows, num_out - n);
+        for (int64_t i = 0; i < num; ++i)
+          weights.stage(kernel, n + i, p * kWide, count * kWide, kDotRows, staged.data() + i * kDotPanels * kWide);
+        if (p == 0)
+          for (int64_t m = 0; m < rows; ++m)
+            for (int64_t i = 0; i < num; ++i) out[m * num_out + n + i] = bias ? bias[n + i] : 0.0f;
+        kernel.tiles.dot(staged.data(), kDotPanels * kWide, static_cast<int>(num), a.get() + p * rows * kWide, rows,
+                         rows, count, out.get() + n, num_out);
+      }
+    }
+  });
+  over(rows, [&](int64_t first, int64_t end) {
+    for (int64_t m = first; m < end; ++m) {
+      int64_t sample, h, w;
+      map.find(m, &sample, &h, &w);
+      float* pixel = y.data + sample * y.stride[0] + h * y.stride[2] + w * y.stride[3];
+      const float* row = out.get() + m * num_out;
+      if (y.stride[1] == 1) std::copy(row, row + num_out, pixel);
+      else
+        for (int64_t n = 0; n < num_out; ++n) pixel[n * y.stride[1]] = row[n];
+    }
+  });
+}
+
+// g: [ceil(num_out / kTall)][rows][kTall] (by_row false) or [ceil(rows / kTall)][num_out][kTall]
+Floats pack_grad(const Image& g, const RowMap& map, bool by_row) {
+  const int64_t rows = map.count(), num_out = g.size[1];
+  const int64_t tiles = ((by_row ? rows : num_out) + kTall - 1) / kTall;
+  Floats packed = floats(tiles * kTall * (by_row ? num_out : rows));
+  over(rows, [&](int64_t first, int64_t end) {
+    for (int64_t m = first; m < end; ++m) {
+      int64_t sample, h, w;
+      map.find(m, &sample, &h, &w);
+      const float* pixel = g.data + sample * g.stride[0] + h * g.stride[2] + w * g.stride[3];
+      for (int64_t n = 0; n < num_out; ++n) {
+        const int64_t outer = by_row ? m : n, inner = by_row ? n : m;
+        const int64_t width = by_row ? num_out : rows;
+        packed[(outer / kTall * width + inner) * kTall + outer % kTall] = pixel[n * g.stride[1]];
+      }
+    }
+  });
+  return packed;
+}
+
+void input_gradient(const Image& g, const Filter& f, const RowMap& map, const Weights& weights, const Image& dx) {
+  const Kernels& kernel = kernels();
+  const int64_t rows = map.count(), num_out = weights.rows, panels = f.panels();
+  const Floats packed = pack_grad(g, map, true);
+  Floats da = floats(panels * rows * kWide);
+  over((panels + kBackPanels - 1) / kBackPanels, [&](int64_t first, int64_t end) {
+    std::vector<float> staged(static_cast<size_t>(kBackRows * kBackPanels * kWide));
+    for (int64_t group = first; group < end; ++group) {
+      const int64_t p = group * kBackPanels, count = std::min(kBackPanels, panels - p), width = kBackPanels * kWide;
+      std::fill(da.get() + p * rows * kWide, da.get() + (p + count) * rows * kWide, 0.0f);
+      for (int64_t n = 0; n < num_out; n += kBackRows) {
+        const int64_t num = std::min(kBackRows, num_out - n);
+        for (int64_t i = 0; i < num; ++i)
+          weights.stage(kernel, n + i, p * kWide, count * kWide, kBackRows, staged.data() + i * width);
+        for (int64_t q = 0; q < count; ++q)
+          for (int64_t m = 0; m < rows; m += kTall)
+            kernel.tiles.back(staged.data() + q * kWide, width, num, packed.get() + (m / kTall * num_out + n) * kTall,
+                              static_cast<int>(std::min<int64_t>(kTall, rows - m)),
+                              da.get() + ((p + q) * rows + m) * kWide);
+      }
+    }
+  });
+  unpack_input(da.get(), f, map, dx);
+}
+
+struct Spread {
+  float* weight = nullptr;  // sum over tasks, float
+  bool add = false;
+  char* delta = nullptr;  // gate * gradient, in the dtype of the weights
+  bool gate = false;      // whether <gradient, Delta> is wanted
+};
+
+double weight_gradient(const Image& x, const Image& g, const Filter& f, const RowMap& map, const Weights& weights,
+                       const Spread& spread) {
+  const Kernels& kernel = kernels();
+  const int64_t rows = map.count(), num_out = weights.rows, panels = f.panels();
+  Floats a = floats(panels * rows * kWide);
+  pack_input(x, f, map, a.get());
+  const Floats packed = pack_grad(g, map, false);
+  const int64_t tiles = (num_out + kTall - 1) / kTall, size = size_of(weights.dtype);
+  const int64_t pass = std::max<int64_t>(1, kOuterFloats / (rows * kWide));
+  // one per tile, added up in order: the same whatever the threads
+  std::vector<double> products(static_cast<size_t>(tiles), 0.0);
+  over(tiles, [&](int64_t first, int64_t end) {
+    float e[kTall * kWide];
+    for (int64_t p = 0; p < panels; p += pass)
+      for (int64_t tile = first; tile < end; ++tile) {
+        const int64_t n = tile * kTall, num = std::min<int64_t>(kTall, num_out - n);
+        for (int64_t q = p; q < std::min(p + pass, panels); ++q) {
+          kernel.tiles.outer(a.get() + q * rows * kWide, rows, packed.get() + tile * rows * kTall,
+                             static_cast<int>(num), e);
+          const int64_t length = std::min(kWide, f.length() - q * kWide);
+          for (int64_t i = 0; i < num; ++i) {
+            const int64_t at = (n + i) * f.length() + q * kWide;
+            products[tile] += kernel.tiles.spread[static_cast<int>(weights.dtype)](
+                e + i * kWide, length, weights.gate, spread.gate ? weights.delta + at * size : nullptr,
+                spread.weight ? spread.weight + at : nullptr, spread.add,
+                spread.delta ? spread.delta + at * size : nullptr);
+          }
+        }
+      }
+#if defined(__x86_64__)
+    __builtin_ia32_sfence();
+#endif
+  });
+  double total = 0;
+  for (double product : products) total += product;
+  return total;
+}
+
+// geometry: kh, kw, stride, padding, dilation (height, width each), and 1 if rows of the weight run channels last
+Filter filter_of(const std::vector<int64_t>& geometry, int64_t channels) {
+  STD_TORCH_CHECK(geometry.size() == 9, "fastmtl: expected 9 numbers of geometry, got ", geometry.size());
+  const auto& v = geometry;
+  return {channels, {v[0], v[1]}, {v[2], v[3]}, {v[4], v[5]}, {v[6], v[7]}, v[8] != 0};
+}
+
+// rows `[Cout, length]` without gaps
+const char* rows_of(const Tensor& w, const Filter& f, Weights* weights) {
+  STD_TORCH_CHECK(w.dim() == 2 && w.is_contiguous() && w.size(1) == f.length() && dtype_of(w) != DType::f64,
+                  "fastmtl: expected weights as contiguous rows of ", f.length(), " elements");
+  weights->dtype = dtype_of(w);
+  weights->rows = w.size(0);
+  weights->length = f.length();
+  return static_cast<const char*>(w.const_data_ptr());
+}
+
+Weights weights_of(const std::optional<Tensor>& weight, const std::optional<Tensor>& delta, double gate,
+                   const Filter& f) {
+  Weights found;
+  found.gate = static_cast<float>(gate);
+  if (weight.has_value()) found.weight = rows_of(*weight, f, &found);
+  if (delta.has_value()) found.delta = rows_of(*delta, f, &found);
+  STD_TORCH_CHECK(found.rows > 0, "fastmtl: expected a weight or a delta");
+  return found;
+}
+
+void check_samples(const std::vector<int64_t>& samples, int64_t count) {
+  for (int64_t s : samples) STD_TORCH_CHECK(s >= 0 && s < count, "fastmtl: sample ", s, " of ", count);
+}
+
+void forward_op(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> delta, double gate,
+                std::optional<Tensor> bias, const std::vector<int64_t>& samples, const std::vector<int64_t>& geometry,
+                Tensor y) {
+  const Image in = image_of(x, x.const_data_ptr()), out = image_of(y, y.mutable_data_ptr());
+  check_samples(samples, std::min(in.size[0], out.size[0]));
+  const Filter f = filter_of(geometry, in.size[1]);
+  const Weights weights = weights_of(weight, delta, gate, f);
+  STD_TORCH_CHECK(weights.rows == out.size[1], "fastmtl: expected ", weights.rows, " channels of output");
+  const float* added = nullptr;
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(
+        bias->dim() == 1 && bias->is_contiguous() && dtype_of(*bias) == DType::f32 && bias->size(0) == weights.rows,
+        "fastmtl: expected a float32 bias of ", weights.rows);
+    added = static_cast<const float*>(bias->const_data_ptr());
+  }
+  forward(in, f, {samples, out.size[2], out.size[3]}, weights, added, out);
+}
+
+void backward_op(Tensor grad_out, Tensor x, std::optional<Tensor> weight, std::optional<Tensor> delta, double gate,
+                 const std::vector<int64_t>& samples, const std::vector<int64_t>& geometry,
+                 std::optional<Tensor> grad_x, std::optional<Tensor> grad_weight, bool add,
+                 std::optional<Tensor> grad_delta, std::optional<Tensor> grad_gate) {
+  const Image g = image_of(grad_out, grad_out.const_data_ptr()), in = image_of(x, x.const_data_ptr());
+  check_samples(samples, std::min(in.size[0], g.size[0]));
+  const Filter f = filter_of(geometry, in.size[1]);
+  const RowMap map{samples, g.size[2], g.size[3]};
+  const Weights weights = weights_of(weight, delta, gate, f);
+  STD_TORCH_CHECK(weights.rows == g.size[1], "fastmtl: expected ", weights.rows, " channels of gradient");
+  if (grad_x.has_value()) input_gradient(g, f, map, weights, image_of(*grad_x, grad_x->mutable_data_ptr()));
+  if (!grad_weight.has_value() && !grad_delta.has_value() && !grad_gate.has_value()) return;
+  Spread spread;
+  spread.add = add;
+  Weights shape;
+  if (grad_weight.has_value()) {
+    rows_of(*grad_weight, f, &shape);
+    STD_TORCH_CHECK(shape.dtype == DType::f32 && shape.rows == weights.rows, "fastmtl: dW must be float32 rows");
+    spread.weight = static_cast<float*>(grad_weight->mutable_data_ptr());
+  }
+  if (grad_delta.has_value()) {
+    rows_of(*grad_delta, f, &shape);
+    STD_TORCH_CHECK(shape.dtype == weights.dtype && shape.rows == weights.rows, "fastmtl: dDelta must be as Delta");
+    spread.delta = static_cast<char*>(grad_delta->mutable_data_ptr());
+    advise_huge_pages(spread.delta, weights.rows * weights.length * size_of(weights.dtype));
+  }
+  spread.gate = grad_gate.has_value();
+  STD_TORCH_CHECK(!spread.gate || weights.delta != nullptr, "fastmtl: the gate's gradient needs a delta");
+  const double product = weight_gradient(in, g, f, map, weights, spread);
+  if (spread.gate) {
+    STD_TORCH_CHECK(grad_gate->numel() == 1 && dtype_of(*grad_gate) == DType::f32, "fastmtl: expected one float32");
+    *static_cast<float*>(grad_gate->mutable_data_ptr()) = static_cast<float>(product);
+  }
+}
+
+// rows of `source` (in turn, or those listed) into rows of `target` (likewise); a row is dense
+void copy_rows_op(Tensor source, std::optional<Tensor> from, Tensor target, std::optional<Tensor> to) {
+  auto positions = [](const std::optional<Tensor>& rows, int64_t count) -> const int64_t* {
+    if (!rows.has_value()) return nullptr;
+    STD_TORCH_CHECK(
+        rows->dim() == 1 && rows->is_contiguous() && rows->scalar_type() == torch::headeronly::ScalarType::Long,
+        "fastmtl: positions must be contiguous int64");
+    const int64_t* list = static_cast<const int64_t*>(rows->const_data_ptr());
+    for (int64_t k = 0; k < rows->size(0); ++k)
+      STD_TORCH_CHECK(list[k] >= 0 && list[k] < count, "fastmtl: sample ", list[k], " of ", count);
+    return list;
+  };
+  const int64_t* read = positions(from, source.size(0));
+  const int64_t* write = positions(to, target.size(0));
+  const int64_t count = read ? from->size(0) : source.size(0), width = source.size(1);
+  STD_TORCH_CHECK(source.dim() == 2 && target.dim() == 2 && target.size(1) == width &&
+                      dtype_of(source) == dtype_of(target) && (write ? to->size(0) : target.size(0)) == count &&
+                      (width <= 1 || (source.stride(1) == 1 && target.stride(1) == 1)),
+                  "fastmtl: rows that do not fit");
+  const int64_t size = size_of(dtype_of(source)), bytes = width * size;
+  const char* in = static_cast<const char*>(source.const_data_ptr());
+  char* out = static_cast<char*>(target.mutable_data_ptr());
+  constexpr int64_t kBytesPerThread = 64 << 10;
+  const int64_t grain = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(bytes, 1));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t end) {
+    for (int64_t k = first; k < end; ++k)
+      std::memcpy(out + (write ? write[k] : k) * target.stride(0) * size,
+                  in + (read ? read[k] : k) * source.stride(0) * size, static_cast<size_t>(bytes));
+  });
+}
+
+void advise_op(Tensor x) {
+  advise_huge_pages(x.mutable_data_ptr(), x.numel() * static_cast<int64_t>(size_of(dtype_of(x))));
+}
+
+}  // namespace
+}  // namespace fastmtl::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
+  m.impl("_task_conv2d_rows", TORCH_BOX(&fastmtl::cpu::forward_op));
+  m.impl("_task_conv2d_rows_backward", TORCH_BOX(&fastmtl::cpu::backward_op));
+  m.impl("_copy_rows", TORCH_BOX(&fastmtl::cpu::copy_rows_op));
+  m.impl("_advise_huge_pages", TORCH_BOX(&fastmtl::cpu::advise_op));
+}

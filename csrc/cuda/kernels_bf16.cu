@@ -1,2 +1,0 @@
-#define FASTMTL_IN __nv_bfloat16
-#include "kernels.inc"

@@ -1,2 +1,0 @@
-#define FASTMTL_IN __half
-#include "kernels.inc"

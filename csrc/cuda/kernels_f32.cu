@@ -1,2 +1,0 @@
-#define FASTMTL_IN float
-#include "kernels.inc"

@@ -1,2 +1,0 @@
-#define FASTMTL_IN double
-#include "kernels.inc"

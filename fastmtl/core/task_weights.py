@@ -1,0 +1,138 @@
+"""The values that the ops with per-task weights pass on: a batch sorted by task, its weights, how a filter moves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmtl.core.tensors import like_parameter, like_stacked, memory_format
+
+
+class TaskPlan(NamedTuple):
+    """A batch sorted by task; made by `task_plan`, accepted by every task op in place of `task_ids`.
+
+    `order[offsets[t] : offsets[t + 1]]` are the samples of task t, in the order in which the batch has them. Samples
+    whose id is out of range (only on a GPU; the CPU raises) come last, from `offsets[T]` on.
+
+    Example:
+        >>> task_plan(torch.tensor([1, 0, 1]), 2).offsets
+        tensor([0, 1, 3])
+    """
+
+    task_ids: Tensor  # as given: [N], or [N, L] for packed sequences
+    order: Tensor  # [N] int64, flat positions sorted by task
+    offsets: Tensor  # [T + 1] int64
+
+    @property
+    def num_tasks(self) -> int:
+        return self.offsets.shape[0] - 1
+
+
+class Geometry(NamedTuple):
+    """How the filter moves: as in `F.conv2d`, height first."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @classmethod
+    def of(cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
+        return cls((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+
+    def pixelwise(self, kernel: Sequence[int]) -> bool:
+        """Whether each output pixel sees the one input pixel in its place."""
+        return (*kernel, *self.stride, *self.padding) == (1, 1, 1, 1, 0, 0)
+
+    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
+        h, w = (
+            (size[k] + 2 * self.padding[k] - self.dilation[k] * (kernel[k] - 1) - 1) // self.stride[k] + 1
+            for k in (0, 1)
+        )
+        return h, w
+
+
+def shape_of_one(weights: TaskWeights) -> torch.Size:
+    """`weights.shape`, as a function: dynamo of torch 2.10 traces no property of a named tuple."""
+    if weights.weight is not None:
+        return weights.weight.shape
+    stacked = len(weights.delta) == 1 and not weights.delta_tasks
+    return weights.delta[0].shape[1:] if stacked else weights.delta[0].shape
+
+
+class TaskWeights(NamedTuple):
+    """`W + s_t * Delta_t` of all tasks, as the ops pass it on.
+
+    `delta` is one `[T, ...]` tensor (`delta_tasks` is then empty), or the tensors of the tasks in `delta_tasks`;
+    empty: no task has one. `weight=None`: wholly separate weights.
+    """
+
+    weight: Tensor | None
+    delta: Sequence[Tensor]
+    delta_tasks: Sequence[int]
+    gate: Tensor | None
+
+    @property
+    def stacked(self) -> bool:
+        return len(self.delta) == 1 and not self.delta_tasks
+
+    def by_task(self, num_tasks: int) -> list[Tensor | None]:
+        """Each task's delta, as views."""
+        if self.stacked:
+            return list(self.delta[0].unbind(0))
+        found: list[Tensor | None] = [None] * num_tasks
+        for t, d in zip(self.delta_tasks, self.delta, strict=True):
+            found[t] = d
+        return found
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of one weight: `[Cout, Cin / groups, kh, kw]` or `[Cout, Cin]`."""
+        return shape_of_one(self)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor with the dtype and memory order that one task's weight gradient has."""
+        if self.weight is not None:
+            return self.weight
+        return self.delta[0][0] if self.stacked else self.delta[0]
+
+
+def empty_gradients(
+    x: Tensor,
+    weights: TaskWeights,
+    bias: Tensor | None,
+    wanted: Sequence[bool],
+    wanted_delta: Sequence[int],
+    together: Tensor | None = None,
+) -> list[Tensor]:
+    """Memory for what a backward op returns: x, weight, deltas, gate, bias, of these the wanted ones.
+
+    `together`: memory for those of the deltas, one after another.
+    """
+    out = []
+    if wanted[0]:
+        out.append(torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
+    if wanted[1] and weights.weight is not None:
+        out.append(like_parameter(weights.weight))
+    if together is not None:
+        out.extend(together.unbind(0))
+    else:
+        for k in wanted_delta:
+            out.append(like_stacked(weights.delta[k]) if weights.stacked else like_parameter(weights.delta[k]))
+    for want, p in zip(wanted[2:], (weights.gate, bias), strict=True):
+        if want and p is not None:
+            out.append(torch.empty(p.shape, dtype=p.dtype, device=p.device))
+    return out
+
+
+def segments(order: Tensor, offsets: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each task that has samples, with their positions. Waits for the device."""
+    bounds = offsets.tolist()
+    for t, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        if end > begin:
+            yield t, order[begin:end]

@@ -1,0 +1,46 @@
+"""What dtypes, strides and memory formats say of a tensor, and new memory with the same."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in some order of the dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if stride != expected:
+            return x.numel() == 0
+        expected *= size
+    return True
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the strides of a 4-D tensor say channels_last; NCHW where they would fit both."""
+    if x.dim() != 4 or x.stride(1) == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if x.shape[d] == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
+            return False
+        least = x.stride(d) * max(x.shape[d], 1)
+    return True
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def like_parameter(p: Tensor) -> Tensor:
+    """An empty gradient in the dtype and memory order of a weight, as autograd's own are."""
+    if p.dim() == 4:
+        return torch.empty(p.shape, dtype=p.dtype, device=p.device, memory_format=memory_format(p))
+    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
+
+
+def like_stacked(delta: Tensor) -> Tensor:
+    """An empty gradient of a `[T, ...]` delta, contiguous."""
+    return torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)

@@ -1,0 +1,1 @@
+"""Ops on the gradients of T tasks: the Gram matrix, weighted sums, PCGrad and its random order."""

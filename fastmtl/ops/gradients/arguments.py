@@ -1,0 +1,96 @@
+"""Reading the gradients that the ops take: one `[T, P]` bank, or T lists of n tensors and Nones.
+
+Lists travel through op schemas as the tensors that exist plus their positions `task * n + parameter`
+(a `Tensor?[]` argument would silently not be differentiable).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastmtl.core.gradient_rows import MAX_TASKS, GradientRows
+from fastmtl.core.tensors import FLOAT_DTYPES
+
+GradLists: TypeAlias = Sequence[Sequence[Tensor | None]]
+Grads: TypeAlias = Tensor | GradLists
+
+
+def check_num_tasks(num_tasks: int, argument: str) -> None:
+    if not 1 <= num_tasks <= MAX_TASKS:
+        raise ValueError(f"{argument}: expected 1 to {MAX_TASKS} tasks, got {num_tasks}")
+
+
+def _check_tensor(x: Tensor, where: str) -> None:
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{where}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{where}: expected a dense (strided) tensor, got layout {x.layout}")
+
+
+def check_bank(grads: Tensor, argument: str = "grads") -> None:
+    if grads.dim() != 2:
+        raise ValueError(f"{argument}: expected a [T, P] tensor, got shape {tuple(grads.shape)}")
+    check_num_tasks(grads.shape[0], argument)
+    _check_tensor(grads, argument)
+
+
+def is_bank(grads: Grads, argument: str = "grads") -> bool:
+    if isinstance(grads, Tensor):
+        return True
+    if isinstance(grads, (str, bytes)) or not isinstance(grads, Sequence):
+        raise TypeError(f"{argument}: expected a [T, P] tensor or T lists of tensors, got {type(grads).__name__}")
+    return False
+
+
+def read_lists(grads: GradLists, argument: str = "grads") -> GradientRows:
+    """Checks T lists of n tensors (None: a zero gradient) and drops the Nones.
+
+    Raises:
+        TypeError: an entry is not a dense floating-point tensor, or dtypes differ between tasks.
+        ValueError: no task, more than 128, lists of different lengths, shapes or devices that differ.
+    """
+    num_tasks = len(grads)
+    check_num_tasks(num_tasks, argument)
+    for t, row in enumerate(grads):
+        if isinstance(row, Tensor) or not isinstance(row, Sequence):
+            raise TypeError(f"{argument}[{t}]: expected a list of tensors, got {type(row).__name__}")
+    num_params = len(grads[0])
+    first: list[Tensor | None] = [None] * num_params
+    device: torch.device | None = None
+    tensors: list[Tensor] = []
+    index: list[int] = []
+    for t, row in enumerate(grads):
+        if len(row) != num_params:
+            raise ValueError(f"{argument}[{t}]: expected {num_params} tensors as in {argument}[0], got {len(row)}")
+        for i, x in enumerate(row):
+            if x is None:
+                continue
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{argument}[{t}][{i}]: expected a tensor or None, got {type(x).__name__}")
+            reference = first[i]
+            if reference is None:
+                _check_tensor(x, f"{argument}[{t}][{i}]")
+                first[i] = x
+                if device is None:
+                    device = x.device
+            else:
+                if x.shape != reference.shape:
+                    raise ValueError(
+                        f"{argument}[{t}][{i}]: expected shape {tuple(reference.shape)} as in the tasks before it, "
+                        f"got {tuple(x.shape)}"
+                    )
+                if x.dtype != reference.dtype:
+                    raise TypeError(
+                        f"{argument}[{t}][{i}]: expected {reference.dtype} as in the tasks before it, got {x.dtype}"
+                    )
+                if x.layout is not torch.strided:
+                    _check_tensor(x, f"{argument}[{t}][{i}]")
+            if x.device != device:
+                raise ValueError(f"{argument}[{t}][{i}]: expected device {device}, got {x.device}")
+            tensors.append(x)
+            index.append(t * num_params + i)
+    return GradientRows(tensors, index, num_tasks, num_params)

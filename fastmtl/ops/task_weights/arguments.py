@@ -1,0 +1,173 @@
+"""Reading the arguments that the ops with per-task weights share, with their errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastmtl.core.task_weights import TaskPlan, TaskWeights
+from fastmtl.core.tensors import FLOAT_DTYPES
+
+Delta: TypeAlias = "Tensor | Sequence[Tensor | None] | torch.nn.ParameterList | None"
+Pair: TypeAlias = int | Sequence[int]
+
+# a grid has at most 65535 programs along y and z, where the kernels have one for each task and, where rows are split,
+# up to a few more for each processor of the device: not more than 1024
+TRITON_MAX_TASKS = 65_535 - 1_024
+
+
+def checking() -> bool:
+    """Whether task ids on a GPU are checked up front, at the price of waiting for it."""
+    return os.environ.get("FASTMTL_CHECK", "0") not in ("", "0")
+
+
+def check_input(x: Any, argument: str = "x") -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{argument}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{argument}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{argument}: expected a dense (strided) tensor, got layout {x.layout}")
+
+
+def read_pair(value: Any, argument: str, least: int) -> tuple[int, int]:
+    """An int or a pair of ints, as height and width of at least `least` each."""
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, (tuple, list)) or len(pair) not in (1, 2) or not all(isinstance(v, int) for v in pair):
+        raise TypeError(f"{argument}: expected an int or a pair of ints, got {value!r}")
+    pair = (pair[0], pair[-1])
+    if min(pair) < least:
+        raise ValueError(f"{argument}: expected at least {least}, got {value!r}")
+    return pair
+
+
+def check_companion(value: Any, argument: str, x: Tensor) -> None:
+    """A weight, delta, gate or bias: in the dtype of x, or float32 beside a 16-bit x; on the device of x."""
+    check_input(value, argument)
+    if value.dtype != x.dtype and not (value.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
+        wide = " or torch.float32" if x.dtype in (torch.bfloat16, torch.float16) else ""
+        raise TypeError(f"{argument}: expected {x.dtype}{wide} beside x in {x.dtype}, got {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{argument}: expected device {x.device} as x, got {value.device}")
+
+
+def read_weights(
+    x: Tensor, weight: Tensor | None, delta: Delta, gate: Tensor | None, dims: int
+) -> tuple[TaskWeights, dict[str, int]]:
+    """The weights, checked against each other and x; and the number of tasks by the argument that tells it.
+
+    Raises:
+        TypeError, ValueError: as `task_conv2d`.
+    """
+    names = "[Cout, Cin / groups, kh, kw]" if dims == 4 else "[Cout, Cin]"
+    tasks: dict[str, int] = {}
+    if weight is not None:
+        check_companion(weight, "weight", x)
+        if weight.dim() != dims:
+            raise ValueError(f"weight: expected shape {names}, got {list(weight.shape)}")
+    held: list[tuple[str, Tensor]] = []
+    positions: list[int] = []
+    if isinstance(delta, Tensor):
+        check_input(delta, "delta")
+        if delta.dim() != dims + 1:
+            raise ValueError(f"delta: expected shape [T, {names[1:]}, got {list(delta.shape)}")
+        held = [("delta", delta)]
+        tasks["delta"] = delta.shape[0]
+    elif delta is not None:
+        if isinstance(delta, torch.nn.ParameterList):
+            delta = list(delta)
+        if isinstance(delta, (str, bytes, dict)) or not isinstance(delta, Sequence):
+            raise TypeError(
+                f"delta: expected a [T, ...] tensor, a list of T tensors or None, got {type(delta).__name__}"
+            )
+        for t, d in enumerate(delta):
+            if d is None:
+                continue
+            if not isinstance(d, Tensor):
+                raise TypeError(f"delta[{t}]: expected a tensor or None, got {type(d).__name__}")
+            if d.dim() != dims:
+                raise ValueError(f"delta[{t}]: expected shape {names}, got {list(d.shape)}")
+            held.append((f"delta[{t}]", d))
+            positions.append(t)
+        tasks["delta"] = len(delta)
+    if weight is None and delta is None:
+        raise ValueError("weight, delta: expected at least one of them, got None for both")
+    if weight is None and not isinstance(delta, Tensor) and len(positions) < len(delta or ()):
+        missing = next(t for t, d in enumerate(delta or ()) if d is None)
+        raise ValueError(f"delta[{missing}]: expected a tensor, since weight is None, got None")
+    if weight is None and not held:
+        raise ValueError("delta: expected at least one task, since weight is None, got none")
+    stacked = isinstance(delta, Tensor)
+    like = weight if weight is not None else held[0][1]
+    shape = weight.shape if weight is not None else held[0][1].shape[1:] if stacked else held[0][1].shape
+    for name, d in held:
+        check_companion(d, name, x)
+        if d.dtype != like.dtype:
+            raise TypeError(f"{name}: expected {like.dtype} as the other weights, got {d.dtype}")
+        if (d.shape[1:] if stacked else d.shape) != shape:
+            expected = [d.shape[0], *shape] if stacked else list(shape)
+            raise ValueError(f"{name}: expected shape {expected}, got {list(d.shape)}")
+    if gate is not None:
+        check_companion(gate, "gate", x)
+        if gate.dim() != 1:
+            raise ValueError(f"gate: expected shape [T], got {list(gate.shape)}")
+        tasks["gate"] = gate.shape[0]
+    return TaskWeights(weight, [d for _, d in held], positions, gate), tasks
+
+
+def check_bias(x: Tensor, bias: Tensor | None, num_out: int, tasks: dict[str, int]) -> None:
+    if bias is None:
+        return
+    check_companion(bias, "bias", x)
+    if bias.dim() not in (1, 2) or bias.shape[-1] != num_out:
+        raise ValueError(f"bias: expected shape [{num_out}] or [T, {num_out}], got {list(bias.shape)}")
+    if bias.dim() == 2:
+        tasks["bias"] = bias.shape[0]
+
+
+def agreed_tasks(tasks: dict[str, int]) -> int | None:
+    """The number of tasks that all arguments tell; None if none does."""
+    first: tuple[str, int] | None = None
+    for name, count in tasks.items():
+        if first is None:
+            first = name, count
+        elif count != first[1]:
+            raise ValueError(f"{name}: expected {first[1]} tasks as in {first[0]}, got {count}")
+    if first is not None and first[1] == 0:
+        raise ValueError(f"{first[0]}: expected at least one task, got 0")
+    return None if first is None else first[1]
+
+
+def check_ids(task_ids: Any, device: torch.device | None = None) -> None:
+    """Dtype and device of ids or of a plan's; their values are seen by `task_plan`."""
+    if isinstance(task_ids, TaskPlan):
+        task_ids = task_ids.task_ids
+    if not isinstance(task_ids, Tensor):
+        raise TypeError(f"task_ids: expected an int64 or int32 tensor, or a TaskPlan, got {type(task_ids).__name__}")
+    if task_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"task_ids: expected int64 or int32, got {task_ids.dtype}")
+    if device is not None and task_ids.device != device:
+        raise ValueError(f"task_ids: expected device {device} as x, got {task_ids.device}")
+
+
+def check_leading(task_ids: Tensor | TaskPlan, leading: Sequence[int]) -> None:
+    """Ids must have the shape of one or more leading dimensions of x."""
+    ids = task_ids.task_ids if isinstance(task_ids, TaskPlan) else task_ids
+    if ids.dim() == 0 or list(ids.shape) != list(leading[: ids.dim()]):
+        options = " or ".join(str(list(leading[: k + 1])) for k in range(len(leading)))
+        raise ValueError(f"task_ids: expected shape {options}, as x, got {list(ids.shape)}")
+
+
+def triton_declines(*tensors: Tensor, offsets: Tensor | None = None) -> dict[str, str | None]:
+    """For `choose`: why the Triton kernels cannot take these tensors, or the tasks of a plan."""
+    num_tasks = 0 if offsets is None else offsets.shape[0] - 1
+    reason = None
+    if any(x.dtype == torch.float64 for x in tensors):
+        reason = "its kernels have no float64"
+    elif num_tasks > TRITON_MAX_TASKS:
+        reason = f"its kernels take at most {TRITON_MAX_TASKS} tasks, got {num_tasks}"
+    return {"triton": reason}

@@ -1,0 +1,42 @@
+"""In which dtype the ops with per-task weights compute: autocast's, or float32 where 16-bit sums would be rounded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.core.schemas import autocast_is_on
+from fastmtl.core.tensors import memory_format
+
+
+def cast_by_autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype, where autocast is on; weights stay as they are and are cast while staged."""
+    kind = x.device.type
+    if not autocast_is_on(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind)) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def _added_up_in_their_own_dtype() -> set[torch.dtype]:
+    """The 16-bit dtypes of which torch's convolutions and matrix products on this CPU make sums in 16 bits.
+
+    oneDNN adds up in float32, but takes a dtype only where the CPU has instructions for it. torch asks it the same
+    questions; a torch without oneDNN cannot.
+    """
+    questions = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    answers = {dtype: getattr(torch.ops.mkldnn, name, lambda: False)() for dtype, name in questions.items()}
+    return {dtype for dtype, served in answers.items() if not served}
+
+
+# what `widen` widens on a CPU
+WIDENED = _added_up_in_their_own_dtype()
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in a dtype of which torch makes sums in at least float32: x itself, or a copy in float32 in its memory format.
+
+    What is computed from the copy is to be rounded to the dtype of x, once.
+    """
+    if x.device.type != "cpu" or x.dtype not in WIDENED:
+        return x
+    return x.to(torch.float32, memory_format=memory_format(x))

@@ -1,0 +1,290 @@
+"""Oracles of the ops with per-task weights in plain PyTorch: short, obviously right, exact in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmtl.core.task_weights import Geometry, TaskWeights, segments
+from fastmtl.core.tensors import memory_format
+from fastmtl.ops.task_weights.precision import widen
+
+
+def task_plan(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
+    """Positions sorted by task, and where each task begins; ids out of range come last."""
+    ids = task_ids.reshape(-1).to(torch.int64)
+    ids = torch.where((ids < 0) | (ids >= num_tasks), num_tasks, ids)
+    ordered, order = torch.sort(ids, stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(num_tasks + 1, device=ids.device))
+
+
+def _recorded(gate: Tensor) -> bool:
+    return torch.is_grad_enabled() and gate.requires_grad
+
+
+def effective_weight(weights: TaskWeights, task: int, dtype: torch.dtype, num_tasks: int) -> Tensor:
+    """`W + s_t Delta_t` in `dtype`, added in the widest dtype of the weights. A closed gate does not read Delta.
+
+    Where a derivative of a derivative is recorded, a closed gate reads it: that derivative depends on it.
+    """
+    weight, delta, gate = weights.weight, weights.by_task(num_tasks)[task], weights.gate
+    wide = torch.promote_types(weights.like.dtype, torch.float32)
+    base = torch.zeros_like(weights.like, dtype=wide) if weight is None else weight.to(wide)
+    if delta is None or (gate is not None and gate[task] == 0 and not _recorded(gate)):
+        return base.to(dtype)
+    return (base + (delta.to(wide) if gate is None else gate[task].to(wide) * delta.to(wide))).to(dtype)
+
+
+def task_conv2d(
+    x: Tensor,
+    weight: Tensor | None,
+    delta: Sequence[Tensor],
+    delta_tasks: Sequence[int],
+    gate: Tensor | None,
+    bias: Tensor | None,
+    order: Tensor,
+    offsets: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Each task's samples through `W + s_t Delta_t`; samples of no task are NaN."""
+    weights = TaskWeights(weight, delta, delta_tasks, gate)
+    geometry = Geometry.of(stride, padding, dilation, groups)
+    num_tasks = offsets.shape[0] - 1
+    size = (x.shape[0], weights.shape[0], *geometry.output_size(x.shape[2:], weights.shape[2:]))
+    given, x = x, widen(x)
+    y = torch.full(size, torch.nan, dtype=x.dtype, device=x.device)
+    for t, rows in segments(order, offsets):
+        w = effective_weight(weights, t, x.dtype, num_tasks)
+        b = None if bias is None else (bias if bias.dim() == 1 else bias[t]).to(x.dtype)
+        y = y.index_copy(0, rows, F.conv2d(x[rows], w, b, *geometry))
+    return y.to(given.dtype).contiguous(memory_format=memory_format(given))
+
+
+def task_conv2d_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    delta: Sequence[Tensor],
+    delta_tasks: Sequence[int],
+    gate: Tensor | None,
+    bias: Tensor | None,
+    order: Tensor,
+    offsets: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+    wanted_delta: Sequence[int],
+) -> list[Tensor]:
+    """The gradients of x, weight, `delta[k]` for k in `wanted_delta`, gate and bias, of these the wanted ones.
+
+    With dW_eff[t] the weight gradient over task t's samples: dW = sum_t dW_eff[t], dDelta_t = s_t dW_eff[t],
+    ds_t = <dW_eff[t], Delta_t>. Plain differentiable torch: the second derivative is that of this function.
+    """
+    weights = TaskWeights(weight, delta, delta_tasks, gate)
+    geometry = Geometry.of(stride, padding, dilation, groups)
+    num_tasks = offsets.shape[0] - 1
+    deltas = weights.by_task(num_tasks)
+    wide = torch.promote_types(weights.like.dtype, torch.float32)
+    zero = torch.zeros(weights.shape, dtype=wide, device=x.device)
+    given, x, grad_out = x, widen(x), widen(grad_out)
+    grad_x = torch.full_like(x, torch.nan, memory_format=torch.contiguous_format)
+    grad_eff = [zero] * num_tasks
+    grad_bias = [torch.zeros(weights.shape[0], dtype=wide, device=x.device)] * num_tasks
+    for t, rows in segments(order, offsets):
+        part, w = grad_out[rows], effective_weight(weights, t, x.dtype, num_tasks)
+        inputs = x[rows]
+        if inputs.numel() == 0:
+            continue  # rows of no width, which a convolution refuses
+        grad_x = grad_x.index_copy(0, rows, torch.nn.grad.conv2d_input(inputs.shape, w, part, *geometry))
+        grad_eff[t] = torch.nn.grad.conv2d_weight(inputs, w.shape, part, *geometry).to(wide)
+        grad_bias[t] = part.to(wide).sum((0, 2, 3))
+    grad_delta = []
+    for t in range(num_tasks):
+        closed = gate is not None and gate[t] == 0 and not _recorded(gate)
+        scaled = grad_eff[t] if gate is None else gate[t].to(wide) * grad_eff[t]
+        grad_delta.append(torch.zeros_like(scaled) if closed else scaled)
+    out = []
+    if wanted[0]:
+        out.append(grad_x.to(given.dtype).contiguous(memory_format=memory_format(given)))
+    if wanted[1] and weight is not None:
+        out.append(sum(grad_eff, zero).to(weight.dtype).contiguous(memory_format=memory_format(weight)))
+    for k in wanted_delta:
+        if weights.stacked:
+            out.append(torch.stack(grad_delta).to(delta[k].dtype).contiguous())
+        else:
+            d = delta[k]
+            out.append(grad_delta[delta_tasks[k]].to(d.dtype).contiguous(memory_format=memory_format(d)))
+    if wanted[2] and gate is not None:
+        # also where the gate is closed; a task without samples has none
+        present = {t for t, _ in segments(order, offsets)}
+        terms = [
+            zero.sum() if d is None or t not in present else (grad_eff[t] * d.to(wide)).sum()
+            for t, d in enumerate(deltas)
+        ]
+        out.append(torch.stack(terms).to(gate.dtype))
+    if wanted[3] and bias is not None:
+        total = torch.stack(grad_bias)
+        out.append((total if bias.dim() == 2 else total.sum(0)).to(bias.dtype))
+    return out
+
+
+def task_conv2d_weight_grad(
+    x: Tensor,
+    grad_out: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Each task's gradient of a shared weight: the weight gradient over its samples, zero where it has none."""
+    geometry = Geometry.of(stride, padding, dilation, groups)
+    shape = (grad_out.shape[1], x.shape[1] // groups, *kernel_size)
+    dtype = dtype or x.dtype
+    x, grad_out = widen(x), widen(grad_out)
+    found = [torch.zeros(shape, dtype=dtype, device=x.device)] * (offsets.shape[0] - 1)
+    for t, rows in segments(order, offsets):
+        found[t] = torch.nn.grad.conv2d_weight(x[rows], shape, grad_out[rows], *geometry).to(dtype)
+    return torch.stack(found).contiguous()
+
+
+def task_conv2d_weight_grad_out(
+    x: Tensor,
+    grad_out: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out: Tensor,
+) -> None:
+    """`task_conv2d_weight_grad` into `out`, `[T, Cout, Cin / groups, kh, kw]` of any strides."""
+    size = out.shape[3:]
+    out.copy_(task_conv2d_weight_grad(x, grad_out, order, offsets, size, stride, padding, dilation, groups, out.dtype))
+
+
+def _samples(x: Tensor, num_samples: int) -> Tensor:
+    """`[N, ..., C]` as `[N, R, C]`; either of N and R may be 0."""
+    return x.reshape(num_samples, x.shape[:-1].numel() // max(num_samples, 1), x.shape[-1])
+
+
+def _images(x: Tensor, num_samples: int) -> Tensor:
+    """`[N, ..., C]` as N images of one row: `[N, C, 1, R]`, a view of contiguous x."""
+    return _samples(x, num_samples).transpose(1, 2).unsqueeze(2)
+
+
+def task_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    delta: Sequence[Tensor],
+    delta_tasks: Sequence[int],
+    gate: Tensor | None,
+    bias: Tensor | None,
+    order: Tensor,
+    offsets: Tensor,
+) -> Tensor:
+    """Each task's rows through `W + s_t Delta_t`; the samples are the first `order.numel()` slices of x."""
+    weights = TaskWeights(weight, delta, delta_tasks, gate)
+    num_tasks = offsets.shape[0] - 1
+    given, x = x, widen(x)
+    rows_of = _samples(x, order.shape[0])
+    y = torch.full((*rows_of.shape[:2], weights.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
+    for t, rows in segments(order, offsets):
+        b = None if bias is None else (bias if bias.dim() == 1 else bias[t]).to(x.dtype)
+        y = y.index_copy(0, rows, F.linear(rows_of[rows], effective_weight(weights, t, x.dtype, num_tasks), b))
+    return y.to(given.dtype).reshape(*x.shape[:-1], weights.shape[0])
+
+
+def task_linear_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    delta: Sequence[Tensor],
+    delta_tasks: Sequence[int],
+    gate: Tensor | None,
+    bias: Tensor | None,
+    order: Tensor,
+    offsets: Tensor,
+    wanted: Sequence[bool],
+    wanted_delta: Sequence[int],
+) -> list[Tensor]:
+    """`task_conv2d_backward` of the 1x1 convolution over rows that a linear layer is."""
+    n = order.shape[0]
+    as_filter = [None if w is None else w[..., None, None] for w in (weight, *delta)]
+    found = task_conv2d_backward(
+        _images(grad_out, n), _images(x, n), as_filter[0], as_filter[1:], delta_tasks, gate, bias, order, offsets,
+        (1, 1), (0, 0), (1, 1), 1, wanted, wanted_delta,
+    )  # fmt: skip
+    out = []
+    if wanted[0]:
+        out.append(found.pop(0).squeeze(2).transpose(1, 2).reshape(x.shape).contiguous())
+    count = len(wanted_delta) + (wanted[1] and weight is not None)
+    return [*out, *(w[..., 0, 0].contiguous() for w in found[:count]), *found[count:]]
+
+
+def task_linear_weight_grad(
+    x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Each task's gradient of a shared weight: `[T, Cout, Cin]`."""
+    inputs, grads = (_samples(widen(y), order.shape[0]) for y in (x, grad_out))
+    shape = (grad_out.shape[-1], x.shape[-1])
+    dtype = dtype or x.dtype
+    found = [torch.zeros(shape, dtype=dtype, device=x.device)] * (offsets.shape[0] - 1)
+    for t, rows in segments(order, offsets):
+        found[t] = (grads[rows].flatten(0, 1).mT @ inputs[rows].flatten(0, 1)).to(dtype)
+    return torch.stack(found)
+
+
+def task_linear_weight_grad_out(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """`task_linear_weight_grad` into `out`, `[T, Cout, Cin]` of any strides."""
+    out.copy_(task_linear_weight_grad(x, grad_out, order, offsets, out.dtype))
+
+
+def _rows_of_tasks(table: Tensor, task_ids: Tensor, dims: int) -> Tensor:
+    """`table[task_ids]`, NaN for ids out of range, broadcast over what follows the channels."""
+    num_tasks = table.shape[0]
+    bad = (task_ids < 0) | (task_ids >= num_tasks)
+    rows = torch.where(bad[:, None], torch.nan, table[task_ids.to(torch.int64).clamp(0, num_tasks - 1)])
+    return rows.reshape(*rows.shape, *[1] * (dims - 2))
+
+
+def task_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, task_ids: Tensor) -> Tensor:
+    """`x * scale[task] + shift[task]`, channel by channel, computed in the widest of the dtypes."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
+    a, b = (_rows_of_tasks(y.to(wide), task_ids, x.dim()) for y in (scale, shift))
+    return torch.empty_like(x).copy_(x.to(wide) * a + b)
+
+
+def task_scale_shift_backward(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, task_ids: Tensor, wanted: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients of x, scale and shift, of these the wanted ones."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
+    num_tasks, g = scale.shape[0], grad_out.to(wide)
+    member = task_ids[None, :] == torch.arange(num_tasks, device=x.device)[:, None]
+
+    def by_task(y: Tensor) -> Tensor:
+        # [N, C, ...] -> [T, C]
+        y = y.flatten(2).sum(2) if y.dim() > 2 else y
+        return torch.stack([torch.where(m[:, None], y, 0.0).sum(0) for m in member])
+
+    out = []
+    if wanted[0]:
+        out.append(torch.empty_like(x).copy_(g * _rows_of_tasks(scale.to(wide), task_ids, x.dim())))
+    if wanted[1]:
+        out.append(by_task(g * x.to(wide)).to(scale.dtype))
+    if wanted[2]:
+        out.append(by_task(g).to(shift.dtype))
+    return out

@@ -1,0 +1,545 @@
+"""Convolution of a mixed-task batch with `W + s_t Delta_t`, and each task's gradient of a shared filter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmtl.core.dispatch import choose, triton_kernels
+from fastmtl.core.schemas import define_op
+from fastmtl.core.task_weights import Geometry, TaskPlan, TaskWeights, empty_gradients, shape_of_one
+from fastmtl.core.tensors import memory_format
+from fastmtl.ops.gradients.combine import check_unrecorded, mark_written
+from fastmtl.ops.task_weights import reference
+from fastmtl.ops.task_weights.arguments import (
+    Delta,
+    Pair,
+    agreed_tasks,
+    check_bias,
+    check_ids,
+    check_input,
+    check_leading,
+    read_pair,
+    read_weights,
+    triton_declines,
+)
+from fastmtl.ops.task_weights.composed import composed_backward
+from fastmtl.ops.task_weights.cpu import conv2d as task_cpu
+from fastmtl.ops.task_weights.precision import cast_by_autocast
+from fastmtl.ops.task_weights.task_plan import read_plan
+
+
+def task_conv2d(
+    x: Tensor,
+    weight: Tensor | None,
+    delta: Delta,
+    task_ids: Tensor | TaskPlan,
+    *,
+    gate: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """2-D convolution of a mixed-task batch: sample b sees `W + s_t Delta_t` with `t = task_ids[b]`.
+
+    Args:
+        x: `[N, Cin, H, W]`, NCHW or channels_last; float64 (CPU), float32, bfloat16 or float16. Under autocast it is
+            cast to autocast's dtype.
+        weight: W, `[Cout, Cin / groups, kh, kw]`, shared by all tasks; None: wholly separate weights. In the dtype of
+            x, or float32 beside a 16-bit x (added in float32, rounded once).
+        delta: one `[T, Cout, Cin / groups, kh, kw]` tensor, or a list of T tensors and Nones (None: that task sees W),
+            or None: every task sees W. In the dtype of `weight`.
+        task_ids: `[N]` int32 or int64 from 0 to T - 1, in any order; a task may have no sample. Or a `TaskPlan`, so
+            that a network sorts its batch once.
+        gate: s, `[T]`; None: all ones. A gate that is exactly 0: that Delta is not read, neither forward nor for the
+            gradients of x, `weight` and `delta` (which is zero); the gate's own gradient is `<dW_eff[t], Delta_t>`.
+        bias: `[Cout]`, or `[T, Cout]`: one per task.
+        stride: as for `F.conv2d`, as are `padding` (`"same"` and `"valid"` included), `dilation` and `groups`.
+        padding: see `stride`.
+        dilation: see `stride`.
+        groups: see `stride`; `groups=Cin` is a depthwise convolution.
+
+    Returns:
+        `[N, Cout, Ho, Wo]` in the dtype of x (or autocast's); channels_last if x is.
+
+    Raises:
+        TypeError: arguments of the wrong kind or dtype.
+        ValueError: shapes, devices or numbers of tasks that do not agree; `weight=None` with `delta=None`; on the
+            CPU an id out of range. On a GPU such a sample's result is NaN; `FASTMTL_CHECK=1` raises there too, and
+            waits.
+
+    Differentiable in x, weight, delta, gate and bias, twice (the second derivative through plain torch). On the CPU
+    the delta of a task without samples, if it is one of a list, gets no gradient (None). Source: Wallingford et al.
+    2022 (TAPS), equation `w = W + 1[s >= tau] delta`.
+
+    Example:
+        >>> x, ids = torch.ones(2, 1, 3, 3), torch.tensor([1, 0])
+        >>> task_conv2d(x, torch.ones(1, 1, 3, 3), [None, torch.ones(1, 1, 3, 3)], ids).flatten()
+        tensor([18.,  9.])
+    """
+    check_input(x)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected shape [N, Cin, H, W], got {list(x.shape)}")
+    x = cast_by_autocast(x)
+    check_ids(task_ids, x.device)
+    weights, tasks = read_weights(x, weight, delta, gate, 4)
+    shape = shape_of_one(weights)
+    check_bias(x, bias, shape[0], tasks)
+    geometry, extra = read_geometry(stride, padding, dilation, groups, shape[2:])
+    check_channels(x, shape, groups)
+    check_leading(task_ids, x.shape[:1])
+    num_tasks = agreed_tasks(tasks)
+    if extra != (0, 0):
+        x = F.pad(x, (0, extra[1], 0, extra[0]))
+    check_size(x, shape[2:], geometry)
+    if num_tasks is None:
+        # nothing here belongs to a task
+        assert weight is not None
+        return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *geometry)
+    plan = read_plan(task_ids, num_tasks)
+    return task_conv2d_op(
+        x, weight, weights.delta, weights.delta_tasks, gate, bias, plan.order, plan.offsets, *_lists(geometry)
+    )
+
+
+def task_conv2d_weight_grad(
+    x: Tensor,
+    grad_out: Tensor,
+    task_ids: Tensor | TaskPlan,
+    num_tasks: int,
+    kernel_size: Pair,
+    *,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Each task's gradient of a filter that all tasks share, in one walk over the batch.
+
+    Args:
+        x: `[N, Cin, H, W]`, the input of the convolution.
+        grad_out: `[N, Cout, Ho, Wo]` in the dtype of x, the gradient of its output.
+        task_ids: `[N]` int32 or int64 from 0 to T - 1, or a `TaskPlan`.
+        num_tasks: T.
+        kernel_size: kh and kw, or one number for both.
+        stride: of the convolution, as are `padding`, `dilation` and `groups`.
+        padding: see `stride`.
+        dilation: see `stride`.
+        groups: see `stride`.
+        dtype: of the result; None: that of x.
+        out: memory for the result, `[T, Cout, Cin / groups, kh, kw]` of any strides that do not overlap and any
+            floating-point dtype: rows of a gradient bank in the parameter's own memory order, for instance. Not
+            recorded for autograd.
+
+    Returns:
+        `out`, or `[T, Cout, Cin / groups, kh, kw]`; zero for a task without samples. Their sum over the tasks is the
+        gradient of the whole batch.
+
+    Raises:
+        TypeError, ValueError: as `task_conv2d`; a `grad_out` or `out` that does not fit.
+        RuntimeError: `out` together with an argument that needs a gradient.
+
+    Differentiable in x and grad_out, twice. Source: PCGrad and its kin need g_t of each task (Yu et al. 2020).
+
+    Example:
+        >>> x = torch.ones(3, 1, 2, 2)
+        >>> task_conv2d_weight_grad(x, x, torch.tensor([0, 1, 1]), 2, 1).flatten()
+        tensor([4., 8.])
+    """
+    check_input(x)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected shape [N, Cin, H, W], got {list(x.shape)}")
+    check_ids(task_ids, x.device)
+    check_grad_out(grad_out, x)
+    kernel = read_pair(kernel_size, "kernel_size", 1)
+    geometry, extra = read_geometry(stride, padding, dilation, groups, kernel)
+    check_leading(task_ids, x.shape[:1])
+    if extra != (0, 0):
+        x = F.pad(x, (0, extra[1], 0, extra[0]))
+    if grad_out.dim() != 4:
+        raise ValueError(f"grad_out: expected shape [N, Cout, Ho, Wo], got {list(grad_out.shape)}")
+    if x.shape[1] % groups or grad_out.shape[1] % groups:
+        raise ValueError(
+            f"groups: expected a divisor of Cin = {x.shape[1]} and Cout = {grad_out.shape[1]}, got {groups}"
+        )
+    shape = (grad_out.shape[1], x.shape[1] // groups, *kernel)
+    check_size(x, kernel, geometry)
+    expected = [x.shape[0], shape[0], *geometry.output_size(x.shape[2:], kernel)]
+    if list(grad_out.shape) != expected:
+        raise ValueError(f"grad_out: expected shape {expected}, got {list(grad_out.shape)}")
+    plan = read_plan(task_ids, num_tasks)
+    if out is None:
+        check_result_dtype(dtype)
+        return task_conv2d_weight_grad_op(x, grad_out, plan.order, plan.offsets, kernel, *_lists(geometry), dtype)
+    check_out(out, [num_tasks, *shape], x, grad_out, dtype)
+    task_conv2d_weight_grad_out_op(x, grad_out, plan.order, plan.offsets, *_lists(geometry), out)
+    mark_written([out])
+    return out
+
+
+# --- checks
+
+
+def read_geometry(
+    stride: Pair, padding: Pair | str, dilation: Pair, groups: int, kernel: Sequence[int]
+) -> tuple[Geometry, tuple[int, int]]:
+    """The geometry, and rows and columns of zeros that `padding="same"` needs after x beyond it."""
+    strides, dilations = read_pair(stride, "stride", 1), read_pair(dilation, "dilation", 1)
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise TypeError(f"groups: expected an int, got {type(groups).__name__}")
+    if groups < 1:
+        raise ValueError(f"groups: expected at least 1, got {groups}")
+    extra = (0, 0)
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding: expected ints, 'same' or 'valid', got {padding!r}")
+        total = (0, 0)
+        if padding == "same":
+            if strides != (1, 1):
+                raise ValueError(f"padding: 'same' needs stride 1, got stride {stride!r}")
+            total = tuple(d * (k - 1) for d, k in zip(dilations, kernel, strict=True))
+        pads = (total[0] // 2, total[1] // 2)
+        extra = (total[0] % 2, total[1] % 2)
+    else:
+        pads = read_pair(padding, "padding", 0)
+    return Geometry(strides, pads, dilations, groups), extra
+
+
+def check_channels(x: Tensor, shape: Sequence[int], groups: int) -> None:
+    if shape[0] % groups:
+        raise ValueError(f"groups: expected a divisor of Cout = {shape[0]}, got {groups}")
+    if x.shape[1] != shape[1] * groups:
+        raise ValueError(
+            f"x: expected {shape[1] * groups} channels ({shape[1]} x {groups} groups, by the weights), got {x.shape[1]}"
+        )
+
+
+def check_size(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> None:
+    if min(kernel) < 1:
+        raise ValueError(f"weight: expected a filter of at least 1 x 1, got {list(kernel)}")
+    padded = [x.shape[2 + k] + 2 * geometry.padding[k] for k in (0, 1)]
+    spread = [geometry.dilation[k] * (kernel[k] - 1) + 1 for k in (0, 1)]
+    if padded[0] < spread[0] or padded[1] < spread[1]:
+        raise ValueError(f"x: expected at least {spread} pixels after padding, as the filter spans, got {padded}")
+
+
+def check_grad_out(grad_out: Any, x: Tensor) -> None:
+    check_input(grad_out, "grad_out")
+    if grad_out.dtype != x.dtype:
+        raise TypeError(f"grad_out: expected {x.dtype} as x, got {grad_out.dtype}")
+    if grad_out.device != x.device:
+        raise ValueError(f"grad_out: expected device {x.device} as x, got {grad_out.device}")
+
+
+def check_result_dtype(dtype: Any) -> None:
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating-point dtype or None, got {dtype!r}")
+
+
+def check_out(out: Any, shape: Sequence[int], x: Tensor, grad_out: Tensor, dtype: torch.dtype | None) -> None:
+    check_input(out, "out")
+    if list(out.shape) != list(shape) or out.device != x.device:
+        raise ValueError(f"out: expected shape {list(shape)} on {x.device}, got {list(out.shape)} on {out.device}")
+    if dtype is not None and dtype != out.dtype:
+        raise ValueError(f"dtype: expected {out.dtype} as out, or None, got {dtype}")
+    reach = 1
+    for stride, size in sorted((s, n) for s, n in zip(out.stride(), out.shape, strict=True) if n > 1):
+        if stride < reach:
+            raise ValueError(f"out: expected elements that don't overlap, got strides {list(out.stride())}")
+        reach = stride * (size - 1) + reach
+    if not torch.compiler.is_compiling():  # there, tensors have no address
+        held = out.untyped_storage().data_ptr() if out.numel() else None
+        for name, y in (("x", x), ("grad_out", grad_out)):
+            if y.numel() and y.untyped_storage().data_ptr() == held:
+                raise ValueError(f"out: expected memory of its own, got that of {name}")
+    check_unrecorded(x, grad_out, out)
+
+
+# --- implementations
+
+
+def _lists(geometry: Geometry) -> tuple[list[int], list[int], list[int], int]:
+    return list(geometry.stride), list(geometry.padding), list(geometry.dilation), geometry.groups
+
+
+def _cpu(x, weight, delta, delta_tasks, gate, bias, order, offsets, stride, padding, dilation, groups):
+    weights = TaskWeights(weight, delta, delta_tasks, gate)
+    return task_cpu.conv2d(x, weights, bias, order, offsets, Geometry.of(stride, padding, dilation, groups))
+
+
+def _triton(x, weight, delta, delta_tasks, gate, bias, order, offsets, stride, padding, dilation, groups):
+    weights = TaskWeights(weight, delta, delta_tasks, gate)
+    geometry = Geometry.of(stride, padding, dilation, groups)
+    return triton_kernels("task_weights.task_conv2d").conv2d(x, weights, bias, order, offsets, geometry)
+
+
+_FORWARD = {"cpu": _cpu, "triton": _triton, "reference": reference.task_conv2d}
+
+
+def _task_conv2d(x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry) -> Tensor:
+    run = choose("task_conv2d", x.device.type, _FORWARD, triton_declines(x, offsets=offsets))
+    return run(x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry)
+
+
+def _fake(x, weight, delta, delta_tasks, gate, bias, order, offsets, stride, padding, dilation, groups):
+    shape = TaskWeights(weight, delta, delta_tasks, gate).shape
+    h, w = Geometry.of(stride, padding, dilation, groups).output_size(x.shape[2:], shape[2:])
+    return torch.empty((x.shape[0], shape[0], h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def _backward_cpu(
+    grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets,
+    stride, padding, dilation, groups, wanted, wanted_delta,
+):  # fmt: skip
+    weights = TaskWeights(weight, delta, delta_tasks, gate)
+    geometry = Geometry.of(stride, padding, dilation, groups)
+    return task_cpu.conv2d_backward(grad_out, x, weights, bias, order, offsets, geometry, wanted, wanted_delta)
+
+
+def _backward_triton(
+    grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets,
+    stride, padding, dilation, groups, wanted, wanted_delta,
+):  # fmt: skip
+    weights = TaskWeights(weight, delta, delta_tasks, gate)
+    geometry = Geometry.of(stride, padding, dilation, groups)
+    return triton_kernels("task_weights.task_conv2d").conv2d_backward(
+        grad_out, x, weights, bias, order, offsets, geometry, wanted, wanted_delta
+    )
+
+
+_BACKWARD = {"cpu": _backward_cpu, "triton": _backward_triton, "reference": reference.task_conv2d_backward}
+
+
+def _task_conv2d_backward(
+    grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry_and_wanted
+) -> list[Tensor]:
+    run = choose("task_conv2d", x.device.type, _BACKWARD, triton_declines(x, offsets=offsets))
+    return run(grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry_and_wanted)
+
+
+def _backward_fake(
+    grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets,
+    stride, padding, dilation, groups, wanted, wanted_delta,
+):  # fmt: skip
+    return empty_gradients(x, TaskWeights(weight, delta, delta_tasks, gate), bias, wanted, wanted_delta)
+
+
+def _weight_grad_cpu(x, grad_out, order, offsets, kernel_size, stride, padding, dilation, groups, dtype=None):
+    out = _weight_grad_fake(x, grad_out, order, offsets, kernel_size, stride, padding, dilation, groups, dtype)
+    task_cpu.weight_grad(x, grad_out, order, offsets, Geometry.of(stride, padding, dilation, groups), out)
+    return out
+
+
+def _weight_grad_triton(x, grad_out, order, offsets, kernel_size, stride, padding, dilation, groups, dtype=None):
+    out = _weight_grad_fake(x, grad_out, order, offsets, kernel_size, stride, padding, dilation, groups, dtype)
+    geometry = Geometry.of(stride, padding, dilation, groups)
+    triton_kernels("task_weights.task_conv2d").weight_grad(x, grad_out, order, offsets, geometry, out)
+    return out
+
+
+_WEIGHT_GRAD = {
+    "cpu": _weight_grad_cpu,
+    "triton": _weight_grad_triton,
+    "reference": reference.task_conv2d_weight_grad,
+}
+
+
+def _weight_grad(
+    x: Tensor,
+    grad_out: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    run = choose("task_conv2d_weight_grad", x.device.type, _WEIGHT_GRAD, triton_declines(x, offsets=offsets))
+    return run(x, grad_out, order, offsets, kernel_size, stride, padding, dilation, groups, dtype)
+
+
+def _weight_grad_fake(x, grad_out, order, offsets, kernel_size, stride, padding, dilation, groups, dtype=None):
+    shape = (offsets.shape[0] - 1, grad_out.shape[1], x.shape[1] // groups, *kernel_size)
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _weight_grad_out_cpu(x, grad_out, order, offsets, stride, padding, dilation, groups, out):
+    task_cpu.weight_grad(x, grad_out, order, offsets, Geometry.of(stride, padding, dilation, groups), out)
+
+
+def _weight_grad_out_triton(x, grad_out, order, offsets, stride, padding, dilation, groups, out):
+    geometry = Geometry.of(stride, padding, dilation, groups)
+    triton_kernels("task_weights.task_conv2d").weight_grad(x, grad_out, order, offsets, geometry, out)
+
+
+_WEIGHT_GRAD_OUT = {
+    "cpu": _weight_grad_out_cpu,
+    "triton": _weight_grad_out_triton,
+    "reference": reference.task_conv2d_weight_grad_out,
+}
+
+
+def _weight_grad_out(x, grad_out, order, offsets, stride, padding, dilation, groups, out) -> None:
+    run = choose("task_conv2d_weight_grad", x.device.type, _WEIGHT_GRAD_OUT, triton_declines(x, out, offsets=offsets))
+    run(x, grad_out, order, offsets, stride, padding, dilation, groups, out)
+
+
+def weight_grad_parts(
+    x: Tensor,
+    grad_out: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    geometry: Geometry,
+    weight: Tensor,
+    bias: bool = False,
+) -> tuple[list[Tensor | None], list[Tensor | None]] | None:
+    """The weight gradients as they are made, one tensor for each task (None: no sample), in the dtype of `weight`; and
+    with `bias` those of the bias.
+
+    None where another backend than the CPU's would be asked, which makes them in one piece.
+    """
+    if x.device.type != "cpu" or not (x.numel() and grad_out.numel()):
+        return None
+    run = choose("task_conv2d_weight_grad", "cpu", _WEIGHT_GRAD_OUT, triton_declines(x, offsets=offsets))
+    if run is not _weight_grad_out_cpu:
+        return None
+    found = list(task_cpu.weight_grads(x, grad_out, order, offsets, geometry, weight, bias))
+    return [None if grad is None else grad.to(weight.dtype) for grad, _ in found], [each for _, each in found]
+
+
+# --- autograd
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weight, delta, ctx.delta_tasks, gate, bias, order, offsets, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight, gate, bias, order, offsets, *delta)
+
+
+def gradients_by_argument(
+    found: Sequence[Tensor], wanted: Sequence[bool], wanted_delta: Sequence[int], num_delta: int
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], Tensor | None, Tensor | None]:
+    """What a backward op returned, as x, weight, delta, gate, bias."""
+    rest = iter(found)
+    x, weight = (next(rest) if want else None for want in wanted[:2])
+    deltas: list[Tensor | None] = [None] * num_delta
+    for k in wanted_delta:
+        deltas[k] = next(rest)
+    gate, bias = (next(rest) if want else None for want in wanted[2:])
+    return x, weight, deltas, gate, bias
+
+
+def no_gradient(positions: Sequence[int]) -> list[Tensor] | None:
+    """What a formula returns for a list of ints: torch takes an empty one for a list of tensors."""
+    return None if positions else []
+
+
+def wanted_deltas(needs: Any, delta: Sequence[Tensor], delta_tasks: Sequence[int], offsets: Tensor) -> list[int]:
+    """Positions in `delta` whose gradient is wanted. On the CPU a task of a list that has no sample gets none."""
+    found = [k for k in range(len(delta)) if needs[k]]
+    if delta_tasks and offsets.device.type == "cpu" and type(offsets) is Tensor and not torch.compiler.is_compiling():
+        bounds = offsets.tolist()
+        found = [k for k in found if bounds[delta_tasks[k] + 1] > bounds[delta_tasks[k]]]
+    return found
+
+
+def _backward(ctx, grad_out: Tensor):
+    x, weight, gate, bias, order, offsets, *delta = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [needs[0], needs[1], needs[4], needs[5]]
+    wanted_delta = wanted_deltas(needs[2], delta, ctx.delta_tasks, offsets)
+    found = task_conv2d_backward_op(
+        grad_out, x, weight, delta, ctx.delta_tasks, gate, bias, order, offsets, *ctx.geometry, wanted, wanted_delta
+    )
+    grad_x, grad_weight, grad_delta, grad_gate, grad_bias = gradients_by_argument(
+        found, wanted, wanted_delta, len(delta)
+    )
+    return (
+        grad_x,
+        grad_weight,
+        grad_delta,
+        no_gradient(ctx.delta_tasks),
+        grad_gate,
+        grad_bias,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def _setup_backward(ctx, inputs, output) -> None:
+    grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, *rest = inputs
+    ctx.delta_tasks, ctx.rest = delta_tasks, rest
+    ctx.save_for_backward(grad_out, x, weight, gate, bias, order, offsets, *delta)
+
+
+def _backward_backward(ctx, grads: Sequence[Tensor]):
+    grad_out, x, weight, gate, bias, order, offsets, *delta = ctx.saved_tensors
+    args = (grad_out, x, weight, delta, ctx.delta_tasks, gate, bias, order, offsets, *ctx.rest)
+    return composed_backward(reference.task_conv2d_backward, args, ctx.needs_input_grad, grads)
+
+
+def _setup_weight_grad(ctx, inputs, output) -> None:
+    x, grad_out, order, offsets, _, *ctx.geometry, _ = inputs
+    ctx.save_for_backward(x, grad_out, order, offsets)
+
+
+def _weight_grad_backward(ctx, grad: Tensor):
+    # linear in both: with the incoming gradient as each task's filter, a convolution and its input gradient
+    x, grad_out, order, offsets = ctx.saved_tensors
+    grad = grad.to(x.dtype)
+    grad_x = grad_grad_out = None
+    if ctx.needs_input_grad[0]:
+        wanted = [True, False, False, False]
+        (grad_x,) = task_conv2d_backward_op(
+            grad_out, x, None, [grad], [], None, None, order, offsets, *ctx.geometry, wanted, []
+        )
+    if ctx.needs_input_grad[1]:
+        grad_grad_out = task_conv2d_op(x, None, [grad], [], None, None, order, offsets, *ctx.geometry)
+    return grad_x, grad_grad_out, None, None, None, None, None, None, None, None
+
+
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
+_WEIGHTS = "Tensor? weight, Tensor[] delta, int[] delta_tasks, Tensor? gate, Tensor? bias"
+_PLAN = "Tensor order, Tensor offsets"
+
+task_conv2d_op = define_op(
+    f"task_conv2d(Tensor x, {_WEIGHTS}, {_PLAN}, {_GEOMETRY}) -> Tensor",
+    _task_conv2d,
+    _fake,
+    backward=_backward,
+    setup_context=_setup,
+)
+task_conv2d_backward_op = define_op(
+    f"task_conv2d_backward(Tensor grad_out, Tensor x, {_WEIGHTS}, {_PLAN}, {_GEOMETRY}, "
+    "bool[] wanted, int[] wanted_delta) -> Tensor[]",
+    _task_conv2d_backward,
+    _backward_fake,
+    backward=_backward_backward,
+    setup_context=_setup_backward,
+)
+task_conv2d_weight_grad_op = define_op(
+    f"task_conv2d_weight_grad(Tensor x, Tensor grad_out, {_PLAN}, int[] kernel_size, {_GEOMETRY}, "
+    "ScalarType? dtype=None) -> Tensor",
+    _weight_grad,
+    _weight_grad_fake,
+    backward=_weight_grad_backward,
+    setup_context=_setup_weight_grad,
+)
+task_conv2d_weight_grad_out_op = define_op(
+    f"task_conv2d_weight_grad_out(Tensor x, Tensor grad_out, {_PLAN}, {_GEOMETRY}, Tensor(a!) out) -> ()",
+    _weight_grad_out,
+    lambda *args: None,
+)

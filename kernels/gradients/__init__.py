@@ -1,0 +1,1 @@
+"""Triton kernels of the ops on task gradients, and their launchers."""

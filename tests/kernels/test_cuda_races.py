@@ -1,0 +1,143 @@
+"""The CUDA kernels' bodies under the checks of tests/host/races.h: no access that only luck puts in order.
+
+That the checks see what they should: every barrier, fence and releasing atomic of csrc/cuda is left out in turn.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+
+import host_kernels as host
+import pytest
+import test_cuda_on_host as on_host
+import torch
+from cases import BankCase, ListCase, random_order
+from conftest import skip_or_fail
+from host_kernels import FORWARD, REVERSE, Cut, HostError
+
+from fastmtl.ops.gradients.order import order_state
+
+CUDA = host.ROOT / "csrc" / "cuda"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> Iterator[None]:
+    if host.compiler() is None:
+        skip_or_fail("no C++ compiler")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process has no others
+    with host.using(host.RACES):
+        host.library()
+        yield
+    torch.set_num_threads(threads)
+
+
+def drawn(num_tasks: int, slots_per_group: int, schedule: int) -> None:
+    """An order that is drawn, of a bank of five slots."""
+    grads = host.bank_gradients(BankCase(num_tasks, 300).make())
+    cut = Cut(64, slots_per_group, schedule)
+    host.solved_gram(grads, None, cut, project=True, key=3, state=order_state(7))
+    assert cut.slots == 5
+
+
+def solved(num_tasks: int, num_visits: int | None) -> None:
+    order = random_order(num_tasks, num_visits)
+    host.coefficients(on_host.gram_matrix(num_tasks), order, schedule=FORWARD)
+
+
+# Every kernel, by banks and lists, with one group of slots and with several. In falling order first: a thread without
+# its barrier then finds no segment, and in rising order wild pointers.
+CASES: dict[str, Callable[[], None]] = {
+    "drawn-7-9-falling": functools.partial(drawn, 7, 9, REVERSE),
+    "solved-8": functools.partial(solved, 8, None),
+    "combine-bank": functools.partial(on_host.test_combine_of_a_bank, 17, 9, torch.float32),
+    "combine-lists": functools.partial(on_host.test_combine_of_lists, ListCase("nones", 3), 9),
+    "combine-split": functools.partial(on_host.test_split_combine_of_lists, ListCase("nones", 17)),
+    **{
+        f"drawn-{num_tasks}-{per_group}-{'falling' if schedule == REVERSE else 'rising'}": functools.partial(
+            drawn, num_tasks, per_group, schedule
+        )
+        for num_tasks, per_group, schedule in (
+            (2, 2, REVERSE),
+            (2, 2, FORWARD),
+            (12, 2, REVERSE),
+            (12, 9, FORWARD),
+            (19, 9, REVERSE),
+            (40, 2, REVERSE),
+            (66, 2, REVERSE),
+            (66, 9, FORWARD),
+        )
+    },
+    **{
+        f"pcgrad-{case}": functools.partial(on_host.test_pcgrad, case, False)
+        for case in (BankCase(17, 259, torch.bfloat16), ListCase("nones", 9), ListCase("mixed_dtypes", 3))
+    },
+    **{
+        f"solved-{num_tasks}-{num_visits}": functools.partial(solved, num_tasks, num_visits)
+        for num_tasks, num_visits in ((31, 40), (63, None), (70, None))
+    },
+    "combine-many": functools.partial(on_host.test_combine_of_lists, ListCase("many", 3), 1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_race(case: str) -> None:
+    CASES[case]()
+
+
+# --- that the checks can fail
+
+
+@pytest.mark.parametrize("schedule", [FORWARD, REVERSE])
+def test_races_of_a_small_kernel(schedule: int) -> None:
+    host.faulty(0, schedule)
+    with pytest.raises(HostError, match=r"a race in shared memory: .* at tests/host/kernels_on_host.cpp:\d+"):
+        host.faulty(5, schedule)
+
+
+SITES = {
+    f"{path.name}:{number}": (path.name, number)
+    for path in sorted(CUDA.glob("*.cuh"))
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    if re.search(r"\b(__syncthreads|__threadfence|__syncwarp|add_acq_rel)\(", line)
+    and path.name != "device.cuh"  # which defines them
+}
+
+
+def found_without(site: tuple[str, int]) -> str:
+    """What the checks say if that call is left out: in a process of its own, since it may read wild pointers then."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        host.library().races_skip(site[0].encode(), ctypes.c_int64(site[1]))
+        for name, case in CASES.items():
+            try:
+                case()
+            except HostError as e:
+                if "a race" in str(e):
+                    os.write(writing, f"{name}: {e}".encode())
+                    break
+            except BaseException:  # a wrong result, which other tests see
+                continue
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        text = said.read()
+    status = os.waitpid(child, 0)[1]
+    return text or (f"ended by signal {status}, nothing found" if status else "nothing found")
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_barrier_or_fence_left_out_is_found(site: str) -> None:
+    assert "a race in" in found_without(SITES[site])
+
+
+def test_every_site_is_tried() -> None:
+    assert len(SITES) >= 14
+    assert found_without(("combine.cuh", 1)) == "nothing found"
