@@ -1,9 +1,10 @@
-"""Imports point one way: from what finds gradients to what knows nothing of them (docs/architecture.md)."""
+"""Imports point one way: from what finds gradients to what knows nothing of them (docs/architecture.md); no circles."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,39 @@ def test_an_arrow_back_is_found() -> None:
     assert arrows_back("fastmtl/parameters.py", 'triton_kernels("gradients.launchers")') != []
     assert arrows_back("fastmtl/core/x.py", 'importlib.import_module("fastmtl.ops")') != []
     assert arrows_back("fastmtl/task_gradients/x.py", "from fastmtl import methods, ops") == []
+
+
+MODULES = frozenset(map(module_of, FILES))
+
+
+def modules_imported(source: str) -> set[str]:
+    """The files that an import names, also as `from package import module`."""
+    found = {module for module in imported(source) if module in MODULES}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES
+            if len(names) == len(node.names):  # the package itself is not asked for anything
+                found.discard(node.module or "")
+            found |= names
+    return found
+
+
+def circle(imports: Mapping[str, set[str]]) -> list[str]:
+    """Modules each of which imports the next, and the last the first; empty: there are none."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    assert circle({module_of(f): modules_imported((ROOT / f).read_text()) - {module_of(f)} for f in FILES}) == []
+
+
+def test_a_circle_is_found() -> None:
+    rules = "fastmtl.task_gradients.one_pass.rules"
+    assert modules_imported(f"from {rules} import shapes") == {f"{rules}.shapes"}
+    assert modules_imported(f"def f():\n    from {rules}.shapes import RULES") == {f"{rules}.shapes"}
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) != []
+    assert circle({"a": {"b", "c"}, "b": {"c"}}) == []

@@ -408,10 +408,10 @@ class _Mix(torch.autograd.Function):
 
 
 def test_check_finds_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmtl.task_gradients.one_pass import autograd
+    from fastmtl.task_gradients.one_pass.autograd import linear
 
-    right = autograd.linear_rows
-    monkeypatch.setattr(autograd, "_linear_rows", lambda receive, *a: right(*a).roll(1, 0))
+    right = linear.linear_rows
+    monkeypatch.setattr(linear, "deliver_linear_rows", lambda receiver, *a: right(*a).roll(1, 0))
     x = _x()
     model = _mlp()
     wrong = r"row 0 of parameter '0.weight'.*differs from a backward pass"

@@ -19,10 +19,11 @@ from fastmtl.surgery.gradients import Row, TaskGradients
 from fastmtl.surgery.result import PartitionSurgery, Surgery
 from fastmtl.surgery.solve import SurgeryOptions, solve
 from fastmtl.task_gradients.bank import position
-from fastmtl.task_gradients.one_pass import autograd
-from fastmtl.task_gradients.one_pass.batch import Batch, StreamedGradients, TaskRows, added
-from fastmtl.task_gradients.one_pass.sample_axis import SAMPLES, SUM, Tag
-from fastmtl.task_gradients.one_pass.tracker import NAMED, Follow
+from fastmtl.task_gradients.one_pass.autograd.registry import takes_apart
+from fastmtl.task_gradients.one_pass.batch import Batch, Collected, TaskRows, added
+from fastmtl.task_gradients.one_pass.sample_axis import SAMPLE_SUM, Constant, PerSample
+from fastmtl.task_gradients.one_pass.stream import StreamedGradients
+from fastmtl.task_gradients.one_pass.tracker import Tracker
 from fastmtl.task_gradients.reach import read_loss_scale
 
 _APPLY = "OnePassBank.apply"
@@ -72,15 +73,15 @@ class OnePassBank:
             TypeError, ValueError: no tensor; a dimension that it does not have, or of another size than the batch.
                 A parameter of the bank that was used on the way to `x` unseen: its gradient would miss the rows.
         """
-        follow = self._following("samples")
+        tracker = self._tracker("samples")
         x, dim = _read_dim(x, dim)
-        if x.shape[dim] != len(follow.samples):
+        if x.shape[dim] != len(tracker.task_ids):
             raise ValueError(
-                f"dim: expected a dimension of {len(follow.samples)} samples, got {x.shape[dim]} in {list(x.shape)}"
+                f"dim: expected a dimension of {len(tracker.task_ids)} samples, got {x.shape[dim]} in {list(x.shape)}"
             )
         self._check_unseen(x)
-        follow.mark(x, Tag(SAMPLES, dim, follow.samples))
-        follow.seen = True
+        tracker.mark(x, PerSample(dim, tracker.task_ids))
+        tracker.seen = True
         return x
 
     def constant(self, x: Tensor) -> Tensor:
@@ -94,12 +95,12 @@ class OnePassBank:
             TypeError: no tensor.
             ValueError: it needs a gradient.
         """
-        follow = self._following("constant")
+        tracker = self._tracker("constant")
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if x.requires_grad:
             raise ValueError("x: expected a tensor that needs no gradient")
-        follow.mark(x, NAMED)
+        tracker.mark(x, Constant(named=True))
         return x
 
     def summed(self, loss: Tensor) -> Tensor:
@@ -113,11 +114,11 @@ class OnePassBank:
             TypeError: no tensor.
             ValueError: a parameter of the bank was used on the way unseen: its gradient would miss the rows.
         """
-        follow = self._following("summed")
+        tracker = self._tracker("summed")
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
         self._check_unseen(loss)
-        follow.mark(loss, SUM)
+        tracker.mark(loss, SAMPLE_SUM)
         return loss
 
     def verify(self, loss: Tensor, task: int | str | None = None) -> None:
@@ -134,13 +135,13 @@ class OnePassBank:
 
         Waits for the device.
         """
-        self._following("verify")
+        tracker = self._tracker("verify")
         batch = self._batch
         assert batch is not None
         expected = None if task is None else self.names[position(task, self.names)]
-        batch._check_loss(batch.follow.tag(loss), loss)
+        batch.check_loss(tracker.axis_of(loss))
         stand_ins = list(batch.rows.values())
-        with batch.follow.on():
+        with tracker.on():
             found = torch.autograd.grad(loss, stand_ins, retain_graph=True, allow_unused=True)
         owner = expected
         for p, g in zip(batch.rows, found, strict=True):
@@ -198,20 +199,20 @@ class OnePassBank:
             batch = self._batch
             assert batch is not None
             batch.check_model()
-        with batch.follow.on(False):
+        with batch.tracker.on(False):
             return self._apply(options, batch)
 
     def _apply(self, options: SurgeryOptions, batch: Batch) -> Surgery:
         present = self._present_tasks() if options.ranks is None else self._average(options.ranks, batch)
         gradients = (
             StreamedGradients(batch, self.params, present, self._poison)
-            if batch.stream
+            if batch.options.stream
             else self._task_gradients(present, batch.ids.device)
         )
         updates, surgery = solve(gradients, options)
         if self._by_samples:
             surgery = PartitionSurgery(surgery.gram, surgery.weights, surgery.names, surgery.present)
-        batch.follow.boundaries.clear()
+        batch.tracker.boundaries.clear()
         self.clear()
         self._applied = True
         self._batch = None
@@ -252,11 +253,12 @@ class OnePassBank:
         """The gradients of parameters outside the bank, which DDP has not reduced inside the block."""
         if not isinstance(batch.model, nn.Module):
             return
-        others = {p: name for name, p in batch.model.named_parameters() if p.requires_grad and p not in self._named}
+        named: dict[Tensor, str] = {p: name for name, p in batch.model.named_parameters()}
+        others = {p: name for p, name in named.items() if p.requires_grad and p not in self._named}
         uneven = self._loss_reduction == "mean" and bool((counts * ranks.size != totals).any())
-        told = torch.tensor([uneven, *(p.grad is not None for p in others)], dtype=torch.int64, device=counts.device)
-        ranks.start_sum(told).wait()
-        uneven, *reached = told.tolist()
+        flags = torch.tensor([uneven, *(p.grad is not None for p in others)], dtype=torch.int64, device=counts.device)
+        ranks.start_sum(flags).wait()
+        uneven, *reached = flags.tolist()
         if uneven and any(reached):
             name = next(name for name, r in zip(others.values(), reached, strict=True) if r)
             raise ValueError(
@@ -271,41 +273,49 @@ class OnePassBank:
 
     # --- between a block and its bank
 
-    def _receive(self, batch: Batch) -> None:
-        """What a backward pass has left."""
-        self._note(batch)
-        if not batch.stream:
-            self._keep(batch)
+    def _open(self, batch: Batch, where: tuple[Any, Any, Any], loss_reduction: str) -> None:
+        """A block begins."""
+        batch.enter(self._run_backward)
+        self._batch, self._where, self._loss_reduction = batch, where, loss_reduction
 
-    def _keep(self, batch: Batch) -> None:
-        """The rows of a backward pass."""
+    def _run_backward(self, *args: Any, **kwargs: Any) -> None:
+        """`loss.backward(*args, **kwargs)` inside the block."""
+        assert self._batch is not None
+        collected = self._batch.backward(*args, **kwargs)
+        if collected is not None:
+            self._add(collected)
+
+    def _add(self, collected: Collected) -> None:
+        """What a backward pass has left is added to what there was."""
+        self._add_presence(collected)
         num_tasks = len(self.names)
-        for p, g in batch.received.items():
+        for p, g in collected.rows.items():
             self._rows[p] = added(self._rows.get(p), g[:num_tasks])
-            extra = g[num_tasks] if batch.num_rows > num_tasks else None
+            extra = g[num_tasks] if len(g) > num_tasks else None
             if extra is not None:
                 self._unprojected[p] = extra if p not in self._unprojected else self._unprojected[p] + extra
+        if collected.poison is not None:
+            self._poison = collected.poison if self._poison is None else self._poison + collected.poison
+        self._by_samples |= collected.by_samples
+        self._filled = True
 
-    def _note(self, batch: Batch) -> None:
-        """Which tasks a backward pass had."""
-        if batch.counts is not None and self._counts is not None:
-            self._counts = [a + b for a, b in zip(self._counts, batch.counts, strict=True)]
+    def _add_presence(self, collected: Collected) -> None:
+        """Which tasks a backward pass had, and how many samples of each."""
+        ids, num_tasks = collected.ids, len(self.names)
+        if collected.counts is not None and self._counts is not None:
+            self._counts = [a + b for a, b in zip(self._counts, collected.counts, strict=True)]
         else:
-            now = (batch.ids[:, None] == torch.arange(len(self.names), device=batch.ids.device)).any(0)
+            now = (ids[:, None] == torch.arange(num_tasks, device=ids.device)).any(0)
             before = self._present
             if before is None and self._counts is not None and self._filled:
                 before = torch.tensor([c > 0 for c in self._counts]).to(now.device)
             self._present = now if before is None else before | now
             self._counts = None
-        tally = (batch.ids[:, None] == torch.arange(len(self.names) + 1, device=batch.ids.device)).sum(0)
+        tally = (ids[:, None] == torch.arange(num_tasks + 1, device=ids.device)).sum(0)
         self._tally = tally if self._tally is None else self._tally + tally
-        if batch.poison is not None:
-            self._poison = batch.poison if self._poison is None else self._poison + batch.poison
-        self._by_samples |= batch.follow.mixed or batch.partition
-        self._filled = True
 
     def _streamed(self) -> bool:
-        return self._batch is not None and self._batch.stream
+        return self._batch is not None and self._batch.options.stream
 
     def _check_filled(self, call: str) -> None:
         if not self._filled and self._applied:
@@ -313,10 +323,10 @@ class OnePassBank:
         if not self._filled:
             raise RuntimeError(f"OnePassBank.{call}: no backward pass has filled the bank")
 
-    def _following(self, call: str) -> Follow:
+    def _tracker(self, call: str) -> Tracker:
         if self._batch is None or not self._batch.entered:
             raise RuntimeError(f"OnePassBank.{call}: call it inside the one_pass block")
-        return self._batch.follow
+        return self._batch.tracker
 
     def _check_same(self, params: Mapping[Tensor, str], names: Sequence[str]) -> None:
         if self.names != tuple(names):
@@ -326,10 +336,11 @@ class OnePassBank:
 
     def _check_unseen(self, x: Tensor) -> None:
         """No parameter may have gone into `x` unseen."""
-        todo, seen = [x.grad_fn], {None}
+        todo: list[Any] = [x.grad_fn]
+        seen: set[Any] = {None}
         while todo:
             node = todo.pop()
-            if node in seen or isinstance(node, _OURS):
+            if node in seen or takes_apart(node):
                 continue
             seen.add(node)
             leaf = getattr(node, "variable", None)
@@ -344,13 +355,6 @@ class OnePassBank:
     def __repr__(self) -> str:
         state = "filled" if self._filled else "empty"
         return f"OnePassBank({len(self.params)} parameters, {len(self.names)} tasks, {state})"
-
-
-_OURS = tuple(
-    f._backward_cls
-    for f in vars(autograd).values()
-    if isinstance(f, type) and issubclass(f, torch.autograd.Function) and f is not autograd.Boundary
-)
 
 
 def _read_dim(x: Any, dim: Any) -> tuple[Tensor, int]:

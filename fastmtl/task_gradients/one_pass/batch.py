@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,20 @@ from fastmtl.core.schemas import without_autocast
 from fastmtl.ops.gradients.gram import gram_rows
 from fastmtl.ops.task_weights.task_plan import task_plan_op
 from fastmtl.parameters import Params, describe
-from fastmtl.surgery.accumulate import Updates
-from fastmtl.task_gradients.one_pass import autograd
-from fastmtl.task_gradients.one_pass.sample_axis import CONST, MIXING, PARAM, SAMPLES, TOTAL, UNKNOWN, Samples, Tag
-from fastmtl.task_gradients.one_pass.tracker import Follow
+from fastmtl.task_gradients.one_pass.autograd.ends import CollectRows
+from fastmtl.task_gradients.one_pass.autograd.rows import RECEIVER, plain_gradients
+from fastmtl.task_gradients.one_pass.sample_axis import (
+    CONSTANT,
+    Constant,
+    FromParameters,
+    MixedSamples,
+    PerSample,
+    SampleAxis,
+    SampleSum,
+    Unknown,
+)
+from fastmtl.task_gradients.one_pass.task_ids import TaskIds
+from fastmtl.task_gradients.one_pass.tracker import Tracker
 
 # how far the rows of a step may be from those of T backward passes, when checked
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -39,14 +49,52 @@ def added(before: TaskRows | None, now: TaskRows) -> TaskRows:
         return [b if a is None else a if b is None else a.add_(b) for a, b in zip(before, now, strict=True)]
 
 
+class BatchOptions(NamedTuple):
+    """How a batch is followed, as the caller of `one_pass` has said.
+
+    Attributes:
+        batch_dim: the dimension of the samples in tensors from outside.
+        partition: layers that mix samples are accepted (`mixing="partition"`).
+        loop: layers that can't be taken apart get their rows by T backward passes (`fallback="loop"`).
+        stream: only the Gram matrix is kept (`memory="stream"`).
+        check: the rows are compared with T backward passes.
+        shared_named: the caller has named the shared parameters.
+    """
+
+    batch_dim: int
+    partition: bool
+    loop: bool
+    stream: bool
+    check: bool
+    shared_named: bool
+
+
+class Collected(NamedTuple):
+    """What the backward pass of one batch has left.
+
+    Attributes:
+        rows: of each parameter that got any; with `memory="stream"` there are none.
+        ids: `[N]`, whose row each sample belongs to, or T: of no task.
+        counts: the number of samples of each task; None: the device alone knows.
+        poison: NaN where an id was out of range on a device, else 0; None: none can be.
+        by_samples: the rows are parts of the batch's gradient by samples, not gradients of the tasks' losses.
+    """
+
+    rows: dict[Tensor, TaskRows]
+    ids: Tensor
+    counts: list[int] | None
+    poison: Tensor | None
+    by_samples: bool
+
+
 class Batch:
-    """One batch: what is followed inside a `one_pass` block, and what its backward pass left.
+    """One batch: what is followed inside a `one_pass` block, and its backward pass.
 
     Args:
-        model, params, task_ids, batch_dim, mixing, fallback, memory, check: as for `one_pass`.
+        model, params: as for `one_pass`; the parameters with their names.
         names: of the tasks.
-        deliver: called with this once the backward pass has filled it.
-        told: the caller named the shared parameters.
+        given_ids: `[N]` as the caller has them: 0 to T - 1, or -1.
+        options: how it is followed.
     """
 
     def __init__(
@@ -54,28 +102,18 @@ class Batch:
         model: Params,
         params: Mapping[Tensor, str],
         names: Sequence[str],
-        deliver: Callable[[Batch], None],
-        task_ids: Tensor,
-        batch_dim: int,
-        mixing: str,
-        fallback: str,
-        memory: str,
-        check: bool,
-        *,
-        told: bool,
+        given_ids: Tensor,
+        options: BatchOptions,
     ) -> None:
-        self.model, self.params, self.task_ids = model, params, task_ids
-        self.names, self.deliver = names, deliver
-        self.stream = memory == "stream"
-        self.partition = mixing == "partition"
-        self.check = check and not (isinstance(model, nn.Module) and model in _checked)
+        self.model, self.params, self.names, self.given_ids = model, params, names, given_ids
+        self.options = options
+        self.check = options.check and not (isinstance(model, nn.Module) and model in _checked)
         self.done = False
         self.entered = False  # and not left yet
-        self.told = told  # which parameters are shared
         num_tasks = len(names)
         device = next(iter(params)).device
         # what the host knows of the tasks, or what the device does
-        ids = task_ids.detach()
+        ids = given_ids.detach()
         self.counts: list[int] | None = None
         self.poison: Tensor | None = None
         loose = True
@@ -90,59 +128,61 @@ class Batch:
         ids = ids.to(device, torch.int64)
         ids = torch.where(ids < 0, num_tasks, ids) if loose else ids
         self.ids = ids
-        self.samples = Samples(ids, self.num_rows, ("batch",), tuple(task_plan_op(ids, self.num_rows)))  # type: ignore[arg-type]
-        self.fallback, self.batch_dim = fallback, batch_dim
+        order, offsets = task_plan_op(ids, self.num_rows)
+        self.task_ids = TaskIds(ids, self.num_rows, ("batch",), (order, offsets))
 
     # --- the ends of the block
 
-    def enter(self) -> None:
-        second = self.stream or self.check  # passes that want plain gradients
-        self.second = second or self.fallback == "loop"
+    def enter(self, run_backward: Callable[..., None]) -> None:
+        """Follows every torch call from here on. `run_backward`: what `loss.backward()` calls."""
+        plain = self.options.stream or self.check  # passes that want plain gradients
+        self.more_passes = plain or self.options.loop
         token = torch.zeros((), requires_grad=True, device=next(iter(self.params)).device)
         rows, values, loop = {}, {}, {}
         with torch.enable_grad():
             for p in self.params:
                 receiver = _Receiver(self, p)
-                rows[p] = autograd.Collect.apply(token, p.detach(), self.num_rows, receiver)
-                setattr(rows[p], autograd.RECEIVE, receiver)
-                values[p] = p.detach().requires_grad_() if second else p.detach()
-                if self.fallback == "loop":
+                rows[p] = CollectRows.apply(token, p.detach(), self.num_rows, receiver)
+                setattr(rows[p], RECEIVER, receiver)
+                values[p] = p.detach().requires_grad_() if plain else p.detach()
+                if self.options.loop:
                     loop[p] = p.detach().requires_grad_()
         # a compiled graph is guarded by what is in here: nothing that is new in every block
         constants = dict.fromkeys(self.model.buffers(), True) if isinstance(self.model, nn.Module) else {}
         self.rows, self.values, self.loop = rows, values, loop
         self.versions = {p: p._version for p in self.params}
-        self.follow = Follow(
-            self.samples,
-            self.batch_dim,
+        self.tracker = Tracker(
+            self.task_ids,
+            self.options.batch_dim,
             rows,
             values,
             self.params,
             constants,
-            partition=self.partition,
-            loop=loop if self.fallback == "loop" else None,
-            bounded=self.second,
-            backward=self.backward,
+            partition=self.options.partition,
+            loop=loop if self.options.loop else None,
+            bounded=self.more_passes,
+            backward=run_backward,
         )
-        self.follow.mark(self.task_ids, Tag(SAMPLES, 0, self.samples))
+        self.tracker.mark(self.given_ids, PerSample(0, self.task_ids))
         # parameters in the bank never reach DDP's hooks, which would wait for them: `apply` averages
         modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
         self.synced = [m for m in modules if isinstance(m, DistributedDataParallel) and m.require_backward_grad_sync]
         for m in self.synced:
             m.require_backward_grad_sync = False
         for leaf in loop.values():
-            self.follow.mark(leaf, Tag(CONST))
+            self.tracker.mark(leaf, CONSTANT)
         self.received: dict[Tensor, TaskRows] = {}
         self.gram: Tensor | None = None
+        self.gram_dtype = torch.float32  # the dtype that the Gram matrix of all rows has
         self.running = False
-        self.follow.__enter__()
+        self.tracker.__enter__()
         self.entered = True
 
     def leave(self) -> None:
         self.entered = False
-        self.follow.__exit__(None, None, None)
-        self.follow.clear()
-        self.follow.backward = _left  # a cycle less
+        self.tracker.__exit__(None, None, None)
+        self.tracker.clear()
+        self.tracker.backward = _left  # a cycle less
         for m in self.synced:
             m.require_backward_grad_sync = True
 
@@ -155,65 +195,69 @@ class Batch:
         retain_graph: bool | None = None,
         create_graph: bool = False,
         inputs: Any = None,
-    ) -> None:
-        """What `loss.backward()` does inside the block."""
-        tag = self.follow.tag(loss)
+    ) -> Collected | None:
+        """What `loss.backward()` does inside the block. None: of a loss without samples, which fills no row."""
+        axis = self.tracker.axis_of(loss)
         if create_graph or inputs is not None:
             raise ValueError("one_pass: backward inside the block takes neither create_graph nor inputs")
-        if tag.kind in (CONST, PARAM) and self.follow.seen:
-            self.follow.check_no_data([loss])
+        if isinstance(axis, (Constant, FromParameters)) and self.tracker.seen:
+            self.tracker.check_no_data([loss])
             # of what is not in the bank, or a penalty on parameters alone
-            self.follow.engine(loss, gradient, retain_graph)
-            return
-        self._check_loss(tag, loss)
+            self.tracker.engine(loss, gradient, retain_graph)
+            return None
+        self.check_loss(axis)
         if self.done:
             raise RuntimeError(
                 "one_pass: backward was called before in this block, which fills its rows once: sum the losses and "
                 "call it once, or open a second block with bank= to add to the rows"
             )
         self.check_model()
-        if self.second and tag.kind == SAMPLES:
-            loss = self.follow.bound(loss)
+        if self.more_passes and isinstance(axis, PerSample):
+            loss = self.tracker.bound(loss)
         self.running = self.done = True
         try:
-            self.follow.engine(loss, gradient, retain_graph or self.second)
+            self.tracker.engine(loss, gradient, retain_graph or self.more_passes)
         except BaseException:
             # what has arrived is a part of the rows; the block has had its backward pass
             self.received, self.gram = {}, None
-            self.follow.boundaries.clear()
+            self.tracker.boundaries.clear()
             raise
         finally:
             self.running = False
         self._own_samples()
         with torch.no_grad():
-            if self.follow.looped:
+            if self.tracker.looped:
                 self._loop()
             if self.check:
                 self._compare()
-        if self.stream:
-            for g in self.received.values():
+        rows, self.received = self.received, {}
+        if self.options.stream:
+            for g in rows.values():
                 self._add_gram(g)
-        self.deliver(self)
-        if not self.stream:
-            self.follow.boundaries.clear()
-        self.received = {}
+            rows = {}
+        else:
+            self.tracker.boundaries.clear()
+        by_samples = self.tracker.mixed or self.options.partition
+        return Collected(rows, self.ids, self.counts, self.poison, by_samples)
 
-    def _check_loss(self, tag: Tag, loss: Tensor) -> None:
-        if tag.kind in (TOTAL, SAMPLES) or (tag.kind == MIXING and self.partition):
+    def check_loss(self, axis: SampleAxis) -> None:
+        """Raises unless it is that of a sum over samples, or of a loss for each."""
+        if isinstance(axis, (SampleSum, PerSample)) or (isinstance(axis, MixedSamples) and self.options.partition):
             return
-        if not self.follow.seen and not self.follow.met:
+        if not self.tracker.seen and not self.tracker.met:
+            n = len(self.task_ids)
             raise ValueError(
-                f"task_ids: expected the length of the batch, got {len(self.samples)}: no tensor with "
-                f"{len(self.samples)} along dimension {self.batch_dim} came into the block (batch_dim= and "
-                "bank.samples(x, dim) say where the samples are; a part of a batch is taken before the block)"
+                f"task_ids: expected the length of the batch, got {n}: no tensor with {n} along dimension "
+                f"{self.options.batch_dim} came into the block (batch_dim= and bank.samples(x, dim) say where the "
+                "samples are; a part of a batch is taken before the block)"
             )
-        if tag.kind == MIXING:
+        if isinstance(axis, MixedSamples):
             raise ValueError(
-                f"one_pass: the loss mixes samples of different tasks ({tag.why}), so that it has no part that is one "
+                f"one_pass: the loss mixes samples of different tasks ({axis.why}), so that it has no part that is one "
                 "task's; mixing='partition' takes each sample's part of the gradient, and bank.summed(loss) tells that "
                 "it is a sum over samples all the same"
             )
-        why = tag.why if tag.kind == UNKNOWN else "it depends on no sample"
+        why = axis.why if isinstance(axis, Unknown) else "it depends on no sample"
         raise ValueError(f"one_pass: it can't be told that the loss is a sum over samples: {why}")
 
     def check_model(self) -> None:
@@ -240,28 +284,28 @@ class Batch:
                 "through torch.autograd"
             )
         rows = added(self.received.pop(p, None), g)
-        if self.stream and complete and not self.check and p not in self.follow.looped:
+        if self.options.stream and complete and not self.check and p not in self.tracker.looped:
             self._add_gram(rows)
         else:
             self.received[p] = rows
 
     def _add_gram(self, rows: TaskRows) -> None:
         num_tasks = len(self.names)
-        known = [t for t in range(num_tasks) if rows[t] is not None]
+        known = {t: row for t in range(num_tasks) if (row := rows[t]) is not None}
         if not known:
             return
         with torch.no_grad(), without_autocast(self.ids.device.type):
-            part = gram_rows(GradientRows([rows[t] for t in known], known, num_tasks, 1))
-            self.wide = part.dtype if self.gram is None else torch.promote_types(self.wide, part.dtype)
+            part = gram_rows(GradientRows(list(known.values()), list(known), num_tasks, 1))
+            self.gram_dtype = part.dtype if self.gram is None else torch.promote_types(self.gram_dtype, part.dtype)
             part = part.to(torch.float64)
             self.gram = part if self.gram is None else self.gram + part
 
     def _own_samples(self) -> None:
         """Parameters that saw the samples of one task alone are no shared ones."""
-        if self.told or self.counts is None or sum(c > 0 for c in self.counts) < 2:
+        if self.options.shared_named or self.counts is None or sum(c > 0 for c in self.counts) < 2:
             return
-        for p, parts in self.follow.met.items():
-            if any(s is self.samples or s.key == self.samples.key for s in parts):
+        for p, parts in self.tracker.met.items():
+            if any(s is self.task_ids or s.key == self.task_ids.key for s in parts):
                 continue
             seen = torch.cat([s.ids.reshape(-1) for s in parts]).unique().tolist()
             if len(seen) == 1 and seen[0] < len(self.names):
@@ -273,19 +317,19 @@ class Batch:
 
     # --- passes for plain gradients
 
-    def plain(self, scale: Tensor, params: Sequence[Tensor], *, keep: bool = True) -> dict[Tensor, Tensor]:
+    def weighted_gradients(self, scale: Tensor, params: Sequence[Tensor], *, keep: bool = True) -> dict[Tensor, Tensor]:
         """Gradients of `params` where every sample's cotangent is multiplied by `scale[its row]`.
 
         `keep`: the graph, for another pass.
         """
         outputs, cotangents = [], []
-        for x, tag, place in self.follow.boundaries:
+        for x, axis, place in self.tracker.boundaries:
             g = place.cotangent
             if g is None:
                 continue
             shape = [1] * g.dim()
-            shape[tag.axis] = -1
-            each = scale[tag.samples.plan(tag.outer, tag.inner)[0]].to(g.dtype).reshape(shape)
+            shape[axis.axis] = -1
+            each = scale[axis.task_ids.plan(axis.outer, axis.inner)[0]].to(g.dtype).reshape(shape)
             outputs.append(x)
             cotangents.append(torch.where(each == 0, 0.0, each * g))  # zero times what is not finite
         if not outputs:
@@ -293,7 +337,7 @@ class Batch:
         # a value may have come from the parameter itself, its stand-in in layers, or that in looped calls
         leaves = [(p, x) for p in params for x in (p, self.values[p], self.loop.get(p)) if x is not None]
         leaves = [(p, x) for p, x in leaves if x.requires_grad]
-        with autograd.native(), self.follow.on(), torch.enable_grad():
+        with plain_gradients(), self.tracker.on(), torch.enable_grad():
             found = torch.autograd.grad(
                 outputs, [x for _, x in leaves], cotangents, retain_graph=keep, allow_unused=True
             )
@@ -308,14 +352,14 @@ class Batch:
 
     def _loop(self) -> None:
         """The rows of parameters in layers that are not taken apart, by a pass per task."""
-        params = list(self.follow.looped)
+        params = list(self.tracker.looped)
         for p in params:
             self.loop[p].grad = None
         # what layers gave for these parameters is in `received`; only the stand-in of looped calls counts here
         values = {p: self.values[p] for p in params}
         self.values.update((p, p.detach()) for p in params)
         try:
-            passes = [self.plain(mask, params) for mask in self._masks()]
+            passes = [self.weighted_gradients(mask, params) for mask in self._masks()]
         finally:
             self.values.update(values)
         for p in params:
@@ -326,7 +370,7 @@ class Batch:
     def _compare(self) -> None:
         """The rows against T backward passes."""
         for t, mask in enumerate(self._masks()):
-            for p, expected in self.plain(mask, list(self.params)).items():
+            for p, expected in self.weighted_gradients(mask, list(self.params)).items():
                 got = self.received.get(p)
                 row = None if got is None else got[t]
                 row = torch.zeros_like(expected) if row is None else row
@@ -342,29 +386,6 @@ class Batch:
 
 def _left(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("one_pass: the block has ended")
-
-
-class StreamedGradients:
-    """Task gradients of which the Gram matrix alone was kept: the update takes one more backward pass."""
-
-    is_empty = partitioned = False
-
-    def __init__(
-        self, batch: Batch, params: Sequence[Tensor], present: Sequence[bool] | Tensor, poison: Tensor | None
-    ) -> None:
-        self.names, self.device = batch.names, batch.ids.device
-        self.present, self.poison = present, poison
-        self._batch, self._params = batch, params
-
-    def gram(self) -> Tensor:
-        if self._batch.gram is None:
-            return torch.zeros(len(self.names), len(self.names), device=self.device)
-        return self._batch.gram.to(self._batch.wide)
-
-    def combine(self, weights: Tensor) -> Updates:
-        # samples of no task count as they are
-        found = self._batch.plain(torch.cat([weights, weights.new_ones(1)]), self._params, keep=False)
-        return list(found.items())
 
 
 class _Receiver:
@@ -390,7 +411,7 @@ class _Receiver:
             rows = rows.to(self._param.dtype)
         self._deliveries += 1
         batch = self._batch()
-        self._hand_over(rows, batch is not None and self._deliveries == batch.follow.uses.get(self._param))
+        self._hand_over(rows, batch is not None and self._deliveries == batch.tracker.uses.get(self._param))
 
     def _hand_over(self, rows: TaskRows, complete: bool) -> None:
         batch = self._batch()

@@ -14,7 +14,7 @@ from fastmtl.ops.task_weights.arguments import check_ids, checking
 from fastmtl.parameters import Params, describe, is_per_task, read_params
 from fastmtl.task_gradients.bank import read_names
 from fastmtl.task_gradients.one_pass.bank import OnePassBank
-from fastmtl.task_gradients.one_pass.batch import Batch
+from fastmtl.task_gradients.one_pass.batch import Batch, BatchOptions
 from fastmtl.task_gradients.sharing import check_within
 
 _MIXING = ("error", "partition")
@@ -105,7 +105,8 @@ class one_pass:
                 raise ValueError(f"{argument}: expected {known[0]!r} or {known[1]!r}, got {value!r}")
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
             raise TypeError(f"batch_dim: expected an int, got {type(batch_dim).__name__}")
-        where = (*(x if isinstance(x, nn.Module) else None for x in (model, shared)), process_group)
+        modules = [x if isinstance(x, nn.Module) else None for x in (model, shared)]
+        where = (modules[0], modules[1], process_group)
         ranks = find_ranks(*where, _CALL)
         if ranks is not None and ranks.sharded:
             raise TypeError(f"{_CALL}: fully_shard modules work with fastmtl.backward and GradientBank")
@@ -122,27 +123,21 @@ class one_pass:
             bank._check_same(params, names)
             if memory == "stream":
                 raise ValueError("bank: memory='stream' keeps no rows that others could be added to")
-        bank._where, bank._loss_reduction = where, loss_reduction
-        self._bank = bank
-        self._batch = Batch(
-            model,
-            params,
-            names,
-            bank._receive,
-            task_ids,
+        self._bank, self._where, self._loss_reduction = bank, where, loss_reduction
+        options = BatchOptions(
             batch_dim,
-            mixing,
-            fallback,
-            memory,
-            check,
-            told=shared is not None,
+            partition=mixing == "partition",
+            loop=fallback == "loop",
+            stream=memory == "stream",
+            check=check,
+            shared_named=shared is not None,
         )
+        self._batch = Batch(model, params, names, task_ids, options)
 
     def __enter__(self) -> OnePassBank:
         if _active:
             raise RuntimeError("one_pass: already inside a one_pass block; blocks can't be nested")
-        self._batch.enter()
-        self._bank._batch = self._batch
+        self._bank._open(self._batch, self._where, self._loss_reduction)
         _active.append(self._batch)
         return self._bank
 

@@ -1,214 +1,142 @@
-"""What is known of a tensor: whose samples it carries, on which axis, and which parameters it was made of."""
+"""What is known of a tensor: which dimension carries the samples of the batch, or what it depends on if none does.
+
+These are named tuples: they are made quickly, and `torch.compile` can trace them. Ask `isinstance` which one it is, and
+not `==`: two of different types can be equal as tuples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 
-from fastmtl.ops.task_weights.task_plan import task_plan_op
+from fastmtl.task_gradients.one_pass.task_ids import TaskIds
+from fastmtl.task_gradients.one_pass.tensors import versions
 
-# kinds of tags, in the words of the errors
-CONST = "const"  # depends on no sample and on no parameter with a gradient
-PARAM = "param"  # computed from parameters alone
-SAMPLES = "samples"  # every element belongs to one sample, told by its position on one axis
-TOTAL = "total"  # a linear sum over samples: a loss
-MIXING = "mixing"  # depends on several samples at once, in another way
-UNKNOWN = "unknown"  # can't be told
-
-ATTRIBUTE = "_fastmtl_tag"
+ATTRIBUTE = "_fastmtl_sample_axis"
 
 
-class Same:
-    """A tensor in a key: equal to itself alone, and kept, so that no other takes its place in memory."""
+class Constant(NamedTuple):
+    """It depends on no sample and on no parameter with a gradient.
 
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and other.x is self.x
-
-    def __hash__(self) -> int:
-        return id(self.x)
-
-
-def index_key(index: Tensor, tag: Tag) -> tuple[Any, ...]:
-    """Tells two indices apart: by their values where that needs no waiting, else by how they were made."""
-    if index.device.type == "cpu" and not torch.compiler.is_compiling():
-        return "values", index.dtype, *index.tolist()
-    if tag.kind == SAMPLES and tag.recipe is not None:
-        return ("compared", *tag.recipe)
-    return "index", Same(index), 0 if index.is_inference() else index._version
-
-
-class Samples:
-    """The task of each sample of a batch, or of a part of it.
-
-    Args:
-        ids: `[n]` int64 rows of the bank: 0 to T - 1, or T for samples that belong to no task.
-        num_rows: T, or T + 1 where there may be samples without a task.
-        key: tells two of these apart: equal keys, equal samples.
-        plan: order and offsets of `ids` sorted by row, where that is known already.
-        parent: the batch that this is a part of.
-        parts: what this was joined from.
+    Attributes:
+        arange_length: n, where the elements in turn are 0 to n - 1, as `torch.arange(n)` made them; else None.
+        from_samples: why it depends on samples all the same, though without a gradient; empty: it doesn't.
+        named: the user has said so by `bank.constant`; a rule never does.
     """
 
-    def __init__(
-        self,
-        ids: Tensor,
-        num_rows: int,
-        key: tuple[Any, ...],
-        plan: tuple[Tensor, Tensor] | None = None,
-        parent: Samples | None = None,
-        parts: Sequence[Samples] = (),
-    ) -> None:
-        self.ids = ids
-        self.num_rows = num_rows
-        self.key = key
-        self.parent = parent
-        self.parts = tuple(parts)
-        self._plans: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
-        if plan is not None:
-            self._plans[1, 1] = (ids, *plan)
-
-    def __len__(self) -> int:
-        return self.ids.shape[0]
-
-    def plan(self, outer: int, inner: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, order and offsets of `outer x n x inner` elements in that order."""
-        known = self._plans.get((outer, inner))
-        if known is not None:
-            return known
-        ids = self.ids
-        if inner != 1:
-            ids = ids[:, None].expand(-1, inner).reshape(-1)
-        if outer != 1:
-            ids = ids[None].expand(outer, -1).reshape(-1)
-        made = (ids, *task_plan_op(ids, self.num_rows))
-        if not torch.compiler.is_compiling():  # a graph that wrote here would not fit the next call
-            self._plans[outer, inner] = made
-        return made
-
-    def take(self, index: Any, key: Any) -> Samples:
-        """The part of the samples that an index of the first axis picks."""
-        return Samples(self.ids[index], self.num_rows, (*self.key, key), parent=self)
-
-    def part(self, start: int, stop: int) -> Samples | None:
-        """One of the parts that this was joined from, if it lies there."""
-        for part in self.parts:
-            if start == 0:
-                return part if stop == len(part) else None
-            start, stop = start - len(part), stop - len(part)
-        return None
-
-    @staticmethod
-    def join(parts: Sequence[Samples]) -> Samples:
-        parent, end = parts[0].parent, 0
-        for p in parts:  # slices that make up what they were taken from
-            here = ("slice", end, end + len(p), 1)
-            if parent is None or p.parent is None or p.parent.key != parent.key or p.key[-1] != here:
-                break
-            end += len(p)
-        else:
-            if parent is not None and end == len(parent):
-                return parent
-        key = ("joined", *[p.key for p in parts])
-        return Samples(torch.cat([p.ids for p in parts]), parts[0].num_rows, key, parts=parts)
-
-
-class Tag(NamedTuple):
-    """What is known of one tensor.
-
-    With `SAMPLES`, `axis` holds `outer x n x inner` positions, the n samples in the middle: those of merged dimensions.
-    """
-
-    kind: str
-    axis: int = 0
-    samples: Any = None
-    outer: int = 1
-    inner: int = 1
-    # of what is unknown, or mixes samples; of a constant: that it depends on samples; of parameters: on data
-    why: str = ""
-    # of what was computed from parameters; of `CONST`: the length of an arange; of samples: with what number which
-    # tensor was compared
-    recipe: Any = None
-
-    def at(self, axis: int) -> Tag:
-        return self._replace(axis=axis)
-
-    def agrees(self, other: Tag) -> bool:
-        """Whether both carry the same samples in the same way, apart from the position of the axis."""
-        return self.samples.key == other.samples.key and self.outer == other.outer and self.inner == other.inner
-
-
-CONSTANT = Tag(CONST)
-SUM = Tag(TOTAL)
-
-
-def unknown(why: str) -> Tag:
-    return Tag(UNKNOWN, why=why)
-
-
-def mixing(why: str) -> Tag:
-    return Tag(MIXING, why=why)
+    arange_length: int | None = None
+    from_samples: str = ""
+    named: bool = False
 
 
 class Recipe:
-    """How a tensor was computed from parameters, so that it can be computed again from each task's copies of them.
+    """How tensors were computed from parameters, so that they can be computed again from each task's copies of them.
 
     Args:
-        func: the function that made it; `args` and `kwargs` what it was given.
-        args: see `func`.
-        kwargs: see `func`.
+        func: the function that made them.
+        args, kwargs: what it was given.
+        compiling: inside `torch.compile`, where what is written in place can't be told.
     """
 
-    def __init__(self, func: Any, args: Any, kwargs: Any) -> None:
+    def __init__(self, func: Any, args: Any, kwargs: Any, *, compiling: bool) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
-        self.versions = () if torch.compiler.is_compiling() else versions((args, kwargs))
-        self.twins: list[list[Tensor]] | None = None  # for each row, the tensors of the result
+        self.versions = () if compiling else versions((args, kwargs))
+        self.copies: list[list[Tensor]] | None = None  # for each row of the bank, the tensors of the result
 
 
-class Computed(NamedTuple):
-    """One of the results of a recipe."""
+class FromParameters(NamedTuple):
+    """It was computed from parameters of the bank alone, or is one.
 
-    recipe: Recipe
-    pick: int
+    Attributes:
+        recipe: how; None: it is a parameter itself.
+        result: which of the recipe's results it is.
+        from_data: why it depends on data of which no tasks are known; empty: it doesn't.
+    """
 
-
-def nested(values: Any) -> list[Tensor]:
-    """The tensors in arguments or results: in lists, tuples and dicts too."""
-    found: list[Tensor] = []
-    _collect(values, found)
-    return found
-
-
-def versions(values: Any) -> tuple[int, ...]:
-    """How often each tensor was written to."""
-    return tuple(0 if x.is_inference() else x._version for x in nested(values))
+    recipe: Recipe | None = None
+    result: int = 0
+    from_data: str = ""
 
 
-def _collect(value: Any, found: list[Tensor]) -> None:
-    if isinstance(value, Tensor):
-        found.append(value)
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            _collect(v, found)
-    elif isinstance(value, dict):
-        for v in value.values():
-            _collect(v, found)
+class PerSample(NamedTuple):
+    """Every element belongs to one sample, told by its position on one axis.
+
+    Attributes:
+        axis: the dimension. It holds `outer x n x inner` positions, the n samples in the middle: those of dimensions
+            that were merged.
+        task_ids: of the n samples.
+        outer: see `axis`.
+        inner: see `axis`.
+    """
+
+    axis: int
+    task_ids: TaskIds
+    outer: int = 1
+    inner: int = 1
+
+    def at(self, axis: int) -> PerSample:
+        """The same samples along another dimension."""
+        return PerSample(axis, self.task_ids, self.outer, self.inner)
+
+    def agrees(self, other: PerSample) -> bool:
+        """Whether both carry the same samples in the same way, apart from the position of the axis."""
+        return self.task_ids.key == other.task_ids.key and self.outer == other.outer and self.inner == other.inner
 
 
-def replaced(value: Any, change: Any) -> Any:
-    """Arguments with every tensor replaced by `change(tensor)`."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple):
-        parts = [replaced(v, change) for v in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if isinstance(value, list):
-        return [replaced(v, change) for v in value]
-    if isinstance(value, dict):
-        return {k: replaced(v, change) for k, v in value.items()}
-    return value
+class SampleSum(NamedTuple):
+    """It is a linear sum over samples, such as a loss."""
+
+
+class MixedSamples(NamedTuple):
+    """It depends on several samples at once in another way than by a sum; `why` names the call."""
+
+    why: str
+
+
+class Unknown(NamedTuple):
+    """It can't be told; `why` says what could not be followed."""
+
+    why: str
+
+
+SampleAxis: TypeAlias = Constant | FromParameters | PerSample | SampleSum | MixedSamples | Unknown
+
+# of one result; or of the tensors among the results in turn
+Axes: TypeAlias = SampleAxis | list[SampleAxis]
+
+CONSTANT = Constant()
+PARAMETER = FromParameters()
+SAMPLE_SUM = SampleSum()
+
+
+def reason(axis: SampleAxis) -> str:
+    """Why a tensor does not carry one sample at each position, for errors; empty: there is no more to say."""
+    if isinstance(axis, (MixedSamples, Unknown)):
+        return axis.why
+    if isinstance(axis, Constant):
+        return axis.from_samples
+    return axis.from_data if isinstance(axis, FromParameters) else ""
+
+
+# dynamo of torch 2.11 loses the fields of a named tuple on its way out of a graph: tensors keep a plain one
+
+
+def packed(axis: SampleAxis) -> tuple[int, tuple[Any, ...]]:
+    """Plain tuples that `unpacked` makes the same axis of."""
+    if isinstance(axis, PerSample):
+        return 0, tuple(axis)
+    if isinstance(axis, Constant):
+        return 1, tuple(axis)
+    if isinstance(axis, FromParameters):
+        return 2, tuple(axis)
+    if isinstance(axis, SampleSum):
+        return 3, ()
+    return (4 if isinstance(axis, MixedSamples) else 5), tuple(axis)
+
+
+def unpacked(which: int, fields: tuple[Any, ...]) -> SampleAxis:
+    return _TYPES[which](*fields)
+
+
+_TYPES = (PerSample, Constant, FromParameters, SampleSum, MixedSamples, Unknown)

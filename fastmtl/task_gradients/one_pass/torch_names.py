@@ -182,4 +182,4 @@ _PYTHON = frozenset(("torch.nn.functional", "torch.functional", "torch._tensor")
 
 # torch.compile takes what these answer for constants: torch.compiler.assume_constant_result, without importing dynamo
 for _f in (name_of, writes, in_python):
-    _f._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _f._dynamo_marked_constant = True  # type: ignore[union-attr]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,32 +13,35 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastmtl.parameters import describe
-from fastmtl.task_gradients.one_pass import autograd
-from fastmtl.task_gradients.one_pass.layers import Unproven, Weight, call_layer, copied, lift
-from fastmtl.task_gradients.one_pass.rules import argument, is_known, tag_of_result
+from fastmtl.task_gradients.one_pass.autograd.ends import Boundary, Place
+from fastmtl.task_gradients.one_pass.autograd.rows import STACKED
+from fastmtl.task_gradients.one_pass.layers.broadcast import copied, lift
+from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Unproven, Weight
+from fastmtl.task_gradients.one_pass.layers.registry import run_layer
+from fastmtl.task_gradients.one_pass.overrides import without_override
+from fastmtl.task_gradients.one_pass.rules.registry import axes_of_result, is_known
 from fastmtl.task_gradients.one_pass.sample_axis import (
     ATTRIBUTE,
-    CONST,
     CONSTANT,
-    MIXING,
-    PARAM,
-    SAMPLES,
-    SUM,
-    TOTAL,
-    UNKNOWN,
-    Computed,
+    PARAMETER,
+    SAMPLE_SUM,
+    Axes,
+    Constant,
+    FromParameters,
+    MixedSamples,
+    PerSample,
     Recipe,
-    Samples,
-    Tag,
-    nested,
-    replaced,
-    unknown,
-    versions,
+    SampleAxis,
+    SampleSum,
+    Unknown,
+    packed,
+    reason,
+    unpacked,
 )
+from fastmtl.task_gradients.one_pass.task_ids import TaskIds
+from fastmtl.task_gradients.one_pass.tensors import nested, replaced, versions
+from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 from fastmtl.task_gradients.one_pass.torch_names import PLAIN, RANDOM, in_python, name_of, writes
-
-OF_PARAMETERS = Tag(PARAM)
-NAMED = Tag(CONST, axis=-1)  # by the user: never one that a rule has made
 
 # where a constant beside parameters may be a batch
 _TAKES_DATA = frozenset(
@@ -48,11 +50,11 @@ _TAKES_DATA = frozenset(
 )
 
 
-class Follow(TorchFunctionMode):
+class Tracker(TorchFunctionMode):
     """Follows the samples of a batch through every torch call inside the block.
 
     Args:
-        samples: the batch: task of each sample.
+        task_ids: the task of each sample of the batch.
         batch_dim: which dimension of the tensors that come from outside carries them.
         rows: for each parameter of the bank the stand-in `[R, ...]` that receives its rows.
         values: for each parameter of the bank the value that layers compute with.
@@ -61,11 +63,12 @@ class Follow(TorchFunctionMode):
         partition: layers that mix samples are accepted.
         loop: for parameters whose rows need a backward pass per task, a leaf of their own; None: refuse them.
         bounded: note where samples flow together, in `boundaries`.
+        backward: what `loss.backward()` runs.
     """
 
     def __init__(
         self,
-        samples: Samples,
+        task_ids: TaskIds,
         batch_dim: int,
         rows: Mapping[Tensor, Tensor],
         values: Mapping[Tensor, Tensor],
@@ -78,19 +81,19 @@ class Follow(TorchFunctionMode):
         backward: Callable[..., None],
     ) -> None:
         super().__init__()
-        self.samples, self.batch_dim = samples, batch_dim
+        self.task_ids, self.batch_dim = task_ids, batch_dim
         self.rows, self.values, self.names, self.constants = rows, values, names, constants
         self.partition, self.loop, self.bounded = partition, loop, bounded
         self.backward = backward
         self.off = False
-        self.boundaries: list[tuple[Tensor, Tag, autograd.Place]] = []
+        self.boundaries: list[tuple[Tensor, PerSample, Place]] = []
         self.mixed = False  # a layer that mixes samples was met, and accepted
         self.looped: dict[Tensor, bool] = {}
-        self.met: dict[Tensor, list[Samples]] = {}  # which parts of the batch each parameter saw; () all of it
+        self.met: dict[Tensor, list[TaskIds]] = {}  # which parts of the batch each parameter saw; () all of it
         self.uses: dict[Tensor, int] = {}
         self.running = False  # a backward pass
         self.seen = False  # a tensor from outside carried samples
-        self._tagged: list[weakref.ref[Tensor]] = []
+        self._marked: list[weakref.ref[Tensor]] = []
         self._open: set[Any] = set()  # functions in Python whose calls are being followed one by one
         self._unbound: dict[Tensor, tuple[Tensor, ...]] = {}
 
@@ -105,58 +108,65 @@ class Follow(TorchFunctionMode):
         finally:
             self.off = before
 
-    # --- tags
+    # --- what is known of a tensor
 
-    def tag(self, x: Tensor) -> Tag:
+    def axis_of(self, x: Tensor) -> SampleAxis:
+        """What is known of a tensor."""
         if x in self.rows:
-            return OF_PARAMETERS if torch.is_grad_enabled() else CONSTANT
+            return PARAMETER if torch.is_grad_enabled() else CONSTANT
         found = getattr(x, ATTRIBUTE, None)
         # a tensor that got another graph since is the result of a torch.autograd.Function, whose backward is not seen
-        if found is not None and found[0] is self.samples and _same_graph(x, found[2]):
-            tag = Tag(*found[1])
-            if tag.kind in (TOTAL, MIXING) and not x.requires_grad:
-                return Tag(CONST, why=tag.why or "a number of the whole batch")
-            return CONSTANT if tag.kind == PARAM and not x.requires_grad else tag
-        return self._outside(x)
+        if found is not None and found[0] is self.task_ids and _same_graph(x, found[2]):
+            axis = unpacked(*found[1])
+            if isinstance(axis, (PerSample, Constant, Unknown)) or x.requires_grad:
+                return axis
+            if isinstance(axis, FromParameters):
+                return CONSTANT
+            return Constant(from_samples=reason(axis) or "a number of the whole batch")
+        return self._from_outside(x)
 
-    def _outside(self, x: Tensor) -> Tag:
+    def in_bank(self, x: Tensor) -> bool:
+        """Whether it is itself one of the bank's parameters."""
+        return x in self.rows
+
+    def _from_outside(self, x: Tensor) -> SampleAxis:
         """Of a tensor that no call inside the block has made."""
         if isinstance(x, nn.Parameter) or x in self.constants:
             return CONSTANT
         if torch.compiler.is_compiling():
             if x.requires_grad:
-                return unknown("a call that torch.compile does not show, such as F.pad or a torch.autograd.Function")
+                return Unknown("a call that torch.compile does not show, such as F.pad or a torch.autograd.Function")
         elif x.grad_fn is not None:
-            return unknown(
+            return Unknown(
                 f"a tensor of shape {list(x.shape)} was computed outside the block, or by what torch does not show "
                 f"(a torch.autograd.Function, a scripted module): {type(x.grad_fn).__name__}"
             )
         dim = self.batch_dim + x.dim() if self.batch_dim < 0 else self.batch_dim
-        if 0 <= dim < x.dim() and x.shape[dim] == len(self.samples):
+        if 0 <= dim < x.dim() and x.shape[dim] == len(self.task_ids):
             if not torch.compiler.is_compiling():
                 self.seen = True
-            return Tag(SAMPLES, dim, self.samples)
+            return PerSample(dim, self.task_ids)
         return CONSTANT
 
-    def mark(self, x: Tensor, tag: Tag) -> None:
+    def mark(self, x: Tensor, axis: SampleAxis) -> None:
+        """Says what is known of a tensor that was made or written to."""
         if isinstance(x, nn.Parameter) or x in self.constants:  # written inside the block: nothing stays on the model
             return
-        if tag.kind == SAMPLES:
-            size = tag.outer * len(tag.samples) * tag.inner
-            if not 0 <= tag.axis < x.dim() or x.shape[tag.axis] != size:
-                tag = unknown("the axis of the samples was lost")
-        # the tag as a plain tuple: dynamo of torch 2.11 loses the fields of a named one on its way out of a graph
-        setattr(x, ATTRIBUTE, (self.samples, tuple(tag), _graph(x)))
+        if isinstance(axis, PerSample):
+            size = axis.outer * len(axis.task_ids) * axis.inner
+            if not 0 <= axis.axis < x.dim() or x.shape[axis.axis] != size:
+                axis = Unknown("the axis of the samples was lost")
+        setattr(x, ATTRIBUTE, (self.task_ids, packed(axis), _graph(x)))
         if not torch.compiler.is_compiling() and x.grad_fn is None:
-            self._tagged.append(weakref.ref(x))
+            self._marked.append(weakref.ref(x))
 
     def clear(self) -> None:
         """Leaves nothing on tensors that came from outside."""
-        for ref in self._tagged:
+        for ref in self._marked:
             x = ref()
             if x is not None:
                 x.__dict__.pop(ATTRIBUTE, None)
-        self._tagged.clear()
+        self._marked.clear()
 
     # --- what layers ask for
 
@@ -164,20 +174,19 @@ class Follow(TorchFunctionMode):
         """A parameter of the bank, what was computed from some, or a tensor with its own gradient."""
         if p in self.rows:
             self._use(p)
-            return Weight(self.values[p], autograd.STACKED, (self.rows[p],))
-        tag = self.tag(p)
-        if tag.kind != PARAM:
+            return Weight(self.values[p], STACKED, (self.rows[p],))
+        if not isinstance(self.axis_of(p), FromParameters):
             return Weight(p, 0, ())
         value = p if self.bounded else p.detach()
-        return Weight(value, self.samples.num_rows, self.twins(p))
+        return Weight(value, self.task_ids.num_rows, self._copies(p))
 
     def _use(self, p: Tensor) -> None:
         """Rows of a parameter arrive from each of its uses; those of a recomputation are no more of them."""
         if not torch.compiler.is_compiling() and not self.running:
             self.uses[p] = self.uses.get(p, 0) + 1
 
-    def twins(self, p: Tensor) -> tuple[Tensor, ...]:
-        """What was computed from parameters, computed again from each task's copies of them."""
+    def _copies(self, p: Tensor) -> tuple[Tensor, ...]:
+        """For each row a copy of a parameter; of what was computed from some, computed again from their copies."""
         if p in self.rows:
             found = self._unbound.get(p)
             if found is None:
@@ -186,41 +195,47 @@ class Follow(TorchFunctionMode):
                 if not torch.compiler.is_compiling():
                     self._unbound[p] = found
             return found
-        computed: Computed = self.tag(p).recipe
-        recipe = computed.recipe
-        if recipe.twins is None:
-            params = [x for x in nested((recipe.args, recipe.kwargs)) if self.tag(x).kind == PARAM]
+        recipe, result = self._recipe_of(p)
+        if recipe.copies is None:
+            params = [x for x in nested((recipe.args, recipe.kwargs)) if isinstance(self.axis_of(x), FromParameters)]
             if not torch.compiler.is_compiling() and recipe.versions != versions((recipe.args, recipe.kwargs)):
                 raise RuntimeError(
                     f"one_pass: what {name_of(recipe.func)} computed from parameters can't be computed again: its "
                     "arguments were changed in place since"
                 )
-            copies = [self.twins(x) for x in params]
+            copies = [self._copies(x) for x in params]
             made = []
-            for r in range(self.samples.num_rows):
+            for r in range(self.task_ids.num_rows):
                 # by position: tensors are found again in the order in which `nested` lists them
                 here = iter([c[r] for c in copies])
                 change = functools.partial(self._copy_of, here)
                 out = recipe.func(*replaced(recipe.args, change), **replaced(recipe.kwargs, change))
                 made.append(nested(out))
-            recipe.twins = made
-        return tuple(row[computed.pick] for row in recipe.twins)
+            recipe.copies = made
+        return tuple(row[result] for row in recipe.copies)
 
-    def _copy_of(self, copies: Any, x: Tensor) -> Tensor:
-        return next(copies) if self.tag(x).kind == PARAM else x
+    def _recipe_of(self, p: Tensor) -> tuple[Recipe, int]:
+        """Of what was computed from parameters: how, and which of the results it is."""
+        axis = self.axis_of(p)
+        assert isinstance(axis, FromParameters)
+        assert axis.recipe is not None
+        return axis.recipe, axis.result
+
+    def _copy_of(self, copies: Iterator[Tensor], x: Tensor) -> Tensor:
+        return next(copies) if isinstance(self.axis_of(x), FromParameters) else x
 
     def engine(self, *args: Any) -> None:
         """`torch.autograd.backward`; recomputation under checkpointing happens in there, and is followed again."""
         self.running = True
         try:
             with self.on():
-                _without_override(torch.autograd.backward)(*args)
+                without_override(torch.autograd.backward)(*args)
         finally:
             self.running = False
 
     def inside(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs a function of torch that is written in Python so that each call in it comes back here."""
-        plain = _without_override(func)
+        plain = without_override(func)
         with self:
             return plain(*args, **kwargs)
 
@@ -246,67 +261,76 @@ class Follow(TorchFunctionMode):
             kwargs = {_OWN_NAMES.get(k, k): v for k, v in kwargs.items()}
         if name == "__iter__":
             func, args, name = torch.unbind, (args[0], 0), "unbind"
-            out, tags = self.call(func, args, {})
-            self._hand_on(func, name, args, out, tags)
+            out, axes = self.follow(func, args, {})
+            self._hand_on(name, args, out, axes)
             return iter(out)
         if name == "grad" and func is torch.autograd.grad:
             out = self.inside(func, args, kwargs)
-            self._hand_on(func, name, args, out, unknown("a gradient taken inside the block can't be followed"))
+            self._hand_on(name, args, out, Unknown("a gradient taken inside the block can't be followed"))
             return out
         if name == "backward" and func is torch.Tensor.backward:
             return self.backward(*args, **kwargs)
         if name == "backward" and func is torch.autograd.backward:
             raise RuntimeError("one_pass: call loss.backward() inside the block, and not torch.autograd.backward")
-        out, tags = self.call(func, args, kwargs)
+        out, axes = self.follow(func, args, kwargs)
         if torch.compiler.is_compiling() and (type(out) is tuple or type(out) is list):
             out = replaced(out, _fresh)
-        self._hand_on(func, name, args, out, tags)
+        self._hand_on(name, args, out, axes)
         return out
 
-    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The result of a call and its tag, or the tags of its tensors in turn."""
-        name = name_of(func)
-        kinds: dict[str, bool] = {}
-        for x in nested((args, kwargs)):
-            kinds[self.tag(x).kind] = True
-        if PARAM not in kinds:
-            if SAMPLES not in kinds:
-                out = self.run(func, args, kwargs)
-                return out, tag_of_result(name, args, kwargs, out, self.tag)
-            return self._on_samples(name, func, args, kwargs)
-        if SAMPLES not in kinds and TOTAL not in kinds and MIXING not in kinds and UNKNOWN not in kinds:
-            return self._on_parameters(name, func, args, kwargs)
-        for kind in (UNKNOWN, MIXING):
-            if kind in kinds:
-                why = next(t.why for t in map(self.tag, nested((args, kwargs))) if t.kind == kind)
-                raise self._refused(name, args, kwargs, why)
-        if TOTAL in kinds:
-            if SAMPLES in kinds or name not in _SUMS:
-                raise self._refused(
-                    name, args, kwargs, f"{name} joins it with a sum over the samples, which is no sum over them then"
-                )
-            self.check_no_data(nested((args, kwargs)))
-            return func(*args, **kwargs), SUM
+    def follow(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Followed:
+        """The result of a call and what is known of it, or of the tensors in it in turn."""
+        call = TorchCall(name_of(func), func, args, kwargs, self.axis_of)
+        parameters = samples = total = False
+        unknown = mixed = None
+        for x in call.tensors():
+            axis = self.axis_of(x)
+            if isinstance(axis, PerSample):
+                samples = True
+            elif isinstance(axis, FromParameters):
+                parameters = True
+            elif isinstance(axis, SampleSum):
+                total = True
+            elif isinstance(axis, Unknown):
+                unknown = axis if unknown is None else unknown
+            elif isinstance(axis, MixedSamples):
+                mixed = axis if mixed is None else mixed
+        if not parameters:
+            if samples:
+                return self._on_samples(call)
+            out = self.run(func, args, kwargs)
+            return out, axes_of_result(call.returned(out))
+        lost = mixed if unknown is None else unknown
+        if lost is not None:
+            raise self._refused(call, lost.why)
+        if total:
+            if samples or call.name not in _SUMS:
+                why = f"{call.name} joins it with a sum over the samples, which is no sum over them then"
+                raise self._refused(call, why)
+            self.check_no_data(call.tensors())
+            return func(*args, **kwargs), SAMPLE_SUM
+        if not samples:
+            return self._on_parameters(call)
         if not torch.compiler.is_compiling():
-            self._note(args, kwargs)
+            self._note(call)
         try:
-            return call_layer(self, name, func, args, kwargs)
-        except Unproven as reason:
-            why = str(reason)
+            return run_layer(self, call)
+        except Unproven as error:
+            why = str(error)
         if self.loop is not None:
-            return self._on_loop(name, func, args, kwargs, why)
-        raise self._refused(name, args, kwargs, why)
+            return self._on_loop(call, why)
+        raise self._refused(call, why)
 
     def check_no_data(self, terms: Sequence[Tensor]) -> None:
         """Raises where a term of the loss is a batch that nobody knows the tasks of."""
         for x in terms:
-            tag = self.tag(x)
-            if tag.kind == PARAM and tag.why:
+            axis = self.axis_of(x)
+            if isinstance(axis, FromParameters) and axis.from_data:
                 raise ValueError(
-                    f"one_pass: a term of the loss comes from parameters and data without tasks: {tag.why}. Was it "
-                    "made inside the block, or does it lie along another dimension than batch_dim (bank.samples(x, "
-                    "dim))? Samples of no task have the id -1. bank.constant(x): the term goes to .grad, outside the "
-                    "bank"
+                    f"one_pass: a term of the loss comes from parameters and data without tasks: {axis.from_data}. "
+                    "Was it made inside the block, or does it lie along another dimension than batch_dim "
+                    "(bank.samples(x, dim))? Samples of no task have the id -1. bank.constant(x): the term goes to "
+                    ".grad, outside the bank"
                 )
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -314,141 +338,148 @@ class Follow(TorchFunctionMode):
         first = args[0] if args and isinstance(args[0], Tensor) and args[0] not in self.rows else None
         if first is None:
             return func(*args, **kwargs)
-        before = self.tag(first)
+        before = self.axis_of(first)
         out = func(*args, **kwargs)
         if out is first or writes(func):
             self.mark(first, before)
         return out
 
-    def _on_samples(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _on_samples(self, call: TorchCall) -> Followed:
         """No parameter of the bank takes part."""
+        name, func, args, kwargs = call.name, call.func, call.args, call.kwargs
         if not is_known(name) and in_python(func) and not torch.compiler.is_compiling() and func not in self._open:
             self._open.add(func)
             try:
                 out = self.inside(func, args, kwargs)
             finally:
                 self._open.discard(func)
-            return out, [self.tag(x) for x in nested(out)]
-        training = name == "batch_norm" and argument(args, kwargs, 5, "training", False)
+            return out, [self.axis_of(x) for x in nested(out)]
+        training = name == "batch_norm" and call.argument(5, "training", False)
         out = self.run(func, args, kwargs)
         if training and any(x.requires_grad for x in nested(out)):
             self.meet_shared_statistics()
         if training:
-            kwargs = {**kwargs, "training": False}
-            args = args[:5]
+            call = call._replace(args=args[:5], kwargs={**kwargs, "training": False})
         if name in _SHAPES and writes(func):
-            return out, unknown(f"{name}_ changes the shape of a tensor in place")
-        tags = tag_of_result(name, args, kwargs, out, self.tag)
-        if self.bounded and isinstance(tags, Tag) and tags.kind in (TOTAL, MIXING) and out.requires_grad:
-            out = func(*replaced(args, self.bound), **replaced(kwargs, self.bound))
-        return out, tags
+            return out, Unknown(f"{name}_ changes the shape of a tensor in place")
+        axes = axes_of_result(call.returned(out))
+        if self.bounded and isinstance(axes, (SampleSum, MixedSamples)) and out.requires_grad:
+            out = func(*replaced(call.args, self.bound), **replaced(call.kwargs, self.bound))
+        return out, axes
 
     def bound(self, x: Tensor) -> Tensor:
         """A tensor of samples at the place where it flows into a loss."""
-        tag = self.tag(x)
-        if tag.kind != SAMPLES or not x.requires_grad:
+        axis = self.axis_of(x)
+        if not isinstance(axis, PerSample) or not x.requires_grad:
             return x
-        place = autograd.Place()
-        self.boundaries.append((x, tag, place))
-        return autograd.Boundary.apply(x, place)
+        place = Place()
+        self.boundaries.append((x, axis, place))
+        return Boundary.apply(x, place)
 
-    def _on_parameters(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _on_parameters(self, call: TorchCall) -> Followed:
         """Parameters and constants alone."""
-        random = name in RANDOM and not _is_identity(name, args, kwargs)
+        name, func, args, kwargs = call.name, call.func, call.args, call.kwargs
+        random = name in RANDOM and not _is_identity(call)
         if random or name in _ATTENTION:
-            found = self._on_copies(func, args, kwargs)
+            found = self._on_copied(call)
             if found is not None:
                 return found
         out = func(*args, **kwargs)
         results = nested(out)
         data = ""
-        for x in nested((args, kwargs)):
-            tag = self.tag(x)
-            if tag.kind == CONST and tag.why and x.dim():
-                raise self._refused(name, args, kwargs, f"it meets what depends on several samples: {tag.why}")
-            if tag.kind == PARAM and tag.why:
-                data = tag.why
-            elif tag.kind == CONST and name in _TAKES_DATA and x.dim() and not self._is_constant(x):
-                data = f"{name} of a tensor of shape {list(x.shape)} that carries no samples"
+        for x in call.tensors():
+            axis = self.axis_of(x)
+            if isinstance(axis, FromParameters):
+                data = axis.from_data or data
+            elif isinstance(axis, Constant) and x.dim():
+                if axis.from_samples:
+                    raise self._refused(call, f"it meets what depends on several samples: {axis.from_samples}")
+                if name in _TAKES_DATA and not self._is_constant(x):
+                    data = f"{name} of a tensor of shape {list(x.shape)} that carries no samples"
         if name == "setitem" and args[0].requires_grad:
-            raise self._refused(name, args, kwargs, "a value computed from parameters is written into another tensor")
+            raise self._refused(call, "a value computed from parameters is written into another tensor")
         if not any(x.requires_grad for x in results):
             return out, CONSTANT
         if random:
-            raise self._refused(name, args, kwargs, f"{name} draws random numbers, which can't be drawn twice alike")
-        if any(out is x for x in nested((args, kwargs))):
+            raise self._refused(call, f"{name} draws random numbers, which can't be drawn twice alike")
+        if any(out is x for x in call.tensors()):
             if not writes(func):  # such as flatten of what is flat
-                return out, self.tag(out)
-            raise self._refused(name, args, kwargs, f"{name} changes in place what was computed from parameters")
-        recipe = Recipe(func, args, kwargs)
+                return out, self.axis_of(out)
+            raise self._refused(call, f"{name} changes in place what was computed from parameters")
+        recipe = Recipe(func, args, kwargs, compiling=torch.compiler.is_compiling())
         if isinstance(out, Tensor):
-            return out, Tag(PARAM, recipe=Computed(recipe, 0), why=data)
-        return out, [Tag(PARAM, recipe=Computed(recipe, k), why=data) for k in range(len(results))]
+            return out, FromParameters(recipe, 0, data)
+        return out, [FromParameters(recipe, k, data) for k in range(len(results))]
 
-    def _on_copies(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _on_copied(self, call: TorchCall) -> Followed | None:
         """What was copied for every sample, such as queries, before a call that is not the same for each row of a bank:
         each sample's copy is its own from here on. None: there is nothing of the kind."""
-        n = len(self.samples)
+        n = len(self.task_ids)
         if n < 2 or torch.compiler.is_compiling():
             return None
         lifted: dict[Tensor, Tensor] = {}
-        for x in nested((args, kwargs)):
-            if self.tag(x).kind != PARAM or x in lifted:
+        for x in call.tensors():
+            if not isinstance(self.axis_of(x), FromParameters) or x in lifted:
                 continue
-            axes = [d for d in range(x.dim()) if x.shape[d] == n and copied(self, x, d)]
-            if len(axes) == 1:
-                lifted[x] = lift(self, x, x.dim() - axes[0], Tag(SAMPLES, axes[0], self.samples))
+            dims = [d for d in range(x.dim()) if x.shape[d] == n and copied(self, x, d)]
+            if len(dims) == 1:
+                lifted[x] = lift(self, x, x.dim() - dims[0], PerSample(dims[0], self.task_ids))
         if not lifted:
             return None
-        return self.call(func, replaced(args, lambda x: lifted.get(x, x)), replaced(kwargs, lambda x: lifted.get(x, x)))
+        args, kwargs = (replaced(given, lambda x: lifted.get(x, x)) for given in (call.args, call.kwargs))
+        return self.follow(call.func, args, kwargs)
 
     def _is_constant(self, x: Tensor) -> bool:
         """Whether it is known to be no batch: a buffer, a parameter outside the bank, or named by `bank.constant`."""
         found = getattr(x, ATTRIBUTE, None)
-        named = found is not None and found[0] is self.samples and found[1] == NAMED
+        axis = unpacked(*found[1]) if found is not None and found[0] is self.task_ids else CONSTANT
+        named = isinstance(axis, Constant) and axis.named
         return named or x in self.constants or isinstance(x, nn.Parameter)
 
-    def _on_loop(self, name: str, func: Any, args: Any, kwargs: dict[str, Any], why: str) -> tuple[Any, Any]:
+    def _on_loop(self, call: TorchCall, why: str) -> Followed:
         """A call whose parameters get their rows from a backward pass per task."""
         assert self.loop is not None
-        if not is_known(name):
-            raise self._refused(name, args, kwargs, why, loop=False)
-        args, kwargs = replaced(args, self._leaf), replaced(kwargs, self._leaf)
-        out = func(*args, **kwargs)
-        tags = tag_of_result(name, args, kwargs, out, self._parameters_are_constant)
-        for t in tags if isinstance(tags, list) else [tags]:
-            if t.kind != SAMPLES:
-                raise self._refused(name, args, kwargs, t.why or f"{name} sums over the samples", loop=False)
-        return out, tags
+        if not is_known(call.name):
+            raise self._refused(call, why, loop=False)
+        args, kwargs = replaced(call.args, self._leaf), replaced(call.kwargs, self._leaf)
+        out = call.func(*args, **kwargs)
+        axes = axes_of_result(TorchCall(call.name, call.func, args, kwargs, self._axis_beside_leaves, out))
+        for axis in axes if isinstance(axes, list) else [axes]:
+            if not isinstance(axis, PerSample):
+                raise self._refused(call, reason(axis) or f"{call.name} sums over the samples", loop=False)
+        return out, axes
 
     def _leaf(self, x: Tensor) -> Tensor:
+        """A parameter's leaf for such passes, or what was computed from parameters, from theirs."""
         if x in self.rows:
             assert self.loop is not None
             self.looped[x] = True
             return self.loop[x]
-        if self.tag(x).kind == PARAM:
-            computed: Computed = self.tag(x).recipe
-            recipe = computed.recipe
+        if isinstance(self.axis_of(x), FromParameters):
+            recipe, result = self._recipe_of(x)
             out = recipe.func(*replaced(recipe.args, self._leaf), **replaced(recipe.kwargs, self._leaf))
-            return nested(out)[computed.pick]
+            return nested(out)[result]
         return x
 
-    def _parameters_are_constant(self, x: Tensor) -> Tag:
-        tag = self.tag(x)
-        return CONSTANT if tag.kind == PARAM or (tag.kind == UNKNOWN and x.grad_fn is not None) else tag
+    def _axis_beside_leaves(self, x: Tensor) -> SampleAxis:
+        axis = self.axis_of(x)
+        leaf = isinstance(axis, FromParameters) or (isinstance(axis, Unknown) and x.grad_fn is not None)
+        return CONSTANT if leaf else axis
 
-    def _hand_on(self, func: Any, name: str, args: Any, out: Any, tags: Any) -> None:
+    def _hand_on(self, name: str, args: Any, out: Any, axes: Axes) -> None:
+        """Marks the results of a call, and what it wrote to."""
         if name == "setitem":
-            self.mark(args[0], tags)
+            assert not isinstance(axes, list)
+            self.mark(args[0], axes)
             written = args[0]
         else:
             results = nested(out)
-            if isinstance(tags, Tag):
-                for x in results:
-                    self.mark(x, tags)
+            if isinstance(axes, list):
+                for x, axis in zip(results, axes, strict=True):
+                    self.mark(x, axis)
             else:
-                for x, t in zip(results, tags, strict=True):
-                    self.mark(x, t)
+                for x in results:
+                    self.mark(x, axes)
             written = out if args and out is args[0] else None
         if isinstance(written, Tensor) and not torch.compiler.is_compiling():
             self._written(name, written)
@@ -458,42 +489,47 @@ class Follow(TorchFunctionMode):
         base = x._base
         if base is None or base is x:
             return
-        tag, before = self.tag(x), self.tag(base)
-        if tag.kind == CONST and before.kind == CONST and before.recipe is not None:
-            self.mark(base, CONSTANT)  # no longer an arange
-        if tag.kind == CONST or (tag.kind == SAMPLES == before.kind and tag.samples.key == before.samples.key):
+        axis, before = self.axis_of(x), self.axis_of(base)
+        if isinstance(axis, Constant):
+            if isinstance(before, Constant) and before.arange_length is not None:
+                self.mark(base, CONSTANT)  # no longer an arange
             return
-        self.mark(base, unknown(f"{name} wrote into a view of it"))
+        if isinstance(axis, PerSample) and isinstance(before, PerSample) and axis.task_ids.key == before.task_ids.key:
+            return
+        self.mark(base, Unknown(f"{name} wrote into a view of it"))
 
-    def _note(self, args: Any, kwargs: Any) -> None:
+    def _note(self, call: TorchCall) -> None:
         """Which samples the parameters meet here."""
-        tensors = nested((args, kwargs))
-        parts = [t.samples for t in map(self.tag, tensors) if t.kind == SAMPLES]
-        for p in tensors:
-            if self.tag(p).kind == PARAM:
-                for leaf in self._leaves(p):
+        tensors = call.tensors()
+        axes = [self.axis_of(x) for x in tensors]
+        parts = [axis.task_ids for axis in axes if isinstance(axis, PerSample)]
+        for x, axis in zip(tensors, axes, strict=True):
+            if isinstance(axis, FromParameters):
+                for leaf in self._leaves(x):
                     self.met.setdefault(leaf, []).extend(parts)
 
     def _leaves(self, p: Tensor) -> list[Tensor]:
         """The parameters that something was computed from."""
         if p in self.rows:
             return [p]
-        recipe = self.tag(p).recipe.recipe
-        return [leaf for x in nested((recipe.args, recipe.kwargs)) if self.tag(x).kind == PARAM
-                for leaf in self._leaves(x)]  # fmt: skip
+        recipe, _ = self._recipe_of(p)
+        sources = [x for x in nested((recipe.args, recipe.kwargs)) if isinstance(self.axis_of(x), FromParameters)]
+        return [leaf for x in sources for leaf in self._leaves(x)]
 
-    def _refused(self, name: str, args: Any, kwargs: Any, why: str, *, loop: bool = True) -> ValueError:
-        found = nested((args, kwargs))
-        leaves = [leaf for p in found if self.tag(p).kind == PARAM for leaf in self._leaves(p)]
+    def _refused(self, call: TorchCall, why: str, *, loop: bool = True) -> ValueError:
+        found = [x for x in call.tensors() if isinstance(self.axis_of(x), FromParameters)]
+        leaves = [leaf for x in found for leaf in self._leaves(x)]
         which = describe(leaves[0], self.names[leaves[0]]) if leaves else "a parameter"
         ways = (
             "Tensors made inside the block count as constants; bank.samples(x, dim) and bank.constant(x) tell what a "
             "tensor carries"
         )
-        if loop and self.loop is None and is_known(name):
+        if loop and self.loop is None and is_known(call.name):
             ways += "; fallback='loop' computes such parameters by a backward pass per task"
         ways += "; shared= or fastmtl.mark_per_task leaves a parameter out of the bank"
-        return ValueError(f"one_pass: {which} meets the samples in {name}, and its rows can't be told: {why}. {ways}")
+        return ValueError(
+            f"one_pass: {which} meets the samples in {call.name}, and its rows can't be told: {why}. {ways}"
+        )
 
 
 _ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward"))
@@ -519,33 +555,13 @@ def _same_graph(x: Tensor, before: Any) -> bool:
     return before == _graph(x)
 
 
-def _is_identity(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+def _is_identity(call: TorchCall) -> bool:
     """Dropout that drops nothing."""
-    if "dropout" not in name:
+    if "dropout" not in call.name:
         return False
-    p, training = argument(args, kwargs, 1, "p", 0.5), argument(args, kwargs, 2, "training", True)
-    return training is False or p == 0
+    return call.argument(2, "training", True) is False or call.argument(1, "p", 0.5) == 0
 
 
 def _fresh(x: Tensor) -> Tensor:
     """torch.compile lets one of several results have no attributes."""
     return x.view_as(x)
-
-
-def _no_override(*args: Any) -> bool:
-    return False
-
-
-_plain: dict[Any, Any] = {}
-
-
-def _without_override(func: Any) -> Any:
-    """A copy of a function that does not ask for overrides, so that its body runs."""
-    copy = _plain.get(func)
-    if copy is None:
-        scope = dict(func.__globals__)
-        scope.update(dict.fromkeys((n for n in scope if n.startswith("has_torch_function")), _no_override))
-        copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
-        copy.__kwdefaults__ = func.__kwdefaults__
-        _plain[func] = copy
-    return copy

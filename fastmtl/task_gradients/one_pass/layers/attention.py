@@ -1,13 +1,62 @@
-"""Torch's multi-head attention in single calls, so that each of them is seen."""
+"""Attention with parameters in its mask, and torch's multi-head attention in single calls, so that each is seen."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmtl.task_gradients.one_pass.layers.broadcast import lift
+from fastmtl.task_gradients.one_pass.layers.protocol import (
+    Followed,
+    Layer,
+    LayerTracker,
+    Unproven,
+    from_parameters,
+)
+from fastmtl.task_gradients.one_pass.rules.registry import axes_of_result
+from fastmtl.task_gradients.one_pass.sample_axis import PerSample
+from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 
-def multi_head_attention(
+
+def _attention(tracker: LayerTracker, call: TorchCall) -> Followed:
+    """A mask that is computed from parameters, such as a relative position bias."""
+    names = ("query", "key", "value", "attn_mask")
+    given = {n: call.argument(k, n) for k, n in enumerate(names)}
+    known = {n: tracker.axis_of(x) for n, x in given.items() if x is not None}
+    carrier, axis = next((n, axis) for n, axis in known.items() if isinstance(axis, PerSample))
+    right = given[carrier].dim() - axis.axis
+    if right < 3:
+        raise Unproven("attention over the axis of the samples")
+    args, kwargs = call.args, call.kwargs
+    for k, n in enumerate(names):
+        if given[n] is not None and from_parameters(tracker, given[n]):
+            args, kwargs = _with(args, kwargs, k, n, lift(tracker, given[n], right, axis))
+    out = call.func(*args, **kwargs)
+    return out, axes_of_result(call._replace(args=args, kwargs=kwargs, out=out))
+
+
+def _with(
+    args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of which one has another value."""
+    if len(args) > position:
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return tuple(args), {**kwargs, name: value}
+
+
+def _multi_head(tracker: LayerTracker, call: TorchCall) -> Followed:
+    with tracker:
+        out, weights = _multi_head_attention(*call.args, **call.kwargs)
+    if weights is None:
+        return (out, None), [tracker.axis_of(out)]
+    return (out, weights), [tracker.axis_of(out), tracker.axis_of(weights)]
+
+
+def _multi_head_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -117,3 +166,9 @@ def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
 def _longer(mask: Tensor, more: int) -> Tensor:
     # not F.pad, which torch.compile does not show to modes
     return torch.cat([mask, mask.new_zeros((*mask.shape[:-1], more))], -1) if more else mask
+
+
+LAYERS: dict[str, Layer] = {
+    "scaled_dot_product_attention": _attention,
+    "multi_head_attention_forward": _multi_head,
+}

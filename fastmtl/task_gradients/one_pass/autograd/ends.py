@@ -1,0 +1,45 @@
+"""The two ends of the graph of a batch: where the rows of a parameter arrive, and where samples flow into a loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.task_gradients.one_pass.autograd.rows import unseen
+
+
+class CollectRows(torch.autograd.Function):
+    """The stand-in of a parameter for its rows, `[R, ...]` without memory: what arrives there goes to `receiver`."""
+
+    @staticmethod
+    def forward(ctx, token, param, num_rows, receiver):
+        ctx.receiver = receiver
+        ctx.set_materialize_grads(False)  # no zeros where all rows went to `receiver` by parts
+        return param.detach().expand(num_rows, *param.shape)
+
+    @unseen
+    def backward(ctx, g):
+        if g is not None:
+            ctx.receiver(g)
+        return None, None, None, None
+
+
+class Place:
+    """Where samples flow together into a loss: keeps the cotangent that arrived there."""
+
+    def __init__(self) -> None:
+        self.cotangent: Tensor | None = None
+
+
+class Boundary(torch.autograd.Function):
+    """Nothing, but a place in the graph."""
+
+    @staticmethod
+    def forward(ctx, x, place):
+        ctx.place = place
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.place.cotangent = g if ctx.place.cotangent is None else ctx.place.cotangent + g
+        return g, None

@@ -1,0 +1,139 @@
+"""Layer, group and batch norm with their weights and biases."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.core.tensors import is_channels_last
+from fastmtl.task_gradients.one_pass.autograd.rows import give_rows, sum_by_row, unseen, wants
+
+
+def _one_of_several(y: Tensor) -> Tensor:
+    """One of several results of an op: torch.compile lets none have attributes when a Function returns it."""
+    return y.clone() if torch.compiler.is_compiling() else y
+
+
+class LayerNormByTask(torch.autograd.Function):
+    """`F.layer_norm` with weight and bias; samples lie along `axis`, before the normalised dimensions."""
+
+    @staticmethod
+    def forward(ctx, x, w, b, ids, axis, shape, eps, form_w, form_b, num_rows, *targets):
+        y, mean, rstd = torch.native_layer_norm(x, shape, w, b, eps)
+        y = _one_of_several(y)
+        ctx.save_for_backward(x, w, b, mean, rstd, ids)
+        ctx.shape, ctx.forms, ctx.num_rows = shape, (form_w, form_b), num_rows
+        return y
+
+    @unseen
+    def backward(ctx, g, x, w, b, mean, rstd, ids):
+        needs = ctx.needs_input_grad
+        rows, plain = zip(*(wants(c, need) for c, need in zip(ctx.forms, needs[1:3], strict=True)), strict=True)
+        gx, gw, gb = torch.ops.aten.native_layer_norm_backward(
+            g, x, ctx.shape, mean, rstd, w, b, (needs[0], plain[0], plain[1])
+        )
+        n = ids.shape[0]
+        rows_w = rows_b = None
+        promoted = torch.promote_types(g.dtype, torch.float32)
+        if rows[0]:
+            product = ((x.to(promoted) - mean) * rstd).mul_(g)
+            each = product.reshape(n, -1, *ctx.shape).sum(1)
+            rows_w = sum_by_row(each, ids, ctx.num_rows, w.dtype)
+        if rows[1]:
+            each = g.reshape(n, -1, *ctx.shape).sum(1, dtype=promoted)
+            rows_b = sum_by_row(each, ids, ctx.num_rows, b.dtype)
+        return (gx, gw, gb, *(None,) * 7, *give_rows(rows_w, ctx.forms[0]), *give_rows(rows_b, ctx.forms[1]))
+
+
+class GroupNormByTask(torch.autograd.Function):
+    """`F.group_norm` with weight and bias; samples lie along axis 0."""
+
+    @staticmethod
+    def forward(ctx, x, w, b, ids, groups, eps, form_w, form_b, num_rows, *targets):
+        n, c = x.shape[:2]
+        # the CPU alone has a kernel for channels_last
+        if x.device.type != "cpu" or not is_channels_last(x):
+            x = x.contiguous()
+        size = x.numel() // (n * c)
+        y, mean, rstd = torch.native_group_norm(x, w, b, n, c, size, groups, eps)
+        y = _one_of_several(y)
+        ctx.save_for_backward(x, w, mean, rstd, ids)
+        ctx.groups, ctx.size, ctx.forms, ctx.num_rows = groups, size, (form_w, form_b), num_rows
+        ctx.bias_dtype = None if b is None else b.dtype
+        return y
+
+    @unseen
+    def backward(ctx, g, x, w, mean, rstd, ids):
+        needs = ctx.needs_input_grad
+        rows, plain = zip(*(wants(c, need) for c, need in zip(ctx.forms, needs[1:3], strict=True)), strict=True)
+        n, c = x.shape[:2]
+        if not g.is_contiguous() and (g.device.type != "cpu" or not is_channels_last(g)):
+            g = g.contiguous()
+        rows_w = rows_b = None
+        gx = gw = gb = None
+        if (rows[0] or rows[1]) and g.is_contiguous() and x.is_contiguous():
+            # with samples and channels in one dimension, what torch sums over samples stays apart
+            gx, each_w, each_b = torch.ops.aten.native_group_norm_backward(
+                g.view(1, n * c, -1), x.view(1, n * c, -1), mean.view(1, -1), rstd.view(1, -1),
+                None if w is None else w.repeat(n), 1, n * c, ctx.size, n * ctx.groups,
+                (needs[0], rows[0], rows[1]),
+            )  # fmt: skip
+            gx = None if gx is None else gx.view(x.shape)
+            if rows[0]:
+                rows_w = sum_by_row(each_w.view(n, c), ids, ctx.num_rows, w.dtype)
+            if rows[1]:
+                rows_b = sum_by_row(each_b.view(n, c), ids, ctx.num_rows, ctx.bias_dtype)
+            return (gx, gw, gb, *(None,) * 6, *give_rows(rows_w, ctx.forms[0]), *give_rows(rows_b, ctx.forms[1]))
+        gx, gw, gb = torch.ops.aten.native_group_norm_backward(
+            g, x, mean, rstd, w, n, c, ctx.size, ctx.groups, (needs[0], plain[0], plain[1])
+        )
+        if rows[0] or rows[1]:
+            ds, db = _channel_sums(g, x, rows[0])
+            if rows[0]:
+                each = c // ctx.groups
+                centre, scale = mean.repeat_interleave(each, 1), rstd.repeat_interleave(each, 1)
+                rows_w = sum_by_row((ds - centre * db) * scale, ids, ctx.num_rows, w.dtype)
+            if rows[1]:
+                rows_b = sum_by_row(db, ids, ctx.num_rows, ctx.bias_dtype)
+        return (gx, gw, gb, *(None,) * 6, *give_rows(rows_w, ctx.forms[0]), *give_rows(rows_b, ctx.forms[1]))
+
+
+class BatchNormByTask(torch.autograd.Function):
+    """`F.batch_norm` with weight and bias; samples lie along axis 0."""
+
+    @staticmethod
+    def forward(ctx, x, w, b, ids, running, training, momentum, eps, form_w, form_b, num_rows, *targets):
+        mean, var = running
+        y, saved_mean, saved_rstd = torch.native_batch_norm(x, w, b, mean, var, training, momentum, eps)
+        y = _one_of_several(y)
+        ctx.save_for_backward(x, w, saved_mean, saved_rstd, ids, mean, var)
+        ctx.training, ctx.eps, ctx.forms, ctx.num_rows = training, eps, (form_w, form_b), num_rows
+        ctx.bias_dtype = None if b is None else b.dtype
+        return y
+
+    @unseen
+    def backward(ctx, g, x, w, saved_mean, saved_rstd, ids, mean, var):
+        needs = ctx.needs_input_grad
+        rows, plain = zip(*(wants(c, need) for c, need in zip(ctx.forms, needs[1:3], strict=True)), strict=True)
+        gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
+            g, x, w, mean, var, saved_mean, saved_rstd, ctx.training, ctx.eps, (needs[0], plain[0], plain[1])
+        )
+        rows_w = rows_b = None
+        if rows[0] or rows[1]:
+            ds, db = _channel_sums(g, x, rows[0])
+            if rows[0]:
+                centre = saved_mean if ctx.training else mean
+                scale = saved_rstd if ctx.training else (var + ctx.eps).rsqrt()
+                rows_w = sum_by_row((ds - centre * db) * scale, ids, ctx.num_rows, w.dtype)
+            if rows[1]:
+                rows_b = sum_by_row(db, ids, ctx.num_rows, ctx.bias_dtype)
+        return (gx, gw, gb, *(None,) * 8, *give_rows(rows_w, ctx.forms[0]), *give_rows(rows_b, ctx.forms[1]))
+
+
+def _channel_sums(g: Tensor, x: Tensor, both: bool) -> tuple[Tensor | None, Tensor]:
+    """`sum(g * x)` (if `both`) and `sum(g)` over the pixels, `[n, C]`."""
+    promoted = torch.promote_types(g.dtype, torch.float32)
+    pixels = tuple(range(2, g.dim()))
+    if not pixels:
+        return (g.to(promoted) * x if both else None), g.to(promoted)
+    return ((g.to(promoted) * x).sum(pixels) if both else None), g.sum(pixels, dtype=promoted)

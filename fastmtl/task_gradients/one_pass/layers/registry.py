@@ -1,0 +1,46 @@
+"""Which layer takes a call apart in which parameters of the bank meet samples."""
+
+from __future__ import annotations
+
+from fastmtl.task_gradients.one_pass.layers import (
+    activations,
+    attention,
+    conv,
+    linear,
+    norms,
+    tables,
+    task_layer,
+)
+from fastmtl.task_gradients.one_pass.layers.broadcast import BROADCASTS, broadcast
+from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Layer, LayerTracker, Unproven
+from fastmtl.task_gradients.one_pass.torch_call import TorchCall
+from fastmtl.task_gradients.one_pass.torch_names import LOSSES
+
+LAYERS: dict[str, Layer] = {
+    **linear.LAYERS,
+    **conv.LAYERS,
+    **tables.LAYERS,
+    **norms.LAYERS,
+    **activations.LAYERS,
+    **attention.LAYERS,
+    **task_layer.LAYERS,
+}
+
+
+def run_layer(tracker: LayerTracker, call: TorchCall) -> Followed:
+    """The result of a call that joins parameters of the bank with samples, and what is known of it.
+
+    Raises:
+        Unproven: no way is known to take the gradients of these parameters apart.
+    """
+    layer = LAYERS.get(call.name)
+    if layer is not None:
+        return layer(tracker, call)
+    if call.name in BROADCASTS:
+        return broadcast(tracker, call)
+    if call.name in LOSSES:
+        raise Unproven(
+            "an output that carries no samples: was the input made inside the block, or does it carry them along "
+            "another dimension than batch_dim"
+        )
+    raise Unproven(f"{call.name} is not among the layers that one_pass takes apart")

@@ -1,0 +1,86 @@
+"""Layers and other functions of `torch.nn.functional` whose weights, if they have any, carry no gradient."""
+
+from __future__ import annotations
+
+from fastmtl.task_gradients.one_pass.rules.agreement import first_axis, input_axis, only_axis
+from fastmtl.task_gradients.one_pass.sample_axis import CONSTANT, Axes, MixedSamples, PerSample, Unknown
+from fastmtl.task_gradients.one_pass.tensors import nested
+from fastmtl.task_gradients.one_pass.torch_call import Rule, TorchCall
+from fastmtl.task_gradients.one_pass.torch_names import BATCH_FIRST, SPATIAL
+
+
+def _spatial(call: TorchCall) -> Axes:
+    """They work on the last dimensions, as pools do: `SPATIAL` says on how many."""
+    axis = only_axis(call)
+    if isinstance(axis, PerSample) and axis.axis >= call.first().dim() - SPATIAL[call.name]:
+        if call.name == "one_hot":
+            return axis
+        return MixedSamples(f"{call.name} works along the axis of the samples")
+    return axis
+
+
+def _batch_first(call: TorchCall) -> Axes:
+    return first_axis(call)
+
+
+def _channelwise(call: TorchCall) -> Axes:
+    """Convolutions and prelu: behind the samples come the channels."""
+    name = call.name
+    if name.startswith("conv") and name[-1] == "d" and call.first().dim() == int(name[-2]) + 1:
+        return MixedSamples(f"{name} of a single sample takes the axis of the samples for its channels")
+    return first_axis(call)
+
+
+def _layer_norm(call: TorchCall) -> Axes:
+    axis, shape = input_axis(call), call.argument(1, "normalized_shape")
+    width = 1 if isinstance(shape, int) else len(shape)
+    if isinstance(axis, PerSample) and axis.axis >= call.first().dim() - width:
+        return MixedSamples(f"{call.name} over the axis of the samples")
+    return axis
+
+
+def _batch_norm(call: TorchCall) -> Axes:
+    axis = first_axis(call)
+    if isinstance(axis, PerSample) and call.argument(5, "training", False):
+        return MixedSamples(f"{call.name} in training mode takes its statistics over the whole batch")
+    return axis
+
+
+def _recurrent(call: TorchCall) -> Axes:
+    """lstm, gru, rnn: outputs as the input, states `[layers, n, hidden]`."""
+    x, axis = call.args[0], input_axis(call)
+    if len(call.args) < 9 or x.dim() != 3:
+        return Unknown(f"{call.name} of packed sequences can't be followed")
+    if isinstance(axis, Unknown):
+        return axis
+    if axis.axis != (0 if call.args[8] else 1):  # batch_first
+        return MixedSamples(f"{call.name} runs along the axis of the samples")
+    return [axis, *[axis.at(1)] * (len(nested(call.out)) - 1)]
+
+
+def _task_plan(call: TorchCall) -> Axes:
+    return CONSTANT
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(SPATIAL, _spatial),
+    **dict.fromkeys(BATCH_FIRST, _batch_first),
+    **dict.fromkeys(("task_conv2d.default", "task_linear.default", "task_scale_shift.default"), _batch_first),
+    **dict.fromkeys(
+        (
+            "conv1d",
+            "conv2d",
+            "conv3d",
+            "conv_transpose1d",
+            "conv_transpose2d",
+            "conv_transpose3d",
+            "convolution",
+            "prelu",
+        ),
+        _channelwise,
+    ),
+    **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), _layer_norm),
+    **dict.fromkeys(("lstm", "gru", "rnn"), _recurrent),
+    "batch_norm": _batch_norm,
+    "task_plan.default": _task_plan,
+}

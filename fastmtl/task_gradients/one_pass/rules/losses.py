@@ -1,0 +1,46 @@
+"""Loss functions: a loss for each sample, or their sum or mean."""
+
+from __future__ import annotations
+
+from fastmtl.task_gradients.one_pass.rules.agreement import joined, only_axis
+from fastmtl.task_gradients.one_pass.sample_axis import SAMPLE_SUM, Axes, MixedSamples, Unknown
+from fastmtl.task_gradients.one_pass.torch_call import Rule, TorchCall
+from fastmtl.task_gradients.one_pass.torch_names import LOSSES
+
+_ELEMENTWISE = frozenset(
+    (
+        "mse_loss",
+        "l1_loss",
+        "smooth_l1_loss",
+        "huber_loss",
+        "kl_div",
+        "poisson_nll_loss",
+        "soft_margin_loss",
+        "hinge_embedding_loss",
+        "margin_ranking_loss",
+        "gaussian_nll_loss",
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+    )
+)
+
+
+def _loss(call: TorchCall) -> Axes:
+    name, x, out = call.name, call.first(), call.out
+    summed = out.dim() == 0 and x.dim() > 0
+    if name in _ELEMENTWISE:
+        found = joined(call)
+        if isinstance(found, Unknown):
+            return found
+        return SAMPLE_SUM if summed else found.axis.at(out.dim() - found.right)
+    axis = only_axis(call)
+    if isinstance(axis, Unknown):
+        return axis
+    if x.dim() < (3 if name == "ctc_loss" else 2):
+        return MixedSamples(f"{name} of a single sample takes the axis of the samples for its classes")
+    if axis.axis != (1 if name == "ctc_loss" else 0):
+        return Unknown(f"{name} takes samples along its first axis, but they lie along axis {axis.axis}")
+    return SAMPLE_SUM if summed else axis.at(0)
+
+
+RULES: dict[str, Rule] = dict.fromkeys(LOSSES, _loss)

@@ -1,0 +1,136 @@
+"""What is known of the result of a call: the rule of its function, or what holds for whole kinds of arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastmtl.task_gradients.one_pass.rules import (
+    elementwise,
+    functional,
+    indexing,
+    losses,
+    parts,
+    products,
+    reductions,
+    shapes,
+)
+from fastmtl.task_gradients.one_pass.sample_axis import (
+    CONSTANT,
+    SAMPLE_SUM,
+    Axes,
+    Constant,
+    MixedSamples,
+    PerSample,
+    SampleAxis,
+    SampleSum,
+    Unknown,
+)
+from fastmtl.task_gradients.one_pass.torch_call import Rule, TorchCall
+from fastmtl.task_gradients.one_pass.torch_names import LINEAR
+
+RULES: dict[str, Rule] = {
+    **elementwise.RULES,
+    **losses.RULES,
+    **reductions.RULES,
+    **shapes.RULES,
+    **parts.RULES,
+    **indexing.RULES,
+    **products.RULES,
+    **functional.RULES,
+}
+
+
+def is_known(name: str) -> bool:
+    """Whether there is a rule for the function of that name."""
+    return name in RULES
+
+
+_CONSTANT_IF_ALL_ARE = ("new_", "zeros_like", "ones_like", "empty_like", "full_like", "rand")
+
+
+def axes_of_result(call: TorchCall) -> Axes:
+    """What is known of what `call` returned. None of its arguments is computed from parameters of the bank."""
+    name = call.name
+    if name == "arange":
+        return Constant(arange_length=_arange_length(call.args, call.kwargs))
+    axes = [call.axis_of(x) for x in call.tensors()]
+    constant, samples, total = True, False, False
+    unknown = mixed = None
+    for axis in axes:
+        if isinstance(axis, Constant):
+            continue
+        constant = False
+        if isinstance(axis, PerSample):
+            samples = True
+        elif isinstance(axis, SampleSum):
+            total = True
+        elif isinstance(axis, Unknown):
+            unknown = axis if unknown is None else unknown
+        elif isinstance(axis, MixedSamples):
+            mixed = axis if mixed is None else mixed
+    if constant:
+        if name.startswith(_CONSTANT_IF_ALL_ARE) or name in ("nonzero", "argwhere"):
+            return CONSTANT
+        return _of_constants(name, axes, call.out)
+    if name.startswith("new_") or name in ("nonzero", "argwhere"):
+        return CONSTANT
+    if name == "where" and len(call.args) + len(call.kwargs) == 1:  # positions
+        return CONSTANT
+    if name in ("detach", "data.get") and not samples and unknown is None:
+        return CONSTANT
+    if unknown is not None:
+        return unknown
+    if mixed is not None:
+        return mixed
+    if total:
+        return _of_sums(call, samples)
+    rule = RULES.get(name)
+    return Unknown(f"{name} can't be followed") if rule is None else rule(call)
+
+
+def _of_constants(name: str, axes: Sequence[SampleAxis], out: Any) -> Constant:
+    for axis in axes:
+        if isinstance(axis, Constant) and axis.from_samples:
+            return axis
+    if len(axes) == 1 and name in _KEEPS_ORDER and isinstance(out, Tensor):
+        known = axes[0]
+        if isinstance(known, Constant) and known.arange_length is not None and out.numel() == known.arange_length:
+            return known
+    return CONSTANT
+
+
+# an arange stays one, in whatever shape
+_KEEPS_ORDER = frozenset(("getitem", "view", "reshape", "unsqueeze", "to", "long", "int", "contiguous"))
+
+
+def _of_sums(call: TorchCall, with_samples: bool) -> Axes:
+    """Of sums over samples, and constants."""
+    name, args = call.name, call.args
+    if with_samples:
+        return MixedSamples(f"{name} joins a sum over samples with single ones")
+    if name in LINEAR:
+        return SAMPLE_SUM
+    if name == "mul" and not all(_is_sum(call, x) for x in args[:2]):
+        return SAMPLE_SUM
+    if name == "div" and args and _is_sum(call, args[0]):
+        other = args[1] if len(args) > 1 else None
+        if not isinstance(other, Tensor) or isinstance(call.axis_of(other), Constant):
+            return SAMPLE_SUM
+    return MixedSamples(f"{name} of a sum over samples is no sum over samples")
+
+
+def _is_sum(call: TorchCall, x: Any) -> bool:
+    return isinstance(x, Tensor) and isinstance(call.axis_of(x), SampleSum)
+
+
+def _arange_length(args: Any, kwargs: dict[str, Any]) -> int | None:
+    """Of `arange(n)`, or with a start of 0: n."""
+    values = [kwargs[k] for k in ("start", "end", "step") if k in kwargs]
+    values = [*args, *values]
+    if len(values) == 1:
+        return values[0] if isinstance(values[0], int) else None
+    start, end, step = [*values, 1][:3]
+    return end if start == 0 and step == 1 and isinstance(end, int) else None
