@@ -10,7 +10,7 @@ STAMP = $(VENV)/.installed
 INTERPRET = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: dev test test-slow bench bench-full readme kernel-table lint format aot abi gpu-check clean
+.PHONY: dev test test-slow bench bench-full docs-tables kernel-table lint format aot abi gpu-check clean
 
 dev: $(STAMP)  ## environment with an editable build
 
@@ -34,11 +34,11 @@ test-slow: dev
 bench: dev  ## a telling few cases, under 7 minutes on two cores; uses the GPU where there is one
 	$(BIN)/fastmtl bench --quick --out build/bench
 
-bench-full: dev  ## every case; results go where the README reads them
+bench-full: dev  ## every case; results go where the pages are drawn from
 	$(BIN)/fastmtl bench --out benchmarks/results
 
-readme: dev  ## redraws the README's table and plot from the newest committed results
-	$(BIN)/python -m fastmtl.benchmarks.report.report --readme README.md
+docs-tables: dev  ## redraws the README's table, the pages of docs/benchmarks and the plots from the committed results
+	$(BIN)/python -m fastmtl.benchmarks.report.report
 
 kernel-table: dev  ## compiles the surgery kernels and rewrites their table in docs/; needs nvcc
 	$(BIN)/python -m fastmtl.benchmarks.machine_code.kernel_table
