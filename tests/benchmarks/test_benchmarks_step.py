@@ -406,7 +406,7 @@ def test_the_readme_compares_with_the_fastest_way_that_is_not_fastmtl():
 def test_the_plot_of_steps_is_the_first_picture(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     rows = [task_row(t, network=network) for network in ("a net", "another") for t in (16, 2, 8)]
-    path, drawn = report.write(results_of(*rows), tmp_path)
+    _, drawn = report.write(results_of(*rows), tmp_path)
     assert [p.name for p in drawn] == ["chip-tasks.png"]
     height, width, _ = pyplot.imread(drawn[0]).shape
     assert width > 1000 and height > 300
