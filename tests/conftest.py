@@ -11,6 +11,7 @@ import torch
 
 import fastmtl
 from fastmtl.core import dispatch
+from fastmtl.core.schemas import PUBLIC_OPS
 
 # cuBLAS is deterministic only with this, and says so by raising
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -108,7 +109,32 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--check", action="store_true", help="of each test its first case on each backend (`make check`)")
+
+
+def first_cases(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of each test function that is not slow and needs no GPU: the first case on the reference, and on the CPU's best
+    level; of one that goes through the ops, of each op."""
+    found: dict[tuple[str, ...], pytest.Item] = {}
+    for item in items:
+        if item.get_closest_marker("slow") or item.get_closest_marker("gpu"):
+            continue
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        backend = next((value for value in parameters.values() if isinstance(value, Backend)), None)
+        if backend is not None and backend.level not in (None, _cpu_levels()[-1]):
+            continue
+        ops = [value for value in parameters.values() if isinstance(value, str) and value in PUBLIC_OPS]
+        found.setdefault((item.nodeid.split("[")[0], backend.name if backend else "", *ops), item)
+    return list(found.values())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--check"):
+        kept = first_cases(items)
+        left = set(map(id, kept))
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in left])
+        items[:] = kept
     if torch.cuda.is_available():
         return
     reason = "no CUDA device: " + ("torch has no CUDA" if torch.version.cuda is None else "none was found")

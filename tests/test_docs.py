@@ -5,10 +5,13 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 
 import fastmtl
 from fastmtl import ops
@@ -76,3 +79,28 @@ def test_a_wrong_example_is_seen() -> None:
 
     (test,) = _doctests(wrong, {})
     assert doctest.DocTestRunner().run(test, out=lambda text: None).failed == 1
+
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/results/PENDING.md"]
+# what a path in backquotes begins with; one that the build makes is not in a checkout
+FOLDERS = "fastmtl|kernels|csrc|tests|benchmarks|docs|examples"
+PATH = re.compile(rf"`((?:{FOLDERS})/[\w./-]*[\w/])`")
+
+
+def missing_paths(text: str, page: Path) -> list[str]:
+    """The links (relative to the page) and paths in backquotes (relative to the checkout) that lead nowhere."""
+    links = [link.split("#")[0] for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)]
+    named = [path for path in PATH.findall(text) if not (ROOT / path).exists()]
+    return [link for link in links if not (page.parent / link).exists()] + named
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_exist(page: Path) -> None:
+    # the changelog names files as they were called then
+    if page.name != "CHANGELOG.md":
+        assert missing_paths(page.read_text(), page) == []
+
+
+def test_a_path_that_leads_nowhere_is_seen() -> None:
+    text = "[a](docs/nothing.md) [b](README.md#x) `fastmtl/nothing.py` `fastmtl/nn/conv.py` `tests/<op>.py`"
+    assert missing_paths(text, ROOT / "README.md") == ["docs/nothing.md", "fastmtl/nothing.py"]

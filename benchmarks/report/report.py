@@ -1,4 +1,4 @@
-"""Results: the file, the table, the plots, and the section of the README drawn from the file."""
+"""Results: the file, the table, the plots, and the README's table and the pages drawn from the files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 
 from fastmtl.benchmarks.report import plots
 from fastmtl.benchmarks.runner.registry import TASK_STEP
-from fastmtl.benchmarks.suites import step_tasks
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COLUMNS = (
@@ -62,6 +61,29 @@ TASK_COLUMNS = (
 )
 # of a row of suite `conv`: what is neither loop
 OTHERS = ("grouped", "vmap", "groupedmm", "adapter", "plain")
+# suite -> its page in docs/benchmarks, its title, its plots
+PAGES = {
+    "surgery": ("surgery.md", "Gradient surgery", ("floor", "speedup")),
+    "step": ("step.md", "Training steps", (plots.TASKS, "step")),
+    "conv": ("task-weights.md", "Per-task weights", ("conv",)),
+}
+README_COLUMNS = ("what", "on", "fastmtl", "the fastest way without it", "fastmtl is")
+# the README's rows, in words; where fastmtl is slower is shown too
+README_CASES = {
+    "pcgrad T=8 P=11M float32": "PCGrad of 8 gradients of 11M numbers",
+    "small ViT T=16 shuffled": "step of a small ViT, 16 tasks, `one_pass`",
+    "half-width ResNet-18 64x64 T=8 shuffled": "step of a ResNet-18, 64x64, 8 tasks, `one_pass`",
+    "ResNet-18 layer1 fwd+bwd T=8 B=32 float32 unsorted": "3x3 convolution of 8 tasks, mixed batch",
+    "ResNet-50 layer3 1x1 in fwd+bwd T=8 B=32 float32 sorted": "1x1 convolution of 8 tasks, sorted batch",
+}
+# candidates that are fastmtl too
+OF_FASTMTL = ("per_task_bank", "backward", "streamed")
+OTHER_WORDS = {
+    "per_task": "forward and backward per task",
+    "loop": "loop over tasks",
+    "loop_permuted": "loop over tasks, permuted batch",
+    "plain_blocked": "plain torch, in blocks",
+}
 # what tells runs of different suites in one file apart
 RUN = ("commit", "uncommitted_changes", "date", "versions", "system")
 
@@ -334,7 +356,7 @@ def write(results: dict[str, Any], out: Path) -> tuple[Path, list[Path]]:
     return path, plots.draw(results, out)
 
 
-# --- the README
+# --- the README and the pages of docs/benchmarks
 
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -349,133 +371,154 @@ def _run_text(run: dict[str, Any]) -> str:
     return f"{run['date'][:10]}, commit {commit}, torch {versions['torch']}{peer}"
 
 
-def _when(results: dict[str, Any]) -> str:
-    """Date, commit and versions: once if all suites share them, else by suite."""
-    by_text: dict[str, list[str]] = {}
-    for suite, run in results["suites"].items():
-        by_text.setdefault(_run_text(run), []).append(suite)
-    if len(by_text) == 1:
-        return next(iter(by_text))
-    return "; ".join(f"{', '.join(suites)}: {text}" for text, suites in by_text.items())
+def _note(header: tuple[str, ...]) -> str:
+    """What stands above a table."""
+    if header == TASK_COLUMNS:
+        return (
+            "Training steps in which every sample has one task, PCGrad over T tasks (forward, gradients, SGD with "
+            "momentum; the same batch and update for all candidates):"
+        )
+    if header == CONV_COLUMNS:
+        return (
+            "Per-task weights. The floor is one shared layer in the same run, and the bytes of the deltas in use (one "
+            "read forward, two reads and one write with the backward pass) at the copy rate:"
+        )
+    return "Gradient surgery, and steps of several losses on the same samples:"
 
 
-def _task_lines(device: str, runs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The headline rows of steps with one task per sample on a kind of device; without a run: which would be there."""
-    for results in runs:
-        rows = [row for row in results["rows"] if row["op"] == TASK_STEP and row["device"] == device]
-        if rows:
-            return [cells(row) for row in rows if row["headline"]]
-    names = [_name(case.name, device) for case in step_tasks.cases(torch.device(device)) if case.headline]
-    return [[name, *["not measured"] * (len(TASK_COLUMNS) - 1)] for name in names]
-
-
-def readme_section(results: dict[str, Any], images: Sequence[str], others: Sequence[dict[str, Any]] = ()) -> str:
-    """The text between the markers: machine, headline rows, accuracy, plots.
+def section(results: dict[str, Any], suite: str, images: Sequence[str] = ()) -> str:
+    """What one run of a suite measured: device and versions, every row, accuracy, plots.
 
     Args:
-        results: what the section is drawn from.
-        images: paths of its plots; that of the steps with one task per sample stands first.
-        others: results for the rows of those steps on devices on which `results` has none.
+        results: a results file, as `read` returns it.
+        suite: whose rows.
+        images: paths of its plots, as the page names them.
     """
-    pictures = [f"![{Path(image).stem}]({image})" for image in images]
-    first = [text for text, image in zip(pictures, images, strict=True) if plots.is_tasks(image)]
+    rows = [row for row in results["rows"] if row["suite"] == suite]
     parts = [
-        *first,
-        f"Measured on {results['machine']['device']} ({_when(results)}); "
-        f"medians; floor: the bytes that must move, at the copy rate of the same run.",
-        "Training steps in which every sample has one task, PCGrad over T tasks (forward, gradients, SGD with "
-        "momentum; the same batch and update for all candidates):",
-        _markdown(
-            TASK_COLUMNS, [line for device in ("cpu", "cuda") for line in _task_lines(device, [results, *others])]
-        ),
+        f"## {results['machine']['device']}",
+        f"Measured on {_run_text(results['suites'][suite])}. Times are medians; the floor is the bytes that must "
+        "move, at the copy rate of the same run.",
+        *(f"![{Path(image).stem}]({image})" for image in images),
     ]
-    # that these rows are of another run than the rest must be seen
-    parts += [
-        f"Here {' and '.join(sorted(_kinds(run)))}: {run['machine']['device']} ({_run_text(run['suites']['step'])})."
-        for run in others
-    ]
-    rows = [row for row in results["rows"] if row["headline"] and row["op"] != TASK_STEP]
     for header, lines in _by_table(rows).items():
-        if header == CONV_COLUMNS:
-            parts.append(
-                "Per-task weights; floor: one shared layer in the same run, and the bytes of the deltas in use (one "
-                "read forward, two reads and one write with the backward pass) at the copy rate:"
-            )
-        else:
-            parts.append("Gradient surgery, and steps of several losses on the same samples:")
-        parts.append(_markdown(header, [cells(row) for row in lines]))
-    for row in results["rows"]:
+        parts += [_note(header), _markdown(header, [cells(row) for row in lines])]
+    parts += [f"`{row['case']}`: {row['error']}" for row in rows if row["status"] != "ok" and row.get("error")]
+    for row in rows:
         if "accuracy" in row.get("extra", {}):
             header, accuracy = _accuracy_lines(row)
             parts.append(f"Four tasks on overlaid digits after {row['extra']['steps_trained']['ours']} steps:")
             parts.append(_markdown(header, accuracy))
-    parts += [text for text in pictures if text not in first]
     return "\n\n".join(parts)
 
 
-def newest_results(folder: Path) -> Path:
-    """The results file with the latest date in it (a checkout does not keep the times of files).
+def page(suite: str, runs: Sequence[dict[str, Any]], results_dir: Path, docs: Path) -> str:
+    """A whole page of `docs/benchmarks/`: a section for each run of the suite, the newest first."""
+    title, plotted = PAGES[suite][1:]
+    parts = [
+        f"# {title}",
+        "Drawn by `make docs-tables` from the committed results. [What each figure is, and how it is made](index.md).",
+    ]
+    for results in runs:
+        if suite in results["suites"]:
+            files = [results_dir / f"{results['slug']}-{name}.png" for name in plotted]
+            images = [plots.relative(file.resolve(), docs.resolve()) for file in files if file.exists()]
+            parts.append(section(results, suite, images))
+    return "\n\n".join(parts) + "\n"
+
+
+def _fastest_other(row: dict[str, Any]) -> str:
+    """Which way that is not fastmtl's was the fastest."""
+    return max(
+        (label for label in row["speedup"] if label not in OF_FASTMTL), key=lambda label: 1 / row["speedup"][label]
+    )
+
+
+def readme_table(runs: Sequence[dict[str, Any]]) -> str:
+    """The five rows of the README, each of the newest run that has it, beside the fastest other way.
+
+    Raises:
+        ValueError: no run has a row, or the row has no times.
+    """
+    lines = []
+    for case, words in README_CASES.items():
+        found = next(
+            (
+                (row, run["machine"]["device"])
+                for run in runs
+                for row in run["rows"]
+                if row["case"] == case and row["status"] == "ok" and row["speedup"]
+            ),
+            None,
+        )
+        if found is None:
+            raise ValueError(f"no results have times of {case!r}, which the README shows")
+        row, device = found
+        label = _fastest_other(row)
+        other = row["times"][label]["median"]
+        ratio = row["speedup"][label]
+        # the chip, without what follows a comma: the number of threads is that of every run
+        lines.append(
+            [
+                words,
+                device.split(",")[0],
+                seconds(row["times"]["ours"]["median"]),
+                f"{seconds(other)} ({OTHER_WORDS.get(label, label)})",
+                f"{ratio:.2f}x" + (" (slower)" if ratio < 1 else ""),
+            ]
+        )
+    return _markdown(README_COLUMNS, lines)
+
+
+def newest_first(folder: Path) -> list[dict[str, Any]]:
+    """All results files of a folder, by the date in them (a checkout does not keep the times of files).
 
     Raises:
         ValueError: there is none.
     """
-    dates = {path: json.loads(path.read_text())["machine"]["date"] for path in sorted(folder.glob("*.json"))}
-    if not dates:
+    runs = [read(path) for path in sorted(folder.glob("*.json"))]
+    if not runs:
         raise ValueError(f"{folder}: no results; run `fastmtl bench --out {folder}`")
-    return max(dates, key=lambda path: dates[path])
+    return sorted(runs, key=lambda run: run["machine"]["date"], reverse=True)
 
 
-def _kinds(results: dict[str, Any]) -> set[str]:
-    """The kinds of devices on which steps with one task per sample ran."""
-    return {row["device"] for row in results["rows"] if row["op"] == TASK_STEP}
-
-
-def with_other_steps(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """Of the files beside a results file: for each kind of device on which it has no steps with one task per sample,
-    the newest that has some."""
-    found: dict[str, dict[str, Any]] = {}
-    for file in sorted(path.parent.glob("*.json")):
-        if file.resolve() == path.resolve():
-            continue
-        other = read(file)
-        for kind in _kinds(other) - _kinds(results):
-            if kind not in found or other["machine"]["date"] > found[kind]["machine"]["date"]:
-                found[kind] = other
-    return list(found.values())
-
-
-def rewrite_readme(readme: Path, results_path: Path) -> None:
-    """Replaces what stands between the markers in `readme`, and draws the plots beside the results.
+def between_markers(text: str, drawn: str, name: str) -> str:
+    """The text with what stands between its markers replaced.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    text = readme.read_text()
     begin, end = text.find(BEGIN), text.find(END)
     if text.count(BEGIN) != 1 or text.count(END) != 1 or end < begin:
-        raise ValueError(f"{readme}: expected one {BEGIN} and after it one {END}")
-    results = read(results_path)
-    others = with_other_steps(results, results_path)
-    drawn = plots.draw(results, results_path.parent)
-    drawn += [path for other in others for path in plots.draw(other, results_path.parent) if plots.is_tasks(path.name)]
-    root = readme.resolve().parent
-    images = [plots.relative(path.resolve(), root) for path in drawn]
-    section = readme_section(results, images, others)
-    readme.write_text(f"{text[: begin + len(BEGIN)]}\n\n{section}\n\n{text[end:]}")
+        raise ValueError(f"{name}: expected one {BEGIN} and after it one {END}")
+    return f"{text[: begin + len(BEGIN)]}\n\n{drawn}\n\n{text[end:]}"
+
+
+def texts(root: Path) -> dict[Path, str]:
+    """README and pages of a checkout, as its committed results make them."""
+    folder, docs = root / "benchmarks/results", root / "docs/benchmarks"
+    runs = newest_first(folder)
+    readme = root / "README.md"
+    drawn = {readme: between_markers(readme.read_text(), readme_table(runs), "README.md")}
+    return drawn | {docs / PAGES[suite][0]: page(suite, runs, folder, docs) for suite in PAGES}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastmtl.benchmarks.report.report",
-        description="Draws the README's table and plots from results.",
+        description="Draws the README's table, the pages of docs/benchmarks and the plots from committed results.",
     )
-    parser.add_argument(
-        "--results", type=Path, help="a file that `fastmtl bench` wrote (default: the newest in benchmarks/results)"
-    )
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="file with the markers (README.md)")
+    parser.add_argument("--root", type=Path, default=Path(), help="the checkout (.)")
+    parser.add_argument("--no-plots", action="store_true", help="leaves the pictures as they are")
     options = parser.parse_args(argv)
     try:
-        rewrite_readme(options.readme, options.results or newest_results(options.readme.parent / "benchmarks/results"))
+        folder = options.root / "benchmarks/results"
+        if not options.no_plots:
+            for results in newest_first(folder):
+                plots.draw(results, folder)
+        for path, text in texts(options.root).items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -87,7 +87,7 @@ def _fill(ranks: Ranks, mean: Tensor, s: Slot) -> Tensor:
 def average_gradients(
     ranks: Ranks, joint: Joint, rows: Sequence[dict[Tensor, Tensor]], own: dict[Tensor, Tensor], common: set[Tensor]
 ) -> None:
-    """Means over the ranks of the rows of parameters in `common`, and of the gradients of all others, in place."""
+    """Means over the ranks of the task gradients of parameters in `common` and of all other gradients, in place."""
     slots = []
     for p, kinds in joint.kinds.items():
         if not kinds:
@@ -110,7 +110,7 @@ def average_rows(
     loss_reduction: str = "sum",
     call: str = "fastmtl.one_pass",
 ) -> Tensor:
-    """From the rows of one rank's part of a batch, in which every sample has a task, to those of the whole batch.
+    """From the task gradients of one rank's part of a batch, where every sample has a task, to those of the whole.
 
     They are replaced, in place where there are any, and equal bits on every rank.
 

@@ -58,7 +58,7 @@ class TaskGradients:
 
     Args:
         params: the n shared parameters.
-        rows: T rows of their gradients. Emptied: the update is written into the memory of gradients that nobody
+        rows: the T task gradients of them. Emptied: the update is written into the memory of gradients that nobody
             else holds, so that it costs none.
         unshared: the other parameters, each with the sum of its gradients. Emptied likewise.
         names, present, poison, partitioned: see `SurgeryInput`.

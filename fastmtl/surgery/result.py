@@ -73,7 +73,7 @@ class Surgery:
 
 
 class PartitionSurgery(Surgery):
-    """A surgery on rows that are parts of a batch's gradient by samples, and no gradients of the tasks' losses."""
+    """A surgery on parts of a batch's gradient, taken by samples, that are not the gradients of the tasks' losses."""
 
     __slots__ = ()
 

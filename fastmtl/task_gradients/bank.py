@@ -33,7 +33,7 @@ class GradientBank:
 
     `with bank.task(t): loss.backward()` sets every `.grad` aside, keeps what autograd leaves there as row t and
     puts `.grad` back. No graph is retained and nothing is copied. A second visit of a task adds to its row.
-    `apply` operates once on the accumulated rows, adds the result to `.grad` and empties the bank. (One `backward`
+    `apply` operates once on the task gradients, adds the result to `.grad` and empties the bank. (One `backward`
     per micro-batch is a different algorithm: it operates on each micro-batch alone.)
 
     Args:
@@ -158,7 +158,7 @@ class GradientBank:
 
     @torch._disable_dynamo
     def apply(self, method: str | Weighting = "pcgrad", *, loss_scale: float | Tensor | None = None) -> Surgery:
-        """Operates on the collected rows, accumulates the result into `.grad`, and empties the bank.
+        """Operates on the collected task gradients, accumulates the result into `.grad`, and empties the bank.
 
         Args:
             method, loss_scale: as for `fastmtl.backward`.
@@ -168,7 +168,7 @@ class GradientBank:
 
         Raises:
             RuntimeError: nothing was collected (on any rank), or a call inside a task; another rank raised.
-            TypeError, ValueError: as `fastmtl.backward`. Nothing has been written then, and the rows are still there.
+            TypeError, ValueError: as `fastmtl.backward`. Nothing has been written then, and they are still there.
         """
         ranks = self._ranks(_APPLY)
         with reporting(ranks, _APPLY):
@@ -195,7 +195,7 @@ class GradientBank:
         device = next(iter(reached)).device
         unshared = dict(self._unshared)
         if ranks is not None and not ranks.sharded:
-            # if the method raises, the means stand where the rows were; those of means are the same
+            # if the method raises, the means stand where the gradients were; those of means are the same
             gradients = averaged(
                 ranks, joint, shared, self._rows, unshared, self._named, self.names, device, references=1
             )
@@ -216,7 +216,7 @@ class GradientBank:
         *,
         sharded: bool,
     ) -> TaskGradients:
-        """The rows of this process, or its shards of them; those of parameters that are not shared go to `unshared`."""
+        """The task gradients of this process, or its shards of them; all others go to `unshared`."""
         is_shared = set(shared)
         for row in self._rows:
             for p, g in row.items():

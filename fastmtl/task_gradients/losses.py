@@ -359,7 +359,7 @@ def _collect_rows(
     dense: Mapping[Tensor, str] | None,
     retain_graph: bool,
 ) -> tuple[list[Row], dict[Tensor, Tensor]]:
-    """T rows of the shared parameters' gradients, and the summed gradients of the others.
+    """The task gradients of the shared parameters, and the summed gradients of the others.
 
     `dense`: the names of those in `shared` if a sparse gradient of theirs is an error.
     """

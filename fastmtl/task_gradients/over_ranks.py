@@ -25,7 +25,7 @@ def averaged(
     device: torch.device,
     references: int = 0,
 ) -> TaskGradients:
-    """The means over the ranks of T rows by parameter (`held`) and of the other gradients, which they replace.
+    """The means over the ranks of the task gradients by parameter (`held`) and of the other gradients, in place.
 
     What `held` has of parameters that turned out not to be shared goes to `unshared`. `references`: to each mean, of a
     caller that keeps `held`.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from paths import ROOT
 
 from fastmtl import ops
 from fastmtl.benchmarks.baselines import surgery as baselines
@@ -465,8 +467,8 @@ def test_a_file_of_the_older_version_is_kept(tmp_path):
     assert results["schema"] == 2 and len(results["rows"]) == 2
     assert results["suites"]["surgery"]["settings"] == {"quick": True}
     assert results["suites"]["surgery"]["commit"] == "c0"
-    text = report.readme_section(results | {"rows": []}, [])
-    assert "surgery: 2026-01-01, commit c0" in text and "conv: 2026-01-01, commit c1" in text
+    for suite, commit in (("surgery", "c0"), ("conv", "c1")):
+        assert f"Measured on 2026-01-01, commit {commit}" in report.section(results | {"rows": []}, suite)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}'], ids=["broken", "list", "no machine"])
@@ -481,39 +483,57 @@ def test_a_file_that_is_not_of_results_is_refused_before_the_run(text, tmp_path,
     assert path.read_text() == text
 
 
-def test_readme_is_rewritten(written, tmp_path):
+def test_docs_are_what_the_command_draws_from_the_committed_results():
+    for path, text in report.texts(ROOT).items():
+        assert path.read_text() == text, f"{path.relative_to(ROOT)} is not drawn anew: make docs-tables"
+    for text in (path.read_text() for path in (ROOT / "docs/benchmarks").glob("*.md")):
+        assert "not measured" not in text
+
+
+def test_no_row_of_the_readme_is_without_a_time():
+    table = (ROOT / "README.md").read_text().split(report.BEGIN)[1].split(report.END)[0].strip().splitlines()
+    assert len(table) == 2 + 5
+    assert not any(word in line for line in table for word in ("FAILED", "ERROR", "not measured", "skipped"))
+    assert any("(slower)" in line for line in table)
+
+
+def test_the_command_writes_readme_and_pages(written, tmp_path, monkeypatch):
     out, results = written
-    (path,) = out.glob("*.json")
+    folder = tmp_path / "benchmarks/results"
+    shutil.copytree(out, folder)
     readme = tmp_path / "README.md"
     readme.write_text(f"# before\n{report.BEGIN}\nold figures\n{report.END}\nafter\n")
-    for _ in range(2):  # a second time changes nothing
-        assert report.main(["--readme", str(readme), "--results", str(path)]) == 0
-        text = readme.read_text()
-        assert text.startswith("# before\n") and text.endswith(f"{report.END}\nafter\n")
-        assert "old figures" not in text
-        assert text.count("| pcgrad T=2 P=0.5k float32 |") == 1
-        assert f"{results['slug']}-floor.png)" in text
+    monkeypatch.setattr(report, "README_CASES", {"pcgrad T=2 P=0.5k float32": "in words"})
+    command = ["--root", str(tmp_path)]
+    assert report.main(command) == 0
     once = readme.read_text()
-    assert report.main(["--readme", str(readme), "--results", str(path)]) == 0
-    assert readme.read_text() == once
+    assert once.startswith("# before\n") and once.endswith(f"{report.END}\nafter\n")
+    assert "old figures" not in once and once.count("| in words |") == 1
+    page = (tmp_path / "docs/benchmarks/surgery.md").read_text()
+    assert page.count("| pcgrad T=2 P=0.5k float32 |") == 1
+    assert f"(../../benchmarks/results/{results['slug']}-floor.png)" in page
+    # a second time changes nothing
+    assert report.main([*command, "--no-plots"]) == 0
+    assert readme.read_text() == once and (tmp_path / "docs/benchmarks/surgery.md").read_text() == page
 
 
-def test_readme_takes_the_newest_results(tmp_path):
+def test_the_newest_results_come_first(tmp_path):
     with pytest.raises(ValueError, match="no results"):
-        report.newest_results(tmp_path)
-    for stem, date in (("a", "2026-03-01"), ("b", "2026-01-01")):
-        (tmp_path / f"{stem}.json").write_text(json.dumps({"machine": {"date": date}}))
-    assert report.newest_results(tmp_path).stem == "a"
+        report.newest_first(tmp_path)
+    for stem, date in (("a", "2026-01-01"), ("b", "2026-03-01")):
+        (tmp_path / f"{stem}.json").write_text(json.dumps(run_of("surgery", stem, date=date)))
+    assert [run["machine"]["date"] for run in report.newest_first(tmp_path)] == ["2026-03-01", "2026-01-01"]
 
 
-def test_readme_without_markers_is_left_alone(written, tmp_path, capsys):
+def test_readme_without_markers_is_left_alone(written, tmp_path, capsys, monkeypatch):
     out, _ = written
-    (path,) = out.glob("*.json")
+    shutil.copytree(out, tmp_path / "benchmarks/results")
     readme = tmp_path / "README.md"
     readme.write_text("# no markers\n")
-    assert report.main(["--readme", str(readme), "--results", str(path)]) == 1
+    monkeypatch.setattr(report, "README_CASES", {"pcgrad T=2 P=0.5k float32": "in words"})
+    assert report.main(["--root", str(tmp_path), "--no-plots"]) == 1
     assert report.BEGIN in capsys.readouterr().err
-    assert readme.read_text() == "# no markers\n"
+    assert readme.read_text() == "# no markers\n" and not (tmp_path / "docs").exists()
 
 
 def bench(*arguments: str) -> int:

@@ -249,7 +249,7 @@ def test_table_and_plot(tmp_path):
     machine |= {"versions": {"torch": "2"}, "system": "s"}
     results = {"slug": "chip", "machine": machine, "suites": report.suite_runs(rows, machine, {}), "rows": rows}
     assert [path.name for path in plots.draw(results, tmp_path)] == ["chip-conv.png"]
-    section = report.readme_section(results, [])
+    section = report.section(results, "conv")
     assert "| case | ours | x floor | x shared |" in section
     assert section.count("| filter fwd+bwd T=8 B=7 float32 ") == 2
     assert "x 2 reads" not in section

@@ -368,62 +368,50 @@ def test_cells_of_a_step_by_tasks():
     assert report.cells(row)[4:] == ["skipped", "5x", "-", "failed", "-"]
 
 
-def test_rows_without_a_run_on_a_device_read_not_measured():
-    section = report.readme_section(results_of(task_row(8)), [])
-    assert "| small net T=8 shuffled | 1.1 s | 1.10 |" in section
-    gpu = [case.name for case in step_tasks.cases(torch.device("cuda")) if case.headline]
-    assert len(gpu) >= 5
-    for name in gpu:
-        assert f"| {name} (cuda) | not measured |" in section
-    nothing = report.readme_section(results_of(), [])
-    lines = [line for line in nothing.splitlines() if "not measured" in line]
-    assert any(networks.RESNET.name in line and "(cuda)" not in line for line in lines)
-    assert all(line.count("not measured") == len(report.TASK_COLUMNS) - 1 for line in lines)
-
-
-def drawn_readme(path) -> str:
-    """What stands between the markers, drawn from a file."""
-    readme = path.parent / "README.md"
-    readme.write_text(f"# x\n{report.BEGIN}\n{report.END}\n")
-    report.rewrite_readme(readme, path)
-    return readme.read_text().split(report.BEGIN)[1].split(report.END)[0].strip()
-
-
-def test_a_run_on_another_device_fills_its_rows(tmp_path):
+def test_a_page_has_each_run_of_its_suite_and_the_newest_first(tmp_path):
     pytest.importorskip("matplotlib")
-    path, _ = report.write(results_of(task_row(8)), tmp_path)
-    old = task_row(4, "cuda", status="error", error="old")
-    report.write(results_of(old, device="gpu-1", kind="cuda", date="2026-01-01"), tmp_path)
-    report.write(results_of(task_row(4, "cuda"), device="gpu-2", kind="cuda", date="2026-02-02"), tmp_path)
-    # of a kind that is there, or without such rows: not asked
-    report.write(results_of(task_row(2), device="chip-2", date="2026-03-03"), tmp_path)
-    report.write(results_of(device="gpu-3", kind="cuda", date="2026-03-03"), tmp_path)
-    text = drawn_readme(path)
-    assert "| small net T=8 shuffled | 1.1 s |" in text and "| small net T=4 shuffled (cuda) | 1.1 s |" in text
-    assert "Here cuda: gpu-2 (2026-02-02" in text
-    assert "T=2 shuffled" not in text and "not measured" not in text
-    assert text.startswith("![chip-tasks](chip-tasks.png)\n\n![gpu-2-tasks](gpu-2-tasks.png)")
+    report.write(results_of(task_row(8)), tmp_path)
+    failed = task_row(4, "cuda", status="error", error="out of memory")
+    report.write(results_of(failed, device="gpu", kind="cuda", date="2026-02-02"), tmp_path)
+    report.write(results_of(device="without", date="2026-03-03"), tmp_path)
+    text = report.page("step", report.newest_first(tmp_path), tmp_path, tmp_path)
+    assert text.index("## gpu\n") < text.index("## chip\n") and "without" not in text
+    assert "| small net T=8 shuffled | 1.1 s | 1.10 |" in text and "![chip-tasks](chip-tasks.png)" in text
+    # a page hides no failure, and says what it was
+    assert "| small net T=4 shuffled (cuda) | ERROR |" in text and "out of memory" in text
 
 
-def test_steps_may_be_of_another_file_than_the_rest(tmp_path):
-    """A results file of an earlier version, and one of a machine on which suite `step` alone ran."""
-    pytest.importorskip("matplotlib")
-    path, _ = report.write(results_of(), tmp_path)
-    report.write(results_of(task_row(2), device="chip-2", date="2026-03-03"), tmp_path)
-    text = drawn_readme(path)
-    assert text.startswith("![chip-2-tasks](chip-2-tasks.png)\n\nMeasured on chip ")
-    assert "| small net T=2 shuffled | 1.1 s |" in text and "Here cpu: chip-2 (2026-03-03" in text
+def row_of_readme(case: str, **speedup: float) -> dict:
+    row = task_row(8)
+    medians = {label: {"median": ratio * 1.1} for label, ratio in speedup.items()}
+    return row | {"case": case, "speedup": speedup, "times": {"ours": {"median": 1.1}, **medians}}
+
+
+def test_the_readme_compares_with_the_fastest_way_that_is_not_fastmtl():
+    cases = dict.fromkeys(report.README_CASES)
+    rows = [row_of_readme(case, per_task=0.5, torchjd=3.0, backward=0.25) for case in cases]
+    table = report.readme_table([results_of(*rows)])
+    assert table.count("| 550 ms (forward and backward per task) | 0.50x (slower) |") == len(cases) == 5
+    with pytest.raises(ValueError, match="no results have times"):
+        report.readme_table([results_of(*rows[1:])])
+    # the newest run that has times of a row; one that failed is passed over
+    failed = results_of(*(row | {"status": "failed"} for row in rows), device="broken")
+    newer = results_of(*(row_of_readme(case, torchjd=2.0) for case in cases), device="newer")
+    assert (
+        report.readme_table([failed, newer, results_of(*rows)]).count("| newer | 1.1 s | 2.2 s (torchjd) | 2.00x |")
+        == 5
+    )
 
 
 def test_the_plot_of_steps_is_the_first_picture(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     rows = [task_row(t, network=network) for network in ("a net", "another") for t in (16, 2, 8)]
-    path, drawn = report.write(results_of(*rows), tmp_path)
+    _, drawn = report.write(results_of(*rows), tmp_path)
     assert [p.name for p in drawn] == ["chip-tasks.png"]
     height, width, _ = pyplot.imread(drawn[0]).shape
     assert width > 1000 and height > 300
-    body = drawn_readme(path)
-    assert body.startswith("![chip-tasks](chip-tasks.png)") and body.count("-tasks.png") == 1
+    body = report.page("step", report.newest_first(tmp_path), tmp_path, tmp_path)
+    assert body.count("![chip-tasks](chip-tasks.png)") == 1 and body.index("-tasks.png") < body.index("| case |")
 
 
 def test_lines_of_the_plot(tmp_path, monkeypatch):
