@@ -25,7 +25,7 @@ import fastmtl
 from fastmtl import ops
 from fastmtl.benchmarks.runner.machine import describe
 from fastmtl.core import dispatch
-from fastmtl.core.task_weights import Geometry, TaskWeights
+from fastmtl.core.task_weights import STILL, Geometry, SortedBatch, TaskConvCall, TaskWeights
 from fastmtl.ops.task_weights import reference
 
 TASKS = 8
@@ -119,6 +119,7 @@ class Layer(NamedTuple):
 def layers() -> list[Layer]:
     ids = torch.arange(2 * TASKS) % TASKS
     plan = ops.TaskPlan(ids, *reference.task_plan(ids, TASKS))
+    batch = SortedBatch(plan.order, plan.offsets)
 
     def leaf(*shape: int, channels_last: bool = False) -> Tensor:
         x = torch.randn(shape, dtype=torch.bfloat16)
@@ -136,10 +137,9 @@ def layers() -> list[Layer]:
             from fastmtl.kernels.task_weights import task_conv2d
 
             weights = TaskWeights(filters[0], filters[1:], range(TASKS), gate)
-            batch, geometry = (plan.order, plan.offsets), Geometry((1, 1), (1, 1))
-            y = task_conv2d.conv2d(x, weights, None, *batch, geometry)
-            wanted = [True, True, gate is not None, False]
-            task_conv2d.conv2d_backward(y, x, weights, None, *batch, geometry, wanted, range(TASKS))
+            call = TaskConvCall(weights, batch, Geometry((1, 1), (1, 1)), None)
+            y = task_conv2d.conv2d(x, call)
+            task_conv2d.conv2d_backward(y, x, call, [True, True, gate is not None, False], range(TASKS))
 
         leaves = [x, *filters] if gate is None else [x, *filters, gate]
         name = "conv 3x3, a list of deltas" if gate is None else "conv 3x3, and gates"
@@ -150,9 +150,10 @@ def layers() -> list[Layer]:
     def linear() -> Layer:
         def launch() -> None:
             _linear = importlib.import_module("fastmtl.ops.task_weights.task_linear")  # the module, not the function
-            weights = matrices[0], matrices[1:], range(TASKS), None, None, plan.order, plan.offsets
-            y = _linear._triton(rows, *weights)
-            _linear._backward_triton(y, rows, *weights, [True, True, False, False], range(TASKS))
+            weights = TaskWeights(matrices[0], matrices[1:], range(TASKS), None)
+            call = TaskConvCall(weights, batch, STILL, None)
+            y = _linear._triton(rows, call)
+            _linear._triton_backward(y, rows, call, [True, True, False, False], range(TASKS))
 
         run = lambda: ops.task_linear(rows, matrices[0], matrices[1:], plan)  # noqa: E731
         return Layer("linear, a list of deltas", run, [rows, *matrices], launch)

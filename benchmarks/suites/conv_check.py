@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmtl.benchmarks.runner.registry import Check
 from fastmtl.benchmarks.suites.conv_shapes import Batch
+from fastmtl.core.task_weights import STILL, Geometry, SortedBatch, TaskConvCall, TaskWeights
 from fastmtl.ops.task_weights import reference
 
 # the oracle computes this many output channels of y, dW and dDelta, and input channels of dx; all samples and tasks
@@ -58,10 +58,10 @@ class Oracle:
         self.outputs = everything if b.gate_grad else _some(layer.cout, device)
         self.inputs = _some(layer.cin, device)
         self.channel = -1 if layer.linear else 1
-        self.geometry = () if layer.linear else ((layer.stride,) * 2, (layer.padding,) * 2, (1, 1), 1)
-        self.plan = (b.plan.order, b.plan.offsets)
+        self.geometry = STILL if layer.linear else Geometry((layer.stride,) * 2, (layer.padding,) * 2)
+        self.batch = SortedBatch(b.plan.order, b.plan.offsets)
 
-    def _weights(self, rows: Tensor | None, columns: Tensor | None) -> tuple[Any, ...]:
+    def _call(self, rows: Tensor | None, columns: Tensor | None) -> TaskConvCall:
         b = self.b
 
         def part(w: Tensor) -> Tensor:
@@ -69,7 +69,8 @@ class Oracle:
             return (w if columns is None else w[:, columns]).double()
 
         tasks = list(range(len(b.deltas)))
-        return part(b.weight), [part(d) for d in b.deltas], tasks, b.gate.detach().double(), None
+        weights = TaskWeights(part(b.weight), [part(d) for d in b.deltas], tasks, b.gate.detach().double())
+        return TaskConvCall(weights, self.batch, self.geometry, None)
 
     def pick(self, x: Tensor, channels: Tensor) -> Tensor:
         return x.detach().index_select(self.channel % x.dim(), channels).double()
@@ -77,7 +78,7 @@ class Oracle:
     @torch.no_grad()
     def forward(self, y: Tensor) -> list[Tensor]:
         run = reference.task_linear if self.b.layer.linear else reference.task_conv2d
-        expected = run(self.b.x.detach().double(), *self._weights(self.outputs, None), *self.plan, *self.geometry)
+        expected = run(self.b.x.detach().double(), self._call(self.outputs, None))
         return [error(self.pick(y, self.outputs), expected)]
 
     @torch.no_grad()
@@ -92,18 +93,14 @@ class Oracle:
         (dx,) = run(
             b.grad_out.double(),
             self.pick(b.x, self.inputs),
-            *self._weights(None, self.inputs),
-            *self.plan,
-            *self.geometry,
+            self._call(None, self.inputs),
             [True, False, False, False],
             [],
         )
         dw, *others = run(
             self.pick(b.grad_out, self.outputs),
             b.x.detach().double(),
-            *self._weights(self.outputs, None),
-            *self.plan,
-            *self.geometry,
+            self._call(self.outputs, None),
             [False, True, b.gate_grad, False],
             tasks,
         )

@@ -1,10 +1,10 @@
-"""The values that the ops with per-task weights pass on: a batch sorted by task, its weights, how a filter moves."""
+"""What the ops with per-task weights pass on: a batch sorted by task, its weights, how a filter moves, a whole call."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,23 @@ class TaskPlan(NamedTuple):
         return self.offsets.shape[0] - 1
 
 
+class SortedBatch(NamedTuple):
+    """What a `TaskPlan` says of a batch once its ids are known: the samples in the order of their tasks."""
+
+    order: Tensor  # [N] int64, flat positions sorted by task; samples of no task come last
+    offsets: Tensor  # [T + 1] int64, where each task begins in `order`
+
+    @property
+    def num_tasks(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    def segments(self) -> Iterator[tuple[int, Tensor]]:
+        """Each task that has samples, with their positions. Waits for the device."""
+        for t, (begin, end) in enumerate(itertools.pairwise(self.offsets.tolist())):
+            if end > begin:
+                yield t, self.order[begin:end]
+
+
 class Geometry(NamedTuple):
     """How the filter moves: as in `F.conv2d`, height first."""
 
@@ -54,6 +71,10 @@ class Geometry(NamedTuple):
             for k in (0, 1)
         )
         return h, w
+
+
+# of a linear layer: a filter of one pixel
+STILL = Geometry()
 
 
 def shape_of_one(weights: TaskWeights) -> torch.Size:
@@ -102,10 +123,38 @@ class TaskWeights(NamedTuple):
         return self.delta[0][0] if self.stacked else self.delta[0]
 
 
+class TaskConvCall(NamedTuple):
+    """All that a convolution or a linear layer with per-task weights is told beside x; its gradients are told the same.
+
+    The backends take it as one value. The schemas of `torch.ops.fastmtl` spell it out, since a schema knows tensors and
+    lists alone: see `of`.
+    """
+
+    weights: TaskWeights
+    batch: SortedBatch
+    geometry: Geometry  # of a linear layer: a filter of one pixel, which does not move
+    bias: Tensor | None  # [Cout], or [T, Cout]: one per task
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor | None,
+        delta: Sequence[Tensor],
+        delta_tasks: Sequence[int],
+        gate: Tensor | None,
+        bias: Tensor | None,
+        order: Tensor,
+        offsets: Tensor,
+        *geometry: Any,
+    ) -> TaskConvCall:
+        """From a schema's arguments, in their order. `geometry`: stride, padding, dilation and groups, or nothing."""
+        moves = Geometry.of(*geometry) if geometry else STILL
+        return cls(TaskWeights(weight, delta, delta_tasks, gate), SortedBatch(order, offsets), moves, bias)
+
+
 def empty_gradients(
     x: Tensor,
-    weights: TaskWeights,
-    bias: Tensor | None,
+    call: TaskConvCall,
     wanted: Sequence[bool],
     wanted_delta: Sequence[int],
     together: Tensor | None = None,
@@ -114,7 +163,7 @@ def empty_gradients(
 
     `together`: memory for those of the deltas, one after another.
     """
-    out = []
+    weights, out = call.weights, []
     if wanted[0]:
         out.append(torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
     if wanted[1] and weights.weight is not None:
@@ -124,15 +173,7 @@ def empty_gradients(
     else:
         for k in wanted_delta:
             out.append(like_stacked(weights.delta[k]) if weights.stacked else like_parameter(weights.delta[k]))
-    for want, p in zip(wanted[2:], (weights.gate, bias), strict=True):
+    for want, p in zip(wanted[2:], (weights.gate, call.bias), strict=True):
         if want and p is not None:
             out.append(torch.empty(p.shape, dtype=p.dtype, device=p.device))
     return out
-
-
-def segments(order: Tensor, offsets: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each task that has samples, with their positions. Waits for the device."""
-    bounds = offsets.tolist()
-    for t, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        if end > begin:
-            yield t, order[begin:end]

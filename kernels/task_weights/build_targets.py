@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights
 from fastmtl.kernels.common.build_target import _TYPE_NAMES, BuildTarget, as_target
 from fastmtl.kernels.common.launches import Launch, recording
 from fastmtl.kernels.task_weights import configs
@@ -36,19 +37,16 @@ class Problem:
         listed: bool = True,
         order: bool = True,
     ) -> None:
-        from fastmtl.core.task_weights import Geometry, TaskWeights
-
         self.x = _empty(64, channels, 28, 28, dtype=dtype)
-        self.geometry = Geometry((stride, stride), (kernel // 2, kernel // 2))
-        self.y = _empty(64, features, *self.geometry.output_size((28, 28), (kernel, kernel)), dtype=dtype)
+        geometry = Geometry((stride, stride), (kernel // 2, kernel // 2))
+        self.y = _empty(64, features, *geometry.output_size((28, 28), (kernel, kernel)), dtype=dtype)
         shape = (features, channels, kernel, kernel)
         tasks = list(range(_TASKS)) if listed else []
         delta = [_empty(*shape, dtype=dtype, channels_last=order) for _ in tasks] or [self._stacked(shape, dtype)]
         gate = _empty(_TASKS, dtype=torch.float32)
-        self.weights = TaskWeights(_empty(*shape, dtype=dtype, channels_last=order), delta, tasks, gate)
-        self.bias = _empty(_TASKS, features, dtype=dtype)
-        self.order = torch.empty(64, dtype=torch.int64, device="meta")
-        self.offsets = torch.empty(_TASKS + 1, dtype=torch.int64, device="meta")
+        weights = TaskWeights(_empty(*shape, dtype=dtype, channels_last=order), delta, tasks, gate)
+        batch = SortedBatch(*(torch.empty(n, dtype=torch.int64, device="meta") for n in (64, _TASKS + 1)))
+        self.call = TaskConvCall(weights, batch, geometry, _empty(_TASKS, features, dtype=dtype))
 
     @staticmethod
     def _stacked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -59,16 +57,14 @@ class Problem:
     def forward(self) -> None:
         from fastmtl.kernels.task_weights import task_conv2d
 
-        task_conv2d.conv2d(self.x, self.weights, self.bias, self.order, self.offsets, self.geometry)
+        task_conv2d.conv2d(self.x, self.call)
 
     def backward(self, *wanted: bool) -> None:
         """`wanted`: x, weight, gate, bias, deltas."""
         from fastmtl.kernels.task_weights import task_conv2d
 
-        deltas = range(len(self.weights.delta)) if wanted[4] else []
-        task_conv2d.conv2d_backward(
-            self.y, self.x, self.weights, self.bias, self.order, self.offsets, self.geometry, wanted[:4], deltas
-        )
+        deltas = range(len(self.call.weights.delta)) if wanted[4] else []
+        task_conv2d.conv2d_backward(self.y, self.x, self.call, wanted[:4], deltas)
 
 
 def _recorded(run: Callable[[], None], kernel: str, **forced: Any) -> Launch:

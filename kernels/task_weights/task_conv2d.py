@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmtl.core.task_weights import Geometry, TaskWeights, empty_gradients
+from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights, empty_gradients
 from fastmtl.core.tensors import is_channels_last
 from fastmtl.kernels.common.launches import Prepared, in_interpreter, next_power_of_2, planned, pointer_table
 from fastmtl.kernels.task_weights import configs
@@ -41,13 +41,14 @@ class Batch(NamedTuple):
     num_tasks: int
 
     @classmethod
-    def of(cls, order: Tensor, offsets: Tensor) -> Batch:
+    def of(cls, batch: SortedBatch) -> Batch:
+        order, offsets = batch
         return cls(order, offsets, order.shape[0], offsets.shape[0] - 1)
 
     def together(self) -> Batch:
         """The same samples as those of one task; samples of no task stay out."""
         offsets = self.offsets if self.num_tasks == 1 else self.offsets[:: self.num_tasks].contiguous()
-        return Batch.of(self.order, offsets)
+        return Batch.of(SortedBatch(self.order, offsets))
 
     @property
     def parts(self) -> int:
@@ -142,13 +143,12 @@ class ForwardPlan(NamedTuple):
     product: Prepared
 
 
-def conv2d(
-    x: Tensor, weights: TaskWeights, bias: Tensor | None, order: Tensor, offsets: Tensor, geometry: Geometry
-) -> Tensor:
+def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
     """Forward: `[N, Cout, Ho, Wo]`, channels_last if x is; rows of no task are NaN."""
+    weights, sorted_batch, geometry, bias = call
     last = is_channels_last(x)
     x = _by_channel(x, weights.shape[1])
-    batch = Batch.of(order, offsets)
+    batch = Batch.of(sorted_batch)
     gate = None if weights.gate is None else weights.gate.contiguous()
     bias = None if bias is None else bias.contiguous()
     deltas = _deltas(weights.delta, weights.delta_tasks, batch.num_tasks)
@@ -161,7 +161,7 @@ def conv2d(
     if plan.result.written is not None:
         made = torch.empty_strided(plan.result.shape, plan.result.written, dtype=x.dtype, device=x.device)
     operand = plan.operand.pointers(weights, deltas, gate, batch, x.dtype)
-    plan.product(**operand, p_x=x, p_bias=bias, p_y=made, p_order=order, p_offsets=offsets)
+    plan.product(**operand, p_x=x, p_bias=bias, p_y=made, p_order=batch.order, p_offsets=batch.offsets)
     return y if made is y else y.copy_(made)
 
 
@@ -222,19 +222,12 @@ def _plan_forward(
 
 
 def conv2d_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    weights: TaskWeights,
-    bias: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    geometry: Geometry,
-    wanted: Sequence[bool],
-    wanted_delta: Sequence[int],
+    grad_out: Tensor, x: Tensor, call: TaskConvCall, wanted: Sequence[bool], wanted_delta: Sequence[int]
 ) -> list[Tensor]:
     """The gradients of x, weight, deltas, gate and bias, of these the wanted ones; as the reference gives them."""
-    together = _together(weights, wanted_delta, offsets.shape[0] - 1)
-    out = empty_gradients(x, weights, bias, wanted, wanted_delta, together)
+    weights, sorted_batch, geometry, bias = call
+    batch = Batch.of(sorted_batch)
+    out = empty_gradients(x, call, wanted, wanted_delta, _together(weights, wanted_delta, batch.num_tasks))
     left = iter(out)
     grad_x = next(left) if wanted[0] else None
     grad_weight = next(left) if wanted[1] and weights.weight is not None else None
@@ -244,7 +237,6 @@ def conv2d_backward(
 
     features, channels = weights.shape[:2]
     grad_out = _by_channel(grad_out, features // geometry.groups)
-    batch = Batch.of(order, offsets)
     by_task = grad_gate is not None or bool(grad_delta)
     deltas = None
     if grad_x is not None or grad_gate is not None:
@@ -271,11 +263,11 @@ def conv2d_backward(
     return out
 
 
-def weight_grad(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, geometry: Geometry, out: Tensor) -> None:
+def weight_grad(x: Tensor, grad_out: Tensor, batch: SortedBatch, geometry: Geometry, out: Tensor) -> None:
     """Each task's gradient of a shared filter into out, `[T, Cout, Cin / groups, kh, kw]` of any strides and dtype."""
     features, channels = out.shape[1:3]
     x, grad_out = _by_channel(x, channels), _by_channel(grad_out, features // geometry.groups)
-    _weight_grads(x, grad_out, Batch.of(order, offsets), geometry, tuple(out.shape[1:]), grad_delta=[out])
+    _weight_grads(x, grad_out, Batch.of(batch), geometry, tuple(out.shape[1:]), grad_delta=[out])
 
 
 # --- gradients

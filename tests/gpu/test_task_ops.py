@@ -32,6 +32,7 @@ from torch import Tensor
 
 import fastmtl
 from fastmtl.core import dispatch
+from fastmtl.core.task_weights import Geometry, SortedBatch
 from fastmtl.ops import (
     task_conv2d,
     task_conv2d_weight_grad,
@@ -154,10 +155,10 @@ def test_weight_grad_ops(dtype: torch.dtype, forced: str) -> None:
     ids = make_ids("absent", (9,), 4)
     x, g = (torch.randn(9, c, 8, 8).to(dtype) for c in (5, 6))
     tolerance = SLACK[dtype] * TASK_TOLERANCE[dtype]
-    plan = reference.task_plan(ids, 4)
-    options = [[3, 3], [1, 1], [1, 1], [1, 1], 1]
-    exact = reference.task_conv2d_weight_grad(x.double(), g.double(), *plan, *options)
-    size = reference.task_conv2d_weight_grad(x.double().abs(), g.double().abs(), *plan, *options)
+    batch = SortedBatch(*reference.task_plan(ids, 4))
+    options = (3, 3), Geometry(padding=(1, 1))
+    exact = reference.task_conv2d_weight_grad(x.double(), g.double(), batch, *options)
+    size = reference.task_conv2d_weight_grad(x.double().abs(), g.double().abs(), batch, *options)
     args = (x.to(DEVICE), g.to(DEVICE), ids.to(DEVICE), 4)
     found = task_conv2d_weight_grad(*args, 3, padding=1)
     assert found.dtype == dtype
@@ -169,8 +170,8 @@ def test_weight_grad_ops(dtype: torch.dtype, forced: str) -> None:
     assert bank[:, :17].isnan().all() and bank[:, 17 + 270 :].isnan().all()
 
     x, g = x.movedim(1, -1).flatten(1, 2), g.movedim(1, -1).flatten(1, 2)
-    exact = reference.task_linear_weight_grad(x.double(), g.double(), *plan)
-    size = reference.task_linear_weight_grad(x.double().abs(), g.double().abs(), *plan)
+    exact = reference.task_linear_weight_grad(x.double(), g.double(), batch)
+    size = reference.task_linear_weight_grad(x.double().abs(), g.double().abs(), batch)
     found = task_linear_weight_grad(x.to(DEVICE), g.to(DEVICE), ids.to(DEVICE), 4)
     cases.assert_within(found, exact, bound(size, exact, tolerance, dtype))
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from cases import assert_within, generator_of, short, unit_roundoff
 from torch import Tensor
 
+from fastmtl.core.task_weights import TaskConvCall
 from fastmtl.ops import task_conv2d, task_linear
 from fastmtl.ops.task_weights import reference
 from fastmtl.ops.task_weights.task_conv2d import read_geometry
@@ -276,9 +277,10 @@ class ConvCase(TaskCase):
 
     def reference(self, made: Made) -> tuple[Tensor, dict[str, Tensor]]:
         args = self.op_arguments(made)
+        call = TaskConvCall.of(*args[1:])
         with torch.no_grad():
-            y = reference.task_conv2d(*args)
-            found = reference.task_conv2d_backward(made.grad_out, *args, [True] * 4, range(len(args[2])))
+            y = reference.task_conv2d(args[0], call)
+            found = reference.task_conv2d_backward(made.grad_out, args[0], call, [True] * 4, range(len(args[2])))
         grads = dict(zip(made.named(), found, strict=True))
         h, w = made.x.shape[2:]
         grads["x"] = grads["x"][:, :, :h, :w]
@@ -319,9 +321,10 @@ class LinearCase(TaskCase):
 
     def reference(self, made: Made) -> tuple[Tensor, dict[str, Tensor]]:
         args = self.op_arguments(made)
+        call = TaskConvCall.of(*args[1:])
         with torch.no_grad():
-            y = reference.task_linear(*args)
-            found = reference.task_linear_backward(made.grad_out, *args, [True] * 4, range(len(args[2])))
+            y = reference.task_linear(args[0], call)
+            found = reference.task_linear_backward(made.grad_out, args[0], call, [True] * 4, range(len(args[2])))
         return y, dict(zip(made.named(), found, strict=True))
 
 

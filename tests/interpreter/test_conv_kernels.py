@@ -36,13 +36,14 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from fastmtl.core.task_weights import Geometry, TaskWeights
+from fastmtl.core.task_weights import STILL, SortedBatch, TaskConvCall, TaskWeights
 from fastmtl.kernels.common import launches
 from fastmtl.kernels.task_weights import configs
 from fastmtl.kernels.task_weights import task_conv2d as launchers
 from fastmtl.kernels.task_weights.configs import Tile
 from fastmtl.kernels.task_weights.stage import quotient
 from fastmtl.ops.task_weights.arguments import TRITON_MAX_TASKS, triton_declines
+from fastmtl.ops.task_weights.task_conv2d import read_geometry
 
 # of one rounding to the dtype; the interpreter cuts bfloat16 off instead of rounding: 2^-8 on a GPU
 UNIT = {F32: 2.0**-24, BF16: 2.0**-7, F16: 2.0**-11}
@@ -448,13 +449,13 @@ WEIGHT_GRADS = [
 @pytest.mark.parametrize(("case", "mode", "dtype"), WEIGHT_GRADS, ids=["strided", "absent", "groups"])
 def test_weight_grad(case: ConvCase, mode: str, dtype: torch.dtype | None) -> None:
     made = case.make()
+    batch = SortedBatch(*reference.task_plan(made.task_ids, case.num_tasks))
     exact, size = (
         reference.task_conv2d_weight_grad(
-            m.x, m.grad_out, *reference.task_plan(made.task_ids, case.num_tasks), case.kernel,
-            *[(v, v) if isinstance(v, int) else v for v in (case.stride, case.padding, case.dilation)], case.groups,
+            m.x, m.grad_out, batch, case.kernel, read_geometry(**case.options, kernel=case.kernel)[0]
         )
         for m in (made.double(), made.double().map(torch.abs))
-    )  # fmt: skip
+    )
     with configs.force(mode=mode, split_rows=16):
         found = task_conv2d_weight_grad(
             made.x, made.grad_out, made.task_ids, case.num_tasks, case.kernel, dtype=dtype, **case.options
@@ -478,9 +479,9 @@ def test_linear_weight_grad() -> None:
     bank = torch.full((3, 5 * 21 + 4), -1.0)
     out = bank[:, 4:].unflatten(1, (5, 21))
     task_linear_weight_grad(x, grad_out, ids, 3, out=out)
-    plan = reference.task_plan(ids, 3)
-    exact = reference.task_linear_weight_grad(x.double(), grad_out.double(), *plan)
-    assert_close(out, exact, reference.task_linear_weight_grad(x.double().abs(), grad_out.double().abs(), *plan), F32)
+    batch = SortedBatch(*reference.task_plan(ids, 3))
+    exact = reference.task_linear_weight_grad(x.double(), grad_out.double(), batch)
+    assert_close(out, exact, reference.task_linear_weight_grad(x.double().abs(), grad_out.double().abs(), batch), F32)
     assert (bank[:, :4] == -1).all()
 
 
@@ -525,10 +526,10 @@ def test_grids_of_the_most_tasks(mode: str, seen: list[Seen]) -> None:
         for size in ((samples, 32, 3, 3), (samples, 8, 3, 3), (8, 32, 1, 1), (tasks, 8, 32, 1, 1), tasks, (tasks, 8))
     )
     order, offsets = (torch.empty(n, dtype=torch.int64, device="meta") for n in (samples, tasks + 1))
-    weights = TaskWeights(weight, [delta], [], gate)
+    call = TaskConvCall(TaskWeights(weight, [delta], [], gate), SortedBatch(order, offsets), STILL, bias)
     with configs.force(**dict.fromkeys(SMALL), schedule="staged", mode=mode), launches.recording():
-        launchers.conv2d(x, weights, bias, order, offsets, Geometry())
-        launchers.conv2d_backward(y, x, weights, bias, order, offsets, Geometry(), [True] * 4, [0])
+        launchers.conv2d(x, call)
+        launchers.conv2d_backward(y, x, call, [True] * 4, [0])
     names = {made.name for made in seen}
     assert {"stage_kernel", f"task_conv2d_wgrad_{mode}_kernel", "bias_grad_kernel", "wgrad_finish_kernel"} <= names
     assert tasks < max(max(each.grid[1:]) for each in seen) < 65_536
@@ -568,10 +569,9 @@ def test_staging_skips_what_nobody_needs(layouts: tuple[str, str], seen: list[Se
     # filters in the workspace's own order are a line of elements, if both are
     made.weight, made.delta = LAYOUTS[layouts[0]](made.weight), [LAYOUTS[layouts[1]](d) for d in made.delta]
     weights = TaskWeights(made.weight, made.delta, [0, 1, 2, 3], made.gate)
-    order, offsets = reference.task_plan(made.task_ids, 4)
     deltas = launchers._deltas(weights.delta, weights.delta_tasks, 4)
     with configs.force(schedule="staged"):
-        batch = launchers.Batch.of(order, offsets)
+        batch = launchers.Batch.of(SortedBatch(*reference.task_plan(made.task_ids, 4)))
         operand = launchers._plan_operand(F32, weights, deltas, batch, 64)
         staged = operand.pointers(weights, deltas, made.gate, batch, F32)["p_w"]
     assert [each.settled["KH"] for each in seen if each.name == "stage_kernel"] == [

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastmtl.benchmarks.gpu import host_time
-from fastmtl.core.task_weights import Geometry, TaskWeights, empty_gradients
+from fastmtl.core.task_weights import STILL, SortedBatch, TaskConvCall, TaskWeights, empty_gradients
 from fastmtl.kernels.common import launches
 from fastmtl.kernels.task_weights import configs
 from fastmtl.kernels.task_weights import task_conv2d as launchers
@@ -101,13 +101,12 @@ def recorded(weight: Tensor, delta: Any, x: Tensor, backward: bool = True) -> li
     gate = torch.empty(num_tasks, device="meta")
     order = torch.empty(x.shape[0], dtype=torch.int64, device="meta")
     offsets = torch.empty(num_tasks + 1, dtype=torch.int64, device="meta")
-    weights = TaskWeights(weight, deltas, tasks, gate)
-    geometry = Geometry()
+    call = TaskConvCall(TaskWeights(weight, deltas, tasks, gate), SortedBatch(order, offsets), STILL, None)
     with launches.recording() as made:
-        y = launchers.conv2d(x, weights, None, order, offsets, geometry)
+        y = launchers.conv2d(x, call)
         if backward:
             wanted = [True, weight is not None, True, False]
-            launchers.conv2d_backward(y, x, weights, None, order, offsets, geometry, wanted, list(range(len(deltas))))
+            launchers.conv2d_backward(y, x, call, wanted, list(range(len(deltas))))
     return made
 
 
@@ -277,8 +276,10 @@ def test_gradients_of_a_list_lie_in_one_allocation() -> None:
     weights = TaskWeights(None, deltas, [0, 1, 2], None)
     together = launchers._together(weights, [0, 1, 2], 3)
     x = torch.randn(2, 3, 4, 4)
-    found = empty_gradients(x, weights, None, [False] * 4, [0, 1, 2], together)
-    alone = empty_gradients(x, weights, None, [False] * 4, [0, 1, 2])
+    order, offsets = torch.zeros(2, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    call = TaskConvCall(weights, SortedBatch(order, offsets), STILL, None)
+    found = empty_gradients(x, call, [False] * 4, [0, 1, 2], together)
+    alone = empty_gradients(x, call, [False] * 4, [0, 1, 2])
     assert [g.stride() for g in found] == [g.stride() for g in alone] == [d.stride() for d in deltas]
     assert len({g.untyped_storage().data_ptr() for g in found}) == 1
     ends = [g.data_ptr() + 4 * g.numel() for g in found]

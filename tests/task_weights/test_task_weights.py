@@ -18,8 +18,8 @@ from torch import Tensor
 from fastmtl.ops import task_conv2d, task_conv2d_weight_grad, task_linear, task_linear_weight_grad, task_plan
 from fastmtl.ops.task_weights import arguments as task
 from fastmtl.ops.task_weights.cpu import batch
-from fastmtl.ops.task_weights.cpu import conv2d as task_cpu
 from fastmtl.ops.task_weights.cpu import direct as task_direct
+from fastmtl.ops.task_weights.cpu import weight_grads as task_cpu
 
 # one of each kind, small
 LAYERS: dict[str, TaskCase] = {

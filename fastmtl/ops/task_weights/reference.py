@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl.core.task_weights import Geometry, TaskWeights, segments
+from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights
 from fastmtl.core.tensors import memory_format
 from fastmtl.ops.task_weights.precision import widen
 
@@ -38,59 +38,30 @@ def effective_weight(weights: TaskWeights, task: int, dtype: torch.dtype, num_ta
     return (base + (delta.to(wide) if gate is None else gate[task].to(wide) * delta.to(wide))).to(dtype)
 
 
-def task_conv2d(
-    x: Tensor,
-    weight: Tensor | None,
-    delta: Sequence[Tensor],
-    delta_tasks: Sequence[int],
-    gate: Tensor | None,
-    bias: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def task_conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
     """Each task's samples through `W + s_t Delta_t`; samples of no task are NaN."""
-    weights = TaskWeights(weight, delta, delta_tasks, gate)
-    geometry = Geometry.of(stride, padding, dilation, groups)
-    num_tasks = offsets.shape[0] - 1
+    weights, batch, geometry, bias = call
     size = (x.shape[0], weights.shape[0], *geometry.output_size(x.shape[2:], weights.shape[2:]))
     given, x = x, widen(x)
     y = torch.full(size, torch.nan, dtype=x.dtype, device=x.device)
-    for t, rows in segments(order, offsets):
-        w = effective_weight(weights, t, x.dtype, num_tasks)
+    for t, rows in batch.segments():
+        w = effective_weight(weights, t, x.dtype, batch.num_tasks)
         b = None if bias is None else (bias if bias.dim() == 1 else bias[t]).to(x.dtype)
         y = y.index_copy(0, rows, F.conv2d(x[rows], w, b, *geometry))
     return y.to(given.dtype).contiguous(memory_format=memory_format(given))
 
 
 def task_conv2d_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    delta: Sequence[Tensor],
-    delta_tasks: Sequence[int],
-    gate: Tensor | None,
-    bias: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    wanted: Sequence[bool],
-    wanted_delta: Sequence[int],
+    grad_out: Tensor, x: Tensor, call: TaskConvCall, wanted: Sequence[bool], wanted_delta: Sequence[int]
 ) -> list[Tensor]:
     """The gradients of x, weight, `delta[k]` for k in `wanted_delta`, gate and bias, of these the wanted ones.
 
     With dW_eff[t] the weight gradient over task t's samples: dW = sum_t dW_eff[t], dDelta_t = s_t dW_eff[t],
     ds_t = <dW_eff[t], Delta_t>. Plain differentiable torch: the second derivative is that of this function.
     """
-    weights = TaskWeights(weight, delta, delta_tasks, gate)
-    geometry = Geometry.of(stride, padding, dilation, groups)
-    num_tasks = offsets.shape[0] - 1
+    weights, batch, geometry, bias = call
+    weight, delta, delta_tasks, gate = weights
+    num_tasks = batch.num_tasks
     deltas = weights.by_task(num_tasks)
     wide = torch.promote_types(weights.like.dtype, torch.float32)
     zero = torch.zeros(weights.shape, dtype=wide, device=x.device)
@@ -98,8 +69,8 @@ def task_conv2d_backward(
     grad_x = torch.full_like(x, torch.nan, memory_format=torch.contiguous_format)
     grad_eff = [zero] * num_tasks
     grad_bias = [torch.zeros(weights.shape[0], dtype=wide, device=x.device)] * num_tasks
-    for t, rows in segments(order, offsets):
-        part, w = grad_out[rows], effective_weight(weights, t, x.dtype, num_tasks)
+    for t, rows in batch.segments():
+        part, w = grad_out[rows], effective_weight(weights, t, x.dtype, batch.num_tasks)
         inputs = x[rows]
         if inputs.numel() == 0:
             continue  # rows of no width, which a convolution refuses
@@ -124,7 +95,7 @@ def task_conv2d_backward(
             out.append(grad_delta[delta_tasks[k]].to(d.dtype).contiguous(memory_format=memory_format(d)))
     if wanted[2] and gate is not None:
         # also where the gate is closed; a task without samples has none
-        present = {t for t, _ in segments(order, offsets)}
+        present = {t for t, _ in batch.segments()}
         terms = [
             zero.sum() if d is None or t not in present else (grad_eff[t] * d.to(wide)).sum()
             for t, d in enumerate(deltas)
@@ -139,40 +110,26 @@ def task_conv2d_backward(
 def task_conv2d_weight_grad(
     x: Tensor,
     grad_out: Tensor,
-    order: Tensor,
-    offsets: Tensor,
+    batch: SortedBatch,
     kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Each task's gradient of a shared weight: the weight gradient over its samples, zero where it has none."""
-    geometry = Geometry.of(stride, padding, dilation, groups)
-    shape = (grad_out.shape[1], x.shape[1] // groups, *kernel_size)
+    shape = (grad_out.shape[1], x.shape[1] // geometry.groups, *kernel_size)
     dtype = dtype or x.dtype
     x, grad_out = widen(x), widen(grad_out)
-    found = [torch.zeros(shape, dtype=dtype, device=x.device)] * (offsets.shape[0] - 1)
-    for t, rows in segments(order, offsets):
+    found = [torch.zeros(shape, dtype=dtype, device=x.device)] * batch.num_tasks
+    for t, rows in batch.segments():
         found[t] = torch.nn.grad.conv2d_weight(x[rows], shape, grad_out[rows], *geometry).to(dtype)
     return torch.stack(found).contiguous()
 
 
 def task_conv2d_weight_grad_out(
-    x: Tensor,
-    grad_out: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    out: Tensor,
+    x: Tensor, grad_out: Tensor, batch: SortedBatch, geometry: Geometry, out: Tensor
 ) -> None:
     """`task_conv2d_weight_grad` into `out`, `[T, Cout, Cin / groups, kh, kw]` of any strides."""
-    size = out.shape[3:]
-    out.copy_(task_conv2d_weight_grad(x, grad_out, order, offsets, size, stride, padding, dilation, groups, out.dtype))
+    out.copy_(task_conv2d_weight_grad(x, grad_out, batch, out.shape[3:], geometry, out.dtype))
 
 
 def _samples(x: Tensor, num_samples: int) -> Tensor:
@@ -185,48 +142,27 @@ def _images(x: Tensor, num_samples: int) -> Tensor:
     return _samples(x, num_samples).transpose(1, 2).unsqueeze(2)
 
 
-def task_linear(
-    x: Tensor,
-    weight: Tensor | None,
-    delta: Sequence[Tensor],
-    delta_tasks: Sequence[int],
-    gate: Tensor | None,
-    bias: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-) -> Tensor:
+def task_linear(x: Tensor, call: TaskConvCall) -> Tensor:
     """Each task's rows through `W + s_t Delta_t`; the samples are the first `order.numel()` slices of x."""
-    weights = TaskWeights(weight, delta, delta_tasks, gate)
-    num_tasks = offsets.shape[0] - 1
+    weights, batch, _, bias = call
     given, x = x, widen(x)
-    rows_of = _samples(x, order.shape[0])
+    rows_of = _samples(x, batch.order.shape[0])
     y = torch.full((*rows_of.shape[:2], weights.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
-    for t, rows in segments(order, offsets):
+    for t, rows in batch.segments():
         b = None if bias is None else (bias if bias.dim() == 1 else bias[t]).to(x.dtype)
-        y = y.index_copy(0, rows, F.linear(rows_of[rows], effective_weight(weights, t, x.dtype, num_tasks), b))
+        y = y.index_copy(0, rows, F.linear(rows_of[rows], effective_weight(weights, t, x.dtype, batch.num_tasks), b))
     return y.to(given.dtype).reshape(*x.shape[:-1], weights.shape[0])
 
 
 def task_linear_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    delta: Sequence[Tensor],
-    delta_tasks: Sequence[int],
-    gate: Tensor | None,
-    bias: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    wanted: Sequence[bool],
-    wanted_delta: Sequence[int],
+    grad_out: Tensor, x: Tensor, call: TaskConvCall, wanted: Sequence[bool], wanted_delta: Sequence[int]
 ) -> list[Tensor]:
     """`task_conv2d_backward` of the 1x1 convolution over rows that a linear layer is."""
-    n = order.shape[0]
-    as_filter = [None if w is None else w[..., None, None] for w in (weight, *delta)]
-    found = task_conv2d_backward(
-        _images(grad_out, n), _images(x, n), as_filter[0], as_filter[1:], delta_tasks, gate, bias, order, offsets,
-        (1, 1), (0, 0), (1, 1), 1, wanted, wanted_delta,
-    )  # fmt: skip
+    weight, delta, delta_tasks, gate = call.weights
+    n = call.batch.order.shape[0]
+    weight, *delta = (None if w is None else w[..., None, None] for w in (weight, *delta))
+    filters = call._replace(weights=TaskWeights(weight, delta, delta_tasks, gate))
+    found = task_conv2d_backward(_images(grad_out, n), _images(x, n), filters, wanted, wanted_delta)
     out = []
     if wanted[0]:
         out.append(found.pop(0).squeeze(2).transpose(1, 2).reshape(x.shape).contiguous())
@@ -235,21 +171,23 @@ def task_linear_backward(
 
 
 def task_linear_weight_grad(
-    x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, dtype: torch.dtype | None = None
+    x: Tensor, grad_out: Tensor, batch: SortedBatch, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Each task's gradient of a shared weight: `[T, Cout, Cin]`."""
-    inputs, grads = (_samples(widen(y), order.shape[0]) for y in (x, grad_out))
+    inputs, grads = (_samples(widen(y), batch.order.shape[0]) for y in (x, grad_out))
     shape = (grad_out.shape[-1], x.shape[-1])
     dtype = dtype or x.dtype
-    found = [torch.zeros(shape, dtype=dtype, device=x.device)] * (offsets.shape[0] - 1)
-    for t, rows in segments(order, offsets):
+    found = [torch.zeros(shape, dtype=dtype, device=x.device)] * batch.num_tasks
+    for t, rows in batch.segments():
         found[t] = (grads[rows].flatten(0, 1).mT @ inputs[rows].flatten(0, 1)).to(dtype)
     return torch.stack(found)
 
 
-def task_linear_weight_grad_out(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, out: Tensor) -> None:
-    """`task_linear_weight_grad` into `out`, `[T, Cout, Cin]` of any strides."""
-    out.copy_(task_linear_weight_grad(x, grad_out, order, offsets, out.dtype))
+def task_linear_weight_grad_out(
+    x: Tensor, grad_out: Tensor, batch: SortedBatch, geometry: Geometry, out: Tensor
+) -> None:
+    """`task_linear_weight_grad` into `out`, `[T, Cout, Cin]` of any strides; a linear layer has one geometry."""
+    out.copy_(task_linear_weight_grad(x, grad_out, batch, out.dtype))
 
 
 def _rows_of_tasks(table: Tensor, task_ids: Tensor, dims: int) -> Tensor:

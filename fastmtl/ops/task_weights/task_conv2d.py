@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.core.dispatch import choose, triton_kernels
-from fastmtl.core.schemas import define_op
-from fastmtl.core.task_weights import Geometry, TaskPlan, TaskWeights, empty_gradients, shape_of_one
+from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskPlan, shape_of_one
 from fastmtl.core.tensors import memory_format
 from fastmtl.ops.gradients.combine import check_unrecorded, mark_written
 from fastmtl.ops.task_weights import reference
@@ -27,8 +26,11 @@ from fastmtl.ops.task_weights.arguments import (
     read_weights,
     triton_declines,
 )
-from fastmtl.ops.task_weights.composed import composed_backward
-from fastmtl.ops.task_weights.cpu import conv2d as task_cpu
+from fastmtl.ops.task_weights.cpu.backward import conv2d_backward as conv2d_backward_on_cpu
+from fastmtl.ops.task_weights.cpu.forward import conv2d as conv2d_on_cpu
+from fastmtl.ops.task_weights.cpu.weight_grads import weight_grad as weight_grad_on_cpu
+from fastmtl.ops.task_weights.cpu.weight_grads import weight_grads
+from fastmtl.ops.task_weights.operators import GEOMETRY, define_layer, define_weight_grad, spelled_out
 from fastmtl.ops.task_weights.precision import cast_by_autocast
 from fastmtl.ops.task_weights.task_plan import read_plan
 
@@ -104,7 +106,7 @@ def task_conv2d(
         return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *geometry)
     plan = read_plan(task_ids, num_tasks)
     return task_conv2d_op(
-        x, weight, weights.delta, weights.delta_tasks, gate, bias, plan.order, plan.offsets, *_lists(geometry)
+        x, weight, weights.delta, weights.delta_tasks, gate, bias, plan.order, plan.offsets, *spelled_out(geometry)
     )
 
 
@@ -178,9 +180,9 @@ def task_conv2d_weight_grad(
     plan = read_plan(task_ids, num_tasks)
     if out is None:
         check_result_dtype(dtype)
-        return task_conv2d_weight_grad_op(x, grad_out, plan.order, plan.offsets, kernel, *_lists(geometry), dtype)
+        return task_conv2d_weight_grad_op(x, grad_out, plan.order, plan.offsets, kernel, *spelled_out(geometry), dtype)
     check_out(out, [num_tasks, *shape], x, grad_out, dtype)
-    task_conv2d_weight_grad_out_op(x, grad_out, plan.order, plan.offsets, *_lists(geometry), out)
+    task_conv2d_weight_grad_out_op(x, grad_out, plan.order, plan.offsets, *spelled_out(geometry), out)
     mark_written([out])
     return out
 
@@ -266,93 +268,31 @@ def check_out(out: Any, shape: Sequence[int], x: Tensor, grad_out: Tensor, dtype
 # --- implementations
 
 
-def _lists(geometry: Geometry) -> tuple[list[int], list[int], list[int], int]:
-    return list(geometry.stride), list(geometry.padding), list(geometry.dilation), geometry.groups
+def _triton_launchers() -> Any:
+    return triton_kernels("task_weights.task_conv2d")
 
 
-def _cpu(x, weight, delta, delta_tasks, gate, bias, order, offsets, stride, padding, dilation, groups):
-    weights = TaskWeights(weight, delta, delta_tasks, gate)
-    return task_cpu.conv2d(x, weights, bias, order, offsets, Geometry.of(stride, padding, dilation, groups))
+def _triton(x: Tensor, call: TaskConvCall) -> Tensor:
+    return _triton_launchers().conv2d(x, call)
 
 
-def _triton(x, weight, delta, delta_tasks, gate, bias, order, offsets, stride, padding, dilation, groups):
-    weights = TaskWeights(weight, delta, delta_tasks, gate)
-    geometry = Geometry.of(stride, padding, dilation, groups)
-    return triton_kernels("task_weights.task_conv2d").conv2d(x, weights, bias, order, offsets, geometry)
-
-
-_FORWARD = {"cpu": _cpu, "triton": _triton, "reference": reference.task_conv2d}
-
-
-def _task_conv2d(x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry) -> Tensor:
-    run = choose("task_conv2d", x.device.type, _FORWARD, triton_declines(x, offsets=offsets))
-    return run(x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry)
-
-
-def _fake(x, weight, delta, delta_tasks, gate, bias, order, offsets, stride, padding, dilation, groups):
-    shape = TaskWeights(weight, delta, delta_tasks, gate).shape
-    h, w = Geometry.of(stride, padding, dilation, groups).output_size(x.shape[2:], shape[2:])
-    return torch.empty((x.shape[0], shape[0], h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-
-
-def _backward_cpu(
-    grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets,
-    stride, padding, dilation, groups, wanted, wanted_delta,
-):  # fmt: skip
-    weights = TaskWeights(weight, delta, delta_tasks, gate)
-    geometry = Geometry.of(stride, padding, dilation, groups)
-    return task_cpu.conv2d_backward(grad_out, x, weights, bias, order, offsets, geometry, wanted, wanted_delta)
-
-
-def _backward_triton(
-    grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets,
-    stride, padding, dilation, groups, wanted, wanted_delta,
-):  # fmt: skip
-    weights = TaskWeights(weight, delta, delta_tasks, gate)
-    geometry = Geometry.of(stride, padding, dilation, groups)
-    return triton_kernels("task_weights.task_conv2d").conv2d_backward(
-        grad_out, x, weights, bias, order, offsets, geometry, wanted, wanted_delta
-    )
-
-
-_BACKWARD = {"cpu": _backward_cpu, "triton": _backward_triton, "reference": reference.task_conv2d_backward}
-
-
-def _task_conv2d_backward(
-    grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry_and_wanted
+def _triton_backward(
+    grad_out: Tensor, x: Tensor, call: TaskConvCall, wanted: Sequence[bool], wanted_delta: Sequence[int]
 ) -> list[Tensor]:
-    run = choose("task_conv2d", x.device.type, _BACKWARD, triton_declines(x, offsets=offsets))
-    return run(grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry_and_wanted)
+    return _triton_launchers().conv2d_backward(grad_out, x, call, wanted, wanted_delta)
 
 
-def _backward_fake(
-    grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets,
-    stride, padding, dilation, groups, wanted, wanted_delta,
-):  # fmt: skip
-    return empty_gradients(x, TaskWeights(weight, delta, delta_tasks, gate), bias, wanted, wanted_delta)
+def _triton_weight_grad(x: Tensor, grad_out: Tensor, batch: SortedBatch, geometry: Geometry, out: Tensor) -> None:
+    _triton_launchers().weight_grad(x, grad_out, batch, geometry, out)
 
 
-def _weight_grad_cpu(x, grad_out, order, offsets, kernel_size, stride, padding, dilation, groups, dtype=None):
-    out = _weight_grad_fake(x, grad_out, order, offsets, kernel_size, stride, padding, dilation, groups, dtype)
-    task_cpu.weight_grad(x, grad_out, order, offsets, Geometry.of(stride, padding, dilation, groups), out)
-    return out
+def _fake(x: Tensor, call: TaskConvCall) -> Tensor:
+    shape = call.weights.shape
+    size = (x.shape[0], shape[0], *call.geometry.output_size(x.shape[2:], shape[2:]))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def _weight_grad_triton(x, grad_out, order, offsets, kernel_size, stride, padding, dilation, groups, dtype=None):
-    out = _weight_grad_fake(x, grad_out, order, offsets, kernel_size, stride, padding, dilation, groups, dtype)
-    geometry = Geometry.of(stride, padding, dilation, groups)
-    triton_kernels("task_weights.task_conv2d").weight_grad(x, grad_out, order, offsets, geometry, out)
-    return out
-
-
-_WEIGHT_GRAD = {
-    "cpu": _weight_grad_cpu,
-    "triton": _weight_grad_triton,
-    "reference": reference.task_conv2d_weight_grad,
-}
-
-
-def _weight_grad(
+def _weight_grad_fake(
     x: Tensor,
     grad_out: Tensor,
     order: Tensor,
@@ -364,34 +304,27 @@ def _weight_grad(
     groups: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    run = choose("task_conv2d_weight_grad", x.device.type, _WEIGHT_GRAD, triton_declines(x, offsets=offsets))
-    return run(x, grad_out, order, offsets, kernel_size, stride, padding, dilation, groups, dtype)
-
-
-def _weight_grad_fake(x, grad_out, order, offsets, kernel_size, stride, padding, dilation, groups, dtype=None):
     shape = (offsets.shape[0] - 1, grad_out.shape[1], x.shape[1] // groups, *kernel_size)
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
 
 
-def _weight_grad_out_cpu(x, grad_out, order, offsets, stride, padding, dilation, groups, out):
-    task_cpu.weight_grad(x, grad_out, order, offsets, Geometry.of(stride, padding, dilation, groups), out)
-
-
-def _weight_grad_out_triton(x, grad_out, order, offsets, stride, padding, dilation, groups, out):
-    geometry = Geometry.of(stride, padding, dilation, groups)
-    triton_kernels("task_weights.task_conv2d").weight_grad(x, grad_out, order, offsets, geometry, out)
-
-
-_WEIGHT_GRAD_OUT = {
-    "cpu": _weight_grad_out_cpu,
-    "triton": _weight_grad_out_triton,
+_FORWARD = {"cpu": conv2d_on_cpu, "triton": _triton, "reference": reference.task_conv2d}
+_BACKWARD = {"cpu": conv2d_backward_on_cpu, "triton": _triton_backward, "reference": reference.task_conv2d_backward}
+_WEIGHT_GRAD = {
+    "cpu": weight_grad_on_cpu,
+    "triton": _triton_weight_grad,
     "reference": reference.task_conv2d_weight_grad_out,
 }
 
-
-def _weight_grad_out(x, grad_out, order, offsets, stride, padding, dilation, groups, out) -> None:
-    run = choose("task_conv2d_weight_grad", x.device.type, _WEIGHT_GRAD_OUT, triton_declines(x, out, offsets=offsets))
-    run(x, grad_out, order, offsets, stride, padding, dilation, groups, out)
+task_conv2d_op, task_conv2d_backward_op = define_layer("task_conv2d", GEOMETRY, _FORWARD, _BACKWARD, _fake)
+task_conv2d_weight_grad_op, task_conv2d_weight_grad_out_op = define_weight_grad(
+    "task_conv2d",
+    ", int[] kernel_size",
+    GEOMETRY,
+    _WEIGHT_GRAD,
+    _weight_grad_fake,
+    (task_conv2d_op, task_conv2d_backward_op),
+)
 
 
 def weight_grad_parts(
@@ -410,136 +343,8 @@ def weight_grad_parts(
     """
     if x.device.type != "cpu" or not (x.numel() and grad_out.numel()):
         return None
-    run = choose("task_conv2d_weight_grad", "cpu", _WEIGHT_GRAD_OUT, triton_declines(x, offsets=offsets))
-    if run is not _weight_grad_out_cpu:
+    run = choose("task_conv2d_weight_grad", "cpu", _WEIGHT_GRAD, triton_declines(x, offsets=offsets))
+    if run is not weight_grad_on_cpu:
         return None
-    found = list(task_cpu.weight_grads(x, grad_out, order, offsets, geometry, weight, bias))
+    found = list(weight_grads(x, grad_out, SortedBatch(order, offsets), geometry, weight, bias))
     return [None if grad is None else grad.to(weight.dtype) for grad, _ in found], [each for _, each in found]
-
-
-# --- autograd
-
-
-def _setup(ctx, inputs, output) -> None:
-    x, weight, delta, ctx.delta_tasks, gate, bias, order, offsets, *ctx.geometry = inputs
-    ctx.save_for_backward(x, weight, gate, bias, order, offsets, *delta)
-
-
-def gradients_by_argument(
-    found: Sequence[Tensor], wanted: Sequence[bool], wanted_delta: Sequence[int], num_delta: int
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], Tensor | None, Tensor | None]:
-    """What a backward op returned, as x, weight, delta, gate, bias."""
-    rest = iter(found)
-    x, weight = (next(rest) if want else None for want in wanted[:2])
-    deltas: list[Tensor | None] = [None] * num_delta
-    for k in wanted_delta:
-        deltas[k] = next(rest)
-    gate, bias = (next(rest) if want else None for want in wanted[2:])
-    return x, weight, deltas, gate, bias
-
-
-def no_gradient(positions: Sequence[int]) -> list[Tensor] | None:
-    """What a formula returns for a list of ints: torch takes an empty one for a list of tensors."""
-    return None if positions else []
-
-
-def wanted_deltas(needs: Any, delta: Sequence[Tensor], delta_tasks: Sequence[int], offsets: Tensor) -> list[int]:
-    """Positions in `delta` whose gradient is wanted. On the CPU a task of a list that has no sample gets none."""
-    found = [k for k in range(len(delta)) if needs[k]]
-    if delta_tasks and offsets.device.type == "cpu" and type(offsets) is Tensor and not torch.compiler.is_compiling():
-        bounds = offsets.tolist()
-        found = [k for k in found if bounds[delta_tasks[k] + 1] > bounds[delta_tasks[k]]]
-    return found
-
-
-def _backward(ctx, grad_out: Tensor):
-    x, weight, gate, bias, order, offsets, *delta = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    wanted = [needs[0], needs[1], needs[4], needs[5]]
-    wanted_delta = wanted_deltas(needs[2], delta, ctx.delta_tasks, offsets)
-    found = task_conv2d_backward_op(
-        grad_out, x, weight, delta, ctx.delta_tasks, gate, bias, order, offsets, *ctx.geometry, wanted, wanted_delta
-    )
-    grad_x, grad_weight, grad_delta, grad_gate, grad_bias = gradients_by_argument(
-        found, wanted, wanted_delta, len(delta)
-    )
-    return (
-        grad_x,
-        grad_weight,
-        grad_delta,
-        no_gradient(ctx.delta_tasks),
-        grad_gate,
-        grad_bias,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def _setup_backward(ctx, inputs, output) -> None:
-    grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, *rest = inputs
-    ctx.delta_tasks, ctx.rest = delta_tasks, rest
-    ctx.save_for_backward(grad_out, x, weight, gate, bias, order, offsets, *delta)
-
-
-def _backward_backward(ctx, grads: Sequence[Tensor]):
-    grad_out, x, weight, gate, bias, order, offsets, *delta = ctx.saved_tensors
-    args = (grad_out, x, weight, delta, ctx.delta_tasks, gate, bias, order, offsets, *ctx.rest)
-    return composed_backward(reference.task_conv2d_backward, args, ctx.needs_input_grad, grads)
-
-
-def _setup_weight_grad(ctx, inputs, output) -> None:
-    x, grad_out, order, offsets, _, *ctx.geometry, _ = inputs
-    ctx.save_for_backward(x, grad_out, order, offsets)
-
-
-def _weight_grad_backward(ctx, grad: Tensor):
-    # linear in both: with the incoming gradient as each task's filter, a convolution and its input gradient
-    x, grad_out, order, offsets = ctx.saved_tensors
-    grad = grad.to(x.dtype)
-    grad_x = grad_grad_out = None
-    if ctx.needs_input_grad[0]:
-        wanted = [True, False, False, False]
-        (grad_x,) = task_conv2d_backward_op(
-            grad_out, x, None, [grad], [], None, None, order, offsets, *ctx.geometry, wanted, []
-        )
-    if ctx.needs_input_grad[1]:
-        grad_grad_out = task_conv2d_op(x, None, [grad], [], None, None, order, offsets, *ctx.geometry)
-    return grad_x, grad_grad_out, None, None, None, None, None, None, None, None
-
-
-_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
-_WEIGHTS = "Tensor? weight, Tensor[] delta, int[] delta_tasks, Tensor? gate, Tensor? bias"
-_PLAN = "Tensor order, Tensor offsets"
-
-task_conv2d_op = define_op(
-    f"task_conv2d(Tensor x, {_WEIGHTS}, {_PLAN}, {_GEOMETRY}) -> Tensor",
-    _task_conv2d,
-    _fake,
-    backward=_backward,
-    setup_context=_setup,
-)
-task_conv2d_backward_op = define_op(
-    f"task_conv2d_backward(Tensor grad_out, Tensor x, {_WEIGHTS}, {_PLAN}, {_GEOMETRY}, "
-    "bool[] wanted, int[] wanted_delta) -> Tensor[]",
-    _task_conv2d_backward,
-    _backward_fake,
-    backward=_backward_backward,
-    setup_context=_setup_backward,
-)
-task_conv2d_weight_grad_op = define_op(
-    f"task_conv2d_weight_grad(Tensor x, Tensor grad_out, {_PLAN}, int[] kernel_size, {_GEOMETRY}, "
-    "ScalarType? dtype=None) -> Tensor",
-    _weight_grad,
-    _weight_grad_fake,
-    backward=_weight_grad_backward,
-    setup_context=_setup_weight_grad,
-)
-task_conv2d_weight_grad_out_op = define_op(
-    f"task_conv2d_weight_grad_out(Tensor x, Tensor grad_out, {_PLAN}, {_GEOMETRY}, Tensor(a!) out) -> ()",
-    _weight_grad_out,
-    lambda *args: None,
-)

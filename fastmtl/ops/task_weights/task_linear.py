@@ -5,15 +5,15 @@ A linear layer is a 1x1 convolution over rows: the implementations are those of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl.core.dispatch import choose, triton_kernels
-from fastmtl.core.schemas import define_op
-from fastmtl.core.task_weights import Geometry, TaskPlan, TaskWeights, empty_gradients, shape_of_one
+from fastmtl.core.dispatch import triton_kernels
+from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskPlan, TaskWeights, shape_of_one
 from fastmtl.ops.gradients.combine import mark_written
 from fastmtl.ops.task_weights import reference
 from fastmtl.ops.task_weights.arguments import (
@@ -24,19 +24,13 @@ from fastmtl.ops.task_weights.arguments import (
     check_input,
     check_leading,
     read_weights,
-    triton_declines,
 )
-from fastmtl.ops.task_weights.composed import composed_backward
-from fastmtl.ops.task_weights.cpu import conv2d as task_cpu
+from fastmtl.ops.task_weights.cpu.backward import conv2d_backward as conv2d_backward_on_cpu
+from fastmtl.ops.task_weights.cpu.forward import conv2d as conv2d_on_cpu
+from fastmtl.ops.task_weights.cpu.weight_grads import weight_grad as weight_grad_on_cpu
+from fastmtl.ops.task_weights.operators import define_layer, define_weight_grad
 from fastmtl.ops.task_weights.precision import cast_by_autocast
-from fastmtl.ops.task_weights.task_conv2d import (
-    check_grad_out,
-    check_out,
-    check_result_dtype,
-    gradients_by_argument,
-    no_gradient,
-    wanted_deltas,
-)
+from fastmtl.ops.task_weights.task_conv2d import check_grad_out, check_out, check_result_dtype
 from fastmtl.ops.task_weights.task_plan import read_plan
 
 
@@ -160,220 +154,95 @@ def _images(x: Tensor, order: Tensor) -> Tensor:
     return x.as_strided((count, x.shape[2], 1, rows), (rows * x.shape[2], 1, rows * x.shape[2], x.shape[2]))
 
 
-def _filter(w: Tensor) -> Tensor:
-    return w[..., None, None]
-
-
-def _filters(weight, delta, delta_tasks, gate) -> TaskWeights:
-    return TaskWeights(None if weight is None else _filter(weight), [_filter(d) for d in delta], delta_tasks, gate)
-
-
-def _cpu(x, weight, delta, delta_tasks, gate, bias, order, offsets):
-    y = task_cpu.conv2d(_images(x, order), _filters(weight, delta, delta_tasks, gate), bias, order, offsets, Geometry())
-    return _rows(y, x)
-
-
-def _triton(x, weight, delta, delta_tasks, gate, bias, order, offsets):
-    weights = _filters(weight, delta, delta_tasks, gate)
-    return _rows(
-        triton_kernels("task_weights.task_conv2d").conv2d(_images(x, order), weights, bias, order, offsets, Geometry()),
-        x,
-    )
-
-
 def _rows(y: Tensor, x: Tensor) -> Tensor:
     # [N, C, 1, R] back to rows; a view where y is channels_last, as the kernels make it
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], y.shape[1])
 
 
-_FORWARD = {"cpu": _cpu, "triton": _triton, "reference": reference.task_linear}
+def _filter(w: Tensor) -> Tensor:
+    return w[..., None, None]
 
 
-def _task_linear(x, weight, delta, delta_tasks, gate, bias, order, offsets) -> Tensor:
-    run = choose("task_linear", x.device.type, _FORWARD, triton_declines(x, offsets=offsets))
-    return run(x, weight, delta, delta_tasks, gate, bias, order, offsets)
+def _with_filters(call: TaskConvCall) -> TaskConvCall:
+    weight, delta, delta_tasks, gate = call.weights
+    filters = TaskWeights(None if weight is None else _filter(weight), [_filter(d) for d in delta], delta_tasks, gate)
+    return TaskConvCall(filters, *call[1:])
 
 
-def _fake(x, weight, delta, delta_tasks, gate, bias, order, offsets):
-    shape = TaskWeights(weight, delta, delta_tasks, gate).shape
-    return torch.empty((*x.shape[:-1], shape[0]), dtype=x.dtype, device=x.device)
+def _forward_by(conv2d: Callable[..., Tensor], x: Tensor, call: TaskConvCall) -> Tensor:
+    return _rows(conv2d(_images(x, call.batch.order), _with_filters(call)), x)
 
 
-def _backward_on(run, grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, wanted, wanted_delta):
-    weights = _filters(weight, delta, delta_tasks, gate)
-    images = _images(grad_out, order), _images(x, order)
-    found = run(*images, weights, bias, order, offsets, Geometry(), wanted, wanted_delta)
-    plain = TaskWeights(weight, delta, delta_tasks, gate)
-    like = _gradient_shapes(x, plain, bias, wanted, wanted_delta)
-    first = [_rows(found.pop(0), x)] if wanted[0] else []
-    return [*first, *(g.reshape(shape) for g, shape in zip(found, like[len(first) :], strict=True))]
+def _cpu(x: Tensor, call: TaskConvCall) -> Tensor:
+    return _forward_by(conv2d_on_cpu, x, call)
 
 
-def _gradient_shapes(x, weights, bias, wanted, wanted_delta) -> list[torch.Size]:
-    shapes = [x.shape] if wanted[0] else []
-    if wanted[1] and weights.weight is not None:
-        shapes.append(weights.weight.shape)
-    shapes += [weights.delta[k].shape for k in wanted_delta]
-    return shapes + [
-        p.shape for want, p in zip(wanted[2:], (weights.gate, bias), strict=True) if want and p is not None
-    ]
+def _triton(x: Tensor, call: TaskConvCall) -> Tensor:
+    return _forward_by(triton_kernels("task_weights.task_conv2d").conv2d, x, call)
 
 
-def _backward_cpu(*args):
-    return _backward_on(task_cpu.conv2d_backward, *args)
+def _fake(x: Tensor, call: TaskConvCall) -> Tensor:
+    return torch.empty((*x.shape[:-1], call.weights.shape[0]), dtype=x.dtype, device=x.device)
 
 
-def _backward_triton(*args):
-    return _backward_on(triton_kernels("task_weights.task_conv2d").conv2d_backward, *args)
-
-
-_BACKWARD = {"cpu": _backward_cpu, "triton": _backward_triton, "reference": reference.task_linear_backward}
-
-
-def _task_linear_backward(
-    grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, wanted, wanted_delta
+def _backward_by(
+    conv2d_backward: Callable[..., list[Tensor]],
+    grad_out: Tensor,
+    x: Tensor,
+    call: TaskConvCall,
+    wanted: Sequence[bool],
+    wanted_delta: Sequence[int],
 ) -> list[Tensor]:
-    run = choose("task_linear", x.device.type, _BACKWARD, triton_declines(x, offsets=offsets))
-    return run(grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, wanted, wanted_delta)
+    images = _images(grad_out, call.batch.order), _images(x, call.batch.order)
+    found = conv2d_backward(*images, _with_filters(call), wanted, wanted_delta)
+    first = [_rows(found.pop(0), x)] if wanted[0] else []
+    # of filters, matrices again; gradients of gate and bias have fewer dimensions
+    return [*first, *(g.view(g.shape[:-2]) if g.dim() > 2 else g for g in found)]
 
 
-def _backward_fake(grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, wanted, wanted_delta):
-    return empty_gradients(x, TaskWeights(weight, delta, delta_tasks, gate), bias, wanted, wanted_delta)
+def _cpu_backward(*args: Any) -> list[Tensor]:
+    return _backward_by(conv2d_backward_on_cpu, *args)
 
 
-def _weight_grad_into(run, x, grad_out, order, offsets, out) -> Tensor:
-    run(_images(x, order), _images(grad_out, order), order, offsets, Geometry(), _filter(out))
-    return out
+def _triton_backward(*args: Any) -> list[Tensor]:
+    return _backward_by(triton_kernels("task_weights.task_conv2d").conv2d_backward, *args)
 
 
-def _weight_grad_cpu(x, grad_out, order, offsets, dtype=None):
-    out = _weight_grad_fake(x, grad_out, order, offsets, dtype)
-    return _weight_grad_into(task_cpu.weight_grad, x, grad_out, order, offsets, out)
+def _weight_grad_by(
+    weight_grad: Callable[..., None],
+    x: Tensor,
+    grad_out: Tensor,
+    batch: SortedBatch,
+    geometry: Geometry,
+    out: Tensor,
+) -> None:
+    weight_grad(_images(x, batch.order), _images(grad_out, batch.order), batch, geometry, _filter(out))
 
 
-def _weight_grad_triton(x, grad_out, order, offsets, dtype=None):
-    out = _weight_grad_fake(x, grad_out, order, offsets, dtype)
-    return _weight_grad_into(triton_kernels("task_weights.task_conv2d").weight_grad, x, grad_out, order, offsets, out)
+def _cpu_weight_grad(*args: Any) -> None:
+    _weight_grad_by(weight_grad_on_cpu, *args)
 
 
-_WEIGHT_GRAD = {
-    "cpu": _weight_grad_cpu,
-    "triton": _weight_grad_triton,
-    "reference": reference.task_linear_weight_grad,
-}
+def _triton_weight_grad(*args: Any) -> None:
+    _weight_grad_by(triton_kernels("task_weights.task_conv2d").weight_grad, *args)
 
 
-def _weight_grad(
+def _weight_grad_fake(
     x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    run = choose("task_linear_weight_grad", x.device.type, _WEIGHT_GRAD, triton_declines(x, offsets=offsets))
-    return run(x, grad_out, order, offsets, dtype)
-
-
-def _weight_grad_fake(x, grad_out, order, offsets, dtype=None):
     shape = (offsets.shape[0] - 1, grad_out.shape[-1], x.shape[-1])
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
 
 
-def _weight_grad_out_cpu(*args) -> None:
-    _weight_grad_into(task_cpu.weight_grad, *args)
-
-
-def _weight_grad_out_triton(*args) -> None:
-    _weight_grad_into(triton_kernels("task_weights.task_conv2d").weight_grad, *args)
-
-
-_WEIGHT_GRAD_OUT = {
-    "cpu": _weight_grad_out_cpu,
-    "triton": _weight_grad_out_triton,
+_FORWARD = {"cpu": _cpu, "triton": _triton, "reference": reference.task_linear}
+_BACKWARD = {"cpu": _cpu_backward, "triton": _triton_backward, "reference": reference.task_linear_backward}
+_WEIGHT_GRAD = {
+    "cpu": _cpu_weight_grad,
+    "triton": _triton_weight_grad,
     "reference": reference.task_linear_weight_grad_out,
 }
 
-
-def _weight_grad_out(x, grad_out, order, offsets, out) -> None:
-    run = choose("task_linear_weight_grad", x.device.type, _WEIGHT_GRAD_OUT, triton_declines(x, out, offsets=offsets))
-    run(x, grad_out, order, offsets, out)
-
-
-# --- autograd
-
-
-def _setup(ctx, inputs, output) -> None:
-    x, weight, delta, ctx.delta_tasks, gate, bias, order, offsets = inputs
-    ctx.save_for_backward(x, weight, gate, bias, order, offsets, *delta)
-
-
-def _backward(ctx, grad_out: Tensor):
-    x, weight, gate, bias, order, offsets, *delta = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    wanted = [needs[0], needs[1], needs[4], needs[5]]
-    wanted_delta = wanted_deltas(needs[2], delta, ctx.delta_tasks, offsets)
-    found = task_linear_backward_op(
-        grad_out, x, weight, delta, ctx.delta_tasks, gate, bias, order, offsets, wanted, wanted_delta
-    )
-    grad_x, grad_weight, grad_delta, grad_gate, grad_bias = gradients_by_argument(
-        found, wanted, wanted_delta, len(delta)
-    )
-    return grad_x, grad_weight, grad_delta, no_gradient(ctx.delta_tasks), grad_gate, grad_bias, None, None
-
-
-def _setup_backward(ctx, inputs, output) -> None:
-    grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, *rest = inputs
-    ctx.delta_tasks, ctx.rest = delta_tasks, rest
-    ctx.save_for_backward(grad_out, x, weight, gate, bias, order, offsets, *delta)
-
-
-def _backward_backward(ctx, grads: Sequence[Tensor]):
-    grad_out, x, weight, gate, bias, order, offsets, *delta = ctx.saved_tensors
-    args = (grad_out, x, weight, delta, ctx.delta_tasks, gate, bias, order, offsets, *ctx.rest)
-    return composed_backward(reference.task_linear_backward, args, ctx.needs_input_grad, grads)
-
-
-def _setup_weight_grad(ctx, inputs, output) -> None:
-    x, grad_out, order, offsets, _ = inputs
-    ctx.save_for_backward(x, grad_out, order, offsets)
-
-
-def _weight_grad_backward(ctx, grad: Tensor):
-    # linear in both: with the incoming gradient as each task's matrix, a linear layer and its input gradient
-    x, grad_out, order, offsets = ctx.saved_tensors
-    grad = grad.to(x.dtype)
-    grad_x = grad_grad_out = None
-    if ctx.needs_input_grad[0]:
-        wanted = [True, False, False, False]
-        (grad_x,) = task_linear_backward_op(grad_out, x, None, [grad], [], None, None, order, offsets, wanted, [])
-    if ctx.needs_input_grad[1]:
-        grad_grad_out = task_linear_op(x, None, [grad], [], None, None, order, offsets)
-    return grad_x, grad_grad_out, None, None, None
-
-
-_WEIGHTS = "Tensor? weight, Tensor[] delta, int[] delta_tasks, Tensor? gate, Tensor? bias"
-_PLAN = "Tensor order, Tensor offsets"
-
-task_linear_op = define_op(
-    f"task_linear(Tensor x, {_WEIGHTS}, {_PLAN}) -> Tensor",
-    _task_linear,
-    _fake,
-    backward=_backward,
-    setup_context=_setup,
-)
-task_linear_backward_op = define_op(
-    f"task_linear_backward(Tensor grad_out, Tensor x, {_WEIGHTS}, {_PLAN}, bool[] wanted, int[] wanted_delta) "
-    "-> Tensor[]",
-    _task_linear_backward,
-    _backward_fake,
-    backward=_backward_backward,
-    setup_context=_setup_backward,
-)
-task_linear_weight_grad_op = define_op(
-    f"task_linear_weight_grad(Tensor x, Tensor grad_out, {_PLAN}, ScalarType? dtype=None) -> Tensor",
-    _weight_grad,
-    _weight_grad_fake,
-    backward=_weight_grad_backward,
-    setup_context=_setup_weight_grad,
-)
-task_linear_weight_grad_out_op = define_op(
-    f"task_linear_weight_grad_out(Tensor x, Tensor grad_out, {_PLAN}, Tensor(a!) out) -> ()",
-    _weight_grad_out,
-    lambda *args: None,
+task_linear_op, task_linear_backward_op = define_layer("task_linear", "", _FORWARD, _BACKWARD, _fake)
+task_linear_weight_grad_op, task_linear_weight_grad_out_op = define_weight_grad(
+    "task_linear", "", "", _WEIGHT_GRAD, _weight_grad_fake, (task_linear_op, task_linear_backward_op)
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.schemas import define_kernel
-from fastmtl.core.task_weights import TaskWeights
+from fastmtl.core.task_weights import SortedBatch, TaskWeights
 from fastmtl.core.tensors import is_channels_last, memory_format
 
 _copy_rows = define_kernel(
@@ -55,11 +55,11 @@ class Segment(NamedTuple):
 class Batch:
     """A batch cut by task; everything here is on the host."""
 
-    def __init__(self, weights: TaskWeights, order: Tensor, offsets: Tensor) -> None:
-        self.num_tasks = offsets.shape[0] - 1
+    def __init__(self, weights: TaskWeights, batch: SortedBatch) -> None:
+        self.num_tasks = batch.num_tasks
         self.deltas = weights.by_task(self.num_tasks)
         self.gates = None if weights.gate is None else weights.gate.detach().tolist()
-        positions, bounds = order.numpy(), offsets.tolist()
+        positions, bounds = batch.order.numpy(), batch.offsets.tolist()
         self.present = [t for t in range(self.num_tasks) if bounds[t + 1] > bounds[t]]
         self._samples = {t: positions[bounds[t] : bounds[t + 1]] for t in self.present}
 

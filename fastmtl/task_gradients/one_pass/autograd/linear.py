@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl.ops.task_weights.cpu.conv2d import linear_weight_grads
+from fastmtl.ops.task_weights.cpu.weight_grads import linear_weight_grads
 from fastmtl.ops.task_weights.task_linear import task_linear_weight_grad_op, task_linear_weight_grad_out_op
 from fastmtl.task_gradients.one_pass.autograd.rows import (
     Receiver,

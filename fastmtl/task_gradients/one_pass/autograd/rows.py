@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmtl.core.dispatch import unavailable
 from fastmtl.core.tensors import is_channels_last
-from fastmtl.ops.task_weights.cpu.conv2d import HUGE_BYTES
+from fastmtl.ops.task_weights.cpu.memory import HUGE_BYTES
 
 STACKED = -1
 

@@ -1,0 +1,70 @@
+"""`task_conv2d` on the CPU: a walk over the segments of the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmtl.core.task_weights import TaskConvCall
+from fastmtl.ops.task_weights.cpu.batch import Batch, Samples, Segment, cuts
+from fastmtl.ops.task_weights.cpu.direct import Direct
+from fastmtl.ops.task_weights.cpu.memory import fresh
+from fastmtl.ops.task_weights.cpu.stage import Stage
+from fastmtl.ops.task_weights.precision import widen
+
+
+def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
+    """`task_conv2d`; see there."""
+    weights, sorted_batch, geometry, bias = call
+    shape = weights.shape
+    size = (x.shape[0], shape[0], *geometry.output_size(x.shape[2:], shape[2:]))
+    y = fresh(size, x)
+    if y.numel() == 0:
+        return y
+    result, x = y, widen(x)
+    if x.dtype != y.dtype:
+        y = fresh(size, x)
+    batch = Batch(weights, sorted_batch)
+    stage = Stage(weights, batch, x.dtype)
+    direct = Direct(x, weights, batch, geometry, size[2] * size[3])
+    pixelwise = geometry.pixelwise(shape[2:])
+    source, target = Samples(x, pixelwise=pixelwise), Samples(y, like=x)
+    shared_bias = None if bias is None or bias.dim() == 2 else bias.detach().to(x.dtype)
+    weight_bytes = shape.numel() * x.element_size()
+    for segment in batch.segments():
+        own_bias = shared_bias
+        if bias is not None and bias.dim() == 2 and segment.task is not None:
+            own_bias = bias[segment.task].detach().to(x.dtype)
+        if direct.takes_forward(segment):
+            direct.forward(segment, source.x, own_bias, y)
+            if bias is not None and segment.task is None and bias.dim() == 2:
+                _add_bias(y, bias.detach(), batch, segment)
+            continue
+        w = stage.weight(segment.task)
+        for cut in cuts(segment, source.sample_bytes + target.sample_bytes, weight_bytes):
+            if w is None:
+                target.fill(cut)
+            else:
+                target.put(cut, F.conv2d(source.take(cut), w, own_bias, *geometry))
+        if bias is not None and (w is None or (segment.task is None and bias.dim() == 2)):
+            _add_bias(y, bias.detach(), batch, segment)
+    return result if y is result else result.copy_(y)
+
+
+def _add_bias(y: Tensor, bias: Tensor, batch: Batch, segment: Segment) -> None:
+    """To the samples of a segment of several tasks, each its own."""
+    members = [segment.task] if segment.task is not None else [t for t in batch.present if not batch.is_open(t)]
+    bias = (bias if bias.dim() == 2 else bias[None]).to(y.dtype)
+    if len(members) == batch.num_tasks or segment.num_runs > len(members):
+        samples = torch.from_numpy(np.concatenate([batch.samples([t]) for t in members]))
+        counts = torch.tensor([len(batch.samples([t])) for t in members])
+        tasks = torch.tensor(members).repeat_interleave(counts)
+        rows = bias.index_select(0, tasks if bias.shape[0] > 1 else torch.zeros_like(tasks))
+        y.index_add_(0, samples, rows[:, :, None, None].expand(-1, -1, *y.shape[2:]))
+        return
+    for t in members:
+        row = bias[t if bias.shape[0] > 1 else 0][:, None, None]
+        for first, end in Segment(t, batch.samples([t])).runs:
+            y[first:end] += row

@@ -1,0 +1,51 @@
+"""The scratch weight that holds `W + s_t Delta_t` of one task at a time."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastmtl.core.task_weights import TaskWeights
+from fastmtl.ops.task_weights.cpu.batch import Batch
+from fastmtl.ops.task_weights.cpu.convolution import plain_strides
+
+
+class Stage:
+    """The one scratch weight."""
+
+    def __init__(self, weights: TaskWeights, batch: Batch, dtype: torch.dtype) -> None:
+        self.weights, self.batch, self.dtype = weights, batch, dtype
+        # `W + s_t Delta_t` is rounded to `dtype` alone, which may be narrower than the weights, or wider
+        self._wide = torch.promote_types(weights.like.dtype, dtype)
+        self._scratch: Tensor | None = None
+
+    def weight(self, task: int | None) -> Tensor | None:
+        """`W + s_t Delta_t` in the dtype of x, valid until the next call; W for None; None where that is zero."""
+        base = self._base
+        if task is None:
+            return None if base is None else plain_strides(base.to(self.dtype))
+        delta, gate = self.batch.deltas[task], self.batch.gate(task)
+        assert delta is not None
+        delta = delta.detach()
+        if base is None and gate == 1:
+            return plain_strides(delta.to(self.dtype))
+        if self._scratch is None:
+            like = delta if base is None else base
+            self._scratch = plain_strides(torch.empty_like(like, dtype=self.dtype, requires_grad=False))
+        if base is None:
+            return torch.mul(delta.to(self._wide), gate, out=self._scratch)
+        return torch.add(base, delta, alpha=gate, out=self._scratch)
+
+    @functools.cached_property
+    def _base(self) -> Tensor | None:
+        """W, a copy only where x is wider."""
+        base = self.weights.weight
+        return None if base is None else base.detach().to(self._wide)
+
+    @functools.cached_property
+    def like(self) -> Tensor:
+        """For weight gradients alone: of it only shape, dtype and memory order are read."""
+        like = self.weights.like.detach()
+        return plain_strides(like if like.dtype == self.dtype else torch.empty_like(like, dtype=self.dtype))
