@@ -19,7 +19,7 @@
 # Without a part: smoke, surgery, rates, task, triton. All that a run says is in $OUT/log.txt; benchmarks leave their
 # files in $OUT/results.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 known="smoke surgery rates triton task hosttime bench conv step sanitize profile table"
 parts=("$@")
 [ $# -gt 0 ] || parts=(surgery rates task triton)

@@ -16,7 +16,7 @@ from conftest import Backend
 from torch import Tensor
 
 from fastmtl.ops import task_conv2d, task_conv2d_weight_grad, task_linear, task_linear_weight_grad, task_plan
-from fastmtl.ops.task_weights import arguments as task
+from fastmtl.ops.task_weights import precision
 from fastmtl.ops.task_weights.cpu import batch
 from fastmtl.ops.task_weights.cpu import direct as task_direct
 from fastmtl.ops.task_weights.cpu import weight_grads as task_cpu
@@ -570,24 +570,24 @@ ROUNDED_ONCE = 1e-5
 @pytest.fixture
 def widened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both 16-bit dtypes as on a CPU for which oneDNN has neither."""
-    monkeypatch.setattr(task, "WIDENED", {BF16, F16})
+    monkeypatch.setattr(precision, "WIDENED", {BF16, F16})
 
 
 def test_widened_where_torch_says_that_onednn_has_no_arithmetic() -> None:
-    assert (BF16 in task.WIDENED) == (not torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    assert (F16 in task.WIDENED) == (not torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    assert {BF16, F16} >= task.WIDENED
+    assert (BF16 in precision.WIDENED) == (not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert (F16 in precision.WIDENED) == (not torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    assert {BF16, F16} >= precision.WIDENED
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channels_last_sliced", "expanded_batch"])
 @narrow
 def test_widen_keeps_values_and_memory_format(dtype: torch.dtype, layout: str, widened: None) -> None:
     x = table.LAYOUTS[layout](torch.randn(3, 4, 5, 6).to(dtype))
-    wide = task.widen(x)
+    wide = precision.widen(x)
     assert wide.dtype == F32 and torch.equal(wide.to(dtype), x)
     assert wide.is_contiguous(memory_format=table.memory_format_of(layout))
     for plain in (x.float(), x.double(), x.to("meta")):
-        assert task.widen(plain) is plain
+        assert precision.widen(plain) is plain
 
 
 @pytest.mark.parametrize("wide_weights", [False, True], ids=["narrow_weights", "float32_weights"])
