@@ -168,8 +168,8 @@ def average_rows(
         scaled = [(rows[p], factors[:-1]) for p in named if p in rows]
         scaled += [(loose[p], factors[-1:]) for p in named if p in loose]
         for x, factor in scaled:
-            wide = torch.promote_types(x.dtype, torch.float32)  # 7/8 of a bfloat16 row is rounded once
-            torch.mul(x, factor.to(wide).reshape(-1, *[1] * (x.dim() - 1)), out=x)
+            promoted = torch.promote_types(x.dtype, torch.float32)  # 7/8 of a bfloat16 row is rounded once
+            torch.mul(x, factor.to(promoted).reshape(-1, *[1] * (x.dim() - 1)), out=x)
         _sum_in_place(ranks, [x for x, _ in scaled])
     return totals
 

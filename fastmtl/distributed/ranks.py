@@ -228,12 +228,12 @@ class Ranks:
         These are shards; or gradients of features, each rank's of its own samples, which the mean over the ranks of
         the losses divides by their number. In float64 on the way: T x T numbers cost nothing.
         """
-        wide = gram.to(torch.float64, copy=True)
+        total = gram.to(torch.float64, copy=True)
         if not self.sharded:
-            wide /= self.size**2
+            total /= self.size**2
         for group in self._gram_groups:
-            dist.all_reduce(wide, group=group)
-        return wide.to(gram.dtype)
+            dist.all_reduce(total, group=group)
+        return total.to(gram.dtype)
 
     def first_of(self, weights: Tensor) -> Tensor:
         """The first rank's weights, plus nothing of the others' unless NaN: a rank whose method raised says so."""

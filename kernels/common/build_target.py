@@ -23,7 +23,7 @@ class BuildTarget(NamedTuple):
     dtype: torch.dtype
     representative: bool  # the one of its kernel and dtype that every test run compiles
     expects_mma: bool
-    expects_wide_loads: bool
+    expects_loads16: bool  # of 16 bytes a thread
     max_registers: int | None = None
     expects_wgmma: bool = False  # on sm_90: products of a warp group in place of those of a warp
     archs: tuple[int, ...] = (80, 90)
@@ -39,7 +39,9 @@ _TYPE_NAMES = {
 }
 
 
-def as_target(name: str, made: Launch, dtype: torch.dtype, representative: bool, mma: bool, wide: bool) -> BuildTarget:
+def as_target(
+    name: str, made: Launch, dtype: torch.dtype, representative: bool, mma: bool, loads16: bool
+) -> BuildTarget:
     """The launch as Triton would specialise it: ones become constants, multiples of 16 are marked."""
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
@@ -60,6 +62,6 @@ def as_target(name: str, made: Launch, dtype: torch.dtype, representative: bool,
         if divisible and not param.do_not_specialize:
             attrs[(position,)] = [["tt.divisibility", 16]]
     return BuildTarget(
-        name, made.fn, signature, constexprs, attrs, made.num_warps, made.num_stages, dtype, representative, mma, wide,
-        made.max_registers,
+        name, made.fn, signature, constexprs, attrs, made.num_warps, made.num_stages, dtype, representative, mma,
+        loads16, made.max_registers,
     )  # fmt: skip

@@ -12,11 +12,11 @@ from fastmtl.kernels.gradients.rows import find_columns, find_row
 def _combine_tile(
     p_rows, p_table, p_weights, p_sum, param, first, at, inside, num_tasks, num_sums, num_params, row_stride,
     col_stride, out_stride,
-    WIDE: tl.constexpr, ACC: tl.constexpr, TASKS: tl.constexpr, SUMS: tl.constexpr, VEC: tl.constexpr,
+    ALIGNED16: tl.constexpr, ACC: tl.constexpr, TASKS: tl.constexpr, SUMS: tl.constexpr, VEC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All sums of one tile of columns; inside None: all of them."""
-    offset = at if WIDE else at * col_stride
+    offset = at if ALIGNED16 else at * col_stride
     for sums in range(0, num_sums, SUMS):
         acc = ()
         for _ in tl.static_range(SUMS):
@@ -25,7 +25,7 @@ def _combine_tile(
             tiles = ()
             for k in tl.static_range(TASKS):
                 row, there = find_row(
-                    p_rows, p_table, param, tasks + k, num_tasks, row_stride, first, col_stride, WIDE, VEC
+                    p_rows, p_table, param, tasks + k, num_tasks, row_stride, first, col_stride, ALIGNED16, VEC
                 )
                 # streamed: nobody reads it again but for further sums
                 tiles += (tl.load(row + offset, mask=there if inside is None else there & inside, other=0.0),)
@@ -38,13 +38,13 @@ def _combine_tile(
                 acc = added
         for m in tl.static_range(SUMS):
             if p_table is None:
-                p_to = p_sum + (sums + m) * (out_stride * VEC if WIDE else out_stride)
+                p_to = p_sum + (sums + m) * (out_stride * VEC if ALIGNED16 else out_stride)
             else:
                 n = num_params.to(tl.int64)
                 p_address = p_table + n * (num_tasks + 3 + sums + m) + param
                 p_to = tl.load(p_address, mask=sums + m < num_sums, other=0)
                 p_to = p_to.to(tl.pointer_type(p_sum.dtype.element_ty))
-                if WIDE:
+                if ALIGNED16:
                     p_to = tl.multiple_of(p_to, 16)
             wanted = sums + m < num_sums
             b_sum = acc[m].to(p_sum.dtype.element_ty)
@@ -61,7 +61,7 @@ def combine_fwd_kernel(
     p_rows, p_table, p_weights, p_sum,
     num_tasks, num_sums, num_params, row_stride: tl.int64, col_stride: tl.int64, out_stride: tl.int64,
     num_columns: tl.int64, tiles_per_block,
-    WIDE: tl.constexpr, ACC: tl.constexpr, TASKS: tl.constexpr, SUMS: tl.constexpr, VEC: tl.constexpr,
+    ALIGNED16: tl.constexpr, ACC: tl.constexpr, TASKS: tl.constexpr, SUMS: tl.constexpr, VEC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`num_sums` sums of T rows, `[K, T]` float64 times `[T, P]`: TASKS rows are read, then added, SUMS sums at once.
@@ -76,10 +76,10 @@ def combine_fwd_kernel(
         if (k + 1) * BLOCK <= left:
             _combine_tile(
                 p_rows, p_table, p_weights, p_sum, param, first, at, None, num_tasks, num_sums, num_params,
-                row_stride, col_stride, out_stride, WIDE, ACC, TASKS, SUMS, VEC, BLOCK,
+                row_stride, col_stride, out_stride, ALIGNED16, ACC, TASKS, SUMS, VEC, BLOCK,
             )  # fmt: skip
         else:
             _combine_tile(
                 p_rows, p_table, p_weights, p_sum, param, first, at, at < left, num_tasks, num_sums, num_params,
-                row_stride, col_stride, out_stride, WIDE, ACC, TASKS, SUMS, VEC, BLOCK,
+                row_stride, col_stride, out_stride, ALIGNED16, ACC, TASKS, SUMS, VEC, BLOCK,
             )  # fmt: skip

@@ -141,7 +141,7 @@ def gram_paired_kernel(
     num_tasks, num_params, row_stride: tl.int64, col_stride: tl.int64, num_columns: tl.int64, tiles_per_chunk,
     first_part, num_parts, group_size, num_visits, include_self, mean, key: tl.int64, present_low: tl.int64,
     present_high: tl.int64,
-    METHOD: tl.constexpr, DRAW: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, TP: tl.constexpr,
+    METHOD: tl.constexpr, DRAW: tl.constexpr, ALIGNED16: tl.constexpr, ACC: tl.constexpr, TP: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, SOLVE_ROWS: tl.constexpr,
     SUM_ROWS: tl.constexpr, SUM_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +155,7 @@ def gram_paired_kernel(
     rows = ()
     there = ()
     for t in tl.static_range(TP):
-        row, is_there = find_row(p_rows, p_table, param, t, num_tasks, row_stride, first, col_stride, WIDE, VEC)
+        row, is_there = find_row(p_rows, p_table, param, t, num_tasks, row_stride, first, col_stride, ALIGNED16, VEC)
         rows += (row,)
         there += (is_there,)
     column = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
@@ -165,10 +165,10 @@ def gram_paired_kernel(
     full = left // TILE
     for k in tl.range(0, full, loop_unroll_factor=UNROLL):
         at = k * TILE + column
-        acc = _paired_tile(acc, rows, there, at if WIDE else at * col_stride, None, ACC, TP)
+        acc = _paired_tile(acc, rows, there, at if ALIGNED16 else at * col_stride, None, ACC, TP)
     if full * TILE < left:
         at = full * TILE + column
-        acc = _paired_tile(acc, rows, there, at if WIDE else at * col_stride, at < left, ACC, TP)
+        acc = _paired_tile(acc, rows, there, at if ALIGNED16 else at * col_stride, at < left, ACC, TP)
     p_own = p_parts + part.to(tl.int64) * (TP * TP)
     for s in tl.static_range(TP):
         for t in tl.static_range(s, TP):
@@ -198,7 +198,7 @@ def gram_product_kernel(
     num_tasks, num_params, row_stride: tl.int64, col_stride: tl.int64, num_columns: tl.int64, tiles_per_chunk,
     first_part, num_parts, group_size, num_visits, include_self, mean, key: tl.int64, present_low: tl.int64,
     present_high: tl.int64,
-    METHOD: tl.constexpr, DRAW: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, TP: tl.constexpr,
+    METHOD: tl.constexpr, DRAW: tl.constexpr, ALIGNED16: tl.constexpr, ACC: tl.constexpr, TP: tl.constexpr,
     BLOCK: tl.constexpr, VEC: tl.constexpr, CAST: tl.constexpr, SOLVE_ROWS: tl.constexpr,
     SUM_ROWS: tl.constexpr, SUM_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +210,7 @@ def gram_product_kernel(
         _draw(p_order, p_state, key, part, num_parts, num_tasks, TP)
     param, first, left = find_columns(p_table, 1, chunk, num_tasks, num_params, num_columns, tiles_per_chunk * TILE)
     task = tl.arange(0, TP)
-    row, there = find_row(p_rows, p_table, param, task, num_tasks, row_stride, first, col_stride, WIDE, VEC)
+    row, there = find_row(p_rows, p_table, param, task, num_tasks, row_stride, first, col_stride, ALIGNED16, VEC)
     column = tl.arange(0, BLOCK)
     acc = tl.zeros((TP, TP), ACC)
     full = left // TILE
@@ -220,16 +220,20 @@ def gram_product_kernel(
         for k in range(full):
             one = k * TILE + column
             two = one + BLOCK
-            b_gram = _product_tile(tl.zeros((TP, TP), ACC), row, there, one if WIDE else one * col_stride, None, CAST)
-            acc += _product_tile(b_gram, row, there, two if WIDE else two * col_stride, None, CAST)
+            b_gram = _product_tile(
+                tl.zeros((TP, TP), ACC), row, there, one if ALIGNED16 else one * col_stride, None, CAST
+            )
+            acc += _product_tile(b_gram, row, there, two if ALIGNED16 else two * col_stride, None, CAST)
     else:
         # tf32x3 adds each product to the sum outside of the tensor cores, and those of float64 round to nearest
         for k in range(2 * full):
             one = k * BLOCK + column
-            acc = _product_tile(acc, row, there, one if WIDE else one * col_stride, None, CAST)
+            acc = _product_tile(acc, row, there, one if ALIGNED16 else one * col_stride, None, CAST)
     for at in tl.range(full * TILE, left, BLOCK, num_stages=1):
         one = at + column
-        acc += _product_tile(tl.zeros((TP, TP), ACC), row, there, one if WIDE else one * col_stride, one < left, CAST)
+        acc += _product_tile(
+            tl.zeros((TP, TP), ACC), row, there, one if ALIGNED16 else one * col_stride, one < left, CAST
+        )
     entry = task[:, None] * TP + task[None, :]
     tl.store(p_parts + part.to(tl.int64) * (TP * TP) + entry, acc.to(p_parts.dtype.element_ty))
     _finish(

@@ -69,21 +69,21 @@ class _Param(NamedTuple):
 
 
 class _Group:
-    """What one launch of each kernel takes: a bank, or parameters of one dtype; wide: all aligned to 16 bytes."""
+    """What one launch of each kernel takes: a bank, or parameters of one dtype; aligned16: all aligned to 16 bytes."""
 
-    def __init__(self, num_tasks: int, dtype: torch.dtype, wide: bool, like: Tensor) -> None:
-        self.num_tasks, self.dtype, self.wide, self.like = num_tasks, dtype, wide, like
+    def __init__(self, num_tasks: int, dtype: torch.dtype, aligned16: bool, like: Tensor) -> None:
+        self.num_tasks, self.dtype, self.aligned16, self.like = num_tasks, dtype, aligned16, like
         self.bank: Tensor | None = None
         self.params: list[_Param] = []
         self.out: Tensor | None = None  # of a bank
-        self.wide_out = wide
+        self.aligned16_out = aligned16
         padded = next_power_of_2(num_tasks)
         self.paired = padded <= MAX_PAIRED
         if self.paired:
-            self.tile = LANES * (16 // dtype.itemsize if wide else 1)
+            self.tile = LANES * (16 // dtype.itemsize if aligned16 else 1)
         else:
-            # without wide loads a tile passes through registers
-            self.tile = 2 * max(PRODUCT_BLOCKS[dtype.itemsize][padded] // (1 if wide else 2), 16)
+            # without loads of 16 bytes a tile passes through registers
+            self.tile = 2 * max(PRODUCT_BLOCKS[dtype.itemsize][padded] // (1 if aligned16 else 2), 16)
         self.tiles_per_chunk = 1
         self.tiles_per_block = 1
 
@@ -98,7 +98,7 @@ class _Group:
     @property
     def block(self) -> int:
         """Columns of a tile of the weighted sums."""
-        return LANES * 16 // self.dtype.itemsize if self.wide_out else LANES
+        return LANES * 16 // self.dtype.itemsize if self.aligned16_out else LANES
 
     def num_chunks(self) -> int:
         # a bank without columns has one, empty, so that its Gram matrix is written
@@ -120,10 +120,10 @@ class _Group:
             values += [p.out[k].data_ptr() for p in self.params]
         return integer_table(values, self.like.device)
 
-    def arguments(self, table: Tensor | None, wide: bool) -> dict[str, Any]:
-        """What both kernels are told of the rows; wide: read by 16 bytes."""
+    def arguments(self, table: Tensor | None, aligned16: bool) -> dict[str, Any]:
+        """What both kernels are told of the rows; aligned16: read by 16 bytes."""
         bank = self.bank
-        vec = 16 // self.dtype.itemsize if wide else 1
+        vec = 16 // self.dtype.itemsize if aligned16 else 1
         return {
             "p_rows": self.like if bank is None else bank,
             "p_table": table,
@@ -132,7 +132,7 @@ class _Group:
             "row_stride": 0 if bank is None else bank.stride(0) // vec,
             "col_stride": 1 if bank is None else bank.stride(1),
             "num_columns": 0 if bank is None else bank.shape[1],
-            "WIDE": wide,
+            "ALIGNED16": aligned16,
             "VEC": vec,
             "ACC": self.acc,
         }
@@ -142,7 +142,7 @@ def _aligned(x: Tensor | None) -> bool:
     return x is None or x.data_ptr() % 16 == 0
 
 
-def _wide_rows(x: Tensor) -> bool:
+def _aligned16_rows(x: Tensor) -> bool:
     """Whether the rows of a `[n, P]` tensor can be read by 16 bytes."""
     step = x.stride(0) * x.element_size()
     return _aligned(x) and (x.shape[1] <= 1 or x.stride(1) == 1) and (x.shape[0] <= 1 or step % 16 == 0)
@@ -169,12 +169,12 @@ def _groups(rows: GradientRows, out: Sequence[Tensor]) -> list[_Group]:
 
 
 def _bank_group(bank: Tensor, out: Sequence[Tensor]) -> _Group:
-    group = _Group(bank.shape[0], bank.dtype, _wide_rows(bank), bank)
+    group = _Group(bank.shape[0], bank.dtype, _aligned16_rows(bank), bank)
     group.bank = bank
     if out:
         (target,) = out
         group.out = target if target.dim() == 2 else target[None]
-        group.wide_out = group.wide and _wide_rows(group.out)
+        group.aligned16_out = group.aligned16 and _aligned16_rows(group.out)
     return group
 
 
@@ -190,10 +190,10 @@ def _list_groups(rows: GradientRows, out: Sequence[Tensor]) -> list[_Group]:
         targets = list(out[position :: len(first)])
         like = targets[0] if targets else x if is_dense(x) else torch.empty_like(x)
         read = [g if g is None or _same_strides(g, like) else torch.empty_like(like).copy_(g) for g in gradients[i]]
-        wide = all(map(_aligned, read)) and all(map(_aligned, targets))
-        key = (x.dtype, wide)
+        aligned16 = all(map(_aligned, read)) and all(map(_aligned, targets))
+        key = (x.dtype, aligned16)
         if key not in found:
-            found[key] = _Group(rows.num_tasks, x.dtype, wide, x)
+            found[key] = _Group(rows.num_tasks, x.dtype, aligned16, x)
         found[key].params.append(_Param(x.numel(), read, targets))
     return list(found.values())
 
@@ -228,7 +228,7 @@ def _launch_gram(
     first_part = 0
     for g, table in zip(groups, tables, strict=True):
         own = {"tiles_per_chunk": g.tiles_per_chunk, "first_part": first_part}
-        rows = g.arguments(table, g.wide)
+        rows = g.arguments(table, g.aligned16)
         if g.paired:
             unroll = max(1, 8 // padded)
             launch(
@@ -278,7 +278,7 @@ def _launch_combine(groups: Sequence[_Group], tables: Sequence[Tensor | None], w
     sums = min(next_power_of_2(num_sums), MAX_SUMS)
     for g, table in zip(groups, tables, strict=True):
         target = g.out if g.bank is not None else g.params[0].out[0]
-        rows = g.arguments(table, g.wide_out)
+        rows = g.arguments(table, g.aligned16_out)
         launch(
             combine_fwd_kernel,
             (g.num_blocks(),),

@@ -42,19 +42,19 @@ def find_columns(p_table, section, part, num_tasks, num_params, num_columns, col
 
 @triton.jit
 def find_row(
-    p_rows, p_table, param, task, num_tasks, row_stride, first, col_stride, WIDE: tl.constexpr, VEC: tl.constexpr
+    p_rows, p_table, param, task, num_tasks, row_stride, first, col_stride, ALIGNED16: tl.constexpr, VEC: tl.constexpr
 ):
     """Address of column `first` of a task's row (one task or a block of them), and whether there is such a row.
 
-    WIDE: rows are 16-byte aligned, `row_stride` counts vectors and `first` is a multiple of one.
+    ALIGNED16: rows are 16-byte aligned, `row_stride` counts vectors and `first` is a multiple of one.
     """
     if p_table is None:
         there = task < num_tasks
-        p = p_rows + task * (row_stride * VEC if WIDE else row_stride)
+        p = p_rows + task * (row_stride * VEC if ALIGNED16 else row_stride)
     else:
         address = tl.load(p_table + param.to(tl.int64) * num_tasks + task, mask=task < num_tasks, other=0)
         there = address != 0
         p = address.to(tl.pointer_type(p_rows.dtype.element_ty))
-        if WIDE:
+        if ALIGNED16:
             p = tl.multiple_of(p, 16)
-    return p + (first if WIDE else first * col_stride), there
+    return p + (first if ALIGNED16 else first * col_stride), there

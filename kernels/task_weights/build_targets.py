@@ -87,7 +87,7 @@ class Case(NamedTuple):
     problem: dict[str, Any]
     wanted: tuple[bool, ...] | None  # None: the forward
     force: dict[str, Any]
-    wide_loads: bool = True
+    loads16: bool = True
     representative: bool = False
 
 
@@ -102,7 +102,7 @@ CASES = (
     Case(_FWD, "staged", "fwd", {"kernel": 3}, None, {"schedule": "staged"}, representative=True),
     Case(_FWD, "fused", "fwd_fused", {"kernel": 1}, None, {"schedule": "fused"}, representative=True),
     Case(_FWD, "fused-3x3-stacked", "fwd_fused", {"kernel": 3, "listed": False}, None, {"schedule": "fused"}),
-    Case(_FWD, "packed", "fwd_packed", _STEM, None, {"schedule": "staged"}, wide_loads=False),
+    Case(_FWD, "packed", "fwd_packed", _STEM, None, {"schedule": "staged"}, loads16=False),
     Case(_DGRAD, "staged", "dgrad", {"kernel": 3}, _ONLY_X, {"schedule": "staged"}, representative=True),
     Case(_DGRAD, "strided", "dgrad", {"kernel": 3, "stride": 2}, _ONLY_X, {"schedule": "staged"}),
     Case(_DGRAD, "fused", "dgrad_fused", {"kernel": 1}, _ONLY_X, {"schedule": "fused"}, representative=True),
@@ -110,10 +110,10 @@ CASES = (
     Case(_WALK, "all", "wgrad", {"kernel": 3}, _ALL_BUT_X, {"mode": "walk"}, representative=True),
     Case(_WALK, "deltas", "wgrad", {"kernel": 1, "listed": False}, _ONLY_DELTAS, {"mode": "walk"}),
     Case(_WALK, "weight", "wgrad", {"kernel": 3}, _ONLY_W, {"mode": "walk"}),
-    Case(_WALK, "packed", "wgrad_packed", _STEM, _ALL_BUT_X, {"mode": "walk"}, wide_loads=False),
+    Case(_WALK, "packed", "wgrad_packed", _STEM, _ALL_BUT_X, {"mode": "walk"}, loads16=False),
     Case(_SPLIT, "all", "wgrad_split", {"kernel": 3}, _ALL_BUT_X, {"mode": "split"}, representative=True),
     Case(_SPLIT, "deltas", "wgrad_split", {"kernel": 1, "listed": False}, _ONLY_DELTAS, {"mode": "split"}),
-    Case(_SPLIT, "packed", "wgrad_packed", _STEM, _ALL_BUT_X, {"mode": "split"}, wide_loads=False),
+    Case(_SPLIT, "packed", "wgrad_packed", _STEM, _ALL_BUT_X, {"mode": "split"}, loads16=False),
     Case(_FWD, "eights", "fwd", _EIGHTS, None, {"schedule": "staged"}),
     Case(_FWD, "eights-fused", "fwd_fused", _HEAD, None, {"schedule": "fused"}),
     Case(_DGRAD, "eights", "dgrad", _EIGHTS, _ONLY_X, {"schedule": "staged"}),
@@ -157,7 +157,7 @@ def _targets(case: Case, dtype: torch.dtype) -> Iterator[BuildTarget]:
         name = f"{case.kernel}-{case.variant}{size}-{_TYPE_NAMES[dtype]}"
         representative = case.representative and archs not in archs_before
         archs_before.add(archs)
-        target = as_target(name, made, dtype, representative, tile is not None, case.wide_loads)
+        target = as_target(name, made, dtype, representative, tile is not None, case.loads16)
         group = tile is not None and dtype != torch.float32 and tile.rows >= 64 and tile.num_warps >= 4
         yield target._replace(archs=archs, expects_wgmma=group)
 

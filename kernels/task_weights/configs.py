@@ -47,14 +47,14 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-_WIDE, _NARROW, _HOPPER = "16 bit", "32 bit", "16 bit on sm_90"
+_SIXTEEN_BIT, _FLOAT32, _HOPPER = "16 bit", "float32", "16 bit on sm_90"
 
 # kernel -> width of the dtype -> tiles, largest first. Rows of forward and dgrad are pixels; of wgrad they are output
 # channels, and depth counts pixels. On sm_90 four warps hold 128 x 128 without spills (operands are read from shared
 # memory), so that two blocks share a processor.
 TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "fwd": {
-        _WIDE: (
+        _SIXTEEN_BIT: (
             Tile(128, 128, 64, 8, 3),
             Tile(128, 64, 64, 8, 4),
             Tile(64, 64, 64, 4, 4),
@@ -73,7 +73,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
             Tile(32, 64, 64, 4, 4),
             Tile(16, 64, 64, 4, 4),
         ),
-        _NARROW: (
+        _FLOAT32: (
             Tile(128, 64, 32, 8, 3),
             Tile(64, 64, 32, 8, 3),
             Tile(64, 32, 32, 4, 3),
@@ -83,15 +83,15 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         ),
     },
     "fwd_fused": {
-        _WIDE: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
-        _NARROW: (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 4, 3), Tile(32, 64, 32, 8, 2), Tile(16, 64, 32, 4, 3)),
+        _SIXTEEN_BIT: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
+        _FLOAT32: (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 4, 3), Tile(32, 64, 32, 8, 2), Tile(16, 64, 32, 4, 3)),
     },
     "fwd_packed": {
-        _WIDE: (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2), Tile(64, 16, 16, 4, 2)),
-        _NARROW: (Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 4, 2), Tile(64, 16, 16, 4, 2)),
+        _SIXTEEN_BIT: (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2), Tile(64, 16, 16, 4, 2)),
+        _FLOAT32: (Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 4, 2), Tile(64, 16, 16, 4, 2)),
     },
     "dgrad": {
-        _WIDE: (
+        _SIXTEEN_BIT: (
             Tile(128, 128, 64, 8, 3),
             Tile(128, 64, 64, 8, 4),
             Tile(64, 64, 64, 4, 4),
@@ -110,7 +110,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
             Tile(32, 64, 64, 4, 4),
             Tile(16, 64, 64, 4, 4),
         ),
-        _NARROW: (
+        _FLOAT32: (
             Tile(128, 64, 32, 8, 3),
             Tile(64, 64, 32, 8, 3),
             Tile(64, 32, 32, 4, 3),
@@ -120,24 +120,29 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         ),
     },
     "dgrad_fused": {
-        _WIDE: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
-        _NARROW: (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 4, 3), Tile(32, 64, 32, 8, 2), Tile(16, 64, 32, 4, 3)),
+        _SIXTEEN_BIT: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
+        _FLOAT32: (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 4, 3), Tile(32, 64, 32, 8, 2), Tile(16, 64, 32, 4, 3)),
     },
     # a walk holds two accumulators: the task's and the sum. On sm_90 tiles are square: rows and columns of different
     # sizes are loaded in two layouts, each with places of its own, and took twice as long
     "wgrad": {
-        _WIDE: (Tile(128, 128, 32, 8, 2), Tile(64, 128, 32, 8, 4), Tile(64, 64, 64, 8, 4)),
+        _SIXTEEN_BIT: (Tile(128, 128, 32, 8, 2), Tile(64, 128, 32, 8, 4), Tile(64, 64, 64, 8, 4)),
         _HOPPER: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 8, 4)),
-        _NARROW: (Tile(64, 64, 16, 8, 4), Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 4, 3)),
+        _FLOAT32: (Tile(64, 64, 16, 8, 4), Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 4, 3)),
     },
     "wgrad_split": {
-        _WIDE: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(32, 64, 32, 4, 4)),
+        _SIXTEEN_BIT: (
+            Tile(128, 128, 32, 8, 4),
+            Tile(64, 128, 64, 8, 4),
+            Tile(64, 64, 64, 8, 4),
+            Tile(32, 64, 32, 4, 4),
+        ),
         _HOPPER: (Tile(128, 128, 64, 4, 3), Tile(64, 64, 64, 8, 4)),
-        _NARROW: (Tile(64, 64, 16, 8, 4), Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 4, 3)),
+        _FLOAT32: (Tile(64, 64, 16, 8, 4), Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 4, 3)),
     },
     "wgrad_packed": {
-        _WIDE: (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2), Tile(16, 16, 32, 4, 1)),
-        _NARROW: (Tile(32, 64, 16, 8, 2), Tile(32, 32, 16, 8, 2), Tile(16, 16, 16, 4, 1)),
+        _SIXTEEN_BIT: (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2), Tile(16, 16, 32, 4, 1)),
+        _FLOAT32: (Tile(32, 64, 16, 8, 2), Tile(32, 32, 16, 8, 2), Tile(16, 16, 16, 4, 1)),
     },
 }
 
@@ -236,8 +241,8 @@ def tiles_of(kernel: str, dtype: torch.dtype, hopper: bool = True) -> tuple[Tile
     """The tiles of a kernel; `hopper`: on sm_90."""
     table = TILES[kernel]
     if dtype == torch.float32:
-        return table[_NARROW]
-    return table[_HOPPER] if hopper and _HOPPER in table else table[_WIDE]
+        return table[_FLOAT32]
+    return table[_HOPPER] if hopper and _HOPPER in table else table[_SIXTEEN_BIT]
 
 
 def _fitting(tile: Tile, shared: int, itemsize: int, filters: int = 1) -> Tile:

@@ -78,7 +78,7 @@ def task_conv2d_dgrad_kernel(
     W_MULTIPLE: tl.constexpr,
     D_MULTIPLE: tl.constexpr,
     SMALL: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
     CAST: tl.constexpr,
     TB: tl.constexpr,
     BM: tl.constexpr,
@@ -115,13 +115,13 @@ def task_conv2d_dgrad_kernel(
     rows_h = (height - class_h + SH - 1) // SH
     rows_w = (width - class_w + SW - 1) // SW
     pixels = rows_h * rows_w
-    task, low, high = find_tile(p_offsets, tile, BM, num_tasks, num_samples, pixels, WIDE, TB)
+    task, low, high = find_tile(p_offsets, tile, BM, num_tasks, num_samples, pixels, INT64_OFFSETS, TB)
     if low >= high:
         return
 
     row_ok = tl.arange(0, BM) < high - low
     sample, qh, qw = find_pixels(low, pixels, rows_w, SMALL, BM)
-    if WIDE:
+    if INT64_OFFSETS:
         qh = qh.to(tl.int64)
         qw = qw.to(tl.int64)
     n = tl.load(p_order + sample, mask=row_ok, other=0).to(tl.int64)
@@ -130,7 +130,7 @@ def task_conv2d_dgrad_kernel(
     c = column * BN + tl.arange(0, BN)
     c_ok = c < channels
     k = tl.arange(0, BK)
-    if WIDE:
+    if INT64_OFFSETS:
         c = c.to(tl.int64)
         k = k.to(tl.int64)
 
@@ -147,7 +147,7 @@ def task_conv2d_dgrad_kernel(
 
     rest_h = class_h + pad_h
     rest_w = class_w + pad_w
-    if WIDE:
+    if INT64_OFFSETS:
         rest_h = rest_h.to(tl.int64)
         rest_w = rest_w.to(tl.int64)
     first_h, taps_h = first_tap(rest_h, KH, SH, DH, STEP_H)

@@ -70,7 +70,7 @@ def task_conv2d_fwd_kernel(
     W_MULTIPLE: tl.constexpr,
     D_MULTIPLE: tl.constexpr,
     SMALL: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
     CAST: tl.constexpr,
     TB: tl.constexpr,
     BM: tl.constexpr,
@@ -103,13 +103,13 @@ def task_conv2d_fwd_kernel(
     tile = tl.program_id(0) // blocks_n
     column = tl.program_id(0) - tile * blocks_n
     group = tl.program_id(1)
-    task, low, high = find_tile(p_offsets, tile, BM, num_tasks, num_samples, pixels, WIDE, TB)
+    task, low, high = find_tile(p_offsets, tile, BM, num_tasks, num_samples, pixels, INT64_OFFSETS, TB)
     if low >= high:
         return
 
     row_ok = tl.arange(0, BM) < high - low
     sample, oh, ow = find_pixels(low, pixels, out_width, SMALL, BM)
-    if WIDE:
+    if INT64_OFFSETS:
         oh = oh.to(tl.int64)
         ow = ow.to(tl.int64)
     n = tl.load(p_order + sample, mask=row_ok, other=0).to(tl.int64)
@@ -120,7 +120,7 @@ def task_conv2d_fwd_kernel(
     f = column * BN + tl.arange(0, BN)
     f_ok = f < features
     co = group * features + f
-    if WIDE:
+    if INT64_OFFSETS:
         co = co.to(tl.int64)
     first_channel = group * channels
 
@@ -136,7 +136,7 @@ def task_conv2d_fwd_kernel(
         p_w_columns = p_w + slot * w_t + co * w_co
 
     k = tl.arange(0, BK)
-    if WIDE:
+    if INT64_OFFSETS:
         k = k.to(tl.int64)
     if PACKED:
         depth = KH * KW * channels
@@ -150,8 +150,8 @@ def task_conv2d_fwd_kernel(
     if not PACKED:
         # counted along, without a division in each step; of a 1x1 the only tap stays the constant that it is, as the
         # compiler would load single elements if it did not see that
-        kh = tl.zeros((), tl.int64) if WIDE and KH * KW > 1 else 0
-        kw = tl.zeros((), tl.int64) if WIDE and KH * KW > 1 else 0
+        kh = tl.zeros((), tl.int64) if INT64_OFFSETS and KH * KW > 1 else 0
+        kw = tl.zeros((), tl.int64) if INT64_OFFSETS and KH * KW > 1 else 0
         first_k = 0
     for step in range(0, steps):
         if PACKED:

@@ -50,7 +50,7 @@ def rows_product(
     p_x, p_dy, p_order, low, high, co, co_ok, channel, column_ok, move_h, move_w,
     height, width, out_width, pixels, x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
     SH: tl.constexpr, SW: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr, SMALL: tl.constexpr,
-    WIDE: tl.constexpr, CAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr, CAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """sum over rows of dy[row, co] x[row moved by the column's tap, ci]: [BM, BN] in float32."""
     acc = tl.zeros((BM, BN), tl.float32)
@@ -67,8 +67,8 @@ def rows_product(
     n = tl.load(p_order + sample, mask=row < high - low, other=0)
     for first in range(low, high, BP):
         row_ok = row < high - first
-        at_h = oh.to(tl.int64) if WIDE else oh
-        at_w = ow.to(tl.int64) if WIDE else ow
+        at_h = oh.to(tl.int64) if INT64_OFFSETS else oh
+        at_w = ow.to(tl.int64) if INT64_OFFSETS else ow
         p_y = p_dy + n * y_n + (at_h * y_h + at_w * y_w)
         a = tl.load(p_y[:, None] + moved_y[None, :], mask=row_ok[:, None] & co_ok[None, :], other=0.0)
         inside = row_ok[:, None]
@@ -175,7 +175,7 @@ def task_conv2d_wgrad_walk_kernel(
     D_MULTIPLE: tl.constexpr,
     G_MULTIPLE: tl.constexpr,
     SMALL: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
     CAST: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -206,7 +206,7 @@ def task_conv2d_wgrad_walk_kernel(
     w_kw = known_multiple(w_kw, W_MULTIPLE)
     blocks_m = tl.cdiv(features, BM)
     tile = tl.program_id(0) // blocks_m
-    if WIDE:
+    if INT64_OFFSETS:
         tile = tile.to(tl.int64)
     group = tl.program_id(1)
     chunk = tl.program_id(2)
@@ -232,13 +232,13 @@ def task_conv2d_wgrad_walk_kernel(
         low = begin * pixels
         high = tl.where(needs_product(p_grad, p_grad_table, p_partial, p_dw, scale, task, num_tasks), end, begin)
         high = high * pixels
-        if not WIDE:
+        if not INT64_OFFSETS:
             low = low.to(tl.int32)
             high = high.to(tl.int32)
         acc = rows_product(
             p_x, p_dy, p_order, low, high, co, f_ok, group * channels + ci, column_ok, move_h, move_w,
             height, width, out_width, pixels, x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
-            SH, SW, PACKED, PADDED, SMALL, WIDE, CAST, BM, BN, BP,
+            SH, SW, PACKED, PADDED, SMALL, INT64_OFFSETS, CAST, BM, BN, BP,
         )  # fmt: skip
         partial = task.to(tl.int64) * tiles + group * tl.num_programs(0) + tl.program_id(0)
         emit(
@@ -294,7 +294,7 @@ def task_conv2d_wgrad_split_kernel(
     PADDED: tl.constexpr,
     MULTIPLE: tl.constexpr,
     SMALL: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
     CAST: tl.constexpr,
     TB: tl.constexpr,
     BM: tl.constexpr,
@@ -315,11 +315,11 @@ def task_conv2d_wgrad_split_kernel(
     y_w = known_multiple(y_w, MULTIPLE)
     blocks_m = tl.cdiv(features, BM)
     tile = tl.program_id(0) // blocks_m
-    if WIDE:
+    if INT64_OFFSETS:
         tile = tile.to(tl.int64)
     group = tl.program_id(1)
     split = tl.program_id(2)
-    task, low, high = find_tile(p_offsets, split, split_rows, num_tasks, num_samples, pixels, WIDE, TB)
+    task, low, high = find_tile(p_offsets, split, split_rows, num_tasks, num_samples, pixels, INT64_OFFSETS, TB)
     if (low >= high) | (task >= num_tasks):
         return
     if DELTA_ONLY:
@@ -336,7 +336,7 @@ def task_conv2d_wgrad_split_kernel(
     acc = rows_product(
         p_x, p_dy, p_order, low, high, co, f_ok, group * channels + ci, column_ok, move_h, move_w,
         height, width, out_width, pixels, x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
-        SH, SW, PACKED, PADDED, SMALL, WIDE, CAST, BM, BN, BP,
+        SH, SW, PACKED, PADDED, SMALL, INT64_OFFSETS, CAST, BM, BN, BP,
     )  # fmt: skip
     offset = (co * (KH * KW * channels))[:, None] + (ci + (kh * KW + kw) * channels)[None, :]
     p_out = p_parts + split.to(tl.int64) * size
@@ -381,7 +381,7 @@ def wgrad_finish_kernel(
     W_MULTIPLE: tl.constexpr,
     D_MULTIPLE: tl.constexpr,
     G_MULTIPLE: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
     TB: tl.constexpr,
     BE: tl.constexpr,
 ):
@@ -403,7 +403,7 @@ def wgrad_finish_kernel(
     w_kw = known_multiple(w_kw, W_MULTIPLE)
     block = tl.program_id(0)
     chunk = tl.program_id(1)
-    if WIDE:
+    if INT64_OFFSETS:
         block = block.to(tl.int64)
     e = block * BE + tl.arange(0, BE)
     ok = e < size
@@ -466,12 +466,12 @@ def sum_parts_kernel(
     o_kw,
     KH: tl.constexpr,
     KW: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
     BE: tl.constexpr,
 ):
     """out[co, ci, kh, kw] = the sum of `count` parts `[co, tap, ci]` that lie `step` apart, in order."""
     block = tl.program_id(0)
-    if WIDE:
+    if INT64_OFFSETS:
         block = block.to(tl.int64)
     e = block * BE + tl.arange(0, BE)
     ok = e < size
@@ -516,7 +516,7 @@ def bias_grad_kernel(
     y_w,
     MULTIPLE: tl.constexpr,
     SMALL: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
     TB: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
@@ -527,13 +527,13 @@ def bias_grad_kernel(
     y_h = known_multiple(y_h, MULTIPLE)
     y_w = known_multiple(y_w, MULTIPLE)
     split = tl.program_id(1)
-    task, low, high = find_tile(p_offsets, split, split_rows, num_tasks, num_samples, pixels, WIDE, TB)
+    task, low, high = find_tile(p_offsets, split, split_rows, num_tasks, num_samples, pixels, INT64_OFFSETS, TB)
     if (low >= high) | (task >= num_tasks):
         return
     high = low + tl.minimum(high - low, split_rows)
     co = tl.program_id(0) * BN + tl.arange(0, BN)
     co_ok = co < features
-    if WIDE:
+    if INT64_OFFSETS:
         co = co.to(tl.int64)
     acc = tl.zeros((BP, BN), tl.float32)
     samples, lines, columns = steps_of(tl.full((), BP, tl.int32), pixels, out_width)
@@ -542,8 +542,8 @@ def bias_grad_kernel(
     n = tl.load(p_order + sample, mask=row < high - low, other=0)
     for first in range(low, high, BP):
         row_ok = row < high - first
-        at_h = oh.to(tl.int64) if WIDE else oh
-        at_w = ow.to(tl.int64) if WIDE else ow
+        at_h = oh.to(tl.int64) if INT64_OFFSETS else oh
+        at_w = ow.to(tl.int64) if INT64_OFFSETS else ow
         p_block = (p_dy + n * y_n + (at_h * y_h + at_w * y_w))[:, None] + (co * y_c)[None, :]
         sample, oh, ow = advance(sample, oh, ow, samples, lines, columns, pixels // out_width, out_width)
         n = tl.load(p_order + sample, mask=row < high - first - BP, other=0)

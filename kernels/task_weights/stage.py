@@ -25,7 +25,9 @@ def known_multiple(x, M: tl.constexpr):
 
 
 @triton.jit
-def find_tile(p_offsets, tile, rows_per_tile, num_tasks, num_samples, pixels, WIDE: tl.constexpr, TB: tl.constexpr):
+def find_tile(
+    p_offsets, tile, rows_per_tile, num_tasks, num_samples, pixels, INT64_OFFSETS: tl.constexpr, TB: tl.constexpr
+):
     """Task, first row and end of the task's rows, of a tile of rows (sample, pixel) that holds no other task.
 
     Task T is that of samples whose ids are out of range; beyond the last tile there are no rows.
@@ -33,7 +35,7 @@ def find_tile(p_offsets, tile, rows_per_tile, num_tasks, num_samples, pixels, WI
     t = tl.arange(0, TB)
     begin = tl.load(p_offsets + t, mask=t <= num_tasks, other=num_samples)
     end = tl.load(p_offsets + t + 1, mask=t < num_tasks, other=num_samples)
-    if not WIDE:
+    if not INT64_OFFSETS:
         begin = begin.to(tl.int32)
         end = end.to(tl.int32)
     rows = (end - begin) * pixels
@@ -159,7 +161,7 @@ def stage_kernel(
     MULTIPLE: tl.constexpr,
     W_MULTIPLE: tl.constexpr,
     D_MULTIPLE: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
 ):
@@ -184,11 +186,11 @@ def stage_kernel(
         opened = opened & (end > begin)
     if opened | (task == num_tasks):
         block = tl.program_id(0)
-        if WIDE:
+        if INT64_OFFSETS:
             block = block.to(tl.int64)
         row = block * BR + tl.arange(0, BR)
         tap = tl.arange(0, BT)
-        if WIDE:
+        if INT64_OFFSETS:
             tap = tap.to(tl.int64)
         co = row // channels
         ci = row % channels

@@ -211,7 +211,7 @@ def _plan_forward(
         PADDED=geometry.padding != (0, 0),
         MULTIPLE=_multiple(x, y, sizes=(channels, features)),
         SMALL=pixels <= configs.SMALL_PIXELS,
-        WIDE=_wide(batch.num_samples * pixels, (x, y), _held(weights)),
+        INT64_OFFSETS=_int64_offsets(batch.num_samples * pixels, (x, y), _held(weights)),
         CAST=in_interpreter(),
         TB=batch.block,
         BM=tile.rows,
@@ -330,7 +330,7 @@ def _plan_input_grad(
         EDGES=not geometry.pixelwise((kh, kw)),
         MULTIPLE=_multiple(made, grad_out, sizes=(channels, features)),
         SMALL=pixels <= configs.SMALL_PIXELS,
-        WIDE=_wide(batch.num_samples * pixels, (made, grad_out), _held(weights)),
+        INT64_OFFSETS=_int64_offsets(batch.num_samples * pixels, (made, grad_out), _held(weights)),
         CAST=in_interpreter(),
         TB=batch.block,
         BM=tile.rows,
@@ -434,7 +434,7 @@ def _plan_weight_grads(
     blocks = -(-size // configs.FINISH_BLOCK)
     gate_parts = (batch.num_tasks, tiles * groups if plan.split_rows == 0 else blocks)
     written = [w for w in (grad_weight, grads.base, deltas.base) if w is not None]
-    wide = _wide(rows, (x, grad_out), written)
+    int64_offsets = _int64_offsets(rows, (x, grad_out), written)
     into: dict[str, Any] = {
         "num_tasks": batch.num_tasks,
         "chunk_tasks": plan.chunk_tasks,
@@ -460,7 +460,7 @@ def _plan_weight_grads(
         "PADDED": geometry.padding != (0, 0),
         "MULTIPLE": _multiple(x, grad_out, sizes=(channels, rows_out)),
         "SMALL": pixels <= configs.SMALL_PIXELS,
-        "WIDE": wide,
+        "INT64_OFFSETS": int64_offsets,
         "CAST": in_interpreter(),
         "BM": tile.rows,
         "BN": tile.cols,
@@ -484,7 +484,7 @@ def _plan_weight_grads(
             DELTA_ONLY=grad_weight is None and grad_gate is None,
             TB=batch.block,
         )
-        finish = _plan_finish(batch, pixels, plan.split_rows, (size, channels, kh, kw), wide, chunks, into)
+        finish = _plan_finish(batch, pixels, plan.split_rows, (size, channels, kh, kw), int64_offsets, chunks, into)
     add = gate = None
     if total is not None:
         add = Prepared(
@@ -497,7 +497,7 @@ def _plan_weight_grads(
             **_named("o", "co ci kh kw", grad_weight.stride()),
             KH=kh,
             KW=kw,
-            WIDE=wide,
+            INT64_OFFSETS=int64_offsets,
             BE=configs.FINISH_BLOCK,
         )
     if grad_gate is not None:
@@ -510,7 +510,7 @@ def _plan_finish(
     pixels: int,
     split_rows: int,
     shape: tuple[int, ...],
-    wide: bool,
+    int64_offsets: bool,
     chunks: int,
     into: dict[str, Any],
 ) -> Prepared:
@@ -526,7 +526,7 @@ def _plan_finish(
         KH=kh,
         KW=kw,
         MULTIPLE=_multiple_of(torch.float32, channels),
-        WIDE=wide,
+        INT64_OFFSETS=int64_offsets,
         TB=batch.block,
         BE=configs.FINISH_BLOCK,
     )
@@ -556,7 +556,7 @@ def _plan_bias_grad(grad_out: Tensor, batch: Batch) -> BiasPlan:
     blocks = -(-features // columns)
     split_rows = configs.pick_split_rows(blocks, batch.num_samples * pixels, rows, grad_out)
     splits = batch.row_tiles(pixels, split_rows)
-    wide = _wide(batch.num_samples * pixels, (grad_out,))
+    int64_offsets = _int64_offsets(batch.num_samples * pixels, (grad_out,))
     product = Prepared(
         bias_grad_kernel,
         (blocks, splits),
@@ -569,7 +569,7 @@ def _plan_bias_grad(grad_out: Tensor, batch: Batch) -> BiasPlan:
         **_named("y", "n c h w", grad_out.stride()),
         MULTIPLE=_multiple(grad_out, sizes=(features,)),
         SMALL=pixels <= configs.SMALL_PIXELS,
-        WIDE=wide,
+        INT64_OFFSETS=int64_offsets,
         TB=batch.block,
         BP=rows,
         BN=columns,
@@ -585,7 +585,7 @@ def _plan_bias_grad(grad_out: Tensor, batch: Batch) -> BiasPlan:
         "D_MULTIPLE": 1,
         "G_MULTIPLE": 1,
     }
-    finish = _plan_finish(batch, pixels, split_rows, (features, 1, 1, 1), wide, batch.num_tasks, into)
+    finish = _plan_finish(batch, pixels, split_rows, (features, 1, 1, 1), int64_offsets, batch.num_tasks, into)
     return BiasPlan((splits, features), product, finish)
 
 
@@ -701,7 +701,7 @@ def _plan_operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batc
         MULTIPLE=_multiple_of(dtype, shape["channels"]),
         W_MULTIPLE=w_multiple,
         D_MULTIPLE=deltas.multiple,
-        WIDE=_wide(0, filters=_held(weights)),
+        INT64_OFFSETS=_int64_offsets(0, filters=_held(weights)),
         BR=block,
         BT=taps,
     )
@@ -755,7 +755,7 @@ def _multiple(*tensors: Tensor, sizes: Sequence[int] = ()) -> int:
     return _multiple_of(tensors[0].dtype, *sizes, *strides)
 
 
-def _wide(rows: int, pictures: Sequence[Tensor] = (), filters: Sequence[Tensor] = ()) -> bool:
+def _int64_offsets(rows: int, pictures: Sequence[Tensor] = (), filters: Sequence[Tensor] = ()) -> bool:
     """Whether counts of rows, or offsets inside one sample or one filter, can pass 32 bits.
 
     Where a sample, or a task of a `[T, ...]` tensor, begins is 64 bit in any case. A filter's copies in a workspace

@@ -39,7 +39,7 @@ _SIZES = ["num_tasks", "num_outer", "num_inner", "tiles_outer", "tiles_inner"]
 def task_scale_shift_fwd_kernel(
     p_x, p_scale, p_shift, p_ids, p_y,
     num_tasks, num_outer, num_inner, tiles_outer, tiles_inner,
-    LAYOUT: tl.constexpr, HAS_SHIFT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    LAYOUT: tl.constexpr, HAS_SHIFT: tl.constexpr, WIDTH: tl.constexpr, INT64_OFFSETS: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """`y = x * scale[task] + shift[task]`; without a shift, the gradient of x."""
@@ -47,7 +47,7 @@ def task_scale_shift_fwd_kernel(
     tile_inner = tile % tiles_inner
     tile_outer = tile // tiles_inner % tiles_outer
     batch = (tile // tiles_inner // tiles_outer).to(tl.int64)
-    if WIDE:
+    if INT64_OFFSETS:
         num_inner = num_inner.to(tl.int64)
         num_outer = num_outer.to(tl.int64)
     # in units of WIDTH, so that the compiler knows by what rows are aligned
@@ -83,11 +83,11 @@ def task_scale_shift_bwd_kernel(
     p_grad, p_x, p_scale, p_ids, p_grad_x, p_scale_sums, p_shift_sums,
     num_tasks, num_outer, num_inner, tiles_outer, tiles_inner, steps, num_sums,
     LAYOUT: tl.constexpr, WANT_X: tl.constexpr, WANT_SCALE: tl.constexpr, WANT_SHIFT: tl.constexpr,
-    WIDTH: tl.constexpr, WIDE: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    WIDTH: tl.constexpr, INT64_OFFSETS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x, and sums over `steps` tiles of one sample: `[batch, part, C]`, `num_sums` parts a sample."""
     program = tl.program_id(0)
-    if WIDE:
+    if INT64_OFFSETS:
         num_inner = num_inner.to(tl.int64)
         num_outer = num_outer.to(tl.int64)
     num_inner = num_inner * WIDTH
@@ -216,7 +216,7 @@ class _Tiling(NamedTuple):
         return math.gcd(self.inner, 16)
 
     @property
-    def wide(self) -> bool:
+    def int64_offsets(self) -> bool:
         """Whether positions within a batch entry need 64 bits."""
         return self.outer * self.inner >= 2**31 - 2 * TILE
 
@@ -229,7 +229,7 @@ class _Tiling(NamedTuple):
             "tiles_inner": self.tiles_inner,
             "LAYOUT": self.layout,
             "WIDTH": self.width,
-            "WIDE": self.wide,
+            "INT64_OFFSETS": self.int64_offsets,
             "OUTER": self.tile_outer,
             "INNER": self.tile_inner,
             "num_warps": min(max(self.tile_outer * self.tile_inner // 512, 1), 4),
@@ -437,8 +437,8 @@ def build_targets() -> Iterator[BuildTarget]:
             for k, made in enumerate(launches):
                 name = f"{made.fn.__name__}-{layout}-{k}-{str(dtype).removeprefix('torch.')}"
                 # the last kernel reads one float32 per thread and row
-                wide = not layout.endswith("odd") and made.fn is not task_scale_shift_bwd_finish_kernel
-                yield as_target(name, made, dtype, layout == "channels_last" and k < 4, False, wide)
+                loads16 = not layout.endswith("odd") and made.fn is not task_scale_shift_bwd_finish_kernel
+                yield as_target(name, made, dtype, layout == "channels_last" and k < 4, False, loads16)
 
 
 _TARGET_SIZES = {

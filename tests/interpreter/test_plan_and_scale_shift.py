@@ -282,7 +282,7 @@ def test_positions_past_32_bits_are_those_of_32_bits(monkeypatch: pytest.MonkeyP
 
         narrow = run()
         with monkeypatch.context() as patch:
-            patch.setattr(scale_kernels._Tiling, "wide", True)
+            patch.setattr(scale_kernels._Tiling, "int64_offsets", True)
             wide = run()
         assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
 

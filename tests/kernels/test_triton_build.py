@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of the kernels, without a GPU: registers, spills, matrix instructions, wide loads."""
+"""What Triton's compiler makes of the kernels, without a GPU: registers, spills, matrix instructions, 16-byte loads."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def problems(target: BuildTarget, arch: int, built: Built) -> list[str]:
         found.append("no matrix instruction")
     elif target.expects_wgmma and arch == 90 and not built.count(lambda name: name.split(".")[0] == "HGMMA"):
         found.append("no matrix instruction of a warp group")
-    if target.expects_wide_loads and not built.count(lambda name: re.match(r"(LDG|LDGSTS)\..*\b128\b", name)):
+    if target.expects_loads16 and not built.count(lambda name: re.match(r"(LDG|LDGSTS)\..*\b128\b", name)):
         found.append("no 16-byte load")
     return found
 
@@ -186,7 +186,7 @@ def _product(size: int, num_warps: int, dot: bool, aligned: bool) -> BuildTarget
         dtype=torch.bfloat16,
         representative=True,
         expects_mma=True,
-        expects_wide_loads=True,
+        expects_loads16=True,
         expects_wgmma=num_warps >= 4,
     )
 
@@ -230,6 +230,6 @@ def test_limits_are_checked() -> None:
     assert problems(target, 90, good._replace(shared=163 * 1024 + 1, instructions=wgmma)) == []
     assert problems(target, 90, good) == ["no matrix instruction of a warp group"]
     assert problems(target, 80, good._replace(registers=256)) == ["256 registers"]
-    wide_only_in_name = collections.Counter({"EXIT": 1, "HMMA.16816.F32": 1, "LDGSTS.E.LTC128B": 1})
-    assert problems(target, 80, good._replace(instructions=wide_only_in_name)) == ["no 16-byte load"]
+    only_in_name = collections.Counter({"EXIT": 1, "HMMA.16816.F32": 1, "LDGSTS.E.LTC128B": 1})
+    assert problems(target, 80, good._replace(instructions=only_in_name)) == ["no 16-byte load"]
     assert problems(target, 80, good._replace(instructions=collections.Counter()))[0] == "no machine code was read"

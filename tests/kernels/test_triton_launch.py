@@ -110,8 +110,8 @@ def recorded(weight: Tensor, delta: Any, x: Tensor, backward: bool = True) -> li
     return made
 
 
-def wide(made: list[launches.Launch]) -> dict[str, bool]:
-    return {one.fn.__name__: one.arguments["WIDE"] for one in made if "WIDE" in one.arguments}
+def int64_offsets(made: list[launches.Launch]) -> dict[str, bool]:
+    return {one.fn.__name__: one.arguments["INT64_OFFSETS"] for one in made if "INT64_OFFSETS" in one.arguments}
 
 
 def meta(*shape: int) -> Tensor:
@@ -127,7 +127,7 @@ def test_filters_past_32_bits(held: str, mode: str, schedule: str, features: int
     shape = (features, 2**15, 1, 1)
     delta = [meta(*shape), meta(*shape)] if held == "list" else meta(2, *shape)
     with configs.force(schedule=schedule, mode=mode):
-        found = wide(recorded(meta(*shape), delta, meta(4, 2**15, 1, 1)))
+        found = int64_offsets(recorded(meta(*shape), delta, meta(4, 2**15, 1, 1)))
     assert {"task_conv2d_fwd_kernel", "task_conv2d_dgrad_kernel"} < set(found)
     assert found == dict.fromkeys(found, expected)
 
@@ -137,7 +137,7 @@ def test_workspace_of_an_expanded_filter_past_32_bits() -> None:
     weight, shape = meta(1, 2**15, 1, 1).expand(2**15, -1, -1, -1), (2**15, 2**15, 1, 1)
     deltas = [meta(1, 2**15, 1, 1).expand(shape)] * 2
     with configs.force(schedule="staged"):
-        found = wide(recorded(weight, deltas, meta(4, 2**15, 1, 1), backward=False))
+        found = int64_offsets(recorded(weight, deltas, meta(4, 2**15, 1, 1), backward=False))
     assert found == {"stage_kernel": True, "task_conv2d_fwd_kernel": True}
 
 
@@ -145,7 +145,7 @@ def test_workspace_of_an_expanded_filter_past_32_bits() -> None:
 def test_samples_past_32_bits(width: int, expected: bool) -> None:
     # one sample of 2^30 elements and some more, or not; how many there are does not matter
     x = torch.empty((4, 64, 2**10, width), dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
-    found = wide(recorded(meta(64, 64, 1, 1), meta(2, 64, 64, 1, 1), x))
+    found = int64_offsets(recorded(meta(64, 64, 1, 1), meta(2, 64, 64, 1, 1), x))
     assert found.pop("stage_kernel", False) is False
     assert {"task_conv2d_fwd_kernel", "task_conv2d_dgrad_kernel"} < set(found)
     assert found == dict.fromkeys(found, expected)

@@ -49,8 +49,8 @@ def check_companion(value: Any, argument: str, x: Tensor) -> None:
     """A weight, delta, gate or bias: in the dtype of x, or float32 beside a 16-bit x; on the device of x."""
     check_input(value, argument)
     if value.dtype != x.dtype and not (value.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
-        wide = " or torch.float32" if x.dtype in (torch.bfloat16, torch.float16) else ""
-        raise TypeError(f"{argument}: expected {x.dtype}{wide} beside x in {x.dtype}, got {value.dtype}")
+        or_float32 = " or torch.float32" if x.dtype in (torch.bfloat16, torch.float16) else ""
+        raise TypeError(f"{argument}: expected {x.dtype}{or_float32} beside x in {x.dtype}, got {value.dtype}")
     if value.device != x.device:
         raise ValueError(f"{argument}: expected device {x.device} as x, got {value.device}")
 

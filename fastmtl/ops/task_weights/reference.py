@@ -31,11 +31,11 @@ def effective_weight(weights: TaskWeights, task: int, dtype: torch.dtype, num_ta
     Where a derivative of a derivative is recorded, a closed gate reads it: that derivative depends on it.
     """
     weight, delta, gate = weights.weight, weights.by_task(num_tasks)[task], weights.gate
-    wide = torch.promote_types(weights.like.dtype, torch.float32)
-    base = torch.zeros_like(weights.like, dtype=wide) if weight is None else weight.to(wide)
+    promoted = torch.promote_types(weights.like.dtype, torch.float32)
+    base = torch.zeros_like(weights.like, dtype=promoted) if weight is None else weight.to(promoted)
     if delta is None or (gate is not None and gate[task] == 0 and not _recorded(gate)):
         return base.to(dtype)
-    return (base + (delta.to(wide) if gate is None else gate[task].to(wide) * delta.to(wide))).to(dtype)
+    return (base + (delta.to(promoted) if gate is None else gate[task].to(promoted) * delta.to(promoted))).to(dtype)
 
 
 def task_conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
@@ -63,24 +63,24 @@ def task_conv2d_backward(
     weight, delta, delta_tasks, gate = weights
     num_tasks = batch.num_tasks
     deltas = weights.by_task(num_tasks)
-    wide = torch.promote_types(weights.like.dtype, torch.float32)
-    zero = torch.zeros(weights.shape, dtype=wide, device=x.device)
+    promoted = torch.promote_types(weights.like.dtype, torch.float32)
+    zero = torch.zeros(weights.shape, dtype=promoted, device=x.device)
     given, x, grad_out = x, widen(x), widen(grad_out)
     grad_x = torch.full_like(x, torch.nan, memory_format=torch.contiguous_format)
     grad_eff = [zero] * num_tasks
-    grad_bias = [torch.zeros(weights.shape[0], dtype=wide, device=x.device)] * num_tasks
+    grad_bias = [torch.zeros(weights.shape[0], dtype=promoted, device=x.device)] * num_tasks
     for t, rows in batch.segments():
         part, w = grad_out[rows], effective_weight(weights, t, x.dtype, batch.num_tasks)
         inputs = x[rows]
         if inputs.numel() == 0:
             continue  # rows of no width, which a convolution refuses
         grad_x = grad_x.index_copy(0, rows, torch.nn.grad.conv2d_input(inputs.shape, w, part, *geometry))
-        grad_eff[t] = torch.nn.grad.conv2d_weight(inputs, w.shape, part, *geometry).to(wide)
-        grad_bias[t] = part.to(wide).sum((0, 2, 3))
+        grad_eff[t] = torch.nn.grad.conv2d_weight(inputs, w.shape, part, *geometry).to(promoted)
+        grad_bias[t] = part.to(promoted).sum((0, 2, 3))
     grad_delta = []
     for t in range(num_tasks):
         closed = gate is not None and gate[t] == 0 and not _recorded(gate)
-        scaled = grad_eff[t] if gate is None else gate[t].to(wide) * grad_eff[t]
+        scaled = grad_eff[t] if gate is None else gate[t].to(promoted) * grad_eff[t]
         grad_delta.append(torch.zeros_like(scaled) if closed else scaled)
     out = []
     if wanted[0]:
@@ -97,7 +97,7 @@ def task_conv2d_backward(
         # also where the gate is closed; a task without samples has none
         present = {t for t, _ in batch.segments()}
         terms = [
-            zero.sum() if d is None or t not in present else (grad_eff[t] * d.to(wide)).sum()
+            zero.sum() if d is None or t not in present else (grad_eff[t] * d.to(promoted)).sum()
             for t, d in enumerate(deltas)
         ]
         out.append(torch.stack(terms).to(gate.dtype))
@@ -200,17 +200,17 @@ def _rows_of_tasks(table: Tensor, task_ids: Tensor, dims: int) -> Tensor:
 
 def task_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, task_ids: Tensor) -> Tensor:
     """`x * scale[task] + shift[task]`, channel by channel, computed in the widest of the dtypes."""
-    wide = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
-    a, b = (_rows_of_tasks(y.to(wide), task_ids, x.dim()) for y in (scale, shift))
-    return torch.empty_like(x).copy_(x.to(wide) * a + b)
+    promoted = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
+    a, b = (_rows_of_tasks(y.to(promoted), task_ids, x.dim()) for y in (scale, shift))
+    return torch.empty_like(x).copy_(x.to(promoted) * a + b)
 
 
 def task_scale_shift_backward(
     grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, task_ids: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor]:
     """The gradients of x, scale and shift, of these the wanted ones."""
-    wide = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
-    num_tasks, g = scale.shape[0], grad_out.to(wide)
+    promoted = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
+    num_tasks, g = scale.shape[0], grad_out.to(promoted)
     member = task_ids[None, :] == torch.arange(num_tasks, device=x.device)[:, None]
 
     def by_task(y: Tensor) -> Tensor:
@@ -220,9 +220,9 @@ def task_scale_shift_backward(
 
     out = []
     if wanted[0]:
-        out.append(torch.empty_like(x).copy_(g * _rows_of_tasks(scale.to(wide), task_ids, x.dim())))
+        out.append(torch.empty_like(x).copy_(g * _rows_of_tasks(scale.to(promoted), task_ids, x.dim())))
     if wanted[1]:
-        out.append(by_task(g * x.to(wide)).to(scale.dtype))
+        out.append(by_task(g * x.to(promoted)).to(scale.dtype))
     if wanted[2]:
         out.append(by_task(g).to(shift.dtype))
     return out

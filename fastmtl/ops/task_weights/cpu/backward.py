@@ -124,11 +124,11 @@ def _walk(
 
 
 def _bias_gradient(grad_out: Tensor, bias: Tensor, batch: Batch) -> Tensor:
-    wide = torch.promote_types(grad_out.dtype, torch.float32)
+    promoted = torch.promote_types(grad_out.dtype, torch.float32)
     if bias.dim() == 1:
-        return grad_out.sum((0, 2, 3), dtype=wide).to(bias.dtype)
-    each = grad_out.sum((2, 3), dtype=wide)
-    total = torch.zeros(bias.shape, dtype=wide)
+        return grad_out.sum((0, 2, 3), dtype=promoted).to(bias.dtype)
+    each = grad_out.sum((2, 3), dtype=promoted)
+    total = torch.zeros(bias.shape, dtype=promoted)
     for t in batch.present:
         samples = batch.samples([t])
         total[t] = each[torch.from_numpy(samples)].sum(0)

@@ -49,7 +49,7 @@ class Direct:
         if self.serves and weights.weight is not None:
             self.weight = self.rows(weights.weight)
             self.serves = self.weight is not None
-        self._wide: dict[int, tuple[Tensor, Tensor]] = {}
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def rows(self, w: Tensor) -> Tensor | None:
         """`[Cout, Cin kh kw]` in the order of memory; None if `w` is not dense in the common order."""
@@ -93,33 +93,33 @@ class Direct:
     def _in_float32(self, x: Tensor, copy: bool = True) -> Tensor:
         if x.dtype == torch.float32:
             return x
-        if id(x) not in self._wide:
-            wide = torch.empty_like(x, dtype=torch.float32, requires_grad=False)
-            self._wide[id(x)] = x, wide.copy_(x) if copy else wide
-        return self._wide[id(x)][1]
+        if id(x) not in self._copies:
+            in_float32 = torch.empty_like(x, dtype=torch.float32, requires_grad=False)
+            self._copies[id(x)] = x, in_float32.copy_(x) if copy else in_float32
+        return self._copies[id(x)][1]
 
-    def _put(self, wide: Tensor, out: Tensor, segment: Segment) -> None:
-        if wide is not out:
+    def _put(self, in_float32: Tensor, out: Tensor, segment: Segment) -> None:
+        if in_float32 is not out:
             for first, end in segment.runs:
-                out[first:end].copy_(wide[first:end])
+                out[first:end].copy_(in_float32[first:end])
 
     def forward(self, segment: Segment, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """Into the samples of y."""
-        wide = self._in_float32(y, copy=False)
+        in_float32 = self._in_float32(y, copy=False)
         bias = None if bias is None else bias.to(torch.float32).contiguous()
         samples = segment.samples.tolist()
-        _rows_kernel(self._in_float32(x), *self._weights(segment), bias, samples, self.geometry, wide)
-        self._put(wide, y, segment)
+        _rows_kernel(self._in_float32(x), *self._weights(segment), bias, samples, self.geometry, in_float32)
+        self._put(in_float32, y, segment)
 
     def input_gradient(self, segment: Segment, grad_out: Tensor, grad_x: Tensor) -> None:
         """Into the samples of grad_x."""
-        wide = self._in_float32(grad_x, copy=False)
+        in_float32 = self._in_float32(grad_x, copy=False)
         # in the place of x, of which the kernel takes the sizes here
-        sides = self._in_float32(grad_out), wide
+        sides = self._in_float32(grad_out), in_float32
         none = None, False, None, None
         samples = segment.samples.tolist()
-        _rows_backward_kernel(*sides, *self._weights(segment), samples, self.geometry, wide, *none)
-        self._put(wide, grad_x, segment)
+        _rows_backward_kernel(*sides, *self._weights(segment), samples, self.geometry, in_float32, *none)
+        self._put(in_float32, grad_x, segment)
 
     def weight_gradient(
         self,

@@ -27,14 +27,14 @@ class Gradients:
         want_gate: bool,
     ) -> None:
         self.batch, self.weights = batch, weights
-        self.wide = torch.promote_types(weights.like.dtype, torch.float32)
+        self.promoted = torch.promote_types(weights.like.dtype, torch.float32)
         self.weight: Tensor | None = None
         if want_weight:
             assert weights.weight is not None
             # summed in at least float32
-            self.weight = like_parameter(weights.weight.detach().to(self.wide))
+            self.weight = like_parameter(weights.weight.detach().to(self.promoted))
         self._weight_empty = True
-        self.gate = torch.zeros(batch.num_tasks, dtype=self.wide) if want_gate else None
+        self.gate = torch.zeros(batch.num_tasks, dtype=self.promoted) if want_gate else None
         present = set(batch.present)
         self._stacked: Tensor | None = None
         self._slots: dict[int, int] = {}  # task -> place in the list
@@ -66,7 +66,7 @@ class Gradients:
             self._held = grad
         else:
             # parts of 16-bit samples are rounded once each, their sum is not
-            self._held = self._held.to(self.wide).add_(grad)
+            self._held = self._held.to(self.promoted).add_(grad)
 
     def add_to_weight(self, grad: Tensor) -> None:
         assert self.weight is not None
@@ -108,7 +108,7 @@ class Gradients:
         if self.gate is not None:
             delta = self.batch.deltas[task]
             assert delta is not None
-            self.gate[task] = (grad.to(self.wide) * delta.detach().to(self.wide)).sum()
+            self.gate[task] = (grad.to(self.promoted) * delta.detach().to(self.promoted)).sum()
         if task not in self._wanted:
             return
         gate = self.batch.gate(task)

@@ -15,8 +15,8 @@ def _table_rows(table: Tensor, task_ids: Tensor, dims: int, dtype: torch.dtype) 
 
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, task_ids: Tensor) -> Tensor:
     """`task_scale_shift`; see there."""
-    wide = torch.promote_types(x.dtype, scale.dtype)
-    a, b = (_table_rows(table, task_ids, x.dim(), wide) for table in (scale, shift))
+    promoted = torch.promote_types(x.dtype, scale.dtype)
+    a, b = (_table_rows(table, task_ids, x.dim(), promoted) for table in (scale, shift))
     return torch.addcmul(b, x.detach(), a, out=torch.empty_like(x, requires_grad=False))
 
 
@@ -24,7 +24,7 @@ def scale_shift_backward(
     grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, task_ids: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor]:
     """`task_scale_shift_backward`; see there."""
-    wide = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
+    promoted = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
     axes = list(range(2, x.dim()))
     out = []
     if wanted[0]:
@@ -32,12 +32,12 @@ def scale_shift_backward(
         out.append(torch.mul(grad_out, rows, out=torch.empty_like(x, requires_grad=False)))
 
     def by_task(each: Tensor, like: Tensor) -> Tensor:
-        total = torch.zeros(like.shape, dtype=wide)
-        return total.index_add_(0, task_ids, each.to(wide)).to(like.dtype)
+        total = torch.zeros(like.shape, dtype=promoted)
+        return total.index_add_(0, task_ids, each.to(promoted)).to(like.dtype)
 
     if wanted[1]:
-        product = grad_out.to(wide) * x.detach().to(wide)
+        product = grad_out.to(promoted) * x.detach().to(promoted)
         out.append(by_task(product.sum(axes) if axes else product, scale))
     if wanted[2]:
-        out.append(by_task(grad_out.sum(axes, dtype=wide) if axes else grad_out, shift))
+        out.append(by_task(grad_out.sum(axes, dtype=promoted) if axes else grad_out, shift))
     return out

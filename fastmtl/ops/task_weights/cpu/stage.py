@@ -18,7 +18,7 @@ class Stage:
     def __init__(self, weights: TaskWeights, batch: Batch, dtype: torch.dtype) -> None:
         self.weights, self.batch, self.dtype = weights, batch, dtype
         # `W + s_t Delta_t` is rounded to `dtype` alone, which may be narrower than the weights, or wider
-        self._wide = torch.promote_types(weights.like.dtype, dtype)
+        self._promoted = torch.promote_types(weights.like.dtype, dtype)
         self._scratch: Tensor | None = None
 
     def weight(self, task: int | None) -> Tensor | None:
@@ -35,14 +35,14 @@ class Stage:
             like = delta if base is None else base
             self._scratch = plain_strides(torch.empty_like(like, dtype=self.dtype, requires_grad=False))
         if base is None:
-            return torch.mul(delta.to(self._wide), gate, out=self._scratch)
+            return torch.mul(delta.to(self._promoted), gate, out=self._scratch)
         return torch.add(base, delta, alpha=gate, out=self._scratch)
 
     @functools.cached_property
     def _base(self) -> Tensor | None:
         """W, a copy only where x is wider."""
         base = self.weights.weight
-        return None if base is None else base.detach().to(self._wide)
+        return None if base is None else base.detach().to(self._promoted)
 
     @functools.cached_property
     def like(self) -> Tensor:

@@ -54,7 +54,7 @@ def weight_grads(
     pixelwise = geometry.pixelwise(weight.shape[2:])
     source, back = Samples(x, pixelwise=pixelwise), Samples(grad_out, like=x, pixelwise=pixelwise)
     like = torch.empty(weight.shape, dtype=x.dtype, memory_format=memory_format(weight))
-    wide = torch.promote_types(x.dtype, torch.float32)
+    promoted = torch.promote_types(x.dtype, torch.float32)
     weight_bytes, sample_bytes = like.nbytes, source.sample_bytes + back.sample_bytes
     segments = [Segment(t, positions[a:b]) for t, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b]
     pieces = {segment.task: list(cuts(segment, sample_bytes, weight_bytes)) for segment in segments}
@@ -75,9 +75,9 @@ def weight_grads(
             part = back.take(cut)
             grad = convolution_backward(part, source.take(cut), like, geometry, False, True)[1]
             # parts of 16-bit samples are rounded once each, their sum is not
-            total = grad if total is None else total.to(wide).add_(grad)
+            total = grad if total is None else total.to(promoted).add_(grad)
             if bias:
-                each = part.sum((0, 2, 3), dtype=wide)
+                each = part.sum((0, 2, 3), dtype=promoted)
                 summed = each if summed is None else summed + each
         yield total, summed
 
