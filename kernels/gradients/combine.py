@@ -1,4 +1,7 @@
-"""Weighted sums of gradient rows, w G and C G: one read of G."""
+"""Weighted sums of gradient rows, w G and C G: one read of G.
+
+For the names and shapes of arguments see `rows.py`.
+"""
 
 from __future__ import annotations
 

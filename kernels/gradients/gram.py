@@ -1,4 +1,7 @@
-"""The Gram matrix: sums over chunks of columns, then by whoever comes last their sum and PCGrad's T x T problem."""
+"""The Gram matrix: sums over chunks of columns, then by whoever comes last their sum and PCGrad's T x T problem.
+
+For the names and shapes of arguments see `rows.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""PCGrad's T x T problem and its random orders: `csrc/common/solvers.h` in Triton, many rows side by side."""
+"""PCGrad's T x T problem and its random orders: `csrc/common/solvers.h` in Triton, many rows side by side.
+
+For the names and shapes of arguments see `rows.py`; here the Gram matrix has any strides, `stride_s` and `stride_t`.
+"""
 
 from __future__ import annotations
 

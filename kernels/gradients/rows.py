@@ -7,6 +7,26 @@ A bank is read by its strides. Lists come with a table of int64, for n parameter
     [n]     the Gram matrix's first chunks
     [n]     the weighted sums' first blocks
     [K, n]  addresses of the sums
+
+A kernel works on one *part*: a chunk of columns (Gram matrix) or a block of them (weighted sums) of one parameter. In
+signatures, with P columns, T rows and TP the power of two from T on:
+
+    p_rows     [T, P], a bank; of lists: any of the gradients, for its dtype
+    p_table    as above; None: a bank
+    p_parts    [parts, TP, TP], each chunk's products
+    p_sums     [groups + 2, TP, TP] float64: the sums of groups of parts, their sum, and that as a symmetric matrix
+    p_gram     [T, T]
+    p_tickets  [1 + MAX_GROUPS] int32, zero: how many groups, and how many parts of each, are done
+    p_order    [T, num_visits] int64: which tasks each row visits
+    p_state    [2] int64: the key of the random orders, and how many were drawn; None: `key` alone is told
+    p_weights  [T] or [K, T] float64
+    p_sum      [K, P], the weighted sums, K = num_sums
+    row_stride, col_stride, out_stride
+               from row to row, from column to column, and from sum to sum of a bank, in elements
+    ALIGNED16  whether each row is dense and begins at a multiple of 16 bytes: row_stride and out_stride are counted in
+               vectors of VEC elements then, so that the compiler knows by what they are aligned
+    ACC        the dtype of sums
+    b_*        a block of values in registers
 """
 
 from __future__ import annotations
@@ -19,7 +39,15 @@ SEARCH = tl.constexpr(128)
 
 
 @triton.jit
-def find_columns(p_table, section, part, num_tasks, num_params, num_columns, columns_per_part):
+def find_columns(
+    p_table,
+    section,
+    part,
+    num_tasks,
+    num_params,
+    num_columns,  # P, of a bank
+    columns_per_part,
+):
     """Parameter, first column and number of columns of part `part`; `section`: where the parameters' parts begin.
 
     The number of columns is an int32 and may be 0.

@@ -1,16 +1,22 @@
-"""Gradient of the input: an implicit GEMM over (sample, input pixel) in order of tasks."""
+"""Gradient of the input: an implicit GEMM over (sample, input pixel) in order of tasks.
+
+For names, strides and shapes see `tiles.py`; here a row is an input pixel of one residue class. A block of the product
+is [BM rows, BN input channels], in steps of BK output channels at one tap.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fastmtl.kernels.task_weights.stage import (
+from fastmtl.kernels.task_weights.tiles import (
+    added_weights,
     delta_pointer,
-    find_pixels,
+    find_rows,
     find_tile,
     has_delta,
     known_multiple,
+    known_multiples,
     multiply,
     task_scale,
 )
@@ -27,14 +33,14 @@ def first_tap(rest, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, STEP: tl.
 
 @triton.jit(do_not_specialize=["num_samples", "num_tasks", "shared_slot", "height", "width", "out_height", "out_width"])
 def task_conv2d_dgrad_kernel(
-    p_dy,
-    p_w,
-    p_delta,
-    p_table,
-    p_gate,
-    p_dx,
-    p_order,
-    p_offsets,
+    p_dy,  # [N, Cout, Ho, Wo]
+    p_w,  # W, or the workspace of `stage_kernel`, [T + 1, Cout, kh, kw, Cin / groups]; None: there is no W
+    p_delta,  # [T, Cout, Cin / groups, kh, kw], or any delta of a list; None: no task has one
+    p_table,  # [T] addresses of a list's deltas, 0: none; None: p_delta is one tensor
+    p_gate,  # [T]; None: all ones
+    p_dx,  # [N, Cin, H, W]
+    p_order,  # [N]
+    p_offsets,  # [T + 1]
     num_samples,
     num_tasks,
     shared_slot,
@@ -88,24 +94,16 @@ def task_conv2d_dgrad_kernel(
     """dx[row, ci] = sum over (tap, co) dy[row moved back by tap, co] W_eff[co, tap, ci]. One task per tile.
 
     With a stride, the pixels of one residue class (program axis 2) are met by the same taps: only these are walked.
-    channels, features: per group. Staged: p_w is the workspace of `stage_kernel`; FUSED: it is W.
+    STEP_H, STEP_W: from one of them to the next.
     No EDGES: each input pixel is met at one output pixel, in the same place. The rest as in `task_conv2d_fwd_kernel`.
     """
     channels = known_multiple(channels, MULTIPLE)
     features = known_multiple(features, MULTIPLE)
-    x_n = known_multiple(x_n, MULTIPLE)
-    x_h = known_multiple(x_h, MULTIPLE)
-    x_w = known_multiple(x_w, MULTIPLE)
-    y_n = known_multiple(y_n, MULTIPLE)
-    y_h = known_multiple(y_h, MULTIPLE)
-    y_w = known_multiple(y_w, MULTIPLE)
+    x_n, x_h, x_w = known_multiples(x_n, x_h, x_w, MULTIPLE)
+    y_n, y_h, y_w = known_multiples(y_n, y_h, y_w, MULTIPLE)
     w_t = known_multiple(w_t, W_MULTIPLE)
-    w_co = known_multiple(w_co, W_MULTIPLE)
-    w_kh = known_multiple(w_kh, W_MULTIPLE)
-    w_kw = known_multiple(w_kw, W_MULTIPLE)
-    d_co = known_multiple(d_co, D_MULTIPLE)
-    d_kh = known_multiple(d_kh, D_MULTIPLE)
-    d_kw = known_multiple(d_kw, D_MULTIPLE)
+    w_co, w_kh, w_kw = known_multiples(w_co, w_kh, w_kw, W_MULTIPLE)
+    d_co, d_kh, d_kw = known_multiples(d_co, d_kh, d_kw, D_MULTIPLE)
     blocks_n = tl.cdiv(channels, BN)
     tile = tl.program_id(0) // blocks_n
     column = tl.program_id(0) - tile * blocks_n
@@ -119,12 +117,8 @@ def task_conv2d_dgrad_kernel(
     if low >= high:
         return
 
-    row_ok = tl.arange(0, BM) < high - low
-    sample, qh, qw = find_pixels(low, pixels, rows_w, SMALL, BM)
-    if INT64_OFFSETS:
-        qh = qh.to(tl.int64)
-        qw = qw.to(tl.int64)
-    n = tl.load(p_order + sample, mask=row_ok, other=0).to(tl.int64)
+    # pixels are counted in the class
+    row_ok, n, qh, qw = find_rows(p_order, low, high, pixels, rows_w, SMALL, INT64_OFFSETS, BM)
     p_rows = p_dy + n * y_n + (qh * y_h + qw * y_w)
 
     c = column * BN + tl.arange(0, BN)
@@ -136,10 +130,12 @@ def task_conv2d_dgrad_kernel(
 
     scale = task_scale(p_gate, task, num_tasks)
     opened = has_delta(p_delta, p_table, task, num_tasks) & (scale != 0)
+    # where the columns of the weights begin, each [BN]
     if FUSED:
-        if p_w is not None:
-            p_w_columns = p_w + c * w_ci
-        if p_delta is not None:
+        p_w_columns = None if p_w is None else p_w + c * w_ci
+        if p_delta is None:
+            p_d_columns = None
+        else:
             p_d_columns = delta_pointer(p_delta, p_table, task, num_tasks, d_t, D_MULTIPLE) + c * d_ci
     else:
         slot = tl.where(opened, task, shared_slot).to(tl.int64)
@@ -174,18 +170,11 @@ def task_conv2d_dgrad_kernel(
         moved = back_h * y_h + back_w * y_w + co * y_c
         a = tl.load(p_rows[:, None] + moved[None, :], mask=inside[:, None] & f_ok[None, :], other=0.0)
         w_ok = f_ok[:, None] & c_ok[None, :]
+        moved_w = kh * w_kh + kw * w_kw + co * w_co
         if FUSED:
-            b_eff = tl.zeros((BK, BN), tl.float32)
-            if p_w is not None:
-                moved_w = kh * w_kh + kw * w_kw + co * w_co
-                b_eff = tl.load(p_w_columns[None, :] + moved_w[:, None], mask=w_ok, other=0.0).to(tl.float32)
-            if p_delta is not None:
-                moved_d = kh * d_kh + kw * d_kw + co * d_co
-                b_d = tl.load(p_d_columns[None, :] + moved_d[:, None], mask=w_ok & opened, other=0.0)
-                b_eff += tl.where(opened, scale, 0.0) * b_d.to(tl.float32)
-            b = b_eff.to(a.dtype)
+            moved_d = kh * d_kh + kw * d_kw + co * d_co
+            b = added_weights(p_w_columns, p_d_columns, moved_w, moved_d, w_ok, opened, scale, a.dtype)
         else:
-            moved_w = kh * w_kh + kw * w_kw + co * w_co
             b = tl.load(p_w_columns[None, :] + moved_w[:, None], mask=w_ok, other=0.0)
         acc = multiply(a, b, acc, CAST)
         first_k += BK

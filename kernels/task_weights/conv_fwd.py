@@ -1,16 +1,22 @@
-"""Forward: an implicit GEMM over (sample, output pixel) in order of tasks."""
+"""Forward: an implicit GEMM over (sample, output pixel) in order of tasks.
+
+For names, strides and shapes see `tiles.py`; here a row is an output pixel. A block of the product is [BM rows, BN
+output channels], in steps of BK pairs (tap, ci).
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fastmtl.kernels.task_weights.stage import (
+from fastmtl.kernels.task_weights.tiles import (
+    added_weights,
     delta_pointer,
-    find_pixels,
+    find_rows,
     find_tile,
     has_delta,
     known_multiple,
+    known_multiples,
     multiply,
     task_scale,
 )
@@ -18,15 +24,15 @@ from fastmtl.kernels.task_weights.stage import (
 
 @triton.jit(do_not_specialize=["num_samples", "num_tasks", "shared_slot", "height", "width", "out_width", "pixels"])
 def task_conv2d_fwd_kernel(
-    p_x,
-    p_w,
-    p_delta,
-    p_table,
-    p_gate,
-    p_bias,
-    p_y,
-    p_order,
-    p_offsets,
+    p_x,  # [N, Cin, H, W]
+    p_w,  # W, or the workspace of `stage_kernel`, [T + 1, Cout, kh, kw, Cin / groups]; None: there is no W
+    p_delta,  # [T, Cout, Cin / groups, kh, kw], or any delta of a list; None: no task has one
+    p_table,  # [T] addresses of a list's deltas, 0: none; None: p_delta is one tensor
+    p_gate,  # [T]; None: all ones
+    p_bias,  # [Cout] or [T, Cout]; None: there is none
+    p_y,  # [N, Cout, Ho, Wo]
+    p_order,  # [N]
+    p_offsets,  # [T + 1]
     num_samples,
     num_tasks,
     shared_slot,
@@ -79,26 +85,18 @@ def task_conv2d_fwd_kernel(
 ):
     """y[row, co] = sum over (tap, ci) of x[row moved by tap, ci] W_eff[co, tap, ci] + bias[co]. One task per tile.
 
-    channels, features: per group. Staged: p_w is the workspace of `stage_kernel`; FUSED: it is W.
+    FUSED: p_w is W, and W + s_t Delta_t is added in each step. Else the weights are staged: p_w is the workspace, where
+    tasks without an open delta have `shared_slot`.
     PACKED: a K block spans taps, for few channels. Not PADDED: every tap of every pixel is inside the picture.
-    MULTIPLE: of channels, features and the strides of x and y, W_MULTIPLE and D_MULTIPLE: of those of W and the deltas,
-    but for the strides of their channels; see `known_multiple`. SMALL: see `find_pixels`.
+    MULTIPLE: of channels and features too. b_t: from one task's bias to the next.
     """
     channels = known_multiple(channels, MULTIPLE)
     features = known_multiple(features, MULTIPLE)
-    x_n = known_multiple(x_n, MULTIPLE)
-    x_h = known_multiple(x_h, MULTIPLE)
-    x_w = known_multiple(x_w, MULTIPLE)
-    y_n = known_multiple(y_n, MULTIPLE)
-    y_h = known_multiple(y_h, MULTIPLE)
-    y_w = known_multiple(y_w, MULTIPLE)
+    x_n, x_h, x_w = known_multiples(x_n, x_h, x_w, MULTIPLE)
+    y_n, y_h, y_w = known_multiples(y_n, y_h, y_w, MULTIPLE)
     w_t = known_multiple(w_t, W_MULTIPLE)
-    w_co = known_multiple(w_co, W_MULTIPLE)
-    w_kh = known_multiple(w_kh, W_MULTIPLE)
-    w_kw = known_multiple(w_kw, W_MULTIPLE)
-    d_co = known_multiple(d_co, D_MULTIPLE)
-    d_kh = known_multiple(d_kh, D_MULTIPLE)
-    d_kw = known_multiple(d_kw, D_MULTIPLE)
+    w_co, w_kh, w_kw = known_multiples(w_co, w_kh, w_kw, W_MULTIPLE)
+    d_co, d_kh, d_kw = known_multiples(d_co, d_kh, d_kw, D_MULTIPLE)
     blocks_n = tl.cdiv(features, BN)
     tile = tl.program_id(0) // blocks_n
     column = tl.program_id(0) - tile * blocks_n
@@ -107,12 +105,7 @@ def task_conv2d_fwd_kernel(
     if low >= high:
         return
 
-    row_ok = tl.arange(0, BM) < high - low
-    sample, oh, ow = find_pixels(low, pixels, out_width, SMALL, BM)
-    if INT64_OFFSETS:
-        oh = oh.to(tl.int64)
-        ow = ow.to(tl.int64)
-    n = tl.load(p_order + sample, mask=row_ok, other=0).to(tl.int64)
+    row_ok, n, oh, ow = find_rows(p_order, low, high, pixels, out_width, SMALL, INT64_OFFSETS, BM)
     ih = oh * SH - pad_h
     iw = ow * SW - pad_w
     p_rows = p_x + n * x_n + (ih * x_h + iw * x_w)
@@ -126,10 +119,12 @@ def task_conv2d_fwd_kernel(
 
     scale = task_scale(p_gate, task, num_tasks)
     opened = has_delta(p_delta, p_table, task, num_tasks) & (scale != 0)
+    # where the columns of the weights begin, each [BN]
     if FUSED:
-        if p_w is not None:
-            p_w_columns = p_w + co * w_co
-        if p_delta is not None:
+        p_w_columns = None if p_w is None else p_w + co * w_co
+        if p_delta is None:
+            p_d_columns = None
+        else:
             p_d_columns = delta_pointer(p_delta, p_table, task, num_tasks, d_t, D_MULTIPLE) + co * d_co
     else:
         slot = tl.where(opened, task, shared_slot).to(tl.int64)
@@ -176,19 +171,11 @@ def task_conv2d_fwd_kernel(
         moved = kh * DH * x_h + kw * DW * x_w + (first_channel + ci) * x_c
         a = tl.load(p_rows[:, None] + moved[None, :], mask=inside & k_ok[None, :], other=0.0)
         w_ok = k_ok[:, None] & f_ok[None, :]
+        moved_w = kh * w_kh + kw * w_kw + ci * w_ci
         if FUSED:
-            b_eff = tl.zeros((BK, BN), tl.float32)
-            if p_w is not None:
-                moved_w = kh * w_kh + kw * w_kw + ci * w_ci
-                b_eff = tl.load(p_w_columns[None, :] + moved_w[:, None], mask=w_ok, other=0.0).to(tl.float32)
-            if p_delta is not None:
-                moved_d = kh * d_kh + kw * d_kw + ci * d_ci
-                b_d = tl.load(p_d_columns[None, :] + moved_d[:, None], mask=w_ok & opened, other=0.0)
-                # a gate that is not finite must not reach a task without a delta
-                b_eff += tl.where(opened, scale, 0.0) * b_d.to(tl.float32)
-            b = b_eff.to(a.dtype)
+            moved_d = kh * d_kh + kw * d_kw + ci * d_ci
+            b = added_weights(p_w_columns, p_d_columns, moved_w, moved_d, w_ok, opened, scale, a.dtype)
         else:
-            moved_w = kh * w_kh + kw * w_kw + ci * w_ci
             b = tl.load(p_w_columns[None, :] + moved_w[:, None], mask=w_ok, other=0.0)
         acc = multiply(a, b, acc, CAST)
         if not PACKED:

@@ -2,6 +2,9 @@
 
 Sums have a fixed order: no atomics. *walk*: a block owns a tile of the filter and walks the tasks. *split*: blocks
 also share the rows; their parts are added up by `wgrad_finish_kernel`.
+
+For names, strides and shapes see `tiles.py`. A tile of the filter is [BM output channels, BN columns], a column being a
+pair (tap, ci); it is a product over rows (output pixels), in steps of BP rows.
 """
 
 from __future__ import annotations
@@ -9,13 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmtl.kernels.task_weights.stage import (
+from fastmtl.kernels.task_weights.tiles import (
     advance,
     delta_pointer,
     find_pixels,
     find_tile,
     has_delta,
     known_multiple,
+    known_multiples,
     multiply,
     steps_of,
     task_scale,
@@ -43,6 +47,27 @@ def filter_columns(tile, channels, pad_h, pad_w, KH: tl.constexpr, KW: tl.conste
     kh = tap // KW
     kw = tap % KW
     return ci, kh, kw, ok, kh * DH - pad_h, kw * DW - pad_w
+
+
+@triton.jit
+def filter_tile(
+    features, channels, pad_h, pad_w,
+    KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, PACKED: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The program's tile (axis 0) of a group's filter (axis 1): its output channels and which exist, each [BM]; and its
+    columns, see `filter_columns`.
+    """
+    blocks_m = tl.cdiv(features, BM)
+    tile = tl.program_id(0) // blocks_m
+    if INT64_OFFSETS:
+        tile = tile.to(tl.int64)
+    f = (tl.program_id(0) - tile * blocks_m) * BM + tl.arange(0, BM)
+    co = tl.program_id(1) * features + f
+    ci, kh, kw, column_ok, move_h, move_w = filter_columns(
+        tile, channels, pad_h, pad_w, KH, KW, DH, DW, PACKED, BN
+    )  # fmt: skip
+    return co, f < features, ci, kh, kw, column_ok, move_h, move_w
 
 
 @triton.jit
@@ -118,17 +143,17 @@ def emit(
 
 @triton.jit(do_not_specialize=["num_tasks", "chunk_tasks", "height", "width", "out_width", "pixels"])
 def task_conv2d_wgrad_walk_kernel(
-    p_x,
-    p_dy,
-    p_order,
-    p_offsets,
-    p_gate,
-    p_delta,
-    p_table,
-    p_grad,
-    p_grad_table,
-    p_partial,
-    p_dw,
+    p_x,  # [N, Cin, H, W]
+    p_dy,  # [N, Cout, Ho, Wo]
+    p_order,  # [N]
+    p_offsets,  # [T + 1]
+    p_gate,  # [T]; None: all ones
+    p_delta,  # [T, Cout, Cin / groups, kh, kw], or any delta of a list; None: no task has one
+    p_table,  # [T] addresses of a list's deltas, 0: none; None: p_delta is one tensor
+    p_grad,  # the deltas' gradients, as p_delta; None: not wanted
+    p_grad_table,  # as p_table, of p_grad
+    p_partial,  # [T, tiles] float32: the tiles' parts of the gates' gradients; None: not wanted
+    p_dw,  # [chunks, Cout, Cin / groups, kh, kw], or W's gradient itself; None: not wanted
     num_tasks,
     chunk_tasks,
     height,
@@ -183,39 +208,21 @@ def task_conv2d_wgrad_walk_kernel(
 ):
     """A tile (co, (tap, ci)) of the filter, over a chunk of the tasks (program axis 2), one after another.
 
-    p_dw: the sum over the chunk's tasks. Each of p_grad, p_partial, p_dw may be absent. W_MULTIPLE: of p_dw's strides,
-    D_MULTIPLE, G_MULTIPLE: of those of the deltas and their gradients; the rest as in `task_conv2d_fwd_kernel`.
+    p_dw: the sum over the chunk's tasks. w_*: its strides. The rest as in `task_conv2d_fwd_kernel`.
     """
     channels = known_multiple(channels, MULTIPLE)
     features = known_multiple(features, MULTIPLE)
-    x_n = known_multiple(x_n, MULTIPLE)
-    x_h = known_multiple(x_h, MULTIPLE)
-    x_w = known_multiple(x_w, MULTIPLE)
-    y_n = known_multiple(y_n, MULTIPLE)
-    y_h = known_multiple(y_h, MULTIPLE)
-    y_w = known_multiple(y_w, MULTIPLE)
-    d_co = known_multiple(d_co, D_MULTIPLE)
-    d_kh = known_multiple(d_kh, D_MULTIPLE)
-    d_kw = known_multiple(d_kw, D_MULTIPLE)
-    g_co = known_multiple(g_co, G_MULTIPLE)
-    g_kh = known_multiple(g_kh, G_MULTIPLE)
-    g_kw = known_multiple(g_kw, G_MULTIPLE)
+    x_n, x_h, x_w = known_multiples(x_n, x_h, x_w, MULTIPLE)
+    y_n, y_h, y_w = known_multiples(y_n, y_h, y_w, MULTIPLE)
+    d_co, d_kh, d_kw = known_multiples(d_co, d_kh, d_kw, D_MULTIPLE)
+    g_co, g_kh, g_kw = known_multiples(g_co, g_kh, g_kw, G_MULTIPLE)
     w_chunk = known_multiple(w_chunk, W_MULTIPLE)
-    w_co = known_multiple(w_co, W_MULTIPLE)
-    w_kh = known_multiple(w_kh, W_MULTIPLE)
-    w_kw = known_multiple(w_kw, W_MULTIPLE)
-    blocks_m = tl.cdiv(features, BM)
-    tile = tl.program_id(0) // blocks_m
-    if INT64_OFFSETS:
-        tile = tile.to(tl.int64)
+    w_co, w_kh, w_kw = known_multiples(w_co, w_kh, w_kw, W_MULTIPLE)
     group = tl.program_id(1)
     chunk = tl.program_id(2)
-    f = (tl.program_id(0) - tile * blocks_m) * BM + tl.arange(0, BM)
-    f_ok = f < features
-    co = group * features + f
-    ci, kh, kw, column_ok, move_h, move_w = filter_columns(
-        tile, channels, pad_h, pad_w, KH, KW, DH, DW, PACKED, BN
-    )  # fmt: skip
+    co, f_ok, ci, kh, kw, column_ok, move_h, move_w = filter_tile(
+        features, channels, pad_h, pad_w, KH, KW, DH, DW, PACKED, INT64_OFFSETS, BM, BN
+    )
     ok = f_ok[:, None] & column_ok[None, :]
     delta_offset = (co * d_co)[:, None] + (ci * d_ci + kh * d_kh + kw * d_kw)[None, :]
     grad_offset = (co * g_co)[:, None] + (ci * g_ci + kh * g_kh + kw * g_kw)[None, :]
@@ -255,14 +262,14 @@ def task_conv2d_wgrad_walk_kernel(
 
 @triton.jit(do_not_specialize=["num_samples", "num_tasks", "split_rows", "height", "width", "out_width", "pixels"])
 def task_conv2d_wgrad_split_kernel(
-    p_x,
-    p_dy,
-    p_order,
-    p_offsets,
-    p_gate,
-    p_grad,
-    p_grad_table,
-    p_parts,
+    p_x,  # [N, Cin, H, W]
+    p_dy,  # [N, Cout, Ho, Wo]
+    p_order,  # [N]
+    p_offsets,  # [T + 1]
+    p_gate,  # [T]; None: all ones
+    p_grad,  # the deltas' gradients, as p_delta; None: not wanted
+    p_grad_table,  # as p_table, of p_grad
+    p_parts,  # [splits, Cout, kh, kw, Cin / groups] float32
     num_samples,
     num_tasks,
     split_rows,
@@ -307,16 +314,8 @@ def task_conv2d_wgrad_split_kernel(
     """
     channels = known_multiple(channels, MULTIPLE)
     features = known_multiple(features, MULTIPLE)
-    x_n = known_multiple(x_n, MULTIPLE)
-    x_h = known_multiple(x_h, MULTIPLE)
-    x_w = known_multiple(x_w, MULTIPLE)
-    y_n = known_multiple(y_n, MULTIPLE)
-    y_h = known_multiple(y_h, MULTIPLE)
-    y_w = known_multiple(y_w, MULTIPLE)
-    blocks_m = tl.cdiv(features, BM)
-    tile = tl.program_id(0) // blocks_m
-    if INT64_OFFSETS:
-        tile = tile.to(tl.int64)
+    x_n, x_h, x_w = known_multiples(x_n, x_h, x_w, MULTIPLE)
+    y_n, y_h, y_w = known_multiples(y_n, y_h, y_w, MULTIPLE)
     group = tl.program_id(1)
     split = tl.program_id(2)
     task, low, high = find_tile(p_offsets, split, split_rows, num_tasks, num_samples, pixels, INT64_OFFSETS, TB)
@@ -327,12 +326,9 @@ def task_conv2d_wgrad_split_kernel(
         if not (has_delta(p_grad, p_grad_table, task, num_tasks) & (scale != 0)):
             return
     high = low + tl.minimum(high - low, split_rows)
-    f = (tl.program_id(0) - tile * blocks_m) * BM + tl.arange(0, BM)
-    f_ok = f < features
-    co = group * features + f
-    ci, kh, kw, column_ok, move_h, move_w = filter_columns(
-        tile, channels, pad_h, pad_w, KH, KW, DH, DW, PACKED, BN
-    )  # fmt: skip
+    co, f_ok, ci, kh, kw, column_ok, move_h, move_w = filter_tile(
+        features, channels, pad_h, pad_w, KH, KW, DH, DW, PACKED, INT64_OFFSETS, BM, BN
+    )
     acc = rows_product(
         p_x, p_dy, p_order, low, high, co, f_ok, group * channels + ci, column_ok, move_h, move_w,
         height, width, out_width, pixels, x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
@@ -345,15 +341,15 @@ def task_conv2d_wgrad_split_kernel(
 
 @triton.jit(do_not_specialize=["num_tasks", "chunk_tasks", "pixels", "split_rows"])
 def wgrad_finish_kernel(
-    p_parts,
-    p_offsets,
-    p_gate,
-    p_delta,
-    p_table,
-    p_grad,
-    p_grad_table,
-    p_partial,
-    p_dw,
+    p_parts,  # [splits, Cout, kh, kw, Cin / groups] float32
+    p_offsets,  # [T + 1]
+    p_gate,  # [T]; None: all ones
+    p_delta,  # [T, Cout, Cin / groups, kh, kw], or any delta of a list; None: no task has one
+    p_table,  # [T] addresses of a list's deltas, 0: none; None: p_delta is one tensor
+    p_grad,  # the deltas' gradients, as p_delta; None: not wanted
+    p_grad_table,  # as p_table, of p_grad
+    p_partial,  # [T, tiles] float32: the tiles' parts of the gates' gradients; None: not wanted
+    p_dw,  # [chunks, Cout, Cin / groups, kh, kw], or W's gradient itself; None: not wanted
     num_tasks,
     chunk_tasks,
     pixels,
@@ -391,16 +387,10 @@ def wgrad_finish_kernel(
     """
     channels = known_multiple(channels, MULTIPLE)
     size = known_multiple(size, MULTIPLE)
-    d_co = known_multiple(d_co, D_MULTIPLE)
-    d_kh = known_multiple(d_kh, D_MULTIPLE)
-    d_kw = known_multiple(d_kw, D_MULTIPLE)
-    g_co = known_multiple(g_co, G_MULTIPLE)
-    g_kh = known_multiple(g_kh, G_MULTIPLE)
-    g_kw = known_multiple(g_kw, G_MULTIPLE)
+    d_co, d_kh, d_kw = known_multiples(d_co, d_kh, d_kw, D_MULTIPLE)
+    g_co, g_kh, g_kw = known_multiples(g_co, g_kh, g_kw, G_MULTIPLE)
     w_chunk = known_multiple(w_chunk, W_MULTIPLE)
-    w_co = known_multiple(w_co, W_MULTIPLE)
-    w_kh = known_multiple(w_kh, W_MULTIPLE)
-    w_kw = known_multiple(w_kw, W_MULTIPLE)
+    w_co, w_kh, w_kw = known_multiples(w_co, w_kh, w_kw, W_MULTIPLE)
     block = tl.program_id(0)
     chunk = tl.program_id(1)
     if INT64_OFFSETS:
@@ -454,8 +444,8 @@ def wgrad_finish_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def sum_parts_kernel(
-    p_parts,
-    p_out,
+    p_parts,  # [count, Cout, kh, kw, Cin / groups] float32
+    p_out,  # [Cout, Cin / groups, kh, kw], by the strides o_*
     count,
     size,
     channels,
@@ -488,7 +478,12 @@ def sum_parts_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def gate_grad_kernel(p_partial, p_out, count, BE: tl.constexpr):
+def gate_grad_kernel(
+    p_partial,  # [T, count] float32
+    p_out,  # [T]
+    count,
+    BE: tl.constexpr,
+):
     """ds_t: the sum of the tiles' parts of <dW_eff, Delta_t>, in order."""
     task = tl.program_id(0)
     acc = tl.zeros((BE,), tl.float32)
@@ -500,10 +495,10 @@ def gate_grad_kernel(p_partial, p_out, count, BE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_samples", "num_tasks", "split_rows", "out_width", "pixels"])
 def bias_grad_kernel(
-    p_dy,
-    p_order,
-    p_offsets,
-    p_parts,
+    p_dy,  # [N, Cout, Ho, Wo]
+    p_order,  # [N]
+    p_offsets,  # [T + 1]
+    p_parts,  # [splits, Cout] float32
     num_samples,
     num_tasks,
     split_rows,
@@ -523,9 +518,7 @@ def bias_grad_kernel(
 ):
     """p_parts[split, co] = the sum of dy over `split_rows` rows of one task. MULTIPLE: of features and dy's strides."""
     features = known_multiple(features, MULTIPLE)
-    y_n = known_multiple(y_n, MULTIPLE)
-    y_h = known_multiple(y_h, MULTIPLE)
-    y_w = known_multiple(y_w, MULTIPLE)
+    y_n, y_h, y_w = known_multiples(y_n, y_h, y_w, MULTIPLE)
     split = tl.program_id(1)
     task, low, high = find_tile(p_offsets, split, split_rows, num_tasks, num_samples, pixels, INT64_OFFSETS, TB)
     if (low >= high) | (task >= num_tasks):

@@ -202,11 +202,10 @@ def _plan_forward(
         pixels=pixels,
         channels=channels,
         features=features,
-        **_named("pad", "h w", geometry.padding),
-        **_named("x", "n c h w", x.stride()),
-        **_named("y", "n c h w", y.stride()),
+        **_picture("x", x),
+        **_picture("y", y),
         b_t=0 if bias is None or bias.dim() == 1 else bias.shape[1],
-        **_filter_constants(kh, kw, geometry),
+        **_moves(kh, kw, geometry),
         PACKED=packed,
         PADDED=geometry.padding != (0, 0),
         MULTIPLE=_multiple(x, y, sizes=(channels, features)),
@@ -214,9 +213,7 @@ def _plan_forward(
         INT64_OFFSETS=_int64_offsets(batch.num_samples * pixels, (x, y), _held(weights)),
         CAST=in_interpreter(),
         TB=batch.block,
-        BM=tile.rows,
-        BN=tile.cols,
-        BK=tile.depth,
+        **_block(tile, "BK"),
     )
     return ForwardPlan(result, operand, product)
 
@@ -321,10 +318,9 @@ def _plan_input_grad(
         out_width=grad_out.shape[3],
         channels=channels,
         features=features,
-        **_named("pad", "h w", geometry.padding),
-        **_named("x", "n c h w", made.stride()),
-        **_named("y", "n c h w", grad_out.stride()),
-        **_filter_constants(kh, kw, geometry),
+        **_picture("x", made),
+        **_picture("y", grad_out),
+        **_moves(kh, kw, geometry),
         STEP_H=sh // math.gcd(sh, geometry.dilation[0]),
         STEP_W=sw // math.gcd(sw, geometry.dilation[1]),
         EDGES=not geometry.pixelwise((kh, kw)),
@@ -333,9 +329,7 @@ def _plan_input_grad(
         INT64_OFFSETS=_int64_offsets(batch.num_samples * pixels, (made, grad_out), _held(weights)),
         CAST=in_interpreter(),
         TB=batch.block,
-        BM=tile.rows,
-        BN=tile.cols,
-        BK=tile.depth,
+        **_block(tile, "BK"),
     )
     return ForwardPlan(result, operand, product)
 
@@ -438,8 +432,8 @@ def _plan_weight_grads(
     into: dict[str, Any] = {
         "num_tasks": batch.num_tasks,
         "chunk_tasks": plan.chunk_tasks,
-        **_named("d", "t co ci kh kw", deltas.strides),
-        **_named("g", "t co ci kh kw", grads.strides),
+        **_filters("d", deltas.strides),
+        **_filters("g", grads.strides),
         **_named("w", "chunk co ci kh kw", total_strides),
         "W_MULTIPLE": total_multiple,
         "D_MULTIPLE": deltas.multiple,
@@ -452,19 +446,16 @@ def _plan_weight_grads(
         "pixels": pixels,
         "channels": channels,
         "features": rows_out,
-        **_named("pad", "h w", geometry.padding),
-        **_named("x", "n c h w", x.stride()),
-        **_named("y", "n c h w", grad_out.stride()),
-        **_filter_constants(kh, kw, geometry),
+        **_picture("x", x),
+        **_picture("y", grad_out),
+        **_moves(kh, kw, geometry),
         "PACKED": filter_.packed,
         "PADDED": geometry.padding != (0, 0),
         "MULTIPLE": _multiple(x, grad_out, sizes=(channels, rows_out)),
         "SMALL": pixels <= configs.SMALL_PIXELS,
         "INT64_OFFSETS": int64_offsets,
         "CAST": in_interpreter(),
-        "BM": tile.rows,
-        "BN": tile.cols,
-        "BP": tile.depth,
+        **_block(tile, "BP"),
     }
     finish, parts = None, (0, size)
     options = (tile.num_warps, tile.num_stages)
@@ -566,7 +557,7 @@ def _plan_bias_grad(grad_out: Tensor, batch: Batch) -> BiasPlan:
         out_width=grad_out.shape[3],
         pixels=pixels,
         features=features,
-        **_named("y", "n c h w", grad_out.stride()),
+        **_picture("y", grad_out),
         MULTIPLE=_multiple(grad_out, sizes=(features,)),
         SMALL=pixels <= configs.SMALL_PIXELS,
         INT64_OFFSETS=int64_offsets,
@@ -578,8 +569,8 @@ def _plan_bias_grad(grad_out: Tensor, batch: Batch) -> BiasPlan:
     into: dict[str, Any] = {
         "num_tasks": batch.num_tasks,
         "chunk_tasks": 1,
-        **_named("d", "t co ci kh kw", NO_DELTAS_STRIDES),
-        **_named("g", "t co ci kh kw", (features, 1, 0, 0, 0)),
+        **_filters("d", NO_DELTAS_STRIDES),
+        **_filters("g", (features, 1, 0, 0, 0)),
         **_named("w", "chunk co ci kh kw", (0,) * 5),
         "W_MULTIPLE": 1,
         "D_MULTIPLE": 1,
@@ -652,12 +643,12 @@ def _plan_operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batc
         "W_MULTIPLE": w_multiple,
         "D_MULTIPLE": deltas.multiple,
         "shared_slot": 0,
-        **_named("w", "t co ci kh kw", (0, *w_strides)),
-        **_named("d", "t co ci kh kw", deltas.strides),
+        **_filters("w", (0, *w_strides)),
+        **_filters("d", deltas.strides),
         "FUSED": False,
     }
     # of what is not read: constants, so that layers share a compiled kernel
-    unread = {**_named("d", "t co ci kh kw", NO_DELTAS_STRIDES), "D_MULTIPLE": 1}
+    unread = {**_filters("d", NO_DELTAS_STRIDES), "D_MULTIPLE": 1}
     if deltas.base is None and weight is not None and weight.dtype == dtype and weight.stride(1) == 1:
         # every task sees W, which can be read as it is
         return Operand(given, None, (), False)
@@ -665,7 +656,7 @@ def _plan_operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batc
         (delta,) = weights.delta
         if delta.dtype == dtype and deltas.strides[2] == 1:
             # the tasks' own weights lie in slots as a workspace's would
-            own = {**_named("w", "t co ci kh kw", deltas.strides), "W_MULTIPLE": deltas.multiple}
+            own = {**_filters("w", deltas.strides), "W_MULTIPLE": deltas.multiple}
             return Operand({**given, **own, **unread}, None, (), True)
     contiguous = (weight is None or weight.stride(1) == 1) and (deltas.base is None or deltas.strides[2] == 1)
     if configs.pick_schedule(rows, contiguous) == "fused":
@@ -673,7 +664,7 @@ def _plan_operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batc
     slots = 1 if deltas.base is None else batch.num_tasks + 1
     size = features * channels * kh * kw
     shape = {"channels": channels, "rows": features * channels, "KH": kh, "KW": kw}
-    strides = {**_named("w", "co ci kh kw", w_strides), **_named("d", "t co ci kh kw", deltas.strides)}
+    strides = {**_named("w", "co ci kh kw", w_strides), **_filters("d", deltas.strides)}
     dense = (kh * kw * channels, 1, kw * channels, channels)
     if all(
         n == 1 or s in (None, d)
@@ -687,7 +678,7 @@ def _plan_operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batc
         shape = {"channels": size, "rows": size, "KH": 1, "KW": 1}
         strides = {
             **_named("w", "co ci kh kw", (0, 1, 0, 0)),
-            **_named("d", "t co ci kh kw", (deltas.strides[0], 0, 1, 0, 0)),
+            **_filters("d", (deltas.strides[0], 0, 1, 0, 0)),
         }
         w_multiple = 1 if weight is None else _multiple_of(weight.dtype)
     taps = next_power_of_2(shape["KH"] * shape["KW"])
@@ -707,7 +698,7 @@ def _plan_operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batc
     )
     staged = {
         "shared_slot": slots - 1,
-        **_named("w", "t co ci kh kw", (size, kh * kw * channels, 1, kw * channels, channels)),
+        **_filters("w", (size, kh * kw * channels, 1, kw * channels, channels)),
         "W_MULTIPLE": _multiple_of(dtype, channels),
     }
     return Operand({**given, **staged, **unread}, stage, (slots, features, kh, kw, channels), False)
@@ -726,12 +717,28 @@ def _sign(x: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def _named(prefix: str, names: str, values: Sequence[int]) -> dict[str, int]:
+    """Arguments of a kernel; see the legend of `tiles.py`."""
     return {f"{prefix}_{name}": v for name, v in zip(names.split(), values, strict=True)}
 
 
-def _filter_constants(kh: int, kw: int, geometry: Geometry) -> dict[str, int]:
+def _picture(prefix: str, x: Tensor) -> dict[str, int]:
+    """The strides of x or a result, `[N, C, H, W]`."""
+    return _named(prefix, "n c h w", x.stride())
+
+
+def _filters(prefix: str, strides: Sequence[int]) -> dict[str, int]:
+    """Those of filters that lie one behind another: `[T, Cout, Cin / groups, kh, kw]`."""
+    return _named(prefix, "t co ci kh kw", strides)
+
+
+def _moves(kh: int, kw: int, geometry: Geometry) -> dict[str, int]:
+    """How a filter of kh x kw taps goes over a picture."""
     (sh, sw), (dh, dw) = geometry.stride, geometry.dilation
-    return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "DH": dh, "DW": dw}
+    return {**_named("pad", "h w", geometry.padding), "KH": kh, "KW": kw, "SH": sh, "SW": sw, "DH": dh, "DW": dw}
+
+
+def _block(tile: configs.Tile, depth: str) -> dict[str, int]:
+    return {"BM": tile.rows, "BN": tile.cols, depth: tile.depth}
 
 
 def _multiple_of(dtype: torch.dtype, *numbers: int) -> int:

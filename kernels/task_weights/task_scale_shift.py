@@ -5,6 +5,18 @@ All layouts are read as `[batch, outer, inner]` with inner contiguous:
     contiguous    [N, C, S]     rows of S pixels, one channel each
     channels_last [N, S, C]     rows of C channels
     flat          [1, N, C]     the same with S = 1, so that a tile can hold several samples
+
+In signatures:
+
+    p_x, p_y, p_grad, p_grad_x    [N, C, ...] in one of these layouts
+    p_scale, p_shift              [T, C], contiguous, as are their gradients
+    p_ids                         [N]
+    p_scale_sums, p_shift_sums    [N, num_sums, C] float32
+    num_outer, num_inner          sizes of a batch entry; num_inner, and num_channels of the reduction, in units of
+                                  WIDTH, so that the compiler knows by what rows are aligned
+    OUTER, INNER                  sizes of a tile
+    INT64_OFFSETS                 whether positions within a batch entry need 64 bits
+    b_*                           a block of values in registers
 """
 
 from __future__ import annotations
