@@ -1,5 +1,5 @@
-// What the kernel bodies need of the device: dtypes, wide loads, tensor core products. Compiled by nvcc; or by a host
-// compiler under tests/host/cuda_on_host.h, which defines the same names, so that tests can run the bodies.
+// What the kernel bodies need of the device: dtypes, loads of 16 bytes, tensor core products. Compiled by nvcc; or by a
+// host compiler under tests/host/cuda_on_host.h, which defines the same names, so that tests can run the bodies.
 #pragma once
 
 #include <cmath>
@@ -109,7 +109,7 @@ __device__ inline T* in_global(T* p) {
 
 // 16 bytes at once, which the compiler would store element by element
 template <class V>
-__device__ inline void store_wide(void* to, const V& x) {
+__device__ inline void store16(void* to, const V& x) {
   static_assert(sizeof(V) == 16);
   uint32_t word[4];
   memcpy(word, &x, 16);

@@ -470,7 +470,7 @@ T* in_global(T* p) {
 inline void next_launch_may_begin() {}
 inline void wait_for_launch_before() {}
 template <class V>
-void store_wide(void* to, const V& x) {
+void store16(void* to, const V& x) {
   static_assert(sizeof(V) == 16);
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) cuda_on_host::fail("a misaligned store");
   cuda_on_host::races::access(to, 16, true, __builtin_return_address(0));

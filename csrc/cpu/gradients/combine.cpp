@@ -27,8 +27,8 @@ void combine(const double* weights, int64_t num_out, const Rows& rows) {
   const bool stream = out_bytes >= kStreamBytes;
   parallel_chunks(plan, [&](int64_t first, int64_t last) {
     BlockRows block_rows;
-    std::vector<double> wide(static_cast<size_t>(std::min<int64_t>(num_out, kMaxTasks)) * T);
-    std::vector<float> narrow(wide.size());
+    std::vector<double> in_double(static_cast<size_t>(std::min<int64_t>(num_out, kMaxTasks)) * T);
+    std::vector<float> in_float(in_double.size());
     void* out[kMaxTasks];
     const Param* prepared = nullptr;
     int64_t prepared_out = -1;
@@ -43,14 +43,14 @@ void combine(const double* weights, int64_t num_out, const Rows& rows) {
             // the columns of the weights that this parameter's tasks use
             for (int k = 0; k < group; ++k)
               for (int i = 0; i < count; ++i) {
-                wide[k * count + i] = weights[(o + k) * T + p.rows[i].task];
-                narrow[k * count + i] = static_cast<float>(wide[k * count + i]);
+                in_double[k * count + i] = weights[(o + k) * T + p.rows[i].task];
+                in_float[k * count + i] = static_cast<float>(in_double[k * count + i]);
               }
             prepared = &p;
             prepared_out = o;
           }
           for (int k = 0; k < group; ++k) out[k] = static_cast<char*>(p.out[o + k]) + block.offset * size_of(p.dtype);
-          const void* w = p.dtype == DType::f64 ? static_cast<const void*>(wide.data()) : narrow.data();
+          const void* w = p.dtype == DType::f64 ? static_cast<const void*>(in_double.data()) : in_float.data();
           kernel.combine[static_cast<int>(p.dtype)](w, group, block_rows.pointers(), count, block.length, out, stream,
                                                     count <= 8 ? block_rows.ahead() : Ahead{});
         }

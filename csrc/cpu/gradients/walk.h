@@ -95,12 +95,12 @@ class BlockRows {
 
   // the rows as float, for a dtype that would otherwise be converted once per tile
   const void* const* widened(const Block& block, WidenBlock widen) {
-    wide_.resize(static_cast<size_t>(count_) * kBlock);
+    widened_.resize(static_cast<size_t>(count_) * kBlock);
     for (int i = 0; i < count_; ++i) {
-      widen(pointer_[i], wide_.data() + i * kBlock, block.length);
-      wide_pointer_[i] = wide_.data() + i * kBlock;
+      widen(pointer_[i], widened_.data() + i * kBlock, block.length);
+      widened_pointer_[i] = widened_.data() + i * kBlock;
     }
-    return wide_pointer_;
+    return widened_pointer_;
   }
 
  private:
@@ -119,12 +119,12 @@ class BlockRows {
   }
 
   const void* pointer_[kMaxTasks];
-  const void* wide_pointer_[kMaxTasks];
+  const void* widened_pointer_[kMaxTasks];
   const char* next_[kMaxTasks];
   int task_[kMaxTasks];
   int count_ = 0;
   Ahead ahead_;
-  std::vector<float> wide_;
+  std::vector<float> widened_;
   std::vector<char> gathered_;
 };
 

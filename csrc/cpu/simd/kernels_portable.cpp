@@ -16,9 +16,9 @@ struct F16 {
 constexpr int kTileA = 4, kTileB = 2;
 
 float from_bf16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  const uint32_t bits32 = static_cast<uint32_t>(bits) << 16;
   float x;
-  std::memcpy(&x, &wide, 4);
+  std::memcpy(&x, &bits32, 4);
   return x;
 }
 uint16_t to_bf16(float x) {

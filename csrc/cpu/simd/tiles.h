@@ -1,4 +1,4 @@
-// The innermost kernels of the products with `W + s Delta`, once per vector level. Rows are cut into panels of kWide
+// The innermost kernels of the products with `W + s Delta`, once per vector level. Rows are cut into panels of kPanel
 // floats, padded with zeros; what they see is plain pointers.
 #pragma once
 
@@ -6,15 +6,15 @@
 
 namespace fastmtl::cpu {
 
-constexpr int64_t kWide = 64;  // floats of a row in one panel: four AVX-512 vectors
-constexpr int kTall = 6;       // rows whose products with a panel stay in registers
+constexpr int64_t kPanel = 64;  // floats of a row in one panel: four AVX-512 vectors
+constexpr int kTall = 6;        // rows whose products with a panel stay in registers
 
 // row[k] = w[k] + gate * d[k] for k < length, then zeros up to `padded`; w null: zero, d null: nothing added. What
 // lies `ahead` elements further is fetched (0: nothing is): rows are far apart, and the hardware would come late.
 using StageRow = void (*)(const void* w, const void* d, float gate, int64_t length, int64_t padded, int64_t ahead,
                           float* row);
 
-// out[m * out_stride + n] += <a_m, w_n> over `panels`; a: [panels][a_rows][kWide], w: rows `w_stride` apart
+// out[m * out_stride + n] += <a_m, w_n> over `panels`; a: [panels][a_rows][kPanel], w: rows `w_stride` apart
 using DotRows = void (*)(const float* w, int64_t w_stride, int num_w, const float* a, int64_t a_rows, int64_t num_a,
                          int64_t panels, float* out, int64_t out_stride);
 

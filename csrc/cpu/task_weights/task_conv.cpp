@@ -45,7 +45,7 @@ struct Filter {
   bool last;  // a row of the weight runs (kh, kw, channel), else (channel, kh, kw)
   int64_t taps() const { return kernel[0] * kernel[1]; }
   int64_t length() const { return channels * taps(); }
-  int64_t panels() const { return (length() + kWide - 1) / kWide; }
+  int64_t panels() const { return (length() + kPanel - 1) / kPanel; }
 };
 
 // the rows of the product: pixels of the output, sample by sample
@@ -82,15 +82,15 @@ inline void for_each_tap(const Image& x, const Filter& f, int64_t sample, int64_
     }
 }
 
-// input pixels under the filter, a: [panels][rows][kWide] in the order of the weight's rows
+// input pixels under the filter, a: [panels][rows][kPanel] in the order of the weight's rows
 void pack_input(const Image& x, const Filter& f, const RowMap& map, float* a) {
-  const int64_t rows = map.count(), length = f.length(), step = rows * kWide;
+  const int64_t rows = map.count(), length = f.length(), step = rows * kPanel;
   over(rows, [&](int64_t first, int64_t end) {
     for (int64_t m = first; m < end; ++m) {
       int64_t sample, h, w;
       map.find(m, &sample, &h, &w);
-      float* row = a + m * kWide;
-      auto at = [&](int64_t k) -> float& { return row[k / kWide * step + k % kWide]; };
+      float* row = a + m * kPanel;
+      auto at = [&](int64_t k) -> float& { return row[k / kPanel * step + k % kPanel]; };
       for_each_tap(x, f, sample, h, w, [&](int64_t tap, const float* pixel) {
         if (!f.last) {
           const int64_t taps = f.taps();
@@ -99,7 +99,7 @@ void pack_input(const Image& x, const Filter& f, const RowMap& map, float* a) {
         }
         for (int64_t c = 0; c < f.channels;) {
           const int64_t k = tap * f.channels + c;
-          const int64_t run = std::min(kWide - k % kWide, f.channels - c);
+          const int64_t run = std::min(kPanel - k % kPanel, f.channels - c);
           float* target = &at(k);
           if (!pixel) std::fill(target, target + run, 0.0f);
           else if (x.stride[1] == 1) std::copy(pixel + c, pixel + c + run, target);
@@ -108,14 +108,14 @@ void pack_input(const Image& x, const Filter& f, const RowMap& map, float* a) {
           c += run;
         }
       });
-      for (int64_t k = length; k < f.panels() * kWide; ++k) at(k) = 0;
+      for (int64_t k = length; k < f.panels() * kPanel; ++k) at(k) = 0;
     }
   });
 }
 
 // adds da back to the input pixels it came from; the samples of dx are overwritten
 void unpack_input(const float* da, const Filter& f, const RowMap& map, const Image& dx) {
-  const int64_t rows = map.count(), step = rows * kWide, per_sample = map.height * map.width;
+  const int64_t rows = map.count(), step = rows * kPanel, per_sample = map.height * map.width;
   constexpr int64_t kSlice = 64;  // channels of one sample that one thread adds up
   const int64_t slices = (f.channels + kSlice - 1) / kSlice;
   over(static_cast<int64_t>(map.samples.size()) * slices, [&](int64_t first, int64_t end) {
@@ -130,8 +130,8 @@ void unpack_input(const float* da, const Filter& f, const RowMap& map, const Ima
         }
       for (int64_t r = 0; r < per_sample; ++r) {
         const int64_t m = s * per_sample + r;
-        const float* row = da + m * kWide;
-        auto at = [&](int64_t k) -> const float* { return row + k / kWide * step + k % kWide; };
+        const float* row = da + m * kPanel;
+        auto at = [&](int64_t k) -> const float* { return row + k / kPanel * step + k % kPanel; };
         for_each_tap(dx, f, map.samples[s], r / map.width, r % map.width, [&](int64_t tap, float* pixel) {
           if (!pixel) return;
           if (!f.last) {
@@ -141,7 +141,7 @@ void unpack_input(const float* da, const Filter& f, const RowMap& map, const Ima
           }
           for (int64_t c = c0; c < c1;) {
             const int64_t k = tap * f.channels + c;
-            const int64_t run = std::min(kWide - k % kWide, c1 - c);
+            const int64_t run = std::min(kPanel - k % kPanel, c1 - c);
             const float* source = at(k);
             if (dense)
               for (int64_t i = 0; i < run; ++i) pixel[c + i] += source[i];
@@ -174,22 +174,22 @@ void forward(const Image& x, const Filter& f, const RowMap& map, const Weights& 
              const Image& y) {
   const Kernels& kernel = kernels();
   const int64_t rows = map.count(), num_out = weights.rows, panels = f.panels();
-  Floats a = floats(panels * rows * kWide);
+  Floats a = floats(panels * rows * kPanel);
   pack_input(x, f, map, a.get());
   Floats out = floats(rows * num_out);
   const int64_t blocks = (num_out + kDotRows - 1) / kDotRows;
   over(blocks, [&](int64_t first, int64_t end) {
-    std::vector<float> staged(static_cast<size_t>(kDotRows * kDotPanels * kWide));
+    std::vector<float> staged(static_cast<size_t>(kDotRows * kDotPanels * kPanel));
     for (int64_t p = 0; p < panels; p += kDotPanels) {
       const int64_t count = std::min(kDotPanels, panels - p);
       for (int64_t block = first; block < end; ++block) {
         const int64_t n = block * kDotRows, num = std::min(kDotRows, num_out - n);
         for (int64_t i = 0; i < num; ++i)
-          weights.stage(kernel, n + i, p * kWide, count * kWide, kDotRows, staged.data() + i * kDotPanels * kWide);
+          weights.stage(kernel, n + i, p * kPanel, count * kPanel, kDotRows, staged.data() + i * kDotPanels * kPanel);
         if (p == 0)
           for (int64_t m = 0; m < rows; ++m)
             for (int64_t i = 0; i < num; ++i) out[m * num_out + n + i] = bias ? bias[n + i] : 0.0f;
-        kernel.tiles.dot(staged.data(), kDotPanels * kWide, static_cast<int>(num), a.get() + p * rows * kWide, rows,
+        kernel.tiles.dot(staged.data(), kDotPanels * kPanel, static_cast<int>(num), a.get() + p * rows * kPanel, rows,
                          rows, count, out.get() + n, num_out);
       }
     }
@@ -231,21 +231,21 @@ void input_gradient(const Image& g, const Filter& f, const RowMap& map, const We
   const Kernels& kernel = kernels();
   const int64_t rows = map.count(), num_out = weights.rows, panels = f.panels();
   const Floats packed = pack_grad(g, map, true);
-  Floats da = floats(panels * rows * kWide);
+  Floats da = floats(panels * rows * kPanel);
   over((panels + kBackPanels - 1) / kBackPanels, [&](int64_t first, int64_t end) {
-    std::vector<float> staged(static_cast<size_t>(kBackRows * kBackPanels * kWide));
+    std::vector<float> staged(static_cast<size_t>(kBackRows * kBackPanels * kPanel));
     for (int64_t group = first; group < end; ++group) {
-      const int64_t p = group * kBackPanels, count = std::min(kBackPanels, panels - p), width = kBackPanels * kWide;
-      std::fill(da.get() + p * rows * kWide, da.get() + (p + count) * rows * kWide, 0.0f);
+      const int64_t p = group * kBackPanels, count = std::min(kBackPanels, panels - p), width = kBackPanels * kPanel;
+      std::fill(da.get() + p * rows * kPanel, da.get() + (p + count) * rows * kPanel, 0.0f);
       for (int64_t n = 0; n < num_out; n += kBackRows) {
         const int64_t num = std::min(kBackRows, num_out - n);
         for (int64_t i = 0; i < num; ++i)
-          weights.stage(kernel, n + i, p * kWide, count * kWide, kBackRows, staged.data() + i * width);
+          weights.stage(kernel, n + i, p * kPanel, count * kPanel, kBackRows, staged.data() + i * width);
         for (int64_t q = 0; q < count; ++q)
           for (int64_t m = 0; m < rows; m += kTall)
-            kernel.tiles.back(staged.data() + q * kWide, width, num, packed.get() + (m / kTall * num_out + n) * kTall,
+            kernel.tiles.back(staged.data() + q * kPanel, width, num, packed.get() + (m / kTall * num_out + n) * kTall,
                               static_cast<int>(std::min<int64_t>(kTall, rows - m)),
-                              da.get() + ((p + q) * rows + m) * kWide);
+                              da.get() + ((p + q) * rows + m) * kPanel);
       }
     }
   });
@@ -263,26 +263,26 @@ double weight_gradient(const Image& x, const Image& g, const Filter& f, const Ro
                        const Spread& spread) {
   const Kernels& kernel = kernels();
   const int64_t rows = map.count(), num_out = weights.rows, panels = f.panels();
-  Floats a = floats(panels * rows * kWide);
+  Floats a = floats(panels * rows * kPanel);
   pack_input(x, f, map, a.get());
   const Floats packed = pack_grad(g, map, false);
   const int64_t tiles = (num_out + kTall - 1) / kTall, size = size_of(weights.dtype);
-  const int64_t pass = std::max<int64_t>(1, kOuterFloats / (rows * kWide));
+  const int64_t pass = std::max<int64_t>(1, kOuterFloats / (rows * kPanel));
   // one per tile, added up in order: the same whatever the threads
   std::vector<double> products(static_cast<size_t>(tiles), 0.0);
   over(tiles, [&](int64_t first, int64_t end) {
-    float e[kTall * kWide];
+    float e[kTall * kPanel];
     for (int64_t p = 0; p < panels; p += pass)
       for (int64_t tile = first; tile < end; ++tile) {
         const int64_t n = tile * kTall, num = std::min<int64_t>(kTall, num_out - n);
         for (int64_t q = p; q < std::min(p + pass, panels); ++q) {
-          kernel.tiles.outer(a.get() + q * rows * kWide, rows, packed.get() + tile * rows * kTall,
+          kernel.tiles.outer(a.get() + q * rows * kPanel, rows, packed.get() + tile * rows * kTall,
                              static_cast<int>(num), e);
-          const int64_t length = std::min(kWide, f.length() - q * kWide);
+          const int64_t length = std::min(kPanel, f.length() - q * kPanel);
           for (int64_t i = 0; i < num; ++i) {
-            const int64_t at = (n + i) * f.length() + q * kWide;
+            const int64_t at = (n + i) * f.length() + q * kPanel;
             products[tile] += kernel.tiles.spread[static_cast<int>(weights.dtype)](
-                e + i * kWide, length, weights.gate, spread.gate ? weights.delta + at * size : nullptr,
+                e + i * kPanel, length, weights.gate, spread.gate ? weights.delta + at * size : nullptr,
                 spread.weight ? spread.weight + at : nullptr, spread.add,
                 spread.delta ? spread.delta + at * size : nullptr);
           }

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, kCombineBlocks<In, kOut>)
         const Segment segment = shared.batch.segment[s];
         const void* const* row = shared.batch.row[s];
         int64_t at = segment.begin;
-        if (segment.wide) {
+        if (segment.aligned16) {
           at += (segment.end - segment.begin) / kVector * kVector;
           for (int64_t base = segment.begin; base < at; base += kThreads * kVector) {
             const int64_t c = base + tid * kVector;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, kCombineBlocks<In, kOut>)
             if (!here) continue;
 #pragma unroll
             for (int o = 0; o < kOut; ++o)
-              if (void* out = shared.batch.out[s][o]) store_wide(static_cast<In*>(out) + c, result[o]);
+              if (void* out = shared.batch.out[s][o]) store16(static_cast<In*>(out) + c, result[o]);
           }
         }
         for (int64_t base = at; base < segment.end; base += kThreads) {
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, kCombineBlocks<In, kOut>)
 struct Chunk {
   int64_t begin, size;  // the first one within the parameter, and the parameter's length
   int param;
-  bool wide;
+  bool aligned16;
 };
 
 // The threads of a block share its columns' tasks, so that few columns have as many loads in flight as many.
@@ -191,18 +191,18 @@ __global__ void __launch_bounds__(kThreads, 3) combine_split_kernel(const __grid
   if (tid < Shape::kChunks) {
     const int64_t at = low + tid * kChunk;
     if (at >= g.columns) shared.chunk[tid] = Chunk{0, 0, 0, false};
-    else if (offset == nullptr) shared.chunk[tid] = Chunk{at, g.numel, 0, g.wide};
+    else if (offset == nullptr) shared.chunk[tid] = Chunk{at, g.numel, 0, g.aligned16};
   }
   if (offset != nullptr) {
 #pragma unroll 1
     for (int k = tid; k < n; k += kThreads) {
-      // numel and wide come with the others, found or not: later they would be one more latency
+      // numel and aligned16 come with the others, found or not: later they would be one more latency
       const int64_t begin = offset[k], end = offset[k + 1], size = offset[n + 1 + k];
-      const bool wide = offset[2 * n + 1 + k] != 0;
+      const bool aligned16 = offset[2 * n + 1 + k] != 0;
 #pragma unroll
       for (int q = 0; q < Shape::kChunks; ++q) {
         const int64_t at = low + q * kChunk;
-        if (begin <= at && at < end) shared.chunk[q] = Chunk{at - begin, size, k, wide};
+        if (begin <= at && at < end) shared.chunk[q] = Chunk{at - begin, size, k, aligned16};
       }
     }
   }
@@ -218,7 +218,8 @@ __global__ void __launch_bounds__(kThreads, 3) combine_split_kernel(const __grid
   const int64_t* stride_words = strides + static_cast<int64_t>(chunk.param) * T;
   // and what it reads: kVector columns that follow each other where they can be loaded at once, else as far apart as
   // its neighbours are many, which then read what lies between
-  const int mine = across % Shape::kPerChunk * (chunk.wide ? kVector : 1), apart = chunk.wide ? 1 : Shape::kPerChunk;
+  const int mine = across % Shape::kPerChunk * (chunk.aligned16 ? kVector : 1),
+            apart = chunk.aligned16 ? 1 : Shape::kPerChunk;
   const int64_t first = chunk.begin + mine;
   Acc acc[kVector] = {};
   // load(row, r): of the rows at once the r-th
@@ -252,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 3) combine_split_kernel(const __grid
       }
     }
   };
-  if (chunk.wide && first + kVector <= chunk.size) {
+  if (chunk.aligned16 && first + kVector <= chunk.size) {
     add_rows(
         std::integral_constant<int, kRowsAtOnce>{}, [](int) {},
         [&](const In* row, int) {

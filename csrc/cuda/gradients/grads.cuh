@@ -19,9 +19,9 @@ struct Grads {
   int64_t numel;
   void* out;           // K rows of stride 1
   int64_t out_stride;  // bytes from row to row
-  bool wide;           // every row and output has stride 1 and starts on a 16-byte boundary
-  // lists: 64-bit words; null for a bank. Offsets [n + 1] in counted columns, numel [n], wide [n], row pointers [n][T]
-  // (0: a zero gradient), strides [n][T], outputs [n][K]
+  bool aligned16;      // every row and output has stride 1 and starts on a 16-byte boundary
+  // lists: 64-bit words; null for a bank. Offsets [n + 1] in counted columns, numel [n], aligned16 [n], row pointers
+  // [n][T] (0: a zero gradient), strides [n][T], outputs [n][K]
   const int64_t* table;
   int num_params;
   int num_tasks;
@@ -32,7 +32,7 @@ struct Grads {
 // some of one parameter's columns
 struct Segment {
   int64_t begin, end;
-  bool wide;
+  bool aligned16;
 };
 
 template <int kRows, int kOutputs>
@@ -63,20 +63,20 @@ __device__ inline void for_each_segment(const Grads& g, int64_t low, int64_t hig
     param = batch.found;
   }
   const int64_t* numel = offset + n + 1;
-  const int64_t* wide = numel + n;
-  const int64_t* rows = wide + n;
+  const int64_t* aligned16 = numel + n;
+  const int64_t* rows = aligned16 + n;
   const int64_t* strides = rows + static_cast<int64_t>(n) * T;
   const int64_t* outs = strides + static_cast<int64_t>(n) * T;
   while (true) {
     if (tid < kBatch) {
       Segment s{0, 0, false};
       if (offset == nullptr) {
-        if (tid == 0) s = {low, high < g.numel ? high : g.numel, g.wide};
+        if (tid == 0) s = {low, high < g.numel ? high : g.numel, g.aligned16};
       } else if (param + tid < n) {
         const int64_t start = offset[param + tid], size = numel[param + tid];
         s.begin = low > start ? low - start : 0;
         s.end = high - start < size ? high - start : size;
-        s.wide = wide[param + tid] != 0;
+        s.aligned16 = aligned16[param + tid] != 0;
       }
       batch.segment[tid] = s;
     }

@@ -254,7 +254,7 @@ __device__ inline int leave_sums(const GramParams& p, int block, typename MmaSha
     Raw* const queue = &shared.queue[0][warp][0][lane];
     // from the segment's first column on; warps take whole steps of what comes before `whole` from their queues
     const int length = static_cast<int>(segment.end - segment.begin);
-    const int whole = segment.wide ? length / Shape::kColumns * Shape::kColumns : 0;
+    const int whole = segment.aligned16 ? length / Shape::kColumns * Shape::kColumns : 0;
     const int64_t mine = segment.begin + lane % 4 * Shape::kVector;
     auto copy = [&](int at, int stage) {
       if (at < whole) {

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(In) < 8 ? 2 : 1)
         const Segment segment = shared.batch.segment[s];
         const void* const* row = shared.batch.row[s];
         int64_t at = segment.begin;
-        if (segment.wide) {
+        if (segment.aligned16) {
           constexpr int64_t kStep = int64_t{kThreads} * Shape::kVector;
           const int64_t whole = segment.begin + (segment.end - segment.begin) / Shape::kVector * Shape::kVector;
           for (int64_t c = segment.begin + tid * Shape::kVector; c < whole; c += Shape::kUnroll * kStep) {

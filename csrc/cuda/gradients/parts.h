@@ -19,11 +19,11 @@ struct Part {
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-inline bool is_wide(const Param& p) {
-  bool wide = true;
-  for (const Row& row : p.rows) wide = wide && row.stride == 1 && is_aligned(row.data);
-  for (const void* out : p.out) wide = wide && is_aligned(out);
-  return wide;
+inline bool is_aligned16(const Param& p) {
+  bool aligned16 = true;
+  for (const Row& row : p.rows) aligned16 = aligned16 && row.stride == 1 && is_aligned(row.data);
+  for (const void* out : p.out) aligned16 = aligned16 && is_aligned(out);
+  return aligned16;
 }
 
 inline int64_t counted(int64_t numel) { return ceil_div(numel, kAlign) * kAlign; }
@@ -39,7 +39,7 @@ inline Part bank_part(const Param& p, int num_tasks) {
   g.num_out = static_cast<int>(p.out.size());
   if (g.num_out > 0) g.out = p.out[0];
   if (g.num_out > 1) g.out_stride = at(p.out[1]) - at(p.out[0]);
-  g.wide = is_wide(p);
+  g.aligned16 = is_aligned16(p);
   g.num_params = 1;
   g.num_tasks = num_tasks;
   g.columns = counted(p.numel);
@@ -52,15 +52,15 @@ inline Part list_part(const std::vector<const Param*>& params, int num_tasks) {
   Part part{params[0]->dtype, Grads{}, std::vector<int64_t>(3 * n + 1 + (2 * T + num_out) * n, 0)};
   int64_t* offset = part.words.data();
   int64_t* numel = offset + n + 1;
-  int64_t* wide = numel + n;
-  int64_t* row = wide + n;
+  int64_t* aligned16 = numel + n;
+  int64_t* row = aligned16 + n;
   int64_t* stride = row + n * T;
   int64_t* out = stride + n * T;
   for (int64_t i = 0; i < n; ++i) {
     const Param& p = *params[i];
     offset[i + 1] = offset[i] + counted(p.numel);
     numel[i] = p.numel;
-    wide[i] = is_wide(p);
+    aligned16[i] = is_aligned16(p);
     for (const Row& r : p.rows) {
       row[i * T + r.task] = reinterpret_cast<intptr_t>(r.data);
       stride[i * T + r.task] = r.stride;
