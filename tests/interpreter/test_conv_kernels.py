@@ -41,7 +41,7 @@ from fastmtl.kernels.common import launches
 from fastmtl.kernels.task_weights import configs
 from fastmtl.kernels.task_weights import task_conv2d as launchers
 from fastmtl.kernels.task_weights.configs import Tile
-from fastmtl.kernels.task_weights.stage import quotient
+from fastmtl.kernels.task_weights.tiles import quotient
 from fastmtl.ops.task_weights.arguments import TRITON_MAX_TASKS, triton_declines
 from fastmtl.ops.task_weights.task_conv2d import read_geometry
 
