@@ -1,4 +1,4 @@
-"""From the sources of `csrc/cuda/` by nvcc's PTX to objects for the host, each kept by a digest of what it is made of."""
+"""From the sources of csrc/cuda by nvcc's PTX to objects for the host, each kept by a digest of what makes it."""
 
 from __future__ import annotations
 
