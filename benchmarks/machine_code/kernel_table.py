@@ -61,7 +61,7 @@ def nvcc() -> str | None:
 
 
 def compile_cubin(source: str, arch: int, folder: Path) -> Path:
-    """`csrc/cuda/<source>.cu`, with the flags of setup.py that matter to machine code."""
+    """`<source>.cu` of `csrc/cuda`, with the flags of setup.py that matter to machine code."""
     from torch.utils import cpp_extension
 
     program = nvcc()
@@ -73,7 +73,7 @@ def compile_cubin(source: str, arch: int, folder: Path) -> Path:
     if not source.startswith("kernels_"):  # the launchers know nothing of torch
         flags += [f"-I{path}" for path in cpp_extension.include_paths()]
         flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
-    file = ROOT / "csrc" / "cuda" / "gradients" / f"{source}.cu"
+    (file,) = (ROOT / "csrc" / "cuda").rglob(f"{source}.cu")
     report = subprocess.run([program, *flags, "-cubin", str(file), "-o", str(target)], capture_output=True, text=True)
     if report.returncode != 0:
         raise RuntimeError(report.stderr)

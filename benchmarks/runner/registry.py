@@ -79,7 +79,7 @@ class Case:
         reps: a fixed number of samples instead of a time budget.
         finish: inputs -> further figures, after the timing.
         quick: belongs to the telling few of `--quick`.
-        headline: stands in the README; None: as `quick`.
+        headline: marked as telling in the results' file; None: as `quick`.
         verify: (inputs, a candidate) -> Check: of every other candidate before it is timed; a wrong one is not.
         at_least: label -> samples that it gets in any case.
         budget_s: seconds of timing for all candidates together, instead of the run's setting.

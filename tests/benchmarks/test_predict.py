@@ -14,7 +14,7 @@ from fastmtl.benchmarks.machine_code import predict
 from fastmtl.benchmarks.machine_code.kernel_table import Kernel
 from fastmtl.core import dispatch
 
-CSRC = ROOT / "csrc" / "cuda"
+CSRC = ROOT / "csrc" / "cuda" / "gradients"
 cards = pytest.mark.parametrize("card", predict.CARDS, ids=lambda card: card.name)
 
 pytestmark = [

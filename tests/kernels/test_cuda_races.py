@@ -102,7 +102,7 @@ def test_races_of_a_small_kernel(schedule: int) -> None:
 
 SITES = {
     f"{path.name}:{number}": (path.name, number)
-    for path in sorted(CUDA.glob("*.cuh"))
+    for path in sorted(CUDA.rglob("*.cuh"))
     for number, line in enumerate(path.read_text().splitlines(), 1)
     if re.search(r"\b(__syncthreads|__threadfence|__syncwarp|add_acq_rel)\(", line)
     and path.name != "device.cuh"  # which defines them

@@ -143,7 +143,7 @@ REDUCTIONS: dict[str, bool] = dict.fromkeys(("sum", "mean", "nansum", "nanmean")
 ALONG = frozenset(
     _words("""
     softmax log_softmax softmin gumbel_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort topk msort
-    flip normalize diff cosine_similarity pairwise_distance glu glu
+    flip normalize diff cosine_similarity pairwise_distance glu
     """)
 )
 

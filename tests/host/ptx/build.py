@@ -1,4 +1,4 @@
-"""From `csrc/cuda/*.cu` by nvcc's PTX to objects for the host, each kept by a digest of what it is made of."""
+"""From the sources of csrc/cuda by nvcc's PTX to objects for the host, each kept by a digest of what makes it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _compiler_version(program: str) -> str:
 
 
 def ptx_of(source: str, arch: int) -> Path:
-    """`csrc/cuda/<source>.cu`, or one of the files here, as PTX of sm_<arch>."""
+    """`<source>.cu` of `csrc/cuda/gradients/`, or one of the files here, as PTX of sm_<arch>."""
     program = nvcc()
     if program is None:
         raise FileNotFoundError("no nvcc")
