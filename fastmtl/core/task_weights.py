@@ -59,7 +59,7 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
-        return cls((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+        return cls(tuple(stride), tuple(padding), tuple(dilation), groups)
 
     def pixelwise(self, kernel: Sequence[int]) -> bool:
         """Whether each output pixel sees the one input pixel in its place."""
@@ -148,8 +148,8 @@ class TaskConvCall(NamedTuple):
         *geometry: Any,
     ) -> TaskConvCall:
         """From a schema's arguments, in their order. `geometry`: stride, padding, dilation and groups, or nothing."""
-        moves = Geometry.of(*geometry) if geometry else STILL
-        return cls(TaskWeights(weight, delta, delta_tasks, gate), SortedBatch(order, offsets), moves, bias)
+        weights, batch = TaskWeights(weight, delta, delta_tasks, gate), SortedBatch(order, offsets)
+        return cls(weights, batch, Geometry.of(*geometry) if geometry else STILL, bias)
 
 
 def empty_gradients(

@@ -164,10 +164,10 @@ def check_leading(task_ids: Tensor | TaskPlan, leading: Sequence[int]) -> None:
 
 def triton_declines(*tensors: Tensor, offsets: Tensor | None = None) -> dict[str, str | None]:
     """For `choose`: why the Triton kernels cannot take these tensors, or the tasks of a plan."""
+    for x in tensors:
+        if x.dtype == torch.float64:
+            return {"triton": "its kernels have no float64"}
     num_tasks = 0 if offsets is None else offsets.shape[0] - 1
-    reason = None
-    if any(x.dtype == torch.float64 for x in tensors):
-        reason = "its kernels have no float64"
-    elif num_tasks > TRITON_MAX_TASKS:
-        reason = f"its kernels take at most {TRITON_MAX_TASKS} tasks, got {num_tasks}"
-    return {"triton": reason}
+    if num_tasks > TRITON_MAX_TASKS:
+        return {"triton": f"its kernels take at most {TRITON_MAX_TASKS} tasks, got {num_tasks}"}
+    return {"triton": None}

@@ -164,9 +164,9 @@ def _filter(w: Tensor) -> Tensor:
 
 
 def _with_filters(call: TaskConvCall) -> TaskConvCall:
-    weight, delta, delta_tasks, gate = call.weights
+    (weight, delta, delta_tasks, gate), batch, geometry, bias = call
     filters = TaskWeights(None if weight is None else _filter(weight), [_filter(d) for d in delta], delta_tasks, gate)
-    return TaskConvCall(filters, *call[1:])
+    return TaskConvCall(filters, batch, geometry, bias)
 
 
 def _forward_by(conv2d: Callable[..., Tensor], x: Tensor, call: TaskConvCall) -> Tensor:
