@@ -8,7 +8,7 @@
 A ViT sees scikit-learn's digits as pictures, a BERT as sentences of 64 grey levels; both are made from a config, with
 random weights. The digits come from four domains: plain, inverted, turned over, with other labels. Every step runs
 twice from the same weights, dropout masks and projection order: through `fastmtl.one_pass`, and through
-`fastmtl.backward` on four losses, which takes four backward passes. GradientRows and updates must agree.
+`fastmtl.backward` on four losses, which takes four backward passes. Task gradients and updates must agree.
 
     python examples/transformers_one_pass.py
     python examples/transformers_one_pass.py --model bert --steps 50

@@ -89,9 +89,24 @@ PATH = re.compile(rf"`((?:{FOLDERS})/[\w./-]*[\w/])`")
 
 def missing_paths(text: str, page: Path) -> list[str]:
     """The links (relative to the page) and paths in backquotes (relative to the checkout) that lead nowhere."""
-    links = [link.split("#")[0] for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)]
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)
     named = [path for path in PATH.findall(text) if not (ROOT / path).exists()]
-    return [link for link in links if not (page.parent / link).exists()] + named
+    return [link for link in links if not leads_somewhere(link, text, page)] + named
+
+
+def leads_somewhere(link: str, text: str, page: Path) -> bool:
+    """Whether there is such a file and, behind a `#`, such a heading in it."""
+    path, _, anchor = link.partition("#")
+    target = page.parent / path if path else page
+    if not target.exists():
+        return False
+    return not anchor or anchor in anchors(text if target == page else target.read_text())
+
+
+def anchors(text: str) -> set[str]:
+    """What the headings of a page are called in links to them."""
+    headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -102,5 +117,5 @@ def test_paths_exist(page: Path) -> None:
 
 
 def test_a_path_that_leads_nowhere_is_seen() -> None:
-    text = "[a](docs/nothing.md) [b](README.md#x) `fastmtl/nothing.py` `fastmtl/nn/conv.py` `tests/<op>.py`"
-    assert missing_paths(text, ROOT / "README.md") == ["docs/nothing.md", "fastmtl/nothing.py"]
+    text = "## X `y`, z\n[a](docs/nothing.md) [b](#x-y-z) [c](#y) `fastmtl/nothing.py` `fastmtl/nn/conv.py`"
+    assert missing_paths(text, ROOT / "README.md") == ["docs/nothing.md", "#y", "fastmtl/nothing.py"]

@@ -79,7 +79,6 @@ class Case:
         reps: a fixed number of samples instead of a time budget.
         finish: inputs -> further figures, after the timing.
         quick: belongs to the telling few of `--quick`.
-        headline: marked as telling in the results' file; None: as `quick`.
         verify: (inputs, a candidate) -> Check: of every other candidate before it is timed; a wrong one is not.
         at_least: label -> samples that it gets in any case.
         budget_s: seconds of timing for all candidates together, instead of the run's setting.
@@ -104,7 +103,6 @@ class Case:
     reps: int | None = None
     finish: Callable[[Any], dict[str, Any]] | None = None
     quick: bool = False
-    headline: bool | None = None
     verify: Callable[[Any, Candidate], Check] | None = None
     at_least: Mapping[str, int] = field(default_factory=dict)
     budget_s: float | None = None

@@ -73,7 +73,6 @@ class Runner:
             "op": case.op,
             "params": dict(case.params),
             "device": self.device.type,
-            "headline": case.quick if case.headline is None else case.headline,
         }
         begin = time.perf_counter()
         try:

@@ -406,7 +406,6 @@ def task_case(
     labels: Sequence[str] = tuple(METHODS),
     left_out: Mapping[str, str] | None = None,
     quick: bool = False,
-    headline: bool = False,
     memory_of: Sequence[str] | None = None,
     budget_s: float | None = None,
     fewest: int = FEWEST,
@@ -444,7 +443,6 @@ def task_case(
         prepare_memory=Workshop.prepare_memory,
         finish=lambda workshop: {"torchjd_parallel_chunk_size": workshop.chunk},
         quick=quick,
-        headline=headline or quick,
         memory_of=None if memory_of is None else frozenset(memory_of),
         budget_s=budget_s,
         at_least=dict.fromkeys(SINGLE_PASS, fewest),
@@ -458,9 +456,7 @@ def _on_gpu() -> list[Case]:
             for in_order in (False, True):
                 telling = not in_order and num_tasks == (50 if workload is RL else 8)
                 quick = telling and workload in (FULL_RESNET, RL)
-                found.append(
-                    task_case(workload, num_tasks, in_order, headline=telling, quick=quick, budget_s=2 if quick else 5)
-                )
+                found.append(task_case(workload, num_tasks, in_order, quick=quick, budget_s=2 if quick else 5))
     return found
 
 
@@ -476,13 +472,12 @@ def _on_cpu(quick: bool) -> list[Case]:
                     False,
                     # more steps of those that take long are worth the wait once
                     memory_of=None if num_tasks == main and not quick else SINGLE_PASS,
-                    headline=num_tasks in (main, 8) or (num_tasks == 16 and workload is not RL),
                     quick=workload in (DIGITS, RL) and num_tasks == 8,
                     budget_s=2 if quick else 5,
                 )
             )
         # the order of the samples is nothing to those that take the whole batch T times
-        found.append(task_case(workload, main, True, labels=SINGLE_PASS, headline=True, budget_s=5))
+        found.append(task_case(workload, main, True, labels=SINGLE_PASS, budget_s=5))
     slow = "left out: T passes of this network take long on a CPU"
     left_out = {label: slow for label in METHODS if label not in SINGLE_PASS}
     for num_tasks in (8, 16):
@@ -493,7 +488,6 @@ def _on_cpu(quick: bool) -> list[Case]:
                 False,
                 left_out=left_out,
                 memory_of=("ours", "streamed", "sum") if num_tasks == 8 else (),
-                headline=True,
                 budget_s=5,
                 fewest=3,
             )

@@ -192,7 +192,7 @@ def test_the_suite_has_every_network_number_of_tasks_and_order(device):
     for case in cases:
         assert case.ours.label == "ours" and case.candidates[0].kind == "ours"
     quick = step_tasks.cases(torch.device(device), quick=True)
-    assert 1 <= len(quick) <= 2 and all(case.quick and case.headline for case in quick)
+    assert 1 <= len(quick) <= 2 and all(case.quick for case in quick)
     assert set(registry.collect(["step"], CPU, pattern="ViT")[0].at_least) == set(step_tasks.SINGLE_PASS)
 
 
@@ -316,7 +316,6 @@ def task_row(num_tasks: int, device: str = "cpu", network: str = "small net", **
         "op": TASK_STEP,
         "params": {"T": num_tasks, "P": 262144, "dtype": "float32", "network": network, "batch": 8, "sorted": False},
         "device": device,
-        "headline": True,
         "status": "ok",
         "took_s": 1.0,
         "times": {label: {"median": s, "p20": s, "p80": s, "reps": 3} for label, s in seconds.items()},
