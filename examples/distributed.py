@@ -105,7 +105,6 @@ def main() -> None:
     if args.save and rank == 0:
         torch.save(weights, args.save)
     if dist.is_initialized():
-        dist.barrier()  # a rank that leaves while gloo still holds one of its tensors may be aborted by torch
         dist.destroy_process_group()
 
 

@@ -460,9 +460,9 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 
 
 def _example(start: list[str], path: Path, shown: str, *options: str) -> None:
-    script = ROOT / "examples" / "distributed.py"
+    script, leave = ROOT / "examples" / "distributed.py", ROOT / "tests" / "helpers" / "run_and_leave.py"
     done = subprocess.run(
-        [sys.executable, *start, str(script), "--steps=5", f"--save={path}", *options],
+        [sys.executable, *start, str(leave), str(script), "--steps=5", f"--save={path}", *options],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
