@@ -15,7 +15,10 @@ CHECKED = \
   tests/test_completeness.py tests/test_docs.py tests/test_imports.py tests/test_optim.py
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: dev check test test-slow bench bench-full docs-tables kernel-table lint format aot abi gpu-check clean
+help:  ## what each target does
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1: /p' Makefile
+
+.PHONY: help dev check test test-slow bench bench-full docs-tables kernel-table lint format aot abi gpu-check clean
 
 dev: $(STAMP)  ## environment with an editable build
 
@@ -35,7 +38,7 @@ test: dev  ## everything that runs without a GPU; GPU tests skip with a reason
 check: dev  ## of each test of CHECKED its first case on each backend: under 3 minutes on two cores, for use while working
 	FASTMTL_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest $(CHECKED) --check
 
-test-slow: dev
+test-slow: dev  ## the slow tests too
 	FASTMTL_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest tests
 	$(INTERPRET) $(BIN)/python -m pytest tests/interpreter
 
@@ -51,11 +54,11 @@ docs-tables: dev  ## redraws the README's table, the pages of docs/benchmarks an
 kernel-table: dev  ## compiles the surgery kernels and rewrites their table in docs/; needs nvcc
 	$(BIN)/python -m fastmtl.benchmarks.machine_code.kernel_table
 
-lint: dev
+lint: dev  ## checks style and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inc')
 
-format: dev
+format: dev  ## formats Python and C++
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inc')
 
@@ -69,5 +72,5 @@ abi: dev  ## one build under several torch releases; downloads gigabytes
 gpu-check:  ## on a machine with a GPU and torch: PARTS of benchmarks/gpu/gpu_check.sh; results to $$OUT (docs/first-gpu-run.md)
 	bash benchmarks/gpu/gpu_check.sh $(PARTS)
 
-clean:
+clean:  ## removes environment and builds
 	rm -rf build dist *.egg-info $(VENV) fastmtl/*.so fastmtl/_build.json

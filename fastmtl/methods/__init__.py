@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastmtl.methods.base import Method, Weighting, solve
+from fastmtl.methods.base import Method, Weighting, weights_of
 from fastmtl.methods.mean import Mean
 from fastmtl.methods.pcgrad import PCGrad
 from fastmtl.methods.random_weights import RandomWeights
@@ -35,4 +35,4 @@ def get(method: str | Weighting) -> Weighting:
     raise TypeError(f"method: expected a name, a Method or a callable [T, T] -> [T], got {type(method).__name__}")
 
 
-__all__ = ["Mean", "Method", "PCGrad", "RandomWeights", "Sum", "Weighting", "get", "solve"]
+__all__ = ["Mean", "Method", "PCGrad", "RandomWeights", "Sum", "Weighting", "get", "weights_of"]

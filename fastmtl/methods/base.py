@@ -58,7 +58,7 @@ class Method:
 Weighting: TypeAlias = Method | Callable[[Tensor], Tensor]
 
 
-def solve(method: Weighting, gram: Tensor, present: Sequence[bool]) -> Tensor:
+def weights_of(method: Weighting, gram: Tensor, present: Sequence[bool]) -> Tensor:
     """Weights `[T]` float64 of the tasks, 0 for absent ones, from a `Method` or any callable `[T, T] -> [T]`.
 
     A callable sees the Gram matrix of the present tasks only. What comes back is checked.

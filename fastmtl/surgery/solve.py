@@ -95,9 +95,9 @@ def _weigh_alone(gram: Tensor, gradients: SurgeryInput, method: Weighting) -> Te
         if isinstance(method, Method):
             weights = method.weights(gram, present=present)
         else:  # a callable sees the present tasks only, so that the host must know them
-            weights = methods.solve(method, gram, present.tolist())
+            weights = methods.weights_of(method, gram, present.tolist())
     elif not any(present):
         weights = torch.zeros(len(present), dtype=torch.float64, device=gram.device)
     else:
-        weights = methods.solve(method, gram, present)
+        weights = methods.weights_of(method, gram, present)
     return weights if gradients.poison is None else weights + gradients.poison

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights, empty_gradients
 from fastmtl.core.tensors import is_channels_last
-from fastmtl.kernels.common.launches import Prepared, in_interpreter, next_power_of_2, planned, pointer_table
+from fastmtl.kernels.common.launches import Prepared, in_interpreter, planned
 from fastmtl.kernels.task_weights import configs
 from fastmtl.kernels.task_weights.conv_dgrad import task_conv2d_dgrad_kernel
 from fastmtl.kernels.task_weights.conv_fwd import task_conv2d_fwd_kernel
@@ -26,95 +26,27 @@ from fastmtl.kernels.task_weights.conv_wgrad import (
     task_conv2d_wgrad_walk_kernel,
     wgrad_finish_kernel,
 )
-from fastmtl.kernels.task_weights.stage import stage_kernel
-
-INT32_MAX = 2**31 - 1
-NO_DELTAS_STRIDES = (0,) * 5
-
-
-class Batch(NamedTuple):
-    """A sorted batch, with what the choice of tiles needs to know of it."""
-
-    order: Tensor
-    offsets: Tensor
-    num_samples: int
-    num_tasks: int
-
-    @classmethod
-    def of(cls, batch: SortedBatch) -> Batch:
-        order, offsets = batch
-        return cls(order, offsets, order.shape[0], offsets.shape[0] - 1)
-
-    def together(self) -> Batch:
-        """The same samples as those of one task; samples of no task stay out."""
-        offsets = self.offsets if self.num_tasks == 1 else self.offsets[:: self.num_tasks].contiguous()
-        return Batch.of(SortedBatch(self.order, offsets))
-
-    @property
-    def parts(self) -> int:
-        """How many tasks it can hold at most."""
-        return max(1, min(self.num_tasks, self.num_samples))
-
-    def rows_per_task(self, pixels: int) -> int:
-        return -(-self.num_samples * pixels // self.parts)
-
-    def row_tiles(self, pixels: int, rows: int) -> int:
-        """As many as there can be where no tile holds two tasks; samples of no task are one more."""
-        if self.num_samples * pixels == 0:
-            return 0
-        return -(-self.num_samples * pixels // rows) + min(self.num_tasks + 1, self.num_samples) - 1
-
-    @property
-    def block(self) -> int:
-        """For the kernels' search among the offsets."""
-        return next_power_of_2(self.num_tasks + 1)
-
-
-class Deltas(NamedTuple):
-    """Where the kernels find each task's delta, or write its gradient."""
-
-    base: Tensor | None  # one `[T, ...]` tensor, or one of the list for its dtype and strides; None: no task has one
-    table: Tensor | None  # addresses by task, 0 for none; None for one tensor
-    strides: tuple[int, ...]  # t, co, ci, kh, kw
-    aligned: bool  # whether addresses in the table are multiples of 16 bytes
-    held: Sequence[Tensor]  # what the table points to
-
-    @property
-    def multiple(self) -> int:
-        """Of the strides and addresses, see `_multiple`."""
-        return _multiple(self.base) if self.base is not None and self.aligned else 1
-
-    @property
-    def key(self) -> tuple[Any, ...] | None:
-        """What a plan depends on."""
-        return None if self.base is None else (*_sign(self.base), self.strides, self.aligned, self.table is None)
-
-
-NO_DELTAS = Deltas(None, None, NO_DELTAS_STRIDES, False, ())
-
-
-class Operand(NamedTuple):
-    """How the kernels come to W + s_t Delta_t."""
-
-    settled: dict[str, Any]  # of the kernels' arguments, but for pointers
-    stage: Prepared | None  # None: nothing is staged
-    workspace: tuple[int, ...]  # `[slots, Cout, kh, kw, Cin / groups]`, where something is
-    own: bool  # the stacked deltas are the tasks' weights, which are read as they are
-
-    def pointers(self, weights: TaskWeights, deltas: Deltas, gate: Tensor | None, batch: Batch, dtype: torch.dtype):
-        """The kernels' pointers; stages, if that is planned."""
-        p_w = deltas.base if self.own else weights.weight
-        if self.stage is not None:
-            p_w = torch.empty(self.workspace, dtype=dtype, device=batch.offsets.device)
-            self.stage(
-                p_out=p_w,
-                p_w=weights.weight,
-                p_delta=deltas.base,
-                p_table=deltas.table,
-                p_gate=gate,
-                p_offsets=batch.offsets,
-            )
-        return {"p_w": p_w, "p_delta": deltas.base, "p_table": deltas.table, "p_gate": gate}
+from fastmtl.kernels.task_weights.operands import (
+    NO_DELTAS,
+    NO_DELTAS_STRIDES,
+    Batch,
+    Deltas,
+    Operand,
+    arguments,
+    block_sizes,
+    by_channel,
+    common_multiple,
+    deltas_of,
+    filter_moves,
+    filter_strides,
+    held_weights,
+    memory_together,
+    multiple_of,
+    needs_int64_offsets,
+    picture_strides,
+    plan_operand,
+    signature,
+)
 
 
 class Result(NamedTuple):
@@ -147,12 +79,21 @@ def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
     """Forward: `[N, Cout, Ho, Wo]`, channels_last if x is; rows of no task are NaN."""
     weights, sorted_batch, geometry, bias = call
     last = is_channels_last(x)
-    x = _by_channel(x, weights.shape[1])
+    x = by_channel(x, weights.shape[1])
     batch = Batch.of(sorted_batch)
     gate = None if weights.gate is None else weights.gate.contiguous()
     bias = None if bias is None else bias.contiguous()
-    deltas = _deltas(weights.delta, weights.delta_tasks, batch.num_tasks)
-    key = ("forward", x.device, _sign(x), last, _sign(weights.weight), deltas.key, gate is None, _sign(bias))
+    deltas = deltas_of(weights.delta, weights.delta_tasks, batch.num_tasks)
+    key = (
+        "forward",
+        x.device,
+        signature(x),
+        last,
+        signature(weights.weight),
+        deltas.key,
+        gate is None,
+        signature(bias),
+    )
     plan = planned(
         (*key, batch.num_tasks, geometry, configs.choices()),
         lambda: _plan_forward(x, last, weights, deltas, bias, batch, geometry),
@@ -184,7 +125,7 @@ def _plan_forward(
     result = Result.of(shape, torch.empty(shape, device="meta", memory_format=order).stride(), features)
     y = torch.empty_strided(shape, result.kernel_strides, dtype=x.dtype, device="meta")
     rows = batch.rows_per_task(pixels)
-    operand = _plan_operand(x.dtype, weights, deltas, batch, rows)
+    operand = plan_operand(x.dtype, weights, deltas, batch, rows)
     packed = channels <= configs.PACKED_MAX_CHANNELS
     kernel = "fwd_packed" if packed else "fwd_fused" if operand.settled["FUSED"] else "fwd"
     tile = configs.pick_tile(kernel, batch.parts, rows, features, groups, x)
@@ -202,18 +143,18 @@ def _plan_forward(
         pixels=pixels,
         channels=channels,
         features=features,
-        **_picture("x", x),
-        **_picture("y", y),
+        **picture_strides("x", x),
+        **picture_strides("y", y),
         b_t=0 if bias is None or bias.dim() == 1 else bias.shape[1],
-        **_moves(kh, kw, geometry),
+        **filter_moves(kh, kw, geometry),
         PACKED=packed,
         PADDED=geometry.padding != (0, 0),
-        MULTIPLE=_multiple(x, y, sizes=(channels, features)),
+        MULTIPLE=common_multiple(x, y, sizes=(channels, features)),
         SMALL=pixels <= configs.SMALL_PIXELS,
-        INT64_OFFSETS=_int64_offsets(batch.num_samples * pixels, (x, y), _held(weights)),
+        INT64_OFFSETS=needs_int64_offsets(batch.num_samples * pixels, (x, y), held_weights(weights)),
         CAST=in_interpreter(),
         TB=batch.block,
-        **_block(tile, "BK"),
+        **block_sizes(tile, "BK"),
     )
     return ForwardPlan(result, operand, product)
 
@@ -224,7 +165,7 @@ def conv2d_backward(
     """The gradients of x, weight, deltas, gate and bias, of these the wanted ones; as the reference gives them."""
     weights, sorted_batch, geometry, bias = call
     batch = Batch.of(sorted_batch)
-    out = empty_gradients(x, call, wanted, wanted_delta, _together(weights, wanted_delta, batch.num_tasks))
+    out = empty_gradients(x, call, wanted, wanted_delta, memory_together(weights, wanted_delta, batch.num_tasks))
     left = iter(out)
     grad_x = next(left) if wanted[0] else None
     grad_weight = next(left) if wanted[1] and weights.weight is not None else None
@@ -233,17 +174,17 @@ def conv2d_backward(
     grad_bias = next(left) if wanted[3] and bias is not None else None
 
     features, channels = weights.shape[:2]
-    grad_out = _by_channel(grad_out, features // geometry.groups)
+    grad_out = by_channel(grad_out, features // geometry.groups)
     by_task = grad_gate is not None or bool(grad_delta)
     deltas = None
     if grad_x is not None or grad_gate is not None:
-        deltas = _deltas(weights.delta, weights.delta_tasks, batch.num_tasks)
+        deltas = deltas_of(weights.delta, weights.delta_tasks, batch.num_tasks)
     if grad_x is not None:
         _input_grad(grad_out, grad_x, weights, deltas, batch, geometry)
     if grad_weight is not None or by_task:
         tasks = [weights.delta_tasks[k] for k in wanted_delta] if weights.delta_tasks else []
         _weight_grads(
-            _by_channel(x, channels),
+            by_channel(x, channels),
             grad_out,
             batch if by_task else batch.together(),
             geometry,
@@ -263,7 +204,7 @@ def conv2d_backward(
 def weight_grad(x: Tensor, grad_out: Tensor, batch: SortedBatch, geometry: Geometry, out: Tensor) -> None:
     """Each task's gradient of a shared filter into out, `[T, Cout, Cin / groups, kh, kw]` of any strides and dtype."""
     features, channels = out.shape[1:3]
-    x, grad_out = _by_channel(x, channels), _by_channel(grad_out, features // geometry.groups)
+    x, grad_out = by_channel(x, channels), by_channel(grad_out, features // geometry.groups)
     _weight_grads(x, grad_out, Batch.of(batch), geometry, tuple(out.shape[1:]), grad_delta=[out])
 
 
@@ -274,7 +215,15 @@ def _input_grad(
     grad_out: Tensor, grad_x: Tensor, weights: TaskWeights, deltas: Deltas, batch: Batch, geometry: Geometry
 ) -> None:
     gate = None if weights.gate is None else weights.gate.contiguous()
-    key = ("input", grad_x.device, _sign(grad_out), _sign(grad_x), _sign(weights.weight), deltas.key, gate is None)
+    key = (
+        "input",
+        grad_x.device,
+        signature(grad_out),
+        signature(grad_x),
+        signature(weights.weight),
+        deltas.key,
+        gate is None,
+    )
     plan = planned(
         (*key, batch.num_tasks, geometry, configs.choices()),
         lambda: _plan_input_grad(grad_out, grad_x, weights, deltas, batch, geometry),
@@ -300,7 +249,7 @@ def _plan_input_grad(
     # of the largest residue class
     pixels = -(-height // sh) * -(-width // sw)
     rows = batch.rows_per_task(pixels)
-    operand = _plan_operand(grad_out.dtype, weights, deltas, batch, rows)
+    operand = plan_operand(grad_out.dtype, weights, deltas, batch, rows)
     tile = configs.pick_tile(
         "dgrad_fused" if operand.settled["FUSED"] else "dgrad", batch.parts, rows, channels, groups * sh * sw, grad_out
     )
@@ -318,18 +267,18 @@ def _plan_input_grad(
         out_width=grad_out.shape[3],
         channels=channels,
         features=features,
-        **_picture("x", made),
-        **_picture("y", grad_out),
-        **_moves(kh, kw, geometry),
+        **picture_strides("x", made),
+        **picture_strides("y", grad_out),
+        **filter_moves(kh, kw, geometry),
         STEP_H=sh // math.gcd(sh, geometry.dilation[0]),
         STEP_W=sw // math.gcd(sw, geometry.dilation[1]),
         EDGES=not geometry.pixelwise((kh, kw)),
-        MULTIPLE=_multiple(made, grad_out, sizes=(channels, features)),
+        MULTIPLE=common_multiple(made, grad_out, sizes=(channels, features)),
         SMALL=pixels <= configs.SMALL_PIXELS,
-        INT64_OFFSETS=_int64_offsets(batch.num_samples * pixels, (made, grad_out), _held(weights)),
+        INT64_OFFSETS=needs_int64_offsets(batch.num_samples * pixels, (made, grad_out), held_weights(weights)),
         CAST=in_interpreter(),
         TB=batch.block,
-        **_block(tile, "BK"),
+        **block_sizes(tile, "BK"),
     )
     return ForwardPlan(result, operand, product)
 
@@ -368,9 +317,9 @@ def _weight_grads(
         if grad_weight is None and not grad_delta:
             return
     # gradients of another memory order than the first's are written in its order, and copied
-    grads = _deltas(grad_delta, grad_tasks, batch.num_tasks, copy=False)
+    grads = deltas_of(grad_delta, grad_tasks, batch.num_tasks, copy=False)
     gate = None if gate is None else gate.contiguous()
-    key = ("weights", x.device, _sign(x), _sign(grad_out), shape, deltas.key, grads.key, _sign(grad_weight))
+    key = ("weights", x.device, signature(x), signature(grad_out), shape, deltas.key, grads.key, signature(grad_weight))
     plan = planned(
         (*key, grad_gate is None, batch.num_tasks, batch.num_samples, geometry, configs.choices()),
         lambda: _plan_weight_grads(x, grad_out, batch, geometry, shape, deltas, grads, grad_gate, grad_weight),
@@ -424,17 +373,17 @@ def _plan_weight_grads(
         if chunks > 1:
             total, total_dtype = (chunks, features, kh, kw, channels), torch.float32
             total_strides = (size, kh * kw * channels, 1, kw * channels, channels)
-        total_multiple = _multiple_of(total_dtype, *total_strides[:2], *total_strides[3:])
+        total_multiple = multiple_of(total_dtype, *total_strides[:2], *total_strides[3:])
     blocks = -(-size // configs.FINISH_BLOCK)
     gate_parts = (batch.num_tasks, tiles * groups if plan.split_rows == 0 else blocks)
     written = [w for w in (grad_weight, grads.base, deltas.base) if w is not None]
-    int64_offsets = _int64_offsets(rows, (x, grad_out), written)
+    int64_offsets = needs_int64_offsets(rows, (x, grad_out), written)
     into: dict[str, Any] = {
         "num_tasks": batch.num_tasks,
         "chunk_tasks": plan.chunk_tasks,
-        **_filters("d", deltas.strides),
-        **_filters("g", grads.strides),
-        **_named("w", "chunk co ci kh kw", total_strides),
+        **filter_strides("d", deltas.strides),
+        **filter_strides("g", grads.strides),
+        **arguments("w", "chunk co ci kh kw", total_strides),
         "W_MULTIPLE": total_multiple,
         "D_MULTIPLE": deltas.multiple,
         "G_MULTIPLE": grads.multiple,
@@ -446,16 +395,16 @@ def _plan_weight_grads(
         "pixels": pixels,
         "channels": channels,
         "features": rows_out,
-        **_picture("x", x),
-        **_picture("y", grad_out),
-        **_moves(kh, kw, geometry),
+        **picture_strides("x", x),
+        **picture_strides("y", grad_out),
+        **filter_moves(kh, kw, geometry),
         "PACKED": filter_.packed,
         "PADDED": geometry.padding != (0, 0),
-        "MULTIPLE": _multiple(x, grad_out, sizes=(channels, rows_out)),
+        "MULTIPLE": common_multiple(x, grad_out, sizes=(channels, rows_out)),
         "SMALL": pixels <= configs.SMALL_PIXELS,
         "INT64_OFFSETS": int64_offsets,
         "CAST": in_interpreter(),
-        **_block(tile, "BP"),
+        **block_sizes(tile, "BP"),
     }
     finish, parts = None, (0, size)
     options = (tile.num_warps, tile.num_stages)
@@ -485,7 +434,7 @@ def _plan_weight_grads(
             size=size,
             channels=channels,
             step=size,
-            **_named("o", "co ci kh kw", grad_weight.stride()),
+            **arguments("o", "co ci kh kw", grad_weight.stride()),
             KH=kh,
             KW=kw,
             INT64_OFFSETS=int64_offsets,
@@ -516,7 +465,7 @@ def _plan_finish(
         size=size,
         KH=kh,
         KW=kw,
-        MULTIPLE=_multiple_of(torch.float32, channels),
+        MULTIPLE=multiple_of(torch.float32, channels),
         INT64_OFFSETS=int64_offsets,
         TB=batch.block,
         BE=configs.FINISH_BLOCK,
@@ -532,7 +481,7 @@ class BiasPlan(NamedTuple):
 def _bias_grad(grad_out: Tensor, batch: Batch, grad_bias: Tensor) -> None:
     """Sums of grad_out by task, `[T, Cout]`, or over one, `[Cout]`."""
     plan = planned(
-        ("bias", grad_out.device, _sign(grad_out), batch.num_tasks, configs.choices()),
+        ("bias", grad_out.device, signature(grad_out), batch.num_tasks, configs.choices()),
         lambda: _plan_bias_grad(grad_out, batch),
     )
     parts = torch.empty(plan.parts, dtype=torch.float32, device=grad_out.device)
@@ -547,7 +496,7 @@ def _plan_bias_grad(grad_out: Tensor, batch: Batch) -> BiasPlan:
     blocks = -(-features // columns)
     split_rows = configs.pick_split_rows(blocks, batch.num_samples * pixels, rows, grad_out)
     splits = batch.row_tiles(pixels, split_rows)
-    int64_offsets = _int64_offsets(batch.num_samples * pixels, (grad_out,))
+    int64_offsets = needs_int64_offsets(batch.num_samples * pixels, (grad_out,))
     product = Prepared(
         bias_grad_kernel,
         (blocks, splits),
@@ -557,8 +506,8 @@ def _plan_bias_grad(grad_out: Tensor, batch: Batch) -> BiasPlan:
         out_width=grad_out.shape[3],
         pixels=pixels,
         features=features,
-        **_picture("y", grad_out),
-        MULTIPLE=_multiple(grad_out, sizes=(features,)),
+        **picture_strides("y", grad_out),
+        MULTIPLE=common_multiple(grad_out, sizes=(features,)),
         SMALL=pixels <= configs.SMALL_PIXELS,
         INT64_OFFSETS=int64_offsets,
         TB=batch.block,
@@ -569,206 +518,12 @@ def _plan_bias_grad(grad_out: Tensor, batch: Batch) -> BiasPlan:
     into: dict[str, Any] = {
         "num_tasks": batch.num_tasks,
         "chunk_tasks": 1,
-        **_filters("d", NO_DELTAS_STRIDES),
-        **_filters("g", (features, 1, 0, 0, 0)),
-        **_named("w", "chunk co ci kh kw", (0,) * 5),
+        **filter_strides("d", NO_DELTAS_STRIDES),
+        **filter_strides("g", (features, 1, 0, 0, 0)),
+        **arguments("w", "chunk co ci kh kw", (0,) * 5),
         "W_MULTIPLE": 1,
         "D_MULTIPLE": 1,
         "G_MULTIPLE": 1,
     }
     finish = _plan_finish(batch, pixels, split_rows, (features, 1, 1, 1), int64_offsets, batch.num_tasks, into)
     return BiasPlan((splits, features), product, finish)
-
-
-# --- operands
-
-
-def _by_channel(x: Tensor, channels: int) -> Tensor:
-    """x with channels next to each other, by a copy unless it is so or has few: else single elements are loaded."""
-    if x.stride(1) == 1 or channels < configs.CHANNELS_LAST_MIN_CHANNELS:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _deltas(tensors: Sequence[Tensor], tasks: Sequence[int], num_tasks: int, copy: bool = True) -> Deltas:
-    if not tensors:
-        return NO_DELTAS
-    if not tasks:
-        (stacked,) = tensors
-        return Deltas(stacked, None, stacked.stride(), True, tensors)
-    # one kernel meets them all with the same strides: for odd ones there are others in their place
-    strides = tensors[0].stride()
-    same = [d if d.stride() == strides else d.new_empty_strided(d.shape, strides) for d in tensors]
-    by_task: list[Tensor | None] = [None] * num_tasks
-    for t, d, given in zip(tasks, same, tensors, strict=True):
-        if copy and d is not given:
-            d.copy_(given)
-        by_task[t] = d
-    aligned = all(d.data_ptr() % 16 == 0 for d in same)
-    return Deltas(same[0], pointer_table(by_task), (0, *strides), aligned, same)
-
-
-def _together(weights: TaskWeights, wanted_delta: Sequence[int], num_tasks: int) -> Tensor | None:
-    """Memory for the gradients of a list, `[T, ...]`, if every task has one and wants it; else None.
-
-    One allocation in place of T. Each begins at a multiple of 128 bytes. The kernels still go by a table of addresses:
-    by a stride the largest walk with W's and the gates' gradients spills 8 bytes on sm_90.
-    """
-    if list(weights.delta_tasks) != list(range(num_tasks)) or len(wanted_delta) < num_tasks:
-        return None
-    first = weights.delta[0]
-    last = is_channels_last(first)
-    if any(d.stride() != first.stride() and is_channels_last(d) != last for d in weights.delta):
-        return None
-    shape, strides = planned(
-        ("together", num_tasks, last, _sign(first)), lambda: _plan_together(first, last, num_tasks)
-    )
-    return torch.empty_strided(shape, strides, dtype=first.dtype, device=first.device)
-
-
-def _plan_together(first: Tensor, last: bool, num_tasks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    # in the memory order of `like_parameter`
-    order = torch.channels_last if last else torch.contiguous_format
-    strides = torch.empty(first.shape, device="meta", memory_format=order).stride()
-    line = 128 // first.element_size()
-    return (num_tasks, *first.shape), (-(-first.numel() // line) * line, *strides)
-
-
-def _plan_operand(dtype: torch.dtype, weights: TaskWeights, deltas: Deltas, batch: Batch, rows: int) -> Operand:
-    """For W + s_t Delta_t: staged, or to be added in the kernels' main loop."""
-    weight, (features, channels, kh, kw) = weights.weight, weights.shape
-    w_strides = (0,) * 4 if weight is None else weight.stride()
-    w_multiple = 1 if weight is None else _multiple(weight)
-    given = {
-        "W_MULTIPLE": w_multiple,
-        "D_MULTIPLE": deltas.multiple,
-        "shared_slot": 0,
-        **_filters("w", (0, *w_strides)),
-        **_filters("d", deltas.strides),
-        "FUSED": False,
-    }
-    # of what is not read: constants, so that layers share a compiled kernel
-    unread = {**_filters("d", NO_DELTAS_STRIDES), "D_MULTIPLE": 1}
-    if deltas.base is None and weight is not None and weight.dtype == dtype and weight.stride(1) == 1:
-        # every task sees W, which can be read as it is
-        return Operand(given, None, (), False)
-    if weight is None and weights.stacked and weights.gate is None:
-        (delta,) = weights.delta
-        if delta.dtype == dtype and deltas.strides[2] == 1:
-            # the tasks' own weights lie in slots as a workspace's would
-            own = {**_filters("w", deltas.strides), "W_MULTIPLE": deltas.multiple}
-            return Operand({**given, **own, **unread}, None, (), True)
-    contiguous = (weight is None or weight.stride(1) == 1) and (deltas.base is None or deltas.strides[2] == 1)
-    if configs.pick_schedule(rows, contiguous) == "fused":
-        return Operand({**given, "FUSED": True}, None, (), False)
-    slots = 1 if deltas.base is None else batch.num_tasks + 1
-    size = features * channels * kh * kw
-    shape = {"channels": channels, "rows": features * channels, "KH": kh, "KW": kw}
-    strides = {**_named("w", "co ci kh kw", w_strides), **_filters("d", deltas.strides)}
-    dense = (kh * kw * channels, 1, kw * channels, channels)
-    if all(
-        n == 1 or s in (None, d)
-        for held in (
-            w_strides if weight is not None else (None,) * 4,
-            deltas.strides[1:] if deltas.held else (None,) * 4,
-        )
-        for n, s, d in zip(weights.shape, held, dense, strict=True)
-    ):
-        # memory in the order of the workspace: one line of elements, without taps that fill no power of two
-        shape = {"channels": size, "rows": size, "KH": 1, "KW": 1}
-        strides = {
-            **_named("w", "co ci kh kw", (0, 1, 0, 0)),
-            **_filters("d", (deltas.strides[0], 0, 1, 0, 0)),
-        }
-        w_multiple = 1 if weight is None else _multiple_of(weight.dtype)
-    taps = next_power_of_2(shape["KH"] * shape["KW"])
-    block = max(16, configs.STAGE_BLOCK // taps)
-    stage = Prepared(
-        stage_kernel,
-        (-(-shape["rows"] // block), slots),
-        num_tasks=slots - 1,
-        **shape,
-        **strides,
-        MULTIPLE=_multiple_of(dtype, shape["channels"]),
-        W_MULTIPLE=w_multiple,
-        D_MULTIPLE=deltas.multiple,
-        INT64_OFFSETS=_int64_offsets(0, filters=_held(weights)),
-        BR=block,
-        BT=taps,
-    )
-    staged = {
-        "shared_slot": slots - 1,
-        **_filters("w", (size, kh * kw * channels, 1, kw * channels, channels)),
-        "W_MULTIPLE": _multiple_of(dtype, channels),
-    }
-    return Operand({**given, **staged, **unread}, stage, (slots, features, kh, kw, channels), False)
-
-
-def _held(weights: TaskWeights) -> list[Tensor]:
-    return [w for w in (weights.weight, *weights.delta[:1]) if w is not None]
-
-
-# --- arguments
-
-
-def _sign(x: Tensor | None) -> tuple[Any, ...] | None:
-    """What a plan depends on of a tensor."""
-    return None if x is None else (x.dtype, x.shape, x.stride())
-
-
-def _named(prefix: str, names: str, values: Sequence[int]) -> dict[str, int]:
-    """Arguments of a kernel; see the legend of `tiles.py`."""
-    return {f"{prefix}_{name}": v for name, v in zip(names.split(), values, strict=True)}
-
-
-def _picture(prefix: str, x: Tensor) -> dict[str, int]:
-    """The strides of x or a result, `[N, C, H, W]`."""
-    return _named(prefix, "n c h w", x.stride())
-
-
-def _filters(prefix: str, strides: Sequence[int]) -> dict[str, int]:
-    """Those of filters that lie one behind another: `[T, Cout, Cin / groups, kh, kw]`."""
-    return _named(prefix, "t co ci kh kw", strides)
-
-
-def _moves(kh: int, kw: int, geometry: Geometry) -> dict[str, int]:
-    """How a filter of kh x kw taps goes over a picture."""
-    (sh, sw), (dh, dw) = geometry.stride, geometry.dilation
-    return {**_named("pad", "h w", geometry.padding), "KH": kh, "KW": kw, "SH": sh, "SW": sw, "DH": dh, "DW": dw}
-
-
-def _block(tile: configs.Tile, depth: str) -> dict[str, int]:
-    return {"BM": tile.rows, "BN": tile.cols, depth: tile.depth}
-
-
-def _multiple_of(dtype: torch.dtype, *numbers: int) -> int:
-    """Elements of 16 bytes, if all numbers are multiples of that; else 1."""
-    most = 16 // dtype.itemsize
-    return most if all(n % most == 0 for n in numbers) else 1
-
-
-def _multiple(*tensors: Tensor, sizes: Sequence[int] = ()) -> int:
-    """The same of sizes and of all strides but the channels'; tensors of one dtype, `[.., channels, height, width]`.
-
-    With it the kernels load 16 bytes at a time, also of 40 channels or 1000, which Triton takes for single elements:
-    by itself it looks for multiples of 16.
-    """
-    strides = [
-        s
-        for x in tensors
-        for d, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True))
-        if d != x.dim() - 3 and n > 1
-    ]
-    return _multiple_of(tensors[0].dtype, *sizes, *strides)
-
-
-def _int64_offsets(rows: int, pictures: Sequence[Tensor] = (), filters: Sequence[Tensor] = ()) -> bool:
-    """Whether counts of rows, or offsets inside one sample or one filter, can pass 32 bits.
-
-    Where a sample, or a task of a `[T, ...]` tensor, begins is 64 bit in any case. A filter's copies in a workspace
-    are dense: they have as many elements as it has, whatever its strides. Twice, for a tile's masked rows and columns.
-    """
-    inside = [(x.shape[1:], x.stride()[1:]) for x in pictures] + [(w.shape[-4:], w.stride()[-4:]) for w in filters]
-    reach = [sum((n - 1) * s for n, s in zip(*each, strict=True)) for each in inside]
-    sizes = [math.prod(w.shape[-4:]) for w in filters]
-    return max(2 * max([*reach, *sizes], default=0), rows + 2**16) > INT32_MAX

@@ -38,7 +38,7 @@ import triton.language as tl
 
 from fastmtl.core.task_weights import STILL, SortedBatch, TaskConvCall, TaskWeights
 from fastmtl.kernels.common import launches
-from fastmtl.kernels.task_weights import configs
+from fastmtl.kernels.task_weights import configs, operands
 from fastmtl.kernels.task_weights import task_conv2d as launchers
 from fastmtl.kernels.task_weights.configs import Tile
 from fastmtl.kernels.task_weights.tiles import quotient
@@ -194,7 +194,7 @@ def test_tiles_and_schedules_as_the_rules_choose_them(case: ConvCase) -> None:
 @pytest.mark.parametrize("case", [PLAIN.but(n=2, cout=3), WIDE.but(n=2, stride=2)], ids=["packed", "wide"])
 @pytest.mark.parametrize("forced", [STAGED, FUSED], ids=["staged-walk", "fused-split"])
 def test_offsets_of_64_bits(case: ConvCase, forced: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "INT32_MAX", 0)
+    monkeypatch.setattr(operands, "INT32_MAX", 0)
     check(case, **forced)
 
 
@@ -205,7 +205,7 @@ def test_pictures_too_large_for_divisions_in_float32(
 ) -> None:
     monkeypatch.setattr(configs, "SMALL_PIXELS", 0)
     if wide:
-        monkeypatch.setattr(launchers, "INT32_MAX", 0)
+        monkeypatch.setattr(operands, "INT32_MAX", 0)
     check(PLAIN.but(n=3, cout=3, stride=(2, 1)), **forced)
 
 
@@ -229,24 +229,24 @@ def test_channels_of_sixteen_bytes(case: ConvCase, forced: dict[str, Any]) -> No
 def test_what_is_known_of_strides_and_sizes() -> None:
     """What is so and no more: a multiple that is none would lead to wrong addresses."""
     x = torch.empty(2, 40, 3, 5, dtype=BF16).contiguous(memory_format=torch.channels_last)
-    assert launchers._multiple(x) == launchers._multiple(x, sizes=(8, 1000)) == 8
-    assert launchers._multiple(x, sizes=(8, 36)) == 1
-    assert launchers._multiple(x.float(), sizes=(36,)) == 4
+    assert operands.common_multiple(x) == operands.common_multiple(x, sizes=(8, 1000)) == 8
+    assert operands.common_multiple(x, sizes=(8, 36)) == 1
+    assert operands.common_multiple(x.float(), sizes=(36,)) == 4
     # pixels lie 43 apart, or side by side, or are one
-    assert launchers._multiple(torch.empty(2, 43, 3, 5).contiguous(memory_format=torch.channels_last)[:, :40]) == 1
-    assert launchers._multiple(x.contiguous()) == 1
-    assert launchers._multiple(x[..., :1, :1].contiguous(), x) == 8
+    assert operands.common_multiple(torch.empty(2, 43, 3, 5).contiguous(memory_format=torch.channels_last)[:, :40]) == 1
+    assert operands.common_multiple(x.contiguous()) == 1
+    assert operands.common_multiple(x[..., :1, :1].contiguous(), x) == 8
     # filters: taps side by side; one tap; stacks whose rows lie apart
     stack = torch.empty(3, 8, 40, 2, 2, dtype=BF16)
-    assert launchers._multiple(stack) == launchers._multiple(stack[0]) == 1
-    assert launchers._multiple(stack.movedim(2, -1).contiguous().movedim(-1, 2)) == 8
-    assert launchers._multiple(torch.empty(3, 8, 40, 1, 1, dtype=BF16)) == 8
+    assert operands.common_multiple(stack) == operands.common_multiple(stack[0]) == 1
+    assert operands.common_multiple(stack.movedim(2, -1).contiguous().movedim(-1, 2)) == 8
+    assert operands.common_multiple(torch.empty(3, 8, 40, 1, 1, dtype=BF16)) == 8
     bank = torch.empty(3, 8 * 40 + 1, dtype=BF16)
     rows = bank[:, 1:].unflatten(1, (8, 40, 1, 1))
-    assert launchers._multiple(rows) == 1 and launchers._multiple(rows[0]) == 8
+    assert operands.common_multiple(rows) == 1 and operands.common_multiple(rows[0]) == 8
     # a list is reached through a table of addresses, which must be multiples of 16 bytes
-    assert launchers._deltas([rows[2], rows[2]], [0, 1], 2).multiple == (8 if rows[2].data_ptr() % 16 == 0 else 1)
-    assert {launchers._deltas([rows[k]], [0], 1).multiple for k in range(3)} >= {1}
+    assert operands.deltas_of([rows[2], rows[2]], [0, 1], 2).multiple == (8 if rows[2].data_ptr() % 16 == 0 else 1)
+    assert {operands.deltas_of([rows[k]], [0], 1).multiple for k in range(3)} >= {1}
 
 
 def _quotients(x: Tensor, y: Tensor, ulps: int) -> Tensor:
@@ -569,10 +569,10 @@ def test_staging_skips_what_nobody_needs(layouts: tuple[str, str], seen: list[Se
     # filters in the workspace's own order are a line of elements, if both are
     made.weight, made.delta = LAYOUTS[layouts[0]](made.weight), [LAYOUTS[layouts[1]](d) for d in made.delta]
     weights = TaskWeights(made.weight, made.delta, [0, 1, 2, 3], made.gate)
-    deltas = launchers._deltas(weights.delta, weights.delta_tasks, 4)
+    deltas = operands.deltas_of(weights.delta, weights.delta_tasks, 4)
     with configs.force(schedule="staged"):
-        batch = launchers.Batch.of(SortedBatch(*reference.task_plan(made.task_ids, 4)))
-        operand = launchers._plan_operand(F32, weights, deltas, batch, 64)
+        batch = operands.Batch.of(SortedBatch(*reference.task_plan(made.task_ids, 4)))
+        operand = operands.plan_operand(F32, weights, deltas, batch, 64)
         staged = operand.pointers(weights, deltas, made.gate, batch, F32)["p_w"]
     assert [each.settled["KH"] for each in seen if each.name == "stage_kernel"] == [
         1 if layouts == ("channels_last",) * 2 else 3

@@ -20,7 +20,7 @@ import triton.language as tl
 from fastmtl.benchmarks.gpu import host_time
 from fastmtl.core.task_weights import STILL, SortedBatch, TaskConvCall, TaskWeights, empty_gradients
 from fastmtl.kernels.common import launches
-from fastmtl.kernels.task_weights import configs
+from fastmtl.kernels.task_weights import configs, operands
 from fastmtl.kernels.task_weights import task_conv2d as launchers
 
 
@@ -274,7 +274,7 @@ def test_plans_are_forgotten_where_there_are_too_many(monkeypatch: pytest.Monkey
 def test_gradients_of_a_list_lie_in_one_allocation() -> None:
     deltas = [torch.randn(5, 3, 3, 3).contiguous(memory_format=torch.channels_last) for _ in range(3)]
     weights = TaskWeights(None, deltas, [0, 1, 2], None)
-    together = launchers._together(weights, [0, 1, 2], 3)
+    together = operands.memory_together(weights, [0, 1, 2], 3)
     x = torch.randn(2, 3, 4, 4)
     order, offsets = torch.zeros(2, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
     call = TaskConvCall(weights, SortedBatch(order, offsets), STILL, None)
@@ -291,10 +291,10 @@ def test_gradients_that_need_a_table_have_one() -> None:
     deltas = [torch.randn(5, 3, 3, 3) for _ in range(3)]
     odd = [*deltas[:2], deltas[2].contiguous(memory_format=torch.channels_last)]
     # not all are wanted, not every task has one, one is of another memory order, they are stacked
-    assert launchers._together(TaskWeights(None, deltas, [0, 1, 2], None), [0, 2], 3) is None
-    assert launchers._together(TaskWeights(None, deltas, [0, 1, 3], None), [0, 1, 2], 4) is None
-    assert launchers._together(TaskWeights(None, odd, [0, 1, 2], None), [0, 1, 2], 3) is None
-    assert launchers._together(TaskWeights(None, [torch.stack(deltas)], [], None), [0], 3) is None
+    assert operands.memory_together(TaskWeights(None, deltas, [0, 1, 2], None), [0, 2], 3) is None
+    assert operands.memory_together(TaskWeights(None, deltas, [0, 1, 3], None), [0, 1, 2], 4) is None
+    assert operands.memory_together(TaskWeights(None, odd, [0, 1, 2], None), [0, 1, 2], 3) is None
+    assert operands.memory_together(TaskWeights(None, [torch.stack(deltas)], [], None), [0], 3) is None
 
 
 # --- the memory order of results
