@@ -280,7 +280,7 @@ def test_faults_of_order_are_seen(case: str, one_thread: None) -> None:
     makes superfluous, and may commit two groups that are waited for together: those may go."""
     found = tried(case, ORDER)
     late = [(fault, one) for fault, one in found if fault.right.modifiers[-1] == "wait_group"]
-    assert len(late) == 2 and unseen(late) == []
+    assert len(late) >= 2 and unseen(late) == []
     assert any(fault.right.opcode == "bar" and one.seen for fault, one in found)
     assert len(unseen(found)) <= 0.25 * len(found), unseen(found)
 
