@@ -276,11 +276,12 @@ def one_thread(threads: None) -> None:
 
 @pytest.mark.parametrize("case", FAULTY)
 def test_faults_of_order_are_seen(case: str, one_thread: None) -> None:
-    """All copies that are waited for too late. Triton begins some uses of shared memory with a barrier that another one
-    makes superfluous, and may commit two groups that are waited for together: those may go."""
+    """Two copies that are waited for too late, at least. Triton begins some uses of shared memory with a barrier that
+    another one makes superfluous, may commit two groups that are waited for together, and (3.8) waits for some groups
+    twice: those may go."""
     found = tried(case, ORDER)
     late = [(fault, one) for fault, one in found if fault.right.modifiers[-1] == "wait_group"]
-    assert len(late) >= 2 and unseen(late) == []
+    assert len(late) - len(unseen(late)) >= 2, unseen(late)
     assert any(fault.right.opcode == "bar" and one.seen for fault, one in found)
     assert len(unseen(found)) <= 0.25 * len(found), unseen(found)
 
