@@ -79,19 +79,30 @@ def long_slot(num_tasks: int, dtype: torch.dtype) -> None:
     cases.assert_gram(m, cases.bank64(case), [dtype], 1.0)
 
 
-def exact(num_tasks: int, dtype: torch.dtype, slots_per_group: int) -> None:
+def exact(num_tasks: int, dtype: torch.dtype, slots_per_group: int, num_slots: int = 5) -> None:
     """Of whole numbers whose sums no step rounds: the lower halves of float64 numbers count too. An order of fewer
-    visits than tasks, so that most coefficients stay what they are at first; then its weights."""
-    generator = cases.generator_of((num_tasks, slots_per_group))
-    bank = torch.randint(-99, 100, (num_tasks, 300), generator=generator)
+    visits than tasks, so that most coefficients stay what they are at first; then its weights, with and without absent
+    tasks."""
+    generator = cases.generator_of((num_tasks, slots_per_group, num_slots))
+    most = 99 if num_slots == 5 else 9  # float32 holds sums below 2^24
+    bank = torch.randint(-most, most + 1, (num_tasks, 64 * num_slots - 20), generator=generator)
     grads = host.bank_gradients(bank.to(dtype))
     m = (bank @ bank.mT).double()
     order = cases.random_order(num_tasks, min(3, num_tasks))
-    for project in (True, False):
-        found, solved = host.solved_gram(grads, order, Cut(64, slots_per_group, REVERSE), project=project)
+    c = reference.pcgrad_coefficients(m, order)
+    cut = Cut(64, slots_per_group, REVERSE)
+    found, solved = host.solved_gram(grads, order, cut, project=True)
+    assert cut.slots == num_slots and torch.equal(found.double(), m)
+    torch.testing.assert_close(solved, c, rtol=1e-12, atol=1e-12)
+    for present in (None, on_host.absent_tasks(num_tasks)):
+        found, solved = host.solved_gram(grads, order, cut, mean=present is not None, present=present)
         assert torch.equal(found.double(), m)
-        c = reference.pcgrad_coefficients(m, order)
-        torch.testing.assert_close(solved, c if project else c.sum(0), rtol=1e-12, atol=1e-12)
+        expected = on_host.expected_weights(c, present, present is not None)
+        torch.testing.assert_close(solved, expected, rtol=1e-12, atol=1e-12)
+
+
+# so many rows of partial sums that every load of `sum_rows`'s first round has one, by the number of tasks
+SUMMED_ROWS = {2: 520, 4: 260, 8: 70, 16: 20, 32: 20, 48: 20, 64: 20, 97: 20}
 
 
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -120,7 +131,7 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"in-place-{offset}-{d}", bind(on_host.test_combine_in_place, dtype, offset)
         lists = (ListCase("nones", 2, dtype), ListCase("nones", 12, dtype), ListCase("nones", 40, dtype))
         for case in (*lists, ListCase("dense", 17, dtype), ListCase("mixed_layouts", 33, dtype)):
-            for columns in (192, 0):
+            for columns in (64, 192, 0):  # the first: slots that begin with a parameter
                 yield f"gram-{case}-{columns}", bind(on_host.test_gram_of_lists, case, columns)
             yield f"combine-{case}", bind(on_host.test_combine_of_lists, case, 9 if case.num_tasks < 13 else 1)
             yield f"split-{case}", bind(on_host.test_split_combine_of_lists, case)
@@ -132,6 +143,13 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"long-{num_tasks}-{d}", bind(long_slot, num_tasks, dtype)
         for num_tasks, per_group in itertools.product((2, 4, 8, 16, 32, 48, 64, 97), (2, 9)):
             yield f"exact-{num_tasks}-{per_group}-{d}", bind(exact, num_tasks, dtype, per_group)
+        for num_tasks, rows in SUMMED_ROWS.items() if ALL else ():
+            for per_group in (
+                2 + rows // 128,
+                rows,
+                2 * rows,
+            ):  # many rows of groups, of which there are tickets for 256; of slots
+                yield f"rows-{num_tasks}-{per_group}-{d}", bind(exact, num_tasks, dtype, per_group, 2 * rows)
         for num_tasks in (2, 5, 17):
             case = BankCase(num_tasks, 259, dtype)
             yield f"pcgrad-{case}", bind(on_host.test_pcgrad, case, False)
@@ -143,7 +161,7 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for num_tasks in (1, 7, 16, 33, 64, 65):
         yield f"fused-{num_tasks}", bind(on_host.test_fused_solver, num_tasks, torch.float32)
         yield f"drawn-{num_tasks}", bind(on_host.test_drawn_orders, num_tasks, REVERSE)
-    for num_tasks in (3, 16, 17, 33, 65):
+    for num_tasks in (3, 16, 17, 32, 33, 64, 65, 128):
         yield f"coefficients-{num_tasks}", bind(on_host.test_coefficients, num_tasks, False)
         yield f"no-gradients-{num_tasks}", bind(on_host.test_coefficients_of_a_matrix_of_no_gradients, num_tasks)
     yield "bad-entries", bind(on_host.test_coefficients_of_bad_entries, 40)
