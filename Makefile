@@ -8,7 +8,7 @@ PIP = $(BIN)/pip --disable-pip-version-check -q
 STAMP = $(VENV)/.installed
 # Triton kernels on CPU tensors, one program after another; read when Triton is imported, so in a process of its own
 INTERPRET = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
-# what `make check` reads: every op on each backend, methods, backward and banks, one training loop, docs and imports
+# what `make check` reads: every op, methods, task layers, backward, banks and one_pass, the optimizer, docs and imports
 CHECKED = \
   tests/gradients tests/task_weights tests/methods tests/nn tests/task_gradients/test_backward.py \
   tests/task_gradients/test_bank.py tests/task_gradients/test_one_pass.py tests/test_backends.py \
@@ -35,7 +35,7 @@ test: dev  ## everything that runs without a GPU; GPU tests skip with a reason
 	FASTMTL_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest tests -m "not slow"
 	$(INTERPRET) $(BIN)/python -m pytest tests/interpreter -m "not slow"
 
-check: dev  ## of each test of CHECKED its first case on each backend: under 3 minutes on two cores, for use while working
+check: dev  ## of each test of CHECKED its first case, on the reference and the CPU's best level: under 3 minutes on two cores, for use while working
 	FASTMTL_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest $(CHECKED) --check
 
 test-slow: dev  ## the slow tests too

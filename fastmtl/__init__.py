@@ -5,8 +5,8 @@ from fastmtl._version import __version__
 from fastmtl.core.dispatch import use_backend
 from fastmtl.parameters import mark_per_task
 from fastmtl.surgery.result import Surgery
+from fastmtl.task_gradients.backward import backward
 from fastmtl.task_gradients.bank import GradientBank
-from fastmtl.task_gradients.losses import backward
 from fastmtl.task_gradients.one_pass.bank import OnePassBank
 from fastmtl.task_gradients.one_pass.context import one_pass
 

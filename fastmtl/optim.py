@@ -12,7 +12,7 @@ from fastmtl import methods
 from fastmtl.distributed.wrappers import find_ranks
 from fastmtl.ops.gradients.order import Randomness
 from fastmtl.surgery.result import Surgery
-from fastmtl.task_gradients.losses import run_backward
+from fastmtl.task_gradients.backward import run_backward
 
 
 class PCGrad:

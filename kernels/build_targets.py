@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 from fastmtl.kernels.common.build_target import BuildTarget
 from fastmtl.kernels.gradients import launchers
-from fastmtl.kernels.task_weights import build_targets as task_conv2d
-from fastmtl.kernels.task_weights import task_plan, task_scale_shift
+from fastmtl.kernels.task_weights import conv_build_targets, task_plan, task_scale_shift
 
 
 def build_targets() -> Iterator[BuildTarget]:
     """Not under the interpreter."""
-    for family in (task_conv2d, task_plan, task_scale_shift, launchers):
+    for family in (conv_build_targets, task_plan, task_scale_shift, launchers):
         yield from family.build_targets()

@@ -134,12 +134,12 @@ def layers() -> list[Layer]:
 
     def conv(gate: Tensor | None = None) -> Layer:
         def launch() -> None:
-            from fastmtl.kernels.task_weights import task_conv2d
+            from fastmtl.kernels.task_weights import conv_launchers
 
             weights = TaskWeights(filters[0], filters[1:], range(TASKS), gate)
             call = TaskConvCall(weights, batch, Geometry((1, 1), (1, 1)), None)
-            y = task_conv2d.conv2d(x, call)
-            task_conv2d.conv2d_backward(y, x, call, [True, True, gate is not None, False], range(TASKS))
+            y = conv_launchers.conv2d(x, call)
+            conv_launchers.conv2d_backward(y, x, call, [True, True, gate is not None, False], range(TASKS))
 
         leaves = [x, *filters] if gate is None else [x, *filters, gate]
         name = "conv 3x3, a list of deltas" if gate is None else "conv 3x3, and gates"

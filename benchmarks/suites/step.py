@@ -16,7 +16,7 @@ import fastmtl
 from fastmtl.benchmarks.baselines import peers
 from fastmtl.benchmarks.baselines import surgery as baselines
 from fastmtl.benchmarks.runner.registry import Candidate, Case, Check
-from fastmtl.benchmarks.suites import step_tasks
+from fastmtl.benchmarks.suites import step_mixed_batches
 from fastmtl.benchmarks.workloads import digits
 from fastmtl.ops.gradients import reference
 
@@ -269,4 +269,4 @@ def backward_case(passes: int, batch_size: int = BATCH, widths: tuple[int, ...] 
 def cases(device: torch.device, quick: bool = False) -> list[Case]:
     """The suite: batches of one task per sample, then several losses on the same samples; `quick`: fewer steps."""
     several = [backward_case(QUICK_PASSES if quick else PASSES), training_case(QUICK_STEPS if quick else STEPS)]
-    return [*step_tasks.cases(device, quick), *several]
+    return [*step_mixed_batches.cases(device, quick), *several]

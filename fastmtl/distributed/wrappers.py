@@ -13,6 +13,9 @@ from fastmtl.distributed.dtensors import not_fully_shard
 from fastmtl.distributed.ranks import WAYS, Ranks
 from fastmtl.parameters import Params, describe
 
+# of autograd, which these wrappers put around a module: each output is one input, and nothing is joined
+WRAPPER_NODES = frozenset({"_DDPSinkBackward", "RegisterPostBackwardFunctionBackward"})
+
 
 def find_ranks(
     params: Params | None,

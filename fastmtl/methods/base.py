@@ -16,7 +16,7 @@ from fastmtl.ops.gradients.pcgrad import check_gram
 class Method:
     """A method that turns T task gradients into one update `w^T G`, where w depends on the Gram matrix alone.
 
-    A subclass implements `_solve`. Everything stays on the device of the Gram matrix: nothing waits for the host,
+    A subclass implements `_weights`. Everything stays on the device of the Gram matrix: nothing waits for the host,
     so that a step can be captured in a CUDA graph.
     """
 
@@ -38,9 +38,9 @@ class Method:
         check_gram(gram)
         m = gram.to(torch.float64)
         if present is None:
-            return self._solve(m, None)
+            return self._weights(m, None)
         _check_present(present, gram)
-        w = self._solve(torch.where(present[:, None] & present, m, 0.0), present)
+        w = self._weights(torch.where(present[:, None] & present, m, 0.0), present)
         return torch.where(present, w, 0.0)
 
     def __call__(self, grads: Grads) -> Tensor | list[Tensor | None]:
@@ -50,7 +50,7 @@ class Method:
         """
         return ops.combine(self.weights(ops.gram(grads)), grads)
 
-    def _solve(self, gram: Tensor, present: Tensor | None) -> Tensor:
+    def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
         """`[T, T]` float64 with zeros for absent tasks -> `[T]` float64; absent entries are overwritten."""
         raise NotImplementedError
 

@@ -16,7 +16,7 @@ class Mean(Method):
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
 
-    def _solve(self, gram: Tensor, present: Tensor | None) -> Tensor:
+    def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
         ones = torch.ones(gram.shape[0], dtype=torch.float64, device=gram.device)
         return ones / (gram.shape[0] if present is None else present.sum())
 

@@ -12,7 +12,7 @@ from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.methods.base import Method
 from fastmtl.ops.gradients.arguments import Grads
 from fastmtl.ops.gradients.order import Draw, Randomness, check_generator, draw_source, is_plain, random_order
-from fastmtl.ops.gradients.pcgrad import REDUCTIONS, check_no_generator, check_order, operate_rows
+from fastmtl.ops.gradients.pcgrad import REDUCTIONS, check_no_generator, check_order, pcgrad_rows_into
 
 
 class PCGrad(Method):
@@ -65,7 +65,7 @@ class PCGrad(Method):
             grads, self.order, reduction=self.reduction, generator=self.generator, include_self=self.include_self
         )
 
-    def _solve(self, gram: Tensor, present: Tensor | None) -> Tensor:
+    def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
         order = self.order
         if order is None:
             order = ops.random_order(gram.shape[0], generator=self.generator, device=gram.device)
@@ -76,7 +76,7 @@ class PCGrad(Method):
             w = w / (gram.shape[0] if present is None else present.sum())
         return w
 
-    def operate(self, rows: GradientRows, out: Sequence[Tensor], present: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    def pcgrad_into(self, rows: GradientRows, out: Sequence[Tensor], present: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """The whole method on these rows, into `out`, in two launches on a GPU: the Gram matrix and the weights."""
         order, source = self.order, Draw(0, None)
         device = rows.tensors[0].device
@@ -87,7 +87,7 @@ class PCGrad(Method):
         else:  # the kernel may be called several times, for the parts of a tensor
             order = random_order(rows.num_tasks, generator=self.generator, device=device)
         mean = self.reduction == "mean"
-        return operate_rows(rows, order, source, out, mean=mean, include_self=self.include_self, present=present)
+        return pcgrad_rows_into(rows, order, source, out, mean=mean, include_self=self.include_self, present=present)
 
     def __repr__(self) -> str:
         return f"PCGrad({self.reduction!r})"

@@ -26,7 +26,7 @@ class RandomWeights(Method):
     def __init__(self, *, generator: torch.Generator | None = None) -> None:
         self.generator = generator
 
-    def _solve(self, gram: Tensor, present: Tensor | None) -> Tensor:
+    def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
         draws = torch.randn(gram.shape[0], generator=self.generator, dtype=torch.float64, device=gram.device)
         if present is not None:
             draws = torch.where(present, draws, -torch.inf)

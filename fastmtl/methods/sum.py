@@ -16,7 +16,7 @@ class Sum(Method):
         tensor([1., 1.], dtype=torch.float64)
     """
 
-    def _solve(self, gram: Tensor, present: Tensor | None) -> Tensor:
+    def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
         return torch.ones(gram.shape[0], dtype=torch.float64, device=gram.device)
 
     def __repr__(self) -> str:

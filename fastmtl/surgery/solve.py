@@ -13,8 +13,8 @@ from fastmtl.core.schemas import without_autocast
 from fastmtl.distributed.ranks import Ranks
 from fastmtl.methods import Method, PCGrad, Weighting
 from fastmtl.surgery.accumulate import Updates
-from fastmtl.surgery.gradients import SurgeryInput, TaskGradients
 from fastmtl.surgery.result import Surgery
+from fastmtl.surgery.task_gradients import SurgeryInput, TaskGradients
 
 
 class SurgeryOptions(NamedTuple):

@@ -18,10 +18,10 @@ from fastmtl.methods import Weighting
 from fastmtl.ops.gradients.arguments import check_num_tasks
 from fastmtl.parameters import Params, compiled_module, is_per_task, read_params
 from fastmtl.surgery.accumulate import accumulate
-from fastmtl.surgery.gradients import Row, TaskGradients
 from fastmtl.surgery.result import Surgery
 from fastmtl.surgery.solve import SurgeryOptions, solve
-from fastmtl.task_gradients.over_ranks import averaged, of_shards
+from fastmtl.surgery.task_gradients import Row, TaskGradients
+from fastmtl.task_gradients.rank_means import averaged, of_shards
 from fastmtl.task_gradients.reach import read_loss_scale
 from fastmtl.task_gradients.sharing import add_unshared, check_within, sparse_shared, split_shared
 

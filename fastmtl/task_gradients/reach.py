@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.gradient_rows import MAX_TASKS
+from fastmtl.distributed.wrappers import WRAPPER_NODES
 
 # nodes that act on each element of a vector alone, as long as they have one input that needs a gradient
-_ELEMENTWISE = frozenset(
+_ELEMENTWISE_NODES = frozenset(
     {
         "MulBackward0",
         "DivBackward0",
@@ -28,9 +29,6 @@ _JOINS = frozenset({"CatBackward0", "StackBackward0"})
 # nodes that take a part of a tensor
 _PARTS = frozenset({"SelectBackward0", "SliceBackward0", "IndexBackward0", "IndexSelectBackward0"})
 _SPLITS = frozenset({"UnbindBackward0", "SplitBackward0", "SplitWithSizesBackward0", "UnsafeSplitBackward0"})
-# what DistributedDataParallel and fully_shard put around a module: each output is one input, and nothing is joined
-_PASSING = frozenset({"_DDPSinkBackward", "RegisterPostBackwardFunctionBackward"})
-
 
 Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
 
@@ -107,7 +105,7 @@ def _spread(masks: dict[Any, int], cut: Collection[Edge], *, through: bool = Fal
         if cut and (met := [pair for pair in pairs if pair in cut]):
             crossing[node] = met
             pairs = pairs if through else [pair for pair in pairs if pair not in cut]
-        if any(type(child).__name__ in _PASSING for child, _ in pairs):
+        if any(type(child).__name__ in WRAPPER_NODES for child, _ in pairs):
             passed[node] = between = []
             pairs = [pair for pair in (_beyond(pair, between) for pair in pairs) if pair[0] is not None]
         edges[node] = children = [child for child, _ in pairs]
@@ -162,7 +160,7 @@ def _spread(masks: dict[Any, int], cut: Collection[Edge], *, through: bool = Fal
 def _beyond(edge: Edge, between: list[Any]) -> Edge:
     """The edge itself, or the one that it stands for on the other side of nodes that hand each output on."""
     node, number = edge
-    while type(node).__name__ in _PASSING:
+    while type(node).__name__ in WRAPPER_NODES:
         between.append(node)
         wanted = node.needs_input_grad  # also of arguments that are no tensors, one of them ahead of the inputs
         if not wanted[number + 1]:
@@ -213,7 +211,7 @@ def _root(loss: Tensor) -> tuple[Edge, list[Any], bool]:
         return edge, path, True
     while True:
         edge = _beyond(edge, path)
-        if type(edge[0]).__name__ not in _ELEMENTWISE:
+        if type(edge[0]).__name__ not in _ELEMENTWISE_NODES:
             break
         path.append(edge[0])
         inputs = [pair for pair in edge[0].next_functions if pair[0] is not None]

@@ -14,7 +14,7 @@ from fastmtl.benchmarks.report import plots, report
 from fastmtl.benchmarks.runner import measure, registry
 from fastmtl.benchmarks.runner.registry import TASK_STEP
 from fastmtl.benchmarks.runner.runner import Runner, Settings
-from fastmtl.benchmarks.suites import step_tasks
+from fastmtl.benchmarks.suites import step_mixed_batches
 from fastmtl.benchmarks.workloads import networks
 from fastmtl.benchmarks.workloads.networks import Workload
 from fastmtl.ops.gradients import reference
@@ -24,7 +24,7 @@ MLP = Workload("tiny MLP", lambda: networks.mlp(8, 1), (networks.OBSERVED,), bat
 RESNET = Workload("tiny ResNet", lambda: networks.ResNet(8, 1), (3, 8, 8), batch=10)
 VIT = Workload("tiny ViT", lambda: networks.ViT(8, 4, 16, 1, 2), (3, 8, 8), batch=10)
 ORDERS = pytest.mark.parametrize("in_order", [True, False], ids=["sorted", "shuffled"])
-LABELS = list(step_tasks.METHODS)
+LABELS = list(step_mixed_batches.METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +32,15 @@ def runner() -> Runner:
     return Runner(CPU, Settings(budget_s=0.05, longest_s=1.0))
 
 
-def workshop(workload: Workload = MLP, num_tasks: int = 3, in_order: bool = False) -> step_tasks.Workshop:
-    batch = step_tasks.make_batch(workload, num_tasks, in_order, CPU)
-    made = step_tasks.Workshop(workload, num_tasks, batch, CPU)
+def workshop(workload: Workload = MLP, num_tasks: int = 3, in_order: bool = False) -> step_mixed_batches.Workshop:
+    batch = step_mixed_batches.make_batch(workload, num_tasks, in_order, CPU)
+    made = step_mixed_batches.Workshop(workload, num_tasks, batch, CPU)
     made.expect()
     return made
 
 
 def call_of(label: str):
-    (candidate,) = step_tasks.candidates([label], {})
+    (candidate,) = step_mixed_batches.candidates([label], {})
     if candidate.unavailable:
         pytest.skip(candidate.unavailable)
     return candidate.call
@@ -67,7 +67,7 @@ def test_the_check_refuses_another_order(label, monkeypatch):
     assert here.verify(label, call_of(label)).passed
     # those that are given it, and TorchJD, which draws it
     here.order = here.order.flip(1)
-    monkeypatch.setattr(step_tasks, "SEED", step_tasks.SEED + 1)
+    monkeypatch.setattr(step_mixed_batches, "SEED", step_mixed_batches.SEED + 1)
     assert not here.verify(label, call_of(label)).passed
 
 
@@ -140,7 +140,9 @@ def test_a_batch_has_every_task_and_weights_of_means(in_order):
 
 
 def test_sorted_and_shuffled_batches_have_the_same_ids():
-    assert torch.equal(step_tasks.draw_ids(64, 8, True), step_tasks.draw_ids(64, 8, False).sort().values)
+    assert torch.equal(
+        step_mixed_batches.draw_ids(64, 8, True), step_mixed_batches.draw_ids(64, 8, False).sort().values
+    )
 
 
 ALL_NETWORKS = [MLP, RESNET, VIT, networks.DIGITS]
@@ -162,9 +164,9 @@ def test_networks_mix_no_samples_and_reach_all_parameters(workload):
 
 def test_sizes_of_networks():
     """ResNet-18 for small pictures with ten classes has 11.17 million; these have four, and biases."""
-    full = step_tasks.parameters(networks.FULL_RESNET)
+    full = step_mixed_batches.parameters(networks.FULL_RESNET)
     assert abs(full - (11_173_962 - 6 * 513 + 4_800)) < 100
-    assert step_tasks.parameters(networks.RL) == 39 * 400 + 400 + 2 * (400 * 400 + 400) + 400 * 4 + 4
+    assert step_mixed_batches.parameters(networks.RL) == 39 * 400 + 400 + 2 * (400 * 400 + 400) + 400 * 4 + 4
     # biases and affine norms throughout
     for module in networks.ResNet(8, 1).modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.GroupNorm | torch.nn.Linear):
@@ -176,7 +178,7 @@ def test_sizes_of_networks():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_suite_has_every_network_number_of_tasks_and_order(device):
-    cases = step_tasks.cases(torch.device(device))
+    cases = step_mixed_batches.cases(torch.device(device))
     assert len({case.name for case in cases}) == len(cases)
     by_network: dict[str, set] = {}
     for case in cases:
@@ -186,19 +188,19 @@ def test_the_suite_has_every_network_number_of_tasks_and_order(device):
         if network == networks.RESNET_64.name:
             assert found == {(8, False), (16, False)}
             continue
-        expected = step_tasks.RL_TASKS if network == networks.RL.name else step_tasks.TASKS
+        expected = step_mixed_batches.RL_TASKS if network == networks.RL.name else step_mixed_batches.TASKS
         assert {t for t, in_order in found if not in_order} == set(expected)
         assert any(in_order for _, in_order in found)
     for case in cases:
         assert case.ours.label == "ours" and case.candidates[0].kind == "ours"
-    quick = step_tasks.cases(torch.device(device), quick=True)
+    quick = step_mixed_batches.cases(torch.device(device), quick=True)
     assert 1 <= len(quick) <= 2 and all(case.quick for case in quick)
-    assert set(registry.collect(["step"], CPU, pattern="ViT")[0].at_least) == set(step_tasks.SINGLE_PASS)
+    assert set(registry.collect(["step"], CPU, pattern="ViT")[0].at_least) == set(step_mixed_batches.SINGLE_PASS)
 
 
-@pytest.mark.parametrize("labels", [LABELS, step_tasks.SINGLE_PASS], ids=["all", "single"])
+@pytest.mark.parametrize("labels", [LABELS, step_mixed_batches.SINGLE_PASS], ids=["all", "single"])
 def test_a_case_gives_a_row(labels, runner):
-    row = json.loads(json.dumps(runner.run_case(step_tasks.task_case(MLP, 3, False, labels=labels))))
+    row = json.loads(json.dumps(runner.run_case(step_mixed_batches.task_case(MLP, 3, False, labels=labels))))
     assert row["status"] == "ok", row
     missing = {"torchjd", "torchjd_autogram"} if peers.torchjd_missing() else set()
     missing |= {"torchjd_upgrad"} if peers.upgrad_missing() else set()
@@ -209,16 +211,16 @@ def test_a_case_gives_a_row(labels, runner):
     assert row["check"]["error"] <= row["check"]["tolerance"] == 1e-5
     assert set(row["memory"]) == set(labels) - missing
     assert all(entry["allocated_bytes"] > 0 for entry in row["memory"].values())
-    for label in step_tasks.SINGLE_PASS:
-        assert row["times"][label]["reps"] >= step_tasks.FEWEST
+    for label in step_mixed_batches.SINGLE_PASS:
+        assert row["times"][label]["reps"] >= step_mixed_batches.FEWEST
     cells = report.cells(row)
     assert len(cells) == len(report.columns(row)) == len(report.TASK_COLUMNS)
     assert cells[2] == f"{row['times']['ours']['median'] / row['times']['sum']['median']:.2f}"
-    assert cells[4] == "-" if labels is step_tasks.SINGLE_PASS else cells[4].endswith("x")
+    assert cells[4] == "-" if labels is step_mixed_batches.SINGLE_PASS else cells[4].endswith("x")
 
 
 def test_a_wrong_baseline_is_not_timed(runner):
-    case = step_tasks.task_case(MLP, 3, False, labels=("ours", "sum", "per_task", "per_task_bank"))
+    case = step_mixed_batches.task_case(MLP, 3, False, labels=("ours", "sum", "per_task", "per_task_bank"))
     spoiled = [replace(c, call=call_of("sum")) if c.label == "per_task" else c for c in case.candidates]
     row = runner.run_case(replace(case, candidates=tuple(spoiled)))
     assert row["status"] == "ok", row
@@ -227,7 +229,7 @@ def test_a_wrong_baseline_is_not_timed(runner):
 
 
 def test_a_wrong_result_of_ours_is_not_timed(runner):
-    case = step_tasks.task_case(MLP, 3, False, labels=step_tasks.SINGLE_PASS)
+    case = step_mixed_batches.task_case(MLP, 3, False, labels=step_mixed_batches.SINGLE_PASS)
     row = runner.run_case(replace(case, candidates=(replace(case.ours, call=call_of("sum")), *case.candidates[1:])))
     assert row["status"] == "failed" and "times" not in row
     assert report.cells(row)[1] == "FAILED"
@@ -235,12 +237,12 @@ def test_a_wrong_result_of_ours_is_not_timed(runner):
 
 def test_without_one_pass_the_row_is_an_error(runner, monkeypatch):
     monkeypatch.delattr(fastmtl, "one_pass")
-    row = runner.run_case(step_tasks.task_case(MLP, 3, False, labels=step_tasks.SINGLE_PASS))
+    row = runner.run_case(step_mixed_batches.task_case(MLP, 3, False, labels=step_mixed_batches.SINGLE_PASS))
     assert row["status"] == "error" and "one_pass" in row["error"]
 
 
 def test_what_is_left_out_says_why(runner):
-    case = step_tasks.task_case(MLP, 3, False, left_out={"torchjd": "takes long", "backward": "takes long"})
+    case = step_mixed_batches.task_case(MLP, 3, False, left_out={"torchjd": "takes long", "backward": "takes long"})
     row = runner.run_case(case)
     assert row["status"] == "ok" and row["extra"]["torchjd_parallel_chunk_size"] is None
     assert row["times"]["backward"]["skipped"] == "takes long"
@@ -263,7 +265,7 @@ def test_memory_counts_a_bank():
     """T x P of a step beyond a plain one, in a network large enough for the resolution of resident sets."""
     wide = Workload("wide MLP", lambda: networks.mlp(1500, 2), (networks.OBSERVED,), batch=16, regression=True)
     here = workshop(wide, 6)
-    bank = 6 * step_tasks.parameters(wide) * 4
+    bank = 6 * step_mixed_batches.parameters(wide) * 4
     resident, counted = {}, {}
     for label in ("sum", "per_task_bank", "per_task"):
         here.verify(label, call_of(label))

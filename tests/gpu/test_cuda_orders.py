@@ -18,7 +18,7 @@ from fastmtl.core.gradient_rows import bank_rows
 from fastmtl.ops import gram, order_state, pcgrad, pcgrad_project, random_order
 from fastmtl.ops.gradients import reference
 from fastmtl.ops.gradients.order import Draw, drawn_order
-from fastmtl.ops.gradients.pcgrad import operate_rows
+from fastmtl.ops.gradients.pcgrad import pcgrad_rows_into
 
 pytestmark = pytest.mark.gpu
 forced = cases_cuda.forced
@@ -49,7 +49,7 @@ def test_drawn_orders_are_those_of_the_cpu(num_tasks: int, forced: str | None) -
         # a key of the host's and a state, as in a captured graph
         rows, out = bank_rows(grads), [torch.empty_like(grads[0])]
         order = drawn_order(Draw(2**62 + 3, twin), num_tasks, torch.device("cpu"))
-        operate_rows(rows, None, Draw(2**62 + 3, state), out)
+        pcgrad_rows_into(rows, None, Draw(2**62 + 3, state), out)
         assert_same_bits(out[0], pcgrad(grads, order.to(DEVICE)))
         assert state.tolist() == twin.tolist()
 
@@ -61,7 +61,7 @@ def test_drawn_orders_of_equal_halves(num_tasks: int, key: int, forced: str | No
     order = drawn_order(Draw(key, None), num_tasks, torch.device("cpu"))
     out = [torch.empty_like(grads[0])]
     with use("pcgrad", forced):
-        operate_rows(bank_rows(grads), None, Draw(key, None), out)
+        pcgrad_rows_into(bank_rows(grads), None, Draw(key, None), out)
         assert_same_bits(out[0], pcgrad(grads, order.to(DEVICE)))
 
 
@@ -82,13 +82,13 @@ def test_orders_differ(forced: str | None) -> None:
     with use("pcgrad", forced):
         for _ in range(12):
             out = [torch.empty(4, 4, device=DEVICE)]
-            _, c = operate_rows(rows, None, Draw(0, state), out, project=True)
+            _, c = pcgrad_rows_into(rows, None, Draw(0, state), out, project=True)
             seen.add(tuple(c.flatten().tolist()))
     assert len(seen) > 6 and int(state[1]) == 12
 
 
 def test_absent_tasks_and_mean(forced: str | None) -> None:
-    """As `PCGrad.operate` calls it: weights of the present tasks alone."""
+    """As `PCGrad.pcgrad_into` calls it: weights of the present tasks alone."""
     grads = BankCase(6, 1000).make(DEVICE)
     present = [True, False, True, True, False, True]
     grads[[1, 4]] = 0.0
@@ -96,7 +96,7 @@ def test_absent_tasks_and_mean(forced: str | None) -> None:
     for mean in (False, True):
         out = [torch.empty_like(grads[0])]
         with use("pcgrad", forced):
-            m, w = operate_rows(bank_rows(grads), order.to(DEVICE), Draw(0, None), out, mean=mean, present=present)
+            m, w = pcgrad_rows_into(bank_rows(grads), order.to(DEVICE), Draw(0, None), out, mean=mean, present=present)
         c = reference.pcgrad_coefficients(reference.gram(grads.cpu().double()), order)
         expected = c[torch.tensor(present)].sum(0) / (4 if mean else 1)
         expected[[1, 4]] = 0.0

@@ -20,7 +20,7 @@ from fastmtl import methods
 from fastmtl.ops import gram, order_state, pcgrad, pcgrad_project, random_order
 from fastmtl.ops.gradients import reference
 from fastmtl.ops.gradients.order import NUMBERS_PER_COUNT, Draw, _ReplayCounters, draw_source, drawn_order
-from fastmtl.ops.gradients.pcgrad import operate_rows
+from fastmtl.ops.gradients.pcgrad import pcgrad_rows_into
 
 MASK = (1 << 64) - 1
 
@@ -261,7 +261,7 @@ def test_operate_with_absent_tasks(absent: tuple[int, ...], mean: bool, backend:
     order = cases.random_order(5)
     rows = cases.read_lists(lists)
     out = [torch.empty_like(x) for x in made[0]]
-    m, w = operate_rows(rows, order, Draw(0, None), out, mean=mean, present=[t in here for t in range(5)])
+    m, w = pcgrad_rows_into(rows, order, Draw(0, None), out, mean=mean, present=[t in here for t in range(5)])
     alone = torch.tensor([[here.index(j) for j in order[i].tolist() if j in here] for i in here])
     bank = cases.double([made[t] for t in here])
     c = reference.pcgrad_coefficients(reference.gram(bank), alone)

@@ -39,7 +39,7 @@ import triton.language as tl
 from fastmtl.core.task_weights import STILL, SortedBatch, TaskConvCall, TaskWeights
 from fastmtl.kernels.common import launches
 from fastmtl.kernels.task_weights import configs, operands
-from fastmtl.kernels.task_weights import task_conv2d as launchers
+from fastmtl.kernels.task_weights import conv_launchers as launchers
 from fastmtl.kernels.task_weights.configs import Tile
 from fastmtl.kernels.task_weights.tiles import quotient
 from fastmtl.ops.task_weights.arguments import TRITON_MAX_TASKS, triton_declines

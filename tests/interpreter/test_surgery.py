@@ -19,7 +19,7 @@ from fastmtl.core.gradient_rows import GradientRows, bank_rows
 from fastmtl.ops import combine, gram, order_state, pcgrad, pcgrad_coefficients, pcgrad_project, random_order
 from fastmtl.ops.gradients import reference
 from fastmtl.ops.gradients.order import Draw, drawn_order
-from fastmtl.ops.gradients.pcgrad import operate_rows
+from fastmtl.ops.gradients.pcgrad import pcgrad_rows_into
 
 if not dispatch.interpreting():
     pytest.skip("needs TRITON_INTERPRET=1, set before Triton is imported", allow_module_level=True)
@@ -242,7 +242,7 @@ def test_absent_tasks(num_tasks: int, absent: Sequence[int], mean: bool) -> None
     order = cases.random_order(num_tasks)
     here = torch.tensor([t not in absent for t in range(num_tasks)])
     out = torch.empty(20, dtype=torch.float64)
-    found, w = operate_rows(bank_rows(grads), order, Draw(0, None), [out], mean=mean, present=here.tolist())
+    found, w = pcgrad_rows_into(bank_rows(grads), order, Draw(0, None), [out], mean=mean, present=here.tolist())
     torch.testing.assert_close(found, grads @ grads.mT)
     expected = reference.pcgrad_coefficients(found, order)[here].sum(0) * here
     if mean and here.any():
@@ -255,7 +255,7 @@ def test_absent_tasks(num_tasks: int, absent: Sequence[int], mean: bool) -> None
 def test_results_beside_the_sums() -> None:
     grads, order = BankCase(5, 65).make(), cases.random_order(5)
     out = torch.empty(5, 65)
-    found, c = operate_rows(bank_rows(grads), order, Draw(0, None), [out], project=True)
+    found, c = pcgrad_rows_into(bank_rows(grads), order, Draw(0, None), [out], project=True)
     assert torch.equal(found, gram(grads)) and c.dtype == torch.float64
     exact = reference.gram(grads.double())
     torch.testing.assert_close(c, reference.pcgrad_coefficients(exact, order), rtol=1e-4, atol=1e-5)
@@ -264,7 +264,7 @@ def test_results_beside_the_sums() -> None:
 
 def test_lists_of_no_tensors() -> None:
     rows = GradientRows([], [], 3, 2)
-    found, w = operate_rows(rows, cases.random_order(3), Draw(0, None), [], mean=True)
+    found, w = pcgrad_rows_into(rows, cases.random_order(3), Draw(0, None), [], mean=True)
     assert torch.equal(found, torch.zeros(3, 3))
     torch.testing.assert_close(w, torch.full((3,), 1 / 3, dtype=torch.float64))
 

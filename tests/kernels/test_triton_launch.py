@@ -21,7 +21,7 @@ from fastmtl.benchmarks.gpu import host_time
 from fastmtl.core.task_weights import STILL, SortedBatch, TaskConvCall, TaskWeights, empty_gradients
 from fastmtl.kernels.common import launches
 from fastmtl.kernels.task_weights import configs, operands
-from fastmtl.kernels.task_weights import task_conv2d as launchers
+from fastmtl.kernels.task_weights import conv_launchers as launchers
 
 
 def in_threads(work: Callable[[int], None], count: int = 4) -> list[BaseException]:

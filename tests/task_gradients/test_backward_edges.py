@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fastmtl
-from fastmtl.surgery.gradients import TaskGradients
+from fastmtl.surgery.task_gradients import TaskGradients
 
 # --- the result is written into the first gradient, unless somebody else can see it
 

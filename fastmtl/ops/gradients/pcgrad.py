@@ -137,14 +137,14 @@ def pcgrad(
         result = grads.new_empty(grads.shape[1:]) if out is None else out
         targets = [result] if out is None else read_out_bank(out, grads.shape[1:], grads)
         check_unrecorded(grads, *targets)
-        operate_rows(rows, order, source, targets, mean=mean, include_self=include_self)
+        pcgrad_rows_into(rows, order, source, targets, mean=mean, include_self=include_self)
         return result
     rows = read_lists(grads)
     order, source = _order_or_source(order, rows, generator, out is not None)
     if out is not None:
         targets = read_out_lists([out], 1, rows)
         check_unrecorded(*rows.tensors, *targets)
-        operate_rows(rows, order, source, targets, mean=mean, include_self=include_self)
+        pcgrad_rows_into(rows, order, source, targets, mean=mean, include_self=include_self)
         return out
     if source is None:
         columns = pcgrad_list_op(*rows, order, reduction, include_self)
@@ -152,7 +152,7 @@ def pcgrad(
         columns = combine_list_fake(
             torch.empty(rows.num_tasks, device="meta"), rows.tensors, rows.index, rows.num_params
         )
-        operate_rows(rows, order, source, columns, mean=mean, include_self=include_self)
+        pcgrad_rows_into(rows, order, source, columns, mean=mean, include_self=include_self)
     return with_absent(columns, rows.index, rows.num_params)
 
 
@@ -183,7 +183,7 @@ def pcgrad_project(
         if source is None:
             return pcgrad_project_op(grads, order, include_self)
         result = grads.new_empty(grads.shape)
-        operate_rows(rows, order, source, [result], project=True, include_self=include_self)
+        pcgrad_rows_into(rows, order, source, [result], project=True, include_self=include_self)
         return result
     rows = read_lists(grads)
     order, source = _order_or_source(order, rows, generator, False)
@@ -192,7 +192,7 @@ def pcgrad_project(
     else:
         shape = torch.empty(rows.num_tasks, rows.num_tasks, device="meta")
         columns = combine_list_fake(shape, rows.tensors, rows.index, rows.num_params)
-        operate_rows(rows, order, source, columns, project=True, include_self=include_self)
+        pcgrad_rows_into(rows, order, source, columns, project=True, include_self=include_self)
     width = len(columns) // rows.num_tasks
     return [
         with_absent(columns[t * width : (t + 1) * width], rows.index, rows.num_params) for t in range(rows.num_tasks)
@@ -351,7 +351,7 @@ def _scale(reduction: str, num_tasks: int) -> float:
     return 1.0 / num_tasks if reduction == "mean" else 1.0
 
 
-def operate_rows(
+def pcgrad_rows_into(
     rows: GradientRows,
     order: Tensor | None,
     source: Draw,

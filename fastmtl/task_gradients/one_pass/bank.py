@@ -15,9 +15,9 @@ from fastmtl.distributed.wrappers import find_ranks
 from fastmtl.methods import Weighting
 from fastmtl.parameters import describe
 from fastmtl.surgery.accumulate import accumulate
-from fastmtl.surgery.gradients import Row, TaskGradients
 from fastmtl.surgery.result import PartitionSurgery, Surgery
 from fastmtl.surgery.solve import SurgeryOptions, solve
+from fastmtl.surgery.task_gradients import Row, TaskGradients
 from fastmtl.task_gradients.bank import position
 from fastmtl.task_gradients.one_pass.autograd.registry import takes_apart
 from fastmtl.task_gradients.one_pass.batch import Batch, Collected, TaskRows, added

@@ -121,14 +121,20 @@ BATCH_FIRST = frozenset(
     """)
 )
 
-LOSSES = frozenset(
+# losses without parameters: those that compare element by element, and those that take a sample as a whole
+ELEMENTWISE_LOSSES = frozenset(
     _words("""
-    cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy
-    binary_cross_entropy_with_logits kl_div poisson_nll_loss gaussian_nll_loss soft_margin_loss
-    multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss hinge_embedding_loss
-    margin_ranking_loss cosine_embedding_loss triplet_margin_loss triplet_margin_with_distance_loss ctc_loss
+    mse_loss l1_loss smooth_l1_loss huber_loss kl_div poisson_nll_loss gaussian_nll_loss soft_margin_loss
+    hinge_embedding_loss margin_ranking_loss binary_cross_entropy binary_cross_entropy_with_logits
     """)
 )
+SAMPLE_LOSSES = frozenset(
+    _words("""
+    cross_entropy nll_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss
+    cosine_embedding_loss triplet_margin_loss triplet_margin_with_distance_loss ctc_loss
+    """)
+)
+LOSSES = ELEMENTWISE_LOSSES | SAMPLE_LOSSES
 
 # over one dimension or several: (linear in their input)
 REDUCTIONS: dict[str, bool] = dict.fromkeys(("sum", "mean", "nansum", "nanmean"), True) | dict.fromkeys(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastmtl.core.task_weights import Geometry, TaskConvCall, TaskWeights
 from fastmtl.ops.task_weights.cpu.batch import Batch, Samples, Segment, cuts
+from fastmtl.ops.task_weights.cpu.collected import Gradients
 from fastmtl.ops.task_weights.cpu.convolution import convolution_backward
 from fastmtl.ops.task_weights.cpu.direct import Direct
-from fastmtl.ops.task_weights.cpu.gradients import Gradients
 from fastmtl.ops.task_weights.cpu.memory import fresh
 from fastmtl.ops.task_weights.cpu.stage import Stage
 from fastmtl.ops.task_weights.precision import widen

@@ -6,10 +6,10 @@ from typing import Any
 
 from fastmtl.task_gradients.one_pass.autograd.broadcast import ExpandByTask, SplitByTask
 from fastmtl.task_gradients.one_pass.autograd.conv import ConvByTask
+from fastmtl.task_gradients.one_pass.autograd.embeddings import EmbeddingByTask
 from fastmtl.task_gradients.one_pass.autograd.ends import CollectRows
 from fastmtl.task_gradients.one_pass.autograd.linear import LinearByTask
 from fastmtl.task_gradients.one_pass.autograd.norms import BatchNormByTask, GroupNormByTask, LayerNormByTask
-from fastmtl.task_gradients.one_pass.autograd.tables import EmbeddingByTask
 from fastmtl.task_gradients.one_pass.autograd.task_layer import SharedByTask
 
 FUNCTIONS = (

@@ -6,9 +6,9 @@ from fastmtl.task_gradients.one_pass.layers import (
     activations,
     attention,
     conv,
+    embeddings,
     linear,
     norms,
-    tables,
     task_layer,
 )
 from fastmtl.task_gradients.one_pass.layers.broadcast import BROADCASTS, broadcast
@@ -19,7 +19,7 @@ from fastmtl.task_gradients.one_pass.torch_names import LOSSES
 LAYERS: dict[str, Layer] = {
     **linear.LAYERS,
     **conv.LAYERS,
-    **tables.LAYERS,
+    **embeddings.LAYERS,
     **norms.LAYERS,
     **activations.LAYERS,
     **attention.LAYERS,

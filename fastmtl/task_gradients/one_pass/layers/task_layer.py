@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.autograd.task_layer import SharedByTask
+from fastmtl.task_gradients.one_pass.layers.embeddings import looked_up
 from fastmtl.task_gradients.one_pass.layers.protocol import (
     Followed,
     Layer,
@@ -15,7 +16,6 @@ from fastmtl.task_gradients.one_pass.layers.protocol import (
     from_parameters,
     weight_of,
 )
-from fastmtl.task_gradients.one_pass.layers.tables import looked_up
 from fastmtl.task_gradients.one_pass.sample_axis import PerSample
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 

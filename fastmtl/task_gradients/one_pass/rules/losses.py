@@ -5,30 +5,13 @@ from __future__ import annotations
 from fastmtl.task_gradients.one_pass.rules.agreement import joined, only_axis
 from fastmtl.task_gradients.one_pass.sample_axis import SAMPLE_SUM, Axes, MixedSamples, Unknown
 from fastmtl.task_gradients.one_pass.torch_call import Rule, TorchCall
-from fastmtl.task_gradients.one_pass.torch_names import LOSSES
-
-_ELEMENTWISE = frozenset(
-    (
-        "mse_loss",
-        "l1_loss",
-        "smooth_l1_loss",
-        "huber_loss",
-        "kl_div",
-        "poisson_nll_loss",
-        "soft_margin_loss",
-        "hinge_embedding_loss",
-        "margin_ranking_loss",
-        "gaussian_nll_loss",
-        "binary_cross_entropy",
-        "binary_cross_entropy_with_logits",
-    )
-)
+from fastmtl.task_gradients.one_pass.torch_names import ELEMENTWISE_LOSSES, LOSSES
 
 
 def _loss(call: TorchCall) -> Axes:
     name, x, out = call.name, call.first(), call.out
     summed = out.dim() == 0 and x.dim() > 0
-    if name in _ELEMENTWISE:
+    if name in ELEMENTWISE_LOSSES:
         found = joined(call)
         if isinstance(found, Unknown):
             return found

@@ -16,9 +16,9 @@ from fastmtl.distributed.wrappers import find_ranks
 from fastmtl.methods import Weighting
 from fastmtl.parameters import Params, is_per_task, read_params
 from fastmtl.surgery.accumulate import Updates, accumulate
-from fastmtl.surgery.gradients import Row, TaskGradients
 from fastmtl.surgery.result import Surgery
 from fastmtl.surgery.solve import SurgeryOptions, solve
+from fastmtl.surgery.task_gradients import Row, TaskGradients
 from fastmtl.task_gradients.features import (
     Split,
     check_trunk,
@@ -28,10 +28,10 @@ from fastmtl.task_gradients.features import (
     split_at_features,
     through_trunk,
 )
-from fastmtl.task_gradients.over_ranks import averaged, of_shards
+from fastmtl.task_gradients.fully_shard import sharded_gradients
 from fastmtl.task_gradients.passes import DONATED, read_chunk_size, run_passes
+from fastmtl.task_gradients.rank_means import averaged, of_shards
 from fastmtl.task_gradients.reach import Reach, names_of, reach, read_loss_scale, read_losses
-from fastmtl.task_gradients.sharded import sharded_gradients
 from fastmtl.task_gradients.sharing import add_unshared, check_within, sparse_shared, split_shared
 
 
@@ -157,7 +157,7 @@ def run_backward(
     ranks = find_ranks(params if module is None else module, shared, process_group, call)
     with reporting(ranks, call):
         read = _read(losses, params, shared, method, loss_scale, features, chunk_size, ranks, call)
-    updates, surgery = _solve(read, retain_graph, ranks, call)
+    updates, surgery = _collect_and_solve(read, retain_graph, ranks, call)
     if overwrite:
         for p in read.named:
             p.grad = None
@@ -216,8 +216,8 @@ def _read(
 ) -> _Read:
     method = methods.get(method)
     scale = read_loss_scale(loss_scale)
-    averaged = ranks is not None and not ranks.sharded
-    names, tasks = read_losses(losses, may_be_absent=averaged and params is not None)
+    means = ranks is not None and not ranks.sharded
+    names, tasks = read_losses(losses, may_be_absent=means and params is not None)
     named = None if params is None else read_params(params, "params")
     shared_named = None if shared is None else read_params(shared, "shared")
     if ranks is not None:
@@ -265,7 +265,7 @@ def _read(
     return _Read(method, scale, names, tasks, named, shared_named, params is None, chunk, cut, parts, found)
 
 
-def _solve(read: _Read, retain_graph: bool, ranks: Ranks | None, call: str) -> tuple[Updates, Surgery]:
+def _collect_and_solve(read: _Read, retain_graph: bool, ranks: Ranks | None, call: str) -> tuple[Updates, Surgery]:
     """The backward passes, and the surgery on what they leave."""
     if read.features:
         return _solve_by_features(read, retain_graph, ranks, f"{call} with features=")

@@ -111,7 +111,7 @@ class TaskGradients:
         """Gram matrix, weights and updates by the op that makes all three, in two launches on a GPU."""
         assert not isinstance(self.present, Tensor)
         columns = self._result_memory()
-        gram, weights = method.operate(self._gradients, columns, self.present)
+        gram, weights = method.pcgrad_into(self._gradients, columns, self.present)
         return gram, weights, self._updates(columns)
 
     def _result_memory(self) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from paths import ROOT
 
 import fastmtl
-from fastmtl.benchmarks.suites import passes
+from fastmtl.benchmarks.report import passes_table as passes
 
 DOCUMENT = ROOT / "docs" / "training-loops.md"
 

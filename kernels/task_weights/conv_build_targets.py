@@ -55,16 +55,16 @@ class Problem:
         return _empty(_TASKS, co, kh, kw, ci, dtype=dtype).permute(0, 1, 4, 2, 3)
 
     def forward(self) -> None:
-        from fastmtl.kernels.task_weights import task_conv2d
+        from fastmtl.kernels.task_weights import conv_launchers
 
-        task_conv2d.conv2d(self.x, self.call)
+        conv_launchers.conv2d(self.x, self.call)
 
     def backward(self, *wanted: bool) -> None:
         """`wanted`: x, weight, gate, bias, deltas."""
-        from fastmtl.kernels.task_weights import task_conv2d
+        from fastmtl.kernels.task_weights import conv_launchers
 
         deltas = range(len(self.call.weights.delta)) if wanted[4] else []
-        task_conv2d.conv2d_backward(self.y, self.x, self.call, wanted[:4], deltas)
+        conv_launchers.conv2d_backward(self.y, self.x, self.call, wanted[:4], deltas)
 
 
 def _recorded(run: Callable[[], None], kernel: str, **forced: Any) -> Launch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.task_gradients.one_pass.autograd.tables import EmbeddingByTask
+from fastmtl.task_gradients.one_pass.autograd.embeddings import EmbeddingByTask
 from fastmtl.task_gradients.one_pass.layers.protocol import (
     Followed,
     Layer,

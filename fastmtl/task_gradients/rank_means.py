@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmtl.distributed.averaging import average_gradients
 from fastmtl.distributed.dtensors import local
 from fastmtl.distributed.ranks import DENSE, Joint, Ranks
-from fastmtl.surgery.gradients import Row, TaskGradients
+from fastmtl.surgery.task_gradients import Row, TaskGradients
 from fastmtl.task_gradients.sharing import add_unshared, sparse_shared
 
 
