@@ -91,6 +91,12 @@ def test_an_arrow_back_is_found() -> None:
 MODULES = frozenset(map(module_of, FILES))
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_that_are_loaded_by_name_exist(file: str) -> None:
+    loaded = {name for name in imported((ROOT / file).read_text()) if name.startswith("fastmtl.kernels.")}
+    assert loaded - MODULES == set()
+
+
 def modules_imported(source: str) -> set[str]:
     """The files that an import names, also as `from package import module`."""
     found = {module for module in imported(source) if module in MODULES}

@@ -269,7 +269,7 @@ def check_out(out: Any, shape: Sequence[int], x: Tensor, grad_out: Tensor, dtype
 
 
 def _triton_launchers() -> Any:
-    return triton_kernels("task_weights.task_conv2d")
+    return triton_kernels("task_weights.conv_launchers")
 
 
 def _triton(x: Tensor, call: TaskConvCall) -> Tensor:

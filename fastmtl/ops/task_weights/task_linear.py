@@ -178,7 +178,7 @@ def _cpu(x: Tensor, call: TaskConvCall) -> Tensor:
 
 
 def _triton(x: Tensor, call: TaskConvCall) -> Tensor:
-    return _forward_by(triton_kernels("task_weights.task_conv2d").conv2d, x, call)
+    return _forward_by(triton_kernels("task_weights.conv_launchers").conv2d, x, call)
 
 
 def _fake(x: Tensor, call: TaskConvCall) -> Tensor:
@@ -205,7 +205,7 @@ def _cpu_backward(*args: Any) -> list[Tensor]:
 
 
 def _triton_backward(*args: Any) -> list[Tensor]:
-    return _backward_by(triton_kernels("task_weights.task_conv2d").conv2d_backward, *args)
+    return _backward_by(triton_kernels("task_weights.conv_launchers").conv2d_backward, *args)
 
 
 def _weight_grad_by(
@@ -224,7 +224,7 @@ def _cpu_weight_grad(*args: Any) -> None:
 
 
 def _triton_weight_grad(*args: Any) -> None:
-    _weight_grad_by(triton_kernels("task_weights.task_conv2d").weight_grad, *args)
+    _weight_grad_by(triton_kernels("task_weights.conv_launchers").weight_grad, *args)
 
 
 def _weight_grad_fake(
