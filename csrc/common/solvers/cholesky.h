@@ -5,8 +5,8 @@
 
 namespace fastmtl::solvers {
 
-// The upper triangle of m becomes U. A pivot at or below `least` is replaced by `instead`: what is then solved for has a
-// component of no size along it (`instead` large). Whether any was.
+// The upper triangle of m becomes U. A pivot at or below `least` is replaced by `instead`: what is then solved for has
+// a component of no size along it (`instead` large). Whether any was.
 template <class Team>
 FASTMTL_HOST_DEVICE bool cholesky(const Team& team, Matrix m, int n, double least, double instead) {
   bool met = false;

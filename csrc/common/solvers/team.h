@@ -1,8 +1,9 @@
 // Who solves a T x T problem: one thread of the CPU, or the threads of a block together.
 //
-// A solver is written once, for a team. What it works on lies where every member sees it. `for (int i = team.rank(); i <
-// n; i += team.size())` shares a loop out; what one member writes the others may read after `team.sync()`. Every member
-// takes every branch that holds a `sync` or a `sum`, so that whatever such a branch depends on must be equal for all.
+// A solver is written once, for a team. What it works on lies where every member sees it. `for (int i = team.rank(); i
+// < n; i += team.size())` shares a loop out; what one member writes the others may read after `team.sync()`. Every
+// member takes every branch that holds a `sync` or a `sum`, so that whatever such a branch depends on must be equal for
+// all.
 #pragma once
 
 #include <cmath>
