@@ -95,6 +95,30 @@ def upgrad_weights(gram: Tensor) -> Tensor:
     return UPGradWeighting()(gram)
 
 
+# method -> its weighting and that one's arguments; ConFIG and Nash-MTL have none that takes a Gram matrix
+_WEIGHTINGS: dict[str, tuple[str, dict[str, float]]] = {
+    "mgda": ("MGDAWeighting", {}),
+    "cagrad": ("CAGradWeighting", {"c": 0.5}),
+    "imtlg": ("IMTLGWeighting", {}),
+    "fairgrad": ("FairGradWeighting", {"alpha": 2.0}),
+    "alignedmtl": ("AlignedMTLWeighting", {}),
+    "upgrad": ("UPGradWeighting", {}),
+    "dualproj": ("DualProjWeighting", {}),
+}
+
+
+def weights_candidate(method: str) -> Candidate:
+    """The weights of a method from a Gram matrix, by the weighting of TorchJD that has its name, where there is one."""
+    if method not in _WEIGHTINGS:
+        return candidate("torchjd", lambda gram: None, method, only_if="has no weighting of that name")
+    name, arguments = _WEIGHTINGS[method]
+    try:
+        weighting = getattr(importlib.import_module("torchjd.aggregation"), name)(**arguments)
+    except ImportError:
+        return candidate("torchjd", lambda gram: None, name, only_if="its solver is not installed")
+    return candidate("torchjd", weighting, name)
+
+
 def drawn_order(num_tasks: int, seed: int) -> Tensor:
     """The visiting order `[T, T]` that its PCGrad draws, from torch's global generator, right after that seed."""
     with torch.random.fork_rng(devices=[]):

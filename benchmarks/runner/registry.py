@@ -12,6 +12,7 @@ import torch
 # suite -> module with `cases(device, quick) -> list[Case]`
 SUITES: dict[str, str] = {
     "surgery": "fastmtl.benchmarks.suites.surgery",
+    "methods": "fastmtl.benchmarks.suites.methods",
     "step": "fastmtl.benchmarks.suites.step",
     "conv": "fastmtl.benchmarks.suites.conv",
 }

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from fastmtl.methods.alignedmtl import AlignedMTL
 from fastmtl.methods.base import Method, Weighting, weights_of
+from fastmtl.methods.cagrad import CAGrad
+from fastmtl.methods.config import ConFIG
+from fastmtl.methods.dualproj import DualProj
+from fastmtl.methods.fairgrad import FairGrad
+from fastmtl.methods.imtlg import IMTLG
 from fastmtl.methods.mean import Mean
+from fastmtl.methods.mgda import MGDA
+from fastmtl.methods.nashmtl import NashMTL
 from fastmtl.methods.pcgrad import PCGrad
 from fastmtl.methods.random_weights import RandomWeights
 from fastmtl.methods.sum import Sum
+from fastmtl.methods.upgrad import UPGrad
 
-_METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in (PCGrad, Sum, Mean, RandomWeights)}
+_CLASSES: tuple[type[Method], ...] = (
+    PCGrad,
+    Sum,
+    Mean,
+    RandomWeights,
+    MGDA,
+    CAGrad,
+    IMTLG,
+    ConFIG,
+    NashMTL,
+    FairGrad,
+    AlignedMTL,
+    UPGrad,
+    DualProj,
+)
+_METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in _CLASSES}
 
 
 def get(method: str | Weighting) -> Weighting:
@@ -35,4 +59,22 @@ def get(method: str | Weighting) -> Weighting:
     raise TypeError(f"method: expected a name, a Method or a callable [T, T] -> [T], got {type(method).__name__}")
 
 
-__all__ = ["Mean", "Method", "PCGrad", "RandomWeights", "Sum", "Weighting", "get", "weights_of"]
+__all__ = [
+    "IMTLG",
+    "MGDA",
+    "AlignedMTL",
+    "CAGrad",
+    "ConFIG",
+    "DualProj",
+    "FairGrad",
+    "Mean",
+    "Method",
+    "NashMTL",
+    "PCGrad",
+    "RandomWeights",
+    "Sum",
+    "UPGrad",
+    "Weighting",
+    "get",
+    "weights_of",
+]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.ops.gradients.arguments import Grads
+from fastmtl.ops.gradients.arguments import Grads, check_present
 from fastmtl.ops.gradients.pcgrad import check_gram
 
 
@@ -39,7 +39,7 @@ class Method:
         m = gram.to(torch.float64)
         if present is None:
             return self._weights(m, None)
-        _check_present(present, gram)
+        check_present(present, gram)
         w = self._weights(torch.where(present[:, None] & present, m, 0.0), present)
         return torch.where(present, w, 0.0)
 
@@ -96,17 +96,6 @@ def _on_device(present: Sequence[bool], device: torch.device) -> Tensor | None:
         if not here:
             mask[t].fill_(False)
     return mask
-
-
-def _check_present(present: Tensor, gram: Tensor) -> None:
-    if not isinstance(present, Tensor):
-        raise TypeError(f"present: expected a tensor, got {type(present).__name__}")
-    if present.dtype != torch.bool:
-        raise TypeError(f"present: expected torch.bool, got {present.dtype}")
-    if present.shape != gram.shape[:1]:
-        raise ValueError(f"present: expected shape [{gram.shape[0]}], got {list(present.shape)}")
-    if present.device != gram.device:
-        raise ValueError(f"present: expected device {gram.device} as the Gram matrix, got {present.device}")
 
 
 def _check_weights(method: Weighting, weights: Tensor, count: int, device: torch.device) -> None:

@@ -6,6 +6,7 @@ All live in `torch.ops.fastmtl`; these are their checked Python calls.
 from fastmtl.core.task_weights import TaskPlan
 from fastmtl.ops.gradients.combine import combine
 from fastmtl.ops.gradients.gram import gram
+from fastmtl.ops.gradients.method_weights import method_weights
 from fastmtl.ops.gradients.order import order_state, random_order
 from fastmtl.ops.gradients.pcgrad import pcgrad, pcgrad_coefficients, pcgrad_project
 from fastmtl.ops.task_weights.task_conv2d import task_conv2d, task_conv2d_weight_grad
@@ -17,6 +18,7 @@ __all__ = [
     "TaskPlan",
     "combine",
     "gram",
+    "method_weights",
     "order_state",
     "pcgrad",
     "pcgrad_coefficients",

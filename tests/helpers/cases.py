@@ -475,6 +475,26 @@ def _combine_list_samples() -> list[tuple[Any, ...]]:
     return [*samples, *((_leaf_weights(2, r[2]), r[0], r[1], r[3]) for r in rows[:2])]
 
 
+def _method_samples() -> list[tuple[Any, ...]]:
+    m = _gram_leaf(5, torch.float64).detach()
+    here = torch.tensor([True, True, False, True, True])
+    wanted = torch.tensor([0.1, 0.4, 9.0, 0.2, 0.3])
+    return [
+        (m, "mgda", []),
+        (m.to(torch.float32), "mgda", [], here),
+        (m, "cagrad", [0.5]),
+        (m, "imtlg", [], here),
+        (m, "config", [], here, wanted),
+        (m, "nashmtl", [0.0], here),
+        (m, "nashmtl", [0.1]),
+        (m, "fairgrad", [2.0]),
+        (m, "alignedmtl", [1.0, 1.0], here),
+        (m.mT, "alignedmtl", [0.0, 0.0], None, wanted.double()),
+        (m, "upgrad", [1e-4], here, wanted),
+        (m, "dualproj", [1e-4]),
+    ]
+
+
 OPCHECK_SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "gram": lambda: [(_leaf(case),) for case in _SAMPLE_BANKS],
     "gram_list": lambda: [_rows(case) for case in _SAMPLE_LISTS],
@@ -490,6 +510,7 @@ OPCHECK_SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
         (torch.ones(3, 3, dtype=torch.float64), _gram_leaf(3, torch.float32).detach(), random_order(3, 5), True),
         (torch.ones(3, 3, dtype=torch.float64), _gram_leaf(3, torch.float64).detach().mT, random_order(3), False),
     ],
+    "method_weights": _method_samples,
     "pcgrad": lambda: [
         (x, random_order(x.shape[0]), reduction, include_self)
         for x, reduction, include_self in zip(

@@ -424,6 +424,32 @@ def coefficients(m: Tensor, order: Tensor, include_self: bool = False, schedule:
     return c.tensor
 
 
+def method_weights(
+    m: Tensor,
+    method: int,
+    options: Sequence[float] = (),
+    rounding: float = torch.finfo(torch.float64).eps,
+    present: Tensor | None = None,
+    preferences: Tensor | None = None,
+    schedule: int = FORWARD,
+) -> Tensor:
+    """The weights `[T]` of a method, by its number, of a float64 Gram matrix."""
+    w = Output(m.shape[:1], torch.float64)
+    given = (ctypes.c_double * 2)(*options)
+    status = library().host_method_weights(
+        *_pointers(m),
+        _int64(m.shape[0]),
+        _int64(method),
+        given,
+        ctypes.c_double(rounding),
+        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (present, preferences, w.tensor)),
+        ctypes.c_uint64(schedule),
+    )
+    _checked(status)
+    w.check()
+    return w.tensor
+
+
 def table(words: Tensor, large: bool) -> tuple[Tensor, int]:
     """The int64 words `[N]` as a pointer table's launches write them, and how many launches that takes."""
     found = torch.full((words.numel() + 1,), -1, dtype=torch.int64)

@@ -205,6 +205,20 @@ int host_coefficients(const double* gram, int64_t num_tasks, const HostSolve* so
   });
 }
 
+// present and preferences: [T] or null; workspace for more tasks than shared memory holds
+int host_method_weights(const double* gram, int64_t num_tasks, int64_t method, const double* options, double rounding,
+                        const uint8_t* present, const double* preferences, double* out, uint64_t schedule) {
+  return guarded([&] {
+    cuda_on_host::schedule = schedule;
+    const int T = static_cast<int>(num_tasks);
+    Guarded memory(8 * solvers::scratch_size(T), 0xFF);
+    const solvers::Request request{static_cast<solvers::Kind>(method), {options[0], options[1]}, rounding};
+    double* scratch = T > kMostSharedTasks ? memory.as<double>() : nullptr;
+    launch_method_weights({request, gram, T, present, preferences, scratch, out}, nullptr);
+    memory.check("the workspace");
+  });
+}
+
 // words [count] into table, which has one more that must stay as it is; *launches: how many it took
 int host_table(const int64_t* words, int64_t count, int64_t large, int64_t* table, int64_t* launches) {
   return guarded([&] {

@@ -18,8 +18,10 @@ from conftest import skip_or_fail
 from host_kernels import FORWARD, REVERSE, Cut, HostError, Output
 from torch import Tensor
 
+from fastmtl import ops
+from fastmtl.core import dispatch
 from fastmtl.core.gradient_rows import first_of_params
-from fastmtl.ops.gradients import reference
+from fastmtl.ops.gradients import method_weights, reference
 from fastmtl.ops.gradients.arguments import read_lists
 from fastmtl.ops.gradients.order import Draw, drawn_order, order_state
 
@@ -217,6 +219,50 @@ def test_layers_of_very_different_scale(num_tasks: int) -> None:
     bank = (cases.random_gradients(num_tasks, scale.numel(), cases.generator_of("scales")) * scale).to(torch.float32)
     m = host.gram(host.bank_gradients(bank), Cut(256, 0))
     cases.assert_gram(m, double(bank), [torch.float32], 1.0)
+
+
+# --- weights of the methods that need the Gram matrix alone
+
+
+def method_gram(num_tasks: int, kind: str) -> Tensor:
+    """Gram matrices with conflicts, of few dimensions, of lengths far apart, and with a zero and two opposite rows."""
+    generator = cases.generator_of(("methods", num_tasks, kind))
+    width = max(2, num_tasks // 2) if kind == "few dimensions" else 2 * num_tasks + 1
+    bank = torch.randn(num_tasks, width, generator=generator, dtype=torch.float64)
+    if kind == "conflicts":
+        bank = bank - 1.2 * bank.mean(0)
+    elif kind == "lengths":
+        bank = bank * torch.exp(3 * torch.randn(num_tasks, 1, generator=generator, dtype=torch.float64))
+    elif kind == "degenerate" and num_tasks > 2:
+        bank[0] = 0
+        bank[2] = -bank[1]
+    return bank @ bank.mT
+
+
+METHOD_OPTIONS = {"cagrad": [0.5], "nashmtl": [0.0], "fairgrad": [2.0], "alignedmtl": [0.0, 0.0]}
+METHOD_OPTIONS |= {"upgrad": [1e-4], "dualproj": [1e-4]}
+
+
+@pytest.mark.parametrize("method", method_weights.OPTIONS)
+@pytest.mark.parametrize("kind", ["conflicts", "few dimensions", "lengths", "degenerate"])
+@pytest.mark.parametrize("num_tasks", [1, 2, 7, 17, 66])
+def test_method_weights(num_tasks: int, kind: str, method: str) -> None:
+    """What the block finds is what one thread finds: it reads no number of another thread's too early or too late."""
+    if (reason := dispatch.unavailable("cpu", "cpu")) is not None:
+        skip_or_fail(reason)
+    if num_tasks == 66 and (method, kind) not in {("dualproj", "conflicts"), ("imtlg", "conflicts")}:
+        pytest.skip("beyond shared memory one method of each kind of solver is enough")
+    m = method_gram(num_tasks, kind)
+    options = METHOD_OPTIONS.get(method, [])
+    present = torch.arange(num_tasks) != 4
+    number = list(method_weights.OPTIONS).index(method)
+    wanted = ops.method_weights(m, method, options, present=present)
+    for schedule in SCHEDULES[: 2 if num_tasks < 17 else 1]:
+        w = host.method_weights(m, number, options, present=present, schedule=schedule)
+        wrong = w - wanted
+        # as updates: where gradients cancel the weights are large
+        assert wrong @ m @ wrong <= 1e-14 * (wanted @ m @ wanted).abs() + 1e-24 * m.diagonal().max()
+        assert wrong.abs().max() <= 1e-6 * wanted.abs().max()
 
 
 # --- the solver

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastmtl import methods, ops
 from fastmtl.ops.gradients import reference
+from fastmtl.ops.gradients.method_weights import OPTIONS
 
 
 def is_method(kind: object) -> bool:
@@ -25,7 +26,7 @@ def conflicting(num_tasks: int = 4, seed: int = 0) -> Tensor:
 
 
 def test_get_finds_every_method_by_name():
-    assert {"pcgrad", "sum", "mean", "randomweights"} <= set(ALL)
+    assert {"pcgrad", "sum", "mean", "randomweights", *OPTIONS} == set(ALL)
     for name, kind in ALL.items():
         assert type(methods.get(name)) is kind
 
@@ -124,15 +125,28 @@ def test_absent_tasks_are_not_in_the_problem(name):
         assert w.tolist() == [1, 1, 0, 1]
     elif name == "mean":
         torch.testing.assert_close(w, torch.tensor([1, 1, 0, 1], dtype=torch.float64) / 3)
-    else:
+    elif name == "randomweights":
         torch.testing.assert_close(w.sum(), torch.ones((), dtype=torch.float64))
+    else:
+        torch.testing.assert_close(w[here], methods.get(name).weights(gram[here][:, here]), rtol=1e-12, atol=0)
+
+
+# the weight of a single task, by the square of its gradient's length, where it is not 1: Nash-MTL and FairGrad depend
+# on scale, and CAGrad goes as far beyond the mean as its ball reaches
+WEIGHT_ALONE = {
+    "cagrad": lambda square: 1.5,
+    "nashmtl": lambda square: square**-0.5,
+    "fairgrad": lambda square: square**-0.5,
+}
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_one_task_keeps_its_gradient(name):
-    torch.testing.assert_close(methods.get(name).weights(torch.full((1, 1), 4.0)), torch.ones(1, dtype=torch.float64))
+    alone = WEIGHT_ALONE.get(name, lambda square: 1.0)
+    w = methods.get(name).weights(torch.full((1, 1), 4.0))
+    torch.testing.assert_close(w, torch.tensor([alone(4.0)], dtype=torch.float64), rtol=1e-6, atol=0)
     w = methods.get(name).weights(torch.full((3, 3), torch.nan).fill_diagonal_(2.0), present=torch.arange(3) == 1)
-    torch.testing.assert_close(w, torch.tensor([0, 1, 0], dtype=torch.float64))
+    torch.testing.assert_close(w, torch.tensor([0, alone(2.0), 0], dtype=torch.float64), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -178,7 +178,7 @@ FASTMTL_HOST_DEVICE void config(const Team& team, const Problem& p, double round
 }
 
 // alpha = 1 is Nash-MTL. most: the norm that the update has at most; 0: any. K a = a^(-1 / alpha) in the lengths of the
-// cosines' coordinates z = |g| a. Each gradient has a part of its own, of the relative size of its rounding, so that
+// cosines' coordinates z = |g| a. Each gradient has a part of its own, of the relative size of n roundings, so that
 // there is a solution where no direction serves all tasks.
 template <class Team>
 FASTMTL_HOST_DEVICE void fair(const Team& team, const Problem& p, double alpha, double most, double rounding) {
@@ -186,7 +186,7 @@ FASTMTL_HOST_DEVICE void fair(const Team& team, const Problem& p, double alpha, 
   const double power = 1.0 / alpha;
   for (int i = team.rank(); i < p.n; i += team.size()) {
     p.z[i] = p.u[i] > 0 ? std::pow(p.u[i], power - 1.0) : 1.0;
-    p.b[i][i] = 1.0 + rounding;  // that of a zero gradient too, which is across all others
+    p.b[i][i] = 1.0 + p.n * rounding;  // that of a zero gradient too, which is across all others
   }
   team.sync();
   fairness(team, p.b, p.z, p.n, power, p.w, {p.a, p.x});

@@ -1,4 +1,5 @@
-// gram, combine, pcgrad_coefficients and the fused pcgrad: from torch's tensors to parameter structs and launches.
+// gram, combine, the methods' weights, pcgrad_coefficients and the fused pcgrad: from torch's tensors to parameter
+// structs and launches.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,6 +10,7 @@
 #include <optional>
 #include <string>
 
+#include "common/method_arguments.h"
 #include "common/rows.h"
 #include "cuda/gradients/launch.h"
 #include "cuda/gradients/parts.h"
@@ -22,7 +24,9 @@ std::vector<int> architectures() {
   return result;
 }
 
-std::vector<std::string> kernels() { return {"combine", "gram", "pcgrad", "pcgrad_coefficients", "pcgrad_project"}; }
+std::vector<std::string> kernels() {
+  return {"combine", "gram", "method_weights", "pcgrad", "pcgrad_coefficients", "pcgrad_project"};
+}
 
 namespace {
 
@@ -167,6 +171,22 @@ void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
   check(cudaGetLastError(), "pcgrad_coefficients launch");
 }
 
+void method_weights_op(Tensor gram, int64_t method, const std::vector<double>& options, double rounding,
+                       const std::optional<Tensor>& present, const std::optional<Tensor>& preferences, Tensor out) {
+  const int device = gram.get_device_index();
+  check_devices({gram, out, present.value_or(gram), preferences.value_or(gram)}, device, "all that the solver reads");
+  const MethodArguments read = read_method(gram, method, options, rounding, present, preferences, out);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  MethodParams p{read.request, read.gram, read.num_tasks, read.present, read.preferences, nullptr, read.out};
+  std::optional<Tensor> memory;
+  if (p.num_tasks > kMostSharedTasks) {
+    memory = workspace(device, 8 * solvers::scratch_size(p.num_tasks));
+    p.scratch = static_cast<double*>(memory->mutable_data_ptr());
+  }
+  launch_method_weights(p, current_stream(device));
+  check(cudaGetLastError(), "method_weights launch");
+}
+
 void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
                int64_t num_params, const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
                bool include_self, const std::vector<int64_t>& present, bool mean, const std::vector<Tensor>& out,
@@ -219,5 +239,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CUDA, m) {
   m.impl("_gram", TORCH_BOX(&fastmtl::cuda::gram_op));
   m.impl("_combine", TORCH_BOX(&fastmtl::cuda::combine_op));
   m.impl("_pcgrad_coefficients", TORCH_BOX(&fastmtl::cuda::coefficients_op));
+  m.impl("_method_weights", TORCH_BOX(&fastmtl::cuda::method_weights_op));
   m.impl("_pcgrad", TORCH_BOX(&fastmtl::cuda::pcgrad_op));
 }

@@ -38,6 +38,18 @@ def check_bank(grads: Tensor, argument: str = "grads") -> None:
     _check_tensor(grads, argument)
 
 
+def check_present(present: Tensor, gram: Tensor) -> None:
+    """Raises where `present` is no `[T]` bool tensor beside this `[T, T]` Gram matrix."""
+    if not isinstance(present, Tensor):
+        raise TypeError(f"present: expected a tensor, got {type(present).__name__}")
+    if present.dtype != torch.bool:
+        raise TypeError(f"present: expected torch.bool, got {present.dtype}")
+    if present.shape != gram.shape[:1]:
+        raise ValueError(f"present: expected shape [{gram.shape[0]}], got {list(present.shape)}")
+    if present.device != gram.device:
+        raise ValueError(f"present: expected device {gram.device} as the Gram matrix, got {present.device}")
+
+
 def is_bank(grads: Grads, argument: str = "grads") -> bool:
     if isinstance(grads, Tensor):
         return True

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.gradient_rows import accumulate_dtype, first_of_params
+from fastmtl.ops.gradients.reference_methods import method_weights as method_weights
 
 
 def bank_from_lists(tensors: Sequence[Tensor], index: Sequence[int], num_tasks: int, num_params: int) -> Tensor:

@@ -1,0 +1,34 @@
+"""ConFIG: an update that shares one cosine with all gradients (Liu, Chu, Thuerey 2025)."""
+
+from __future__ import annotations
+
+from fastmtl.methods.gram_method import GramMethod, Preferences
+
+
+class ConFIG(GramMethod):
+    """The direction has equal (or the preferred) cosines to all gradients; its length is the sum of their projections.
+
+    Where gradients depend on each other, the least-squares solution is taken. A zero gradient has weight 0; where there
+    is no such direction, all weights are 0.
+
+    Args:
+        preferences: T numbers from 0, to which the cosines are in proportion; None: all equal.
+
+    Raises:
+        TypeError, ValueError: `preferences` are no such numbers.
+
+    Source: Liu, Chu, Thuerey 2025, *ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks*,
+    equations 2 and 3.
+
+    Example:
+        >>> ConFIG().weights(torch.eye(2))
+        tensor([1., 1.], dtype=torch.float64)
+    """
+
+    _op_name = "config"
+
+    def __init__(self, preferences: Preferences | None = None) -> None:
+        super().__init__(preferences=preferences)
+
+    def __repr__(self) -> str:
+        return "ConFIG()" if self.preferences is None else f"ConFIG({self.preferences.tolist()})"

@@ -1,0 +1,38 @@
+"""DualProj: the mean gradient projected on the cone without conflict (Lopez-Paz and Ranzato 2017)."""
+
+from __future__ import annotations
+
+from fastmtl.methods.gram_method import GramMethod, Preferences
+
+
+class DualProj(GramMethod):
+    """The mean gradient is projected on the cone of directions that harm no task.
+
+    The update is in conflict with no task, up to the regularisation. The projections are those of the Gram matrix over
+    its trace, plus `reg_eps` times the identity, and do not depend on the scale of the gradients. A zero gradient has
+    its preference as its weight. Where all gradients are zero, the weights are the preferences.
+
+    Args:
+        reg_eps: the regularisation, from 1e-8.
+        preferences: T numbers from 0, what each task counts; None: 1/n for each of the n present tasks.
+
+    Raises:
+        TypeError: `preferences` are no numbers.
+        ValueError: `reg_eps` below 1e-8; preferences that are no such numbers.
+
+    Source: Lopez-Paz, Ranzato 2017, *Gradient Episodic Memory for Continual Learning*, equation 11, with every task on
+    both sides, as Quinton and Rey 2024 compare it.
+
+    Example:
+        >>> DualProj().weights(torch.tensor([[4.0, -2.0], [-2.0, 1.0]]))
+        tensor([0.5000, 0.9995], dtype=torch.float64)
+    """
+
+    _op_name = "dualproj"
+
+    def __init__(self, reg_eps: float = 1e-4, preferences: Preferences | None = None) -> None:
+        super().__init__(reg_eps, preferences=preferences)
+        self.reg_eps = reg_eps
+
+    def __repr__(self) -> str:
+        return f"DualProj(reg_eps={self.reg_eps!r})"

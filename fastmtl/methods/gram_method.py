@@ -1,0 +1,51 @@
+"""What the methods have in common whose weights one op solves for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.methods.base import Method
+from fastmtl.ops.gradients.method_weights import check_method
+
+Preferences: TypeAlias = Tensor | Sequence[float]
+
+
+class GramMethod(Method):
+    """A method whose weights are a function of the Gram matrix, solved for by `fastmtl.ops.method_weights`.
+
+    A subclass names it in `_op_name`, and hands its numbers and its preferences over.
+    """
+
+    _op_name: ClassVar[str]
+
+    def __init__(self, *options: float, preferences: Preferences | None = None) -> None:
+        self._options = [float(x) for x in options]
+        check_method(self._op_name, self._options, preferences is not None)
+        self.preferences = None if preferences is None else _read_preferences(preferences)
+
+    def weights(self, gram: Tensor, *, present: Tensor | None = None) -> Tensor:
+        preferences = self.preferences
+        if preferences is not None and isinstance(gram, Tensor) and preferences.device != gram.device:
+            # kept there: a copy at each call would wait for the device
+            preferences = self.preferences = preferences.to(gram.device)
+        return ops.method_weights(gram, self._op_name, self._options, present=present, preferences=preferences)
+
+    def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
+        return self.weights(gram, present=present)
+
+
+def _read_preferences(preferences: Preferences) -> Tensor:
+    """`[T]` float64, checked."""
+    if not isinstance(preferences, (Tensor, Sequence)) or isinstance(preferences, (str, bytes)):
+        raise TypeError(f"preferences: expected T numbers, got {type(preferences).__name__}")
+    found = torch.as_tensor(preferences, dtype=torch.float64).detach().clone()
+    if found.dim() != 1 or found.numel() == 0:
+        raise ValueError(f"preferences: expected T numbers, got shape {list(found.shape)}")
+    if not bool((torch.isfinite(found) & (found >= 0)).all()) or not bool((found > 0).any()):
+        raise ValueError(f"preferences: expected numbers from 0, not all of them 0, got {found.tolist()}")
+    return found

@@ -1,0 +1,180 @@
+"""The weights of the methods that need the Gram matrix alone: one small problem in float64, solved where it lies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmtl.core.dispatch import choose
+from fastmtl.core.schemas import define_kernel, define_op
+from fastmtl.ops.gradients import reference
+from fastmtl.ops.gradients.arguments import check_present
+from fastmtl.ops.gradients.pcgrad import check_gram
+
+# method: the number of a solver in csrc/common/solvers/methods.h. rounding: the relative error of an entry of `gram`.
+_kernel = define_kernel(
+    "_method_weights(Tensor gram, int method, float[] options, float rounding, Tensor? present, Tensor? preferences, "
+    "Tensor(a!) out) -> ()"
+)
+
+
+class _Option(NamedTuple):
+    """A number that a method takes, and what it may be."""
+
+    name: str
+    fits: Callable[[float], bool]
+    expected: str
+
+
+# below it the quadratic programs are worse conditioned than float64 tells apart
+LEAST_REG_EPS = 1e-8
+_REG_EPS = _Option("reg_eps", lambda x: LEAST_REG_EPS <= x < math.inf, f"a number from {LEAST_REG_EPS:g}")
+
+# in the order of `solvers::Kind`
+OPTIONS: dict[str, tuple[_Option, ...]] = {
+    "mgda": (),
+    "cagrad": (_Option("c", lambda x: 0 <= x < math.inf, "a number from 0"),),
+    "imtlg": (),
+    "config": (),
+    "nashmtl": (_Option("max_norm", lambda x: 0 <= x < math.inf, "a positive number, or 0 for none"),),
+    "fairgrad": (_Option("alpha", lambda x: 0.1 <= x <= 100, "a number from 0.1 to 100"),),
+    "alignedmtl": (
+        _Option("scale", lambda x: x in (0, 1, 2), "0 (min), 1 (median) or 2 (rmse)"),
+        _Option("reduction", lambda x: x in (0, 1), "0 (mean) or 1 (sum)"),
+    ),
+    "upgrad": (_REG_EPS,),
+    "dualproj": (_REG_EPS,),
+}
+_NUMBERS = {name: k for k, name in enumerate(OPTIONS)}
+WITH_PREFERENCES = ("config", "alignedmtl", "upgrad", "dualproj")
+
+
+def method_weights(
+    gram: Tensor,
+    method: str,
+    options: Sequence[float] = (),
+    *,
+    present: Tensor | None = None,
+    preferences: Tensor | None = None,
+) -> Tensor:
+    """The weights that a method gives to T tasks, from the Gram matrix of their gradients alone.
+
+    The classes of `fastmtl.methods` say what each method is, and have its options by name.
+
+    Args:
+        gram: `[T, T]` floating-point Gram matrix, T from 1 to 128.
+        method: `"mgda"`, `"cagrad"`, `"imtlg"`, `"config"`, `"nashmtl"`, `"fairgrad"`, `"alignedmtl"`, `"upgrad"` or
+            `"dualproj"`.
+        options: the method's numbers, in order: cagrad `[c]`; nashmtl `[max_norm]`, 0 for none; fairgrad `[alpha]`;
+            alignedmtl `[scale, reduction]`, scale 0 (min), 1 (median) or 2 (rmse), reduction 0 (mean) or 1 (sum);
+            upgrad and dualproj `[reg_eps]`; none for the others.
+        present: `[T]` bool, on the device of `gram`: tasks that take part. The others get weight 0, and what `gram`
+            holds in their rows and columns is not looked at. None: all.
+        preferences: `[T]` floating point, on the device of `gram`: what each task counts, for config, alignedmtl,
+            upgrad and dualproj. None: 1/n for each of the n present tasks (alignedmtl with reduction 1: 1).
+
+    Returns:
+        `[T]` float64, on the device of `gram`. Where an entry of a present task is not finite, the weights of all
+        present tasks are NaN. Eigenvalues count as zero up to `n eps` of the largest, eps of the dtype of `gram`.
+
+    Raises:
+        TypeError: dtypes other than the above.
+        ValueError: an unknown method, options or preferences that it does not take, shapes or devices that do not
+            agree.
+
+    Not differentiable: the weights are constants to autograd. Source: each method's class in `fastmtl.methods`.
+
+    Example:
+        >>> m = torch.tensor([[4.0, 0.0], [0.0, 1.0]])
+        >>> method_weights(m, "mgda")
+        tensor([0.2000, 0.8000], dtype=torch.float64)
+    """
+    _check(gram, method, options, present, preferences)
+    return method_weights_op(gram.detach(), method, options, present, preferences)
+
+
+def check_method(method: str, options: Sequence[float], has_preferences: bool) -> None:
+    """Raises where there is no such method, or where it does not take these options."""
+    if method not in OPTIONS:
+        raise ValueError(f"method: expected one of {', '.join(OPTIONS)}, got {method!r}")
+    wanted = OPTIONS[method]
+    if len(options) != len(wanted):
+        names = ", ".join(option.name for option in wanted)
+        raise ValueError(f"options: {method} takes {len(wanted)} numbers [{names}], got {list(options)}")
+    for option, value in zip(wanted, options, strict=True):
+        if not option.fits(value):
+            raise ValueError(f"{option.name}: expected {option.expected}, got {value!r}")
+    if has_preferences and method not in WITH_PREFERENCES:
+        raise ValueError(f"preferences: {method} takes none; {', '.join(WITH_PREFERENCES)} do")
+
+
+def _check(
+    gram: Tensor, method: str, options: Sequence[float], present: Tensor | None, preferences: Tensor | None
+) -> None:
+    check_gram(gram)
+    check_method(method, options, preferences is not None)
+    if present is not None:
+        check_present(present, gram)
+    if preferences is None:
+        return
+    if not isinstance(preferences, Tensor):
+        raise TypeError(f"preferences: expected a tensor, got {type(preferences).__name__}")
+    if not preferences.is_floating_point():
+        raise TypeError(f"preferences: expected a floating-point tensor, got {preferences.dtype}")
+    if preferences.shape != gram.shape[:1]:
+        raise ValueError(f"preferences: expected shape [{gram.shape[0]}], got {list(preferences.shape)}")
+    if preferences.device != gram.device:
+        raise ValueError(f"preferences: expected device {gram.device} as the Gram matrix, got {preferences.device}")
+
+
+def _compiled(
+    gram: Tensor, method: str, options: Sequence[float], present: Tensor | None, preferences: Tensor | None
+) -> Tensor:
+    out = torch.empty(gram.shape[:1], dtype=torch.float64, device=gram.device)
+    _kernel(
+        gram.to(torch.float64).contiguous(),
+        _NUMBERS[method],
+        options,
+        torch.finfo(gram.dtype).eps,
+        None if present is None else present.contiguous(),
+        None if preferences is None else preferences.to(torch.float64).contiguous(),
+        out,
+    )
+    return out
+
+
+_IMPLEMENTATIONS = {"cpu": _compiled, "cuda": _compiled, "reference": reference.method_weights}
+
+
+def _method_weights(
+    gram: Tensor,
+    method: str,
+    options: Sequence[float],
+    present: Tensor | None = None,
+    preferences: Tensor | None = None,
+) -> Tensor:
+    _check(gram, method, options, present, preferences)
+    return choose("method_weights", gram.device.type, _IMPLEMENTATIONS)(gram, method, options, present, preferences)
+
+
+def _method_weights_fake(
+    gram: Tensor,
+    method: str,
+    options: Sequence[float],
+    present: Tensor | None = None,
+    preferences: Tensor | None = None,
+) -> Tensor:
+    _check(gram, method, options, present, preferences)
+    return gram.new_empty(gram.shape[:1], dtype=torch.float64)
+
+
+method_weights_op = define_op(
+    "method_weights(Tensor gram, str method, float[] options, Tensor? present=None, Tensor? preferences=None) "
+    "-> Tensor",
+    _method_weights,
+    _method_weights_fake,
+)

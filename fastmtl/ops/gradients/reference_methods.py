@@ -1,0 +1,236 @@
+"""Oracle of `method_weights`: each method by its defining equation, in plain PyTorch and float64, on the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPS = torch.finfo(torch.float64).eps
+
+
+class _Problem(NamedTuple):
+    """n present tasks: their Gram matrix over its largest entry of the diagonal, `scale`; its rounding; preferences."""
+
+    m: Tensor
+    scale: float
+    rounding: float
+    preferences: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[n]`, 1 for a zero gradient."""
+        square = self.m.diagonal()
+        return torch.where(square > 0, square, 1.0).sqrt()
+
+    @property
+    def has_gradient(self) -> Tensor:
+        return self.m.diagonal() > 0
+
+    @property
+    def cosines(self) -> Tensor:
+        """`[n, n]`, with rows of zeros for zero gradients."""
+        c = self.m / self.lengths[:, None] / self.lengths
+        return c - torch.diag(c.diagonal()) + torch.diag(self.has_gradient.to(c.dtype))
+
+
+def method_weights(
+    gram: Tensor,
+    method: str,
+    options: Sequence[float],
+    present: Tensor | None = None,
+    preferences: Tensor | None = None,
+) -> Tensor:
+    """The weights `[T]` float64 of a method, 0 for absent tasks: see `fastmtl.ops.method_weights`."""
+    here = torch.arange(gram.shape[0]) if present is None else present.cpu().nonzero()[:, 0]
+    m = gram.detach().cpu().to(torch.float64)[here][:, here]
+    out = torch.zeros(gram.shape[0], dtype=torch.float64)
+    n = len(here)
+    if n > 0 and not bool(torch.isfinite(m).all()):
+        out[here] = torch.nan
+    elif n > 0:
+        share = 1.0 if method == "alignedmtl" and options[1] == 1 else 1.0 / n
+        given = torch.full((n,), share, dtype=torch.float64)
+        if preferences is not None:
+            given = preferences.detach().cpu().to(torch.float64)[here]
+        scale = m.diagonal().max().item()
+        if scale > 0:
+            problem = _Problem(m / scale, scale, torch.finfo(gram.dtype).eps, given)
+            out[here] = _METHODS[method](problem, *options)
+        elif method in ("mgda", "cagrad", "upgrad", "dualproj"):
+            out[here] = given
+    return out.to(gram.device)
+
+
+def _solve_with_bounds(m: Tensor, q: Tensor) -> Tensor:
+    """The y >= 0 that minimises `y . M y / 2 + q . y`, for a positive definite M.
+
+    Lawson and Hanson 1974, in coordinates in which M has a diagonal of ones.
+    """
+    unit = m.diagonal().sqrt()
+    m, q = m / unit[:, None] / unit, q / unit
+    y = torch.zeros_like(q)
+    free = torch.zeros_like(q, dtype=torch.bool)
+    for _ in range(10 * len(q) + 10):
+        slope = m @ y + q
+        helps = ~free & (slope < -1e-14 * (m.abs() @ y + q.abs()))
+        if not bool(helps.any()):
+            break
+        newest = torch.where(helps, slope, torch.inf).argmin()
+        free[newest] = True
+        while bool(free.any()):
+            chosen = free.nonzero()[:, 0]
+            goal = torch.zeros_like(y)
+            goal[chosen] = torch.linalg.solve(m[chosen][:, chosen], -q[chosen])
+            negative = free & (goal <= 0)
+            if not bool(negative.any()):
+                y = goal
+                break
+            steps = torch.where(negative, y / torch.where(negative, y - goal, 1.0), torch.inf)
+            step = steps.min()
+            y = torch.where(free, (1 - step) * y + step * goal, 0.0).clamp(min=0)
+            leaves = steps.argmin()
+            y[leaves], free[leaves] = 0.0, False
+        if not bool(free[newest]):  # rounding let it seem to help
+            break
+    return y / unit
+
+
+def _shortest(m: Tensor) -> Tensor:
+    """The w >= 0 of sum 1 that minimises `w . M w`.
+
+    Of all y = t w, `y . M y / 2 + s (sum(y) - 1)^2 / 2` is least for that w, whatever s > 0.
+    """
+    square = m.diagonal()
+    if bool((square <= 0).any()):
+        return torch.nn.functional.one_hot(square.argmin(), len(square)).to(m.dtype)
+    s = square.min()
+    y = _solve_with_bounds(m + s, -s.expand(len(square)).clone())
+    return y / y.sum()
+
+
+def _mgda(p: _Problem) -> Tensor:
+    return _shortest(p.m)
+
+
+def _cagrad(p: _Problem, c: float) -> Tensor:
+    n = len(p.m)
+    mean = torch.full((n,), 1.0 / n, dtype=torch.float64)
+    dots, square = p.m.mean(1), p.m.mean().item()  # of each gradient with the mean one
+    if c == 0 or square <= n * p.rounding * p.m.abs().mean().item():
+        return mean
+    reach, noise = c * math.sqrt(square), max(n * p.rounding, 1e-12)
+
+    def weights(tau: float) -> Tensor:
+        return _shortest(p.m + tau * (dots[:, None] + dots) + tau**2 * square)
+
+    def excess(log_tau: float) -> float:
+        w = weights(math.exp(log_tau))
+        squared = max((w @ p.m @ w).item(), noise * (w @ p.m.abs() @ w).item())
+        return 0.5 * math.log(max(squared, 1e-300)) - math.log(reach) - log_tau
+
+    high = -math.log(reach)
+    w = _shortest(p.m)
+    least = noise * (w @ p.m.abs() @ w).item()
+    low = max(0.5 * math.log(max((w @ p.m @ w).item(), least, 1e-300)) - math.log(reach), high - 40)
+    for _ in range(60):  # bisection: below the root |g_w| is the larger one
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    tau = math.exp(low)
+    return torch.where(p.has_gradient, mean + weights(tau) / tau, mean)
+
+
+def _pseudo_solve(c: Tensor, b: Tensor, rounding: float) -> Tensor:
+    """`C^+ b`: eigenvalues that rounding may have made count as zero, and so do such parts of b."""
+    values, vectors = torch.linalg.eigh(c)
+    n, along = len(b), vectors.mT @ b
+    there = (values > n * rounding * values.max()) & (along.abs() > n * EPS * b.norm())
+    return vectors @ torch.where(there, along / torch.where(there, values, 1.0), 0.0)
+
+
+def _imtlg(p: _Problem) -> Tensor:
+    v = _pseudo_solve(p.cosines, p.has_gradient.to(torch.float64), p.rounding) / p.lengths
+    v = torch.where(p.has_gradient, v, 0.0)
+    return v / v.sum() if v.sum().abs() > 1e-12 * v.abs().sum() else torch.zeros_like(v)
+
+
+def _config(p: _Problem) -> Tensor:
+    w = torch.where(p.has_gradient, _pseudo_solve(p.cosines, p.preferences, p.rounding), 0.0)
+    direction = p.cosines @ w  # the dot products of unit gradients with the direction, which is |u| long
+    square = w @ direction
+    if not bool(square > 0):
+        return torch.zeros_like(w)
+    return (p.lengths @ direction) / square * w / p.lengths
+
+
+def _fair(p: _Problem, power: float) -> Tensor:
+    """The a > 0 with `K a = a^-power`, for the matrix over its scale: Newton's method in z = |g| a."""
+    m = p.cosines
+    m = m - torch.diag(m.diagonal()) + torch.eye(len(m), dtype=m.dtype) * (1 + len(m) * p.rounding)
+    c = torch.where(p.has_gradient, p.lengths ** (power - 1), 1.0)
+    z = c ** (1 / (1 + power))
+
+    def potential(z: Tensor) -> Tensor:  # convex, and stationary at the solution
+        gain = z.log() if power == 1 else z ** (1 - power) / (1 - power)
+        return z @ m @ z / 2 - c @ gain
+
+    for _ in range(200):
+        slope = m @ z - c * z**-power
+        step = torch.linalg.solve(m + torch.diag(power * c * z ** (-power - 1)), -slope)
+        length = min(1.0, 0.9 / max((-step / z).max().item(), 1e-300))
+        if (step / z).abs().max() < 1e-9:
+            return (z + step) / p.lengths
+        while length > 1e-6 and potential(z + length * step) > potential(z) + 1e-4 * length * (slope @ step):
+            length /= 2
+        z = z + length * step
+    return z / p.lengths
+
+
+def _nashmtl(p: _Problem, max_norm: float) -> Tensor:
+    a = torch.where(p.has_gradient, _fair(p, 1.0), 0.0) * p.scale**-0.5
+    norm = (a @ p.m @ a).clamp(min=0).sqrt().item() * p.scale**0.5
+    return a * (max_norm / norm) if 0 < max_norm < norm else a
+
+
+def _fairgrad(p: _Problem, alpha: float) -> Tensor:
+    return torch.where(p.has_gradient, _fair(p, 1 / alpha), 0.0) * p.scale ** (-alpha / (1 + alpha))
+
+
+def _alignedmtl(p: _Problem, scale: float, reduction: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(p.m)
+    there = values > len(values) * p.rounding * values.max()
+    kept = values[there]
+    to = (kept.min(), kept.median(), kept.mean())[int(scale)]
+    factors = torch.where(there, (to / torch.where(there, values, 1.0)).sqrt(), 0.0)
+    return vectors @ (factors * (vectors.mT @ p.preferences))
+
+
+def _regularised(p: _Problem, reg_eps: float) -> Tensor:
+    return p.m / p.m.trace() + reg_eps * torch.eye(len(p.m), dtype=p.m.dtype)
+
+
+def _dualproj(p: _Problem, reg_eps: float) -> Tensor:
+    m = _regularised(p, reg_eps)
+    return p.preferences + _solve_with_bounds(m, m @ p.preferences)
+
+
+def _upgrad(p: _Problem, reg_eps: float) -> Tensor:
+    m = _regularised(p, reg_eps)
+    rows = [u + _solve_with_bounds(m, m @ u) for u in torch.diag(p.preferences)]
+    return torch.stack(rows).sum(0)
+
+
+_METHODS: dict[str, Callable[..., Tensor]] = {
+    "mgda": _mgda,
+    "cagrad": _cagrad,
+    "imtlg": _imtlg,
+    "config": _config,
+    "nashmtl": _nashmtl,
+    "fairgrad": _fairgrad,
+    "alignedmtl": _alignedmtl,
+    "upgrad": _upgrad,
+    "dualproj": _dualproj,
+}
