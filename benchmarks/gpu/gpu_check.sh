@@ -85,6 +85,7 @@ if [ -z "${INSTALLED:-}" ]; then
     # not ours to write to: beside the results of the build
     stage build 300 "${install[@]}" --upgrade --target build/site . || exit 1
     export PYTHONPATH=$PWD/build/site${PYTHONPATH:+:$PYTHONPATH}
+    export PYTHONSAFEPATH=1  # else `-m` would find the checkout's own fastmtl first, which has nothing built
   fi
 fi
 SHOW=40 stage info 60 "$python" -m fastmtl info

@@ -119,6 +119,9 @@ def deltas_of(tensors: Sequence[Tensor], tasks: Sequence[int], num_tasks: int, c
         return Deltas(stacked, None, stacked.stride(), True, tensors)
     # one kernel meets them all with the same strides: for odd ones there are others in their place
     strides = tensors[0].stride()
+    if any(d.stride() != strides for d in tensors):
+        # without overlaps, such as an expanded delta has: others are copied to such memory
+        strides = torch.empty_like(tensors[0], device="meta").stride()
     same = [d if d.stride() == strides else d.new_empty_strided(d.shape, strides) for d in tensors]
     by_task: list[Tensor | None] = [None] * num_tasks
     for t, d, given in zip(tasks, same, tensors, strict=True):

@@ -666,3 +666,18 @@ def test_a_plan_is_filled_with_other_memory(forced: dict[str, Any]) -> None:
     # nothing of it serves another shape
     check(case.but(size=(4, 3)), **forced)
     assert len(launches._plans) > kept
+
+
+@pytest.mark.parametrize("first", ["expanded", "overlapping"])
+def test_lists_whose_first_delta_overlaps_itself(first: str) -> None:
+    made = PLAIN.but(delta="list", num_tasks=3).make()
+    given = made.delta[0]
+    odd = given.new_ones(1, *given.shape[1:]).expand(given.shape)
+    if first == "overlapping":
+        odd = torch.randn(given.numel() + 3).to(given).as_strided(given.shape, (2, 1, 1, 1))
+    deltas = [odd, *made.delta[1:]]
+    args = made.x, made.weight
+    with configs.force(**STAGED):
+        found = task_conv2d(*args, deltas, made.task_ids, gate=made.gate)
+    same = task_conv2d(*args, [d.clone() for d in deltas], made.task_ids, gate=made.gate)
+    torch.testing.assert_close(found, same)

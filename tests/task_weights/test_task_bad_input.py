@@ -374,3 +374,8 @@ def test_nothing_is_written_before_an_error(kind: str, backend: Backend) -> None
         out = torch.full(_OUT_SHAPES[kind], 7.0)
         assert_refused(call, {**arguments, "out": out}, bad)
         assert torch.equal(out, torch.full_like(out, 7.0)), bad.name
+
+
+def test_a_filter_without_input_channels() -> None:
+    with pytest.raises(ValueError, match="weight: expected at least one input channel, got none"):
+        task_conv2d(torch.empty(2, 0, 3, 3), torch.empty(4, 0, 1, 1), None, torch.tensor([0, 0]))

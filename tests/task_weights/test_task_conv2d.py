@@ -10,7 +10,7 @@ from cases_task import CONV_CASES, F32, F64, GEOMETRIES, ConvCase, Made
 from conftest import Backend
 from torch import Tensor
 
-from fastmtl.ops import task_conv2d, task_plan
+from fastmtl.ops import task_conv2d, task_conv2d_weight_grad, task_plan
 
 
 def effective(made: Made, t: int) -> Tensor:
@@ -187,3 +187,25 @@ def test_no_task_anywhere_is_a_plain_convolution(backend: Backend) -> None:
     made = case.make()
     expected = F.conv2d(made.x, made.weight.bfloat16(), made.bias.bfloat16(), **case.options)
     assert torch.equal(case.run(made), expected)
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride"), [((3, 1), (2, 3), 2), ((1, 1), (5, 5), 3), ((2, 2), (3, 3), 3)])
+def test_bfloat16_pictures_narrower_than_the_stride(
+    size: tuple[int, int], kernel: tuple[int, int], stride: int, backend: Backend
+) -> None:
+    """oneDNN's weight gradient takes for theirs what lies beside such pictures."""
+    kh, kw = kernel
+    case = ConvCase(
+        n=5, cin=16, cout=16, size=size, kernel=kernel, stride=stride, padding=(kh // 2, kw // 2), num_tasks=2,
+        dtype=torch.bfloat16, gate="values", delta="nones",
+    )  # fmt: skip
+    want = table.expected(case)
+    for _ in range(8):
+        made = case.make().leaves()
+        y = case.run(made)
+        beside = [torch.full((1 << k,), torch.nan, dtype=torch.bfloat16) for k in range(4, 14)]
+        del beside  # freed, for whoever allocates next
+        table.assert_gradients(case, made, table.gradients(y, made), want, table.TASK_TOLERANCE[torch.bfloat16])
+        plan = task_plan(made.task_ids, 2)
+        found = task_conv2d_weight_grad(made.x, made.grad_out, plan, 2, kernel, **case.options)
+        assert found.isfinite().all()

@@ -121,3 +121,18 @@ def test_non_finite_delta_shows_in_its_task_only(kind: str, backend: Backend) ->
     found = table.gradients(y, made)
     assert not torch.isfinite(found["x"][own]).any() and torch.isfinite(found["x"][~own]).all()
     assert torch.isfinite(found["weight"]).all() and torch.isfinite(found["delta"]).all()
+
+
+@pytest.mark.parametrize("delta", ["none", "list", "stacked"])
+@pytest.mark.parametrize("per_task", [False, True])
+def test_no_columns_leave_the_bias(delta: str, per_task: bool, backend: Backend) -> None:
+    x, ids = torch.empty(5, 2, 0, requires_grad=True), torch.tensor([0, 2, 2, 0, 2])
+    weight, bias = torch.empty(4, 0, requires_grad=True), torch.randn(*([3] if per_task else []), 4, requires_grad=True)
+    deltas = {"none": None, "list": [None, torch.empty(4, 0), torch.empty(4, 0)], "stacked": torch.empty(3, 4, 0)}
+    y = task_linear(x, weight, deltas[delta], ids, bias=bias)
+    want = (bias[ids] if per_task else bias.expand(5, 4))[:, None].expand(5, 2, 4)
+    assert torch.equal(y, want)
+    grad = torch.randn(5, 2, 4)
+    found = torch.autograd.grad(y, [x, weight, bias], grad)
+    assert [g.shape for g in found] == [x.shape, weight.shape, bias.shape]
+    torch.testing.assert_close(found[2], torch.autograd.grad(want, bias, grad)[0])

@@ -213,3 +213,10 @@ def test_compile(dynamic: bool, backend: Backend, fresh_compiler: None) -> None:
         assert torch.equal(y, eager) and y.stride() == eager.stride()
         a, b = (torch.autograd.grad(z, inputs.leaves, inputs.grad_out) for z in (y, eager))
         assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def test_a_float32_shift_beside_16_bits_is_rounded_once(backend: Backend) -> None:
+    x, ids = torch.full((1, 1), -1.0, dtype=BF16), torch.tensor([0])
+    shift = torch.full((1, 1), 1.001)
+    for scale in (torch.ones(1, 1, dtype=BF16), torch.ones(1, 1)):
+        assert torch.equal(task_scale_shift(x, scale, shift, ids), (shift - 1).to(BF16))

@@ -353,3 +353,14 @@ def test_compile_out(case: TaskCase, backend: Backend, fresh_compiler: None) -> 
     outs = [_bank_rows(shape_of(case), F32)[1] for _ in range(2)]
     y, eager = (f(made.x, made.grad_out, made.task_ids, o) for f, o in zip((compiled, function), outs, strict=True))
     assert torch.equal(y, eager) and torch.equal(*outs)
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_a_float32_cotangent_of_16_bit_samples_is_not_narrowed(kind: str, backend: Backend) -> None:
+    size = (1, 1, 1, 1) if kind == "conv" else (1, 1)
+    x, g = (torch.full(size, 1e-3, dtype=F16, requires_grad=True) for _ in range(2))
+    ids, more = torch.tensor([0]), [(1, 1)] if kind == "conv" else []
+    op = task_conv2d_weight_grad if kind == "conv" else task_linear_weight_grad
+    out = op(x, g, ids, 1, *more, dtype=F32)
+    for found in torch.autograd.grad(out, [x, g], torch.full_like(out, 1e5)):
+        torch.testing.assert_close(found.float(), torch.full(size, 100.0), rtol=2e-3, atol=0.0)

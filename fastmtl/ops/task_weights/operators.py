@@ -180,7 +180,9 @@ def define_weight_grad(
 
     def derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, grad_out, order, offsets = ctx.saved_tensors
-        each_weight = None, [grad.to(x.dtype)], [], None, None
+        # as each task's weight, which may be float32 beside a 16-bit x
+        each = grad if grad.dtype == torch.float32 and x.dtype.itemsize == 2 else grad.to(x.dtype)
+        each_weight = None, [each], [], None, None
         grad_x = grad_grad_out = None
         if ctx.needs_input_grad[0]:
             wanted = [True, False, False, False]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.schemas import autocast_is_on
+from fastmtl.core.task_weights import Geometry
 from fastmtl.core.tensors import memory_format
 
 
@@ -32,11 +33,20 @@ def _added_up_in_their_own_dtype() -> set[torch.dtype]:
 WIDENED = _added_up_in_their_own_dtype()
 
 
-def widen(x: Tensor) -> Tensor:
+def widen(x: Tensor, always: bool = False) -> Tensor:
     """x in a dtype of which torch makes sums in at least float32: x itself, or a copy in float32 in its memory format.
 
-    What is computed from the copy is to be rounded to the dtype of x, once.
+    What is computed from the copy is to be rounded to the dtype of x, once. `always`: a copy of all that is narrower.
     """
-    if x.device.type != "cpu" or x.dtype not in WIDENED:
+    if x.device.type != "cpu" or not (x.dtype in WIDENED or (always and x.dtype.itemsize < 4)):
         return x
     return x.to(torch.float32, memory_format=memory_format(x))
+
+
+def is_misread(x: Tensor, geometry: Geometry) -> bool:
+    """Whether oneDNN's weight gradient of these pictures takes what lies beside them in memory for numbers of theirs.
+
+    It does so with bfloat16 pictures that are narrower than the stride (torch 2.13, 16 channels and more): the result
+    is then anything, NaN included. In float32 it is right.
+    """
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[-1] < geometry.stride[-1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights
 from fastmtl.core.tensors import memory_format
-from fastmtl.ops.task_weights.precision import widen
+from fastmtl.ops.task_weights.precision import is_misread, widen
 
 
 def task_plan(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,8 @@ def task_conv2d_backward(
     deltas = weights.by_task(num_tasks)
     promoted = torch.promote_types(weights.like.dtype, torch.float32)
     zero = torch.zeros(weights.shape, dtype=promoted, device=x.device)
-    given, x, grad_out = x, widen(x), widen(grad_out)
+    misread = is_misread(x, geometry)
+    given, x, grad_out = x, widen(x, misread), widen(grad_out, misread)
     grad_x = torch.full_like(x, torch.nan, memory_format=torch.contiguous_format)
     grad_eff = [zero] * num_tasks
     grad_bias = [torch.zeros(weights.shape[0], dtype=promoted, device=x.device)] * num_tasks
@@ -118,7 +119,8 @@ def task_conv2d_weight_grad(
     """Each task's gradient of a shared weight: the weight gradient over its samples, zero where it has none."""
     shape = (grad_out.shape[1], x.shape[1] // geometry.groups, *kernel_size)
     dtype = dtype or x.dtype
-    x, grad_out = widen(x), widen(grad_out)
+    misread = is_misread(x, geometry)
+    x, grad_out = widen(x, misread), widen(grad_out, misread)
     found = [torch.zeros(shape, dtype=dtype, device=x.device)] * batch.num_tasks
     for t, rows in batch.segments():
         found[t] = torch.nn.grad.conv2d_weight(x[rows], shape, grad_out[rows], *geometry).to(dtype)

@@ -218,6 +218,8 @@ def read_geometry(
 def check_channels(x: Tensor, shape: Sequence[int], groups: int) -> None:
     if shape[0] % groups:
         raise ValueError(f"groups: expected a divisor of Cout = {shape[0]}, got {groups}")
+    if shape[1] == 0:
+        raise ValueError("weight: expected at least one input channel, got none")
     if x.shape[1] != shape[1] * groups:
         raise ValueError(
             f"x: expected {shape[1] * groups} channels ({shape[1]} x {groups} groups, by the weights), got {x.shape[1]}"

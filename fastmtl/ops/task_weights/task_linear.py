@@ -81,6 +81,10 @@ def task_linear(
         raise ValueError(f"x: expected {shape[1]} columns as the weights, got {x.shape[-1]}")
     check_leading(task_ids, x.shape[:-1])
     num_tasks = agreed_tasks(tasks)
+    if x.shape[-1] == 0:
+        # sums of nothing, and the bias: no backend multiplies matrices without columns
+        weight, *deltas = (None if w is None else F.pad(w, (0, 1)) for w in (weight, *weights.delta))
+        x, weights = F.pad(x, (0, 1)), weights._replace(weight=weight, delta=deltas)
     if num_tasks is None:
         # nothing here belongs to a task
         assert weight is not None

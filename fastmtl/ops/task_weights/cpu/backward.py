@@ -15,7 +15,7 @@ from fastmtl.ops.task_weights.cpu.convolution import convolution_backward
 from fastmtl.ops.task_weights.cpu.direct import Direct
 from fastmtl.ops.task_weights.cpu.memory import fresh
 from fastmtl.ops.task_weights.cpu.stage import Stage
-from fastmtl.ops.task_weights.precision import widen
+from fastmtl.ops.task_weights.precision import is_misread, widen
 
 
 def conv2d_backward(
@@ -29,7 +29,8 @@ def conv2d_backward(
     empty = grad_out.numel() == 0 or x.numel() == 0
     if empty:
         batch.present = []
-    given, x, grad_out = x, widen(x), widen(grad_out)
+    misread = is_misread(x, geometry)
+    given, x, grad_out = x, widen(x, misread), widen(grad_out, misread)
     grads = Gradients(x, weights, batch, want_weight, wanted_delta, want_gate)
     grad_x = None
     if want_x:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,9 +14,13 @@ def _table_rows(table: Tensor, task_ids: Tensor, dims: int, dtype: torch.dtype) 
     return rows.reshape(*rows.shape, *[1] * (dims - 2))
 
 
+def _promoted(*tensors: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, [x.dtype for x in tensors], torch.float32)
+
+
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, task_ids: Tensor) -> Tensor:
     """`task_scale_shift`; see there."""
-    promoted = torch.promote_types(x.dtype, scale.dtype)
+    promoted = _promoted(x, scale, shift)
     a, b = (_table_rows(table, task_ids, x.dim(), promoted) for table in (scale, shift))
     return torch.addcmul(b, x.detach(), a, out=torch.empty_like(x, requires_grad=False))
 
@@ -24,11 +29,11 @@ def scale_shift_backward(
     grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, task_ids: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor]:
     """`task_scale_shift_backward`; see there."""
-    promoted = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
+    promoted = _promoted(x, scale, shift)
     axes = list(range(2, x.dim()))
     out = []
     if wanted[0]:
-        rows = _table_rows(scale, task_ids, x.dim(), torch.promote_types(x.dtype, scale.dtype))
+        rows = _table_rows(scale, task_ids, x.dim(), promoted)
         out.append(torch.mul(grad_out, rows, out=torch.empty_like(x, requires_grad=False)))
 
     def by_task(each: Tensor, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from fastmtl.core.task_weights import Geometry, SortedBatch
 from fastmtl.core.tensors import memory_format
 from fastmtl.ops.task_weights.cpu.batch import Cut, Samples, Segment, cuts
 from fastmtl.ops.task_weights.cpu.convolution import convolution_backward
-from fastmtl.ops.task_weights.precision import widen
+from fastmtl.ops.task_weights.precision import is_misread, widen
 
 _convolution_weight_grads = define_kernel(
     "_convolution_weight_grads(Tensor[] grad_out, Tensor[] x, Tensor weight, int[] stride, int[] padding, "
@@ -49,7 +49,8 @@ def weight_grads(
 
     Of `weight` only the shape and the memory order are read. In the dtype of x, or float32 where x is widened.
     """
-    x, grad_out = widen(x), widen(grad_out)
+    misread = is_misread(x, geometry)
+    x, grad_out = widen(x, misread), widen(grad_out, misread)
     bounds, positions = batch.offsets.tolist(), batch.order.numpy()
     pixelwise = geometry.pixelwise(weight.shape[2:])
     source, back = Samples(x, pixelwise=pixelwise), Samples(grad_out, like=x, pixelwise=pixelwise)
