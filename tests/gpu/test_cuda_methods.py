@@ -1,0 +1,42 @@
+"""The weights of the Gram methods by one block of a GPU: those of the CPU, without a wait for the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastmtl import methods, ops
+from fastmtl.ops.gradients.method_weights import OPTIONS
+
+pytestmark = pytest.mark.gpu
+DEFAULTS = {"cagrad": [0.5], "nashmtl": [0.0], "fairgrad": [2.0], "alignedmtl": [0.0, 0.0]}
+DEFAULTS |= {"upgrad": [1e-4], "dualproj": [1e-4]}
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("num_tasks", [1, 2, 8, 16, 17, 64, 65, 128])
+def test_weights(num_tasks: int, method: str) -> None:
+    g = torch.randn(num_tasks, 2 * num_tasks + 1, dtype=torch.float64)
+    g = g - 0.8 * g.mean(0)
+    m, options = g @ g.mT, DEFAULTS.get(method, [])
+    present = torch.arange(num_tasks) != 4
+    wanted = ops.method_weights(m, method, options, present=present)
+    m, present = m.cuda(), present.cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = ops.method_weights(m, method, options, present=present)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-6, atol=1e-6 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_a_captured_step(method: str) -> None:
+    grads, solver = torch.randn(6, 1000, device="cuda"), methods.get(method)
+    expected = solver(grads)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = solver(grads)
+    graph.replay()
+    torch.testing.assert_close(found, expected)
