@@ -19,7 +19,8 @@ class FairGrad(GramMethod):
     Raises:
         ValueError: alpha is outside that range.
 
-    Source: Ban, Ji 2024, *Fair Resource Allocation in Multi-Task Learning*, equation 7; alpha = 1 is the default of the
+    Source: Ban, Ji 2024, *Fair Resource Allocation in Multi-Task Learning*, the system
+    `G G^T w = w^(-1/alpha)`; alpha = 1 is the default of the
     authors' code. Theirs is a least-squares fit of that equation, here it is solved.
 
     Example:

@@ -12,7 +12,8 @@ class IMTLG(GramMethod):
     Where gradients depend on each other, the solution of least length is taken. A zero gradient has weight 0; where
     there is no such direction, all weights are 0.
 
-    Source: Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang 2021, *Towards Impartial Multi-task Learning*, equation 3.
+    Source: Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang 2021, *Towards Impartial Multi-task Learning*, the closed
+    form of its gradient balance.
 
     Example:
         >>> IMTLG().weights(torch.tensor([[4.0, 0.0], [0.0, 1.0]]))

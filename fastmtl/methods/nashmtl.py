@@ -18,9 +18,8 @@ class NashMTL(GramMethod):
     Raises:
         ValueError: `max_norm` is not positive.
 
-    Source: Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik, Fetaya 2022, *Multi-Task Learning as a Bargaining
-        Game*,
-    equation 2 (claim 3.1), solved by Newton's method and not by a sequence of approximations.
+    Source: Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik, Fetaya 2022, *Multi-Task Learning as a
+    Bargaining Game*, claim 3.1 (`G G^T a = 1 / a`), solved by Newton's method and not by a sequence of approximations.
 
     Example:
         >>> NashMTL().weights(torch.tensor([[4.0, 0.0], [0.0, 1.0]]))
