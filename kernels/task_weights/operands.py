@@ -118,11 +118,17 @@ def deltas_of(tensors: Sequence[Tensor], tasks: Sequence[int], num_tasks: int, c
         (stacked,) = tensors
         return Deltas(stacked, None, stacked.stride(), True, tensors)
     # one kernel meets them all with the same strides: for odd ones there are others in their place
-    strides = tensors[0].stride()
-    if any(d.stride() != strides for d in tensors):
-        # without overlaps, such as an expanded delta has: others are copied to such memory
+    given_strides = [d.stride() for d in tensors]
+    strides = given_strides[0]
+    if given_strides.count(strides) == len(tensors):
+        same = list(tensors)
+    else:
+        # without overlaps, such as an expanded delta has: the odd ones are copied to such memory
         strides = torch.empty_like(tensors[0], device="meta").stride()
-    same = [d if d.stride() == strides else d.new_empty_strided(d.shape, strides) for d in tensors]
+        same = [
+            d if own == strides else d.new_empty_strided(d.shape, strides)
+            for d, own in zip(tensors, given_strides, strict=True)
+        ]
     by_task: list[Tensor | None] = [None] * num_tasks
     for t, d, given in zip(tasks, same, tensors, strict=True):
         if copy and d is not given:

@@ -20,6 +20,7 @@ from cases import BankCase, ListCase, random_order
 from conftest import skip_or_fail
 from host_kernels import FORWARD, REVERSE, Cut, HostError
 
+from fastmtl.ops.gradients.method_weights import OPTIONS
 from fastmtl.ops.gradients.order import order_state
 
 CUDA = host.ROOT / "csrc" / "cuda"
@@ -50,11 +51,19 @@ def solved(num_tasks: int, num_visits: int | None) -> None:
     host.coefficients(on_host.gram_matrix(num_tasks), order, schedule=FORWARD)
 
 
+def weighted(method: str, num_tasks: int, schedule: int) -> None:
+    """The weights of a method, of gradients that conflict."""
+    m = on_host.method_gram(num_tasks, "conflicts")
+    number = list(OPTIONS).index(method)
+    host.method_weights(m, number, on_host.METHOD_OPTIONS.get(method, []), schedule=schedule)
+
+
 # Every kernel, by banks and lists, with one group of slots and with several. In falling order first: a thread without
 # its barrier then finds no segment, and in rising order wild pointers.
 CASES: dict[str, Callable[[], None]] = {
     "drawn-7-9-falling": functools.partial(drawn, 7, 9, REVERSE),
     "solved-8": functools.partial(solved, 8, None),
+    "mgda-7-falling": functools.partial(weighted, "mgda", 7, REVERSE),
     "combine-bank": functools.partial(on_host.test_combine_of_a_bank, 17, 9, torch.float32),
     "combine-lists": functools.partial(on_host.test_combine_of_lists, ListCase("nones", 3), 9),
     "combine-split": functools.partial(on_host.test_split_combine_of_lists, ListCase("nones", 17)),
@@ -82,6 +91,13 @@ CASES: dict[str, Callable[[], None]] = {
         for num_tasks, num_visits in ((31, 40), (63, None), (70, None))
     },
     "combine-many": functools.partial(on_host.test_combine_of_lists, ListCase("many", 3), 1),
+    **{
+        f"{method}-{num_tasks}-{'falling' if schedule == REVERSE else 'rising'}": functools.partial(
+            weighted, method, num_tasks, schedule
+        )
+        for method in OPTIONS
+        for num_tasks, schedule in ((5, FORWARD), (11, REVERSE))
+    },
 }
 
 

@@ -46,6 +46,7 @@ if dispatch.interpreting():
     pytest.skip("TRITON_INTERPRET=1: the kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton")
 
+import triton
 from triton_on_host import Ran, running
 
 from fastmtl.kernels.build_targets import build_targets
@@ -248,6 +249,7 @@ def test_every_kernel_ran() -> None:
 
 # --- that faults are seen
 
+WAITS_TWICE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 FAULTY = {"gram": "gram_product_kernel", "conv": "task_conv2d_fwd_kernel"}
 
 
@@ -276,14 +278,17 @@ def one_thread(threads: None) -> None:
 
 @pytest.mark.parametrize("case", FAULTY)
 def test_faults_of_order_are_seen(case: str, one_thread: None) -> None:
-    """Two copies that are waited for too late, at least. Triton begins some uses of shared memory with a barrier that
-    another one makes superfluous, may commit two groups that are waited for together, and (3.8) waits for some groups
-    twice: those may go."""
+    """All copies that are waited for too late. Triton begins some uses of shared memory with a barrier that another one
+    makes superfluous, and may commit two groups that are waited for together: those may go. From 3.8 on it also waits
+    for some groups twice."""
     found = tried(case, ORDER)
     late = [(fault, one) for fault, one in found if fault.right.modifiers[-1] == "wait_group"]
-    assert len(late) - len(unseen(late)) >= 2, unseen(late)
+    if WAITS_TWICE:
+        assert len(late) - len(unseen(late)) >= 2, unseen(late)
+    else:
+        assert len(late) == 2 and unseen(late) == []
     assert any(fault.right.opcode == "bar" and one.seen for fault, one in found)
-    assert len(unseen(found)) <= 0.5 * len(found), unseen(found)
+    assert len(unseen(found)) <= (0.5 if WAITS_TWICE else 0.25) * len(found), unseen(found)
 
 
 @pytest.mark.parametrize("case", FAULTY)
