@@ -20,11 +20,11 @@
 // the kernel comes last, since its template arguments have commas
 #define FASTMTL_LAUNCH(blocks, stream, arguments, ...) __VA_ARGS__<<<blocks, kThreads, 0, stream>>> arguments
 // for FASTMTL_BIG_SHARED. Beyond 48 KiB a kernel must be told; where that fails the launch fails, which is checked.
-#define FASTMTL_BIG_LAUNCH(bytes, blocks, stream, arguments, ...)                            \
+#define FASTMTL_BIG_LAUNCH(bytes, blocks, threads, stream, arguments, ...)                   \
   do {                                                                                       \
     if constexpr (bytes > 48 * 1024)                                                         \
       cudaFuncSetAttribute(__VA_ARGS__, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); \
-    __VA_ARGS__<<<blocks, kThreads, bytes, stream>>> arguments;                              \
+    __VA_ARGS__<<<blocks, threads, bytes, stream>>> arguments;                               \
   } while (false)
 // early: its blocks may start before the launch in front is done (sm_90)
 #define FASTMTL_LAUNCH_EARLY(early, blocks, stream, argument, ...) \
@@ -100,6 +100,11 @@ __device__ inline Vector<In, kVector> unpacked(const Vector<In, kVector>& x) {
 }
 
 #if defined(__CUDACC__)
+// Where a call stands: the host run can leave it out.
+struct Site {};
+__device__ inline void block_barrier(Site = {}) { __syncthreads(); }
+__device__ inline void warp_barrier(Site = {}) { __syncwarp(); }
+
 // Gradients and results: of pointers that were read from memory the compiler doesn't know that they are global.
 template <class T>
 __device__ inline T* in_global(T* p) {

@@ -352,8 +352,8 @@ To bits_as(const From& x) {
 
 #define FASTMTL_SHARED(Type, name) Type& name = *static_cast<Type*>(cuda_on_host::shared_memory(sizeof(Type)))
 #define FASTMTL_BIG_SHARED(Type, name) Type& name = *static_cast<Type*>(cuda_on_host::big_shared_memory(sizeof(Type)))
-#define FASTMTL_BIG_LAUNCH(bytes, blocks, stream, arguments, ...) \
-  (static_cast<void>(stream), cuda_on_host::launch(blocks, kThreads, [&] { __VA_ARGS__ arguments; }, bytes))
+#define FASTMTL_BIG_LAUNCH(bytes, blocks, threads, stream, arguments, ...) \
+  (static_cast<void>(stream), cuda_on_host::launch(blocks, threads, [&] { __VA_ARGS__ arguments; }, bytes))
 #define FASTMTL_LAUNCH(blocks, stream, arguments, ...) \
   (static_cast<void>(stream), cuda_on_host::launch(blocks, kThreads, [&] { __VA_ARGS__ arguments; }))
 // launches run one after another
@@ -422,6 +422,14 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   check_mask(mask);
   return shuffle(value, host_lane() ^ lanes);
 }
+inline unsigned __ballot_sync(unsigned mask, bool is_in) {
+  check_mask(mask);
+  return cuda_on_host::collective<unsigned>(is_in, [](const bool (&given)[32], unsigned (&taken)[32]) {
+    unsigned word = 0;
+    for (int k = 0; k < 32; ++k) word |= static_cast<unsigned>(given[k]) << k;
+    std::fill_n(taken, 32, word);
+  });
+}
 
 // --- 16-bit numbers
 
@@ -462,6 +470,10 @@ inline __half __float2half_rn(float x) {
 }
 
 namespace fastmtl::cuda {
+
+using ::Site;
+inline void block_barrier(Site site = {}) { __syncthreads(site); }
+inline void warp_barrier(Site site = {}) { __syncwarp(~0u, site); }
 
 template <class T>
 T* in_global(T* p) {

@@ -211,10 +211,15 @@ int host_method_weights(const double* gram, int64_t num_tasks, int64_t method, c
   return guarded([&] {
     cuda_on_host::schedule = schedule;
     const int T = static_cast<int>(num_tasks);
-    Guarded memory(8 * solvers::scratch_size(T), 0xFF);
     const solvers::Request request{static_cast<solvers::Kind>(method), {options[0], options[1]}, rounding};
-    double* scratch = T > kMostSharedTasks ? memory.as<double>() : nullptr;
-    launch_method_weights({request, gram, T, present, preferences, scratch, out}, nullptr);
+    const int blocks = method_blocks(request.kind, T);
+    Guarded memory(8 * blocks * (block_scratch(T) + T), 0xFF), ticket(sizeof(unsigned), 0);
+    double* scratch = memory.as<double>();
+    launch_method_weights({request, gram, T, present, preferences, scratch, scratch + blocks * block_scratch(T),
+                           ticket.as<unsigned>(), out},
+                          nullptr);
+    ticket.check("the ticket");
+    if (*ticket.as<unsigned>() != 0) throw std::runtime_error("the ticket is not zero");
     memory.check("the workspace");
   });
 }

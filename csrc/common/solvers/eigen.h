@@ -1,11 +1,12 @@
-// Eigenvalues and eigenvectors of a symmetric matrix.
+// Eigenvalues and eigenvectors of a symmetric matrix: one thread by tridiagonal form, a block by rotations side by
+// side.
 #pragma once
 
 #include "common/solvers/team.h"
 
 namespace fastmtl::solvers {
 
-// Scratch of `eigen`: three arrays of n numbers.
+// Scratch of `eigen`: three arrays of n + 1 numbers.
 struct EigenScratch {
   double *off, *first, *second;
 };
@@ -13,54 +14,36 @@ struct EigenScratch {
 // To tridiagonal form by Householder's reflections, H = 1 - beta v v^T. m: in; out: row k holds v of step k behind its
 // diagonal. diagonal, off: out, of the tridiagonal matrix. rows: out, the product of the reflections, the last one
 // first.
-template <class Team>
-FASTMTL_HOST_DEVICE void tridiagonal(const Team& team, Matrix m, Matrix rows, int n, double* diagonal, double* off,
-                                     double* betas, double* product) {
+inline void tridiagonal(Matrix m, Matrix rows, int n, double* diagonal, double* off, double* betas, double* product) {
   for (int k = 0; k + 1 < n; ++k) {
     double* v = m[k];
-    team.sync();
     double square = 0.0;
     for (int i = k + 1; i < n; ++i) square += v[i] * v[i];
     const double head = v[k + 1], length = std::sqrt(square), moved = head > 0 ? -length : length;
     const double beta = square > 0 ? 1.0 / (square - moved * head) : 0.0;
-    team.sync();  // all have read the row
-    if (team.rank() == 0) {
-      diagonal[k] = v[k];
-      off[k] = moved;
-      betas[k] = beta;
-      v[k + 1] = head - moved;
-    }
+    diagonal[k] = v[k];
+    off[k] = moved;
+    betas[k] = beta;
+    v[k + 1] = head - moved;
     if (beta == 0) continue;
-    team.sync();
-    for (int i = k + 1 + team.rank(); i < n; i += team.size()) {
-      const double* row = m[i];
-      double sum = 0.0;
-      for (int j = k + 1; j < n; ++j) sum += row[j] * v[j];
-      product[i] = beta * sum;
-    }
-    team.sync();
     double along = 0.0;
-    for (int i = k + 1; i < n; ++i) along += product[i] * v[i];
-    team.sync();
-    for (int i = k + 1 + team.rank(); i < n; i += team.size()) product[i] -= 0.5 * beta * along * v[i];
-    team.sync();
-    for (int i = k + 1 + team.rank(); i < n; i += team.size()) {
-      double* row = m[i];
-      const double vi = v[i], qi = product[i];
-      for (int j = k + 1; j < n; ++j) row[j] -= vi * product[j] + qi * v[j];
+    for (int i = k + 1; i < n; ++i) {
+      double sum = 0.0;
+      for (int j = k + 1; j < n; ++j) sum += m[i][j] * v[j];
+      product[i] = beta * sum;
+      along += product[i] * v[i];
     }
+    for (int i = k + 1; i < n; ++i) product[i] -= 0.5 * beta * along * v[i];
+    for (int i = k + 1; i < n; ++i)
+      for (int j = k + 1; j < n; ++j) m[i][j] -= v[i] * product[j] + product[i] * v[j];
   }
-  team.sync();
-  if (team.rank() == 0) {
-    diagonal[n - 1] = m[n - 1][n - 1];
-    off[n - 1] = 0.0;
-  }
+  diagonal[n - 1] = m[n - 1][n - 1];
+  off[n - 1] = 0.0;
   // from the last reflection to the first, so that each meets the block that is no identity yet: row by row
-  for (int i = team.rank(); i < n; i += team.size()) {
+  for (int i = 0; i < n; ++i) {
     double* row = rows[i];
     for (int j = 0; j < n; ++j) row[j] = i == j ? 1.0 : 0.0;
-    for (int k = n - 1; k-- > 0;) {
-      if (i <= k) continue;
+    for (int k = i; k-- > 0;) {
       const double* v = m[k];
       double sum = 0.0;
       for (int j = k + 1; j < n; ++j) sum += row[j] * v[j];
@@ -68,17 +51,14 @@ FASTMTL_HOST_DEVICE void tridiagonal(const Team& team, Matrix m, Matrix rows, in
       for (int j = k + 1; j < n; ++j) row[j] -= sum * v[j];
     }
   }
-  team.sync();
 }
 
-// By the implicit QL method on the tridiagonal form (Martin and Wilkinson 1968): rank 0 works out the rotations of one
-// sweep, then each member turns its columns of `vectors`. m: [n, n], lost. values: out, n numbers in no order. vectors:
-// out, row k the eigenvector of value k. Values are right to a few roundings of the largest.
-template <class Team>
-FASTMTL_HOST_DEVICE void eigen(const Team& team, Matrix m, Matrix vectors, int n, double* values,
-                               const EigenScratch& s) {
-  double *d = values, *e = s.off, *cosines = s.first, *sines = s.second;
-  tridiagonal(team, m, vectors, n, d, e, s.first, s.second);
+// By the implicit QL method on the tridiagonal form (Martin and Wilkinson 1968). m: [n, n], lost. values: out, n
+// numbers in no order. vectors: out, row k the eigenvector of value k. Values are right to a few roundings of the
+// largest.
+inline void eigen(const Alone&, Matrix m, Matrix vectors, int n, double* values, const EigenScratch& s) {
+  double *d = values, *e = s.off;
+  tridiagonal(m, vectors, n, d, e, s.first, s.second);
   double largest = 0.0;
   for (int i = 0; i < n; ++i) largest = std::fmax(largest, std::fabs(d[i]) + std::fabs(e[i]));
   const double least = 2e-17 * largest;  // an off-diagonal entry that is none
@@ -87,40 +67,112 @@ FASTMTL_HOST_DEVICE void eigen(const Team& team, Matrix m, Matrix vectors, int n
       int high = low;
       while (high + 1 < n && std::fabs(e[high]) > least) high += 1;
       if (high == low) break;
-      team.sync();
-      if (team.rank() == 0) {
-        double g = (d[low + 1] - d[low]) / (2.0 * e[low]);
-        g = d[high] - d[low] + e[low] / (g + std::copysign(std::sqrt(g * g + 1.0), g));
-        double sine = 1.0, cosine = 1.0, shift = 0.0;
-        for (int i = high; i-- > low;) {
-          const double f = sine * e[i], b = cosine * e[i], r = std::sqrt(f * f + g * g);
-          e[i + 1] = r;
-          sine = r > 0 ? f / r : 0.0;
-          cosine = r > 0 ? g / r : 1.0;
-          g = d[i + 1] - shift;
-          const double turned = (d[i] - g) * sine + 2.0 * cosine * b;
-          shift = sine * turned;
-          d[i + 1] = g + shift;
-          g = cosine * turned - b;
-          cosines[i] = cosine;
-          sines[i] = sine;
-        }
-        d[low] -= shift;
-        e[low] = g;
-        e[high] = 0.0;
-      }
-      team.sync();
+      double g = (d[low + 1] - d[low]) / (2.0 * e[low]);
+      g = d[high] - d[low] + e[low] / (g + std::copysign(std::sqrt(g * g + 1.0), g));
+      double sine = 1.0, cosine = 1.0, shift = 0.0;
       for (int i = high; i-- > low;) {
+        const double f = sine * e[i], b = cosine * e[i], r = std::sqrt(f * f + g * g);
+        e[i + 1] = r;
+        sine = r > 0 ? f / r : 0.0;
+        cosine = r > 0 ? g / r : 1.0;
+        g = d[i + 1] - shift;
+        const double turned = (d[i] - g) * sine + 2.0 * cosine * b;
+        shift = sine * turned;
+        d[i + 1] = g + shift;
+        g = cosine * turned - b;
         double *x = vectors[i], *y = vectors[i + 1];
-        const double c = cosines[i], t = sines[i];
-        for (int k = team.rank(); k < n; k += team.size()) {
-          const double a = x[k], b = y[k];
-          x[k] = c * a - t * b;
-          y[k] = t * a + c * b;
+        for (int k = 0; k < n; ++k) {
+          const double a = x[k], c = y[k];
+          x[k] = cosine * a - sine * c;
+          y[k] = sine * a + cosine * c;
         }
       }
+      d[low] -= shift;
+      e[low] = g;
+      e[high] = 0.0;
     }
   }
+}
+
+// The two tasks that meet in game `game` of round `round`, when n of them (n even) each meet each other once.
+struct Meeting {
+  int low, high;
+};
+FASTMTL_HOST_DEVICE inline Meeting meeting(int n, int round, int game) {
+  const int others = n - 1;
+  int a = round + game, b = round - game;
+  a = game == 0 ? others : a >= others ? a - others : a;
+  b = b < 0 ? b + others : b;
+  return a < b ? Meeting{a, b} : Meeting{b, a};
+}
+
+// By Jacobi's method, what `eigen` of one thread gives: in each round n / 2 rotations that have no row in common.
+template <class Team>
+FASTMTL_HOST_DEVICE void eigen(const Team& team, Matrix m, Matrix vectors, int n, double* values,
+                               const EigenScratch& s) {
+  double *cosines = s.first, *sines = s.second;
+  const int even = n + n % 2, games = even / 2;
+  each_entry(team, n, [&](int i, int k) { vectors[i][k] = i == k ? 1.0 : 0.0; });
+  const double largest = largest_of(team, n, [&](int i) { return std::fabs(m[i][i]); });
+  constexpr int kSweeps = 24;
+  for (int sweep = 0; sweep < kSweeps; ++sweep) {
+    Found most{0.0, 0};
+    each_entry(team, n, [&](int i, int k) {
+      if (k > i) most = smaller(most, {-std::fabs(m[i][k]), 0});
+    });
+    if (!(-team.least(most).value > 4e-16 * largest)) break;
+    for (int round = 0; round < even - 1; ++round) {
+      each(team, games, [&](int game) {
+        const auto [p, q] = meeting(even, round, game);
+        // a task too few: nobody to meet
+        const double off = q < n ? m[p][q] : 0.0;
+        double sine = 0.0, cosine = 1.0;
+        if (std::fabs(off) > 1e-17 * largest) {
+          const double half = 0.5 * (m[q][q] - m[p][p]);
+          const double tangent = off / (half + std::copysign(std::sqrt(half * half + off * off), half));
+          cosine = 1.0 / std::sqrt(1.0 + tangent * tangent);
+          sine = tangent * cosine;
+        }
+        cosines[game] = cosine;
+        sines[game] = sine;
+      });
+      team.sync();
+      // the entries where the rows of one meeting cross the columns of another, once for both sides of the diagonal
+      for (int a = team.row(); a < games; a += Team::kRows) {
+        const Meeting rows = meeting(even, round, a);
+        const double c = cosines[a], t = sines[a];
+        for (int b = team.column(); b < a; b += Team::kColumns) {
+          const Meeting columns = meeting(even, round, b);
+          const double d = cosines[b], u = sines[b];
+          const bool has_row = rows.high < n, has_column = columns.high < n;
+          const double pp = m[rows.low][columns.low], pq = has_column ? m[rows.low][columns.high] : 0.0;
+          const double qp = has_row ? m[rows.high][columns.low] : 0.0;
+          const double qq = has_row && has_column ? m[rows.high][columns.high] : 0.0;
+          const double low_p = c * pp - t * qp, low_q = c * pq - t * qq;
+          const double high_p = t * pp + c * qp, high_q = t * pq + c * qq;
+          auto set = [&](int i, int k, double x) { m[i][k] = m[k][i] = x; };
+          set(rows.low, columns.low, d * low_p - u * low_q);
+          if (has_column) set(rows.low, columns.high, u * low_p + d * low_q);
+          if (has_row) set(rows.high, columns.low, d * high_p - u * high_q);
+          if (has_row && has_column) set(rows.high, columns.high, u * high_p + d * high_q);
+        }
+        if (rows.high >= n) continue;
+        for (int k = team.column(); k < n; k += Team::kColumns) {
+          const double x = vectors[rows.low][k], y = vectors[rows.high][k];
+          vectors[rows.low][k] = c * x - t * y;
+          vectors[rows.high][k] = t * x + c * y;
+        }
+        if (team.column() == 0) {
+          const double x = m[rows.low][rows.low], y = m[rows.high][rows.high], off = m[rows.low][rows.high];
+          m[rows.low][rows.low] = c * c * x - 2.0 * c * t * off + t * t * y;
+          m[rows.high][rows.high] = t * t * x + 2.0 * c * t * off + c * c * y;
+          m[rows.low][rows.high] = m[rows.high][rows.low] = c * t * (x - y) + (c * c - t * t) * off;
+        }
+      }
+      team.sync();
+    }
+  }
+  each(team, n, [&](int i) { values[i] = m[i][i]; });
   team.sync();
 }
 

@@ -1,7 +1,6 @@
 // What each method makes of the Gram matrix of T task gradients: T weights, in float64.
 #pragma once
 
-#include "common/solvers/complementarity.h"
 #include "common/solvers/eigen.h"
 #include "common/solvers/fairness.h"
 #include "common/solvers/min_norm.h"
@@ -24,10 +23,22 @@ constexpr double kEpsilon = 2.220446049250313e-16;  // of float64
 constexpr int kMatrices = 3;
 constexpr int kArrays = 9;
 
+// Between rows of a matrix of scratch: odd, so that a column lies in as many banks of shared memory as a row.
+FASTMTL_HOST_DEVICE constexpr int scratch_step(int T) { return T | 1; }
+
 // Float64s of scratch for T tasks.
 FASTMTL_HOST_DEVICE constexpr int64_t scratch_size(int T) {
-  return static_cast<int64_t>(kMatrices) * T * T + (kArrays + 2) * (T + 2);
+  return static_cast<int64_t>(kMatrices) * T * scratch_step(T) + (kArrays + 2) * (T + 2);
 }
+
+// Of a problem that falls into parts, one per task, those that a team works on: part, part + parts, ... What the teams
+// have in `out` then has to be added up.
+struct Share {
+  int part, parts;
+};
+constexpr Share kAll{0, 1};
+// Whether a method's problem falls into parts.
+FASTMTL_HOST_DEVICE constexpr bool has_parts(Kind kind) { return kind == Kind::upgrad; }
 
 // The problem of the tasks that take part.
 struct Problem {
@@ -35,19 +46,116 @@ struct Problem {
   Matrix m;         // divided by `scale`
   double scale;     // the largest of their squared norms
   double* weights;  // of the user, all equal by default
-  double* out;
-  Matrix a, b;  // scratch
+  double* out;      // task by task as `each` shares them out
+  Matrix a, b;      // scratch
   double *x, *y, *z, *u, *v, *w, *t;
-  int *first, *second;
+  int* first;
 };
 
+// The shortest gradient alone, as weights.
+template <class Team>
+FASTMTL_HOST_DEVICE void start_at_shortest(const Team& team, const Problem& p, double* w) {
+  Found shortest{INFINITY, 0};
+  each(team, p.n, [&](int i) { shortest = smaller(shortest, {p.m[i][i], i}); });
+  shortest = team.least(shortest);
+  each(team, p.n, [&](int i) { w[i] = i == shortest.index ? 1.0 : 0.0; });
+}
+
+// Wolfe's method takes a step per gradient of the hull's face. Where the face can be guessed as a whole it starts
+// there: y with y >= 0, r = (K + s) y - 1 >= 0, y . r = 0, for any s > 0, is the point's weights but for a factor.
 template <class Team>
 FASTMTL_HOST_DEVICE void mgda(const Team& team, const Problem& p) {
-  Found shortest{INFINITY, 0};
-  for (int i = 0; i < p.n; ++i) shortest = smaller(shortest, {p.m[i][i], i});
+  const int n = p.n;
+  start_at_shortest(team, p, p.out);
+  const double shift = smallest_of(team, n, [&](int i) { return p.m[i][i]; });
+  if (n > 2 && shift > 0) {
+    each(team, n, [&](int i) {
+      p.u[i] = 1.0 / std::sqrt(p.m[i][i] + shift);
+      p.z[i] = -p.u[i];
+    });
+    team.sync();
+    each_entry(team, n, [&](int i, int k) { p.b[i][k] = (p.m[i][k] + shift) * p.u[i] * p.u[k]; });
+    if (complementarity(team, p.b, p.z, n, 1e-6, p.w, {p.a, p.x, p.y, p.first}, true)) {
+      const double most = largest_of(team, n, [&](int i) { return p.w[i] * p.u[i]; });
+      auto kept = [&](int i) { return p.w[i] * p.u[i] > 1e-9 * most ? p.w[i] * p.u[i] : 0.0; };
+      const double total = sum_of(team, n, kept);
+      if (most > 0) each(team, n, [&](int i) { p.out[i] = kept(i) / total; });
+    }
+  }
+  min_norm(team, p.m, n, p.out, {p.a, p.x, p.y, p.v, p.first});
+}
+
+// What CAGrad adds to the mean's weights, v >= 0, by an active-set method. The update d = g_0 + G^T v is as good as can
+// be for the tasks that it is worst for: g_i . d = b_i + (K v)_i >= level, with equality where v_i > 0, and |G^T v| =
+// reach. For given tasks with v_i > 0, v = level K^-1 1 - K^-1 b, and a quadratic equation gives the level. It begins
+// with the task that g_0 is worst for; those that come off worse than the level join, half as badly as the worst at
+// least, and those with a negative v leave. b: in p.z. v: out, in p.w. Whether it came to an end, far enough from what
+// rounding makes unsafe.
+template <class Team>
+FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, double reach, double noise) {
+  const int n = p.n;
+  if (!(smallest_of(team, n, [&](int i) { return p.m[i][i]; }) > 0)) return false;
+  Found worst{INFINITY, n};
+  each(team, n, [&](int i) { worst = smaller(worst, {p.z[i] / std::sqrt(p.m[i][i]), i}); });
+  worst = team.least(worst);
   team.sync();
-  for (int i = team.rank(); i < p.n; i += team.size()) p.out[i] = i == shortest.index ? 1.0 : 0.0;
-  min_norm(team, p.m, p.n, p.out, {p.a, p.x, p.y, p.v, p.first});
+  Members is_free{};
+  is_free.exchange(worst.index);
+  for (int round = 0; round < 2 * n + 8; ++round) {
+    const int count = is_free.count();
+    // by lengths, which p.u holds: the matrix of cosines
+    each(team, n, [&](int i) {
+      p.w[i] = 0.0;
+      if (!is_free.has(i)) return;
+      const int a = is_free.before(i);
+      p.first[a] = i;
+      p.u[a] = 1.0 / std::sqrt(p.m[i][i]);
+      p.x[a] = p.u[a];
+      p.y[a] = p.u[a] * p.z[i];
+    });
+    team.sync();
+    each_entry(team, count, [&](int a, int c) {
+      if (c >= a) p.a[a][c] = a == c ? 1.0 : p.m[p.first[a]][p.first[c]] * p.u[a] * p.u[c];
+    });
+    const double pivot = solve_definite<2>(team, p.a, {p.x, p.y}, count, 0.0, INFINITY);
+    if (!(pivot > 1e-6)) return false;
+    each(team, count, [&](int a) {
+      p.x[a] *= p.u[a];
+      p.y[a] *= p.u[a];
+    });
+    const double ones = sum_of(team, count, [&](int a) { return p.x[a]; });
+    const double across = sum_of(team, count, [&](int a) { return p.y[a]; });  // b . K^-1 1
+    const double along = sum_of(team, count, [&](int a) { return p.y[a] * p.z[p.first[a]]; });
+    const double inside = across * across - ones * (along - reach * reach);
+    if (!(ones > 0 && inside > 0)) return false;
+    const double level = (across + std::sqrt(inside)) / ones;
+    each(team, count, [&](int a) { p.w[p.first[a]] = level * p.x[a] - p.y[a]; });
+    team.sync();
+    multiply_with_sizes(team, p.m, p.w, n, [&](int i, double product, double size) {
+      p.x[i] = product + p.z[i] - level;
+      p.y[i] = size;
+    });
+    team.sync();
+    Members changed = team.members(n, [&](int i) { return is_free.has(i) && !(p.w[i] > 0); });
+    if (changed.count() == 0) {
+      // how far below the level, in lengths of the task's own gradient
+      auto under = [&](int i) {
+        const double size = std::fabs(p.y[i]) + std::fabs(p.z[i]) + std::fabs(level);
+        return !is_free.has(i) && p.x[i] < -1e-14 * size ? -p.x[i] / std::sqrt(p.m[i][i]) : 0.0;
+      };
+      const double most = largest_of(team, n, under);
+      if (!(most > 0)) {
+        const double terms = sum_of(team, n, [&](int i) { return p.w[i] * p.y[i]; });
+        const double total = sum_of(team, n, [&](int i) { return p.w[i]; });
+        return reach * reach > noise * terms && total > 0;
+      }
+      changed = team.members(n, [&](int i) { return under(i) >= 0.5 * most; });
+    }
+    is_free.exchange(changed);
+    if (is_free.count() == 0) return false;
+    team.sync();
+  }
+  return false;
 }
 
 // c: how far, in lengths of the mean gradient g_0, the update may be from g_0. Its direction g_w minimises
@@ -56,125 +164,116 @@ FASTMTL_HOST_DEVICE void mgda(const Team& team, const Problem& p) {
 template <class Team>
 FASTMTL_HOST_DEVICE void cagrad(const Team& team, const Problem& p, double c, double rounding) {
   const int n = p.n;
-  double mean = 0.0, size = 0.0;  // |g_0|^2, and what its terms add up to
-  for (int i = team.rank(); i < n; i += team.size()) {
-    double sum = 0.0;
-    for (int k = 0; k < n; ++k) {
-      sum += p.m[i][k];
-      size += std::fabs(p.m[i][k]) / n / n;
-    }
-    p.z[i] = sum / n;
-    mean += sum / n / n;
-  }
-  mean = team.sum(mean);
-  size = team.sum(size);
+  each(team, n, [&](int i) { p.x[i] = 1.0 / n; });
+  team.sync();
+  multiply_with_sizes(team, p.m, p.x, n, [&](int i, double product, double size) {
+    p.z[i] = product;
+    p.y[i] = size;
+  });
+  team.sync();
+  // |g_0|^2, and what its terms add up to
+  const double mean = dot(team, p.x, p.z, n), size = dot(team, p.x, p.y, n);
   if (!(c > 0 && mean > n * rounding * size)) return;  // the mean itself
   const double reach = c * std::sqrt(mean), noise = std::fmax(n * rounding, 1e-12);
-  Found shortest{INFINITY, 0};
-  for (int i = 0; i < n; ++i) shortest = smaller(shortest, {p.m[i][i], i});
-  team.sync();
-  for (int i = team.rank(); i < n; i += team.size()) p.w[i] = i == shortest.index ? 1.0 : 0.0;
-  // |g_w|, but no less than rounding may have made of zero
-  auto norm_at = [&](double tau) {
-    team.sync();
-    for (int i = team.rank(); i < n; i += team.size())
-      for (int k = 0; k < n; ++k) p.b[i][k] = p.m[i][k] + tau * (p.z[i] + p.z[k] + tau * mean);
-    min_norm(team, p.b, n, p.w, {p.a, p.x, p.y, p.v, p.first});
-    double square = 0.0, terms = 0.0;
-    for (int i = team.rank(); i < n; i += team.size())
-      for (int k = 0; k < n; ++k) {
-        const double term = p.w[i] * p.m[i][k] * p.w[k];
-        square += term;
-        terms += std::fabs(term);
-      }
-    square = team.sum(square);
-    terms = team.sum(terms);
-    return std::sqrt(std::fmax(square, noise * terms));
-  };
-  // the root of log(|g_w| / (tau c |g_0|)) in log tau: false position, its kept end halved (Illinois), and bisection
-  // where that is slow
-  double high = std::log(1.0 / reach), low = std::fmax(std::log(norm_at(0.0) / reach), high - 40.0);
-  auto excess = [&](double at) { return std::log(norm_at(std::exp(at)) / reach) - at; };
-  double at_low = excess(low), at_high = excess(high);
-  double root = at_low > 0 ? high : low;
-  for (int iteration = 0; iteration < 60 && at_low > 1e-12 && at_high < -1e-12; ++iteration) {
-    root = iteration % 3 == 2 ? 0.5 * (low + high) : (low * at_high - high * at_low) / (at_high - at_low);
-    if (!(root > low && root < high)) root = 0.5 * (low + high);
-    const double here = excess(root);
-    if (std::fabs(here) < 1e-12) break;
-    if (here > 0) low = root, at_low = here, at_high *= 0.5;
-    else high = root, at_high = here, at_low *= 0.5;
+  if (cagrad_on_a_face(team, p, reach, noise)) {
+    each(team, n, [&](int i) { p.out[i] = 1.0 / n + p.w[i]; });
+    return;
   }
-  const double tau = std::exp(root);
-  norm_at(tau);  // leaves the weights there
-  for (int i = team.rank(); i < n; i += team.size())
+  start_at_shortest(team, p, p.w);
+  // the root of log(|g_w| / (tau c |g_0|)) in log tau: at both ends first, then false position, its kept end halved
+  // (Illinois), and bisection where that is slow
+  double low = 0.0, high = -std::log(reach), at_low = 0.0, at_high = 0.0, tau = 0.0;
+  for (int evaluation = 0; evaluation < 64; ++evaluation) {
+    double root = evaluation == 1 ? low : high;
+    if (evaluation > 2) {
+      root = evaluation % 3 == 2 ? 0.5 * (low + high) : (low * at_high - high * at_low) / (at_high - at_low);
+      if (!(root > low && root < high)) root = 0.5 * (low + high);
+    }
+    tau = evaluation == 0 ? 0.0 : std::exp(root);
+    each_entry(team, n, [&](int i, int k) { p.b[i][k] = p.m[i][k] + tau * (p.z[i] + p.z[k] + tau * mean); });
+    min_norm(team, p.b, n, p.w, {p.a, p.x, p.y, p.v, p.first});
+    multiply_with_sizes(team, p.m, p.w, n, [&](int i, double product, double terms) {
+      p.x[i] = product;
+      p.y[i] = terms;
+    });
+    team.sync();
+    // |g_w|, but no less than rounding may have made of zero
+    const double square = dot(team, p.w, p.x, n), terms = dot(team, p.w, p.y, n);
+    const double here = std::log(std::sqrt(std::fmax(square, noise * terms)) / reach) - (evaluation == 0 ? 0.0 : root);
+    if (evaluation == 0) {
+      low = std::fmax(here, high - 40.0);
+    } else if (evaluation == 1) {
+      at_low = here;
+      if (!(here > 1e-12)) break;
+    } else if (evaluation == 2) {
+      at_high = here;
+      if (!(here < -1e-12)) break;
+    } else {
+      if (std::fabs(here) < 1e-12) break;
+      if (here > 0) low = root, at_low = here, at_high *= 0.5;
+      else high = root, at_high = here, at_low *= 0.5;
+    }
+  }
+  each(team, n, [&](int i) {
     if (p.m[i][i] > 0) p.out[i] = 1.0 / n + p.w[i] / tau;
+  });
 }
 
 // The matrix of cosines into `to`, the norms into p.u; a zero gradient has a row of zeros.
 template <class Team>
 FASTMTL_HOST_DEVICE void cosines(const Team& team, const Problem& p, Matrix to) {
-  for (int i = team.rank(); i < p.n; i += team.size()) p.u[i] = p.m[i][i] > 0 ? std::sqrt(p.m[i][i]) : 0.0;
+  each(team, p.n, [&](int i) { p.u[i] = p.m[i][i] > 0 ? std::sqrt(p.m[i][i]) : 0.0; });
   team.sync();
-  for (int i = team.rank(); i < p.n; i += team.size())
-    for (int k = 0; k < p.n; ++k)
-      to[i][k] = p.u[i] > 0 && p.u[k] > 0 ? (i == k ? 1.0 : p.m[i][k] / (p.u[i] * p.u[k])) : 0.0;
+  each_entry(team, p.n, [&](int i, int k) {
+    to[i][k] = p.u[i] > 0 && p.u[k] > 0 ? (i == k ? 1.0 : p.m[i][k] / (p.u[i] * p.u[k])) : 0.0;
+  });
   team.sync();
 }
 
-// out = C^+ b, for the symmetric C in p.b, which is lost. Eigenvalues that rounding may have made count as zero, and so
-// do such parts of b.
+// out = C^+ b, for the matrix C of cosines, which p.b then holds no more. Eigenvalues that rounding may have made count
+// as zero, and so do such parts of b. Where every pivot is far above that, C has none, and b is solved for.
 template <class Team>
 FASTMTL_HOST_DEVICE void pseudo_solve(const Team& team, const Problem& p, const double* b, double* out,
                                       double rounding) {
   const int n = p.n;
+  cosines(team, p, p.b);
+  each(team, n, [&](int i) { out[i] = b[i]; });
+  const double pivot = solve_definite<1>(team, p.b, {out}, n, 0.0, INFINITY);
+  if (pivot > std::fmax(1e3 * n * rounding, 1e-8)) return;
+  cosines(team, p, p.b);
   eigen(team, p.b, p.a, n, p.x, {p.y, p.v, p.t});
-  double largest = 0.0;
-  for (int k = 0; k < n; ++k) largest = std::fmax(largest, p.x[k]);
+  const double largest = largest_of(team, n, [&](int k) { return p.x[k]; });
   const double length = std::sqrt(dot(team, b, b, n));
-  for (int k = team.rank(); k < n; k += team.size()) {
-    double along = 0.0;
-    for (int i = 0; i < n; ++i) along += p.a[k][i] * b[i];
+  multiply(team, p.a, b, n, [&](int k, double along) {
     const bool is_there = p.x[k] > n * rounding * largest && std::fabs(along) > n * kEpsilon * length;
     p.v[k] = is_there ? along / p.x[k] : 0.0;
-  }
+  });
   team.sync();
-  for (int i = team.rank(); i < n; i += team.size()) {
-    double sum = 0.0;
-    for (int k = 0; k < n; ++k) sum += p.a[k][i] * p.v[k];
-    out[i] = sum;
-  }
-  team.sync();
+  multiply_transposed(team, p.a, p.v, n, [&](int i, double sum) { out[i] = sum; });
 }
 
 // Equal projections on all gradients: K w = |g|, w divided by its sum; on the cosines, which are better conditioned.
 template <class Team>
 FASTMTL_HOST_DEVICE void imtl_g(const Team& team, const Problem& p, double rounding) {
-  cosines(team, p, p.b);
-  for (int i = team.rank(); i < p.n; i += team.size()) p.z[i] = p.u[i] > 0 ? 1.0 : 0.0;
-  team.sync();
+  each(team, p.n, [&](int i) { p.z[i] = p.m[i][i] > 0 ? 1.0 : 0.0; });
   pseudo_solve(team, p, p.z, p.w, rounding);
-  double sum = 0.0, size = 0.0;
-  for (int i = 0; i < p.n; ++i) {
-    const double v = p.u[i] > 0 ? p.w[i] / p.u[i] : 0.0;
-    sum += v;
-    size += std::fabs(v);
-  }
+  auto weight = [&](int i) { return p.u[i] > 0 ? p.w[i] / p.u[i] : 0.0; };
+  const double sum = sum_of(team, p.n, weight);
+  const double size = sum_of(team, p.n, [&](int i) { return std::fabs(weight(i)); });
   const bool none = !(std::fabs(sum) > 1e-12 * size);
-  for (int i = team.rank(); i < p.n; i += team.size()) p.out[i] = none || p.u[i] == 0 ? 0.0 : p.w[i] / p.u[i] / sum;
+  each(team, p.n, [&](int i) { p.out[i] = none ? 0.0 : weight(i) / sum; });
 }
 
 // The direction with the wanted share of each unit gradient, at the length of all gradients' projections on it.
 template <class Team>
 FASTMTL_HOST_DEVICE void config(const Team& team, const Problem& p, double rounding) {
-  cosines(team, p, p.b);
   pseudo_solve(team, p, p.weights, p.w, rounding);
   cosines(team, p, p.b);
-  multiply(team, p.b, p.w, p.x, p.n);
+  multiply(team, p.b, p.w, p.n, [&](int i, double product) { p.x[i] = product; });
   team.sync();
   const double square = dot(team, p.w, p.x, p.n), along = dot(team, p.u, p.x, p.n);
   const double factor = square > 0 ? along / square : 0.0;
-  for (int i = team.rank(); i < p.n; i += team.size()) p.out[i] = p.u[i] > 0 ? factor * p.w[i] / p.u[i] : 0.0;
+  each(team, p.n, [&](int i) { p.out[i] = p.u[i] > 0 ? factor * p.w[i] / p.u[i] : 0.0; });
 }
 
 // alpha = 1 is Nash-MTL. most: the norm that the update has at most; 0: any. K a = a^(-1 / alpha) in the lengths of the
@@ -184,22 +283,21 @@ template <class Team>
 FASTMTL_HOST_DEVICE void fair(const Team& team, const Problem& p, double alpha, double most, double rounding) {
   cosines(team, p, p.b);
   const double power = 1.0 / alpha;
-  for (int i = team.rank(); i < p.n; i += team.size()) {
+  each(team, p.n, [&](int i) {
     p.z[i] = p.u[i] > 0 ? std::pow(p.u[i], power - 1.0) : 1.0;
     p.b[i][i] = 1.0 + p.n * rounding;  // that of a zero gradient too, which is across all others
-  }
-  team.sync();
-  fairness(team, p.b, p.z, p.n, power, p.w, {p.a, p.x});
+  });
+  fairness(team, p.b, p.z, p.n, power, p.w, {p.a, p.x, p.y});
   double factor = std::pow(p.scale, -1.0 / (1.0 + power));
   if (most > 0) {
-    for (int i = team.rank(); i < p.n; i += team.size()) p.x[i] = p.u[i] > 0 ? p.w[i] / p.u[i] : 0.0;
+    each(team, p.n, [&](int i) { p.x[i] = p.u[i] > 0 ? p.w[i] / p.u[i] : 0.0; });
     team.sync();
-    multiply(team, p.m, p.x, p.y, p.n);
+    multiply(team, p.m, p.x, p.n, [&](int i, double product) { p.y[i] = product; });
     team.sync();
     const double norm = factor * std::sqrt(p.scale * std::fmax(dot(team, p.x, p.y, p.n), 0.0));
     if (norm > most) factor *= most / norm;
   }
-  for (int i = team.rank(); i < p.n; i += team.size()) p.out[i] = p.u[i] > 0 ? factor * p.w[i] / p.u[i] : 0.0;
+  each(team, p.n, [&](int i) { p.out[i] = p.u[i] > 0 ? factor * p.w[i] / p.u[i] : 0.0; });
 }
 
 // options[0]: which eigenvalue all are brought to: 0 the least, 1 their median, 2 their mean; options[1]: whether the
@@ -207,66 +305,50 @@ FASTMTL_HOST_DEVICE void fair(const Team& team, const Problem& p, double alpha, 
 template <class Team>
 FASTMTL_HOST_DEVICE void aligned_mtl(const Team& team, const Problem& p, double mode, double rounding) {
   const int n = p.n;
-  for (int i = team.rank(); i < n; i += team.size())
-    for (int k = 0; k < n; ++k) p.b[i][k] = p.m[i][k];
+  each_entry(team, n, [&](int i, int k) { p.b[i][k] = p.m[i][k]; });
   team.sync();
   eigen(team, p.b, p.a, n, p.x, {p.y, p.v, p.t});
-  double largest = 0.0;
-  for (int k = 0; k < n; ++k) largest = p.x[k] > largest ? p.x[k] : largest;
-  const double least = n * rounding * largest;
-  int rank = 0;
-  double smallest = largest, mean = 0.0;
-  for (int k = 0; k < n; ++k) {
-    if (!(p.x[k] > least)) continue;
-    rank += 1;
-    smallest = p.x[k] < smallest ? p.x[k] : smallest;
-    mean += p.x[k];
-  }
-  double scale = smallest;
-  if (mode == 1) {  // the lower median of those that are not zero
-    for (int k = 0; k < n; ++k) {
-      if (!(p.x[k] > least)) continue;
+  const double least = n * rounding * largest_of(team, n, [&](int k) { return p.x[k]; });
+  const Members kept = team.members(n, [&](int k) { return p.x[k] > least; });
+  const int rank = kept.count();
+  double scale = 0.0;
+  if (mode == 0 || mode == 1) {  // the least, or the lower median, of those that are not zero
+    const int wanted = mode == 0 ? 0 : (rank - 1) / 2;
+    Found at{0.0, n};
+    each(team, n, [&](int k) {
+      if (!kept.has(k)) return;
       int below = 0;
       for (int i = 0; i < n; ++i) below += p.x[i] > least && (p.x[i] < p.x[k] || (p.x[i] == p.x[k] && i < k));
-      if (below == (rank - 1) / 2) scale = p.x[k];
-    }
-  } else if (mode == 2) {
-    scale = mean / (rank > 0 ? rank : 1);
+      if (below == wanted) at = {-1.0, k};
+    });
+    at = team.least(at);
+    scale = at.index < n ? p.x[at.index] : 0.0;
+  } else {
+    scale = sum_of(team, n, [&](int k) { return kept.has(k) ? p.x[k] : 0.0; }) / (rank > 0 ? rank : 1);
   }
-  for (int k = team.rank(); k < n; k += team.size()) {
-    double along = 0.0;
-    for (int i = 0; i < n; ++i) along += p.a[k][i] * p.weights[i];
-    p.v[k] = p.x[k] > least ? along * std::sqrt(scale / p.x[k]) : 0.0;
-  }
+  multiply(team, p.a, p.weights, n,
+           [&](int k, double along) { p.v[k] = p.x[k] > least ? along * std::sqrt(scale / p.x[k]) : 0.0; });
   team.sync();
-  for (int i = team.rank(); i < n; i += team.size()) {
-    double sum = 0.0;
-    for (int k = 0; k < n; ++k) sum += p.a[k][i] * p.v[k];
-    p.out[i] = sum;
-  }
+  multiply_transposed(team, p.a, p.v, n, [&](int i, double sum) { p.out[i] = sum; });
 }
 
 // The matrix over its trace, plus options[0] times the identity, into p.b.
 template <class Team>
 FASTMTL_HOST_DEVICE void regularised(const Team& team, const Problem& p, double more) {
-  double trace = 0.0;
-  for (int i = 0; i < p.n; ++i) trace += p.m[i][i];
-  for (int i = team.rank(); i < p.n; i += team.size())
-    for (int k = 0; k < p.n; ++k) p.b[i][k] = p.m[i][k] / trace + (i == k ? more : 0.0);
+  const double trace = sum_of(team, p.n, [&](int i) { return p.m[i][i]; });
+  each_entry(team, p.n, [&](int i, int k) { p.b[i][k] = p.m[i][k] / trace + (i == k ? more : 0.0); });
   team.sync();
 }
 
 // Each gradient, times its weight, projected on the cone in which no task is in conflict; their sum.
 template <class Team>
-FASTMTL_HOST_DEVICE void upgrad(const Team& team, const Problem& p, double more) {
+FASTMTL_HOST_DEVICE void upgrad(const Team& team, const Problem& p, double more, Share share) {
   regularised(team, p, more);
-  for (int i = team.rank(); i < p.n; i += team.size()) p.out[i] = p.weights[i];
-  for (int t = 0; t < p.n; ++t) {
-    team.sync();
-    for (int i = team.rank(); i < p.n; i += team.size()) p.z[i] = p.b[i][t] * p.weights[t];
-    team.sync();
-    complementarity(team, p.b, p.z, p.n, more, p.w, {p.a, p.x, p.y, p.first, p.second});
-    for (int i = team.rank(); i < p.n; i += team.size()) p.out[i] += p.w[i];
+  each(team, p.n, [&](int i) { p.out[i] = share.part == 0 ? p.weights[i] : 0.0; });
+  for (int t = share.part; t < p.n; t += share.parts) {
+    each(team, p.n, [&](int i) { p.z[i] = p.b[i][t] * p.weights[t]; });
+    complementarity(team, p.b, p.z, p.n, more, p.w, {p.a, p.x, p.y, p.first});
+    each(team, p.n, [&](int i) { p.out[i] += p.w[i]; });
   }
 }
 
@@ -274,18 +356,19 @@ FASTMTL_HOST_DEVICE void upgrad(const Team& team, const Problem& p, double more)
 template <class Team>
 FASTMTL_HOST_DEVICE void dualproj(const Team& team, const Problem& p, double more) {
   regularised(team, p, more);
-  multiply(team, p.b, p.weights, p.z, p.n);
+  multiply(team, p.b, p.weights, p.n, [&](int i, double product) { p.z[i] = product; });
   team.sync();
-  complementarity(team, p.b, p.z, p.n, more, p.w, {p.a, p.x, p.y, p.first, p.second});
-  for (int i = team.rank(); i < p.n; i += team.size()) p.out[i] = p.weights[i] + p.w[i];
+  complementarity(team, p.b, p.z, p.n, more, p.w, {p.a, p.x, p.y, p.first});
+  each(team, p.n, [&](int i) { p.out[i] = p.weights[i] + p.w[i]; });
 }
 
 // gram: [T, T]. present: a flag per task, or null: all. weights: of the user, [T], or null: 1 / n each, of the n tasks
 // that take part (aligned_mtl: 1). scratch: `scratch_size(T)`. out: [T], 0 for absent tasks; NaN for all of the others
 // where an entry of theirs is not finite.
 template <class Team>
-FASTMTL_HOST_DEVICE void solve(const Team& team, const Request& request, const double* gram, int T,
-                               const uint8_t* present, const double* weights, double* scratch, double* out) {
+FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& request, const double* gram, int T,
+                                              const uint8_t* present, const double* weights, double* scratch,
+                                              double* out, Share share = kAll) {
   Problem p;
   double* next = scratch;
   auto take = [&](int64_t size) {
@@ -293,48 +376,42 @@ FASTMTL_HOST_DEVICE void solve(const Team& team, const Request& request, const d
     next += size;
     return taken;
   };
-  p.m = {take(T * T), T};
-  p.a = {take(T * T), T};
-  p.b = {take(T * T), T};
+  const int step = scratch_step(T);
+  p.m = {take(T * step), step};
+  p.a = {take(T * step), step};
+  p.b = {take(T * step), step};
   double** arrays[] = {&p.x, &p.y, &p.z, &p.u, &p.v, &p.w, &p.t, &p.weights, &p.out};
   for (double** array : arrays) *array = take(T + 2);
   p.first = reinterpret_cast<int*>(take(T + 2));
-  p.second = p.first + T;
   int* tasks = reinterpret_cast<int*>(take(T + 2));
-  if (team.rank() == 0) {
-    int n = 0;
-    for (int t = 0; t < T; ++t)
-      if (present == nullptr || present[t]) tasks[n++] = t;
-    tasks[T] = n;
-  }
+  const Members here = team.members(T, [&](int t) { return present == nullptr || present[t] != 0; });
+  p.n = here.count();
+  each(team, T, [&](int t) {
+    if (here.has(t)) tasks[here.before(t)] = t;
+    else out[t] = 0.0;
+  });
   team.sync();
-  p.n = tasks[T];
-  double scale = 0.0;
-  bool finite = true;
-  for (int i = 0; i < p.n; ++i) {
+  p.scale = largest_of(team, p.n, [&](int i) {
     const double square = gram[tasks[i] * T + tasks[i]];
-    scale = square > scale ? square : scale;
-  }
+    return square > 0 ? square : 0.0;  // of NaN, too
+  });
   double bad = 0.0;
-  for (int i = team.rank(); i < p.n; i += team.size())
-    for (int k = 0; k < p.n; ++k) {
-      const double x = gram[tasks[i] * T + tasks[k]];
-      if (!std::isfinite(x)) bad += 1.0;
-      p.m[i][k] = x / (scale > 0 ? scale : 1.0);
-    }
-  finite = team.sum(bad) == 0.0;
-  p.scale = scale;
+  each_entry(team, p.n, [&](int i, int k) {
+    const double x = gram[tasks[i] * T + tasks[k]];
+    if (!std::isfinite(x)) bad += 1.0;
+    p.m[i][k] = x / (p.scale > 0 ? p.scale : 1.0);
+  });
+  const bool finite = team.sum(bad) == 0.0;
   const bool given = weights != nullptr;
-  const double share = request.kind == Kind::aligned_mtl && request.options[1] != 0 ? 1.0 : 1.0 / p.n;
+  const double even = request.kind == Kind::aligned_mtl && request.options[1] != 0 ? 1.0 : 1.0 / p.n;
   const bool keeps_weights = request.kind == Kind::mgda || request.kind == Kind::cagrad ||
                              request.kind == Kind::upgrad || request.kind == Kind::dualproj;
-  for (int i = team.rank(); i < p.n; i += team.size()) {
-    p.weights[i] = given ? weights[tasks[i]] : share;
-    p.out[i] = keeps_weights ? p.weights[i] : 0.0;  // where all gradients are zero
-  }
-  for (int t = team.rank(); t < T; t += team.size()) out[t] = 0.0;
+  each(team, p.n, [&](int i) {
+    p.weights[i] = given ? weights[tasks[i]] : even;
+    p.out[i] = keeps_weights && share.part == 0 ? p.weights[i] : 0.0;  // where all gradients are zero
+  });
   team.sync();
-  if (finite && scale > 0) {
+  if (finite && p.scale > 0) {
     switch (request.kind) {
       case Kind::mgda: mgda(team, p); break;
       case Kind::cagrad: cagrad(team, p, request.options[0], request.rounding); break;
@@ -343,12 +420,11 @@ FASTMTL_HOST_DEVICE void solve(const Team& team, const Request& request, const d
       case Kind::nash_mtl: fair(team, p, 1.0, request.options[0], request.rounding); break;
       case Kind::fairgrad: fair(team, p, request.options[0], 0.0, request.rounding); break;
       case Kind::aligned_mtl: aligned_mtl(team, p, request.options[0], request.rounding); break;
-      case Kind::upgrad: upgrad(team, p, request.options[0]); break;
+      case Kind::upgrad: upgrad(team, p, request.options[0], share); break;
       case Kind::dualproj: dualproj(team, p, request.options[0]); break;
     }
   }
-  team.sync();
-  for (int i = team.rank(); i < p.n; i += team.size()) out[tasks[i]] = finite ? p.out[i] : NAN;
+  each(team, p.n, [&](int i) { out[tasks[i]] = finite ? p.out[i] : NAN; });
 }
 
 }  // namespace fastmtl::solvers

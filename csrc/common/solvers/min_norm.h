@@ -1,7 +1,7 @@
 // The point of least norm in the convex hull of n vectors, of which the Gram matrix is known.
 #pragma once
 
-#include "common/solvers/cholesky.h"
+#include "common/solvers/complementarity.h"
 
 namespace fastmtl::solvers {
 
@@ -17,100 +17,88 @@ struct MinNormScratch {
 // different lengths are all seen to 1e-15 of their own. A vector that depends on those before it gets weight 0.
 template <class Team>
 FASTMTL_HOST_DEVICE void nearest_in_affine_hull(const Team& team, Matrix m, int count, const MinNormScratch& s) {
-  double shortest = INFINITY;
-  for (int a = 0; a < count; ++a) shortest = std::fmin(shortest, m[s.corral[a]][s.corral[a]]);
-  for (int a = team.rank(); a < count; a += team.size())
-    s.affine[a] = s.lengths[a] = 1.0 / std::sqrt(m[s.corral[a]][s.corral[a]] + shortest);
+  Found shortest{INFINITY, 0};
+  each(team, count, [&](int a) { shortest = smaller(shortest, {m[s.corral[a]][s.corral[a]], a}); });
+  const double shift = team.least(shortest).value;
+  each(team, count, [&](int a) { s.affine[a] = s.lengths[a] = 1.0 / std::sqrt(m[s.corral[a]][s.corral[a]] + shift); });
   team.sync();
-  for (int a = team.rank(); a < count; a += team.size()) {
-    const double* row = m[s.corral[a]];
-    for (int b = a; b < count; ++b) s.factor[a][b] = (row[s.corral[b]] + shortest) * s.lengths[a] * s.lengths[b];
-  }
-  cholesky(team, s.factor, count, 1e-15, 1e30);
-  solve_cholesky(team, s.factor, s.affine, count);
-  double total = 0.0;
-  for (int a = 0; a < count; ++a) total += s.affine[a] * s.lengths[a];
-  team.sync();
-  for (int a = team.rank(); a < count; a += team.size()) s.affine[a] *= s.lengths[a] / total;
-  team.sync();
+  each_entry(team, count, [&](int a, int b) {
+    if (b >= a) s.factor[a][b] = (m[s.corral[a]][s.corral[b]] + shift) * s.lengths[a] * s.lengths[b];
+  });
+  solve_definite<1>(team, s.factor, {s.affine}, count, 1e-15, 1e30);
+  const double total = dot(team, s.affine, s.lengths, count);
+  each(team, count, [&](int a) { s.affine[a] *= s.lengths[a] / total; });
 }
 
-// Wolfe 1976, *Finding the nearest point in a polytope*. m: [n, n] inner products. w: in, the weights to start from,
-// those of affinely independent vectors; out, the weights of the point, which are not negative and add up to 1. It ends
-// where no vector is nearer to the origin along the point than the point itself, as far as rounding lets that be seen,
-// or where the norm falls no more. On the way the corral holds the vectors whose weight is positive.
+// Wolfe 1976, *Finding the nearest point in a polytope*. m: [n, n] inner products. w: in, the weights to start from;
+// out, the weights of the point, which are not negative and add up to 1. It ends where no vector is nearer to the
+// origin along the point than the point itself, as far as rounding lets that be seen, or where the norm falls no more.
+// On the way the corral holds the vectors whose weight is positive. A sync goes before and after.
 template <class Team>
 FASTMTL_HOST_DEVICE void min_norm(const Team& team, Matrix m, int n, double* w, const MinNormScratch& s) {
   team.sync();
-  for (int i = 0; i < n; ++i) {
-    if (m[i][i] > 0) continue;
-    team.sync();
-    for (int k = team.rank(); k < n; k += team.size()) w[k] = k == i ? 1.0 : 0.0;
+  Found zero{INFINITY, n};
+  each(team, n, [&](int i) {
+    if (!(m[i][i] > 0)) zero = smaller(zero, {0.0, i});
+  });
+  zero = team.least(zero);
+  if (zero.index < n) {
+    each(team, n, [&](int i) { w[i] = i == zero.index ? 1.0 : 0.0; });
     team.sync();
     return;
   }
-  int count = 0;
-  for (int i = 0; i < n; ++i) {
-    if (!(w[i] > 0)) continue;
-    if (team.rank() == 0) s.corral[count] = i;
-    count += 1;
-  }
+  const Members start = team.members(n, [&](int i) { return w[i] > 0; });
+  int count = start.count();
+  each(team, n, [&](int i) {
+    if (start.has(i)) s.corral[start.before(i)] = i;
+  });
+  team.sync();
   double last = INFINITY;
   // a start of several vectors is first moved to the best point of its own
   for (int iteration = 0; iteration < 8 * n + 64; ++iteration) {
-    if (count > 1) team.sync();
     while (count > 1) {
       nearest_in_affine_hull(team, m, count, s);
       // all the way there, or as far as no weight turns negative: whose weight vanishes first leaves
-      double step = 1.0;
-      int leaves = -1;
-      for (int a = 0; a < count; ++a) {
+      Found leaves{INFINITY, count};
+      each(team, count, [&](int a) {
         const double from = w[s.corral[a]], to = s.affine[a];
-        if (to > 0) continue;
-        const double here = from > 0 ? from / (from - to) : 0.0;
-        if (leaves < 0 || here < step) step = here, leaves = a;
-      }
-      team.sync();
-      for (int a = team.rank(); a < count; a += team.size()) {
+        if (!(to > 0)) leaves = smaller(leaves, {from > 0 ? from / (from - to) : 0.0, a});
+      });
+      leaves = team.least(leaves);
+      const bool is_there = leaves.index == count;
+      const double step = is_there ? 1.0 : leaves.value;
+      each(team, count, [&](int a) {
         const int i = s.corral[a];
-        w[i] = a == leaves ? 0.0 : std::fmax((1.0 - step) * w[i] + step * s.affine[a], 0.0);
-      }
+        w[i] = a == leaves.index ? 0.0 : std::fmax((1.0 - step) * w[i] + step * s.affine[a], 0.0);
+        s.lengths[a] = i;  // its place is about to be another's
+      });
       team.sync();
-      if (leaves < 0) break;
-      if (team.rank() == 0)
-        for (int a = leaves; a + 1 < count; ++a) s.corral[a] = s.corral[a + 1];
+      if (is_there) break;
       count -= 1;
+      each(team, count, [&](int a) { s.corral[a] = static_cast<int>(s.lengths[a + (a >= leaves.index)]); });
+      if (count == 1 && team.rank() == 0) w[s.corral[0]] = 1.0;
       team.sync();
-      if (count == 1) {
-        if (team.rank() == 0) w[s.corral[0]] = 1.0;
-        team.sync();
-      }
     }
-    double norm = 0.0;
-    Found nearest{INFINITY, n};
-    for (int i = team.rank(); i < n; i += team.size()) {
-      double product = 0.0, size = 0.0;
-      for (int k = 0; k < n; ++k) {
-        product += m[i][k] * w[k];
-        size += std::fabs(m[i][k]) * w[k];
-      }
-      norm += w[i] * product;
+    multiply_with_sizes(team, m, w, n, [&](int i, double product, double size) {
       s.product[i] = product;
       s.lengths[i] = size;
-    }
-    norm = team.sum(norm);
-    for (int i = team.rank(); i < n; i += team.size()) {
+    });
+    team.sync();
+    const double norm = dot(team, w, s.product, n);
+    Found nearest{INFINITY, n};
+    each(team, n, [&](int i) {
       // which of those that would help comes nearest to its own length against the point
       const double gain = norm - s.product[i] - 1e-14 * (s.lengths[i] + std::fabs(norm));
       if (gain > 0 && w[i] == 0) nearest = smaller(nearest, {-gain / std::sqrt(m[i][i]), i});
-    }
+    });
     nearest = team.least(nearest);
-    if (nearest.index == n || !(norm < last)) return;
+    if (nearest.index == n || !(norm < last)) break;
     last = norm;
-    team.sync();
     if (team.rank() == 0) s.corral[count] = nearest.index;
     count += 1;
+    team.sync();
   }
+  team.sync();
 }
 
 }  // namespace fastmtl::solvers

@@ -1,18 +1,21 @@
 // Who solves a T x T problem: one thread of the CPU, or the threads of a block together.
 //
-// A solver is written once, for a team. What it works on lies where every member sees it. `for (int i = team.rank(); i
-// < n; i += team.size())` shares a loop out; what one member writes the others may read after `team.sync()`. Every
-// member takes every branch that holds a `sync` or a `sum`, so that whatever such a branch depends on must be equal for
-// all.
+// A solver is written once, for a team. What it works on lies where every member sees it. Loops over tasks and over
+// entries of a matrix are shared out (`each`, `each_entry`); what one member writes the others may read after
+// `team.sync()`. Every member takes every branch that holds a `sync` or a reduction, so that whatever such a branch
+// depends on must be equal for all.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
 #define FASTMTL_HOST_DEVICE __host__ __device__
+#define FASTMTL_INLINE __forceinline__
 #else
 #define FASTMTL_HOST_DEVICE
+#define FASTMTL_INLINE inline
 #endif
 
 namespace fastmtl::solvers {
@@ -27,12 +30,62 @@ FASTMTL_HOST_DEVICE inline Found smaller(Found a, Found b) {
   return b.value < a.value || (b.value == a.value && b.index < a.index) ? b : a;
 }
 
+// A set of tasks, up to 128. Every member of a team holds the same.
+struct Members {
+  uint32_t words[4];
+
+  FASTMTL_HOST_DEVICE static int bits(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+    return __popc(word);
+#else
+    return std::popcount(word);
+#endif
+  }
+  FASTMTL_HOST_DEVICE bool has(int i) const {
+    uint32_t word = words[0];
+    for (int k = 1; k < 4; ++k) word = i / 32 == k ? words[k] : word;  // without an index, which registers have not
+    return word >> (i % 32) & 1;
+  }
+  FASTMTL_HOST_DEVICE int count() const { return bits(words[0]) + bits(words[1]) + bits(words[2]) + bits(words[3]); }
+  // how many of them come before i
+  FASTMTL_HOST_DEVICE int before(int i) const {
+    int sum = 0;
+    for (int k = 0; k < 4; ++k) {
+      const int bit = i - 32 * k;
+      sum += bits(bit >= 32 ? words[k] : bit <= 0 ? 0 : words[k] & ((1u << bit) - 1));
+    }
+    return sum;
+  }
+  // in it if it was not, out of it if it was
+  FASTMTL_HOST_DEVICE void exchange(int i) {
+    for (int k = 0; k < 4; ++k) words[k] ^= i / 32 == k ? 1u << (i % 32) : 0u;
+  }
+  FASTMTL_HOST_DEVICE void exchange(const Members& others) {
+    for (int k = 0; k < 4; ++k) words[k] ^= others.words[k];
+  }
+};
+
+// One thread. A team's members stand in `kRows` rows and `kColumns` columns, by which entries of a matrix are shared
+// out.
 struct Alone {
+  static constexpr int kRows = 1, kColumns = 1;
   FASTMTL_HOST_DEVICE int rank() const { return 0; }
   FASTMTL_HOST_DEVICE int size() const { return 1; }
+  FASTMTL_HOST_DEVICE int row() const { return 0; }
+  FASTMTL_HOST_DEVICE int column() const { return 0; }
   FASTMTL_HOST_DEVICE void sync() const {}
+  // over all members, for all of them
   FASTMTL_HOST_DEVICE double sum(double x) const { return x; }
   FASTMTL_HOST_DEVICE Found least(Found x) const { return x; }
+  // over the members of a row, for all of them
+  FASTMTL_HOST_DEVICE double across(double x) const { return x; }
+  // those of 0 .. n - 1 for which `is_in` is true; a team of several has a member for each
+  template <class Is>
+  FASTMTL_HOST_DEVICE Members members(int n, const Is& is_in) const {
+    Members found{};
+    for (int i = 0; i < n; ++i) found.words[i / 32] |= static_cast<uint32_t>(is_in(i)) << (i % 32);
+    return found;
+  }
 };
 
 // A square matrix; the distance between rows is `step`.
@@ -42,20 +95,81 @@ struct Matrix {
   FASTMTL_HOST_DEVICE double* operator[](int row) const { return data + row * step; }
 };
 
-template <class Team>
-FASTMTL_HOST_DEVICE double dot(const Team& team, const double* x, const double* y, int n) {
-  double sum = 0.0;
-  for (int i = team.rank(); i < n; i += team.size()) sum += x[i] * y[i];
-  return team.sum(sum);
+template <class Team, class Do>
+FASTMTL_HOST_DEVICE void each(const Team& team, int n, const Do& act) {
+  for (int i = team.rank(); i < n; i += team.size()) act(i);
 }
 
-// out = M x for a symmetric M: its rows. A sync must follow.
+template <class Team, class Do>
+FASTMTL_HOST_DEVICE void each_entry(const Team& team, int n, const Do& act) {
+  for (int i = team.row(); i < n; i += Team::kRows)
+    for (int k = team.column(); k < n; k += Team::kColumns) act(i, k);
+}
+
+// Sum, largest and smallest of n numbers: of(i) for i from 0 on; the largest is no less than 0.
+template <class Team, class Of>
+FASTMTL_HOST_DEVICE double sum_of(const Team& team, int n, const Of& of) {
+  double sum = 0.0;
+  each(team, n, [&](int i) { sum += of(i); });
+  return team.sum(sum);
+}
+template <class Team, class Of>
+FASTMTL_HOST_DEVICE double largest_of(const Team& team, int n, const Of& of) {
+  Found least{0.0, n};
+  each(team, n, [&](int i) { least = smaller(least, {-of(i), i}); });
+  return -team.least(least).value;
+}
+
+template <class Team, class Of>
+FASTMTL_HOST_DEVICE double smallest_of(const Team& team, int n, const Of& of) {
+  Found least{INFINITY, n};
+  each(team, n, [&](int i) { least = smaller(least, {of(i), i}); });
+  return team.least(least).value;
+}
+
 template <class Team>
-FASTMTL_HOST_DEVICE void multiply(const Team& team, Matrix m, const double* x, double* out, int n) {
-  for (int i = team.rank(); i < n; i += team.size()) {
+FASTMTL_HOST_DEVICE double dot(const Team& team, const double* x, const double* y, int n) {
+  return sum_of(team, n, [&](int i) { return x[i] * y[i]; });
+}
+
+// use(i, product) for each row i of M x.
+template <class Team, class Use>
+FASTMTL_HOST_DEVICE void multiply(const Team& team, Matrix m, const double* x, int n, const Use& use) {
+  for (int first = 0; first < n; first += Team::kRows) {
+    const int i = first + team.row();
+    double product = 0.0;
+    if (i < n)
+      for (int k = team.column(); k < n; k += Team::kColumns) product += m[i][k] * x[k];
+    product = team.across(product);
+    if (i < n && team.column() == 0) use(i, product);
+  }
+}
+
+// use(k, product) for each column k of x^T M.
+template <class Team, class Use>
+FASTMTL_HOST_DEVICE void multiply_transposed(const Team& team, Matrix m, const double* x, int n, const Use& use) {
+  each(team, n, [&](int k) {
     double sum = 0.0;
-    for (int k = 0; k < n; ++k) sum += m[i][k] * x[k];
-    out[i] = sum;
+    for (int i = 0; i < n; ++i) sum += m[i][k] * x[i];
+    use(k, sum);
+  });
+}
+
+// use(i, product, size) for each row i of M x, with what the sizes of its terms add up to, for x >= 0.
+template <class Team, class Use>
+FASTMTL_HOST_DEVICE void multiply_with_sizes(const Team& team, Matrix m, const double* x, int n, const Use& use) {
+  for (int first = 0; first < n; first += Team::kRows) {
+    const int i = first + team.row();
+    double product = 0.0, size = 0.0;
+    if (i < n) {
+      for (int k = team.column(); k < n; k += Team::kColumns) {
+        product += m[i][k] * x[k];
+        size += std::fabs(m[i][k]) * x[k];
+      }
+    }
+    product = team.across(product);
+    size = team.across(size);
+    if (i < n && team.column() == 0) use(i, product, size);
   }
 }
 

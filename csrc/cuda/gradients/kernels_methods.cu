@@ -3,13 +3,22 @@
 
 namespace fastmtl::cuda {
 
+namespace {
+
+template <int kMost>
+void launch(const MethodParams& p, cudaStream_t stream) {
+  using Memory = MethodMemory<kMost>;
+  constexpr int kBytes = sizeof(Memory), kTeam = Memory::kTeamWarps * kWarp;
+  const int blocks = method_blocks(p.request.kind, p.num_tasks);
+  FASTMTL_BIG_LAUNCH(kBytes, blocks, kTeam, stream, (p), method_weights_kernel<kMost>);
+}
+
+}  // namespace
+
 void launch_method_weights(const MethodParams& p, cudaStream_t stream) {
-  constexpr int kSmall = sizeof(MethodMemory<16>), kMiddle = sizeof(MethodMemory<kMostSharedTasks>),
-                kLarge = sizeof(MethodMemory<kMaxTasks>);
-  if (p.num_tasks <= 16) FASTMTL_BIG_LAUNCH(kSmall, 1, stream, (p), method_weights_kernel<16>);
-  else if (p.num_tasks <= kMostSharedTasks)
-    FASTMTL_BIG_LAUNCH(kMiddle, 1, stream, (p), method_weights_kernel<kMostSharedTasks>);
-  else FASTMTL_BIG_LAUNCH(kLarge, 1, stream, (p), method_weights_kernel<kMaxTasks>);
+  if (p.num_tasks <= kWarpTasks) launch<kWarpTasks>(p, stream);
+  else if (p.num_tasks <= kMostSharedTasks) launch<kMostSharedTasks>(p, stream);
+  else launch<kMaxTasks>(p, stream);
 }
 
 }  // namespace fastmtl::cuda

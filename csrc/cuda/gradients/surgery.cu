@@ -177,13 +177,22 @@ void method_weights_op(Tensor gram, int64_t method, const std::vector<double>& o
   check_devices({gram, out, present.value_or(gram), preferences.value_or(gram)}, device, "all that the solver reads");
   const MethodArguments read = read_method(gram, method, options, rounding, present, preferences, out);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  MethodParams p{read.request, read.gram, read.num_tasks, read.present, read.preferences, nullptr, read.out};
+  const cudaStream_t stream = current_stream(device);
+  const int T = read.num_tasks, blocks = method_blocks(read.request.kind, T);
+  MethodParams p{read.request, read.gram, T, read.present, read.preferences, nullptr, nullptr, nullptr, read.out};
+  const int64_t scratch = blocks * block_scratch(T), parts = blocks > 1 ? int64_t{blocks} * T : 0;
   std::optional<Tensor> memory;
-  if (p.num_tasks > kMostSharedTasks) {
-    memory = workspace(device, 8 * solvers::scratch_size(p.num_tasks));
+  std::optional<Tickets> taken;
+  if (scratch + parts > 0) {
+    memory = workspace(device, 8 * (scratch + parts));
     p.scratch = static_cast<double*>(memory->mutable_data_ptr());
+    p.parts = p.scratch + scratch;
   }
-  launch_method_weights(p, current_stream(device));
+  if (blocks > 1) {
+    taken = tickets(device, stream, 1);
+    p.ticket = taken->counters;
+  }
+  launch_method_weights(p, stream);
   check(cudaGetLastError(), "method_weights launch");
 }
 
