@@ -39,7 +39,7 @@ FASTMTL_HOST_DEVICE bool complementarity(const Team& team, Matrix m, const doubl
     each_entry(team, count, [&](int a, int b) {
       if (b >= a) s.factor[a][b] = m[s.chosen[a]][s.chosen[b]];
     });
-    solve_definite<1>(team, s.factor, {s.values}, count, 0.1 * least, 1e30);
+    solve_definite(team, s.factor, s.values, nullptr, count, 0.1 * least, 1e30);
     Found leaves{INFINITY, n};
     if (one_by_one) {
       each(team, count, [&](int a) {

@@ -106,6 +106,83 @@ FASTMTL_HOST_DEVICE inline Meeting meeting(int n, int round, int game) {
   return a < b ? Meeting{a, b} : Meeting{b, a};
 }
 
+// Where the rows of one meeting cross the columns of another: four entries, or fewer where an index is none.
+struct Crossing {
+  Meeting rows, columns;
+  double pp, pq, qp, qq;
+
+  FASTMTL_HOST_DEVICE void read(Matrix m, int n) {
+    pp = m[rows.low][columns.low];
+    pq = columns.high < n ? m[rows.low][columns.high] : 0.0;
+    qp = rows.high < n ? m[rows.high][columns.low] : 0.0;
+    qq = rows.high < n && columns.high < n ? m[rows.high][columns.high] : 0.0;
+  }
+  // turned by both meetings' angles, on both sides of the diagonal
+  FASTMTL_HOST_DEVICE void write(Matrix m, int n, double c, double t, double d, double u) const {
+    const double low_p = c * pp - t * qp, low_q = c * pq - t * qq, high_p = t * pp + c * qp, high_q = t * pq + c * qq;
+    auto set = [&](int i, int k, double x) {
+      if (i < n && k < n) m[i][k] = m[k][i] = x;
+    };
+    set(rows.low, columns.low, d * low_p - u * low_q);
+    set(rows.low, columns.high, u * low_p + d * low_q);
+    set(rows.high, columns.low, d * high_p - u * high_q);
+    set(rows.high, columns.high, u * high_p + d * high_q);
+  }
+};
+
+// One round of rotations: of M from both sides, and of the vectors' rows. even: n, or n + 1 where that is odd.
+template <class Team>
+FASTMTL_HOST_DEVICE inline void turn(const Team& team, Matrix m, Matrix vectors, int n, int even, int round,
+                                     const double* cosines, const double* sines) {
+  const int games = even / 2;
+  // what a member has of it in two steps is read before it is written
+  for (int a = team.row(); a < games; a += 2 * Team::kRows) {
+    for (int b = team.column(); b < games; b += Team::kColumns) {
+      const int a2 = a + Team::kRows;
+      const bool has_first = b < a, has_second = b < a2 && a2 < games;
+      Crossing first, second;
+      first.columns = second.columns = meeting(even, round, b);
+      first.rows = meeting(even, round, a);
+      second.rows = meeting(even, round, has_second ? a2 : a);
+      if (has_first) first.read(m, n);
+      if (has_second) second.read(m, n);
+      if (has_first) first.write(m, n, cosines[a], sines[a], cosines[b], sines[b]);
+      if (has_second) second.write(m, n, cosines[a2], sines[a2], cosines[b], sines[b]);
+    }
+  }
+  each(team, games, [&](int a) {
+    const auto [p, q] = meeting(even, round, a);
+    if (q >= n) return;
+    const double c = cosines[a], t = sines[a], x = m[p][p], y = m[q][q], off = m[p][q];
+    m[p][p] = c * c * x - 2.0 * c * t * off + t * t * y;
+    m[q][q] = t * t * x + 2.0 * c * t * off + c * c * y;
+    m[p][q] = m[q][p] = c * t * (x - y) + (c * c - t * t) * off;
+  });
+  for (int a = team.row(); a < games; a += Team::kRows) {
+    const auto [p, q] = meeting(even, round, a);
+    if (q >= n) continue;
+    const double c = cosines[a], t = sines[a];
+    double *low = vectors[p], *high = vectors[q];
+    constexpr int kAtOnce = 4;
+    for (int k = team.column(); k < n; k += kAtOnce * Team::kColumns) {
+      double x[kAtOnce], y[kAtOnce];
+#pragma unroll
+      for (int w = 0; w < kAtOnce; ++w) {
+        const int at = k + w * Team::kColumns;
+        x[w] = at < n ? low[at] : 0.0;
+        y[w] = at < n ? high[at] : 0.0;
+      }
+#pragma unroll
+      for (int w = 0; w < kAtOnce; ++w) {
+        const int at = k + w * Team::kColumns;
+        if (at >= n) continue;
+        low[at] = c * x[w] - t * y[w];
+        high[at] = t * x[w] + c * y[w];
+      }
+    }
+  }
+}
+
 // By Jacobi's method, what `eigen` of one thread gives: in each round n / 2 rotations that have no row in common.
 template <class Team>
 FASTMTL_HOST_DEVICE void eigen(const Team& team, Matrix m, Matrix vectors, int n, double* values,
@@ -128,47 +205,17 @@ FASTMTL_HOST_DEVICE void eigen(const Team& team, Matrix m, Matrix vectors, int n
         const double off = q < n ? m[p][q] : 0.0;
         double sine = 0.0, cosine = 1.0;
         if (std::fabs(off) > 1e-17 * largest) {
-          const double half = 0.5 * (m[q][q] - m[p][p]);
-          const double tangent = off / (half + std::copysign(std::sqrt(half * half + off * off), half));
-          cosine = 1.0 / std::sqrt(1.0 + tangent * tangent);
+          const double half = 0.5 * (m[q][q] - m[p][p]), square = half * half + off * off;
+          const double length = square * inverse_root_of(square);
+          const double tangent = (half < 0 ? -off : off) * inverse_of(std::fabs(half) + length);
+          cosine = inverse_root_of(1.0 + tangent * tangent);
           sine = tangent * cosine;
         }
         cosines[game] = cosine;
         sines[game] = sine;
       });
       team.sync();
-      // the entries where the rows of one meeting cross the columns of another, once for both sides of the diagonal
-      for (int a = team.row(); a < games; a += Team::kRows) {
-        const Meeting rows = meeting(even, round, a);
-        const double c = cosines[a], t = sines[a];
-        for (int b = team.column(); b < a; b += Team::kColumns) {
-          const Meeting columns = meeting(even, round, b);
-          const double d = cosines[b], u = sines[b];
-          const bool has_row = rows.high < n, has_column = columns.high < n;
-          const double pp = m[rows.low][columns.low], pq = has_column ? m[rows.low][columns.high] : 0.0;
-          const double qp = has_row ? m[rows.high][columns.low] : 0.0;
-          const double qq = has_row && has_column ? m[rows.high][columns.high] : 0.0;
-          const double low_p = c * pp - t * qp, low_q = c * pq - t * qq;
-          const double high_p = t * pp + c * qp, high_q = t * pq + c * qq;
-          auto set = [&](int i, int k, double x) { m[i][k] = m[k][i] = x; };
-          set(rows.low, columns.low, d * low_p - u * low_q);
-          if (has_column) set(rows.low, columns.high, u * low_p + d * low_q);
-          if (has_row) set(rows.high, columns.low, d * high_p - u * high_q);
-          if (has_row && has_column) set(rows.high, columns.high, u * high_p + d * high_q);
-        }
-        if (rows.high >= n) continue;
-        for (int k = team.column(); k < n; k += Team::kColumns) {
-          const double x = vectors[rows.low][k], y = vectors[rows.high][k];
-          vectors[rows.low][k] = c * x - t * y;
-          vectors[rows.high][k] = t * x + c * y;
-        }
-        if (team.column() == 0) {
-          const double x = m[rows.low][rows.low], y = m[rows.high][rows.high], off = m[rows.low][rows.high];
-          m[rows.low][rows.low] = c * c * x - 2.0 * c * t * off + t * t * y;
-          m[rows.high][rows.high] = t * t * x + 2.0 * c * t * off + c * c * y;
-          m[rows.low][rows.high] = m[rows.high][rows.low] = c * t * (x - y) + (c * c - t * t) * off;
-        }
-      }
+      turn(team, m, vectors, n, even, round, cosines, sines);
       team.sync();
     }
   }

@@ -29,10 +29,14 @@ FASTMTL_HOST_DEVICE void fairness(const Team& team, Matrix m, const double* c, i
     each_entry(team, n, [&](int i, int k) {
       if (k >= i) s.factor[i][k] = m[i][k] + (k == i ? p * s.target[i] / z[i] : 0.0);
     });
-    solve_definite<1>(team, s.factor, {s.step}, n, 0.0, INFINITY);
+    solve_definite(team, s.factor, s.step, nullptr, n, 0.0, INFINITY);
     const double falls = largest_of(team, n, [&](int i) { return -s.step[i] / z[i]; });
     const double moves = largest_of(team, n, [&](int i) { return std::fabs(s.step[i] / z[i]); });
-    const double length = falls > 0 ? std::fmin(-std::expm1(-std::log1p(p * falls) / p), 0.99) / falls : 1.0;
+    double length = 1.0;
+    if (falls > 0) {
+      const double most = p == 1.0 ? falls / (1.0 + falls) : -std::expm1(-std::log1p(p * falls) / p);
+      length = std::fmin(most, 0.99) / falls;
+    }
     each(team, n, [&](int i) { z[i] += length * s.step[i]; });
     // converged, or as near as rounding lets it come
     if (!(moves > 1e-14) || (moves < 1e-6 && moves > 0.5 * last)) break;

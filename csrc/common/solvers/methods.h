@@ -117,7 +117,7 @@ FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, do
     each_entry(team, count, [&](int a, int c) {
       if (c >= a) p.a[a][c] = a == c ? 1.0 : p.m[p.first[a]][p.first[c]] * p.u[a] * p.u[c];
     });
-    const double pivot = solve_definite<2>(team, p.a, {p.x, p.y}, count, 0.0, INFINITY);
+    const double pivot = solve_definite(team, p.a, p.x, p.y, count, 0.0, INFINITY);
     if (!(pivot > 1e-6)) return false;
     each(team, count, [&](int a) {
       p.x[a] *= p.u[a];
@@ -238,7 +238,7 @@ FASTMTL_HOST_DEVICE void pseudo_solve(const Team& team, const Problem& p, const 
   const int n = p.n;
   cosines(team, p, p.b);
   each(team, n, [&](int i) { out[i] = b[i]; });
-  const double pivot = solve_definite<1>(team, p.b, {out}, n, 0.0, INFINITY);
+  const double pivot = solve_definite(team, p.b, out, nullptr, n, 0.0, INFINITY);
   if (pivot > std::fmax(1e3 * n * rounding, 1e-8)) return;
   cosines(team, p, p.b);
   eigen(team, p.b, p.a, n, p.x, {p.y, p.v, p.t});

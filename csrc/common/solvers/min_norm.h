@@ -25,7 +25,7 @@ FASTMTL_HOST_DEVICE void nearest_in_affine_hull(const Team& team, Matrix m, int 
   each_entry(team, count, [&](int a, int b) {
     if (b >= a) s.factor[a][b] = (m[s.corral[a]][s.corral[b]] + shift) * s.lengths[a] * s.lengths[b];
   });
-  solve_definite<1>(team, s.factor, {s.affine}, count, 1e-15, 1e30);
+  solve_definite(team, s.factor, s.affine, nullptr, count, 1e-15, 1e30);
   const double total = dot(team, s.affine, s.lengths, count);
   each(team, count, [&](int a) { s.affine[a] *= s.lengths[a] / total; });
 }

@@ -69,6 +69,16 @@ struct Block {
     return total;
   }
 
+  __device__ double largest(double x) const {
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = fmax(x, __shfl_xor_sync(~0u, x, lanes));
+    if constexpr (kTeamWarps == 1) return x;
+    if (rank() % kWarp == 0) shared->values[rank() / kWarp] = x;
+    __syncthreads();
+    for (int w = 0; w < kTeamWarps; ++w) x = fmax(x, shared->values[w]);
+    __syncthreads();
+    return x;
+  }
+
   __device__ solvers::Found least(solvers::Found x) const {
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
       x = solvers::smaller(x, {__shfl_xor_sync(~0u, x.value, lanes), __shfl_xor_sync(~0u, x.index, lanes)});
