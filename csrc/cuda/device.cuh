@@ -111,6 +111,11 @@ __device__ inline T* in_global(T* p) {
   __builtin_assume(__isGlobal(p));
   return p;
 }
+template <class T>
+__device__ inline T* in_shared(T* p) {
+  __builtin_assume(__isShared(p));
+  return p;
+}
 
 // 16 bytes at once, which the compiler would store element by element
 template <class V>

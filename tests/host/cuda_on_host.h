@@ -479,6 +479,10 @@ template <class T>
 T* in_global(T* p) {
   return p;
 }
+template <class T>
+T* in_shared(T* p) {
+  return p;
+}
 inline void next_launch_may_begin() {}
 inline void wait_for_launch_before() {}
 template <class V>

@@ -50,27 +50,34 @@ FASTMTL_HOST_DEVICE inline void eliminate(const Team& team, Matrix m, const doub
     }
   } else {
     constexpr int kUnit = Team::kRows > Team::kColumns ? Team::kRows : Team::kColumns;
-    switch ((n - first + kUnit - 1) / kUnit) {
-      case 0: return;
-      case 1: return eliminate<1, true>(team, m, top, inverse, first, first, n);
-      case 2: return eliminate<2, true>(team, m, top, inverse, first, first, n);
-      case 3: return eliminate<3, true>(team, m, top, inverse, first, first, n);
-      case 4: return eliminate<4, true>(team, m, top, inverse, first, first, n);
-      default:
-        for (int i = first; i < n; i += 4 * kUnit) {
-          eliminate<4, true>(team, m, top, inverse, i, i, n);
-          for (int j = i + 4 * kUnit; j < n; j += 4 * kUnit) eliminate<4, false>(team, m, top, inverse, i, j, n);
-        }
+    constexpr int kMost = (Team::kRoom + kUnit - 1) / kUnit;
+    const int units = (n - first + kUnit - 1) / kUnit;
+    if (units <= 0) return;
+    if (units == 1) return eliminate<1, true>(team, m, top, inverse, first, first, n);
+    if constexpr (kMost >= 2)
+      if (kMost == 2 || units == 2) return eliminate<2, true>(team, m, top, inverse, first, first, n);
+    if constexpr (kMost >= 3) {
+      if (units == 3) return eliminate<3, true>(team, m, top, inverse, first, first, n);
+      if (kMost <= 4 || units == 4) return eliminate<4, true>(team, m, top, inverse, first, first, n);
+    }
+    if constexpr (kMost > 4) {
+      for (int i = first; i < n; i += 4 * kUnit) {
+        eliminate<4, true>(team, m, top, inverse, i, i, n);
+        for (int j = i + 4 * kUnit; j < n; j += 4 * kUnit) eliminate<4, false>(team, m, top, inverse, i, j, n);
+      }
     }
   }
 }
 
-// Solves M x = b for the right-hand sides in x and, unless it is null, in y, in place, by elimination. m: its upper
-// triangle, lost. A pivot at or below `least` is replaced by `instead`, which is large or INFINITY: its component comes
-// out as 0, or nearly. The smallest pivot, -INFINITY for NaN. A sync goes before and after.
+// `solve_definite` by itself, since it is called in many places; by numbers and addresses alone, which travel in
+// registers.
 template <class Team>
-FASTMTL_HOST_DEVICE FASTMTL_NOINLINE double solve_definite(const Team team, Matrix m, double* x, double* y, int n,
+FASTMTL_HOST_DEVICE FASTMTL_NOINLINE double solve_definite(double* data, int step, double* x, double* y, int n,
                                                            double least, double instead) {
+  const Team team{};
+  const Matrix m{Team::scratch(data), step};
+  x = Team::scratch(x);
+  y = Team::scratch(y);
   double smallest = INFINITY, last = 0.0;
   for (int k = 0; k < n; ++k) {
     team.sync();
@@ -106,6 +113,15 @@ FASTMTL_HOST_DEVICE FASTMTL_NOINLINE double solve_definite(const Team team, Matr
   }
   team.sync();
   return smallest;
+}
+
+// Solves M x = b for the right-hand sides in x and, unless it is null, in y, in place, by elimination. m: its upper
+// triangle, lost. A pivot at or below `least` is replaced by `instead`, which is large or INFINITY: its component comes
+// out as 0, or nearly. The smallest pivot, -INFINITY for NaN. A sync goes before and after.
+template <class Team>
+FASTMTL_HOST_DEVICE double solve_definite(const Team&, Matrix m, double* x, double* y, int n, double least,
+                                          double instead) {
+  return solve_definite<Team>(m.data, m.step, x, y, n, least, instead);
 }
 
 }  // namespace fastmtl::solvers

@@ -163,7 +163,7 @@ FASTMTL_HOST_DEVICE inline void turn(const Team& team, Matrix m, Matrix vectors,
     if (q >= n) continue;
     const double c = cosines[a], t = sines[a];
     double *low = vectors[p], *high = vectors[q];
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = Team::kRoom > 2 * Team::kColumns ? 4 : 2;
     for (int k = team.column(); k < n; k += kAtOnce * Team::kColumns) {
       double x[kAtOnce], y[kAtOnce];
 #pragma unroll

@@ -19,8 +19,15 @@ struct FairnessScratch {
 template <class Team>
 FASTMTL_HOST_DEVICE void fairness(const Team& team, Matrix m, const double* c, int n, double p, double* z,
                                   const FairnessScratch& s) {
-  // where all were orthogonal
+  // where all were orthogonal, times what is best along that ray: half the iterations of a start without it
   each(team, n, [&](int i) { z[i] = std::pow(c[i], 1.0 / (1.0 + p)); });
+  team.sync();
+  multiply(team, m, z, n, [&](int i, double product) { s.step[i] = product; });
+  each(team, n, [&](int i) { s.target[i] = c[i] * std::pow(z[i], 1.0 - p); });
+  team.sync();
+  const double square = dot(team, z, s.step, n), wanted = sum_of(team, n, [&](int i) { return s.target[i]; });
+  const double ray = std::pow(wanted / square, 1.0 / (1.0 + p));
+  each(team, n, [&](int i) { z[i] *= ray; });
   double last = INFINITY;
   for (int iteration = 0; iteration < 100; ++iteration) {
     each(team, n, [&](int i) { s.target[i] = c[i] * (p == 1.0 ? 1.0 / z[i] : std::pow(z[i], -p)); });

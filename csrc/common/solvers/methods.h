@@ -363,8 +363,8 @@ FASTMTL_HOST_DEVICE void dualproj(const Team& team, const Problem& p, double mor
 }
 
 // gram: [T, T]. present: a flag per task, or null: all. weights: of the user, [T], or null: 1 / n each, of the n tasks
-// that take part (aligned_mtl: 1). scratch: `scratch_size(T)`. out: [T], 0 for absent tasks; NaN for all of the others
-// where an entry of theirs is not finite.
+// that take part (aligned_mtl: 1). scratch: `scratch_size(T)`, or of the team's room. out: [T], 0 for absent tasks; NaN
+// for all of the others where an entry of theirs is not finite.
 template <class Team>
 FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& request, const double* gram, int T,
                                               const uint8_t* present, const double* weights, double* scratch,
@@ -376,14 +376,15 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
     next += size;
     return taken;
   };
-  const int step = scratch_step(T);
-  p.m = {take(T * step), step};
-  p.a = {take(T * step), step};
-  p.b = {take(T * step), step};
+  // where the room is for a known number of tasks, addresses are known to the compiler
+  const int room = Team::kRoom > 0 ? Team::kRoom : T, step = scratch_step(room);
+  p.m = {take(room * step), step};
+  p.a = {take(room * step), step};
+  p.b = {take(room * step), step};
   double** arrays[] = {&p.x, &p.y, &p.z, &p.u, &p.v, &p.w, &p.t, &p.weights, &p.out};
-  for (double** array : arrays) *array = take(T + 2);
-  p.first = reinterpret_cast<int*>(take(T + 2));
-  int* tasks = reinterpret_cast<int*>(take(T + 2));
+  for (double** array : arrays) *array = take(room + 2);
+  p.first = reinterpret_cast<int*>(take(room + 2));
+  int* tasks = reinterpret_cast<int*>(take(room + 2));
   const Members here = team.members(T, [&](int t) { return present == nullptr || present[t] != 0; });
   p.n = here.count();
   each(team, T, [&](int t) {

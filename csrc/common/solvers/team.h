@@ -66,9 +66,11 @@ struct Members {
     return std::popcount(word);
 #endif
   }
+  // all ones for the word that holds i: words are picked by arithmetic, since registers can't be indexed
+  FASTMTL_HOST_DEVICE static uint32_t holds(int k, int i) { return i / 32 == k ? ~0u : 0u; }
   FASTMTL_HOST_DEVICE bool has(int i) const {
-    uint32_t word = words[0];
-    for (int k = 1; k < 4; ++k) word = i / 32 == k ? words[k] : word;  // without an index, which registers have not
+    uint32_t word = 0;
+    for (int k = 0; k < 4; ++k) word |= words[k] & holds(k, i);
     return word >> (i % 32) & 1;
   }
   FASTMTL_HOST_DEVICE int count() const { return bits(words[0]) + bits(words[1]) + bits(words[2]) + bits(words[3]); }
@@ -77,13 +79,13 @@ struct Members {
     int sum = 0;
     for (int k = 0; k < 4; ++k) {
       const int bit = i - 32 * k;
-      sum += bits(bit >= 32 ? words[k] : bit <= 0 ? 0 : words[k] & ((1u << bit) - 1));
+      sum += bits(words[k] & (bit >= 32 ? ~0u : bit <= 0 ? 0u : (1u << bit) - 1));
     }
     return sum;
   }
   // in it if it was not, out of it if it was
   FASTMTL_HOST_DEVICE void exchange(int i) {
-    for (int k = 0; k < 4; ++k) words[k] ^= i / 32 == k ? 1u << (i % 32) : 0u;
+    for (int k = 0; k < 4; ++k) words[k] ^= holds(k, i) & 1u << (i % 32);
   }
   FASTMTL_HOST_DEVICE void exchange(const Members& others) {
     for (int k = 0; k < 4; ++k) words[k] ^= others.words[k];
@@ -91,9 +93,11 @@ struct Members {
 };
 
 // One thread. A team's members stand in `kRows` rows and `kColumns` columns, by which entries of a matrix are shared
-// out.
+// out. kRoom: the tasks that its scratch has room for; 0: as many as there are.
 struct Alone {
-  static constexpr int kRows = 1, kColumns = 1;
+  static constexpr int kRows = 1, kColumns = 1, kRoom = 0;
+  // says to the compiler in which memory scratch lies
+  FASTMTL_HOST_DEVICE static double* scratch(double* p) { return p; }
   FASTMTL_HOST_DEVICE int rank() const { return 0; }
   FASTMTL_HOST_DEVICE int size() const { return 1; }
   FASTMTL_HOST_DEVICE int row() const { return 0; }

@@ -27,7 +27,7 @@ constexpr int kMostSharedTasks = 64;
 // of more tasks, whose scratch is in device memory
 constexpr int kMostScratchBlocks = 32;
 
-inline int64_t block_scratch(int T) { return T > kMostSharedTasks ? solvers::scratch_size(T) : 0; }
+inline int64_t block_scratch(int T) { return T > kMostSharedTasks ? solvers::scratch_size(kMaxTasks) : 0; }
 
 inline int method_blocks(solvers::Kind kind, int T) {
   if (!solvers::has_parts(kind)) return 1;
@@ -43,12 +43,14 @@ struct TeamShared {
 
 // A team of all threads of a block (see common/solvers/team.h). Sums are added up in a fixed order. One warp needs no
 // shared memory for it.
-template <int kTeamWarps>
+template <int kTeamWarps, int kMost>
 struct Block {
   static constexpr int kRows = kTeamWarps == 1 ? 4 : 2 * kTeamWarps, kColumns = kTeamWarps * kWarp / kRows;
   static_assert(kWarp % kColumns == 0, "a row lies in one warp");
+  static constexpr int kRoom = kMost;
   TeamShared<kTeamWarps>* shared;
 
+  __device__ static double* scratch(double* p) { return kMost <= kMostSharedTasks ? in_shared(p) : in_global(p); }
   __device__ int rank() const { return static_cast<int>(threadIdx.x); }
   __device__ int size() const { return kTeamWarps * kWarp; }
   __device__ int row() const { return rank() / kColumns; }
@@ -125,9 +127,9 @@ __global__ void __launch_bounds__(MethodMemory<kMost>::kTeamWarps* kWarp, 1)
     method_weights_kernel(const __grid_constant__ MethodParams p) {
   using Memory = MethodMemory<kMost>;
   FASTMTL_BIG_SHARED(Memory, memory);
-  const Block<Memory::kTeamWarps> team{&memory.team};
+  const Block<Memory::kTeamWarps, kMost> team{&memory.team};
   const int T = p.num_tasks, part = static_cast<int>(blockIdx.x), parts = static_cast<int>(gridDim.x);
-  double* scratch = kMost <= kMostSharedTasks ? memory.scratch : p.scratch + part * solvers::scratch_size(T);
+  double* scratch = kMost <= kMostSharedTasks ? memory.scratch : p.scratch + part * solvers::scratch_size(kMost);
   double* out = parts == 1 ? p.out : p.parts + part * T;
   solvers::solve(team, p.request, p.gram, T, p.present, p.preferences, scratch, out, {part, parts});
   if (parts == 1 || !arrives_last(p.ticket, static_cast<unsigned>(parts), memory.is_last)) return;
