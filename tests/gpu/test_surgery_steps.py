@@ -194,7 +194,7 @@ def methods_without_wait(num_tasks: int, backend: str | None) -> dict[str, Any]:
     found = all_methods(num_tasks)
     if backend in (None, "cuda"):
         return found
-    return {name: method for name, method in found.items() if not isinstance(method, GramMethod)}
+    return {name: method for name, method in found.items() if not isinstance(methods.get(method), GramMethod)}
 
 
 @pytest.mark.parametrize("form", FORMS)
