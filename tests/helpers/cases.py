@@ -510,6 +510,11 @@ OPCHECK_SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
         (torch.ones(3, 3, dtype=torch.float64), _gram_leaf(3, torch.float32).detach(), random_order(3, 5), True),
         (torch.ones(3, 3, dtype=torch.float64), _gram_leaf(3, torch.float64).detach().mT, random_order(3), False),
     ],
+    "gradvac_coefficients": lambda: [
+        (_gram_leaf(5, torch.float64).detach(), random_order(5), torch.zeros(5, 5).double(), 0.1, "always"),
+        (_gram_leaf(3, torch.float32).detach(), random_order(3, 5).to(torch.int32), torch.eye(3), 0.0, "triggered"),
+        (_gram_leaf(3, torch.float64).detach().mT, random_order(3, 0), torch.ones(3, 3).mT, 1.0, "always"),
+    ],
     "method_weights": _method_samples,
     "pcgrad": lambda: [
         (x, random_order(x.shape[0]), reduction, include_self)
