@@ -9,6 +9,7 @@ from fastmtl.methods.config import ConFIG
 from fastmtl.methods.dualproj import DualProj
 from fastmtl.methods.fairgrad import FairGrad
 from fastmtl.methods.imtlg import IMTLG
+from fastmtl.methods.krum import Krum
 from fastmtl.methods.mean import Mean
 from fastmtl.methods.mgda import MGDA
 from fastmtl.methods.nashmtl import NashMTL
@@ -31,6 +32,7 @@ _CLASSES: tuple[type[Method], ...] = (
     AlignedMTL,
     UPGrad,
     DualProj,
+    Krum,
 )
 _METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in _CLASSES}
 
@@ -67,6 +69,7 @@ __all__ = [
     "ConFIG",
     "DualProj",
     "FairGrad",
+    "Krum",
     "Mean",
     "Method",
     "NashMTL",

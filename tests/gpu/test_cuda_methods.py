@@ -10,7 +10,8 @@ from fastmtl.ops.gradients.method_weights import OPTIONS
 
 pytestmark = pytest.mark.gpu
 DEFAULTS = {"cagrad": [0.5], "nashmtl": [0.0], "fairgrad": [2.0], "alignedmtl": [0.0, 0.0]}
-DEFAULTS |= {"upgrad": [1e-4], "dualproj": [1e-4]}
+DEFAULTS |= {"upgrad": [1e-4], "dualproj": [1e-4], "krum": [1.0, 2.0, 1.0], "pcd": [0.0, 0.1]}
+DEFAULTS |= {"sdmgrad": [10.0, 0.5, 20.0, 0.3]}
 
 
 @pytest.mark.parametrize("method", OPTIONS)

@@ -492,6 +492,10 @@ def _method_samples() -> list[tuple[Any, ...]]:
         (m.mT, "alignedmtl", [0.0, 0.0], None, wanted.double()),
         (m, "upgrad", [1e-4], here, wanted),
         (m, "dualproj", [1e-4]),
+        (m, "krum", [1.0, 2.0, 1.0], here),
+        (m, "pcd", [3.0, 0.1], here, wanted),
+        (m.to(torch.float32), "sdmgrad", [10.0, 0.5, 20.0, 0.3], here, wanted, wanted.flip(0)),
+        (m, "sdmgrad", [1.0, 0.0, 3.0, 0.0]),
     ]
 
 

@@ -461,18 +461,19 @@ def method_weights(
     rounding: float = torch.finfo(torch.float64).eps,
     present: Tensor | None = None,
     preferences: Tensor | None = None,
+    start: Tensor | None = None,
     schedule: int = FORWARD,
 ) -> Tensor:
     """The weights `[T]` of a method, by its number, of a float64 Gram matrix."""
     w = Output(m.shape[:1], torch.float64)
-    given = (ctypes.c_double * 2)(*options)
+    given = (ctypes.c_double * 4)(*options)
     status = library().host_method_weights(
         *_pointers(m),
         _int64(m.shape[0]),
         _int64(method),
         given,
         ctypes.c_double(rounding),
-        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (present, preferences, w.tensor)),
+        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (present, preferences, start, w.tensor)),
         ctypes.c_uint64(schedule),
     )
     _checked(status)

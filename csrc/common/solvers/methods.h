@@ -4,19 +4,37 @@
 #include "common/solvers/complementarity.h"
 #include "common/solvers/eigen.h"
 #include "common/solvers/fairness.h"
+#include "common/solvers/krum.h"
 #include "common/solvers/min_norm.h"
+#include "common/solvers/priority.h"
+#include "common/solvers/sdmgrad.h"
 
 namespace fastmtl::solvers {
 
-enum class Kind : int { mgda, cagrad, imtl_g, config, nash_mtl, fairgrad, aligned_mtl, upgrad, dualproj };
-constexpr int kKinds = 9;
+enum class Kind : int {
+  mgda,
+  cagrad,
+  imtl_g,
+  config,
+  nash_mtl,
+  fairgrad,
+  aligned_mtl,
+  upgrad,
+  dualproj,
+  krum,
+  pcd,
+  sdmgrad
+};
+constexpr int kKinds = 12;
+constexpr int kMostOptions = 4;
 
 // options: by kind, as fastmtl/ops/gradients/method_weights.py lists them; kinds in its order, too. rounding: the
 // relative error of an entry, as the dtype of the Gram matrix has it.
 struct Request {
   Kind kind;
-  double options[2];
+  double options[kMostOptions];
   double rounding;
+  const double* start = nullptr;  // sdmgrad: the weights to start from, [T], or null: equal ones
 };
 
 constexpr double kEpsilon = 2.220446049250313e-16;  // of float64
@@ -280,6 +298,13 @@ FASTMTL_HOST_DEVICE void dualproj(const Team& team, const Problem& p, double mor
   for (int i = team.rank(); i < p.n; i += team.size()) p.out[i] = p.weights[i] + p.w[i];
 }
 
+// Where a task stands among those that take part; -1: it does not.
+FASTMTL_HOST_DEVICE inline int place_of(const int* tasks, int n, double task) {
+  for (int i = 0; i < n; ++i)
+    if (tasks[i] == task) return i;
+  return -1;
+}
+
 // gram: [T, T]. present: a flag per task, or null: all. weights: of the user, [T], or null: 1 / n each, of the n tasks
 // that take part (aligned_mtl: 1). scratch: `scratch_size(T)`. out: [T], 0 for absent tasks; NaN for all of the others
 // where an entry of theirs is not finite.
@@ -331,6 +356,7 @@ FASTMTL_HOST_DEVICE void solve(const Team& team, const Request& request, const d
   for (int i = team.rank(); i < p.n; i += team.size()) {
     p.weights[i] = given ? weights[tasks[i]] : share;
     p.out[i] = keeps_weights ? p.weights[i] : 0.0;  // where all gradients are zero
+    if (request.kind == Kind::sdmgrad) p.out[i] = request.start != nullptr ? request.start[tasks[i]] : 1.0 / p.n;
   }
   for (int t = team.rank(); t < T; t += team.size()) out[t] = 0.0;
   team.sync();
@@ -345,6 +371,14 @@ FASTMTL_HOST_DEVICE void solve(const Team& team, const Request& request, const d
       case Kind::aligned_mtl: aligned_mtl(team, p, request.options[0], request.rounding); break;
       case Kind::upgrad: upgrad(team, p, request.options[0]); break;
       case Kind::dualproj: dualproj(team, p, request.options[0]); break;
+      case Kind::krum: krum(team, p, request.options[0], request.options[1], request.options[2] != 0); break;
+      case Kind::pcd:
+        pcd(team, p, place_of(tasks, p.n, request.options[0]), request.options[1], request.rounding);
+        break;
+      case Kind::sdmgrad:
+        sdmgrad(team, p, request.options[0], request.options[1], static_cast<int>(request.options[2]),
+                request.options[3]);
+        break;
     }
   }
   team.sync();

@@ -11,7 +11,7 @@ namespace fastmtl::cpu {
 namespace {
 
 // rows are independent; below this many tasks waking threads costs more than the rows
-constexpr int kParallelTasks = 32;
+constexpr int kParallelTasks = 96;
 
 void gradvac_op(Tensor gram, Tensor order, Tensor targets, double beta, bool always, double rounding, Tensor out,
                 Tensor new_targets) {

@@ -13,12 +13,15 @@ EPS = torch.finfo(torch.float64).eps
 
 
 class _Problem(NamedTuple):
-    """n present tasks: their Gram matrix over its largest entry of the diagonal, `scale`; its rounding; preferences."""
+    """n present tasks: their Gram matrix over its largest entry of the diagonal, `scale`; its rounding; preferences;
+    weights to start from; what numbers the tasks have among all."""
 
     m: Tensor
     scale: float
     rounding: float
     preferences: Tensor
+    start: Tensor
+    tasks: Tensor
 
     @property
     def lengths(self) -> Tensor:
@@ -43,6 +46,7 @@ def method_weights(
     options: Sequence[float],
     present: Tensor | None = None,
     preferences: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """The weights `[T]` float64 of a method, 0 for absent tasks: see `fastmtl.ops.method_weights`."""
     here = torch.arange(gram.shape[0]) if present is None else present.cpu().nonzero()[:, 0]
@@ -56,12 +60,17 @@ def method_weights(
         given = torch.full((n,), share, dtype=torch.float64)
         if preferences is not None:
             given = preferences.detach().cpu().to(torch.float64)[here]
+        at_first = torch.full((n,), 1.0 / n, dtype=torch.float64)
+        if start is not None:
+            at_first = start.detach().cpu().to(torch.float64)[here]
         scale = m.diagonal().max().item()
         if scale > 0:
-            problem = _Problem(m / scale, scale, torch.finfo(gram.dtype).eps, given)
+            problem = _Problem(m / scale, scale, torch.finfo(gram.dtype).eps, given, at_first, here)
             out[here] = _METHODS[method](problem, *options)
         elif method in ("mgda", "cagrad", "upgrad", "dualproj"):
             out[here] = given
+        elif method == "sdmgrad":
+            out[here] = at_first
     return out.to(gram.device)
 
 
@@ -223,6 +232,91 @@ def _upgrad(p: _Problem, reg_eps: float) -> Tensor:
     return torch.stack(rows).sum(0)
 
 
+def _krum(p: _Problem, byzantine: float, selected: float, squared: float) -> Tensor:
+    n, square = len(p.m), p.m.diagonal()
+    distances = (square[:, None] + square - 2 * p.m).clamp(min=0)
+    distances = distances if squared == 1 else distances.sqrt()
+    others = torch.eye(n) == 0
+    nearest = min(max(n - int(byzantine) - 2, 1), n - 1)
+    scores = torch.stack(
+        [row[other].sort().values[:nearest].sum() for row, other in zip(distances, others, strict=True)]
+    )
+    count = min(int(selected), n)
+    w = torch.zeros_like(scores)
+    w[scores.argsort(stable=True)[:count]] = 1 / count
+    return w
+
+
+def _least_multipliers(c: Tensor, h: Tensor, dependent: float) -> Tensor | None:
+    """The y >= 0 that minimises `y . C y / 2 - h . y`; None: it falls without end.
+
+    Goldfarb and Idnani 1983: the constraint `C y >= h` that is violated most is brought to equality, while the active
+    ones stay at it; one whose y comes to zero on the way is let go.
+    """
+    y, active = torch.zeros_like(h), []
+    for _ in range(20 * len(h) + 20):
+        violation = h - c @ y
+        violation[active] = -torch.inf
+        if not len(h) or violation.max() <= 1e-12 * (h.abs().max() + y.sum()):
+            break
+        entering = int(violation.argmax())
+        while entering not in active:
+            rates = torch.linalg.solve(c[active][:, active], c[active, entering])
+            across = (c[entering, entering] - c[entering, active] @ rates).item()
+            left = (h - c @ y)[entering].item()
+            whole = left / across if across > dependent else torch.inf
+            steps = torch.where(rates > 0, y[active] / torch.where(rates > 0, rates, 1.0), torch.inf)
+            step = min([whole, *steps.tolist()])
+            if step == torch.inf:
+                return None
+            y[active] = (y[active] - step * rates).clamp(min=0)
+            y[entering] += step
+            if step == whole:
+                active.append(entering)
+            else:
+                y[active.pop(int(steps.argmin()))] = 0.0
+    y[active] = torch.linalg.solve(c[active][:, active], h[active]).clamp(min=0)
+    return y
+
+
+def _pcd(p: _Problem, primary: float, tau: float) -> Tensor:
+    n, w = len(p.m), torch.zeros(len(p.m), dtype=torch.float64)
+    first = (p.tasks == primary).nonzero()[:, 0]
+    if not len(first) or not bool(p.has_gradient[first]):
+        return w
+    others = (p.has_gradient & (p.tasks != primary)).nonzero()[:, 0]
+    c = p.cosines[others][:, others]
+    # in units of the length of the first gradient
+    relative = p.lengths[others] / p.lengths[first]
+    h = tau * p.preferences[others] / p.preferences[first] * relative - p.cosines[others, first]
+    if not bool(h.isfinite().all()):
+        return torch.full_like(w, torch.nan)
+    y = _least_multipliers(c, h, max(n * p.rounding, 1e-9))
+    w[first] = 1.0
+    if y is None:
+        return w
+    square = (1 + 2 * y @ p.cosines[others, first] + y @ c @ y).item()
+    w[others] = y / relative
+    return w / math.sqrt(square) if square > n * p.rounding * (1 + y.sum().item()) ** 2 else 0 * w
+
+
+def _on_simplex(v: Tensor) -> Tensor:
+    """The nearest point of the simplex."""
+    falling = v.sort(descending=True).values
+    excess = (falling.cumsum(0) - 1) / torch.arange(1, len(v) + 1)
+    return (v - excess[falling > excess][-1]).clamp(min=0)
+
+
+def _sdmgrad(p: _Problem, lr: float, momentum: float, steps: float, lambda_: float) -> Tensor:
+    m = p.m / p.m.diagonal().clamp(min=0).sqrt().mean() ** 2
+    wanted = lambda_ * p.preferences / p.preferences.sum()
+    w, moving = _on_simplex(p.start), torch.zeros_like(p.start)
+    for _ in range(int(steps)):
+        moving = momentum * moving + m @ (w + wanted)
+        w = _on_simplex(w - lr * moving)
+    return w
+
+
 _METHODS: dict[str, Callable[..., Tensor]] = {
     "mgda": _mgda,
     "cagrad": _cagrad,
@@ -233,4 +327,7 @@ _METHODS: dict[str, Callable[..., Tensor]] = {
     "alignedmtl": _alignedmtl,
     "upgrad": _upgrad,
     "dualproj": _dualproj,
+    "krum": _krum,
+    "pcd": _pcd,
+    "sdmgrad": _sdmgrad,
 }
