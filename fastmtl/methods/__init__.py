@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastmtl.methods.alignedmtl import AlignedMTL
-from fastmtl.methods.base import Method, Weighting, weights_of
+from fastmtl.methods.base import Method, Seen, Weighting, check_needs, needs_of, weights_of
 from fastmtl.methods.cagrad import CAGrad
 from fastmtl.methods.config import ConFIG
 from fastmtl.methods.dualproj import DualProj
@@ -75,9 +75,12 @@ __all__ = [
     "NashMTL",
     "PCGrad",
     "RandomWeights",
+    "Seen",
     "Sum",
     "UPGrad",
     "Weighting",
+    "check_needs",
     "get",
+    "needs_of",
     "weights_of",
 ]

@@ -11,6 +11,10 @@ from fastmtl.ops.gradients import reference
 from fastmtl.ops.gradients.method_weights import OPTIONS
 
 
+def weights_of(method: methods.Weighting, gram: Tensor, present: list[bool]) -> Tensor:
+    return methods.weights_of(method, gram, methods.Seen([str(t) for t in range(len(gram))], present))
+
+
 def is_method(kind: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, methods.Method) and kind is not methods.Method
 
@@ -190,28 +194,28 @@ def test_solve_gives_a_callable_the_gram_of_the_present_tasks():
         seen.append(m)
         return m.diagonal() + 1
 
-    assert methods.weights_of(method, gram, [True] * 4).tolist() == [1, 6, 11, 16]
+    assert weights_of(method, gram, [True] * 4).tolist() == [1, 6, 11, 16]
     assert seen.pop() is gram
-    assert methods.weights_of(method, gram, [True, False, False, True]).tolist() == [1, 0, 0, 16]
+    assert weights_of(method, gram, [True, False, False, True]).tolist() == [1, 0, 0, 16]
     assert seen.pop().tolist() == [[0, 3], [12, 15]]
 
 
 def test_solve_checks_what_a_method_returns():
     gram, every = torch.eye(3), [True] * 3
     with pytest.raises(TypeError, match="expected a tensor of 3 weights, got list"):
-        methods.weights_of(lambda m: [1.0, 1.0, 1.0], gram, every)
+        weights_of(lambda m: [1.0, 1.0, 1.0], gram, every)
     with pytest.raises(TypeError, match="int64"):
-        methods.weights_of(lambda m: torch.ones(3, dtype=torch.int64), gram, every)
+        weights_of(lambda m: torch.ones(3, dtype=torch.int64), gram, every)
     with pytest.raises(ValueError, match=r"3 weights.*\[2\]"):
-        methods.weights_of(lambda m: torch.ones(2), gram, every)
+        weights_of(lambda m: torch.ones(2), gram, every)
     with pytest.raises(ValueError, match=r"2 weights.*\[3\]"):
-        methods.weights_of(lambda m: torch.ones(3), gram, [True, False, True])
+        weights_of(lambda m: torch.ones(3), gram, [True, False, True])
     with pytest.raises(ValueError, match=r"\[3, 1\]"):
-        methods.weights_of(lambda m: torch.ones(3, 1), gram, every)
+        weights_of(lambda m: torch.ones(3, 1), gram, every)
     with pytest.raises(ValueError, match="meta"):
-        methods.weights_of(lambda m: torch.ones(3, device="meta"), gram, every)
+        weights_of(lambda m: torch.ones(3, device="meta"), gram, every)
     with pytest.raises(ValueError, match="at least one task"):
-        methods.weights_of("sum", gram, [False] * 3)
+        weights_of("sum", gram, [False] * 3)
 
 
 def test_a_method_of_ones_own():
@@ -221,5 +225,5 @@ def test_a_method_of_ones_own():
 
     g = conflicting()
     torch.testing.assert_close(Inverse()(g), (g / ops.gram(g).diagonal()[:, None]).sum(0))
-    w = methods.weights_of(Inverse(), ops.gram(g), [True, False, True, True])
+    w = weights_of(Inverse(), ops.gram(g), [True, False, True, True])
     assert w[1] == 0 and torch.equal(w[0], 1 / ops.gram(g)[0, 0])
