@@ -20,7 +20,7 @@ struct MethodArguments {
 // method: a `solvers::Kind`. The tensors must outlive what is returned.
 inline MethodArguments read_method(const Tensor& gram, int64_t method, const std::vector<double>& options,
                                    double rounding, const std::optional<Tensor>& present,
-                                   const std::optional<Tensor>& preferences, const std::optional<Tensor>& start,
+                                   const std::optional<Tensor>& preferences, const std::optional<Tensor>& per_task,
                                    Tensor& out) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.size(0) >= 1 && gram.size(0) <= kMaxTasks &&
@@ -36,9 +36,9 @@ inline MethodArguments read_method(const Tensor& gram, int64_t method, const std
   STD_TORCH_CHECK(!preferences.has_value() || (preferences->numel() == T && dtype_of(*preferences) == DType::f64 &&
                                                preferences->is_contiguous()),
                   "fastmtl: the preferences must be a contiguous [T] float64 tensor");
-  STD_TORCH_CHECK(
-      !start.has_value() || (start->numel() == T && dtype_of(*start) == DType::f64 && start->is_contiguous()),
-      "fastmtl: the weights to start from must be a contiguous [T] float64 tensor");
+  STD_TORCH_CHECK(!per_task.has_value() ||
+                      (per_task->numel() == T && dtype_of(*per_task) == DType::f64 && per_task->is_contiguous()),
+                  "fastmtl: the numbers by task must be a contiguous [T] float64 tensor");
   STD_TORCH_CHECK(out.numel() == T && dtype_of(out) == DType::f64 && out.is_contiguous(),
                   "fastmtl: the weights must be a contiguous [T] float64 tensor");
   MethodArguments read{{static_cast<solvers::Kind>(method), {}, rounding},
@@ -50,7 +50,7 @@ inline MethodArguments read_method(const Tensor& gram, int64_t method, const std
   for (size_t k = 0; k < options.size(); ++k) read.request.options[k] = options[k];
   if (present.has_value()) read.present = static_cast<const uint8_t*>(present->const_data_ptr());
   if (preferences.has_value()) read.preferences = static_cast<const double*>(preferences->const_data_ptr());
-  if (start.has_value()) read.request.start = static_cast<const double*>(start->const_data_ptr());
+  if (per_task.has_value()) read.request.per_task = static_cast<const double*>(per_task->const_data_ptr());
   return read;
 }
 

@@ -8,13 +8,16 @@ from fastmtl.methods.cagrad import CAGrad
 from fastmtl.methods.config import ConFIG
 from fastmtl.methods.dualproj import DualProj
 from fastmtl.methods.fairgrad import FairGrad
+from fastmtl.methods.gradvac import GradVac
 from fastmtl.methods.imtlg import IMTLG
 from fastmtl.methods.krum import Krum
 from fastmtl.methods.mean import Mean
 from fastmtl.methods.mgda import MGDA
 from fastmtl.methods.nashmtl import NashMTL
+from fastmtl.methods.pcd import PCD
 from fastmtl.methods.pcgrad import PCGrad
 from fastmtl.methods.random_weights import RandomWeights
+from fastmtl.methods.sdmgrad import SDMGrad
 from fastmtl.methods.sum import Sum
 from fastmtl.methods.upgrad import UPGrad
 
@@ -33,6 +36,9 @@ _CLASSES: tuple[type[Method], ...] = (
     UPGrad,
     DualProj,
     Krum,
+    GradVac,
+    PCD,
+    SDMGrad,
 )
 _METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in _CLASSES}
 
@@ -64,17 +70,20 @@ def get(method: str | Weighting) -> Weighting:
 __all__ = [
     "IMTLG",
     "MGDA",
+    "PCD",
     "AlignedMTL",
     "CAGrad",
     "ConFIG",
     "DualProj",
     "FairGrad",
+    "GradVac",
     "Krum",
     "Mean",
     "Method",
     "NashMTL",
     "PCGrad",
     "RandomWeights",
+    "SDMGrad",
     "Seen",
     "Sum",
     "UPGrad",

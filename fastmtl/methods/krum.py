@@ -23,7 +23,8 @@ class Krum(GramMethod):
 
     Raises:
         TypeError: `byzantine` or `selected` is no integer.
-        ValueError: a number below those above; (when called) fewer than byzantine + 3 tasks, or fewer than selected.
+        ValueError: a number below those above; (when called) fewer tasks than selected, or than byzantine + 3 with a
+            positive byzantine.
 
     Source: Blanchard, El Mhamdi, Guerraoui, Stainer 2017, *Machine Learning with Adversaries: Byzantine Tolerant
     Gradient Descent*: the Krum function, and Multi-Krum.
@@ -43,7 +44,7 @@ class Krum(GramMethod):
         super().__init__(self.byzantine, self.selected, self.squared)
 
     def weights(self, gram: Tensor, *, present: Tensor | None = None) -> Tensor:
-        least = max(self.byzantine + 3, self.selected)
+        least = max(self.byzantine + 3 if self.byzantine > 0 else 1, self.selected)
         if isinstance(gram, Tensor) and gram.dim() == 2 and gram.shape[0] < least:
             raise ValueError(f"gram: {self!r} needs at least {least} tasks, got {gram.shape[0]}")
         return super().weights(gram, present=present)

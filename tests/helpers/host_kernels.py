@@ -461,7 +461,7 @@ def method_weights(
     rounding: float = torch.finfo(torch.float64).eps,
     present: Tensor | None = None,
     preferences: Tensor | None = None,
-    start: Tensor | None = None,
+    per_task: Tensor | None = None,
     schedule: int = FORWARD,
 ) -> Tensor:
     """The weights `[T]` of a method, by its number, of a float64 Gram matrix."""
@@ -473,7 +473,7 @@ def method_weights(
         _int64(method),
         given,
         ctypes.c_double(rounding),
-        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (present, preferences, start, w.tensor)),
+        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (present, preferences, per_task, w.tensor)),
         ctypes.c_uint64(schedule),
     )
     _checked(status)

@@ -227,14 +227,14 @@ int host_gradvac(const double* gram, int64_t num_tasks, const int64_t* order, in
 
 // present and preferences: [T] or null; workspace for more tasks than shared memory holds
 int host_method_weights(const double* gram, int64_t num_tasks, int64_t method, const double* options, double rounding,
-                        const uint8_t* present, const double* preferences, const double* start, double* out,
+                        const uint8_t* present, const double* preferences, const double* per_task, double* out,
                         uint64_t schedule) {
   return guarded([&] {
     cuda_on_host::schedule = schedule;
     const int T = static_cast<int>(num_tasks);
     Guarded memory(8 * solvers::scratch_size(T), 0xFF);
     const solvers::Request request{
-        static_cast<solvers::Kind>(method), {options[0], options[1], options[2], options[3]}, rounding, start};
+        static_cast<solvers::Kind>(method), {options[0], options[1], options[2], options[3]}, rounding, per_task};
     double* scratch = T > kMostSharedTasks ? memory.as<double>() : nullptr;
     launch_method_weights({request, gram, T, present, preferences, scratch, out}, nullptr);
     memory.check("the workspace");

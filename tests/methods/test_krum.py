@@ -103,6 +103,7 @@ def test_bad_arguments() -> None:
         methods.Krum(1.0)
     with pytest.raises(ValueError, match=r"gram: Krum\(byzantine=2, .*\) needs at least 5 tasks, got 4"):
         methods.Krum(2).weights(torch.eye(4))
+    assert methods.Krum().weights(torch.eye(2)).tolist() == [1.0, 0.0]
     with pytest.raises(ValueError, match="needs at least 6 tasks, got 4"):
         methods.Krum(0, 6).weights(torch.eye(4))
     with pytest.raises(ValueError, match="krum takes 3 numbers"):

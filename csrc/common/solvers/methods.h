@@ -34,7 +34,7 @@ struct Request {
   Kind kind;
   double options[kMostOptions];
   double rounding;
-  const double* start = nullptr;  // sdmgrad: the weights to start from, [T], or null: equal ones
+  const double* per_task = nullptr;  // [T], or null; pcd: in place of tau; sdmgrad: the weights to start from
 };
 
 constexpr double kEpsilon = 2.220446049250313e-16;  // of float64
@@ -298,11 +298,11 @@ FASTMTL_HOST_DEVICE void dualproj(const Team& team, const Problem& p, double mor
   for (int i = team.rank(); i < p.n; i += team.size()) p.out[i] = p.weights[i] + p.w[i];
 }
 
-// Where a task stands among those that take part; -1: it does not.
+// Where a task stands among those that take part; where it does not: the first place.
 FASTMTL_HOST_DEVICE inline int place_of(const int* tasks, int n, double task) {
   for (int i = 0; i < n; ++i)
     if (tasks[i] == task) return i;
-  return -1;
+  return 0;
 }
 
 // gram: [T, T]. present: a flag per task, or null: all. weights: of the user, [T], or null: 1 / n each, of the n tasks
@@ -356,11 +356,13 @@ FASTMTL_HOST_DEVICE void solve(const Team& team, const Request& request, const d
   for (int i = team.rank(); i < p.n; i += team.size()) {
     p.weights[i] = given ? weights[tasks[i]] : share;
     p.out[i] = keeps_weights ? p.weights[i] : 0.0;  // where all gradients are zero
-    if (request.kind == Kind::sdmgrad) p.out[i] = request.start != nullptr ? request.start[tasks[i]] : 1.0 / p.n;
+    const double* per_task = request.per_task;
+    if (request.kind == Kind::sdmgrad) p.out[i] = per_task != nullptr ? per_task[tasks[i]] : 1.0 / p.n;
+    if (request.kind == Kind::pcd) p.t[i] = per_task != nullptr ? per_task[tasks[i]] : request.options[1];
   }
   for (int t = team.rank(); t < T; t += team.size()) out[t] = 0.0;
   team.sync();
-  if (finite && scale > 0) {
+  if (finite && (scale > 0 || (request.kind == Kind::sdmgrad && p.n > 0))) {
     switch (request.kind) {
       case Kind::mgda: mgda(team, p); break;
       case Kind::cagrad: cagrad(team, p, request.options[0], request.rounding); break;
@@ -372,9 +374,7 @@ FASTMTL_HOST_DEVICE void solve(const Team& team, const Request& request, const d
       case Kind::upgrad: upgrad(team, p, request.options[0]); break;
       case Kind::dualproj: dualproj(team, p, request.options[0]); break;
       case Kind::krum: krum(team, p, request.options[0], request.options[1], request.options[2] != 0); break;
-      case Kind::pcd:
-        pcd(team, p, place_of(tasks, p.n, request.options[0]), request.options[1], request.rounding);
-        break;
+      case Kind::pcd: pcd(team, p, place_of(tasks, p.n, request.options[0]), request.rounding); break;
       case Kind::sdmgrad:
         sdmgrad(team, p, request.options[0], request.options[1], static_cast<int>(request.options[2]),
                 request.options[3]);

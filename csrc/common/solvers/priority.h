@@ -106,13 +106,13 @@ FASTMTL_HOST_DEVICE bool least_multipliers(const Team& team, Matrix c, const dou
   return true;
 }
 
-// first: the task whose gradient the update follows, or -1. p.weights: the scale s_i of each gradient. The update is
-// d |g_1| / |d|, with the d nearest to g_1 among those with `g_j . d >= tau (s_j / s_1) |g_j|^2` for all others j, in
-// units of g_1's length. Where there is no such d it is g_1.
+// first: the task whose gradient g_1 the update follows. p.weights: the scale s_i of each gradient. p.t: tau_i of each.
+// The update is d |g_1| / |d|, with the d nearest to g_1 among those with `g_j . d >= tau_j (s_j / s_1) |g_j|^2` for
+// all others j. Where there is no such d it is g_1.
 template <class Team, class Problem>
-FASTMTL_HOST_DEVICE void pcd(const Team& team, const Problem& p, int first, double tau, double rounding) {
+FASTMTL_HOST_DEVICE void pcd(const Team& team, const Problem& p, int first, double rounding) {
   const int n = p.n;
-  if (first < 0 || !(p.m[first][first] > 0)) return;
+  if (!(p.m[first][first] > 0)) return;
   for (int i = team.rank(); i < n; i += team.size()) p.u[i] = p.m[i][i] > 0 ? std::sqrt(p.m[i][i]) : 0.0;
   team.sync();
   for_each_entry(team, n, [&](int i, int k) {
@@ -120,7 +120,7 @@ FASTMTL_HOST_DEVICE void pcd(const Team& team, const Problem& p, int first, doub
   });
   for (int i = team.rank(); i < n; i += team.size()) {
     const bool is_one = i != first && p.u[i] > 0;
-    const double least = tau * (p.weights[i] / p.weights[first]) * (p.u[i] / p.u[first]);
+    const double least = p.t[i] * (p.weights[i] / p.weights[first]) * (p.u[i] / p.u[first]);
     p.z[i] = is_one ? least - p.m[i][first] / p.u[i] / p.u[first] : 0.0;
     p.first[i] = is_one ? kFree : kNever;
   }

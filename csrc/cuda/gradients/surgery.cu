@@ -192,11 +192,11 @@ void gradvac_op(Tensor gram, Tensor order, Tensor targets, double beta, bool alw
 
 void method_weights_op(Tensor gram, int64_t method, const std::vector<double>& options, double rounding,
                        const std::optional<Tensor>& present, const std::optional<Tensor>& preferences,
-                       const std::optional<Tensor>& start, Tensor out) {
+                       const std::optional<Tensor>& per_task, Tensor out) {
   const int device = gram.get_device_index();
-  check_devices({gram, out, present.value_or(gram), preferences.value_or(gram), start.value_or(gram)}, device,
+  check_devices({gram, out, present.value_or(gram), preferences.value_or(gram), per_task.value_or(gram)}, device,
                 "all that the solver reads");
-  const MethodArguments read = read_method(gram, method, options, rounding, present, preferences, start, out);
+  const MethodArguments read = read_method(gram, method, options, rounding, present, preferences, per_task, out);
   const torch::stable::accelerator::DeviceGuard guard(device);
   MethodParams p{read.request, read.gram, read.num_tasks, read.present, read.preferences, nullptr, read.out};
   std::optional<Tensor> memory;

@@ -18,7 +18,7 @@ from fastmtl.ops.gradients.pcgrad import check_gram
 # method: the number of a solver in csrc/common/solvers/methods.h. rounding: the relative error of an entry of `gram`.
 _kernel = define_kernel(
     "_method_weights(Tensor gram, int method, float[] options, float rounding, Tensor? present, Tensor? preferences, "
-    "Tensor? start, Tensor(a!) out) -> ()"
+    "Tensor? per_task, Tensor(a!) out) -> ()"
 )
 
 
@@ -68,7 +68,7 @@ OPTIONS: dict[str, tuple[_Option, ...]] = {
 }
 _NUMBERS = {name: k for k, name in enumerate(OPTIONS)}
 WITH_PREFERENCES = ("config", "alignedmtl", "upgrad", "dualproj", "pcd", "sdmgrad")
-WITH_START = ("sdmgrad",)
+WITH_PER_TASK = ("pcd", "sdmgrad")
 
 
 def method_weights(
@@ -78,7 +78,7 @@ def method_weights(
     *,
     present: Tensor | None = None,
     preferences: Tensor | None = None,
-    start: Tensor | None = None,
+    per_task: Tensor | None = None,
 ) -> Tensor:
     """The weights that a method gives to T tasks, from the Gram matrix of their gradients alone.
 
@@ -98,7 +98,8 @@ def method_weights(
         preferences: `[T]` floating point, on the device of `gram`: what each task counts, for config, alignedmtl,
             upgrad, dualproj and sdmgrad; for pcd the scale of each gradient. None: 1/n for each of the n present tasks
             (alignedmtl with reduction 1: 1).
-        start: `[T]` floating point, on the device of `gram`: the weights that sdmgrad starts from. None: 1/n each.
+        per_task: `[T]` floating point, on the device of `gram`: for pcd tau by task, in place of the option; for
+            sdmgrad the weights that it starts from (None: 1/n each).
 
     Returns:
         `[T]` float64, on the device of `gram`. Where an entry of a present task is not finite, the weights of all
@@ -106,8 +107,8 @@ def method_weights(
 
     Raises:
         TypeError: dtypes other than the above.
-        ValueError: an unknown method, options, preferences or a start that it does not take, shapes or devices that
-            do not agree.
+        ValueError: an unknown method, options, preferences or numbers by task that it does not take, shapes or devices
+            that do not agree.
 
     Not differentiable: the weights are constants to autograd. Source: each method's class in `fastmtl.methods`.
 
@@ -116,8 +117,8 @@ def method_weights(
         >>> method_weights(m, "mgda")
         tensor([0.2000, 0.8000], dtype=torch.float64)
     """
-    _check(gram, method, options, present, preferences, start)
-    return method_weights_op(gram.detach(), method, options, present, preferences, start)
+    _check(gram, method, options, present, preferences, per_task)
+    return method_weights_op(gram.detach(), method, options, present, preferences, per_task)
 
 
 def check_method(method: str, options: Sequence[float], has_preferences: bool) -> None:
@@ -141,15 +142,15 @@ def _check(
     options: Sequence[float],
     present: Tensor | None,
     preferences: Tensor | None,
-    start: Tensor | None,
+    per_task: Tensor | None,
 ) -> None:
     check_gram(gram)
     check_method(method, options, preferences is not None)
-    if start is not None and method not in WITH_START:
-        raise ValueError(f"start: {method} takes none; {', '.join(WITH_START)} does")
+    if per_task is not None and method not in WITH_PER_TASK:
+        raise ValueError(f"per_task: {method} takes none; {', '.join(WITH_PER_TASK)} do")
     if present is not None:
         check_present(present, gram)
-    for name, vector in (("preferences", preferences), ("start", start)):
+    for name, vector in (("preferences", preferences), ("per_task", per_task)):
         if vector is None:
             continue
         if not isinstance(vector, Tensor):
@@ -168,7 +169,7 @@ def _compiled(
     options: Sequence[float],
     present: Tensor | None,
     preferences: Tensor | None,
-    start: Tensor | None,
+    per_task: Tensor | None,
 ) -> Tensor:
     out = torch.empty(gram.shape[:1], dtype=torch.float64, device=gram.device)
     _kernel(
@@ -178,7 +179,7 @@ def _compiled(
         torch.finfo(gram.dtype).eps,
         None if present is None else present.contiguous(),
         None if preferences is None else preferences.to(torch.float64).contiguous(),
-        None if start is None else start.to(torch.float64).contiguous(),
+        None if per_task is None else per_task.to(torch.float64).contiguous(),
         out,
     )
     return out
@@ -193,11 +194,11 @@ def _method_weights(
     options: Sequence[float],
     present: Tensor | None = None,
     preferences: Tensor | None = None,
-    start: Tensor | None = None,
+    per_task: Tensor | None = None,
 ) -> Tensor:
-    _check(gram, method, options, present, preferences, start)
+    _check(gram, method, options, present, preferences, per_task)
     implementation = choose("method_weights", gram.device.type, _IMPLEMENTATIONS)
-    return implementation(gram, method, options, present, preferences, start)
+    return implementation(gram, method, options, present, preferences, per_task)
 
 
 def _method_weights_fake(
@@ -206,15 +207,15 @@ def _method_weights_fake(
     options: Sequence[float],
     present: Tensor | None = None,
     preferences: Tensor | None = None,
-    start: Tensor | None = None,
+    per_task: Tensor | None = None,
 ) -> Tensor:
-    _check(gram, method, options, present, preferences, start)
+    _check(gram, method, options, present, preferences, per_task)
     return gram.new_empty(gram.shape[:1], dtype=torch.float64)
 
 
 method_weights_op = define_op(
     "method_weights(Tensor gram, str method, float[] options, Tensor? present=None, Tensor? preferences=None, "
-    "Tensor? start=None) -> Tensor",
+    "Tensor? per_task=None) -> Tensor",
     _method_weights,
     _method_weights_fake,
 )

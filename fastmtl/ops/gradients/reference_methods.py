@@ -14,13 +14,13 @@ EPS = torch.finfo(torch.float64).eps
 
 class _Problem(NamedTuple):
     """n present tasks: their Gram matrix over its largest entry of the diagonal, `scale`; its rounding; preferences;
-    weights to start from; what numbers the tasks have among all."""
+    numbers by task, if any; which tasks they are of all."""
 
     m: Tensor
     scale: float
     rounding: float
     preferences: Tensor
-    start: Tensor
+    per_task: Tensor | None
     tasks: Tensor
 
     @property
@@ -46,7 +46,7 @@ def method_weights(
     options: Sequence[float],
     present: Tensor | None = None,
     preferences: Tensor | None = None,
-    start: Tensor | None = None,
+    per_task: Tensor | None = None,
 ) -> Tensor:
     """The weights `[T]` float64 of a method, 0 for absent tasks: see `fastmtl.ops.method_weights`."""
     here = torch.arange(gram.shape[0]) if present is None else present.cpu().nonzero()[:, 0]
@@ -60,17 +60,14 @@ def method_weights(
         given = torch.full((n,), share, dtype=torch.float64)
         if preferences is not None:
             given = preferences.detach().cpu().to(torch.float64)[here]
-        at_first = torch.full((n,), 1.0 / n, dtype=torch.float64)
-        if start is not None:
-            at_first = start.detach().cpu().to(torch.float64)[here]
+        numbers = None if per_task is None else per_task.detach().cpu().to(torch.float64)[here]
         scale = m.diagonal().max().item()
-        if scale > 0:
-            problem = _Problem(m / scale, scale, torch.finfo(gram.dtype).eps, given, at_first, here)
+        if scale > 0 or method == "sdmgrad":
+            scaled = m / (scale if scale > 0 else 1.0)
+            problem = _Problem(scaled, scale, torch.finfo(gram.dtype).eps, given, numbers, here)
             out[here] = _METHODS[method](problem, *options)
         elif method in ("mgda", "cagrad", "upgrad", "dualproj"):
             out[here] = given
-        elif method == "sdmgrad":
-            out[here] = at_first
     return out.to(gram.device)
 
 
@@ -281,14 +278,15 @@ def _least_multipliers(c: Tensor, h: Tensor, dependent: float) -> Tensor | None:
 
 def _pcd(p: _Problem, primary: float, tau: float) -> Tensor:
     n, w = len(p.m), torch.zeros(len(p.m), dtype=torch.float64)
-    first = (p.tasks == primary).nonzero()[:, 0]
-    if not len(first) or not bool(p.has_gradient[first]):
+    first = int((p.tasks == primary).to(torch.int64).argmax())  # the first place, if it is absent
+    if not bool(p.has_gradient[first]):
         return w
-    others = (p.has_gradient & (p.tasks != primary)).nonzero()[:, 0]
+    others = (p.has_gradient & (torch.arange(n) != first)).nonzero()[:, 0]
     c = p.cosines[others][:, others]
     # in units of the length of the first gradient
     relative = p.lengths[others] / p.lengths[first]
-    h = tau * p.preferences[others] / p.preferences[first] * relative - p.cosines[others, first]
+    taus = torch.full_like(relative, tau) if p.per_task is None else p.per_task[others]
+    h = taus * p.preferences[others] / p.preferences[first] * relative - p.cosines[others, first]
     if not bool(h.isfinite().all()):
         return torch.full_like(w, torch.nan)
     y = _least_multipliers(c, h, max(n * p.rounding, 1e-9))
@@ -302,16 +300,19 @@ def _pcd(p: _Problem, primary: float, tau: float) -> Tensor:
 
 def _on_simplex(v: Tensor) -> Tensor:
     """The nearest point of the simplex."""
+    v = v - v.max()
     falling = v.sort(descending=True).values
     excess = (falling.cumsum(0) - 1) / torch.arange(1, len(v) + 1)
     return (v - excess[falling > excess][-1]).clamp(min=0)
 
 
 def _sdmgrad(p: _Problem, lr: float, momentum: float, steps: float, lambda_: float) -> Tensor:
-    m = p.m / p.m.diagonal().clamp(min=0).sqrt().mean() ** 2
+    size = p.m.diagonal().clamp(min=0).sqrt().mean()
+    m = p.m / size**2
     wanted = lambda_ * p.preferences / p.preferences.sum()
-    w, moving = _on_simplex(p.start), torch.zeros_like(p.start)
-    for _ in range(int(steps)):
+    start = torch.full_like(wanted, 1 / len(m)) if p.per_task is None else p.per_task
+    w, moving = _on_simplex(start), torch.zeros_like(start)
+    for _ in range(int(steps) if size > 0 else 0):
         moving = momentum * moving + m @ (w + wanted)
         w = _on_simplex(w - lr * moving)
     return w
