@@ -13,17 +13,18 @@ FASTMTL_HOST_DEVICE void project_on_simplex(const Team& team, double* x, int n) 
   team.sync();
   double largest = -INFINITY, least = -INFINITY;
   for (int i = 0; i < n; ++i) largest = std::fmax(largest, x[i]);
-  for (int count = n + 1, left = n; left < count && left > 0;) {
-    count = left;
-    left = 0;
+  for (int count = n + 1;;) {
     double sum = -1.0;
+    int left = 0;
     for (int i = 0; i < n; ++i) {
       const double below = x[i] - largest;
       if (!(below > least)) continue;
       sum += below;
       left += 1;
     }
-    least = left > 0 ? sum / left : least;
+    if (left == count || left == 0) break;
+    count = left;
+    least = sum / left;
   }
   team.sync();
   for (int i = team.rank(); i < n; i += team.size()) x[i] = std::fmax(x[i] - largest - least, 0.0);
