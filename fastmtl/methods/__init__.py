@@ -6,6 +6,7 @@ from fastmtl.methods.alignedmtl import AlignedMTL
 from fastmtl.methods.base import Method, Seen, Weighting, check_needs, needs_of, weights_of
 from fastmtl.methods.cagrad import CAGrad
 from fastmtl.methods.config import ConFIG
+from fastmtl.methods.crmogm import CRMOGM
 from fastmtl.methods.dualproj import DualProj
 from fastmtl.methods.fairgrad import FairGrad
 from fastmtl.methods.gradvac import GradVac
@@ -13,7 +14,9 @@ from fastmtl.methods.imtlg import IMTLG
 from fastmtl.methods.krum import Krum
 from fastmtl.methods.mean import Mean
 from fastmtl.methods.mgda import MGDA
+from fastmtl.methods.modo import MoDo
 from fastmtl.methods.nashmtl import NashMTL
+from fastmtl.methods.paretomtl import ParetoMTL
 from fastmtl.methods.pcd import PCD
 from fastmtl.methods.pcgrad import PCGrad
 from fastmtl.methods.random_weights import RandomWeights
@@ -39,7 +42,10 @@ _CLASSES: tuple[type[Method], ...] = (
     GradVac,
     PCD,
     SDMGrad,
+    MoDo,
 )
+# those that can't be made without arguments
+_WITH_ARGUMENTS: tuple[type[Method], ...] = (CRMOGM, ParetoMTL)
 _METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in _CLASSES}
 
 
@@ -49,7 +55,7 @@ def get(method: str | Weighting) -> Weighting:
     Names are the classes' in lower case; other cases are accepted.
 
     Raises:
-        ValueError: no method has that name.
+        ValueError: no method has that name, or one that can't be made without arguments.
         TypeError: neither a name, nor a `Method`, nor a callable `[T, T] -> [T]`.
 
     Example:
@@ -57,6 +63,9 @@ def get(method: str | Weighting) -> Weighting:
         PCGrad('sum')
     """
     if isinstance(method, str):
+        for kind in _WITH_ARGUMENTS:
+            if method.lower() == kind.__name__.lower():
+                raise ValueError(f"method: {kind.__name__} takes arguments: pass an instance, {kind.__name__}(...)")
         if method.lower() not in _METHODS:
             raise ValueError(f"method: expected one of {', '.join(sorted(_METHODS))}, got {method!r}")
         return _METHODS[method.lower()]()
@@ -68,6 +77,7 @@ def get(method: str | Weighting) -> Weighting:
 
 
 __all__ = [
+    "CRMOGM",
     "IMTLG",
     "MGDA",
     "PCD",
@@ -80,8 +90,10 @@ __all__ = [
     "Krum",
     "Mean",
     "Method",
+    "MoDo",
     "NashMTL",
     "PCGrad",
+    "ParetoMTL",
     "RandomWeights",
     "SDMGrad",
     "Seen",

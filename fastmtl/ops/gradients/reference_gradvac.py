@@ -21,7 +21,8 @@ def gradvac_coefficients(
     lengths = m.diagonal().sqrt()
     rows = torch.arange(num_tasks, device=m.device)
     c = torch.eye(num_tasks, dtype=torch.float64, device=m.device)
-    h = targets.to(torch.float64).clone()
+    before = targets.to(torch.float64).contiguous()
+    h = before.clone()
     norm, total = lengths.clone(), lengths.clone()  # of each row's gradient; of all that it is a sum of
     bad = torch.zeros(num_tasks, dtype=torch.bool, device=m.device)
     for step in range(order.shape[1]):
@@ -48,7 +49,7 @@ def gradvac_coefficients(
         moves = meets if update == "always" else turns
         h[rows, j] = torch.where(moves, target + beta * (cosine - target), target)
     c = torch.where(bad[:, None], torch.full_like(c, torch.nan), c)
-    return c, torch.where(bad[:, None], targets.to(torch.float64), h)
+    return c, torch.where(bad[:, None], before, h)
 
 
 def gradvac_loop(grads: Tensor, order: Tensor, targets: Tensor, beta: float) -> tuple[Tensor, Tensor]:
