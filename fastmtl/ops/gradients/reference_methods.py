@@ -251,20 +251,26 @@ def _least_multipliers(c: Tensor, h: Tensor, dependent: float) -> Tensor | None:
     ones stay at it; one whose y comes to zero on the way is let go.
     """
     y, active = torch.zeros_like(h), []
+
+    def across(i: int) -> tuple[float, Tensor]:
+        """The squared part of vector i across the active ones, and how it is made of these."""
+        rates = torch.linalg.solve(c[active][:, active], c[active, i])
+        return (c[i, i] - c[i, active] @ rates).item(), rates
+
     for _ in range(20 * len(h) + 20):
-        violation = h - c @ y
-        violation[active] = -torch.inf
-        if not len(h) or violation.max() <= 1e-12 * (h.abs().max() + y.sum()):
+        violation, size = h - c @ y, (h.abs().amax() + y.sum()).item() if len(h) else 0.0
+        found = [(-violation[i].item(), i) for i in range(len(h)) if i not in active and violation[i] > 1e-12 * size]
+        found = [(v, i) for v, i in found if -v > dependent * size or across(i)[0] > dependent]
+        if not found:
             break
-        entering = int(violation.argmax())
+        entering = min(found)[1]
         while entering not in active:
-            rates = torch.linalg.solve(c[active][:, active], c[active, entering])
-            across = (c[entering, entering] - c[entering, active] @ rates).item()
+            part, rates = across(entering)
             left = (h - c @ y)[entering].item()
-            whole = left / across if across > dependent else torch.inf
+            whole = left / part if part > 0 else torch.inf
             steps = torch.where(rates > 0, y[active] / torch.where(rates > 0, rates, 1.0), torch.inf)
             step = min([whole, *steps.tolist()])
-            if step == torch.inf:
+            if step == whole and part <= dependent:
                 return None
             y[active] = (y[active] - step * rates).clamp(min=0)
             y[entering] += step
