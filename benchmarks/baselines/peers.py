@@ -104,6 +104,10 @@ _WEIGHTINGS: dict[str, tuple[str, dict[str, float]]] = {
     "alignedmtl": ("AlignedMTLWeighting", {}),
     "upgrad": ("UPGradWeighting", {}),
     "dualproj": ("DualProjWeighting", {}),
+    "krum": ("KrumWeighting", {"n_byzantine": 0, "n_selected": 1}),
+    "pcd": ("PCDWeighting", {"tau": 0.02}),
+    "sdmgrad": ("SDMGradWeighting", {}),
+    "gradvac": ("GradVacWeighting", {"beta": 0.01}),
 }
 
 
@@ -116,6 +120,8 @@ def weights_candidate(method: str) -> Candidate:
         weighting = getattr(importlib.import_module("torchjd.aggregation"), name)(**arguments)
     except ImportError:
         return candidate("torchjd", lambda gram: None, name, only_if="its solver is not installed")
+    except AttributeError:
+        return candidate("torchjd", lambda gram: None, name, only_if="this release has none of that name")
     return candidate("torchjd", weighting, name)
 
 

@@ -1,4 +1,4 @@
-"""Suite `methods`: the weights of each method that needs the Gram matrix alone, over T. Latency: no floor."""
+"""Suite `methods`: the weights of each method that one solver makes of a `[T, T]` matrix, over T. Latency: no floor."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastmtl import methods
+from fastmtl import methods, ops
 from fastmtl.benchmarks.baselines import peers
 from fastmtl.benchmarks.runner.registry import Candidate, Case, Check
 from fastmtl.benchmarks.workloads.gradients import random_bank
 from fastmtl.core.dispatch import use_backend
-from fastmtl.methods.gram_method import GramMethod
 
 TASKS = (2, 8, 64)
 PARAMS = 1000
 # how far the update may be from the oracle's, over its length: two ways of solving what is conditioned as these are
 TOLERANCE = 1e-6
-METHODS: dict[str, Callable[[], GramMethod]] = {
+METHODS: dict[str, Callable[[], methods.Method]] = {
     "mgda": methods.MGDA,
     "cagrad": methods.CAGrad,
     "imtlg": methods.IMTLG,
@@ -29,7 +28,11 @@ METHODS: dict[str, Callable[[], GramMethod]] = {
     "alignedmtl": methods.AlignedMTL,
     "upgrad": methods.UPGrad,
     "dualproj": methods.DualProj,
+    "krum": methods.Krum,
+    "pcd": methods.PCD,
 }
+# those whose classes hand an op what they keep from step to step, too
+OPS = ("gradvac", "sdmgrad")
 
 
 def conflicting_gram(num_tasks: int, device: torch.device) -> Tensor:
@@ -39,17 +42,30 @@ def conflicting_gram(num_tasks: int, device: torch.device) -> Tensor:
     return bank @ bank.mT
 
 
-def _by_reference(method: GramMethod, gram: Tensor) -> Tensor:
-    with use_backend("reference"):
-        return method.weights(gram)
-
-
-def methods_case(name: str, num_tasks: int) -> Case:
-    """A case of the method of that name (a key of `METHODS`)."""
+def _solver(name: str, num_tasks: int, device: torch.device) -> tuple[Callable[[Tensor], Tensor], str]:
+    """What makes weights of a Gram matrix, and that in words."""
+    if name == "sdmgrad":
+        options = [10.0, 0.5, 20.0, 0.3]
+        return lambda m: ops.method_weights(m, "sdmgrad", options), "fastmtl.ops.method_weights: 20 steps"
+    if name == "gradvac":
+        order = ops.random_order(num_tasks, generator=ops.order_state(num_tasks, device=device))
+        targets = torch.full((num_tasks, num_tasks), 0.1, dtype=torch.float64, device=device)
+        return lambda m: ops.gradvac_coefficients(m, order, targets)[0].sum(0), "fastmtl.ops.gradvac_coefficients"
     method = METHODS[name]()
+    return method.weights, f"fastmtl.methods: {method!r}"
+
+
+def _by_reference(weights: Callable[[Tensor], Tensor], gram: Tensor) -> Tensor:
+    with use_backend("reference"):
+        return weights(gram)
+
+
+def methods_case(name: str, num_tasks: int, device: torch.device) -> Case:
+    """A case of the method of that name: a key of `METHODS`, or one of `OPS`."""
+    weights, detail = _solver(name, num_tasks, device)
 
     def check(gram: Tensor, ours: Callable[[Tensor], Tensor]) -> Check:
-        expected = _by_reference(method, gram)
+        expected = _by_reference(weights, gram)
         wrong = ours(gram) - expected
         # as lengths of the updates: weights may be large where gradients cancel
         error = torch.sqrt((wrong @ gram @ wrong).clamp(min=0) / (expected @ gram @ expected))
@@ -59,12 +75,12 @@ def methods_case(name: str, num_tasks: int) -> Case:
         suite="methods",
         name=f"{name} T={num_tasks}",
         op=name,
-        covers=frozenset({"method_weights"}),
+        covers=frozenset({"gradvac_coefficients" if name == "gradvac" else "method_weights"}),
         params={"T": num_tasks, "dtype": "float64"},
         make=partial(conflicting_gram, num_tasks),
         candidates=(
-            Candidate("ours", method.weights, f"fastmtl.methods: {method!r}", "ours"),
-            Candidate("plain", partial(_by_reference, method), "the reference: plain torch"),
+            Candidate("ours", weights, detail, "ours"),
+            Candidate("plain", partial(_by_reference, weights), "the reference: plain torch"),
             peers.weights_candidate(name),
         ),
         check=check,
@@ -74,5 +90,5 @@ def methods_case(name: str, num_tasks: int) -> Case:
 
 def cases(device: torch.device, quick: bool = False) -> list[Case]:
     """The suite; `quick`: 8 tasks."""
-    found = [methods_case(name, num_tasks) for name in METHODS for num_tasks in TASKS]
+    found = [methods_case(name, num_tasks, device) for name in (*METHODS, *OPS) for num_tasks in TASKS]
     return [case for case in found if case.quick or not quick]

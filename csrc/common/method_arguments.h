@@ -20,23 +20,28 @@ struct MethodArguments {
 // method: a `solvers::Kind`. The tensors must outlive what is returned.
 inline MethodArguments read_method(const Tensor& gram, int64_t method, const std::vector<double>& options,
                                    double rounding, const std::optional<Tensor>& present,
-                                   const std::optional<Tensor>& preferences, Tensor& out) {
+                                   const std::optional<Tensor>& preferences, const std::optional<Tensor>& per_task,
+                                   Tensor& out) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.size(0) >= 1 && gram.size(0) <= kMaxTasks &&
                       dtype_of(gram) == DType::f64 && gram.is_contiguous(),
                   "fastmtl: the Gram matrix must be a contiguous [T, T] float64 tensor, T from 1 to 128");
   const int T = static_cast<int>(gram.size(0));
   STD_TORCH_CHECK(method >= 0 && method < solvers::kKinds, "fastmtl: no method has number ", method);
-  STD_TORCH_CHECK(options.size() <= 2, "fastmtl: expected at most 2 options, got ", options.size());
+  STD_TORCH_CHECK(options.size() <= solvers::kMostOptions, "fastmtl: expected at most ", solvers::kMostOptions,
+                  " options, got ", options.size());
   STD_TORCH_CHECK(!present.has_value() ||
                       (present->numel() == T && present->scalar_type() == ScalarType::Bool && present->is_contiguous()),
                   "fastmtl: the flags must be a contiguous [T] bool tensor");
   STD_TORCH_CHECK(!preferences.has_value() || (preferences->numel() == T && dtype_of(*preferences) == DType::f64 &&
                                                preferences->is_contiguous()),
                   "fastmtl: the preferences must be a contiguous [T] float64 tensor");
+  STD_TORCH_CHECK(!per_task.has_value() ||
+                      (per_task->numel() == T && dtype_of(*per_task) == DType::f64 && per_task->is_contiguous()),
+                  "fastmtl: the numbers by task must be a contiguous [T] float64 tensor");
   STD_TORCH_CHECK(out.numel() == T && dtype_of(out) == DType::f64 && out.is_contiguous(),
                   "fastmtl: the weights must be a contiguous [T] float64 tensor");
-  MethodArguments read{{static_cast<solvers::Kind>(method), {0.0, 0.0}, rounding},
+  MethodArguments read{{static_cast<solvers::Kind>(method), {}, rounding},
                        static_cast<const double*>(gram.const_data_ptr()),
                        T,
                        nullptr,
@@ -45,6 +50,7 @@ inline MethodArguments read_method(const Tensor& gram, int64_t method, const std
   for (size_t k = 0; k < options.size(); ++k) read.request.options[k] = options[k];
   if (present.has_value()) read.present = static_cast<const uint8_t*>(present->const_data_ptr());
   if (preferences.has_value()) read.preferences = static_cast<const double*>(preferences->const_data_ptr());
+  if (per_task.has_value()) read.request.per_task = static_cast<const double*>(per_task->const_data_ptr());
   return read;
 }
 

@@ -9,14 +9,18 @@ from fastmtl.methods.config import ConFIG
 from fastmtl.methods.crmogm import CRMOGM
 from fastmtl.methods.dualproj import DualProj
 from fastmtl.methods.fairgrad import FairGrad
+from fastmtl.methods.gradvac import GradVac
 from fastmtl.methods.imtlg import IMTLG
+from fastmtl.methods.krum import Krum
 from fastmtl.methods.mean import Mean
 from fastmtl.methods.mgda import MGDA
 from fastmtl.methods.modo import MoDo
 from fastmtl.methods.nashmtl import NashMTL
 from fastmtl.methods.paretomtl import ParetoMTL
+from fastmtl.methods.pcd import PCD
 from fastmtl.methods.pcgrad import PCGrad
 from fastmtl.methods.random_weights import RandomWeights
+from fastmtl.methods.sdmgrad import SDMGrad
 from fastmtl.methods.sum import Sum
 from fastmtl.methods.upgrad import UPGrad
 
@@ -34,6 +38,10 @@ _CLASSES: tuple[type[Method], ...] = (
     AlignedMTL,
     UPGrad,
     DualProj,
+    Krum,
+    GradVac,
+    PCD,
+    SDMGrad,
     MoDo,
 )
 # those that can't be made without arguments
@@ -72,11 +80,14 @@ __all__ = [
     "CRMOGM",
     "IMTLG",
     "MGDA",
+    "PCD",
     "AlignedMTL",
     "CAGrad",
     "ConFIG",
     "DualProj",
     "FairGrad",
+    "GradVac",
+    "Krum",
     "Mean",
     "Method",
     "MoDo",
@@ -84,6 +95,7 @@ __all__ = [
     "PCGrad",
     "ParetoMTL",
     "RandomWeights",
+    "SDMGrad",
     "Seen",
     "Sum",
     "UPGrad",

@@ -26,7 +26,7 @@ class GramMethod(Method):
     def __init__(self, *options: float, preferences: Preferences | None = None) -> None:
         self._options = [float(x) for x in options]
         check_method(self._op_name, self._options, preferences is not None)
-        self.preferences = None if preferences is None else _read_preferences(preferences)
+        self.preferences = None if preferences is None else read_preferences(preferences)
 
     def weights(self, gram: Tensor, *, present: Tensor | None = None) -> Tensor:
         preferences = self.preferences
@@ -39,7 +39,7 @@ class GramMethod(Method):
         return self.weights(gram, present=present)
 
 
-def _read_preferences(preferences: Preferences) -> Tensor:
+def read_preferences(preferences: Preferences) -> Tensor:
     """`[T]` float64, checked."""
     if not isinstance(preferences, (Tensor, Sequence)) or isinstance(preferences, (str, bytes)):
         raise TypeError(f"preferences: expected T numbers, got {type(preferences).__name__}")

@@ -5,6 +5,7 @@ All live in `torch.ops.fastmtl`; these are their checked Python calls.
 
 from fastmtl.core.task_weights import TaskPlan
 from fastmtl.ops.gradients.combine import combine
+from fastmtl.ops.gradients.gradvac import gradvac_coefficients
 from fastmtl.ops.gradients.gram import gram
 from fastmtl.ops.gradients.method_weights import method_weights
 from fastmtl.ops.gradients.order import order_state, random_order
@@ -17,6 +18,7 @@ from fastmtl.ops.task_weights.task_scale_shift import task_scale_shift
 __all__ = [
     "TaskPlan",
     "combine",
+    "gradvac_coefficients",
     "gram",
     "method_weights",
     "order_state",

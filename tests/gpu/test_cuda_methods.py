@@ -10,7 +10,8 @@ from fastmtl.ops.gradients.method_weights import OPTIONS
 
 pytestmark = pytest.mark.gpu
 DEFAULTS = {"cagrad": [0.5], "nashmtl": [0.0], "fairgrad": [2.0], "alignedmtl": [0.0, 0.0]}
-DEFAULTS |= {"upgrad": [1e-4], "dualproj": [1e-4]}
+DEFAULTS |= {"upgrad": [1e-4], "dualproj": [1e-4], "krum": [1.0, 2.0, 1.0], "pcd": [0.0, 0.1]}
+DEFAULTS |= {"sdmgrad": [10.0, 0.5, 20.0, 0.3]}
 
 
 @pytest.mark.parametrize("method", OPTIONS)
@@ -31,10 +32,42 @@ def test_weights(num_tasks: int, method: str) -> None:
     torch.testing.assert_close(found.cpu(), wanted, rtol=1e-6, atol=1e-6 * wanted.abs().max().item())
 
 
-@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("update", ["always", "triggered"])
+@pytest.mark.parametrize("num_tasks", [1, 2, 8, 16, 17, 32, 33, 64, 65, 128])
+def test_gradvac(num_tasks: int, update: str) -> None:
+    g = torch.randn(num_tasks, 2 * num_tasks + 1, dtype=torch.float64)
+    m, targets = g @ g.mT, 1.2 * torch.rand(num_tasks, num_tasks, dtype=torch.float64) - 0.6
+    order = ops.random_order(num_tasks)
+    wanted = ops.gradvac_coefficients(m, order, targets, 0.1, update=update)
+    inputs = m.cuda(), order.cuda(), targets.cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = ops.gradvac_coefficients(*inputs, 0.1, update=update)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=1e-9, atol=1e-9 * y.abs().max().item())
+
+
+def test_captured_steps_of_gradvac_go_on() -> None:
+    """Each replay moves the targets on."""
+    grads, order = torch.randn(6, 1000, device="cuda"), ops.random_order(6, device="cuda")
+    captured, eager = methods.GradVac(0.3, order=order), methods.GradVac(0.3, order=order)
+    captured(grads), eager(grads)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = captured(grads)
+    for _ in range(3):
+        graph.replay()
+        torch.testing.assert_close(found, eager(grads))
+        torch.testing.assert_close(captured.state_dict()["targets"], eager.state_dict()["targets"])
+
+
+@pytest.mark.parametrize("method", [name for name in OPTIONS if not methods.get(name).needs])
 def test_a_captured_step(method: str) -> None:
     grads, solver = torch.randn(6, 1000, device="cuda"), methods.get(method)
-    expected = solver(grads)
+    expected = solver(grads)  # makes what the method keeps, too
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = solver(grads)

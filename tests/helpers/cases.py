@@ -492,6 +492,10 @@ def _method_samples() -> list[tuple[Any, ...]]:
         (m.mT, "alignedmtl", [0.0, 0.0], None, wanted.double()),
         (m, "upgrad", [1e-4], here, wanted),
         (m, "dualproj", [1e-4]),
+        (m, "krum", [1.0, 2.0, 1.0], here),
+        (m, "pcd", [3.0, 0.1], here, wanted),
+        (m.to(torch.float32), "sdmgrad", [10.0, 0.5, 20.0, 0.3], here, wanted, wanted.flip(0)),
+        (m, "sdmgrad", [1.0, 0.0, 3.0, 0.0]),
     ]
 
 
@@ -509,6 +513,11 @@ OPCHECK_SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
         (torch.ones(5, 5, dtype=torch.float64), _gram_leaf(5, torch.float64).detach(), random_order(5), False),
         (torch.ones(3, 3, dtype=torch.float64), _gram_leaf(3, torch.float32).detach(), random_order(3, 5), True),
         (torch.ones(3, 3, dtype=torch.float64), _gram_leaf(3, torch.float64).detach().mT, random_order(3), False),
+    ],
+    "gradvac_coefficients": lambda: [
+        (_gram_leaf(5, torch.float64).detach(), random_order(5), torch.zeros(5, 5).double(), 0.1, "always"),
+        (_gram_leaf(3, torch.float32).detach(), random_order(3, 5).to(torch.int32), torch.eye(3), 0.0, "triggered"),
+        (_gram_leaf(3, torch.float64).detach().mT, random_order(3, 0), torch.ones(3, 3).mT, 1.0, "always"),
     ],
     "method_weights": _method_samples,
     "pcgrad": lambda: [

@@ -424,6 +424,36 @@ def coefficients(m: Tensor, order: Tensor, include_self: bool = False, schedule:
     return c.tensor
 
 
+def gradvac(
+    m: Tensor,
+    order: Tensor,
+    targets: Tensor,
+    beta: float,
+    always: bool = True,
+    rounding: float = torch.finfo(torch.float64).eps,
+    schedule: int = FORWARD,
+) -> tuple[Tensor, Tensor]:
+    """GradVac's coefficients and new targets, `[T, T]` each, of a float64 Gram matrix."""
+    c, moved = Output(m.shape, torch.float64), Output(m.shape, torch.float64)
+    assert order.dtype == torch.int64 and order.is_contiguous() and targets.is_contiguous()
+    status = library().host_gradvac(
+        *_pointers(m),
+        _int64(m.shape[0]),
+        ctypes.c_void_p(order.data_ptr() or ctypes.addressof(ctypes.c_int64())),
+        _int64(order.shape[1]),
+        *_pointers(targets),
+        ctypes.c_double(beta),
+        _int64(always),
+        ctypes.c_double(rounding),
+        *_pointers(c.tensor, moved.tensor),
+        ctypes.c_uint64(schedule),
+    )
+    _checked(status)
+    c.check()
+    moved.check()
+    return c.tensor, moved.tensor
+
+
 def method_weights(
     m: Tensor,
     method: int,
@@ -431,18 +461,19 @@ def method_weights(
     rounding: float = torch.finfo(torch.float64).eps,
     present: Tensor | None = None,
     preferences: Tensor | None = None,
+    per_task: Tensor | None = None,
     schedule: int = FORWARD,
 ) -> Tensor:
     """The weights `[T]` of a method, by its number, of a float64 Gram matrix."""
     w = Output(m.shape[:1], torch.float64)
-    given = (ctypes.c_double * 2)(*options)
+    given = (ctypes.c_double * 4)(*options)
     status = library().host_method_weights(
         *_pointers(m),
         _int64(m.shape[0]),
         _int64(method),
         given,
         ctypes.c_double(rounding),
-        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (present, preferences, w.tensor)),
+        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (present, preferences, per_task, w.tensor)),
         ctypes.c_uint64(schedule),
     )
     _checked(status)

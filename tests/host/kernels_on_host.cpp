@@ -205,13 +205,35 @@ int host_coefficients(const double* gram, int64_t num_tasks, const HostSolve* so
   });
 }
 
-// present and preferences: [T] or null; workspace for more tasks than shared memory holds
-int host_method_weights(const double* gram, int64_t num_tasks, int64_t method, const double* options, double rounding,
-                        const uint8_t* present, const double* preferences, double* out, uint64_t schedule) {
+int host_gradvac(const double* gram, int64_t num_tasks, const int64_t* order, int64_t num_visits, const double* targets,
+                 double beta, int64_t always, double rounding, double* out, double* new_targets, uint64_t schedule) {
   return guarded([&] {
     cuda_on_host::schedule = schedule;
     const int T = static_cast<int>(num_tasks);
-    const solvers::Request request{static_cast<solvers::Kind>(method), {options[0], options[1]}, rounding};
+    Guarded memory(8 * T * leading_dimension(T), 0xFF);
+    launch_gradvac({{beta, always != 0, rounding},
+                    gram,
+                    T,
+                    order,
+                    num_visits,
+                    targets,
+                    T > 64 ? memory.as<double>() : nullptr,
+                    out,
+                    new_targets},
+                   nullptr);
+    memory.check("the workspace");
+  });
+}
+
+// present and preferences: [T] or null; workspace for more tasks than shared memory holds
+int host_method_weights(const double* gram, int64_t num_tasks, int64_t method, const double* options, double rounding,
+                        const uint8_t* present, const double* preferences, const double* per_task, double* out,
+                        uint64_t schedule) {
+  return guarded([&] {
+    cuda_on_host::schedule = schedule;
+    const int T = static_cast<int>(num_tasks);
+    const solvers::Request request{
+        static_cast<solvers::Kind>(method), {options[0], options[1], options[2], options[3]}, rounding, per_task};
     const int blocks = method_blocks(request.kind, T);
     Guarded memory(8 * blocks * (block_scratch(T) + T), 0xFF), ticket(sizeof(unsigned), 0);
     double* scratch = memory.as<double>();

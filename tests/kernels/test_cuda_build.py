@@ -54,6 +54,7 @@ def _kernels_of(dtype: str) -> set[Kernel]:
 KERNELS = {
     **{f"kernels_{dtype}": _kernels_of(dtype) for dtype in kernel_table.DTYPES.values()},
     "kernels_solve": {Kernel("pcgrad_coefficients_kernel", "", (n,)) for n in (16, 32, 64, 128)},
+    "kernels_gradvac": {Kernel("gradvac_kernel", "", (n,)) for n in (16, 32, 64, 128)},
     "kernels_methods": {Kernel("method_weights_kernel", "", (n,)) for n in (16, 64, 128)},
     "runtime": {Kernel("write_table_kernel", "", (n,)) for n in (480, 1536, 4093)},
     "surgery": set(),
@@ -245,7 +246,8 @@ def test_extension_needs_libtorch_and_holds_the_architectures() -> None:
     with_cuda = dispatch.build_note("cuda") is None and NVCC is not None
     if with_cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         assert info["cuda_architectures"] == [80, 90]
-    kernels = ["combine", "gram", "method_weights", "pcgrad", "pcgrad_coefficients", "pcgrad_project"]
+    kernels = ["combine", "gradvac_coefficients", "gram", "method_weights", "pcgrad", "pcgrad_coefficients"]
+    kernels.append("pcgrad_project")
     assert info["cuda_kernels"] == (kernels if with_cuda else [])
 
 

@@ -240,7 +240,8 @@ def method_gram(num_tasks: int, kind: str) -> Tensor:
 
 
 METHOD_OPTIONS = {"cagrad": [0.5], "nashmtl": [0.0], "fairgrad": [2.0], "alignedmtl": [0.0, 0.0]}
-METHOD_OPTIONS |= {"upgrad": [1e-4], "dualproj": [1e-4]}
+METHOD_OPTIONS |= {"upgrad": [1e-4], "dualproj": [1e-4], "krum": [1.0, 2.0, 1.0], "pcd": [0.0, 0.1]}
+METHOD_OPTIONS |= {"sdmgrad": [10.0, 0.5, 20.0, 0.3]}
 
 
 @pytest.mark.parametrize("method", method_weights.OPTIONS)
@@ -265,6 +266,41 @@ def test_method_weights(num_tasks: int, kind: str, method: str) -> None:
         # as updates: where gradients cancel the weights are large
         assert wrong @ m @ wrong <= tolerance**2 * (wanted @ m @ wanted).abs() + 1e-24 * m.diagonal().max()
         assert wrong.abs().max() <= tolerance * wanted.abs().max()
+
+
+# --- GradVac
+
+
+@pytest.mark.parametrize("update", ["always", "triggered"])
+@pytest.mark.parametrize("num_tasks", [1, 2, 7, 16, 17, 32, 33, 64, 65, 128])
+def test_gradvac(num_tasks: int, update: str) -> None:
+    """Rows that are in hand at once, tasks that are visited again, a zero and two opposite gradients, no visits."""
+    targets = gradvac_targets(num_tasks)
+    for kind, num_visits in (("conflicts", None), ("conflicts", num_tasks + 3), ("degenerate", None), ("lengths", 0)):
+        m, order = method_gram(num_tasks, kind), random_order(num_tasks, num_visits)
+        expected = reference.gradvac_coefficients(m, order, targets, 0.1, update)
+        for schedule in SCHEDULES[: 2 if num_tasks < 33 else 1]:
+            found = host.gradvac(m, order, targets, 0.1, update == "always", schedule=schedule)
+            for x, y in zip(found, expected, strict=True):
+                scale = y.abs().amax(dim=1, keepdim=True).clamp(min=1.0)
+                # opposite gradients come to what is left of rounding
+                assert ((x - y).abs() <= (1e-6 if kind == "degenerate" else 1e-10) * scale).all()
+
+
+@pytest.mark.parametrize("num_tasks", [5, 20, 40, 80])
+def test_gradvac_of_bad_entries(num_tasks: int) -> None:
+    m, order, targets = method_gram(num_tasks, "conflicts"), random_order(num_tasks), gradvac_targets(num_tasks)
+    order[0], order[1, 0], order[3, 1] = 0, num_tasks, -1
+    m[4, :] = m[:, 4] = torch.nan
+    expected = reference.gradvac_coefficients(m, order, targets, 0.1)
+    found = host.gradvac(m, order, targets, 0.1)
+    assert torch.equal(found[0].isnan(), expected[0].isnan()) and found[0][1:].isnan().all()
+    assert torch.equal(found[1], targets) and torch.equal(found[0][0], expected[0][0])
+
+
+def gradvac_targets(num_tasks: int) -> Tensor:
+    generator = cases.generator_of(("gradvac", num_tasks))
+    return 1.2 * torch.rand(num_tasks, num_tasks, dtype=torch.float64, generator=generator) - 0.6
 
 
 # --- the solver

@@ -3,19 +3,37 @@
 
 #include "common/solvers/eigen.h"
 #include "common/solvers/fairness.h"
+#include "common/solvers/krum.h"
 #include "common/solvers/min_norm.h"
+#include "common/solvers/priority.h"
+#include "common/solvers/sdmgrad.h"
 
 namespace fastmtl::solvers {
 
-enum class Kind : int { mgda, cagrad, imtl_g, config, nash_mtl, fairgrad, aligned_mtl, upgrad, dualproj };
-constexpr int kKinds = 9;
+enum class Kind : int {
+  mgda,
+  cagrad,
+  imtl_g,
+  config,
+  nash_mtl,
+  fairgrad,
+  aligned_mtl,
+  upgrad,
+  dualproj,
+  krum,
+  pcd,
+  sdmgrad
+};
+constexpr int kKinds = 12;
+constexpr int kMostOptions = 4;
 
 // options: by kind, as fastmtl/ops/gradients/method_weights.py lists them; kinds in its order, too. rounding: the
 // relative error of an entry, as the dtype of the Gram matrix has it.
 struct Request {
   Kind kind;
-  double options[2];
+  double options[kMostOptions];
   double rounding;
+  const double* per_task = nullptr;  // [T], or null; pcd: in place of tau; sdmgrad: the weights to start from
 };
 
 constexpr double kEpsilon = 2.220446049250313e-16;  // of float64
@@ -362,6 +380,13 @@ FASTMTL_HOST_DEVICE void dualproj(const Team& team, const Problem& p, double mor
   each(team, p.n, [&](int i) { p.out[i] = p.weights[i] + p.w[i]; });
 }
 
+// Where a task stands among those that take part; where it does not: the first place.
+FASTMTL_HOST_DEVICE inline int place_of(const int* tasks, int n, double task) {
+  for (int i = 0; i < n; ++i)
+    if (tasks[i] == task) return i;
+  return 0;
+}
+
 // gram: [T, T]. present: a flag per task, or null: all. weights: of the user, [T], or null: 1 / n each, of the n tasks
 // that take part (aligned_mtl: 1). scratch: `scratch_size(T)`, or of the team's room. out: [T], 0 for absent tasks; NaN
 // for all of the others where an entry of theirs is not finite.
@@ -408,11 +433,14 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
   const bool keeps_weights = request.kind == Kind::mgda || request.kind == Kind::cagrad ||
                              request.kind == Kind::upgrad || request.kind == Kind::dualproj;
   each(team, p.n, [&](int i) {
+    const double* per_task = request.per_task;
     p.weights[i] = given ? weights[tasks[i]] : even;
     p.out[i] = keeps_weights && share.part == 0 ? p.weights[i] : 0.0;  // where all gradients are zero
+    if (request.kind == Kind::sdmgrad) p.out[i] = per_task != nullptr ? per_task[tasks[i]] : 1.0 / p.n;
+    if (request.kind == Kind::pcd) p.t[i] = per_task != nullptr ? per_task[tasks[i]] : request.options[1];
   });
   team.sync();
-  if (finite && p.scale > 0) {
+  if (finite && (p.scale > 0 || (request.kind == Kind::sdmgrad && p.n > 0))) {
     switch (request.kind) {
       case Kind::mgda: mgda(team, p); break;
       case Kind::cagrad: cagrad(team, p, request.options[0], request.rounding); break;
@@ -423,6 +451,12 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
       case Kind::aligned_mtl: aligned_mtl(team, p, request.options[0], request.rounding); break;
       case Kind::upgrad: upgrad(team, p, request.options[0], share); break;
       case Kind::dualproj: dualproj(team, p, request.options[0]); break;
+      case Kind::krum: krum(team, p, request.options[0], request.options[1], request.options[2] != 0); break;
+      case Kind::pcd: pcd(team, p, place_of(tasks, p.n, request.options[0]), request.rounding); break;
+      case Kind::sdmgrad:
+        sdmgrad(team, p, request.options[0], request.options[1], static_cast<int>(request.options[2]),
+                request.options[3]);
+        break;
     }
   }
   each(team, p.n, [&](int i) { out[tasks[i]] = finite ? p.out[i] : NAN; });

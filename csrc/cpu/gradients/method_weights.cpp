@@ -9,8 +9,9 @@ namespace fastmtl::cpu {
 namespace {
 
 void method_weights_op(Tensor gram, int64_t method, const std::vector<double>& options, double rounding,
-                       const std::optional<Tensor>& present, const std::optional<Tensor>& preferences, Tensor out) {
-  const MethodArguments p = read_method(gram, method, options, rounding, present, preferences, out);
+                       const std::optional<Tensor>& present, const std::optional<Tensor>& preferences,
+                       const std::optional<Tensor>& per_task, Tensor out) {
+  const MethodArguments p = read_method(gram, method, options, rounding, present, preferences, per_task, out);
   const auto scratch = std::make_unique_for_overwrite<double[]>(solvers::scratch_size(p.num_tasks));
   solvers::solve(solvers::Alone{}, p.request, p.gram, p.num_tasks, p.present, p.preferences, scratch.get(), p.out);
 }

@@ -1,5 +1,5 @@
-// gram, combine, the methods' weights, pcgrad_coefficients and the fused pcgrad: from torch's tensors to parameter
-// structs and launches.
+// gram, combine, the methods' weights, the coefficients of PCGrad and GradVac and the fused pcgrad: from torch's
+// tensors to parameter structs and launches.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 
+#include "common/gradvac_arguments.h"
 #include "common/method_arguments.h"
 #include "common/rows.h"
 #include "cuda/gradients/launch.h"
@@ -25,7 +26,8 @@ std::vector<int> architectures() {
 }
 
 std::vector<std::string> kernels() {
-  return {"combine", "gram", "method_weights", "pcgrad", "pcgrad_coefficients", "pcgrad_project"};
+  return {"combine", "gradvac_coefficients", "gram",          "method_weights",
+          "pcgrad",  "pcgrad_coefficients",  "pcgrad_project"};
 }
 
 namespace {
@@ -171,11 +173,30 @@ void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
   check(cudaGetLastError(), "pcgrad_coefficients launch");
 }
 
-void method_weights_op(Tensor gram, int64_t method, const std::vector<double>& options, double rounding,
-                       const std::optional<Tensor>& present, const std::optional<Tensor>& preferences, Tensor out) {
+void gradvac_op(Tensor gram, Tensor order, Tensor targets, double beta, bool always, double rounding, Tensor out,
+                Tensor new_targets) {
   const int device = gram.get_device_index();
-  check_devices({gram, out, present.value_or(gram), preferences.value_or(gram)}, device, "all that the solver reads");
-  const MethodArguments read = read_method(gram, method, options, rounding, present, preferences, out);
+  check_devices({gram, order, targets, out, new_targets}, device, "all that the solver reads");
+  const GradVacArguments read = read_gradvac(gram, order, targets, beta, always, rounding, out, new_targets);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  GradVacParams p{read.method,  read.gram, read.num_tasks, read.order,      read.num_visits,
+                  read.targets, nullptr,   read.out,       read.new_targets};
+  std::optional<Tensor> memory;
+  if (p.num_tasks > 64) {
+    memory = workspace(device, 8 * int64_t{p.num_tasks} * leading_dimension(p.num_tasks));
+    p.more = static_cast<double*>(memory->mutable_data_ptr());
+  }
+  launch_gradvac(p, current_stream(device));
+  check(cudaGetLastError(), "gradvac_coefficients launch");
+}
+
+void method_weights_op(Tensor gram, int64_t method, const std::vector<double>& options, double rounding,
+                       const std::optional<Tensor>& present, const std::optional<Tensor>& preferences,
+                       const std::optional<Tensor>& per_task, Tensor out) {
+  const int device = gram.get_device_index();
+  check_devices({gram, out, present.value_or(gram), preferences.value_or(gram), per_task.value_or(gram)}, device,
+                "all that the solver reads");
+  const MethodArguments read = read_method(gram, method, options, rounding, present, preferences, per_task, out);
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const int T = read.num_tasks, blocks = method_blocks(read.request.kind, T);
@@ -248,6 +269,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CUDA, m) {
   m.impl("_gram", TORCH_BOX(&fastmtl::cuda::gram_op));
   m.impl("_combine", TORCH_BOX(&fastmtl::cuda::combine_op));
   m.impl("_pcgrad_coefficients", TORCH_BOX(&fastmtl::cuda::coefficients_op));
+  m.impl("_gradvac_coefficients", TORCH_BOX(&fastmtl::cuda::gradvac_op));
   m.impl("_method_weights", TORCH_BOX(&fastmtl::cuda::method_weights_op));
   m.impl("_pcgrad", TORCH_BOX(&fastmtl::cuda::pcgrad_op));
 }

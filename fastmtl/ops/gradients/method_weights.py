@@ -18,7 +18,7 @@ from fastmtl.ops.gradients.pcgrad import check_gram
 # method: the number of a solver in csrc/common/solvers/methods.h. rounding: the relative error of an entry of `gram`.
 _kernel = define_kernel(
     "_method_weights(Tensor gram, int method, float[] options, float rounding, Tensor? present, Tensor? preferences, "
-    "Tensor(a!) out) -> ()"
+    "Tensor? per_task, Tensor(a!) out) -> ()"
 )
 
 
@@ -32,6 +32,8 @@ class _Option(NamedTuple):
 
 # below it the quadratic programs are worse conditioned than float64 tells apart
 LEAST_REG_EPS = 1e-8
+# a kernel that runs for longer looks like one that hangs
+MOST_STEPS = 10_000
 _REG_EPS = _Option("reg_eps", lambda x: LEAST_REG_EPS <= x < math.inf, f"a number from {LEAST_REG_EPS:g}")
 
 # in the order of `solvers::Kind`
@@ -48,9 +50,25 @@ OPTIONS: dict[str, tuple[_Option, ...]] = {
     ),
     "upgrad": (_REG_EPS,),
     "dualproj": (_REG_EPS,),
+    "krum": (
+        _Option("byzantine", lambda x: x >= 0 and x == x // 1, "a whole number from 0"),
+        _Option("selected", lambda x: x >= 1 and x == x // 1, "a whole number from 1"),
+        _Option("squared", lambda x: x in (0, 1), "0 (distances) or 1 (their squares)"),
+    ),
+    "pcd": (
+        _Option("primary", lambda x: x >= 0 and x == x // 1, "a whole number from 0"),
+        _Option("tau", lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    ),
+    "sdmgrad": (
+        _Option("lr", lambda x: 0 < x < math.inf, "a positive number"),
+        _Option("momentum", lambda x: 0 <= x < 1, "a number from 0, below 1"),
+        _Option("steps", lambda x: 1 <= x <= MOST_STEPS and x == x // 1, f"a whole number from 1 to {MOST_STEPS}"),
+        _Option("lambda_", lambda x: 0 <= x < math.inf, "a number from 0"),
+    ),
 }
 _NUMBERS = {name: k for k, name in enumerate(OPTIONS)}
-WITH_PREFERENCES = ("config", "alignedmtl", "upgrad", "dualproj")
+WITH_PREFERENCES = ("config", "alignedmtl", "upgrad", "dualproj", "pcd", "sdmgrad")
+WITH_PER_TASK = ("pcd", "sdmgrad")
 
 
 def method_weights(
@@ -60,22 +78,28 @@ def method_weights(
     *,
     present: Tensor | None = None,
     preferences: Tensor | None = None,
+    per_task: Tensor | None = None,
 ) -> Tensor:
     """The weights that a method gives to T tasks, from the Gram matrix of their gradients alone.
 
     The classes of `fastmtl.methods` say what each method is, and have its options by name.
 
     Args:
-        gram: `[T, T]` floating-point Gram matrix, T from 1 to 128.
-        method: `"mgda"`, `"cagrad"`, `"imtlg"`, `"config"`, `"nashmtl"`, `"fairgrad"`, `"alignedmtl"`, `"upgrad"` or
-            `"dualproj"`.
+        gram: `[T, T]` floating-point Gram matrix, T from 1 to 128; for sdmgrad the inner products of each gradient with
+            those of a second batch, which need not be symmetric.
+        method: `"mgda"`, `"cagrad"`, `"imtlg"`, `"config"`, `"nashmtl"`, `"fairgrad"`, `"alignedmtl"`, `"upgrad"`,
+            `"dualproj"`, `"krum"`, `"pcd"` or `"sdmgrad"`.
         options: the method's numbers, in order: cagrad `[c]`; nashmtl `[max_norm]`, 0 for none; fairgrad `[alpha]`;
             alignedmtl `[scale, reduction]`, scale 0 (min), 1 (median) or 2 (rmse), reduction 0 (mean) or 1 (sum);
-            upgrad and dualproj `[reg_eps]`; none for the others.
+            upgrad and dualproj `[reg_eps]`; krum `[byzantine, selected, squared]`; pcd `[primary, tau]`, primary the
+            number of a task; sdmgrad `[lr, momentum, steps, lambda_]`; none for the others.
         present: `[T]` bool, on the device of `gram`: tasks that take part. The others get weight 0, and what `gram`
             holds in their rows and columns is not looked at. None: all.
         preferences: `[T]` floating point, on the device of `gram`: what each task counts, for config, alignedmtl,
-            upgrad and dualproj. None: 1/n for each of the n present tasks (alignedmtl with reduction 1: 1).
+            upgrad, dualproj and sdmgrad; for pcd the scale of each gradient. None: 1/n for each of the n present tasks
+            (alignedmtl with reduction 1: 1).
+        per_task: `[T]` floating point, on the device of `gram`: for pcd tau by task, in place of the option; for
+            sdmgrad the weights that it starts from (None: 1/n each).
 
     Returns:
         `[T]` float64, on the device of `gram`. Where an entry of a present task is not finite, the weights of all
@@ -83,8 +107,8 @@ def method_weights(
 
     Raises:
         TypeError: dtypes other than the above.
-        ValueError: an unknown method, options or preferences that it does not take, shapes or devices that do not
-            agree.
+        ValueError: an unknown method, options, preferences or numbers by task that it does not take, shapes or devices
+            that do not agree.
 
     Not differentiable: the weights are constants to autograd. Source: each method's class in `fastmtl.methods`.
 
@@ -93,8 +117,8 @@ def method_weights(
         >>> method_weights(m, "mgda")
         tensor([0.2000, 0.8000], dtype=torch.float64)
     """
-    _check(gram, method, options, present, preferences)
-    return method_weights_op(gram.detach(), method, options, present, preferences)
+    _check(gram, method, options, present, preferences, per_task)
+    return method_weights_op(gram.detach(), method, options, present, preferences, per_task)
 
 
 def check_method(method: str, options: Sequence[float], has_preferences: bool) -> None:
@@ -113,26 +137,39 @@ def check_method(method: str, options: Sequence[float], has_preferences: bool) -
 
 
 def _check(
-    gram: Tensor, method: str, options: Sequence[float], present: Tensor | None, preferences: Tensor | None
+    gram: Tensor,
+    method: str,
+    options: Sequence[float],
+    present: Tensor | None,
+    preferences: Tensor | None,
+    per_task: Tensor | None,
 ) -> None:
     check_gram(gram)
     check_method(method, options, preferences is not None)
+    if per_task is not None and method not in WITH_PER_TASK:
+        raise ValueError(f"per_task: {method} takes none; {', '.join(WITH_PER_TASK)} do")
     if present is not None:
         check_present(present, gram)
-    if preferences is None:
-        return
-    if not isinstance(preferences, Tensor):
-        raise TypeError(f"preferences: expected a tensor, got {type(preferences).__name__}")
-    if not preferences.is_floating_point():
-        raise TypeError(f"preferences: expected a floating-point tensor, got {preferences.dtype}")
-    if preferences.shape != gram.shape[:1]:
-        raise ValueError(f"preferences: expected shape [{gram.shape[0]}], got {list(preferences.shape)}")
-    if preferences.device != gram.device:
-        raise ValueError(f"preferences: expected device {gram.device} as the Gram matrix, got {preferences.device}")
+    for name, vector in (("preferences", preferences), ("per_task", per_task)):
+        if vector is None:
+            continue
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(vector).__name__}")
+        if not vector.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {vector.dtype}")
+        if vector.shape != gram.shape[:1]:
+            raise ValueError(f"{name}: expected shape [{gram.shape[0]}], got {list(vector.shape)}")
+        if vector.device != gram.device:
+            raise ValueError(f"{name}: expected device {gram.device} as the Gram matrix, got {vector.device}")
 
 
 def _compiled(
-    gram: Tensor, method: str, options: Sequence[float], present: Tensor | None, preferences: Tensor | None
+    gram: Tensor,
+    method: str,
+    options: Sequence[float],
+    present: Tensor | None,
+    preferences: Tensor | None,
+    per_task: Tensor | None,
 ) -> Tensor:
     out = torch.empty(gram.shape[:1], dtype=torch.float64, device=gram.device)
     _kernel(
@@ -142,6 +179,7 @@ def _compiled(
         torch.finfo(gram.dtype).eps,
         None if present is None else present.contiguous(),
         None if preferences is None else preferences.to(torch.float64).contiguous(),
+        None if per_task is None else per_task.to(torch.float64).contiguous(),
         out,
     )
     return out
@@ -156,9 +194,11 @@ def _method_weights(
     options: Sequence[float],
     present: Tensor | None = None,
     preferences: Tensor | None = None,
+    per_task: Tensor | None = None,
 ) -> Tensor:
-    _check(gram, method, options, present, preferences)
-    return choose("method_weights", gram.device.type, _IMPLEMENTATIONS)(gram, method, options, present, preferences)
+    _check(gram, method, options, present, preferences, per_task)
+    implementation = choose("method_weights", gram.device.type, _IMPLEMENTATIONS)
+    return implementation(gram, method, options, present, preferences, per_task)
 
 
 def _method_weights_fake(
@@ -167,14 +207,15 @@ def _method_weights_fake(
     options: Sequence[float],
     present: Tensor | None = None,
     preferences: Tensor | None = None,
+    per_task: Tensor | None = None,
 ) -> Tensor:
-    _check(gram, method, options, present, preferences)
+    _check(gram, method, options, present, preferences, per_task)
     return gram.new_empty(gram.shape[:1], dtype=torch.float64)
 
 
 method_weights_op = define_op(
-    "method_weights(Tensor gram, str method, float[] options, Tensor? present=None, Tensor? preferences=None) "
-    "-> Tensor",
+    "method_weights(Tensor gram, str method, float[] options, Tensor? present=None, Tensor? preferences=None, "
+    "Tensor? per_task=None) -> Tensor",
     _method_weights,
     _method_weights_fake,
 )

@@ -226,7 +226,8 @@ def check_no_generator(generator: Randomness | None) -> None:
         raise ValueError("generator: expected None beside a given order, from which nothing is drawn")
 
 
-def _check_order_values(order: Tensor, num_tasks: int) -> None:
+def check_order_values(order: Tensor, num_tasks: int) -> None:
+    """Raises where an entry is out of range, on the CPU."""
     # looking at the values would make a GPU wait for the host
     if order.device.type == "cpu" and order.numel() and type(order) is Tensor:
         low, high = order.aminmax()
@@ -297,7 +298,7 @@ _COEFFICIENTS_BACKWARD = {
 
 
 def _coefficients(gram: Tensor, order: Tensor, include_self: bool = False) -> Tensor:
-    _check_order_values(order, gram.shape[0])
+    check_order_values(order, gram.shape[0])
     return choose("pcgrad_coefficients", gram.device.type, _COEFFICIENTS)(gram, order, include_self)
 
 
@@ -369,7 +370,7 @@ def pcgrad_rows_into(
     """
     device_type = rows.tensors[0].device.type if rows.tensors else "cpu"
     if order is not None:
-        _check_order_values(order, rows.num_tasks)
+        check_order_values(order, rows.num_tasks)
     implementation = choose("pcgrad", device_type, _OPERATE)
     flags = [] if present is None or all(present) else [int(here) for here in present]
     with torch.no_grad(), without_autocast(device_type):
@@ -485,25 +486,25 @@ _FUSED: dict[str, dict[str, Callable[..., Any]]] = {
 def _pcgrad(grads: Tensor, order: Tensor, reduction: str, include_self: bool) -> Tensor:
     check_bank(grads)
     check_order(order, grads.shape[0], grads.device)
-    _check_order_values(order, grads.shape[0])
+    check_order_values(order, grads.shape[0])
     return choose("pcgrad", grads.device.type, _FUSED["pcgrad"])(grads, order, reduction, include_self)
 
 
 def _project(grads: Tensor, order: Tensor, include_self: bool) -> Tensor:
     check_bank(grads)
     check_order(order, grads.shape[0], grads.device)
-    _check_order_values(order, grads.shape[0])
+    check_order_values(order, grads.shape[0])
     return choose("pcgrad_project", grads.device.type, _FUSED["pcgrad_project"])(grads, order, include_self)
 
 
 def _pcgrad_list(tensors, index, num_tasks, num_params, order, reduction, include_self) -> list[Tensor]:
-    _check_order_values(order, num_tasks)
+    check_order_values(order, num_tasks)
     implementation = choose("pcgrad", order.device.type, _FUSED["pcgrad_list"])
     return implementation(tensors, index, num_tasks, num_params, order, reduction, include_self)
 
 
 def _project_list(tensors, index, num_tasks, num_params, order, include_self) -> list[Tensor]:
-    _check_order_values(order, num_tasks)
+    check_order_values(order, num_tasks)
     implementation = choose("pcgrad_project", order.device.type, _FUSED["pcgrad_project_list"])
     return implementation(tensors, index, num_tasks, num_params, order, include_self)
 

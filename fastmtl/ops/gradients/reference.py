@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.gradient_rows import accumulate_dtype, first_of_params
+from fastmtl.ops.gradients.reference_gradvac import gradvac_coefficients as gradvac_coefficients
+from fastmtl.ops.gradients.reference_gradvac import gradvac_loop as gradvac_loop
 from fastmtl.ops.gradients.reference_methods import method_weights as method_weights
 
 

@@ -13,12 +13,15 @@ EPS = torch.finfo(torch.float64).eps
 
 
 class _Problem(NamedTuple):
-    """n present tasks: their Gram matrix over its largest entry of the diagonal, `scale`; its rounding; preferences."""
+    """n present tasks: their Gram matrix over its largest entry of the diagonal, `scale`; its rounding; preferences;
+    numbers by task, if any; which tasks they are of all."""
 
     m: Tensor
     scale: float
     rounding: float
     preferences: Tensor
+    per_task: Tensor | None
+    tasks: Tensor
 
     @property
     def lengths(self) -> Tensor:
@@ -43,6 +46,7 @@ def method_weights(
     options: Sequence[float],
     present: Tensor | None = None,
     preferences: Tensor | None = None,
+    per_task: Tensor | None = None,
 ) -> Tensor:
     """The weights `[T]` float64 of a method, 0 for absent tasks: see `fastmtl.ops.method_weights`."""
     here = torch.arange(gram.shape[0]) if present is None else present.cpu().nonzero()[:, 0]
@@ -56,9 +60,11 @@ def method_weights(
         given = torch.full((n,), share, dtype=torch.float64)
         if preferences is not None:
             given = preferences.detach().cpu().to(torch.float64)[here]
+        numbers = None if per_task is None else per_task.detach().cpu().to(torch.float64)[here]
         scale = m.diagonal().max().item()
-        if scale > 0:
-            problem = _Problem(m / scale, scale, torch.finfo(gram.dtype).eps, given)
+        if scale > 0 or method == "sdmgrad":
+            scaled = m / (scale if scale > 0 else 1.0)
+            problem = _Problem(scaled, scale, torch.finfo(gram.dtype).eps, given, numbers, here)
             out[here] = _METHODS[method](problem, *options)
         elif method in ("mgda", "cagrad", "upgrad", "dualproj"):
             out[here] = given
@@ -223,6 +229,101 @@ def _upgrad(p: _Problem, reg_eps: float) -> Tensor:
     return torch.stack(rows).sum(0)
 
 
+def _krum(p: _Problem, byzantine: float, selected: float, squared: float) -> Tensor:
+    n, square = len(p.m), p.m.diagonal()
+    distances = (square[:, None] + square - 2 * p.m).clamp(min=0)
+    distances = distances if squared == 1 else distances.sqrt()
+    others = torch.eye(n) == 0
+    nearest = min(max(n - int(byzantine) - 2, 1), n - 1)
+    scores = torch.stack(
+        [row[other].sort().values[:nearest].sum() for row, other in zip(distances, others, strict=True)]
+    )
+    count = min(int(selected), n)
+    w = torch.zeros_like(scores)
+    w[scores.argsort(stable=True)[:count]] = 1 / count
+    return w
+
+
+def _least_multipliers(c: Tensor, h: Tensor, dependent: float) -> Tensor | None:
+    """The y >= 0 that minimises `y . C y / 2 - h . y`; None: it falls without end.
+
+    Goldfarb and Idnani 1983: the constraint `C y >= h` that is violated most is brought to equality, while the active
+    ones stay at it; one whose y comes to zero on the way is let go.
+    """
+    y, active = torch.zeros_like(h), []
+
+    def across(i: int) -> tuple[float, Tensor]:
+        """The squared part of vector i across the active ones, and how it is made of these."""
+        rates = torch.linalg.solve(c[active][:, active], c[active, i])
+        return (c[i, i] - c[i, active] @ rates).item(), rates
+
+    for _ in range(20 * len(h) + 20):
+        violation, size = h - c @ y, (h.abs().amax() + y.sum()).item() if len(h) else 0.0
+        found = [(-violation[i].item(), i) for i in range(len(h)) if i not in active and violation[i] > 1e-12 * size]
+        found = [(v, i) for v, i in found if -v > dependent * size or across(i)[0] > dependent]
+        if not found:
+            break
+        entering = min(found)[1]
+        while entering not in active:
+            part, rates = across(entering)
+            left = (h - c @ y)[entering].item()
+            whole = left / part if part > 0 else torch.inf
+            steps = torch.where(rates > 0, y[active] / torch.where(rates > 0, rates, 1.0), torch.inf)
+            step = min([whole, *steps.tolist()])
+            if step == whole and part <= dependent:
+                return None
+            y[active] = (y[active] - step * rates).clamp(min=0)
+            y[entering] += step
+            if step == whole:
+                active.append(entering)
+            else:
+                y[active.pop(int(steps.argmin()))] = 0.0
+    y[active] = torch.linalg.solve(c[active][:, active], h[active]).clamp(min=0)
+    return y
+
+
+def _pcd(p: _Problem, primary: float, tau: float) -> Tensor:
+    n, w = len(p.m), torch.zeros(len(p.m), dtype=torch.float64)
+    first = int((p.tasks == primary).to(torch.int64).argmax())  # the first place, if it is absent
+    if not bool(p.has_gradient[first]):
+        return w
+    others = (p.has_gradient & (torch.arange(n) != first)).nonzero()[:, 0]
+    c = p.cosines[others][:, others]
+    # in units of the length of the first gradient
+    relative = p.lengths[others] / p.lengths[first]
+    taus = torch.full_like(relative, tau) if p.per_task is None else p.per_task[others]
+    h = taus * p.preferences[others] / p.preferences[first] * relative - p.cosines[others, first]
+    if not bool(h.isfinite().all()):
+        return torch.full_like(w, torch.nan)
+    y = _least_multipliers(c, h, max(n * p.rounding, 1e-9))
+    w[first] = 1.0
+    if y is None:
+        return w
+    square = (1 + 2 * y @ p.cosines[others, first] + y @ c @ y).item()
+    w[others] = y / relative
+    return w / math.sqrt(square) if square > n * p.rounding * (1 + y.sum().item()) ** 2 else 0 * w
+
+
+def _on_simplex(v: Tensor) -> Tensor:
+    """The nearest point of the simplex."""
+    v = v - v.max()
+    falling = v.sort(descending=True).values
+    excess = (falling.cumsum(0) - 1) / torch.arange(1, len(v) + 1)
+    return (v - excess[falling > excess][-1]).clamp(min=0)
+
+
+def _sdmgrad(p: _Problem, lr: float, momentum: float, steps: float, lambda_: float) -> Tensor:
+    size = p.m.diagonal().clamp(min=0).sqrt().mean()
+    m = p.m / size**2
+    wanted = lambda_ * p.preferences / p.preferences.sum()
+    start = torch.full_like(wanted, 1 / len(m)) if p.per_task is None else p.per_task
+    w, moving = _on_simplex(start), torch.zeros_like(start)
+    for _ in range(int(steps) if size > 0 else 0):
+        moving = momentum * moving + m @ (w + wanted)
+        w = _on_simplex(w - lr * moving)
+    return w
+
+
 _METHODS: dict[str, Callable[..., Tensor]] = {
     "mgda": _mgda,
     "cagrad": _cagrad,
@@ -233,4 +334,7 @@ _METHODS: dict[str, Callable[..., Tensor]] = {
     "alignedmtl": _alignedmtl,
     "upgrad": _upgrad,
     "dualproj": _dualproj,
+    "krum": _krum,
+    "pcd": _pcd,
+    "sdmgrad": _sdmgrad,
 }

@@ -1,0 +1,116 @@
+"""PCD: priority-constrained descent, which follows one task and lets none of the others fall behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.methods.base import Seen
+from fastmtl.methods.state import Field, StatefulMethod
+
+
+class PCD(StatefulMethod):
+    """The update follows the gradient of one task as closely as a least progress of all others allows.
+
+    Gradients have scales `s_i = 1 / sqrt(v_i + eps)`, with v_i the running average of the squared length of g_i. The
+    direction is the d nearest to `s_1 g_1` with `s_j g_j . d >= tau (s_j |g_j|)^2` for all others j, where g_1 is that
+    of the primary task; the update is d, at the length of g_1. Where no d satisfies all of these it is g_1. Where g_1
+    or d is zero the update is zero. Where the primary task is absent the first that is present has its place. A zero
+    gradient constrains nothing.
+
+    The averages are kept by the tasks' names; an absent task's stays as it is.
+
+    Args:
+        tau: what part of the progress along its own scaled gradient each other task must make, from 0 to 1: one number,
+            or a mapping from names to numbers, 0 for tasks that it lacks.
+        beta: what of an average is kept at each step, from 0, below 1. It is corrected for its start.
+        eps: added to the averages, from 0. At 0 the update does not depend on the scale of the gradients; TorchJD has
+            1e-8.
+        primary: the name of the task to follow; None: the first that is handed over.
+
+    Raises:
+        TypeError: something else than numbers and names.
+        ValueError: numbers other than the above; (when called) no task is called `primary`.
+
+    Source: *Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical Multi-Objective
+    Optimization*, arXiv 2606.29521. The solver: Goldfarb, Idnani 1983, *A Numerically Stable Dual Method for Solving
+    Strictly Convex Quadratic Programs*.
+
+    Example:
+        >>> PCD(tau=0.0).weights(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
+        tensor([1.1547, 0.5774], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        tau: float | Mapping[str, float] = 0.02,
+        beta: float = 0.999,
+        *,
+        eps: float = 0.0,
+        primary: str | None = None,
+    ) -> None:
+        # the averages are `squares / counted`
+        super().__init__(squares=Field(1, 0.0), counted=Field(1, 0.0))
+        if isinstance(tau, Mapping):
+            self.tau: float | dict[str, float] = {
+                _name(name): _number(x, f"tau[{name!r}]", most=1.0) for name, x in tau.items()
+            }
+        else:
+            self.tau = _number(tau, "tau", most=1.0)
+        self.beta = _number(beta, "beta", most=1.0)
+        if self.beta == 1.0:
+            raise ValueError(f"beta: expected a number from 0, below 1, got {beta!r}")
+        self.eps = _number(eps, "eps", most=math.inf)
+        self.primary = None if primary is None else _name(primary)
+        self._taus: tuple[list[str], Tensor] | None = None  # of the tasks seen last
+
+    def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
+        names = list(seen.names)
+        if self.primary is not None and self.primary not in names:
+            raise ValueError(f"primary: expected one of {', '.join(names)}, got {self.primary!r}")
+        primary = 0 if self.primary is None else names.index(self.primary)
+        state = self._state.read(names, gram.device)
+        square = gram.diagonal().to(torch.float64)
+        squares = self.beta * state["squares"] + (1 - self.beta) * square
+        # NaN where the square is not finite, so that neither is kept then
+        counted = self.beta * state["counted"] + (1 - self.beta) + 0.0 * square
+        self._state.keep(names, present, squares=squares, counted=counted)
+        scales = (squares / counted + self.eps).rsqrt()
+        tau, taus = self.tau, None
+        if not isinstance(tau, float):
+            tau, taus = 0.0, self._tau_of(tau, names, gram.device)
+        options = [float(primary), tau]
+        return ops.method_weights(gram, "pcd", options, present=present, preferences=scales, per_task=taus)
+
+    def _tau_of(self, tau: dict[str, float], names: list[str], device: torch.device) -> Tensor:
+        """`[T]` float64. Kept: a copy at each call would wait for the device."""
+        if self._taus is None or self._taus[0] != names or self._taus[1].device != device:
+            taus = [tau.get(name, 0.0) for name in names]
+            self._taus = names, torch.tensor(taus, dtype=torch.float64).to(device)
+        return self._taus[1]
+
+    def _read(self, gram: Tensor, present: Tensor | None) -> Tensor:
+        # in its own dtype, which says how far its entries are rounded
+        return super()._read(gram, present).to(gram.dtype)
+
+    def __repr__(self) -> str:
+        return f"PCD(tau={self.tau!r}, beta={self.beta!r}, eps={self.eps!r}, primary={self.primary!r})"
+
+
+def _number(value: float, argument: str, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument}: expected a number, got {type(value).__name__}")
+    if not 0 <= value <= most or value == math.inf:
+        upper = "" if most == math.inf else f" to {most:g}"
+        raise ValueError(f"{argument}: expected a number from 0{upper}, got {value!r}")
+    return float(value)
+
+
+def _name(value: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"primary, tau: expected the name of a task, got {type(value).__name__}")
+    return value
