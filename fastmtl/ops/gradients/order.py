@@ -98,12 +98,7 @@ def random_order(
     if device is None:
         device = generator.device if isinstance(generator, Tensor) else "cpu"
     where = torch.empty(0, device=device).device  # "cuda" is the current one of them
-    # in a graph being compiled, or among fake tensors, the key can't be a number of the host's
-    if not isinstance(generator, Tensor) and (torch.compiler.is_compiling() or not _has_values()):
-        source = where if generator is None else generator.device
-        key = torch.randint(0, (1 << 63) - 1, (1,), generator=generator, device=source).to(where)
-        generator = torch.cat([key, torch.zeros_like(key)])
-    return drawn_order(draw_source(generator, where), num_tasks, where)
+    return drawn_order(traceable_source(generator, where), num_tasks, where)
 
 
 def _integer(value: object, argument: str, expected: str) -> int:
@@ -157,18 +152,33 @@ def draw_source(generator: Randomness | None, device: torch.device) -> Draw:
     return Draw(_host_key(generator), _replay_counter(device))
 
 
-def drawn_order(source: Draw, num_tasks: int, device: torch.device) -> Tensor:
-    """The order in plain torch, `[T, T]` int64; advances the state."""
-    numbers = torch.arange(1, num_tasks * num_tasks + 1, device=device)
-    if source.state is None:
-        z = numbers * _GOLDEN + source.key
-    else:
-        key, counter = source.state.unbind(0)
-        z = (numbers + counter * NUMBERS_PER_COUNT) * _GOLDEN + (key ^ source.key)
-        counter.add_(1)
+def traceable_source(generator: Randomness | None, device: torch.device) -> Draw:
+    """`draw_source`; in a graph being compiled, or among fake tensors, with a key that is no number of the host's."""
+    check_generator(generator)
+    if not isinstance(generator, Tensor) and (torch.compiler.is_compiling() or not _has_values()):
+        source = device if generator is None else generator.device
+        key = torch.randint(0, (1 << 63) - 1, (1,), generator=generator, device=source).to(device)
+        generator = torch.cat([key, torch.zeros_like(key)])
+    return draw_source(generator, device)
+
+
+def split_mix(key: int | Tensor, numbers: Tensor) -> Tensor:
+    """The outputs of these numbers of the SplitMix64 stream `key`, as signed 64-bit integers."""
+    z = (numbers + 1) * _GOLDEN + key
     for shift, factor in zip((30, 27), _MIX, strict=True):
         z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor
-    z = z ^ (z >> 31 & (1 << 33) - 1)
+    return z ^ (z >> 31 & (1 << 33) - 1)
+
+
+def drawn_order(source: Draw, num_tasks: int, device: torch.device) -> Tensor:
+    """The order in plain torch, `[T, T]` int64; advances the state."""
+    numbers = torch.arange(num_tasks * num_tasks, device=device)
+    if source.state is None:
+        z = split_mix(source.key, numbers)
+    else:
+        key, counter = source.state.unbind(0)
+        z = split_mix(key ^ source.key, numbers + counter * NUMBERS_PER_COUNT)
+        counter.add_(1)
     return z.reshape(num_tasks, num_tasks).argsort(dim=1, stable=True)
 
 
