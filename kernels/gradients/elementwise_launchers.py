@@ -27,8 +27,16 @@ MAX_ROWS = 8
 HELD_REGISTERS = 96
 
 
-def graddrop(rows: GradientRows, key: int, state: Tensor | None, leak: Tensor | None, out: Sequence[Tensor]) -> None:
-    """GradDrop into `out`; state: `[2]` int64, leak: `[T]` float64."""
+def graddrop(
+    rows: GradientRows,
+    key: int,
+    state: Tensor | None,
+    leak: Tensor | None,
+    present: Tensor | None,
+    out: Sequence[Tensor],
+) -> None:
+    """GradDrop into `out`; state: `[2]` int64, leak: `[T]` float64, present: `[T]` bool."""
+    flags = None if present is None else present.view(torch.uint8)
     for g in _groups(rows, out):
         table = g.table(positions=True)
         launch(
@@ -38,6 +46,7 @@ def graddrop(rows: GradientRows, key: int, state: Tensor | None, leak: Tensor | 
             **g.arguments(table, g.aligned16_out),
             p_state=state,
             p_leak=leak,
+            p_present=flags,
             p_out=_target(g),
             key=key,
             tiles_per_block=g.tiles_per_block,
@@ -123,8 +132,8 @@ def _record(dtype: torch.dtype, num_tasks: int, form: str) -> list[Launch]:
         held = [empty(num_tasks, columns, of=total)]
     factors = empty(num_tasks, of=torch.float64)
     with recording() as launches:
-        graddrop(rows, 0, empty(2, of=torch.int64), None, [empty(columns)])
-        graddrop(rows, 0, None, factors, [empty(columns)])
+        graddrop(rows, 0, empty(2, of=torch.int64), None, None, [empty(columns)])
+        graddrop(rows, 0, None, factors, None, [empty(columns)])
         for trim in sorted({0, min(1, (num_tasks - 1) // 2), (num_tasks - 1) // 2}):
             trimmed_mean(rows, trim, None, [empty(columns)])
         average_gradients(rows, factors, factors, held, factors)

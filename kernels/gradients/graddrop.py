@@ -17,7 +17,8 @@ COLUMNS = tl.constexpr(1 << 40)
 
 @triton.jit
 def _graddrop_tile(
-    p_rows, p_table, p_leak, p_to, param, first, at, inside, number, stream, num_tasks, row_stride, col_stride,
+    p_rows, p_table, p_leak, p_present, p_to, param, first, at, inside, number, stream, num_tasks, row_stride,
+    col_stride,
     ALIGNED16: tl.constexpr, ACC: tl.constexpr, TASKS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile of columns; inside None: all of them."""
@@ -32,6 +33,8 @@ def _graddrop_tile(
             row, there = find_row(
                 p_rows, p_table, param, tasks + k, num_tasks, row_stride, first, col_stride, ALIGNED16, VEC
             )
+            if p_present is not None:
+                there = there & (tl.load(p_present + tasks + k, mask=tasks + k < num_tasks, other=0) != 0)
             tiles += (tl.load(row + offset, mask=there if inside is None else there & inside, other=0.0),)
         for k in tl.static_range(TASKS):
             x = tiles[k].to(ACC)
@@ -56,12 +59,14 @@ def _graddrop_tile(
     do_not_specialize=["num_tasks", "num_params", "row_stride", "col_stride", "num_columns", "tiles_per_block", "key"]
 )
 def graddrop_fwd_kernel(
-    p_rows, p_table, p_state, p_leak, p_out,
+    p_rows, p_table, p_state, p_leak, p_present, p_out,
     num_tasks, num_params, row_stride: tl.int64, col_stride: tl.int64, num_columns: tl.int64, tiles_per_block,
     key: tl.int64,
     ALIGNED16: tl.constexpr, ACC: tl.constexpr, TASKS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """p_leak: `[T]` float64, what of the other sign passes, or None. A table ends in the parameters' positions."""
+    """p_leak: `[T]` float64, what of the other sign passes, or None; p_present: `[T]` uint8, which rows count, or
+    None. A table ends in the parameters' positions.
+    """
     param, first, left = find_columns(
         p_table, 2, tl.program_id(0), num_tasks, num_params, num_columns, tiles_per_block * BLOCK
     )
@@ -87,11 +92,11 @@ def graddrop_fwd_kernel(
         at = k * BLOCK + column
         if (k + 1) * BLOCK <= left:
             _graddrop_tile(
-                p_rows, p_table, p_leak, p_to, param, first, at, None, number, stream, num_tasks, row_stride,
-                col_stride, ALIGNED16, ACC, TASKS, VEC, BLOCK,
+                p_rows, p_table, p_leak, p_present, p_to, param, first, at, None, number, stream, num_tasks,
+                row_stride, col_stride, ALIGNED16, ACC, TASKS, VEC, BLOCK,
             )  # fmt: skip
         else:
             _graddrop_tile(
-                p_rows, p_table, p_leak, p_to, param, first, at, at < left, number, stream, num_tasks, row_stride,
-                col_stride, ALIGNED16, ACC, TASKS, VEC, BLOCK,
+                p_rows, p_table, p_leak, p_present, p_to, param, first, at, at < left, number, stream, num_tasks,
+                row_stride, col_stride, ALIGNED16, ACC, TASKS, VEC, BLOCK,
             )  # fmt: skip

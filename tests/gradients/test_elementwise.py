@@ -232,6 +232,10 @@ def test_what_is_not_there_is_not_looked_at(level: Backend) -> None:
     expected = trimmed_mean(grads[[0, 2]], 0)
     grads[1] = torch.nan
     present = torch.tensor([True, False, True])
+    for leak in (None, torch.tensor([0.25, 0.5, 0.75])):
+        two = None if leak is None else leak[[0, 2]]
+        drawn = graddrop(grads, present=present, leak=leak, generator=order_state(1))
+        assert torch.equal(drawn, graddrop(grads[[0, 2]], leak=two, generator=order_state(1)))
     assert torch.equal(trimmed_mean(grads, 0, present=present), expected)
     assert trimmed_mean(grads, 1, present=present).isnan().all()  # nothing is left
     keep, take = torch.tensor([0.5, 1.0, 0.5]), torch.tensor([0.5, 0.0, 0.5])
@@ -305,6 +309,8 @@ def test_bad_arguments(level: Backend) -> None:
     ):
         with pytest.raises(error, match=f"present: {match}"):
             trimmed_mean(g, 1, present=x)
+        with pytest.raises(error, match=f"present: {match}"):
+            graddrop(g, present=x)
     with pytest.raises(TypeError, match="generator: expected"):
         graddrop(g, generator=3)
     with pytest.raises(ValueError, match="out: expected shape"):

@@ -515,7 +515,7 @@ def _graddrop_samples() -> list[tuple[Any, ...]]:
     samples: list[tuple[Any, ...]] = []
     for k, rows in enumerate(_plain_rows()):
         leak = torch.linspace(0, 1, rows[2], dtype=torch.float64) if k % 2 else None
-        samples.append((*rows, 7 * k - 9, torch.tensor([k, 3]) if k % 3 else None, leak))
+        samples.append((*rows, 7 * k - 9, torch.tensor([k, 3]) if k % 3 else None, leak, torch.arange(rows[2]) != 1))
     return samples
 
 

@@ -40,7 +40,21 @@ BANKS = [
     BankCase(3, 70, torch.float64, "step2"),
     BankCase(4, 70, torch.float32, "expanded_column"),
 ]
-LISTS = [case for case in elementwise.LISTS if case.kind not in ("many",) and case.num_tasks < 9]
+LISTS = [
+    *(ListCase(kind, 3) for kind in ("nones", "absent_parameter", "absent_task", "scalars", "mixed_dtypes")),
+    ListCase("mixed_layouts", 5, torch.bfloat16),
+    ListCase("channels_last", 3, torch.bfloat16),
+    ListCase("empty_tensors", 2),
+    ListCase("all_none", 2),
+]
+# with many programs of several short tiles
+SMALL = [
+    BankCase(3, 129),
+    BankCase(8, 1032, torch.bfloat16),
+    BankCase(3, 70, torch.float64, "step2"),
+    LISTS[0],
+    LISTS[4],
+]
 
 
 @pytest.fixture(autouse=True)
@@ -49,38 +63,34 @@ def triton_backend() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[False, True], ids=["whole", "small"])
-def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is, and many programs of several short tiles."""
-    if request.param:
-        for module in (launchers, elementwise_launchers):
-            monkeypatch.setattr(module, "LANES", 16)
-        monkeypatch.setattr(launchers, "BLOCKS", 4)
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (launchers, elementwise_launchers):
+        monkeypatch.setattr(module, "LANES", 16)
+    monkeypatch.setattr(launchers, "BLOCKS", 4)
 
 
-@pytest.mark.parametrize("case", [*BANKS, *LISTS], ids=str)
-def test_graddrop(case: BankCase | ListCase, parts: None) -> None:
+def check_everything(case: BankCase | ListCase) -> None:
     elementwise.check_graddrop(case, UNIT)
-
-
-@pytest.mark.parametrize("case", [*BANKS, *LISTS], ids=str)
-def test_trimmed_mean(case: BankCase | ListCase, parts: None) -> None:
     elementwise.check_trimmed_mean(case, UNIT)
-
-
-@pytest.mark.parametrize("case", [*BANKS, *LISTS], ids=str)
-def test_average_gradients(case: BankCase | ListCase, parts: None) -> None:
     elementwise.check_average_gradients(case)
-
-
-@pytest.mark.parametrize("case", [*BANKS, *LISTS], ids=str)
-def test_excess_risks(case: BankCase | ListCase, parts: None) -> None:
     elementwise.check_excess_risks(case)
 
 
-@pytest.mark.parametrize(
-    "case", [BankCase(5, 1025), ListCase("mixed_layouts", 4), ListCase("absent_parameter", 4)], ids=str
-)
+@pytest.mark.parametrize("case", [*BANKS, *LISTS], ids=str)
+def test_values(case: BankCase | ListCase) -> None:
+    check_everything(case)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_many_programs(case: BankCase | ListCase, small_parts: None) -> None:
+    check_everything(case)
+
+
+DRAWN = [BankCase(5, 1025), ListCase("mixed_layouts", 4), ListCase("absent_parameter", 4)]
+
+
+@pytest.mark.parametrize("case", DRAWN, ids=str)
 def test_graddrop_draws_the_same_everywhere(case: BankCase | ListCase) -> None:
     found = graddrop(case.make(), generator=order_state(11))
     with fastmtl.use_backend("reference"):
@@ -135,6 +145,8 @@ def test_what_is_not_there_is_not_looked_at() -> None:
     expected = trimmed_mean(grads[[0, 2]], 0)
     grads[1] = torch.nan
     present = torch.tensor([True, False, True])
+    drawn = graddrop(grads, present=present, generator=order_state(1))
+    assert torch.equal(drawn, graddrop(grads[[0, 2]], generator=order_state(1)))
     torch.testing.assert_close(trimmed_mean(grads, 0, present=present), expected, rtol=1e-6, atol=1e-7)
     assert trimmed_mean(grads, 1, present=present).isnan().all()  # nothing is left
     keep, take = torch.tensor([0.5, 1.0, 0.5]), torch.tensor([0.5, 0.0, 0.5])

@@ -78,6 +78,18 @@ def check_task_numbers(x: Tensor, argument: str, rows: GradientRows) -> None:
         raise ValueError(f"{argument}: expected device {rows.tensors[0].device} as the gradients, got {x.device}")
 
 
+def check_flags(present: Tensor, rows: GradientRows) -> None:
+    """Raises where `present` is no `[T]` bool tensor on the device of the gradients."""
+    if not isinstance(present, Tensor):
+        raise TypeError(f"present: expected a tensor, got {type(present).__name__}")
+    if present.dtype != torch.bool:
+        raise TypeError(f"present: expected torch.bool, got {present.dtype}")
+    if present.shape != (rows.num_tasks,):
+        raise ValueError(f"present: expected shape [{rows.num_tasks}], got {list(present.shape)}")
+    if rows.tensors and present.device != rows.tensors[0].device:
+        raise ValueError(f"present: expected device {rows.tensors[0].device} as the gradients, got {present.device}")
+
+
 def read_lists(grads: GradLists, argument: str = "grads") -> GradientRows:
     """Checks T lists of n tensors (None: a zero gradient) and drops the Nones.
 

@@ -47,6 +47,7 @@ def graddrop(
     key: int,
     state: Tensor | None,
     leak: Tensor | None,
+    present: Tensor | None = None,
 ) -> list[Tensor]:
     """Chen et al. 2020, Algorithm 1: in each column the elements of one sign, and `leak` of the others.
 
@@ -61,6 +62,8 @@ def graddrop(
         numbers = split_mix(stream, torch.arange(out.numel(), device=device) + i * COLUMNS)
         # the numbers follow the memory of the result
         numbers = numbers.as_strided(out.shape, out.stride()).reshape(-1)
+        if present is not None:
+            rows = torch.where(present[:, None], rows, 0.0)
         u = ((numbers >> 41 & (1 << 23) - 1).to(rows.dtype) + 0.5) * 2.0**-23
         above, below, kept_above, kept_below = (torch.zeros_like(rows[0]) for _ in range(4))
         for t, g in enumerate(rows):  # one after the other, as every backend adds them

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastmtl.core.dispatch import choose, triton_kernels
 from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops.gradients import reference
-from fastmtl.ops.gradients.arguments import Grads, read_rows
+from fastmtl.ops.gradients.arguments import Grads, check_flags, read_rows
 from fastmtl.ops.gradients.columns import columns_of, device_type_of, empty_columns, into_columns
 
 _kernel = define_kernel(
@@ -74,17 +73,6 @@ def check_trim(trim: object, num_tasks: int) -> None:
         raise TypeError(f"trim: expected an integer, got {type(trim).__name__}")
     if trim < 0 or 2 * trim >= num_tasks:
         raise ValueError(f"trim: expected 0 to {(num_tasks - 1) // 2} for {num_tasks} tasks, got {trim}")
-
-
-def check_flags(present: Tensor, rows: GradientRows) -> None:
-    if not isinstance(present, Tensor):
-        raise TypeError(f"present: expected a tensor, got {type(present).__name__}")
-    if present.dtype != torch.bool:
-        raise TypeError(f"present: expected torch.bool, got {present.dtype}")
-    if present.shape != (rows.num_tasks,):
-        raise ValueError(f"present: expected shape [{rows.num_tasks}], got {list(present.shape)}")
-    if rows.tensors and present.device != rows.tensors[0].device:
-        raise ValueError(f"present: expected device {rows.tensors[0].device} as the gradients, got {present.device}")
 
 
 def trimmed_mean_into(rows: GradientRows, trim: int, present: Tensor | None, out: Sequence[Tensor]) -> None:
