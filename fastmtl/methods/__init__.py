@@ -7,17 +7,22 @@ from fastmtl.methods.base import Method, Seen, Weighting, check_needs, needs_of,
 from fastmtl.methods.cagrad import CAGrad
 from fastmtl.methods.config import ConFIG
 from fastmtl.methods.crmogm import CRMOGM
+from fastmtl.methods.dbmtl import DBMTL
 from fastmtl.methods.dualproj import DualProj
+from fastmtl.methods.excessmtl import ExcessMTL
 from fastmtl.methods.fairgrad import FairGrad
+from fastmtl.methods.graddrop import GradDrop
 from fastmtl.methods.imtlg import IMTLG
 from fastmtl.methods.mean import Mean
 from fastmtl.methods.mgda import MGDA
+from fastmtl.methods.moco import MoCo
 from fastmtl.methods.modo import MoDo
 from fastmtl.methods.nashmtl import NashMTL
 from fastmtl.methods.paretomtl import ParetoMTL
 from fastmtl.methods.pcgrad import PCGrad
 from fastmtl.methods.random_weights import RandomWeights
 from fastmtl.methods.sum import Sum
+from fastmtl.methods.trimmed_mean import TrimmedMean
 from fastmtl.methods.upgrad import UPGrad
 
 _CLASSES: tuple[type[Method], ...] = (
@@ -35,9 +40,13 @@ _CLASSES: tuple[type[Method], ...] = (
     UPGrad,
     DualProj,
     MoDo,
+    GradDrop,
+    DBMTL,
+    MoCo,
+    ExcessMTL,
 )
 # those that can't be made without arguments
-_WITH_ARGUMENTS: tuple[type[Method], ...] = (CRMOGM, ParetoMTL)
+_WITH_ARGUMENTS: tuple[type[Method], ...] = (CRMOGM, ParetoMTL, TrimmedMean)
 _METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in _CLASSES}
 
 
@@ -70,15 +79,19 @@ def get(method: str | Weighting) -> Weighting:
 
 __all__ = [
     "CRMOGM",
+    "DBMTL",
     "IMTLG",
     "MGDA",
     "AlignedMTL",
     "CAGrad",
     "ConFIG",
     "DualProj",
+    "ExcessMTL",
     "FairGrad",
+    "GradDrop",
     "Mean",
     "Method",
+    "MoCo",
     "MoDo",
     "NashMTL",
     "PCGrad",
@@ -86,6 +99,7 @@ __all__ = [
     "RandomWeights",
     "Seen",
     "Sum",
+    "TrimmedMean",
     "UPGrad",
     "Weighting",
     "check_needs",

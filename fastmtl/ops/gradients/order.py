@@ -8,7 +8,7 @@ Lea, Flood 2014, *Fast Splittable Pseudorandom Number Generators*) number `count
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -160,6 +160,25 @@ def traceable_source(generator: Randomness | None, device: torch.device) -> Draw
         key = torch.randint(0, (1 << 63) - 1, (1,), generator=generator, device=source).to(device)
         generator = torch.cat([key, torch.zeros_like(key)])
     return draw_source(generator, device)
+
+
+_HALF = 1 << 32
+
+
+def shared_source(source: Draw, device: torch.device, first: Callable[[Tensor], Tensor] | None) -> Draw:
+    """The source of the first of several ranks on all of them; `first`: as `Seen.first`, None where there is one.
+
+    Key and counter travel as halves of 32 bits, which float64 holds.
+    """
+    if first is None:
+        return source
+    if source.state is None:
+        words = torch.zeros(2, dtype=torch.int64, device=device)
+        words[0].fill_(source.key)
+    else:
+        words = torch.stack([source.state[0] ^ source.key, source.state[1]])
+    halves = first(torch.cat([words >> 32, words & _HALF - 1]).to(torch.float64)).to(torch.int64)
+    return Draw(0, (halves[:2] << 32) + halves[2:])
 
 
 def split_mix(key: int | Tensor, numbers: Tensor) -> Tensor:
