@@ -134,10 +134,9 @@ def combine_held(weights: Tensor, held: Sequence[Tensor], num_tasks: int, out: S
     if not out:
         return
     rows = GradientRows(list(held), list(range(len(held))), num_tasks, len(out))
-    targets = [
-        x if x.dtype == like.dtype else torch.empty_like(x, dtype=like.dtype)
-        for x, like in zip(out, held, strict=False)
-    ]
+    targets = []
+    for x, like in zip(out, held[: len(out)], strict=True):
+        targets.append(x if x.dtype == like.dtype else torch.empty_like(x, dtype=like.dtype))
     combine_into(weights, rows, targets)
     for x, target in zip(out, targets, strict=True):
         if x is not target:

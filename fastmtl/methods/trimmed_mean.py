@@ -28,8 +28,8 @@ class TrimmedMean(Method):
             are present the update is NaN.
 
     `needs` the gradients. A gradient that is None for a parameter counts as zeros, if its task is present. An element
-    that is not finite makes the update NaN there, though it might have been left out, so that a `GradScaler` sees it. The
-    Gram matrix that a `Surgery` shows takes a read of the gradients of its own.
+    that is not finite makes the update NaN there, though it might have been left out, so that a `GradScaler` sees it.
+    The Gram matrix that a `Surgery` shows takes a read of the gradients of its own.
 
     Source: Yin et al. 2018, *Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates*, coordinate-wise
     trimmed mean.
