@@ -31,7 +31,7 @@ class DBMTL(RunningMethod):
     Raises:
         ValueError: an argument out of range.
 
-    `needs` the losses and the gradients. A loss below `-eps`, or one of 0 without `eps`, has no logarithm: the update
+    `needs` the losses and the gradients. A loss below `-eps`, one of 0 without `eps` and one that is not finite have no logarithm: the update
     is NaN. The unshared parameters' gradients are those of the losses themselves; the paper's are those of the
     logarithms.
 
@@ -72,7 +72,8 @@ class DBMTL(RunningMethod):
         step = self._state.read(seen.names, device)["step"] + 1
         kept = decayed(self.beta, self.beta_sigma, step)
         losses = seen.losses + self.eps
-        take = torch.where(losses > 0, (1 - kept) / losses, torch.nan) / scale
+        fine = (losses > 0) & losses.isfinite()
+        take = torch.where(fine, (1 - kept) / losses, torch.nan) / scale
         held = self._held.of(rows, seen.names)
         gram = average_gradients_of(
             rows,

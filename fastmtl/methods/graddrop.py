@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.methods.base import Method, Seen, as_it_is
-from fastmtl.methods.held import device_of
+from fastmtl.methods.held import as_lists, device_of
 from fastmtl.ops.gradients.graddrop import advance, graddrop_into
 from fastmtl.ops.gradients.gram import gram_rows
 from fastmtl.ops.gradients.order import Randomness, check_generator, shared_source, traceable_source
@@ -62,7 +62,7 @@ class GradDrop(Method):
             if leak.device != device:
                 # kept there: a copy at each call would wait for the device
                 leak = self.leak = leak.to(device)
-        gram = seen.total(gram_rows(rows))
+        gram = seen.total(gram_rows(as_lists(rows)))
         own = traceable_source(self.generator, device)
         source = shared_source(own, device, None if seen.first is as_it_is else seen.first)
         graddrop_into(rows, source, leak, seen.mask(device), out)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.methods.base import Method, Seen
-from fastmtl.methods.held import device_of
+from fastmtl.methods.held import as_lists, device_of
 from fastmtl.ops.gradients.gram import gram_rows
 from fastmtl.ops.gradients.trimmed_mean import trimmed_mean_into
 
@@ -54,7 +54,7 @@ class TrimmedMean(Method):
             raise ValueError(
                 f"TrimmedMean({self.trim}) leaves out {2 * self.trim} tasks: expected more of them, got {count} present"
             )
-        gram = seen.total(gram_rows(rows))
+        gram = seen.total(gram_rows(as_lists(rows)))
         trimmed_mean_into(rows, self.trim, seen.mask(device_of(rows, seen)), out)
         return gram, None
 
