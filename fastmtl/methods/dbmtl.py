@@ -31,9 +31,9 @@ class DBMTL(RunningMethod):
     Raises:
         ValueError: an argument out of range.
 
-    `needs` the losses and the gradients. A loss below `-eps`, one of 0 without `eps` and one that is not finite have no logarithm: the update
-    is NaN. The unshared parameters' gradients are those of the losses themselves; the paper's are those of the
-    logarithms.
+    `needs` the losses and the gradients. A loss below `-eps`, one of 0 without `eps` and one that is not finite have no
+    logarithm: the update is NaN. The unshared parameters' gradients are those of the losses themselves; the paper's are
+    those of the logarithms.
 
     State: the averages, by task name, T times the memory of the shared gradients in float32 (float64 for float64), and
     the number of steps. An absent task's average stays as it was, and takes no part. A step that overflows leaves the

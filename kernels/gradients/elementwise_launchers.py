@@ -25,6 +25,8 @@ from fastmtl.kernels.gradients.trimmed_mean import trimmed_mean_fwd_kernel
 MAX_ROWS = 8
 # registers of a thread that hold what a trimmed mean cuts off, before tiles become narrow
 HELD_REGISTERS = 96
+# and at most
+MOST_REGISTERS = 160
 
 
 def graddrop(
@@ -69,10 +71,18 @@ def trimmed_mean(rows: GradientRows, trim: int, present: Tensor | None, out: Seq
             p_present=flags,
             p_out=_target(g),
             tiles_per_block=g.tiles_per_block * narrow,
-            TASKS=min(next_power_of_2(rows.num_tasks), MAX_ROWS) if trim <= 4 else 1,
+            TASKS=min(next_power_of_2(rows.num_tasks), MAX_ROWS if trim <= 1 else 4 if trim <= 4 else 1),
             TRIM=trim,
             BLOCK=g.block // narrow,
         )
+
+
+def trimmed_mean_declined(rows: GradientRows, trim: int) -> str | None:
+    """Why there is no kernel for these: what is cut off must fit into a thread's registers."""
+    doubles = any(x.dtype == torch.float64 for x in rows.tensors)
+    if 2 * trim * (2 if doubles else 1) <= MOST_REGISTERS:
+        return None
+    return f"a trim of {trim} elements in {'float64' if doubles else 'float32'} takes more registers than a thread has"
 
 
 def average_gradients(rows: GradientRows, keep: Tensor, take: Tensor, averages: Sequence[Tensor], out: Tensor) -> None:
@@ -134,7 +144,8 @@ def _record(dtype: torch.dtype, num_tasks: int, form: str) -> list[Launch]:
     with recording() as launches:
         graddrop(rows, 0, empty(2, of=torch.int64), None, None, [empty(columns)])
         graddrop(rows, 0, None, factors, None, [empty(columns)])
-        for trim in sorted({0, min(1, (num_tasks - 1) // 2), (num_tasks - 1) // 2}):
+        most = (num_tasks - 1) // 2 if total == torch.float32 else min((num_tasks - 1) // 2, MOST_REGISTERS // 4)
+        for trim in sorted({0, min(1, most), most}):
             trimmed_mean(rows, trim, None, [empty(columns)])
         average_gradients(rows, factors, factors, held, factors)
         excess_risks(rows, factors, held, factors)
