@@ -1,5 +1,5 @@
-"""Suite `methods`: the weights of each method that needs the Gram matrix alone, over T (latency: no floor), and the passes of
-those that look at the gradients, whose floor is bytes."""
+"""Suite `methods`: the weights of each method that needs the Gram matrix alone, over T (latency: no floor), and the
+passes of those that look at the gradients, whose floor is bytes."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _plain_excess(x: Held) -> Tensor:
 
 @dataclass(frozen=True)
 class _Pass:
-    """An op that passes over the gradients: its call, the same in plain torch, TorchJD's, and its bytes in units of P."""
+    """An op that passes over the gradients: its call, plain torch's, TorchJD's, and its bytes in units of P."""
 
     ours: Callable[[Held], Tensor]
     plain: Callable[[Held], Tensor]

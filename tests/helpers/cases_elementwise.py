@@ -3,6 +3,7 @@ the CPU's tests and for Triton's interpreter."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,12 +50,11 @@ LISTS = [
     ListCase("many", 3),
 ]
 CASES = [*BANKS, *LISTS]
-TASK_FEW = (BankCase(5, 1025, torch.bfloat16), BankCase(3, 1023), ListCase("mixed_layouts", 8), ListCase("nones", 3))
 
 
 def result(found: Any) -> Tensor:
     """`[P]` float64, of a bank's result or of lists'."""
-    return found.double() if isinstance(found, Tensor) else flat(found)
+    return found.double().cpu() if isinstance(found, Tensor) else flat(found)
 
 
 def rounding(found: Any, unit: dict[torch.dtype, float] | None) -> Tensor:
@@ -81,22 +81,24 @@ def split_mix64(key: int, n: int) -> int:
     return z ^ z >> 31
 
 
+@functools.cache
+def _drawn(stream: int, position: int, count: int) -> Tensor:
+    bits = [split_mix64(stream, (position << 40) + k) >> 41 for k in range(count)]
+    return (torch.tensor(bits, dtype=torch.float64) + 0.5) * 2.0**-23
+
+
 def uniform_numbers(grads: Any, key: int, counter: int) -> Tensor:
     """The number in (0, 1) of each column, `[P]` float64."""
     stream = split_mix64(key & (1 << 64) - 1, counter * 2**14)
 
-    def numbers(position: int, count: int) -> Tensor:
-        drawn = [(split_mix64(stream, (position << 40) + k) >> 41) for k in range(count)]
-        return (torch.tensor(drawn, dtype=torch.float64) + 0.5) * 2.0**-23
-
     if isinstance(grads, Tensor):
-        return numbers(0, grads.shape[1])
+        return _drawn(stream, 0, grads.shape[1])
     parts = []
     for i in range(len(grads[0])):
         like = next((row[i] for row in grads if row[i] is not None), None)
         if like is not None:
             strides = torch.empty_like(like).stride()
-            parts.append(numbers(i, like.numel()).as_strided(like.shape, strides).reshape(-1))
+            parts.append(_drawn(stream, i, like.numel()).as_strided(like.shape, strides).reshape(-1))
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
@@ -111,13 +113,15 @@ def graddrop64(bank: Tensor, u: Tensor, leak: Tensor | None) -> tuple[Tensor, Te
     return total, (purity - u).abs()
 
 
-def check_graddrop(case: BankCase | ListCase, unit: dict[torch.dtype, float] | None = None) -> None:
+def check_graddrop(
+    case: BankCase | ListCase, unit: dict[torch.dtype, float] | None = None, device: str = "cpu"
+) -> None:
     bank = bank64(case)
     for seed, leak in ((3, None), (-5, torch.linspace(0, 1, case.num_tasks))):
-        grads = case.make()
-        state = ops.order_state(seed)
+        grads = case.make(device)
+        state = ops.order_state(seed, device=device)
         for counter in range(2):
-            found = ops.graddrop(grads, leak=leak, generator=state)
+            found = ops.graddrop(grads, leak=None if leak is None else leak.to(device), generator=state)
             assert state.tolist() == [seed, counter + 1]
             u = uniform_numbers(grads, seed, counter)
             expected, distance = graddrop64(bank, u, leak)
@@ -131,7 +135,9 @@ def check_graddrop(case: BankCase | ListCase, unit: dict[torch.dtype, float] | N
             assert (actual[size == 0] == 0).all()
 
 
-def check_trimmed_mean(case: BankCase | ListCase, unit: dict[torch.dtype, float] | None = None) -> None:
+def check_trimmed_mean(
+    case: BankCase | ListCase, unit: dict[torch.dtype, float] | None = None, device: str = "cpu"
+) -> None:
     bank = bank64(case)
     most = (case.num_tasks - 1) // 2
     for trim in sorted({0, min(1, most), min(3, most), most}):
@@ -140,7 +146,7 @@ def check_trimmed_mean(case: BankCase | ListCase, unit: dict[torch.dtype, float]
             rows = bank if flags is None else bank[flags]
             if len(rows) <= 2 * trim:
                 continue
-            found = ops.trimmed_mean(case.make(), trim, present=flags)
+            found = ops.trimmed_mean(case.make(device), trim, present=None if flags is None else flags.to(device))
             ordered = rows.sort(dim=0).values[trim : len(rows) - trim]
             expected = ordered.mean(0)
             bound = _sum_tolerance(found) * ordered.abs().mean(0) + rounding(found, unit) * expected.abs() * 1.001
@@ -156,7 +162,7 @@ def held_for(grads: Any, generator: torch.Generator, positive: bool = False) -> 
         return torch.empty_like(like, dtype=gram_dtype([like.dtype])).copy_(x)
 
     if isinstance(grads, Tensor):
-        like = torch.empty(grads.shape, dtype=grads.dtype)
+        like = torch.empty(grads.shape, dtype=grads.dtype, device=grads.device)
         return made(like, grads.shape)
     first = [next((row[i] for row in grads if row[i] is not None), None) for i in range(len(grads[0]))]
     return [[None if x is None else made(x, x.shape) for x in first] for _ in grads]
@@ -169,17 +175,17 @@ def _tolerance(grads: Any) -> dict[str, float]:
     return {"sum": SUM_TOLERANCE[dtype], "length": LENGTH_TOLERANCE[dtype]}
 
 
-def check_average_gradients(case: BankCase | ListCase) -> None:
+def check_average_gradients(case: BankCase | ListCase, device: str = "cpu") -> None:
     generator = torch.Generator().manual_seed(5)
     bank = bank64(case)
     keep = torch.linspace(0.3, 1.2, case.num_tasks, dtype=torch.float64)
     take = torch.linspace(-1, 2, case.num_tasks, dtype=torch.float64)
     take[0] = 0.0
     for gram in (False, True):
-        grads = case.make()
+        grads = case.make(device)
         held = held_for(grads, generator)
         before = double(held).clone() if bank.numel() else torch.zeros_like(bank)
-        found = ops.average_gradients(grads, held, keep, take, gram=gram)
+        found = ops.average_gradients(grads, held, keep.to(device), take.to(device), gram=gram)
         after = double(held) if bank.numel() else torch.zeros_like(bank)
         tolerance = _tolerance(grads)
         expected = keep[:, None] * before + take[:, None] * bank
@@ -194,15 +200,15 @@ def check_average_gradients(case: BankCase | ListCase) -> None:
             assert_within(found, lengths.square(), tolerance["length"] * lengths.square())
 
 
-def check_excess_risks(case: BankCase | ListCase) -> None:
+def check_excess_risks(case: BankCase | ListCase, device: str = "cpu") -> None:
     generator = torch.Generator().manual_seed(6)
     bank = bank64(case)
     scale = torch.linspace(0.5, 2, case.num_tasks, dtype=torch.float64)
     scale[1:2] = 0.0
-    grads = case.make()
+    grads = case.make(device)
     held = held_for(grads, generator, positive=True)
     before = double(held).clone() if bank.numel() else torch.zeros_like(bank)
-    found = ops.excess_risks(grads, held, scale)
+    found = ops.excess_risks(grads, held, scale.to(device))
     after = double(held) if bank.numel() else torch.zeros_like(bank)
     tolerance = _tolerance(grads)
     squares = (scale[:, None] * bank).square()

@@ -497,7 +497,7 @@ def test_bad_arguments() -> None:
 def test_a_gram_matrix_is_not_enough(name: str) -> None:
     with pytest.raises(TypeError, match=r"needs .*the task gradients themselves"):
         KINDS[name]().weights(torch.eye(3))
-    with pytest.raises(TypeError, match="makes no weights of a Gram matrix"):
+    with pytest.raises(TypeError, match="has no weights of a Gram matrix"):
         KINDS[name]().weigh(torch.eye(3), Seen(NAMES[:3], [True] * 3, losses=torch.ones(3, dtype=F64)))
 
 
