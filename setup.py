@@ -129,7 +129,14 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
         print(f"fastmtl: {no_cuda}: installing without CUDA C++ kernels", file=sys.stderr)
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
     common = ["-O3", "-g0", "-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-    cxx = [*common, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+    cxx = [
+        *common,
+        "-fno-math-errno",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-Wno-maybe-uninitialized",
+    ]
     nvcc = [
         *(flag for flag in common if flag != "-g0"),
         "-DUSE_CUDA",

@@ -95,6 +95,14 @@ def upgrad_weights(gram: Tensor) -> Tensor:
     return UPGradWeighting()(gram)
 
 
+def aggregator_candidate(name: str, arguments: Sequence[int]) -> Candidate:
+    """Its aggregator of that name, on the matrix of an input that has `grads`."""
+    if torchjd_missing() is not None:
+        return candidate("torchjd", lambda x: None, name)
+    aggregator = getattr(importlib.import_module("torchjd.aggregation"), name)(*arguments)
+    return candidate("torchjd", lambda x: aggregator(x.grads), name)
+
+
 # method -> its weighting and that one's arguments; ConFIG and Nash-MTL have none that takes a Gram matrix
 _WEIGHTINGS: dict[str, tuple[str, dict[str, float]]] = {
     "mgda": ("MGDAWeighting", {}),

@@ -46,7 +46,7 @@ int64_t single_stride(const Tensor& x) {
   return dims <= 1 ? found : -1;
 }
 
-Rows read_bank(const Tensor& bank, int64_t num_tasks, const std::vector<Tensor>& out) {
+Rows read_bank(const Tensor& bank, int64_t num_tasks, const std::vector<Tensor>& out, Out kind) {
   STD_TORCH_CHECK(bank.dim() == 2 && bank.size(0) == num_tasks && out.size() <= 1, "fastmtl: expected a bank of ",
                   num_tasks, " rows and one output");
   Rows result;
@@ -55,17 +55,18 @@ Rows read_bank(const Tensor& bank, int64_t num_tasks, const std::vector<Tensor>&
   p.numel = bank.size(1);
   p.dtype = dtype_of(bank);
   if (p.numel == 0) return result;
+  const DType out_dtype = kind == Out::kWide ? wide(p.dtype) : p.dtype;
   const char* data = static_cast<const char*>(bank.const_data_ptr());
   const int64_t stride = p.numel > 1 ? bank.stride(1) : 1;
   for (int t = 0; t < num_tasks; ++t) p.rows.push_back({data + t * bank.stride(0) * size_of(p.dtype), stride, t});
   for (const Tensor& x : out) {
     const int64_t last = x.dim() - 1;
-    STD_TORCH_CHECK((last == 0 || last == 1) && x.size(last) == p.numel && dtype_of(x) == p.dtype &&
+    STD_TORCH_CHECK((last == 0 || last == 1) && x.size(last) == p.numel && dtype_of(x) == out_dtype &&
                         (p.numel == 1 || x.stride(last) == 1),
                     "fastmtl: the output does not match the bank");
     char* first = static_cast<char*>(x.mutable_data_ptr());
     for (int64_t k = 0; k < (last == 0 ? 1 : x.size(0)); ++k)
-      p.out.push_back(first + (last == 0 ? 0 : k * x.stride(0) * size_of(p.dtype)));
+      p.out.push_back(first + (last == 0 ? 0 : k * x.stride(0) * size_of(out_dtype)));
   }
   result.params.push_back(std::move(p));
   return result;
@@ -87,9 +88,9 @@ DType dtype_of(const Tensor& x) {
 }
 
 Rows read_rows(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
-               int64_t num_params, const std::vector<Tensor>& out) {
+               int64_t num_params, const std::vector<Tensor>& out, Out kind) {
   STD_TORCH_CHECK(num_tasks >= 1 && num_tasks <= kMaxTasks, "fastmtl: expected 1 to 128 tasks, got ", num_tasks);
-  if (index.empty() && tensors.size() == 1) return read_bank(tensors[0], num_tasks, out);
+  if (index.empty() && tensors.size() == 1) return read_bank(tensors[0], num_tasks, out, kind);
   STD_TORCH_CHECK(tensors.size() == index.size(), "fastmtl: ", tensors.size(), " tensors, ", index.size(),
                   " positions");
   std::map<int64_t, std::vector<std::pair<int, const Tensor*>>> present;  // parameter -> (task, tensor)
@@ -116,9 +117,11 @@ Rows read_rows(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
     Param p;
     p.numel = first.numel();
     p.dtype = dtype_of(first);
+    p.position = position;
+    const DType out_dtype = kind == Out::kWide ? wide(p.dtype) : p.dtype;
     for (size_t k = i; k < out.size(); k += n) {
       STD_TORCH_CHECK(
-          out[k].numel() == p.numel && dtype_of(out[k]) == p.dtype && is_dense(out[k]) && same_strides(out[k], like),
+          out[k].numel() == p.numel && dtype_of(out[k]) == out_dtype && is_dense(out[k]) && same_strides(out[k], like),
           "fastmtl: output ", k, " does not match its parameter");
       p.out.push_back(out[k].mutable_data_ptr());
     }
@@ -137,6 +140,8 @@ Rows read_rows(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
       } else if (same_strides(*tensor, like)) {
         p.rows.push_back({tensor->const_data_ptr(), 1, task});
       } else {
+        STD_TORCH_CHECK(dtype_of(like) == p.dtype, "fastmtl: task ", task, ", parameter ", position,
+                        " has another memory order than its output");
         Tensor copy = torch::stable::empty_like(like);
         torch::stable::copy_(copy, *tensor);
         p.rows.push_back({copy.const_data_ptr(), 1, task});

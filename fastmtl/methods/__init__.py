@@ -7,13 +7,17 @@ from fastmtl.methods.base import Method, Seen, Weighting, check_needs, needs_of,
 from fastmtl.methods.cagrad import CAGrad
 from fastmtl.methods.config import ConFIG
 from fastmtl.methods.crmogm import CRMOGM
+from fastmtl.methods.dbmtl import DBMTL
 from fastmtl.methods.dualproj import DualProj
+from fastmtl.methods.excessmtl import ExcessMTL
 from fastmtl.methods.fairgrad import FairGrad
+from fastmtl.methods.graddrop import GradDrop
 from fastmtl.methods.gradvac import GradVac
 from fastmtl.methods.imtlg import IMTLG
 from fastmtl.methods.krum import Krum
 from fastmtl.methods.mean import Mean
 from fastmtl.methods.mgda import MGDA
+from fastmtl.methods.moco import MoCo
 from fastmtl.methods.modo import MoDo
 from fastmtl.methods.nashmtl import NashMTL
 from fastmtl.methods.paretomtl import ParetoMTL
@@ -22,6 +26,7 @@ from fastmtl.methods.pcgrad import PCGrad
 from fastmtl.methods.random_weights import RandomWeights
 from fastmtl.methods.sdmgrad import SDMGrad
 from fastmtl.methods.sum import Sum
+from fastmtl.methods.trimmed_mean import TrimmedMean
 from fastmtl.methods.upgrad import UPGrad
 
 _CLASSES: tuple[type[Method], ...] = (
@@ -43,9 +48,13 @@ _CLASSES: tuple[type[Method], ...] = (
     PCD,
     SDMGrad,
     MoDo,
+    GradDrop,
+    DBMTL,
+    MoCo,
+    ExcessMTL,
 )
 # those that can't be made without arguments
-_WITH_ARGUMENTS: tuple[type[Method], ...] = (CRMOGM, ParetoMTL)
+_WITH_ARGUMENTS: tuple[type[Method], ...] = (CRMOGM, ParetoMTL, TrimmedMean)
 _METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in _CLASSES}
 
 
@@ -78,6 +87,7 @@ def get(method: str | Weighting) -> Weighting:
 
 __all__ = [
     "CRMOGM",
+    "DBMTL",
     "IMTLG",
     "MGDA",
     "PCD",
@@ -85,11 +95,14 @@ __all__ = [
     "CAGrad",
     "ConFIG",
     "DualProj",
+    "ExcessMTL",
     "FairGrad",
+    "GradDrop",
     "GradVac",
     "Krum",
     "Mean",
     "Method",
+    "MoCo",
     "MoDo",
     "NashMTL",
     "PCGrad",
@@ -98,6 +111,7 @@ __all__ = [
     "SDMGrad",
     "Seen",
     "Sum",
+    "TrimmedMean",
     "UPGrad",
     "Weighting",
     "check_needs",

@@ -22,7 +22,7 @@ NEEDS = {
 }
 
 
-def _as_it_is(x: Tensor) -> Tensor:
+def as_it_is(x: Tensor) -> Tensor:
     return x
 
 
@@ -49,8 +49,8 @@ class Seen(NamedTuple):
     losses: Tensor | None = None
     second: Tensor | None = None
     loss_scale: float | Tensor | None = None
-    first: Callable[[Tensor], Tensor] = _as_it_is
-    total: Callable[[Tensor], Tensor] = _as_it_is
+    first: Callable[[Tensor], Tensor] = as_it_is
+    total: Callable[[Tensor], Tensor] = as_it_is
 
     def mask(self, device: torch.device) -> Tensor | None:
         """`present` as a `[T]` bool tensor on that device; None if all are present. Nothing waits for the host."""

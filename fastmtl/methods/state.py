@@ -44,6 +44,11 @@ class NamedState:
         self.names: list[str] = []
         self._values: dict[str, Tensor] = {}
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the values are; None before the first step."""
+        return next((x.device for x in self._values.values()), None)
+
     def read(self, names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """The value of each field for these tasks: 0-d, `[T]` or `[T, T]` float64 on that device."""
         self.prepare(names, device)

@@ -89,7 +89,7 @@ def _seen(gradients: SurgeryInput, options: SurgeryOptions, second: Tensor | Non
     device = gradients.device
     # a rank without columns may have made its Gram matrix anywhere
     total = (lambda gram: ranks.total_gram(gram.to(device))) if gradients.partitioned else seen.total
-    return seen._replace(first=ranks.first_of, total=total)
+    return seen._replace(first=lambda x: ranks.first_of(x.to(device)), total=total)
 
 
 def _values_of(losses: Sequence[Tensor | None], gradients: SurgeryInput, options: SurgeryOptions) -> Tensor:

@@ -61,8 +61,9 @@ _ACC = {torch.float64: tl.float64}
 
 
 class _Param(NamedTuple):
-    """One parameter with elements: its gradients (None: zero) and the memory of its sums."""
+    """One parameter with elements: where it stands, its gradients (None: zero) and the memory of its sums."""
 
+    position: int
     numel: int
     rows: list[Tensor | None]
     out: list[Tensor]
@@ -107,8 +108,8 @@ class _Group:
     def num_blocks(self) -> int:
         return sum(triton.cdiv(n, self.block * self.tiles_per_block) for n in self.lengths)
 
-    def table(self) -> Tensor | None:
-        """See `rows.py`; None for a bank."""
+    def table(self, positions: bool = False) -> Tensor | None:
+        """See `rows.py`; None for a bank. positions: those of the parameters follow."""
         if self.bank is not None:
             return None
         values = [0 if x is None else x.data_ptr() for p in self.params for x in p.rows]
@@ -118,6 +119,8 @@ class _Group:
             values += itertools.accumulate([0, *parts[:-1]])
         for k in range(len(self.params[0].out)):
             values += [p.out[k].data_ptr() for p in self.params]
+        if positions:
+            values += [p.position for p in self.params]
         return integer_table(values, self.like.device)
 
     def arguments(self, table: Tensor | None, aligned16: bool) -> dict[str, Any]:
@@ -151,6 +154,11 @@ def _aligned16_rows(x: Tensor) -> bool:
 def _same_strides(a: Tensor, b: Tensor) -> bool:
     # a dimension of size 1 is never stepped along
     return all(n <= 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def _reordered(x: Tensor, like: Tensor) -> Tensor:
+    """A copy in the memory order of another tensor, whose dtype may differ."""
+    return torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
 def _groups(rows: GradientRows, out: Sequence[Tensor]) -> list[_Group]:
@@ -189,12 +197,12 @@ def _list_groups(rows: GradientRows, out: Sequence[Tensor]) -> list[_Group]:
             continue
         targets = list(out[position :: len(first)])
         like = targets[0] if targets else x if is_dense(x) else torch.empty_like(x)
-        read = [g if g is None or _same_strides(g, like) else torch.empty_like(like).copy_(g) for g in gradients[i]]
+        read = [g if g is None or _same_strides(g, like) else _reordered(g, like) for g in gradients[i]]
         aligned16 = all(map(_aligned, read)) and all(map(_aligned, targets))
         key = (x.dtype, aligned16)
         if key not in found:
             found[key] = _Group(rows.num_tasks, x.dtype, aligned16, x)
-        found[key].params.append(_Param(x.numel(), read, targets))
+        found[key].params.append(_Param(i, x.numel(), read, targets))
     return list(found.values())
 
 

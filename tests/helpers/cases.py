@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmtl.core.gradient_rows import GradientRows, bank_rows, first_of_params
 from fastmtl.ops.gradients import reference
 from fastmtl.ops.gradients.arguments import read_lists
 
@@ -499,6 +500,50 @@ def _method_samples() -> list[tuple[Any, ...]]:
     ]
 
 
+def _plain_rows() -> list[tuple[list[Tensor], list[int], int, int]]:
+    """Lists and banks, without a gradient of their own, in the one form that the ops element by element take."""
+    lists = [read_lists(case.make()) for case in _SAMPLE_LISTS]
+    banks = [bank_rows(case.make()) for case in _SAMPLE_BANKS]
+    return [tuple(rows) for rows in (*lists, *banks)]
+
+
+def held_like(rows: GradientRows, value: float = 0.25) -> list[Tensor]:
+    """Memory that runs along with gradients, in the dtype of their sums."""
+    if rows.bank is not None:
+        return [torch.full(rows.bank.shape, value, dtype=gram_dtype([rows.bank.dtype]), device=rows.bank.device)]
+    first = first_of_params(rows.tensors, rows.index, rows.num_params).values()
+    return [torch.full_like(x, value, dtype=gram_dtype([x.dtype])) for _ in range(rows.num_tasks) for x in first]
+
+
+def _graddrop_samples() -> list[tuple[Any, ...]]:
+    samples: list[tuple[Any, ...]] = []
+    for k, rows in enumerate(_plain_rows()):
+        leak = torch.linspace(0, 1, rows[2], dtype=torch.float64) if k % 2 else None
+        samples.append((*rows, 7 * k - 9, torch.tensor([k, 3]) if k % 3 else None, leak, torch.arange(rows[2]) != 1))
+    return samples
+
+
+def _trimmed_mean_samples() -> list[tuple[Any, ...]]:
+    samples: list[tuple[Any, ...]] = []
+    for k, rows in enumerate(_plain_rows()):
+        here = torch.arange(rows[2]) != 0 if k % 2 else None
+        samples.append((*rows, (rows[2] - 1) // 2 if here is None else 0, here))
+    return samples
+
+
+def _average_samples() -> list[tuple[Any, ...]]:
+    samples: list[tuple[Any, ...]] = []
+    for k, rows in enumerate(_plain_rows()):
+        keep = torch.linspace(0.2, 1, rows[2], dtype=torch.float64)
+        samples.append((*rows, keep, 1 - keep, held_like(GradientRows(*rows)), k % 2 == 0))
+    return samples
+
+
+def _excess_samples() -> list[tuple[Any, ...]]:
+    scale = torch.linspace(0, 2, 8, dtype=torch.float64)
+    return [(*rows, scale[-rows[2] :].clone(), held_like(GradientRows(*rows))) for rows in _plain_rows()]
+
+
 OPCHECK_SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "gram": lambda: [(_leaf(case),) for case in _SAMPLE_BANKS],
     "gram_list": lambda: [_rows(case) for case in _SAMPLE_LISTS],
@@ -520,6 +565,10 @@ OPCHECK_SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
         (_gram_leaf(3, torch.float64).detach().mT, random_order(3, 0), torch.ones(3, 3).mT, 1.0, "always"),
     ],
     "method_weights": _method_samples,
+    "graddrop": _graddrop_samples,
+    "trimmed_mean": _trimmed_mean_samples,
+    "average_gradients": _average_samples,
+    "excess_risks": _excess_samples,
     "pcgrad": lambda: [
         (x, random_order(x.shape[0]), reduction, include_self)
         for x, reduction, include_self in zip(

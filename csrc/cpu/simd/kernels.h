@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/rows.h"
+#include "cpu/simd/elementwise.h"
 #include "cpu/simd/tiles.h"
 
 namespace fastmtl::cpu {
@@ -37,6 +38,7 @@ struct Kernels {
   CombineBlock combine[4];  // weights are float, double for f64
   WidenBlock widen[4];      // bf16 and f16 to float
   Tiles tiles;
+  Elementwise elementwise;
 };
 
 extern const Kernels kPortable;

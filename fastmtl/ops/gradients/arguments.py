@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fastmtl.core.gradient_rows import MAX_TASKS, GradientRows
+from fastmtl.core.gradient_rows import MAX_TASKS, GradientRows, bank_rows
 from fastmtl.core.tensors import FLOAT_DTYPES
 
 GradLists: TypeAlias = Sequence[Sequence[Tensor | None]]
@@ -56,6 +56,38 @@ def is_bank(grads: Grads, argument: str = "grads") -> bool:
     if isinstance(grads, (str, bytes)) or not isinstance(grads, Sequence):
         raise TypeError(f"{argument}: expected a [T, P] tensor or T lists of tensors, got {type(grads).__name__}")
     return False
+
+
+def read_rows(grads: Grads) -> GradientRows:
+    """A bank or lists, checked, in the form that the kernels take. Raises what `check_bank` and `read_lists` do."""
+    if is_bank(grads):
+        check_bank(grads)
+        return bank_rows(grads)
+    return read_lists(grads)
+
+
+def check_task_numbers(x: Tensor, argument: str, rows: GradientRows) -> None:
+    """Raises where `x` is no floating-point `[T]` tensor on the device of the gradients."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{argument}: expected a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{argument}: expected a floating-point tensor, got {x.dtype}")
+    if x.shape != (rows.num_tasks,):
+        raise ValueError(f"{argument}: expected shape [{rows.num_tasks}], got {list(x.shape)}")
+    if rows.tensors and x.device != rows.tensors[0].device:
+        raise ValueError(f"{argument}: expected device {rows.tensors[0].device} as the gradients, got {x.device}")
+
+
+def check_flags(present: Tensor, rows: GradientRows) -> None:
+    """Raises where `present` is no `[T]` bool tensor on the device of the gradients."""
+    if not isinstance(present, Tensor):
+        raise TypeError(f"present: expected a tensor, got {type(present).__name__}")
+    if present.dtype != torch.bool:
+        raise TypeError(f"present: expected torch.bool, got {present.dtype}")
+    if present.shape != (rows.num_tasks,):
+        raise ValueError(f"present: expected shape [{rows.num_tasks}], got {list(present.shape)}")
+    if rows.tensors and present.device != rows.tensors[0].device:
+        raise ValueError(f"present: expected device {rows.tensors[0].device} as the gradients, got {present.device}")
 
 
 def read_lists(grads: GradLists, argument: str = "grads") -> GradientRows:

@@ -8,7 +8,7 @@ Lea, Flood 2014, *Fast Splittable Pseudorandom Number Generators*) number `count
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -98,12 +98,7 @@ def random_order(
     if device is None:
         device = generator.device if isinstance(generator, Tensor) else "cpu"
     where = torch.empty(0, device=device).device  # "cuda" is the current one of them
-    # in a graph being compiled, or among fake tensors, the key can't be a number of the host's
-    if not isinstance(generator, Tensor) and (torch.compiler.is_compiling() or not _has_values()):
-        source = where if generator is None else generator.device
-        key = torch.randint(0, (1 << 63) - 1, (1,), generator=generator, device=source).to(where)
-        generator = torch.cat([key, torch.zeros_like(key)])
-    return drawn_order(draw_source(generator, where), num_tasks, where)
+    return drawn_order(traceable_source(generator, where), num_tasks, where)
 
 
 def _integer(value: object, argument: str, expected: str) -> int:
@@ -157,18 +152,52 @@ def draw_source(generator: Randomness | None, device: torch.device) -> Draw:
     return Draw(_host_key(generator), _replay_counter(device))
 
 
-def drawn_order(source: Draw, num_tasks: int, device: torch.device) -> Tensor:
-    """The order in plain torch, `[T, T]` int64; advances the state."""
-    numbers = torch.arange(1, num_tasks * num_tasks + 1, device=device)
+def traceable_source(generator: Randomness | None, device: torch.device) -> Draw:
+    """`draw_source`; in a graph being compiled, or among fake tensors, with a key that is no number of the host's."""
+    check_generator(generator)
+    if not isinstance(generator, Tensor) and (torch.compiler.is_compiling() or not _has_values()):
+        source = device if generator is None else generator.device
+        key = torch.randint(0, (1 << 63) - 1, (1,), generator=generator, device=source).to(device)
+        generator = torch.cat([key, torch.zeros_like(key)])
+    return draw_source(generator, device)
+
+
+_HALF = 1 << 32
+
+
+def shared_source(source: Draw, device: torch.device, first: Callable[[Tensor], Tensor] | None) -> Draw:
+    """The source of the first of several ranks on all of them; `first`: as `Seen.first`, None where there is one.
+
+    Key and counter travel as halves of 32 bits, which float64 holds.
+    """
+    if first is None:
+        return source
     if source.state is None:
-        z = numbers * _GOLDEN + source.key
+        words = torch.zeros(2, dtype=torch.int64, device=device)
+        words[0].fill_(source.key)
     else:
-        key, counter = source.state.unbind(0)
-        z = (numbers + counter * NUMBERS_PER_COUNT) * _GOLDEN + (key ^ source.key)
-        counter.add_(1)
+        words = torch.stack([source.state[0] ^ source.key, source.state[1]])
+    halves = first(torch.cat([words >> 32, words & _HALF - 1]).to(torch.float64)).to(torch.int64)
+    return Draw(0, (halves[:2] << 32) + halves[2:])
+
+
+def split_mix(key: int | Tensor, numbers: Tensor) -> Tensor:
+    """The outputs of these numbers of the SplitMix64 stream `key`, as signed 64-bit integers."""
+    z = (numbers + 1) * _GOLDEN + key
     for shift, factor in zip((30, 27), _MIX, strict=True):
         z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor
-    z = z ^ (z >> 31 & (1 << 33) - 1)
+    return z ^ (z >> 31 & (1 << 33) - 1)
+
+
+def drawn_order(source: Draw, num_tasks: int, device: torch.device) -> Tensor:
+    """The order in plain torch, `[T, T]` int64; advances the state."""
+    numbers = torch.arange(num_tasks * num_tasks, device=device)
+    if source.state is None:
+        z = split_mix(source.key, numbers)
+    else:
+        key, counter = source.state.unbind(0)
+        z = split_mix(key ^ source.key, numbers + counter * NUMBERS_PER_COUNT)
+        counter.add_(1)
     return z.reshape(num_tasks, num_tasks).argsort(dim=1, stable=True)
 
 

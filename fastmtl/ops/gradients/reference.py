@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.gradient_rows import accumulate_dtype, first_of_params
+from fastmtl.ops.gradients.reference_elementwise import average_gradients as average_gradients
+from fastmtl.ops.gradients.reference_elementwise import excess_risks as excess_risks
+from fastmtl.ops.gradients.reference_elementwise import graddrop as graddrop
+from fastmtl.ops.gradients.reference_elementwise import trimmed_mean as trimmed_mean
 from fastmtl.ops.gradients.reference_gradvac import gradvac_coefficients as gradvac_coefficients
 from fastmtl.ops.gradients.reference_gradvac import gradvac_loop as gradvac_loop
 from fastmtl.ops.gradients.reference_methods import method_weights as method_weights

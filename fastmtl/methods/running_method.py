@@ -1,0 +1,59 @@
+"""What the methods share that keep something of the size of the gradients from one step to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastmtl.core.gradient_rows import GradientRows
+from fastmtl.methods.base import Seen
+from fastmtl.methods.held import HeldGradients, device_of
+from fastmtl.methods.state import Field, StatefulMethod
+
+
+class RunningMethod(StatefulMethod):
+    """A method with numbers for each task (`_state`) and tensors of the gradients' shapes (`_held`).
+
+    A subclass implements `update`, and says in `_holds` what the tensors are.
+    """
+
+    _holds: ClassVar[str]
+
+    def __init__(self, **fields: Field) -> None:
+        super().__init__(**fields)
+        self._held = HeldGradients()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers (`"numbers"`), and tensors for each task and shared parameter by the name of the task; empty before
+        the first step. `torch.load(weights_only=True)` reads them."""
+        numbers = self._state.state_dict()
+        return {"numbers": numbers, self._holds: self._held.state_dict()} if numbers else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        who = type(self).__name__
+        if not state:
+            state = {"numbers": {}, self._holds: {}}
+        if set(state) != {"numbers", self._holds}:
+            got = ", ".join(map(str, state))
+            raise ValueError(f"state: expected that of {who}, numbers and {self._holds}, got {got}")
+        self._state.load_state_dict(state["numbers"], who)
+        self._held.load_state_dict(state[self._holds], who)
+
+    def reset(self) -> None:
+        super().reset()
+        self._held.reset()
+
+    def _device(self, rows: GradientRows, seen: Seen) -> torch.device:
+        return device_of(rows, seen, self._state.device)
+
+
+def decayed(factor: float, decay: float, step: Tensor) -> Tensor:
+    """`factor / step^decay`, 0-d float64."""
+    return factor / step**decay
+
+
+def where_present(present: Tensor | None, value: Tensor, other: float) -> Tensor:
+    return value if present is None else torch.where(present, value, other)
