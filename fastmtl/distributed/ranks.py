@@ -146,6 +146,10 @@ class Ranks:
             dict(zip(named, kinds, strict=True)),
         )
 
+    def any_of(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return any(theirs for (theirs,) in self._gather([int(flag)]))
+
     @contextlib.contextmanager
     def reporting(self, call: str) -> Iterator[None]:
         """What is raised inside is raised on the other ranks too, where they meet; the block must not meet them."""

@@ -7,6 +7,7 @@ from fastmtl.methods.base import Method, Weighting, weights_of
 from fastmtl.methods.cagrad import CAGrad
 from fastmtl.methods.config import ConFIG
 from fastmtl.methods.dualproj import DualProj
+from fastmtl.methods.every import Every
 from fastmtl.methods.fairgrad import FairGrad
 from fastmtl.methods.imtlg import IMTLG
 from fastmtl.methods.mean import Mean
@@ -66,6 +67,7 @@ __all__ = [
     "CAGrad",
     "ConFIG",
     "DualProj",
+    "Every",
     "FairGrad",
     "Mean",
     "Method",

@@ -32,6 +32,12 @@ class Surgery:
         self.names = tuple(names)
         self.present = present if isinstance(present, Tensor) else tuple(present)
 
+    @property
+    def reused(self) -> bool:
+        """Whether the weights are those of an earlier step (`fastmtl.methods.Every`): then `gram` is NaN, `cosines` and
+        `conflicts` raise, and `log_dict` has weights and `grad_norm` alone."""
+        return False
+
     def cosines(self) -> Tensor:
         """`[T, T]` float64 cosines between the tasks' gradients; 0 where one of the two is zero."""
         m = self.gram.to(torch.float64)
@@ -96,4 +102,45 @@ class PartitionSurgery(Surgery):
         for t, name in enumerate(self.names):
             out[f"{prefix}weight/{name}"] = self.weights[t]
             out[f"{prefix}norm/{name}"] = norms[t]
+        return out
+
+
+class ReusedSurgery(Surgery):
+    """A step that reused the weights of an earlier one (`fastmtl.methods.Every`). Nothing was seen of the single tasks:
+    the Gram matrix is NaN."""
+
+    __slots__ = ("_norm",)
+
+    def __init__(self, weights: Tensor, norm: Tensor, names: Sequence[str], present: Sequence[bool]) -> None:
+        count = len(names)
+        gram = torch.full((count, count), torch.nan, dtype=torch.float32, device=weights.device)
+        super().__init__(gram, weights, names, present)
+        self._norm = norm
+
+    @property
+    def reused(self) -> bool:
+        return True
+
+    def _refuse(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"Surgery.{what}: this step reused weights (methods.Every), and saw no task's gradient alone: ask where "
+            "surgery.reused is False"
+        )
+
+    def cosines(self) -> Tensor:
+        raise self._refuse("cosines")
+
+    def conflicts(self) -> Tensor:
+        raise self._refuse("conflicts")
+
+    def grad_norm(self) -> Tensor:
+        """0-d float64: norm of the shared parameters' update, without the loss scale."""
+        return self._norm
+
+    def log_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """As of `Surgery`, without norms and conflicts of single tasks."""
+        out = {f"{prefix}grad_norm": self._norm}
+        for name, here, weight in zip(self.names, self.present, self.weights, strict=True):
+            if here:
+                out[f"{prefix}weight/{name}"] = weight
         return out

@@ -13,10 +13,10 @@ from fastmtl.distributed.averaging import average_gradients
 from fastmtl.distributed.dtensors import refuse_dtensors
 from fastmtl.distributed.ranks import SAME_PASSES, Joint, Ranks, reporting, statement_of
 from fastmtl.distributed.wrappers import find_ranks
-from fastmtl.methods import Weighting
+from fastmtl.methods import Every, Weighting
 from fastmtl.parameters import Params, is_per_task, read_params
 from fastmtl.surgery.accumulate import Updates, accumulate
-from fastmtl.surgery.result import Surgery
+from fastmtl.surgery.result import ReusedSurgery, Surgery
 from fastmtl.surgery.solve import SurgeryOptions, solve
 from fastmtl.surgery.task_gradients import Row, TaskGradients
 from fastmtl.task_gradients.features import (
@@ -28,11 +28,12 @@ from fastmtl.task_gradients.features import (
     split_at_features,
     through_trunk,
 )
-from fastmtl.task_gradients.fully_shard import sharded_gradients
-from fastmtl.task_gradients.passes import DONATED, read_chunk_size, run_passes
+from fastmtl.task_gradients.fully_shard import grads_aside, sharded_gradients
+from fastmtl.task_gradients.passes import DONATED, grad, read_chunk_size, run_passes
 from fastmtl.task_gradients.rank_means import averaged, of_shards
 from fastmtl.task_gradients.reach import Reach, names_of, reach, read_loss_scale, read_losses
 from fastmtl.task_gradients.sharing import add_unshared, check_within, sparse_shared, split_shared
+from fastmtl.task_gradients.weighted_pass import norm_of, weighted_pass
 
 
 @torch._disable_dynamo  # inside a compiled step it runs eagerly, between two graphs
@@ -267,8 +268,13 @@ def _read(
 
 def _collect_and_solve(read: _Read, retain_graph: bool, ranks: Ranks | None, call: str) -> tuple[Updates, Surgery]:
     """The backward passes, and the surgery on what they leave."""
+    call = f"{call} with features=" if read.features else call
+    if isinstance(read.method, Every):
+        reused = _reuse_weights(read, read.method, retain_graph, ranks, call)
+        if reused is not None:
+            return reused
     if read.features:
-        return _solve_by_features(read, retain_graph, ranks, f"{call} with features=")
+        return _solve_by_features(read, retain_graph, ranks, call)
     if ranks is None:
         gradients = _collect_alone(read, retain_graph)
     elif ranks.sharded:
@@ -350,6 +356,55 @@ def _solve_by_features(read: _Read, retain_graph: bool, ranks: Ranks | None, cal
     joint, _ = _meet(read, ranks, call, [mine])
     average_gradients(ranks, joint, [], mine, set())
     return list(mine.items()), surgery
+
+
+def _reuse_weights(
+    read: _Read, method: Every, retain_graph: bool, ranks: Ranks | None, call: str
+) -> tuple[Updates, Surgery] | None:
+    """The update by the weights that were kept, from one pass for all tasks; None: the method must be asked."""
+    reached = read.reached()
+    if ranks is None:
+        present, shared = read.present, read.split(reached)
+        due = method.due(read.names, present)
+    else:
+        joint, shared = _meet(read, ranks, call, same=SAME_PASSES if ranks.sharded or ranks.same_passes else None)
+        present = joint.present
+        due = ranks.any_of(method.due(read.names, present))
+    if due:
+        method.expire()  # if another rank asks, so does this one
+        return None
+    device = shared[0].device if shared else read.device
+    weights = method.reuse(read.names, device)
+    if ranks is None:
+        gradients = weighted_pass(read.tasks, weights, reached, shared, read.found, retain_graph, grad)
+    else:
+        gradients = _weighted_over_ranks(read, ranks.first_of(weights), reached, shared, retain_graph, ranks, call)
+    weighted = [g for p in shared if (g := gradients.get(p)) is not None]
+    norm = norm_of(weighted, device, ranks if ranks is not None and ranks.sharded else None)
+    method.notice(norm.isfinite())
+    if read.scale is not None:
+        norm = norm / read.scale
+    return list(gradients.items()), ReusedSurgery(weights, norm, read.names, present)
+
+
+def _weighted_over_ranks(
+    read: _Read,
+    weights: Tensor,
+    reached: Mapping[Tensor, int],
+    shared: Sequence[Tensor],
+    retain_graph: bool,
+    ranks: Ranks,
+    call: str,
+) -> dict[Tensor, Tensor]:
+    """This rank's shards, or the means over the ranks."""
+    if ranks.sharded:
+        with grads_aside(ranks, read.found, read.named) as run:
+            return weighted_pass(read.tasks, weights, reached, shared, read.found, retain_graph, run)
+    with ranks.reporting(call):
+        gradients = weighted_pass(read.tasks, weights, reached, shared, read.found, retain_graph, grad)
+    joint, _ = _meet(read, ranks, call, [gradients])
+    average_gradients(ranks, joint, [], gradients, set())
+    return gradients
 
 
 def _collect_rows(
