@@ -378,7 +378,8 @@ def _reuse_weights(
     if ranks is None:
         gradients = weighted_pass(read.tasks, weights, reached, shared, read.found, retain_graph, grad)
     else:
-        gradients = _weighted_over_ranks(read, ranks.first_of(weights), reached, shared, retain_graph, ranks, call)
+        weights = ranks.first_of(weights)
+        gradients = _weighted_over_ranks(read, weights, reached, shared, retain_graph, ranks, call)
     weighted = [g for p in shared if (g := gradients.get(p)) is not None]
     norm = norm_of(weighted, device, ranks if ranks is not None and ranks.sharded else None)
     method.notice(norm.isfinite())

@@ -87,9 +87,7 @@ def _weighted_where_tasks_meet(tasks: Sequence[Tensor | None], weights: Tensor) 
 
 def _weigh(inputs: Collection[int], weight: Tensor) -> Any:
     def hook(grad_inputs: Sequence[Tensor | None], grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        return tuple(
-            _scaled(g, weight) if g is not None and i in inputs else g for i, g in enumerate(grad_inputs)
-        )
+        return tuple(_scaled(g, weight) if g is not None and i in inputs else g for i, g in enumerate(grad_inputs))
 
     return hook
 
