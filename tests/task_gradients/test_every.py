@@ -352,7 +352,7 @@ def test_an_error_in_the_pass_writes_nothing_and_leaves_no_hook():
 
 
 def test_gradients_add_up_over_micro_batches():
-    net, x = make()
+    net, _ = make()
     parts = torch.randn(4, 5, 4)
     every = methods.Every(Fixed(), 4)
     for part in parts:
