@@ -246,6 +246,13 @@ class Ranks:
             dist.all_reduce(weights, group=group)
         return weights
 
+    def mean_of(self, x: Tensor) -> Tensor:
+        """The mean over all ranks."""
+        mean = x / self.size
+        for group in self.groups:
+            dist.all_reduce(mean, group=group)
+        return mean
+
     def start_sum(self, x: Tensor) -> Any:
         """Begins to replace `x` by its sum over ranks that average; what is returned is to be waited for."""
         (group,) = self.groups

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from fastmtl.methods.alignedmtl import AlignedMTL
-from fastmtl.methods.base import Method, Weighting, weights_of
+from fastmtl.methods.base import Method, Seen, Weighting, check_needs, needs_of, weights_of
 from fastmtl.methods.cagrad import CAGrad
 from fastmtl.methods.config import ConFIG
+from fastmtl.methods.crmogm import CRMOGM
 from fastmtl.methods.dualproj import DualProj
 from fastmtl.methods.every import Every
 from fastmtl.methods.fairgrad import FairGrad
 from fastmtl.methods.imtlg import IMTLG
 from fastmtl.methods.mean import Mean
 from fastmtl.methods.mgda import MGDA
+from fastmtl.methods.modo import MoDo
 from fastmtl.methods.nashmtl import NashMTL
+from fastmtl.methods.paretomtl import ParetoMTL
 from fastmtl.methods.pcgrad import PCGrad
 from fastmtl.methods.random_weights import RandomWeights
 from fastmtl.methods.sum import Sum
@@ -32,7 +35,10 @@ _CLASSES: tuple[type[Method], ...] = (
     AlignedMTL,
     UPGrad,
     DualProj,
+    MoDo,
 )
+# those that can't be made without arguments
+_WITH_ARGUMENTS: tuple[type[Method], ...] = (CRMOGM, ParetoMTL)
 _METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in _CLASSES}
 
 
@@ -42,7 +48,7 @@ def get(method: str | Weighting) -> Weighting:
     Names are the classes' in lower case; other cases are accepted.
 
     Raises:
-        ValueError: no method has that name.
+        ValueError: no method has that name, or one that can't be made without arguments.
         TypeError: neither a name, nor a `Method`, nor a callable `[T, T] -> [T]`.
 
     Example:
@@ -50,6 +56,9 @@ def get(method: str | Weighting) -> Weighting:
         PCGrad('sum')
     """
     if isinstance(method, str):
+        for kind in _WITH_ARGUMENTS:
+            if method.lower() == kind.__name__.lower():
+                raise ValueError(f"method: {kind.__name__} takes arguments: pass an instance, {kind.__name__}(...)")
         if method.lower() not in _METHODS:
             raise ValueError(f"method: expected one of {', '.join(sorted(_METHODS))}, got {method!r}")
         return _METHODS[method.lower()]()
@@ -61,6 +70,7 @@ def get(method: str | Weighting) -> Weighting:
 
 
 __all__ = [
+    "CRMOGM",
     "IMTLG",
     "MGDA",
     "AlignedMTL",
@@ -71,12 +81,17 @@ __all__ = [
     "FairGrad",
     "Mean",
     "Method",
+    "MoDo",
     "NashMTL",
     "PCGrad",
+    "ParetoMTL",
     "RandomWeights",
+    "Seen",
     "Sum",
     "UPGrad",
     "Weighting",
+    "check_needs",
     "get",
+    "needs_of",
     "weights_of",
 ]

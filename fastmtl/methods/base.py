@@ -1,24 +1,80 @@
-"""What a gradient method is, and how one is asked for its weights."""
+"""What a gradient method is, what it may be handed, and how one is asked for its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.ops.gradients.arguments import Grads, check_present
+from fastmtl.core.gradient_rows import GradientRows, bank_rows, first_of_params
+from fastmtl.ops.gradients.arguments import Grads, check_bank, check_present, is_bank, read_lists
+from fastmtl.ops.gradients.combine import with_absent
 from fastmtl.ops.gradients.pcgrad import check_gram
+
+# what a method may need beside the Gram matrix, in words for an error
+NEEDS = {
+    "losses": "the tasks' losses",
+    "second_batch": "the task gradients of a second, independent batch",
+    "gradients": "the task gradients themselves",
+}
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+class Seen(NamedTuple):
+    """What a surgery hands a method beside the Gram matrix. Tensors are on the device of the Gram matrix.
+
+    Attributes:
+        names: of the T tasks. State is kept by them.
+        present: which tasks take part; `[T]` bool where the device alone knows.
+        losses: `[T]` float64, without the loss scale, 0 for absent tasks; with several ranks their mean over the ranks,
+            as of the gradients. None unless the method needs them.
+        second: `[T, T]` float64, without the loss scale: inner products `g_i . g'_j` with the task gradients g' of a
+            second, independent batch. None unless the method needs them.
+        loss_scale: what the rows that `Method.update` gets are multiplied by; None: by nothing. Nothing else here has
+            it.
+        first: the first rank's tensor, where several ranks ask at once: for random numbers, which must be equal on all.
+            The same tensor else. Float64 only; every rank must come to it.
+        total: `[T, T]` sum over the ranks of Gram matrices of the columns that each of them has; the same matrix where
+            all have every column. Every rank must come to it.
+    """
+
+    names: Sequence[str]
+    present: Sequence[bool] | Tensor
+    losses: Tensor | None = None
+    second: Tensor | None = None
+    loss_scale: float | Tensor | None = None
+    first: Callable[[Tensor], Tensor] = _as_it_is
+    total: Callable[[Tensor], Tensor] = _as_it_is
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """`present` as a `[T]` bool tensor on that device; None if all are present. Nothing waits for the host."""
+        return self.present if isinstance(self.present, Tensor) else _on_device(self.present, device)
+
+
+def seen_by_position(num_tasks: int, present: Tensor | None = None) -> Seen:
+    """What a method sees that is called by hand: tasks named "0" to "T-1"."""
+    return Seen([str(t) for t in range(num_tasks)], [True] * num_tasks if present is None else present)
 
 
 class Method:
-    """A method that turns T task gradients into one update `w^T G`, where w depends on the Gram matrix alone.
+    """A method that turns T task gradients into one update.
 
-    A subclass implements `_weights`. Everything stays on the device of the Gram matrix: nothing waits for the host,
-    so that a step can be captured in a CUDA graph.
+    Most make weights w of the Gram matrix, and the update is `w^T G`: a subclass implements `_weights`. Everything
+    stays on the device of the Gram matrix: nothing waits for the host, so that a step can be captured in a CUDA graph.
+
+    Attributes:
+        needs: what it must be handed beside the Gram matrix: any of `"losses"`, `"second_batch"` and `"gradients"`. Who
+            calls it raises where that is not there. With `"losses"` or `"second_batch"` a subclass overrides `weigh`;
+            with `"gradients"` it overrides `update`, and has no weights of its own.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def weights(self, gram: Tensor, *, present: Tensor | None = None) -> Tensor:
         """The weight of each task.
@@ -32,56 +88,183 @@ class Method:
             `[T]` float64, on the device of `gram`.
 
         Raises:
-            TypeError: dtypes other than the above.
+            TypeError: dtypes other than the above; a method that needs more than a Gram matrix.
             ValueError: shapes or devices that do not agree.
+
+        A method with state takes the tasks for those named "0" to "T-1".
         """
-        check_gram(gram)
-        m = gram.to(torch.float64)
-        if present is None:
-            return self._weights(m, None)
-        check_present(present, gram)
-        w = self._weights(torch.where(present[:, None] & present, m, 0.0), present)
-        return torch.where(present, w, 0.0)
+        m = self._read(gram, present)
+        if self.needs:
+            raise self._needs_more()
+        w = self._weights(m, present)
+        return w if present is None else torch.where(present, w, 0.0)
+
+    def weigh(self, gram: Tensor, seen: Seen) -> Tensor:
+        """`weights`, with all that a surgery knows: what a surgery calls.
+
+        Raises:
+            ValueError: `seen` does not have what the method needs, or of other tasks than `gram`.
+            TypeError: a method whose update is no weighted sum.
+        """
+        self._check_seen(gram, seen)
+        return self.weights(gram, present=seen.mask(gram.device))
+
+    def update(self, rows: GradientRows, out: Sequence[Tensor], seen: Seen) -> tuple[Tensor, Tensor | None]:
+        """The whole method on these task gradients, of a method that needs them (or is faster with them).
+
+        Args:
+            rows: the T task gradients, multiplied by `seen.loss_scale`. Those of tasks that are not present are
+                missing, or have any value. With several ranks that have columns of their own there may be none at all.
+            out: memory for the update, one tensor for each parameter that has a gradient, in order: of its shape,
+                dtype and dense layout. It may be the memory of the first of that parameter's task gradients, and of no
+                other. What is written is multiplied by `seen.loss_scale`, as the rows are.
+
+        Returns:
+            The `[T, T]` Gram matrix of the rows, or of what the method keeps in their place (running averages); and the
+            weights `[T]` float64 with which their sum is the update, or None if the update is no such sum.
+        """
+        raise TypeError(f"method {type(self).__name__}: has no update of its own, but weights")
 
     def __call__(self, grads: Grads) -> Tensor | list[Tensor | None]:
         """The update itself: `[T, P] -> [P]`, or T lists of n tensors (None: zero) -> a list of n tensors.
 
-        Raises what `fastmtl.ops.gram` raises for `grads`.
+        Raises what `fastmtl.ops.gram` raises for `grads`, and TypeError for a method that needs losses or a second
+        batch.
         """
-        return ops.combine(self.weights(ops.gram(grads)), grads)
+        if "gradients" not in self.needs:
+            return ops.combine(self.weights(ops.gram(grads)), grads)
+        if self.needs != {"gradients"}:
+            raise self._needs_more()
+        return self._updated(grads)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method keeps from one call to the next, for `torch.save`: nothing, for most."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` returned.
+
+        Raises:
+            ValueError: not the state of such a method.
+        """
+        if state:
+            raise ValueError(f"state: {type(self).__name__} keeps none, got {', '.join(map(str, state))}")
+
+    def reset(self) -> None:
+        """Forgets what it keeps from one call to the next."""
+
+    def state_tensors(self, names: Sequence[str], device: torch.device) -> list[Tensor]:
+        """The small float64 tensors of the state, made ready for these tasks. With several ranks they are made the
+        first rank's, in place, at each surgery."""
+        return []
 
     def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
         """`[T, T]` float64 with zeros for absent tasks -> `[T]` float64; absent entries are overwritten."""
         raise NotImplementedError
 
+    def _read(self, gram: Tensor, present: Tensor | None) -> Tensor:
+        """`gram` in float64 with zeros for absent tasks, checked."""
+        check_gram(gram)
+        m = gram.to(torch.float64)
+        if present is None:
+            return m
+        check_present(present, gram)
+        return torch.where(present[:, None] & present, m, 0.0)
+
+    def _check_seen(self, gram: Tensor, seen: Seen) -> None:
+        check_gram(gram)
+        name, num_tasks = type(self).__name__, gram.shape[0]
+        if len(seen.names) != num_tasks or len(seen.present) != num_tasks:
+            raise ValueError(
+                f"seen: expected {num_tasks} tasks as in the Gram matrix, got {len(seen.names)} names and "
+                f"{len(seen.present)} in present"
+            )
+        if "gradients" in self.needs:
+            raise TypeError(f"method {name}: makes no weights of a Gram matrix: its update is no weighted sum")
+        for need, x, shape in (
+            ("losses", seen.losses, (num_tasks,)),
+            ("second_batch", seen.second, (num_tasks, num_tasks)),
+        ):
+            if need not in self.needs:
+                continue
+            if x is None:
+                raise ValueError(f"seen: method {name} needs {NEEDS[need]}")
+            if x.shape != shape or x.device != gram.device:
+                raise ValueError(
+                    f"seen: method {name}: expected {NEEDS[need]} as {list(shape)} on {gram.device}, got "
+                    f"{list(x.shape)} on {x.device}"
+                )
+
+    def _needs_more(self) -> TypeError:
+        name = type(self).__name__
+        missing = [NEEDS[need] for need in NEEDS if need in self.needs]
+        ways = "use it in fastmtl.backward, a GradientBank or one_pass"
+        if "gradients" not in self.needs:
+            ways += ", or call weigh(gram, methods.Seen(...))"
+        elif self.needs == {"gradients"}:
+            ways += ", or call it on the gradients"
+        return TypeError(f"method {name}: needs {' and '.join(missing)}: {ways}")
+
+    def _updated(self, grads: Grads) -> Tensor | list[Tensor | None]:
+        """`update` in new memory."""
+        if is_bank(grads):
+            check_bank(grads)
+            out = grads.new_empty(grads.shape[1:])
+            with torch.no_grad():
+                self.update(bank_rows(grads.detach()), [out], seen_by_position(grads.shape[0]))
+            return out
+        rows = read_lists(grads)
+        columns = [torch.empty_like(x) for x in first_of_params(rows.tensors, rows.index, rows.num_params).values()]
+        with torch.no_grad():
+            rows = rows._replace(tensors=[x.detach() for x in rows.tensors])
+            self.update(rows, columns, seen_by_position(rows.num_tasks))
+        return with_absent(columns, rows.index, rows.num_params)
+
 
 Weighting: TypeAlias = Method | Callable[[Tensor], Tensor]
 
 
-def weights_of(method: Weighting, gram: Tensor, present: Sequence[bool]) -> Tensor:
+def needs_of(method: Weighting) -> frozenset[str]:
+    """What a method needs beside the Gram matrix; a callable needs nothing."""
+    return method.needs if isinstance(method, Method) else frozenset()
+
+
+def check_needs(method: Weighting, call: str, missing: Mapping[str, str]) -> None:
+    """Raises ValueError where the method needs what is missing in this call: need -> how it is supplied."""
+    for need, way in missing.items():
+        if need in needs_of(method):
+            raise ValueError(f"{call}: method {type(method).__name__} needs {NEEDS[need]}: {way}")
+
+
+def weights_of(method: Weighting, gram: Tensor, seen: Seen) -> Tensor:
     """Weights `[T]` float64 of the tasks, 0 for absent ones, from a `Method` or any callable `[T, T] -> [T]`.
 
-    A callable sees the Gram matrix of the present tasks only. What comes back is checked.
+    A callable sees the Gram matrix of the present tasks only, so that the host must know them. What comes back is
+    checked.
 
     Raises:
         TypeError: not a floating-point tensor.
         ValueError: the wrong length or device; no task present.
     """
+    num_tasks = gram.shape[0]
+    if isinstance(method, Method):
+        if not isinstance(seen.present, Tensor) and not any(seen.present):
+            raise ValueError("present: expected at least one task, got none")
+        w = method.weigh(gram, seen)
+        _check_weights(method, w, num_tasks, gram.device)
+        return w.to(torch.float64)
+    present = seen.present.tolist() if isinstance(seen.present, Tensor) else seen.present
     tasks = [t for t, here in enumerate(present) if here]
     if not tasks:
         raise ValueError("present: expected at least one task, got none")
-    if isinstance(method, Method):
-        w = method.weights(gram, present=_on_device(present, gram.device))
-        _check_weights(method, w, len(present), gram.device)
-        return w.to(torch.float64)
-    if len(tasks) == len(present):
+    if len(tasks) == num_tasks:
         w = method(gram)
-        _check_weights(method, w, len(present), gram.device)
+        _check_weights(method, w, num_tasks, gram.device)
         return w.to(torch.float64)
     # a list of rows, and not an index: indexing with a Python list copies it to the device, and waits
     w = method(torch.stack([torch.stack([gram[s, t] for t in tasks]) for s in tasks]))
     _check_weights(method, w, len(tasks), gram.device)
-    out = torch.zeros(len(present), dtype=torch.float64, device=gram.device)
+    out = torch.zeros(num_tasks, dtype=torch.float64, device=gram.device)
     for k, t in enumerate(tasks):
         out[t] = w[k]
     return out

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.core.gradient_rows import GradientRows
-from fastmtl.methods.base import Method
+from fastmtl.methods.base import Method, Seen
 from fastmtl.ops.gradients.arguments import Grads
 from fastmtl.ops.gradients.order import Draw, Randomness, check_generator, draw_source, is_plain, random_order
 from fastmtl.ops.gradients.pcgrad import REDUCTIONS, check_no_generator, check_order, pcgrad_rows_into
@@ -76,8 +76,9 @@ class PCGrad(Method):
             w = w / (gram.shape[0] if present is None else present.sum())
         return w
 
-    def pcgrad_into(self, rows: GradientRows, out: Sequence[Tensor], present: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """The whole method on these rows, into `out`, in two launches on a GPU: the Gram matrix and the weights."""
+    def update(self, rows: GradientRows, out: Sequence[Tensor], seen: Seen) -> tuple[Tensor, Tensor]:
+        """As of `Method`, in two launches on a GPU. The host must know which tasks are present."""
+        assert not isinstance(seen.present, Tensor)
         order, source = self.order, Draw(0, None)
         device = rows.tensors[0].device
         if order is not None:
@@ -87,7 +88,9 @@ class PCGrad(Method):
         else:  # the kernel may be called several times, for the parts of a tensor
             order = random_order(rows.num_tasks, generator=self.generator, device=device)
         mean = self.reduction == "mean"
-        return pcgrad_rows_into(rows, order, source, out, mean=mean, include_self=self.include_self, present=present)
+        return pcgrad_rows_into(
+            rows, order, source, out, mean=mean, include_self=self.include_self, present=seen.present
+        )
 
     def __repr__(self) -> str:
         return f"PCGrad({self.reduction!r})"

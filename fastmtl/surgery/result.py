@@ -16,19 +16,29 @@ class Surgery:
         gram: `[T, T]` Gram matrix of the shared parameters' gradients, float32 (float64 for float64 gradients),
             already divided by `loss_scale**2`. Zero for absent tasks. After `backward(features=)` it is the features'
             gradients that this, the cosines, conflicts and norms are about.
+            Of a method that combines other vectors than the task gradients (running averages of them), it is of those.
         weights: `[T]` float64 (what a callable returned, for one): the update of the shared parameters is
             `sum_t weights[t] * g_t`, where g_t are their own gradients in any case. 0 for absent tasks. Where no
-            parameter is shared the method is not asked: every present task has weight 1.
+            parameter is shared the method is not asked: every present task has weight 1. None where the update is no
+            weighted sum (`GradDrop`, `TrimmedMean`).
         names: the T task names.
         present: per task, whether it had a loss (or a gradient, in a bank). After `one_pass` with task ids on a
             device a `[T]` bool tensor there, and `log_dict` then has all tasks.
     """
 
-    __slots__ = ("gram", "names", "present", "weights")
+    __slots__ = ("_norm", "gram", "names", "present", "weights")
 
-    def __init__(self, gram: Tensor, weights: Tensor, names: Sequence[str], present: Sequence[bool] | Tensor) -> None:
+    def __init__(
+        self,
+        gram: Tensor,
+        weights: Tensor | None,
+        names: Sequence[str],
+        present: Sequence[bool] | Tensor,
+        norm: Tensor | None = None,
+    ) -> None:
         self.gram = gram
         self.weights = weights
+        self._norm = norm  # of the update, where the weights don't tell
         self.names = tuple(names)
         self.present = present if isinstance(present, Tensor) else tuple(present)
 
@@ -51,13 +61,17 @@ class Surgery:
 
     def grad_norm(self) -> Tensor:
         """0-d float64: norm of the shared parameters' update (with `features=`: of the gradient that enters the
-        trunk), `sqrt(w^T M w)`, without the loss scale."""
+        trunk), without the loss scale: `sqrt(w^T M w)`, or of the update itself where there are no weights."""
+        if self.weights is None:
+            assert self._norm is not None
+            return self._norm
         w = self.weights.to(torch.float64)
         return (w @ self.gram.to(torch.float64) @ w).clamp(min=0).sqrt()
 
     def log_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """0-d tensors for a logger: `weight/<task>`, `norm/<task>` and `conflicts/<task>` (with how many tasks) of
-        every present task, `grad_norm`, and `conflicts` (pairs). `prefix` is put before each key.
+        every present task, `grad_norm`, and `conflicts` (pairs). No `weight/<task>` where there are no weights.
+        `prefix` is put before each key.
         """
         norms = self.gram.diagonal().sqrt()
         conflicts = self.conflicts().sum(1)
@@ -65,7 +79,8 @@ class Surgery:
         known = [True] * len(self.names) if isinstance(self.present, Tensor) else self.present
         for t, (name, here) in enumerate(zip(self.names, known, strict=True)):
             if here:
-                out[f"{prefix}weight/{name}"] = self.weights[t]
+                if self.weights is not None:
+                    out[f"{prefix}weight/{name}"] = self.weights[t]
                 out[f"{prefix}norm/{name}"] = norms[t]
                 out[f"{prefix}conflicts/{name}"] = conflicts[t]
         return out
@@ -82,6 +97,10 @@ class PartitionSurgery(Surgery):
     """A surgery on parts of a batch's gradient, taken by samples, that are not the gradients of the tasks' losses."""
 
     __slots__ = ()
+
+    @classmethod
+    def of(cls, surgery: Surgery) -> PartitionSurgery:
+        return cls(surgery.gram, surgery.weights, surgery.names, surgery.present, surgery._norm)
 
     def _refuse(self, what: str) -> RuntimeError:
         return RuntimeError(
@@ -100,7 +119,8 @@ class PartitionSurgery(Surgery):
         norms = self.gram.diagonal().sqrt()
         out = {f"{prefix}grad_norm": self.grad_norm()}
         for t, name in enumerate(self.names):
-            out[f"{prefix}weight/{name}"] = self.weights[t]
+            if self.weights is not None:
+                out[f"{prefix}weight/{name}"] = self.weights[t]
             out[f"{prefix}norm/{name}"] = norms[t]
         return out
 

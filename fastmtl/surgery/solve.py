@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmtl import methods
 from fastmtl.core.schemas import without_autocast
 from fastmtl.distributed.ranks import Ranks
-from fastmtl.methods import Method, PCGrad, Weighting
+from fastmtl.methods import Method, Seen, Weighting
 from fastmtl.surgery.accumulate import Updates
 from fastmtl.surgery.result import Surgery
 from fastmtl.surgery.task_gradients import SurgeryInput, TaskGradients
@@ -21,14 +21,16 @@ class SurgeryOptions(NamedTuple):
     """How a surgery is made.
 
     Attributes:
-        method: what turns the Gram matrix into weights.
+        method: what makes the update of the task gradients.
         loss_scale: what the losses were multiplied by; None: by nothing.
         ranks: who decides together; None: this process alone.
+        losses: the tasks' losses, with the loss scale, None where absent; None unless the method needs them.
     """
 
     method: Weighting
     loss_scale: float | Tensor | None = None
     ranks: Ranks | None = None
+    losses: Sequence[Tensor | None] | None = None
 
 
 def solve(gradients: SurgeryInput, options: SurgeryOptions) -> tuple[Updates, Surgery]:
@@ -40,15 +42,10 @@ def solve(gradients: SurgeryInput, options: SurgeryOptions) -> tuple[Updates, Su
             weights = _ones_of_present(present, gradients.device)
             return gradients.combine(weights), Surgery(gram, weights, names, present)
         with without_autocast(gradients.device.type):
-            fused = options.ranks is None and type(options.method) is PCGrad and not isinstance(present, Tensor)
-            if fused and isinstance(gradients, TaskGradients):
-                gram, weights, updates = gradients.pcgrad(options.method)
-                return updates, Surgery(_unscaled(gram, options.loss_scale), weights, names, present)
-            gram = gradients.gram()
-            if options.ranks is not None and gradients.partitioned:
-                gram = options.ranks.total_gram(gram)
-            gram = _unscaled(gram, options.loss_scale)
-            weights = _weigh(gram, gradients, options)
+            if isinstance(gradients, TaskGradients) and _has_update(gradients, options):
+                return _update(gradients, options)
+            gram, second = _grams(gradients, options)
+            weights = _weigh(gram, gradients, _seen(gradients, options, second), options)
         return gradients.combine(weights), Surgery(gram, weights, names, present)
 
 
@@ -62,6 +59,17 @@ def _ones_of_present(present: Sequence[bool] | Tensor, device: torch.device) -> 
     return weights
 
 
+def _grams(gradients: SurgeryInput, options: SurgeryOptions) -> tuple[Tensor, Tensor | None]:
+    """The Gram matrix without the loss scale, and the task gradients' inner products with a second batch's."""
+    gram, num_tasks = gradients.gram(), len(gradients.names)
+    if options.ranks is not None and gradients.partitioned:
+        gram = options.ranks.total_gram(gram)
+    gram = _unscaled(gram, options.loss_scale)
+    if gram.shape[0] == num_tasks:
+        return gram, None
+    return gram[:num_tasks, :num_tasks].contiguous(), gram[:num_tasks, num_tasks:].to(torch.float64)
+
+
 def _unscaled(gram: Tensor, scale: float | Tensor | None) -> Tensor:
     """The Gram matrix of the gradients without the loss scale."""
     if scale is None:
@@ -70,34 +78,93 @@ def _unscaled(gram: Tensor, scale: float | Tensor | None) -> Tensor:
     return (gram.to(torch.float64) / squared).to(gram.dtype)
 
 
-def _weigh(gram: Tensor, gradients: SurgeryInput, options: SurgeryOptions) -> Tensor:
-    """The method's weights; the first rank's, where there are several."""
+def _seen(gradients: SurgeryInput, options: SurgeryOptions, second: Tensor | None) -> Seen:
+    """What the method may see beside the Gram matrix."""
+    seen = Seen(gradients.names, gradients.present, second=second, loss_scale=options.loss_scale)
+    ranks = options.ranks
+    if options.losses is not None:
+        seen = seen._replace(losses=_values_of(options.losses, gradients, options))
+    if ranks is None:
+        return seen
+    device = gradients.device
+    # a rank without columns may have made its Gram matrix anywhere
+    total = (lambda gram: ranks.total_gram(gram.to(device))) if gradients.partitioned else seen.total
+    return seen._replace(first=ranks.first_of, total=total)
+
+
+def _values_of(losses: Sequence[Tensor | None], gradients: SurgeryInput, options: SurgeryOptions) -> Tensor:
+    """`[T]` float64 losses without the loss scale, 0 for absent tasks."""
+    device, present = gradients.device, gradients.present
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    values = torch.stack([zero if x is None else x.detach().to(device, torch.float64) for x in losses])
+    if options.loss_scale is not None:
+        scale = options.loss_scale
+        values = values / (scale.to(device, torch.float64) if isinstance(scale, Tensor) else scale)
+    if isinstance(present, Tensor):
+        values = torch.where(present, values, 0.0)
+    return values if options.ranks is None else options.ranks.mean_of(values)
+
+
+def _has_update(gradients: TaskGradients, options: SurgeryOptions) -> bool:
+    """Whether the method makes the update itself, because it must, or because that is faster."""
+    method = options.method
+    if "gradients" in methods.needs_of(method):
+        return True
+    # a class derived from a faster one may have weights of its own
+    faster = isinstance(method, Method) and "update" in vars(type(method))
+    return faster and options.ranks is None and not isinstance(gradients.present, Tensor)
+
+
+def _update(gradients: TaskGradients, options: SurgeryOptions) -> tuple[Updates, Surgery]:
+    method, ranks, names = options.method, options.ranks, gradients.names
+    assert isinstance(method, Method)
+    second = _grams(gradients, options)[1] if "second_batch" in method.needs else None
+    seen = _seen(gradients, options, second)
+    if ranks is not None:
+        _take_first(ranks, method.state_tensors(names, gradients.device))
+    gram, weights, square, updates = gradients.update(method, seen)
+    norm = None
+    if square is not None:
+        if ranks is not None and gradients.partitioned:
+            square = ranks.total_gram(square)
+        norm = _unscaled(square, options.loss_scale).to(torch.float64).sqrt().reshape(())
+    surgery = Surgery(_unscaled(gram, options.loss_scale), weights, names, gradients.present, norm)
+    return updates, surgery
+
+
+def _take_first(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
+    """Makes float64 tensors the first rank's, in place, in one all-reduce."""
+    if tensors:
+        found = ranks.first_of(torch.cat([x.flatten() for x in tensors]))
+        for x, y in zip(tensors, found.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(y.reshape(x.shape))
+
+
+def _weigh(gram: Tensor, gradients: SurgeryInput, seen: Seen, options: SurgeryOptions) -> Tensor:
+    """The method's weights; the first rank's, where there are several, and so what the method keeps."""
     method, ranks = options.method, options.ranks
     if ranks is None:
-        return _weigh_alone(gram, gradients, method)
+        return _weigh_alone(gram, gradients, seen, method)
     if not isinstance(method, Method):
         # whatever it does, it may raise on one rank alone; it does not mind waiting for the host
         with ranks.together(f"method {getattr(method, '__qualname__', method)!r}"):
-            weights = _weigh_alone(gram, gradients, method)
+            weights = _weigh_alone(gram, gradients, seen, method)
         return ranks.first_of(weights)
     try:
-        weights = _weigh_alone(gram, gradients, method)
+        weights = _weigh_alone(gram, gradients, seen, method)
     except Exception:
         # the others must not wait; they get NaN
-        ranks.first_of(torch.full_like(gram[0], torch.nan, dtype=torch.float64))
+        weights = torch.full_like(gram[0], torch.nan, dtype=torch.float64)
+        _take_first(ranks, [weights, *method.state_tensors(seen.names, gram.device)])
         raise
-    return ranks.first_of(weights)
+    weights = weights.clone()
+    _take_first(ranks, [weights, *method.state_tensors(seen.names, gram.device)])
+    return weights
 
 
-def _weigh_alone(gram: Tensor, gradients: SurgeryInput, method: Weighting) -> Tensor:
-    present = gradients.present
-    if isinstance(present, Tensor):
-        if isinstance(method, Method):
-            weights = method.weights(gram, present=present)
-        else:  # a callable sees the present tasks only, so that the host must know them
-            weights = methods.weights_of(method, gram, present.tolist())
-    elif not any(present):
-        weights = torch.zeros(len(present), dtype=torch.float64, device=gram.device)
+def _weigh_alone(gram: Tensor, gradients: SurgeryInput, seen: Seen, method: Weighting) -> Tensor:
+    if not isinstance(seen.present, Tensor) and not any(seen.present):
+        weights = torch.zeros(len(seen.present), dtype=torch.float64, device=gram.device)
     else:
-        weights = methods.weights_of(method, gram, present)
+        weights = methods.weights_of(method, gram, seen)
     return weights if gradients.poison is None else weights + gradients.poison

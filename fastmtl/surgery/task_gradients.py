@@ -12,7 +12,7 @@ from torch import Tensor
 from fastmtl.core.gradient_rows import GradientRows, accumulate_dtype, present_params
 from fastmtl.core.memory import can_keep, references_alone
 from fastmtl.core.schemas import without_autocast
-from fastmtl.methods import PCGrad
+from fastmtl.methods import Method, Seen
 from fastmtl.ops.gradients.combine import combine_into
 from fastmtl.ops.gradients.gram import gram_rows
 from fastmtl.surgery.accumulate import Updates
@@ -47,7 +47,8 @@ class SurgeryInput(Protocol):
     def partitioned(self) -> bool: ...
 
     def gram(self) -> Tensor:
-        """`[T, T]` inner products of the gradients that this process has."""
+        """`[T, T]` inner products of the gradients that this process has; `[2T, 2T]` where there are those of a second
+        batch, which come last."""
 
     def combine(self, weights: Tensor) -> Updates:
         """What is to be added to each parameter's `.grad`; only once."""
@@ -58,8 +59,9 @@ class TaskGradients:
 
     Args:
         params: the n shared parameters.
-        rows: the T task gradients of them. Emptied: the update is written into the memory of gradients that nobody
-            else holds, so that it costs none.
+        rows: the T task gradients of them; 2T with those of a second batch, which come last and enter the Gram matrix
+            alone. Emptied: the update is written into the memory of gradients that nobody else holds, so that it costs
+            none.
         unshared: the other parameters, each with the sum of its gradients. Emptied likewise.
         names, present, poison, partitioned: see `SurgeryInput`.
         device: where the Gram matrix goes if nothing is shared.
@@ -81,7 +83,7 @@ class TaskGradients:
         receivers: Sequence[Tensor] | None = None,
         partitioned: bool = False,
     ) -> None:
-        n = len(params)
+        n, num_rows = len(params), len(rows)
         # what ops.gram checks is known here: autograd gives every gradient its parameter's shape, dtype and device
         index = [t * n + i for t, row in enumerate(rows) for i, g in enumerate(row) if g is not None]
         tensors = [g for row in rows for g in row if g is not None]
@@ -89,30 +91,52 @@ class TaskGradients:
         self.names, self.present, self.poison, self.partitioned = names, present, poison, partitioned
         self.device = params[0].device if params else device
         self.is_empty = not (tensors or (partitioned and params))
-        self._gradients = GradientRows(tensors, index, len(names), n)
+        self._all = GradientRows(tensors, index, num_rows, n)
+        self._gradients = self._all
+        if num_rows > len(names):
+            first = sum(k < len(names) * n for k in index)
+            self._gradients = GradientRows(tensors[:first], index[:first], len(names), n)
         self._params, self._unshared = params, unshared
         self._receivers = params if receivers is None else receivers
         self._references = references
 
     def gram(self) -> Tensor:
-        if self._gradients.tensors:
-            return gram_rows(self._gradients)
+        num_rows = self._all.num_tasks
+        if self._all.tensors:
+            return gram_rows(self._all)
         dtype = accumulate_dtype([p.dtype for p in self._params])
-        return torch.zeros(len(self.names), len(self.names), dtype=dtype, device=self.device)
+        return torch.zeros(num_rows, num_rows, dtype=dtype, device=self.device)
 
     def combine(self, weights: Tensor) -> Updates:
+        self._drop_second()
         columns = self._result_memory()
         if columns:
             with without_autocast(self.device.type):
                 combine_into(weights, self._gradients, columns)
         return self._updates(columns)
 
-    def pcgrad(self, method: PCGrad) -> tuple[Tensor, Tensor, Updates]:
-        """Gram matrix, weights and updates by the op that makes all three, in two launches on a GPU."""
-        assert not isinstance(self.present, Tensor)
+    def update(self, method: Method, seen: Seen) -> tuple[Tensor, Tensor | None, Tensor | None, Updates]:
+        """Gram matrix, weights and updates by a method that makes them itself; without weights the squared norm of the
+        update, `[1, 1]`, too."""
+        self._drop_second()
         columns = self._result_memory()
-        gram, weights = method.pcgrad_into(self._gradients, columns, self.present)
-        return gram, weights, self._updates(columns)
+        with without_autocast(self.device.type):
+            gram, weights = method.update(self._gradients, columns, seen)
+            if self.poison is not None:
+                for column in columns:
+                    column.add_(self.poison)
+            square = None
+            if weights is None and columns:
+                square = gram_rows(GradientRows(columns, list(range(len(columns))), 1, len(columns)))
+            elif weights is None:
+                square = torch.zeros(1, 1, dtype=torch.float64, device=self.device)
+        return gram.to(self.device), weights, square, self._updates(columns)
+
+    def _drop_second(self) -> None:
+        """Lets go of a second batch's gradients, which only the Gram matrix is made of."""
+        if self._all is not self._gradients:
+            self._all.tensors.clear()
+            self._all = self._gradients
 
     def _result_memory(self) -> list[Tensor]:
         """For each parameter with a gradient its first task's, to be overwritten, if nobody else holds it; else new

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import methods
+from fastmtl.core.gradient_rows import MAX_TASKS
 from fastmtl.distributed.averaging import average_gradients
 from fastmtl.distributed.dtensors import refuse_dtensors
 from fastmtl.distributed.ranks import SAME_PASSES, Joint, Ranks, reporting, statement_of
@@ -35,6 +36,8 @@ from fastmtl.task_gradients.reach import Reach, names_of, reach, read_loss_scale
 from fastmtl.task_gradients.sharing import add_unshared, check_within, sparse_shared, split_shared
 from fastmtl.task_gradients.weighted_pass import norm_of, weighted_pass
 
+_SECOND_WAY = "pass second_losses=, the same tasks' losses on a second batch"
+
 
 @torch._disable_dynamo  # inside a compiled step it runs eagerly, between two graphs
 def backward(
@@ -48,6 +51,7 @@ def backward(
     chunk_size: int | None = None,
     loss_scale: float | Tensor | None = None,
     process_group: Any = None,
+    second_losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None] | None = None,
 ) -> Surgery:
     """Replaces `sum(losses).backward()`: accumulates into `.grad`, with gradient surgery on shared parameters.
 
@@ -86,6 +90,10 @@ def backward(
         process_group: the ranks whose gradients are averaged, whatever `params` is. None: those of the
             `DistributedDataParallel` or `fully_shard` module that `params` (or `shared`) itself is or contains; else
             this process alone. docs/distributed.md says what each rank passes and what is sent.
+        second_losses: the same tasks' losses on a second, independent batch, for a method that needs one (`MoDo`): in
+            the form of `losses`, with the same names and absent tasks, and scaled alike; at most 64 tasks. T more
+            passes take their gradients of the shared parameters, which enter the method's Gram matrices and nothing
+            else.
 
     Returns:
         A `Surgery`: Gram matrix, weights, cosines, conflicts.
@@ -100,7 +108,9 @@ def backward(
             length; an unknown method. `features` that are leaves, need no gradient, are on several devices or that
             a loss does not reach; a shared parameter that a loss reaches past them. `chunk_size` below 1. Ranks that
             disagree on tasks, parameters or method (on every rank); a `process_group` without this rank; `features`,
-            `chunk_size` or `process_group` with a `fully_shard` module.
+            `chunk_size` or `process_group` with a `fully_shard` module. A method that needs a second batch without
+            `second_losses`, which is the other way round an error too, as are other tasks in them than in `losses`,
+            more than 64, or `features` beside them.
         RuntimeError: several ranks and neither `params` nor `process_group` says what to do; another rank raised; what
             autograd raises; what vmap can't batch; a compiled graph with donated buffers (see below).
         Nothing has been written to any `.grad` when one of these is raised.
@@ -133,6 +143,7 @@ def backward(
         features=features,
         chunk_size=chunk_size,
         process_group=process_group,
+        second_losses=second_losses,
     )
 
 
@@ -148,6 +159,7 @@ def run_backward(
     features: Tensor | Sequence[Tensor] | None = None,
     chunk_size: int | None = None,
     process_group: Any = None,
+    second_losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None] | None = None,
     module: torch.nn.Module | None = None,
     call: str = "fastmtl.backward",
 ) -> Surgery:
@@ -157,7 +169,7 @@ def run_backward(
     """
     ranks = find_ranks(params if module is None else module, shared, process_group, call)
     with reporting(ranks, call):
-        read = _read(losses, params, shared, method, loss_scale, features, chunk_size, ranks, call)
+        read = _read(losses, params, shared, method, loss_scale, features, chunk_size, second_losses, ranks, call)
     updates, surgery = _collect_and_solve(read, retain_graph, ranks, call)
     if overwrite:
         for p in read.named:
@@ -172,7 +184,7 @@ class _Read(NamedTuple):
     method: Weighting
     scale: float | Tensor | None
     names: list[str]
-    tasks: list[Tensor | None]
+    tasks: list[Tensor | None]  # T losses, or 2T with those of a second batch behind them
     named: dict[Tensor, str]
     shared: dict[Tensor, str] | None
     any_leaf: bool  # named are the leaves that were found
@@ -182,8 +194,17 @@ class _Read(NamedTuple):
     found: Reach
 
     @property
+    def losses(self) -> list[Tensor | None]:
+        return self.tasks[: len(self.names)]
+
+    @property
     def present(self) -> list[bool]:
-        return [loss is not None for loss in self.tasks]
+        return [loss is not None for loss in self.losses]
+
+    @property
+    def options(self) -> SurgeryOptions:
+        losses = self.losses if "losses" in methods.needs_of(self.method) else None
+        return SurgeryOptions(self.method, self.scale, losses=losses)
 
     @property
     def device(self) -> torch.device:
@@ -191,11 +212,17 @@ class _Read(NamedTuple):
         return next((loss.device for loss in self.tasks if loss is not None), next(iter(self.named)).device)
 
     def reached(self) -> dict[Tensor, int]:
-        """Parameters with the bit mask of the tasks that reach them."""
-        return {p: self.found.leaves[p] for p in self.named if p in self.found.leaves}
+        """Parameters that the tasks reach, with the bit mask of those that do, a second batch's included."""
+        masks = self.found.leaves
+        return {p: masks[p] for p in self.named if p in masks and self.by_tasks(masks[p])}
+
+    def by_tasks(self, mask: int) -> int:
+        """The bits of the T tasks, without those of a second batch."""
+        return mask & ((1 << len(self.names)) - 1)
 
     def split(self, reached: Mapping[Tensor, int]) -> list[Tensor]:
         """The shared ones among them."""
+        reached = {p: self.by_tasks(mask) for p, mask in reached.items() if self.by_tasks(mask)}
         if not reached:
             raise ValueError(f"params: no loss reaches any of the {len(self.named)} parameters")
         if self.any_leaf and self.shared is None and any(isinstance(p, torch.nn.Parameter) for p in reached):
@@ -212,6 +239,7 @@ def _read(
     loss_scale: float | Tensor | None,
     features: Tensor | Sequence[Tensor] | None,
     chunk_size: int | None,
+    second_losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None] | None,
     ranks: Ranks | None,
     call: str,
 ) -> _Read:
@@ -219,6 +247,10 @@ def _read(
     scale = read_loss_scale(loss_scale)
     means = ranks is not None and not ranks.sharded
     names, tasks = read_losses(losses, may_be_absent=means and params is not None)
+    if second_losses is not None:
+        tasks += _read_second(second_losses, names, tasks, method, features)
+    else:
+        methods.check_needs(method, call, {"second_batch": _SECOND_WAY})
     named = None if params is None else read_params(params, "params")
     shared_named = None if shared is None else read_params(shared, "shared")
     if ranks is not None:
@@ -236,7 +268,8 @@ def _read(
     if ranks is not None and ranks.managed is not None:
         found = found._replace(leaves={ranks.managed.get(p, p): mask for p, mask in found.leaves.items()})
     if shared is None and (found.compiled or found.entangled or found.joined):
-        through = names_of(found.compiled or found.entangled or found.joined, names)
+        both = [*names, *(f"second {name}" for name in names)]
+        through = names_of(found.compiled or found.entangled or found.joined, both)
         if found.compiled:
             raise ValueError(
                 f"losses {through} pass through the same compiled graph (torch.compile), which does not tell what "
@@ -266,6 +299,34 @@ def _read(
     return _Read(method, scale, names, tasks, named, shared_named, params is None, chunk, cut, parts, found)
 
 
+def _read_second(
+    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None],
+    names: Sequence[str],
+    tasks: Sequence[Tensor | None],
+    method: Weighting,
+    features: Tensor | Sequence[Tensor] | None,
+) -> list[Tensor | None]:
+    """The losses of the same tasks on a second batch, in their order."""
+    if "second_batch" not in methods.needs_of(method):
+        raise ValueError(f"second_losses: method {method!r} takes no second batch")
+    if features is not None:
+        raise ValueError(
+            "second_losses: expected None beside features=: two batches have features of their own, so that the "
+            "gradients with respect to them have no inner product"
+        )
+    second_names, found = read_losses(losses, may_be_absent=True, argument="second_losses")
+    if set(second_names) != set(names):
+        raise ValueError(f"second_losses: expected the tasks of losses, {list(names)}, got {second_names}")
+    if 2 * len(names) > MAX_TASKS:
+        raise ValueError(f"second_losses: expected at most {MAX_TASKS // 2} tasks, got {len(names)}")
+    by_name = dict(zip(second_names, found, strict=True))
+    for name, loss in zip(names, tasks, strict=True):
+        if (loss is None) != (by_name[name] is None):
+            has, lacks = ("losses", "second_losses") if loss is not None else ("second_losses", "losses")
+            raise ValueError(f"second_losses: task {name!r} has a loss in {has} and none in {lacks}")
+    return [by_name[name] for name in names]
+
+
 def _collect_and_solve(read: _Read, retain_graph: bool, ranks: Ranks | None, call: str) -> tuple[Updates, Surgery]:
     """The backward passes, and the surgery on what they leave."""
     call = f"{call} with features=" if read.features else call
@@ -281,7 +342,7 @@ def _collect_and_solve(read: _Read, retain_graph: bool, ranks: Ranks | None, cal
         gradients = _collect_shards(read, retain_graph, ranks, call)
     else:
         gradients = _collect_means(read, retain_graph, ranks, call)
-    return solve(gradients, SurgeryOptions(read.method, read.scale, ranks))
+    return solve(gradients, read.options._replace(ranks=ranks))
 
 
 def _collect_alone(read: _Read, retain_graph: bool) -> TaskGradients:
@@ -295,23 +356,26 @@ def _meet(
     read: _Read, ranks: Ranks, call: str, holders: Sequence[Mapping[Tensor, Tensor]] = (), same: str | None = None
 ) -> tuple[Joint, list[Tensor]]:
     """What the ranks have together, and the parameters that are shared then."""
-    mine = statement_of(call, read.names, read.method, read.named, read.shared, read.present, read.reached(), holders)
+    names = [*read.names, *(f"second {name}" for name in read.names)][: len(read.tasks)]
+    present = [loss is not None for loss in read.tasks]
+    mine = statement_of(call, names, read.method, read.named, read.shared, present, read.reached(), holders)
     joint = ranks.meet(mine, read.named, same=same)
     if not any(joint.present):
         raise ValueError(f"losses: expected at least one loss, got {len(read.names)} times None on every rank")
+    joint = joint._replace(present=joint.present[: len(read.names)])
     return joint, read.split({p: mask for p, mask in joint.masks.items() if mask})
 
 
 def _collect_shards(read: _Read, retain_graph: bool, ranks: Ranks, call: str) -> TaskGradients:
     joint, shared = _meet(read, ranks, call, same=SAME_PASSES)
-    rows: list[Row] = [[None] * len(shared) for _ in read.names]
+    rows: list[Row] = [[None] * len(shared) for _ in read.tasks]
     unshared: dict[Tensor, Tensor] = {}
     slots = {p: i for i, p in enumerate(shared)}
     for t, grads in sharded_gradients(ranks, read.tasks, read.found, read.named, retain_graph):
         for p, g in grads:
             if p in slots:
                 rows[t][slots[p]] = g
-            else:
+            elif t < len(read.names):
                 add_unshared(unshared, p, g)
     return of_shards(shared, rows, unshared, read.names, joint.present, read.device)
 
@@ -338,7 +402,7 @@ def _solve_by_features(read: _Read, retain_graph: bool, ranks: Ranks | None, cal
         shared = read.split(reached)
         passes = _collect_rows_of_features(read, read.parts, reached, shared, retain_graph)
         gradients = TaskGradients(list(read.parts.features), passes.rows, {}, read.names, read.present, read.device)
-        updates, surgery = solve(gradients, SurgeryOptions(read.method, read.scale))
+        updates, surgery = solve(gradients, read.options)
         return _run_through_trunk(updates, shared, passes, retain_graph), surgery
 
     if ranks.same_passes:
@@ -351,7 +415,7 @@ def _solve_by_features(read: _Read, retain_graph: bool, ranks: Ranks | None, cal
     cut = read.features if read.parts is None else list(read.parts.features)
     with ranks.reporting(call):
         gradients = TaskGradients(cut, passes.rows, {}, read.names, joint.present, read.device, partitioned=True)
-        updates, surgery = solve(gradients, SurgeryOptions(read.method, read.scale, ranks))
+        updates, surgery = solve(gradients, read.options._replace(ranks=ranks))
         mine = dict(_run_through_trunk(updates, shared, passes, retain_graph))
     joint, _ = _meet(read, ranks, call, [mine])
     average_gradients(ranks, joint, [], mine, set())
@@ -423,7 +487,9 @@ def _collect_rows(
     slots = {p: i for i, p in enumerate(shared)}
     rows: list[Row] = [[None] * len(shared) for _ in tasks]
     unshared: dict[Tensor, Tensor] = {}
-    for t, grads in run_passes(tasks, reached, found.overlap, retain_graph, read.chunk_size, found.donated):
+    # of a second batch nothing else is wanted
+    inputs = {p: mask if p in slots else read.by_tasks(mask) for p, mask in reached.items()}
+    for t, grads in run_passes(tasks, inputs, found.overlap, retain_graph, read.chunk_size, found.donated):
         row = rows[t]
         for p, g in grads:
             slot = slots.get(p)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmtl import methods
+from fastmtl.core.gradient_rows import MAX_TASKS
 from fastmtl.core.memory import has_other_holders
 from fastmtl.distributed.dtensors import local, refuse_dtensors
 from fastmtl.distributed.ranks import SAME_PASSES, Ranks, reporting, statement_of
@@ -22,7 +23,7 @@ from fastmtl.surgery.result import Surgery
 from fastmtl.surgery.solve import SurgeryOptions, solve
 from fastmtl.surgery.task_gradients import Row, TaskGradients
 from fastmtl.task_gradients.rank_means import averaged, of_shards
-from fastmtl.task_gradients.reach import read_loss_scale
+from fastmtl.task_gradients.reach import read_loss_scale, read_loss_values
 from fastmtl.task_gradients.sharing import add_unshared, check_within, sparse_shared, split_shared
 
 _APPLY = "GradientBank.apply"
@@ -157,38 +158,69 @@ class GradientBank:
                 add_unshared(row, p, g)
 
     @torch._disable_dynamo
-    def apply(self, method: str | Weighting = "pcgrad", *, loss_scale: float | Tensor | None = None) -> Surgery:
+    def apply(
+        self,
+        method: str | Weighting = "pcgrad",
+        *,
+        loss_scale: float | Tensor | None = None,
+        losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None] | None = None,
+        second: GradientBank | None = None,
+    ) -> Surgery:
         """Operates on the collected task gradients, accumulates the result into `.grad`, and empties the bank.
 
         Args:
             method, loss_scale: as for `fastmtl.backward`.
+            losses: for a method that needs them: the tasks' losses, in order, or a dict by name, as their gradients
+                were collected: multiplied by `loss_scale`, where that is given. Scalars on any device, None where
+                absent.
+            second: for a method that needs one: another bank of the same parameters and tasks, filled from a second,
+                independent batch. Its gradients enter the method's Gram matrices and nothing else, and it is emptied,
+                too. At most 64 tasks.
 
         Returns:
             A `Surgery`, as `fastmtl.backward`. A task that was not visited is absent.
 
         Raises:
             RuntimeError: nothing was collected (on any rank), or a call inside a task; another rank raised.
-            TypeError, ValueError: as `fastmtl.backward`. Nothing has been written then, and they are still there.
+            TypeError, ValueError: as `fastmtl.backward`; a method that needs losses or a second batch without them; a
+                second bank that is not of the same parameters and tasks. Nothing has been written then, and they are
+                still there.
         """
         ranks = self._ranks(_APPLY)
+        num_tasks = len(self.names)
         with reporting(ranks, _APPLY):
             if self._active:
                 raise RuntimeError("GradientBank.apply: called inside a task of this bank")
             method = methods.get(method)
             scale = read_loss_scale(loss_scale)
+            self._check_second(second, method)
+            values = read_loss_values(losses, self.names, self._present, method, _APPLY)
+        held = self._rows if second is None else [*self._rows, *second._rows]
         masks = dict.fromkeys(self._params, 0)
-        for t, row in enumerate(self._rows):
+        for t, row in enumerate(held):
             for p in row:
                 masks[p] |= 1 << t
-        reached = {p: mask for p, mask in masks.items() if mask or p in self._unshared}
         present = self._present
         if ranks is not None:
+            names = [*self.names, *(f"second {name}" for name in self.names)][: len(held)]
             mine = statement_of(
-                _APPLY, self.names, method, self._named, self._shared, present, masks, [*self._rows, self._unshared]
+                _APPLY,
+                names,
+                method,
+                self._named,
+                self._shared,
+                present if second is None else [*present, *second._present],
+                masks,
+                [*self._rows, self._unshared],
             )
             joint = ranks.meet(mine, self._named, same=SAME_PASSES if ranks.sharded else None)
-            reached = {p: mask for p, mask in joint.masks.items() if joint.kinds[p]}
-            present = joint.present
+            joint = joint._replace(present=joint.present[:num_tasks])
+            masks, present = joint.masks, joint.present
+        # what a second batch alone reaches gets nothing
+        masks = {p: mask & ((1 << num_tasks) - 1) for p, mask in masks.items()}
+        reached = {
+            p: mask for p, mask in masks.items() if mask or (p in self._unshared if ranks is None else joint.kinds[p])
+        }
         if not any(present):
             raise RuntimeError("GradientBank.apply: no gradient was collected since the bank was made or applied")
         shared = split_shared(reached, self._named, self._shared)
@@ -196,19 +228,45 @@ class GradientBank:
         unshared = dict(self._unshared)
         if ranks is not None and not ranks.sharded:
             # if the method raises, the means stand where the gradients were; those of means are the same
-            gradients = averaged(
-                ranks, joint, shared, self._rows, unshared, self._named, self.names, device, references=1
-            )
+            gradients = averaged(ranks, joint, shared, held, unshared, self._named, self.names, device, references=1)
         else:
-            gradients = self._collected(shared, unshared, present, device, sharded=ranks is not None)
-        updates, surgery = solve(gradients, SurgeryOptions(method, scale, ranks))
+            gradients = self._collected(held, shared, unshared, present, device, sharded=ranks is not None)
+        updates, surgery = solve(gradients, SurgeryOptions(method, scale, ranks, values))
         self.clear()
+        if second is not None:
+            second.clear()
         # hooks ran in each backward pass
         accumulate(updates, run_hooks=False)
         return surgery
 
+    def _check_second(self, second: GradientBank | None, method: Weighting) -> None:
+        if second is None:
+            methods.check_needs(method, _APPLY, {"second_batch": "pass second=, a bank that was filled from it"})
+            return
+        if not isinstance(second, GradientBank):
+            raise TypeError(f"second: expected a GradientBank or None, got {type(second).__name__}")
+        if "second_batch" not in methods.needs_of(method):
+            raise ValueError(f"second: method {method!r} takes no second batch")
+        if second is self:
+            raise ValueError("second: expected another bank than the one that is applied")
+        if second._active:
+            raise RuntimeError("GradientBank.apply: called inside a task of the second bank")
+        if second.names != self.names:
+            raise ValueError(f"second: expected a bank of the tasks {list(self.names)}, got {list(second.names)}")
+        if len(second._params) != len(self._params) or any(
+            a is not b for a, b in zip(second._params, self._params, strict=True)
+        ):
+            raise ValueError("second: expected a bank of the same parameters in the same order")
+        if 2 * len(self.names) > MAX_TASKS:
+            raise ValueError(f"second: expected at most {MAX_TASKS // 2} tasks, got {len(self.names)}")
+        for name, here, there in zip(self.names, self._present, second._present, strict=True):
+            if here != there:
+                has, lacks = ("the bank", "the second") if here else ("the second bank", "the first")
+                raise ValueError(f"second: task {name!r} has gradients in {has} and none in {lacks}")
+
     def _collected(
         self,
+        held: Sequence[dict[Tensor, Tensor]],
         shared: Sequence[Tensor],
         unshared: dict[Tensor, Tensor],
         present: Sequence[bool],
@@ -218,13 +276,14 @@ class GradientBank:
     ) -> TaskGradients:
         """The task gradients of this process, or its shards of them; all others go to `unshared`."""
         is_shared = set(shared)
-        for row in self._rows:
+        for t, row in enumerate(held):
             for p, g in row.items():
                 if p not in is_shared:
-                    add_unshared(unshared, p, g)
+                    if t < len(self.names):  # of a second batch nothing else is wanted
+                        add_unshared(unshared, p, g)
                 elif g.layout is not torch.strided:
                     raise sparse_shared(g.layout, p, self._named)
-        rows: list[Row] = [[row.get(p) for p in shared] for row in self._rows]
+        rows: list[Row] = [[row.get(p) for p in shared] for row in held]
         if not sharded:
             return TaskGradients(shared, rows, unshared, self.names, present, device, references=1)
         rows = [[None if g is None else local(g) for g in row] for row in rows]

@@ -27,14 +27,15 @@ def averaged(
 ) -> TaskGradients:
     """The means over the ranks of the task gradients by parameter (`held`) and of the other gradients, in place.
 
-    What `held` has of parameters that turned out not to be shared goes to `unshared`. `references`: to each mean, of a
-    caller that keeps `held`.
+    What `held` has of parameters that turned out not to be shared goes to `unshared`; that of a second batch, whose
+    rows stand behind those of the tasks in `names`, is dropped. `references`: to each mean, of a caller that keeps
+    `held`.
     """
     for p in shared:
         if joint.kinds[p] - {DENSE}:
             raise sparse_shared(torch.sparse_coo, p, named)
     is_shared = set(shared)
-    for row in held:
+    for row in held[: len(names)]:
         for p, g in row.items():
             if p not in is_shared:
                 add_unshared(unshared, p, g)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmtl.core.gradient_rows import MAX_TASKS
 from fastmtl.distributed.wrappers import WRAPPER_NODES
+from fastmtl.methods import Weighting, check_needs, needs_of
 
 # nodes that act on each element of a vector alone, as long as they have one input that needs a gradient
 _ELEMENTWISE_NODES = frozenset(
@@ -284,13 +285,19 @@ def _is_row_of_scalars(node: Any, position: int) -> bool:
 
 
 def read_losses(
-    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None], *, may_be_absent: bool = False
+    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None],
+    *,
+    may_be_absent: bool = False,
+    needs_graph: bool = True,
+    argument: str = "losses",
 ) -> tuple[list[str], list[Tensor | None]]:
-    """Task names and losses, None where absent, checked. `may_be_absent`: all of them may be."""
+    """Task names and losses, None where absent, checked. `may_be_absent`: all of them may be. `needs_graph`: they
+    are to be differentiated. `argument`: for errors."""
     if isinstance(losses, Tensor):
         if losses.dim() != 1:
             raise ValueError(
-                f"losses: expected a 1-D tensor of scalars or a sequence, got a tensor of shape {list(losses.shape)}"
+                f"{argument}: expected a 1-D tensor of scalars or a sequence, "
+                f"got a tensor of shape {list(losses.shape)}"
             )
         with torch.enable_grad():  # under no_grad the elements would lose the graph
             tasks: list[Tensor | None] = list(losses.unbind())
@@ -298,31 +305,57 @@ def read_losses(
     elif isinstance(losses, Mapping):
         names, tasks = [str(name) for name in losses], list(losses.values())
         if len(set(names)) != len(names):
-            raise ValueError(f"losses: expected different names, got {names}")
+            raise ValueError(f"{argument}: expected different names, got {names}")
     elif isinstance(losses, Iterable) and not isinstance(losses, (str, bytes)):
         tasks = list(losses)  # dict.values() and generators too
         names = [str(t) for t in range(len(tasks))]
     else:
-        raise TypeError(f"losses: expected a sequence, a 1-D tensor or a dict, got {type(losses).__name__}")
+        raise TypeError(f"{argument}: expected a sequence, a 1-D tensor or a dict, got {type(losses).__name__}")
     if not tasks:
-        raise ValueError("losses: expected at least one loss, got none")
+        raise ValueError(f"{argument}: expected at least one loss, got none")
     if len(tasks) > MAX_TASKS:
-        raise ValueError(f"losses: expected at most {MAX_TASKS} losses, got {len(tasks)}")
+        raise ValueError(f"{argument}: expected at most {MAX_TASKS} losses, got {len(tasks)}")
     if not may_be_absent and all(loss is None for loss in tasks):
-        raise ValueError(f"losses: expected at least one loss, got {len(tasks)} times None")
+        raise ValueError(f"{argument}: expected at least one loss, got {len(tasks)} times None")
+    of = "loss" if argument == "losses" else f"{argument}: loss"
     for name, loss in zip(names, tasks, strict=True):
         if loss is None:
             continue
         if not isinstance(loss, Tensor):
-            raise TypeError(f"loss {name!r}: expected a scalar tensor or None, got {type(loss).__name__}")
+            raise TypeError(f"{of} {name!r}: expected a scalar tensor or None, got {type(loss).__name__}")
         if not loss.is_floating_point():
-            raise TypeError(f"loss {name!r}: expected a floating-point tensor, got {loss.dtype}")
+            raise TypeError(f"{of} {name!r}: expected a floating-point tensor, got {loss.dtype}")
         if loss.dim() != 0:
             hint = ": squeeze it" if loss.numel() == 1 else ""
-            raise ValueError(f"loss {name!r}: expected a scalar (0 dimensions), got shape {list(loss.shape)}{hint}")
-        if not loss.requires_grad:
-            raise ValueError(f"loss {name!r}: needs no gradient: it was computed without parameters, or detached")
+            raise ValueError(f"{of} {name!r}: expected a scalar (0 dimensions), got shape {list(loss.shape)}{hint}")
+        if needs_graph and not loss.requires_grad:
+            raise ValueError(f"{of} {name!r}: needs no gradient: it was computed without parameters, or detached")
     return names, tasks
+
+
+def read_loss_values(
+    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None] | None,
+    names: Sequence[str],
+    present: Sequence[bool] | Tensor,
+    method: Weighting,
+    call: str,
+) -> list[Tensor | None] | None:
+    """The losses of these tasks, which are known by their gradients alone, for a method that needs them."""
+    if losses is None:
+        check_needs(method, call, {"losses": "pass losses=, those whose gradients were collected"})
+        return None
+    found_names, found = read_losses(losses, needs_graph=False)
+    if len(found) != len(names) or (isinstance(losses, Mapping) and set(found_names) != set(names)):
+        raise ValueError(f"losses: expected those of the tasks {list(names)}, got {found_names}")
+    if isinstance(losses, Mapping):
+        by_name = dict(zip(found_names, found, strict=True))
+        found = [by_name[name] for name in names]
+    if not isinstance(present, Tensor):
+        for name, here, loss in zip(names, present, found, strict=True):
+            if here and loss is None:
+                raise ValueError(f"losses: expected a loss of task {name!r}, of which there are gradients, got None")
+        found = [loss if here else None for here, loss in zip(present, found, strict=True)]
+    return found if "losses" in needs_of(method) else None
 
 
 def names_of(mask: int, names: Sequence[str]) -> str:

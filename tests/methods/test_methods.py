@@ -11,12 +11,19 @@ from fastmtl.ops.gradients import reference
 from fastmtl.ops.gradients.method_weights import OPTIONS
 
 
+def weights_of(method: methods.Weighting, gram: Tensor, present: list[bool]) -> Tensor:
+    return methods.weights_of(method, gram, methods.Seen([str(t) for t in range(len(gram))], present))
+
+
 def is_method(kind: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, methods.Method) and kind is not methods.Method
 
 
-# what the package exports
-ALL = {kind.__name__.lower(): kind for kind in vars(methods).values() if is_method(kind)}
+# what the package exports, and what of it has weights of a Gram matrix and is known by name
+EXPORTED = {kind.__name__.lower(): kind for kind in vars(methods).values() if is_method(kind)}
+WITH_ARGUMENTS = ("crmogm", "paretomtl")
+BY_NAME = [name for name in EXPORTED if name not in WITH_ARGUMENTS]
+ALL = [name for name in BY_NAME if not EXPORTED[name].needs]
 ORDER = torch.tensor([[1, 2, 3, 0], [3, 0, 2, 1], [0, 1, 3, 2], [2, 1, 0, 3]])
 
 
@@ -27,8 +34,11 @@ def conflicting(num_tasks: int = 4, seed: int = 0) -> Tensor:
 
 def test_get_finds_every_method_by_name():
     assert {"pcgrad", "sum", "mean", "randomweights", *OPTIONS} == set(ALL)
-    for name, kind in ALL.items():
-        assert type(methods.get(name)) is kind
+    for name in BY_NAME:
+        assert type(methods.get(name)) is EXPORTED[name]
+    for name in WITH_ARGUMENTS:
+        with pytest.raises(ValueError, match=f"method: {EXPORTED[name].__name__} takes arguments: pass an instance"):
+            methods.get(name)
 
 
 def test_get_passes_instances_and_callables_through():
@@ -39,7 +49,7 @@ def test_get_passes_instances_and_callables_through():
 
 
 def test_get_rejects_what_is_no_method():
-    with pytest.raises(ValueError, match=f"{', '.join(sorted(ALL))}, got 'no such method'"):
+    with pytest.raises(ValueError, match=f"{', '.join(sorted(BY_NAME))}, got 'no such method'"):
         methods.get("no such method")
     with pytest.raises(TypeError, match=r"write PCGrad\(\)"):
         methods.get(methods.PCGrad)
@@ -190,28 +200,28 @@ def test_solve_gives_a_callable_the_gram_of_the_present_tasks():
         seen.append(m)
         return m.diagonal() + 1
 
-    assert methods.weights_of(method, gram, [True] * 4).tolist() == [1, 6, 11, 16]
+    assert weights_of(method, gram, [True] * 4).tolist() == [1, 6, 11, 16]
     assert seen.pop() is gram
-    assert methods.weights_of(method, gram, [True, False, False, True]).tolist() == [1, 0, 0, 16]
+    assert weights_of(method, gram, [True, False, False, True]).tolist() == [1, 0, 0, 16]
     assert seen.pop().tolist() == [[0, 3], [12, 15]]
 
 
 def test_solve_checks_what_a_method_returns():
     gram, every = torch.eye(3), [True] * 3
     with pytest.raises(TypeError, match="expected a tensor of 3 weights, got list"):
-        methods.weights_of(lambda m: [1.0, 1.0, 1.0], gram, every)
+        weights_of(lambda m: [1.0, 1.0, 1.0], gram, every)
     with pytest.raises(TypeError, match="int64"):
-        methods.weights_of(lambda m: torch.ones(3, dtype=torch.int64), gram, every)
+        weights_of(lambda m: torch.ones(3, dtype=torch.int64), gram, every)
     with pytest.raises(ValueError, match=r"3 weights.*\[2\]"):
-        methods.weights_of(lambda m: torch.ones(2), gram, every)
+        weights_of(lambda m: torch.ones(2), gram, every)
     with pytest.raises(ValueError, match=r"2 weights.*\[3\]"):
-        methods.weights_of(lambda m: torch.ones(3), gram, [True, False, True])
+        weights_of(lambda m: torch.ones(3), gram, [True, False, True])
     with pytest.raises(ValueError, match=r"\[3, 1\]"):
-        methods.weights_of(lambda m: torch.ones(3, 1), gram, every)
+        weights_of(lambda m: torch.ones(3, 1), gram, every)
     with pytest.raises(ValueError, match="meta"):
-        methods.weights_of(lambda m: torch.ones(3, device="meta"), gram, every)
+        weights_of(lambda m: torch.ones(3, device="meta"), gram, every)
     with pytest.raises(ValueError, match="at least one task"):
-        methods.weights_of("sum", gram, [False] * 3)
+        weights_of("sum", gram, [False] * 3)
 
 
 def test_a_method_of_ones_own():
@@ -221,5 +231,5 @@ def test_a_method_of_ones_own():
 
     g = conflicting()
     torch.testing.assert_close(Inverse()(g), (g / ops.gram(g).diagonal()[:, None]).sum(0))
-    w = methods.weights_of(Inverse(), ops.gram(g), [True, False, True, True])
+    w = weights_of(Inverse(), ops.gram(g), [True, False, True, True])
     assert w[1] == 0 and torch.equal(w[0], 1 / ops.gram(g)[0, 0])

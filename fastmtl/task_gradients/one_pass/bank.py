@@ -24,7 +24,7 @@ from fastmtl.task_gradients.one_pass.batch import Batch, Collected, TaskRows, ad
 from fastmtl.task_gradients.one_pass.sample_axis import SAMPLE_SUM, Constant, PerSample
 from fastmtl.task_gradients.one_pass.stream import StreamedGradients
 from fastmtl.task_gradients.one_pass.tracker import Tracker
-from fastmtl.task_gradients.reach import read_loss_scale
+from fastmtl.task_gradients.reach import read_loss_scale, read_loss_values
 
 _APPLY = "OnePassBank.apply"
 
@@ -176,13 +176,21 @@ class OnePassBank:
         return [self._rows[p][t] if p in self._rows else None for p in self.params]
 
     @torch._disable_dynamo
-    def apply(self, method: str | Weighting = "pcgrad", *, loss_scale: float | Tensor | None = None) -> Surgery:
+    def apply(
+        self,
+        method: str | Weighting = "pcgrad",
+        *,
+        loss_scale: float | Tensor | None = None,
+        losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None] | None = None,
+    ) -> Surgery:
         """Operates on the rows, accumulates the result into `.grad`, and empties the bank.
 
         Post-accumulate hooks of the parameters run then, once; their gradient hooks don't run.
 
         Args:
             method, loss_scale: as for `fastmtl.backward`.
+            losses: for a method that needs them: each task's part of the one loss that was differentiated, in order, or
+                a dict by name; multiplied by `loss_scale`, where that is given. Scalars, None where absent.
 
         Returns:
             A `Surgery`, as `fastmtl.backward`. A task without samples is absent; where the ids lie on a device,
@@ -190,12 +198,21 @@ class OnePassBank:
 
         Raises:
             RuntimeError: no backward pass has filled the bank; a model changed since.
-            TypeError, ValueError: as `fastmtl.backward`. Nothing has been written then, and the rows are still there.
+            TypeError, ValueError: as `fastmtl.backward`; a method that needs losses without them, one that needs a
+                second batch, and with `memory="stream"` one that needs the task gradients themselves. Nothing has been
+                written then, and the rows are still there.
         """
         ranks = find_ranks(*self._where, _APPLY)
         with reporting(ranks, _APPLY):
             options = SurgeryOptions(methods.get(method), read_loss_scale(loss_scale), ranks)
             self._check_filled("apply")
+            missing = {"second_batch": "use fastmtl.backward with second_losses=, or a GradientBank with second="}
+            if self._streamed():
+                missing["gradients"] = "memory='stream' keeps none: use memory='bank'"
+            methods.check_needs(options.method, _APPLY, missing)
+            present = self._present_tasks()
+            values = read_loss_values(losses, self.names, present, options.method, _APPLY)
+            options = options._replace(losses=values)
             batch = self._batch
             assert batch is not None
             batch.check_model()
@@ -211,7 +228,7 @@ class OnePassBank:
         )
         updates, surgery = solve(gradients, options)
         if self._by_samples:
-            surgery = PartitionSurgery(surgery.gram, surgery.weights, surgery.names, surgery.present)
+            surgery = PartitionSurgery.of(surgery)
         batch.tracker.boundaries.clear()
         self.clear()
         self._applied = True

@@ -1,0 +1,104 @@
+"""CR-MOGM: a running average of a method's weights (Zhou et al. 2022)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.methods.base import Method, Seen, Weighting, needs_of, seen_by_position, weights_of
+from fastmtl.methods.state import Field, NamedState
+
+
+class CRMOGM(Method):
+    """A running average of the weights that another method gives: `momentum` times the last one, plus the rest times
+    the new weights. So weights depend less on the noise of the batch whose gradients they weigh.
+
+    Args:
+        method: whose weights: a `Method`, or a callable `[T, T] -> [T]`.
+        momentum: what the average keeps at each call, from 0 (the method as it is) to below 1. The paper lets it grow
+            towards 1 as the learning rate falls: set the attribute.
+
+    Raises:
+        TypeError: `method` is no method, or one whose update is no weighted sum (`GradDrop`, `TrimmedMean`).
+        ValueError: `momentum` out of range.
+
+    `needs` what the method needs. State: the average, by task name, and the method's own. A task's first weight is
+    taken as it is. The average of an absent task stays what it was, and its weight is 0; those of the others are not
+    scaled up for it. A step with weights that are not finite leaves the average as it was.
+
+    Source: Zhou et al. 2022, *On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond*, the
+    algorithm CR-MOGM.
+
+    Example:
+        >>> method = CRMOGM(MGDA(), momentum=0.5)
+        >>> method.weights(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+        >>> method.weights(torch.tensor([[4.0, 0.0], [0.0, 1.0]]))
+        tensor([0.3500, 0.6500], dtype=torch.float64)
+    """
+
+    def __init__(self, method: Weighting, momentum: float = 0.9) -> None:
+        if isinstance(method, type) or not (isinstance(method, Method) or callable(method)):
+            shown = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+            raise TypeError(f"method: expected a Method or a callable [T, T] -> [T], got {shown}")
+        self.method, self.needs = method, needs_of(method)  # type: ignore[misc]
+        if "gradients" in self.needs:
+            raise TypeError(
+                f"method: expected one with weights, got {method!r}, whose update is no weighted sum of them"
+            )
+        self.momentum = momentum
+        self._state = NamedState(average=Field(1, math.nan))
+
+    @property
+    def momentum(self) -> float:
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, momentum: float) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum: expected a number from 0 to below 1, got {momentum!r}")
+        self._momentum = float(momentum)
+
+    def weights(self, gram: Tensor, *, present: Tensor | None = None) -> Tensor:
+        self._read(gram, present)
+        if self.needs:
+            raise self._needs_more()
+        return self.weigh(gram, seen_by_position(gram.shape[0], present))
+
+    def weigh(self, gram: Tensor, seen: Seen) -> Tensor:
+        self._check_seen(gram, seen)
+        present = seen.mask(gram.device)
+        with torch.no_grad():
+            new = weights_of(self.method, gram, seen)
+            before = self._state.read(seen.names, gram.device)["average"]
+            w = torch.where(before.isnan(), new, self.momentum * before + (1 - self.momentum) * new)
+            self._state.keep(seen.names, present, average=w)
+        return w if present is None else torch.where(present, w, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average (`"average"`) and the state of the method (`"method"`)."""
+        inner = self.method.state_dict() if isinstance(self.method, Method) else {}
+        return {"average": self._state.state_dict(), "method": inner}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if set(state) != {"average", "method"}:
+            raise ValueError(f"state: expected that of CRMOGM, average and method, got {', '.join(map(str, state))}")
+        if isinstance(self.method, Method):
+            self.method.load_state_dict(state["method"])
+        self._state.load_state_dict(state["average"], "CRMOGM")
+
+    def reset(self) -> None:
+        self._state.reset()
+        if isinstance(self.method, Method):
+            self.method.reset()
+
+    def state_tensors(self, names: Sequence[str], device: torch.device) -> list[Tensor]:
+        inner = self.method.state_tensors(names, device) if isinstance(self.method, Method) else []
+        return [*inner, *self._state.tensors(names, device)]
+
+    def __repr__(self) -> str:
+        return f"CRMOGM({self.method!r}, momentum={self.momentum})"

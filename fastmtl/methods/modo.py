@@ -1,0 +1,73 @@
+"""MoDo: multi-objective gradient descent with double sampling (Chen et al. 2023)."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastmtl.methods.base import Seen
+from fastmtl.methods.simplex import project_on_simplex
+from fastmtl.methods.state import Field, StatefulMethod
+
+
+class MoDo(StatefulMethod):
+    """Weights that follow the shortest convex combination by one projected gradient step at each call.
+
+    The slope of `|lambda^T G|^2 / 2` in lambda is `G (G^T lambda)`. From one batch its expectation is wrong, since the
+    noise of the two factors is the same; with the gradients G' of a second, independent batch, it is right:
+    `lambda <- P(lambda - gamma (G G'^T lambda + rho lambda))`, where P projects on the simplex. The update is
+    `lambda^T G` with the new lambda.
+
+    Args:
+        gamma: the length of a step, above 0. The slope grows with the square of the gradients, so that the right one
+            does, too: the method depends on scale by definition.
+        rho: what draws lambda to equal weights, from 0.
+
+    Raises:
+        ValueError: `gamma` or `rho` out of range.
+
+    `needs` a second batch: `backward(losses, second_losses=...)`, or a second bank (`GradientBank.apply(second=...)`).
+    The paper's step takes the mean of both batches' gradients, or those of a third; here it takes the first batch's,
+    whose unshared parameters get their gradients too.
+
+    State: lambda, by task name. A task that was not seen before begins with 1/n, n tasks being present; lambda of the
+    present tasks is projected on the simplex of these, and the others keep theirs.
+
+    Source: Chen et al. 2023, *Three-Way Trade-Off in Multi-Objective Learning: Optimization, Generalization and
+    Conflict-Avoidance*, section 2 (the algorithm MoDo).
+
+    Example:
+        >>> m = torch.tensor([[4.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+        >>> method = MoDo(gamma=0.1, rho=0.0)
+        >>> method.weigh(m, Seen(["a", "b"], [True, True], second=m))
+        tensor([0.4500, 0.5500], dtype=torch.float64)
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"second_batch"})
+
+    def __init__(self, gamma: float = 1e-3, rho: float = 0.1) -> None:
+        if not 0 < gamma < math.inf:
+            raise ValueError(f"gamma: expected a positive number, got {gamma!r}")
+        if not 0 <= rho < math.inf:
+            raise ValueError(f"rho: expected a number from 0, got {rho!r}")
+        super().__init__(weights=Field(1, math.nan))
+        self.gamma, self.rho = float(gamma), float(rho)
+
+    def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
+        assert seen.second is not None
+        second = seen.second
+        before = self._state.read(seen.names, gram.device)["weights"]
+        count = len(before) if present is None else present.sum().to(before.dtype)
+        before = torch.where(before.isnan(), 1 / count, before)
+        if present is not None:
+            before = torch.where(present, before, 0.0)
+            second = torch.where(present[:, None] & present, second, 0.0)
+        w = project_on_simplex(before - self.gamma * (second @ before + self.rho * before), present)
+        self._state.keep(seen.names, present, weights=w)
+        return w
+
+    def __repr__(self) -> str:
+        return f"MoDo(gamma={self.gamma}, rho={self.rho})"

@@ -1,0 +1,123 @@
+"""Pareto MTL: the Pareto set by parts, one for each preference vector (Lin et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.core.gradient_rows import MAX_TASKS
+from fastmtl.methods.base import Seen
+from fastmtl.methods.state import Field, StatefulMethod
+
+PreferenceVectors: TypeAlias = Tensor | Sequence[Sequence[float]]
+
+
+class ParetoMTL(StatefulMethod):
+    """The shortest convex combination of the task gradients and of the gradients of constraints, which keep the losses
+    near to one of K preference vectors.
+
+    The vectors u_1 ... u_K part the space of losses: the part of u_k has the losses L with `(u_j - u_k) . L <= 0` for
+    all j, those whose angle to u_k is the smallest. Training K models, one with each `index`, gives K points of the
+    Pareto set with different trade-offs. A constraint is active where it is violated, and its gradient is
+    `(u_j - u_k)^T G`. There are two phases, as in the paper:
+
+    - At first, while the losses lie outside the part, the update is the shortest convex combination of the active
+      constraints' gradients alone: it moves into the part. This phase ends for good with the first step that has no
+      active constraint, or after `max_start_steps`.
+    - Then it is the shortest convex combination of all task gradients and of the active constraints': along it no loss
+      grows, and no violation.
+
+    Args:
+        preferences: `[K, T]` preference vectors, numbers from 0, no vector all of them 0; K + T up to 128. They are
+            scaled to length 1. Column t belongs to the t-th task of each call.
+        index: which of them the model is for, 0 to K - 1.
+        max_start_steps: steps after which the first phase ends at the latest; None: none. With noisy losses, or losses
+            that can't be brought into the part, it may else never end.
+
+    Raises:
+        TypeError, ValueError: preferences, `index` or `max_start_steps` other than the above; (when called) tasks of
+            another number.
+
+    `needs` the losses: `backward` has them, `apply` of a bank takes them (`losses=`). Weights of tasks may be negative,
+    since the constraints' gradients are differences of the tasks'. Of an absent task neither the gradient nor its part
+    of a constraint counts. State: which phase it is, and how many steps the first one took.
+
+    Source: Lin et al. 2019, *Pareto Multi-Task Learning*, section 4.
+
+    Example:
+        >>> m = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+        >>> method = ParetoMTL([[1.0, 0.0], [0.0, 1.0]], 1)
+        >>> method.weigh(m, Seen(["a", "b"], [True, True], losses=torch.tensor([1.0, 2.0], dtype=torch.float64)))
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"losses"})
+
+    def __init__(self, preferences: PreferenceVectors, index: int, *, max_start_steps: int | None = None) -> None:
+        vectors = _read_vectors(preferences)
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"index: expected an int, got {type(index).__name__}")
+        if not 0 <= index < len(vectors):
+            raise ValueError(f"index: expected 0..{len(vectors) - 1}, got {index}")
+        if max_start_steps is not None and (isinstance(max_start_steps, bool) or not isinstance(max_start_steps, int)):
+            raise TypeError(f"max_start_steps: expected an int or None, got {type(max_start_steps).__name__}")
+        if max_start_steps is not None and max_start_steps < 0:
+            raise ValueError(f"max_start_steps: expected a number from 0, got {max_start_steps}")
+        super().__init__(started=Field(0, 0.0), start_steps=Field(0, 0.0))
+        self.preferences, self.index, self.max_start_steps = vectors, index, max_start_steps
+        # one row for each other vector: (u_j - u_k) . L > 0 is a violation
+        self._constraints = vectors - vectors[index]
+
+    def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
+        assert seen.losses is not None
+        num_tasks = gram.shape[0]
+        if num_tasks != self._constraints.shape[1]:
+            raise ValueError(f"preferences: expected vectors of {num_tasks} tasks, got {self._constraints.shape[1]}")
+        if self._constraints.device != gram.device:
+            self._constraints = self._constraints.to(gram.device)  # kept there: a copy at each call would wait
+        here = torch.ones(num_tasks, dtype=torch.bool, device=gram.device) if present is None else present
+        losses = torch.where(here, seen.losses, 0.0)
+        constraints = torch.where(here, self._constraints, 0.0)
+        active = constraints @ losses > 0
+
+        state = self._state.read(seen.names, gram.device)
+        before, steps = state["started"], state["start_steps"]
+        started = (before > 0) | ~active.any()
+        if self.max_start_steps is not None:
+            started = started | (steps >= self.max_start_steps)
+
+        # of the task gradients in the second phase, and of the active constraints'
+        rows = torch.cat([torch.eye(num_tasks, dtype=gram.dtype, device=gram.device), constraints])
+        products = rows @ gram @ rows.mT
+        shares = ops.method_weights(0.5 * (products + products.mT), "mgda", present=torch.cat([here & started, active]))
+        w = shares @ rows
+        fine = losses.isfinite().all() & w.isfinite().all()
+        self._state.keep(
+            seen.names,
+            None,
+            started=torch.where(fine, started.to(w.dtype), before),
+            start_steps=torch.where(fine & ~started, steps + 1, steps),
+        )
+        return torch.where(fine, w, torch.nan)
+
+    def __repr__(self) -> str:
+        count, num_tasks = self.preferences.shape
+        return f"ParetoMTL({count} vectors of {num_tasks} tasks, index={self.index})"
+
+
+def _read_vectors(preferences: PreferenceVectors) -> Tensor:
+    """`[K, T]` float64 vectors of length 1, checked."""
+    if not isinstance(preferences, (Tensor, Sequence)) or isinstance(preferences, (str, bytes)):
+        raise TypeError(f"preferences: expected K vectors of T numbers, got {type(preferences).__name__}")
+    found = torch.as_tensor(preferences, dtype=torch.float64).detach().clone()
+    if found.dim() != 2 or found.numel() == 0:
+        raise ValueError(f"preferences: expected K vectors of T numbers, [K, T], got shape {list(found.shape)}")
+    if sum(found.shape) > MAX_TASKS:
+        raise ValueError(f"preferences: expected K + T up to {MAX_TASKS}, got shape {list(found.shape)}")
+    if not bool((torch.isfinite(found) & (found >= 0)).all()) or not bool((found > 0).any(1).all()):
+        raise ValueError(f"preferences: expected numbers from 0, in no vector all of them 0, got {found.tolist()}")
+    return found / found.norm(dim=1, keepdim=True)
