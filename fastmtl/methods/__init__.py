@@ -38,7 +38,7 @@ _CLASSES: tuple[type[Method], ...] = (
     MoDo,
 )
 # those that can't be made without arguments
-_WITH_ARGUMENTS: tuple[type[Method], ...] = (CRMOGM, ParetoMTL)
+_WITH_ARGUMENTS: tuple[type[Method], ...] = (CRMOGM, Every, ParetoMTL)
 _METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in _CLASSES}
 
 

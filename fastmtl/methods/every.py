@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.methods.base import Method, Seen, Weighting, weights_of
-from fastmtl.ops.gradients.arguments import check_present
-from fastmtl.ops.gradients.pcgrad import check_gram
+from fastmtl.methods.base import Method, Seen, Weighting, needs_of, seen_by_position, weights_of
 
 
 class Every(Method):
@@ -56,32 +54,32 @@ class Every(Method):
             raise TypeError(f"k: expected an int, got {type(k).__name__}")
         if k < 1:
             raise ValueError(f"k: expected at least 1, got {k}")
-        self.needs = method.needs if isinstance(method, Method) else frozenset()  # type: ignore[misc]
+        self.method, self.needs, self.k = method, needs_of(method), k  # type: ignore[misc]
         if "gradients" in self.needs:
             raise TypeError(
-                f"method: {method!r} has no weights that could be kept: it makes its update of the gradients themselves"
+                f"method: expected one with weights, which can be kept, got {method!r}, whose update is no weighted sum"
             )
-        self.method, self.k = method, k
         self._forget()
 
     # --- asking, or not
 
     def weights(self, gram: Tensor, *, present: Tensor | None = None) -> Tensor:
-        """As of `Method`, of tasks named "0", "1", ...; with `present`, which the host does not know, always asked."""
-        check_gram(gram)
-        if present is not None:
-            check_present(present, gram)
-        here: Sequence[bool] | Tensor = [True] * len(gram) if present is None else present
-        return self.weigh(gram, Seen([str(t) for t in range(len(gram))], here, None, None))
+        """As of `Method`. With `present`, which the host does not know, the method is always asked."""
+        self._read(gram, present)
+        if self.needs:
+            raise self._needs_more()
+        return self.weigh(gram, seen_by_position(gram.shape[0], present))
 
     def weigh(self, gram: Tensor, seen: Seen) -> Tensor:
-        if not self.due(seen.names, seen.present):
-            self.notice(gram.isfinite().all())
-            return self.reuse(seen.names, gram.device)
-        weights = self._ask(gram, seen)
-        if self.k > 1 and not isinstance(seen.present, Tensor):
-            self._keep(gram, weights, seen.names, seen.present)
-        return weights
+        self._check_seen(gram, seen)
+        with torch.no_grad():
+            if not self.due(seen.names, seen.present):
+                self.notice(gram.isfinite().all())
+                return self.reuse(seen.names, gram.device)
+            weights = weights_of(self.method, gram, seen)
+            if self.k > 1 and not isinstance(seen.present, Tensor):
+                self._keep(gram, weights, seen.names, seen.present)
+            return weights
 
     def due(self, names: Sequence[str], present: Sequence[bool] | Tensor) -> bool:
         """Whether the method must be asked at this step, in which these tasks are present."""
@@ -112,12 +110,6 @@ class Every(Method):
         """The method is asked next time."""
         self._steps = self.k
 
-    def _ask(self, gram: Tensor, seen: Seen) -> Tensor:
-        if isinstance(self.method, Method):
-            return self.method.weigh(gram, seen)
-        present = seen.present.tolist() if isinstance(seen.present, Tensor) else seen.present
-        return weights_of(self.method, gram, present)
-
     def _keep(self, gram: Tensor, weights: Tensor, names: Sequence[str], present: Sequence[bool]) -> None:
         finite = gram.isfinite().all() & weights.isfinite().all()
         here = {name: w for name, w, is_here in zip(names, weights.unbind(), present, strict=True) if is_here}
@@ -144,18 +136,32 @@ class Every(Method):
         return {"steps": self._steps, "weights": {name: w.clone() for name, w in self._kept.items()}, "method": inner}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` gave; the weights move to the gradients' device at their next use."""
-        weights = {str(name): w.detach().to(torch.float64).reshape(()) for name, w in state["weights"].items()}
+        """Takes over what `state_dict` returned. The weights go to the device of the gradients at the next step.
+
+        Raises:
+            ValueError: not the state of such a method.
+        """
+        if set(state) != {"steps", "weights", "method"}:
+            found = ", ".join(map(str, state))
+            raise ValueError(f"state: expected that of Every, steps, weights and method, got {found}")
+        weights = dict(state["weights"])
+        for name, w in weights.items():
+            if not isinstance(w, Tensor) or w.dim() != 0 or not w.is_floating_point():
+                raise ValueError(f"state: Every: expected a floating-point number as the weight of {name!r}, got {w!r}")
         if isinstance(self.method, Method):
             self.method.load_state_dict(state["method"])
         self._forget()
-        self._kept, self._steps = weights, int(state["steps"])
+        self._steps = int(state["steps"])
+        self._kept = {str(name): w.detach().to(torch.float64, copy=True) for name, w in weights.items()}
 
     def reset(self) -> None:
         """The method is asked next time, and begins anew itself."""
         self._forget()
         if isinstance(self.method, Method):
             self.method.reset()
+
+    def state_tensors(self, names: Sequence[str], device: torch.device) -> list[Tensor]:
+        return self.method.state_tensors(names, device) if isinstance(self.method, Method) else []
 
     def __repr__(self) -> str:
         return f"Every({self.method!r}, {self.k})"

@@ -129,13 +129,12 @@ class ReusedSurgery(Surgery):
     """A step that reused the weights of an earlier one (`fastmtl.methods.Every`). Nothing was seen of the single tasks:
     the Gram matrix is NaN."""
 
-    __slots__ = ("_norm",)
+    __slots__ = ()
 
     def __init__(self, weights: Tensor, norm: Tensor, names: Sequence[str], present: Sequence[bool]) -> None:
         count = len(names)
         gram = torch.full((count, count), torch.nan, dtype=torch.float32, device=weights.device)
-        super().__init__(gram, weights, names, present)
-        self._norm = norm
+        super().__init__(gram, weights, names, present, norm)
 
     @property
     def reused(self) -> bool:
@@ -155,11 +154,13 @@ class ReusedSurgery(Surgery):
 
     def grad_norm(self) -> Tensor:
         """0-d float64: norm of the shared parameters' update, without the loss scale."""
+        assert self._norm is not None
         return self._norm
 
     def log_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """As of `Surgery`, without norms and conflicts of single tasks."""
-        out = {f"{prefix}grad_norm": self._norm}
+        assert self.weights is not None
+        out = {f"{prefix}grad_norm": self.grad_norm()}
         for name, here, weight in zip(self.names, self.present, self.weights, strict=True):
             if here:
                 out[f"{prefix}weight/{name}"] = weight

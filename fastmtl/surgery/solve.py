@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmtl import methods
 from fastmtl.core.schemas import without_autocast
 from fastmtl.distributed.ranks import Ranks
-from fastmtl.methods import Method, Seen, Weighting
+from fastmtl.methods import Every, Method, Seen, Weighting
 from fastmtl.surgery.accumulate import Updates
 from fastmtl.surgery.result import Surgery
 from fastmtl.surgery.task_gradients import SurgeryInput, TaskGradients
@@ -145,6 +145,8 @@ def _weigh(gram: Tensor, gradients: SurgeryInput, seen: Seen, options: SurgeryOp
     method, ranks = options.method, options.ranks
     if ranks is None:
         return _weigh_alone(gram, gradients, seen, method)
+    if isinstance(method, Every) and ranks.any_of(method.due(seen.names, seen.present)):
+        method.expire()  # where one asks all do: what is asked may meet the other ranks
     if not isinstance(method, Method):
         # whatever it does, it may raise on one rank alone; it does not mind waiting for the host
         with ranks.together(f"method {getattr(method, '__qualname__', method)!r}"):

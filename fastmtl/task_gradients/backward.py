@@ -425,8 +425,11 @@ def _solve_by_features(read: _Read, retain_graph: bool, ranks: Ranks | None, cal
 def _reuse_weights(
     read: _Read, method: Every, retain_graph: bool, ranks: Ranks | None, call: str
 ) -> tuple[Updates, Surgery] | None:
-    """The update by the weights that were kept, from one pass for all tasks; None: the method must be asked."""
-    reached = read.reached()
+    """The update by the weights that were kept, from one pass for all tasks; None: the method must be asked.
+
+    A second batch and features have nothing to do then.
+    """
+    reached = {p: read.by_tasks(mask) for p, mask in read.reached().items()}
     if ranks is None:
         present, shared = read.present, read.split(reached)
         due = method.due(read.names, present)
@@ -440,7 +443,7 @@ def _reuse_weights(
     device = shared[0].device if shared else read.device
     weights = method.reuse(read.names, device)
     if ranks is None:
-        gradients = weighted_pass(read.tasks, weights, reached, shared, read.found, retain_graph, grad)
+        gradients = weighted_pass(read.losses, weights, reached, shared, read.found, retain_graph, grad)
     else:
         weights = ranks.first_of(weights)
         gradients = _weighted_over_ranks(read, weights, reached, shared, retain_graph, ranks, call)
@@ -464,9 +467,9 @@ def _weighted_over_ranks(
     """This rank's shards, or the means over the ranks."""
     if ranks.sharded:
         with grads_aside(ranks, read.found, read.named) as run:
-            return weighted_pass(read.tasks, weights, reached, shared, read.found, retain_graph, run)
+            return weighted_pass(read.losses, weights, reached, shared, read.found, retain_graph, run)
     with ranks.reporting(call):
-        gradients = weighted_pass(read.tasks, weights, reached, shared, read.found, retain_graph, grad)
+        gradients = weighted_pass(read.losses, weights, reached, shared, read.found, retain_graph, grad)
     joint, _ = _meet(read, ranks, call, [gradients])
     average_gradients(ranks, joint, [], gradients, set())
     return gradients

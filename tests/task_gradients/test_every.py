@@ -632,7 +632,7 @@ def test_a_method_without_weights_is_refused():
     class Elementwise(methods.Method):
         needs = frozenset({"gradients"})
 
-    with pytest.raises(TypeError, match="has no weights that could be kept"):
+    with pytest.raises(TypeError, match="expected one with weights, which can be kept"):
         methods.Every(Elementwise(), 4)
 
 
