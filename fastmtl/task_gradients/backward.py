@@ -408,7 +408,7 @@ def _solve_by_features(read: _Read, retain_graph: bool, ranks: Ranks | None, cal
     if ranks.same_passes:
         _meet(read, ranks, call, same=SAME_PASSES)
     joint, shared = _meet(read, ranks, call)
-    passes = _FeaturePasses([], {}, [], [])
+    passes = _FeaturePasses([[None] * len(read.features) for _ in read.names], {}, [], [])
     with ranks.together(call):
         if read.parts is not None:
             passes = _collect_rows_of_features(read, read.parts, reached, shared, retain_graph)
