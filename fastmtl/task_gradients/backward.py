@@ -73,7 +73,8 @@ def backward(
             `mark_per_task` are never shared.
         method: "pcgrad" (which draws its order from torch's default CPU generator) or another name (see
             `fastmtl.methods.get`), a `Method`, or a callable from the Gram matrix `[T, T]` to the weights `[T]`. It
-            is not asked when nothing is shared, as with a single loss and no `shared`.
+            is not asked when nothing is shared, as with a single loss and no `shared`. `Every(method, k)` is asked at
+            every k-th call, and makes the others one pass.
         retain_graph: keep the graphs for a further backward pass.
         loss_scale: what the losses were multiplied by (`scaler.get_scale()`, or better a device tensor): the
             method sees the Gram matrix divided by its square. The result stays scaled like the losses.

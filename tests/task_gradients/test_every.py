@@ -268,6 +268,28 @@ class Graphs:
         return list(net.parameters()), losses
 
     @staticmethod
+    def compiled_as_a_whole() -> Any:
+        net, x = make()
+
+        def forward(x: Tensor) -> list[Tensor]:
+            h = net.trunk(x)
+            return [head(h).square().mean() for head in net.heads]
+
+        compiled = torch.compile(forward, backend="aot_eager")
+        return list(net.parameters()), lambda: (compiled(x), {"shared": net.trunk})
+
+    @staticmethod
+    def compiled_trunk() -> Any:
+        net, x = make()
+        trunk = torch.compile(net.trunk, backend="aot_eager")
+
+        def losses() -> Any:
+            h = trunk(x)
+            return [(head(h) - t).square().mean() for t, head in enumerate(net.heads)], {"shared": net.trunk}
+
+        return list(net.parameters()), losses
+
+    @staticmethod
     def double() -> Any:
         net, x = make()
         net.double()
