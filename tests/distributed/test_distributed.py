@@ -219,6 +219,29 @@ def test_sparse_tables_stay_sparse(results):
     same([ranks[1] for ranks in found], want)
 
 
+@pytest.mark.parametrize("method", ["random", "min_norm"])
+@pytest.mark.parametrize("kind", ["ddp", "fully_shard"])
+def test_groups_equal_one_process(results, method, kind):
+    want = dc.by_backward(dc.net(), 0, 1, method, groups="tensor")
+    assert want["weights"].shape == (4, 3) and not torch.equal(want["weights"][0], want["weights"][2])
+    same(results(2, f"groups {kind} {method}"), want)
+
+
+def test_groups_of_modules_under_fully_shard(results):
+    model = dc.net()
+    same(
+        results(2, "groups_of_modules"),
+        dc.by_backward(model, 0, 1, "fixed", groups=[model.trunk[2], model.trunk[0]]),
+    )
+
+
+def test_ranks_agree_on_the_groups(results):
+    found = results(2, "groups_that_disagree")
+    for (message,) in found:
+        assert message.startswith("ValueError: fastmtl.backward with groups"), message
+        assert "the ranks disagree on what they call: rank 0 has" in message, message
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", ["fixed", "random", "min_norm"])
 @pytest.mark.parametrize("kind", ["ddp", "fully_shard"])

@@ -544,6 +544,23 @@ for _wrap in ("ddp", "fully_shard"):
         case(name=f"every {_wrap} {_m}")(
             lambda r, n, m=_m, w=_wrap: by_every(DDP(net()) if w == "ddp" else shard(net()), r, n, m)
         )
+for _m in ("random", "min_norm"):
+    case(2, name=f"groups ddp {_m}")(lambda r, n, m=_m: by_backward(DDP(net()), r, n, m, groups="tensor"))
+    case(2, name=f"groups fully_shard {_m}")(lambda r, n, m=_m: by_backward(shard(net()), r, n, m, groups="tensor"))
+
+
+@case(2)
+def groups_of_modules(rank: int, size: int) -> Any:
+    model = shard(net())
+    return by_backward(model, rank, size, "fixed", groups=[model.trunk[2], model.trunk[0]])
+
+
+@case(2)
+def groups_that_disagree(rank: int, size: int) -> Any:
+    model = DDP(net())
+    return [error(lambda: by_backward(model, rank, size, "fixed", groups="tensor" if rank else "layer"))]
+
+
 case(2, name="every features")(lambda r, n: by_every(DDP(net()), r, n, features=True))
 case(2, name="every process_group")(lambda r, n: by_every(net(), r, n, process_group=dist.group.WORLD))
 case(2, name="every loss_scale")(lambda r, n: by_every(DDP(net()), r, n, "min_norm", loss_scale=4.0))
