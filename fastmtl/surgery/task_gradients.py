@@ -83,7 +83,7 @@ class TaskGradients:
         receivers: Sequence[Tensor] | None = None,
         partitioned: bool = False,
     ) -> None:
-        n, num_rows = len(params), len(rows)
+        n, num_rows = len(params), max(len(rows), len(names))  # a rank without a loss has none
         # what ops.gram checks is known here: autograd gives every gradient its parameter's shape, dtype and device
         index = [t * n + i for t, row in enumerate(rows) for i, g in enumerate(row) if g is not None]
         tensors = [g for row in rows for g in row if g is not None]

@@ -107,6 +107,14 @@ def test_backward_equals_one_process(results, size, method, kind):
     same(results(size, f"{kind}backward {method}"), want)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["needs", "needs of bank", "median"])
+@pytest.mark.parametrize("kind", ["", "fully_shard "])
+def test_methods_with_needs_equal_one_process(results, size, name, kind):
+    by = {"needs": dc.by_needs, "needs of bank": dc.by_needs_of_bank, "median": dc.by_median}[name]
+    same(results(size, kind + name), by(dc.net(), 0, 1))
+
+
 def test_every_rank_would_draw_another_order():
     # else no test here would see ranks that draw for themselves
     seen = []

@@ -22,8 +22,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fastmtl
 from fastmtl import methods
+from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.distributed.averaging import average_rows
 from fastmtl.distributed.wrappers import find_ranks
+from fastmtl.methods.state import Field, StatefulMethod
+from fastmtl.ops.gradients.gram import gram_rows
 
 TIMEOUT = datetime.timedelta(seconds=20)
 ORDER = torch.tensor([[1, 2, 0], [2, 0, 1], [0, 1, 2]])
@@ -253,6 +256,72 @@ def by_sparse(model: Any, rank: int, size: int, absent: Sequence[int], **options
     return out
 
 
+class Needy(StatefulMethod):
+    """Weights of the losses, of a second batch and of what it drew before, which each rank draws in its own way."""
+
+    needs = frozenset({"losses", "second_batch"})
+
+    def __init__(self) -> None:
+        super().__init__(drawn=Field(1, 0.0))
+
+    def _weigh(self, gram: Tensor, seen: methods.Seen, present: Tensor | None) -> Tensor:
+        drawn = self._state.read(seen.names, gram.device)["drawn"]
+        now = torch.rand(len(gram), dtype=torch.float64)
+        self._state.keep(seen.names, present, drawn=now)
+        return drawn + now + seen.losses + 0.1 * seen.second.sum(1)
+
+
+class Median(methods.Method):
+    """The median of each element: no weighted sum. Plus a number that ranks must agree on."""
+
+    needs = frozenset({"gradients"})
+
+    def update(self, rows: GradientRows, out: Sequence[Tensor], seen: methods.Seen) -> tuple[Tensor, None]:
+        gram = seen.total(gram_rows(rows))
+        drawn = seen.first(torch.rand(1, dtype=torch.float64))
+        n = rows.num_params
+        for i, column in zip(sorted({k % n for k in rows.index}), out, strict=True):
+            some = [x for x, k in zip(rows.tensors, rows.index, strict=True) if k % n == i]
+            column.copy_(torch.stack(some).median(0).values + drawn.to(column.dtype))
+        return gram, None
+
+
+def by_needs(model: Any, rank: int, size: int) -> dict[str, Any]:
+    method = Needy()
+    seed_for(rank)
+    for step in range(2):
+        model.zero_grad()
+        losses, second = (
+            [4.0 * loss for loss in losses_of(model(batch(rank, size, seed=s)))] for s in (1 + step, 5 + step)
+        )
+        surgery = fastmtl.backward(losses, model, method=method, second_losses=second, loss_scale=4.0)
+    state = method.state_dict()
+    return {**seen(model, surgery), "names": state["names"], "drawn": state["drawn"]}
+
+
+def by_needs_of_bank(model: Any, rank: int, size: int) -> dict[str, Any]:
+    method = Needy()
+    bank, second = (fastmtl.GradientBank(model, 3) for _ in range(2))
+    losses = []
+    for filled, x in ((bank, batch(rank, size)), (second, batch(rank, size, seed=5))):
+        for t in range(3):
+            with filled.task(t), model.no_sync() if isinstance(model, DDP) else contextlib.nullcontext():
+                loss = loss_of(t, model(x, tasks=[t])[1])
+                loss.backward()
+                losses.append(loss.detach())
+    seed_for(rank)
+    surgery = bank.apply(method, losses=losses[:3], second=second)
+    return {**seen(model, surgery), "drawn": method.state_dict()["drawn"]}
+
+
+def by_median(model: Any, rank: int, size: int) -> dict[str, Any]:
+    losses = [4.0 * loss for loss in losses_of(model(batch(rank, size)))]
+    seed_for(rank)
+    surgery = fastmtl.backward(losses, model, method=Median(), loss_scale=4.0)
+    assert surgery.weights is None
+    return {**seen(model, surgery), "norm": surgery.grad_norm()}
+
+
 # --- cases
 
 
@@ -271,6 +340,9 @@ for _m in METHODS:
     case(name=f"backward {_m}")(lambda r, n, m=_m: by_backward(DDP(net()), r, n, m))
     case(name=f"fully_shard backward {_m}")(lambda r, n, m=_m: by_backward(shard(net()), r, n, m))
     case(2, name=f"features {_m}")(lambda r, n, m=_m: by_features(DDP(net()), r, n, m))
+for _name, _f in (("needs", by_needs), ("needs of bank", by_needs_of_bank), ("median", by_median)):
+    case(name=_name)(lambda r, n, f=_f: f(DDP(net()), r, n))
+    case(name=f"fully_shard {_name}")(lambda r, n, f=_f: f(shard(net()), r, n))
 for _m in ("fixed", "random", "min_norm"):
     case(2, name=f"bank {_m}")(lambda r, n, m=_m: by_bank(DDP(net()), r, n, m, sync=False))
     case(name=f"fully_shard bank {_m}")(lambda r, n, m=_m: by_bank(shard(net()), r, n, m, parts=2))

@@ -225,7 +225,7 @@ def test_crmogm_refuses():
         methods.CRMOGM(Elementwise())
     with pytest.raises(TypeError, match="got the class Sum"):
         methods.CRMOGM(methods.Sum)
-    with pytest.raises(TypeError, match="expected a Method or a callable .*, got str"):
+    with pytest.raises(TypeError, match=r"expected a Method or a callable .*, got str"):
         methods.CRMOGM("sum")
     for bad in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="momentum: expected a number from 0 to below 1"):
@@ -291,7 +291,7 @@ def test_paretomtl_descends(num_tasks, backend: Backend):
 
 
 def test_paretomtl_finds_the_parts_of_the_front():
-    """The paper's first example (section 5.1): two losses with a concave front, one model for each preference vector."""
+    """The paper's synthetic example: two losses with a concave front, and one model for each preference vector."""
     size = 20
     centre = 1 / size**0.5
 

@@ -128,7 +128,7 @@ def test_what_is_no_state_is_refused():
         ({**saved, "names": ["a", "a"]}, "expected different names of tasks"),
         (
             {**saved, "mean": torch.zeros(3)},
-            r"expected mean of shape \[2\], floating point, got torch.float32 of \[3\]",
+            r"expected mean of shape \[2\], .*got torch.float32 of \[3\]",
         ),
         ({**saved, "rho": [1.0]}, r"expected rho of shape \[2, 2\], floating point, got list"),
         ({**saved, "count": torch.zeros((), dtype=torch.int64)}, "torch.int64"),
@@ -214,9 +214,7 @@ def test_a_method_of_the_gradients_is_called_on_them():
     first, missing, last = Doubled()(lists)
     assert missing is None
     torch.testing.assert_close(torch.cat([first, last]), 2 * g.sum(0))
-    with pytest.raises(
-        TypeError, match="method Doubled: needs the task gradients themselves: .* call it on the gradie"
-    ):
+    with pytest.raises(TypeError, match=r"Doubled: needs the task gradients themselves: .* call it on the gradients"):
         Doubled().weights(torch.eye(3))
     with pytest.raises(TypeError, match="Doubled: makes no weights"):
         methods.weights_of(Doubled(), torch.eye(2), methods.Seen(["a", "b"], [True, True]))

@@ -220,7 +220,16 @@ class OnePassBank:
             return self._apply(options, batch)
 
     def _apply(self, options: SurgeryOptions, batch: Batch) -> Surgery:
-        present = self._present_tasks() if options.ranks is None else self._average(options.ranks, batch)
+        if options.ranks is None:
+            present = self._present_tasks()
+        else:
+            present, shares = self._average(options.ranks, batch)
+            if options.losses is not None and self._loss_reduction == "mean":
+                # their mean over the ranks is the mean over all samples then
+                losses = [
+                    x if x is None else x.detach() * share for x, share in zip(options.losses, shares, strict=True)
+                ]
+                options = options._replace(losses=losses)
         gradients = (
             StreamedGradients(batch, self.params, present, self._poison)
             if batch.options.stream
@@ -251,8 +260,9 @@ class OnePassBank:
         unshared = {p: self._unprojected[p] for p in self.params if p in self._unprojected}
         return TaskGradients(params, rows, unshared, self.names, present, device, poison=self._poison, references=1)
 
-    def _average(self, ranks: Ranks, batch: Batch) -> list[bool]:
-        """Makes the rows those of the whole batch, which the ranks have in parts; and which tasks that has."""
+    def _average(self, ranks: Ranks, batch: Batch) -> tuple[list[bool], Tensor]:
+        """Makes the rows those of the whole batch, which the ranks have in parts; and which tasks that has, and what
+        this rank's samples of each are, over the mean number of a rank."""
         for p, rows in self._rows.items():
             if isinstance(rows, list):
                 self._rows[p] = torch.stack([torch.zeros_like(p) if row is None else row for row in rows])
@@ -264,7 +274,8 @@ class OnePassBank:
         )
         self._rows.update(rows_of)
         self._average_others(ranks, counts, totals, batch)
-        return (totals[:-1] > 0).tolist()
+        shares = counts[:-1].to(torch.float64) * ranks.size / totals[:-1].clamp(min=1)
+        return (totals[:-1] > 0).tolist(), shares
 
     def _average_others(self, ranks: Ranks, counts: Tensor, totals: Tensor, batch: Batch) -> None:
         """The gradients of parameters outside the bank, which DDP has not reduced inside the block."""
