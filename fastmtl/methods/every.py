@@ -85,7 +85,7 @@ class Every(Method):
         """Whether the method must be asked at this step, in which these tasks are present."""
         if self.k == 1 or isinstance(present, Tensor):
             return True
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "Every: the host decides at each step which passes run, and a captured step repeats those of the "
                 "capture: pass the method itself, or leave the step out of the CUDA graph"

@@ -432,7 +432,7 @@ def _solve_by_features(read: _Read, retain_graph: bool, ranks: Ranks | None, cal
     if ranks.same_passes:
         _meet(read, ranks, call, same=SAME_PASSES)
     joint, shared = _meet(read, ranks, call)
-    passes = _FeaturePasses([[None] * len(read.features) for _ in read.names], {}, [], [])
+    passes = _FeaturePasses([], {}, [], [])
     with ranks.together(call):
         if read.parts is not None:
             passes = _collect_rows_of_features(read, read.parts, reached, shared, retain_graph)
@@ -472,6 +472,9 @@ def _reuse_weights(
         weights = ranks.first_of(weights)
         gradients = _weighted_over_ranks(read, weights, reached, shared, retain_graph, ranks, call)
     weighted = [g for p in shared if (g := gradients.get(p)) is not None]
+    for p in shared if not read.features else ():
+        if (g := gradients.get(p)) is not None and g.layout is not torch.strided:
+            raise sparse_shared(g.layout, p, read.named)
     norm = norm_of(weighted, device, ranks if ranks is not None and ranks.sharded else None)
     method.notice(norm.isfinite())
     if read.scale is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastmtl
 from fastmtl import methods
+from fastmtl.methods import every as every_module
 
 WEIGHTS = torch.tensor([0.5, 2.0, -1.25, 0.75, 3.0], dtype=torch.float64)
 
@@ -258,6 +259,17 @@ class Graphs:
         return list(net.parameters()), losses
 
     @staticmethod
+    def features_of_a_sparse_table() -> Any:
+        net, _ = make()
+        table = nn.Embedding(7, 4, sparse=True)
+
+        def losses() -> Any:
+            h = net.trunk(table(torch.tensor([1, 5, 1, 0])))
+            return [(head(h) - t).square().mean() for t, head in enumerate(net.heads)], {"features": h}
+
+        return [*net.parameters(), table.weight], losses
+
+    @staticmethod
     def checkpointed() -> Any:
         net, x = make()
 
@@ -461,6 +473,45 @@ def test_what_is_not_finite_shows_and_asks_the_method_next_time(bad, where):
         # the others' heads have gradients of their own
         assert bool(net.heads[0].weight.grad.isfinite().all())
     assert reused == ([False, False, True, True, True] if where == "a full step" else [False, True, True, False, True])
+
+
+def test_a_flag_that_comes_late_counts_when_it_comes(monkeypatch):
+    # as on a GPU, where the host does not wait for it
+    read, arrived = every_module._Flag.read, False
+    monkeypatch.setattr(
+        every_module._Flag, "read", lambda flag, *, wait: read(flag, wait=wait) if wait or arrived else None
+    )
+    net, x = make()
+    every = methods.Every(Fixed(), 8)
+    fastmtl.backward(net.losses(x), net, method=every)
+    fastmtl.backward([loss * float("nan") for loss in net.losses(x)], net, method=every)
+    for _ in range(2):
+        surgery = fastmtl.backward(net.losses(x), net, method=every)
+        assert surgery.reused and surgery.weights.tolist() == WEIGHTS[:3].tolist()
+    arrived = True
+    assert not fastmtl.backward(net.losses(x), net, method=every).reused
+    assert fastmtl.backward(net.losses(x), net, method=every).reused
+    arrived = False
+    fastmtl.backward([loss * float("nan") for loss in net.losses(x)], net, method=every)
+    # a checkpoint waits for it
+    assert every.state_dict()["weights"] == {}
+
+
+def test_a_shared_parameter_with_a_sparse_gradient_is_refused_at_every_step():
+    net, _ = make()
+    table = nn.Embedding(7, 4, sparse=True)
+    every = methods.Every(Fixed(), 4)
+    for shared in (net.trunk, [*net.trunk.parameters(), table.weight]):
+        h = net.trunk(table(torch.tensor([1, 5, 1, 0])))
+        call = lambda shared=shared, h=h: fastmtl.backward(  # noqa: E731
+            [head(h).square().mean() for head in net.heads], method=every, shared=shared
+        )
+        if shared is net.trunk:
+            call()
+        else:
+            assert not every.due("012", [True] * 3)
+            with pytest.raises(TypeError, match="is shared and has a sparse gradient"):
+                call()
 
 
 def test_weights_that_are_not_finite_are_not_kept():
