@@ -243,11 +243,13 @@ def test_groups_of_modules_under_fully_shard(results):
     )
 
 
-def test_ranks_agree_on_the_groups(results):
-    found = results(2, "groups_that_disagree")
-    for (message,) in found:
-        assert message.startswith("ValueError: fastmtl.backward with groups"), message
-        assert "the ranks disagree on what they call: rank 0 has" in message, message
+def test_ranks_agree_on_the_groups_and_on_the_method_whose_weights_are_reused(results):
+    for groups, method in results(2, "groups_and_reused_methods_that_disagree"):
+        assert groups.startswith("ValueError: fastmtl.backward with groups"), groups
+        assert "the ranks disagree on what they call: rank 0 has" in groups, groups
+        assert method.endswith("the ranks disagree on the method: rank 0 has Every(Mean), rank 1 has Every(Sum)"), (
+            method
+        )
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -628,9 +628,13 @@ def groups_of_modules(rank: int, size: int) -> Any:
 
 
 @case(2)
-def groups_that_disagree(rank: int, size: int) -> Any:
+def groups_and_reused_methods_that_disagree(rank: int, size: int) -> Any:
     model = DDP(net())
-    return [error(lambda: by_backward(model, rank, size, "fixed", groups="tensor" if rank else "layer"))]
+    every = methods.Every(methods.Sum() if rank else methods.Mean(), 4)
+    return [
+        error(lambda: by_backward(model, rank, size, "fixed", groups="tensor" if rank else "layer")),
+        error(lambda: fastmtl.backward(losses_of(model(batch(rank, size))), model, method=every)),
+    ]
 
 
 case(2, name="every features")(lambda r, n: by_every(DDP(net()), r, n, features=True))
