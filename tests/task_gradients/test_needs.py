@@ -16,6 +16,8 @@ from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.methods.state import Field, StatefulMethod
 from fastmtl.ops.gradients.combine import combine_into
 from fastmtl.ops.gradients.gram import gram_rows
+from fastmtl.surgery.solve import SurgeryOptions, solve
+from fastmtl.surgery.task_gradients import Row, TaskGradients
 
 F64 = torch.float64
 
@@ -257,6 +259,28 @@ def test_what_is_not_finite_shows_in_the_norm(net, x):
     x[0, 0] = torch.inf
     surgery = fastmtl.backward(net.losses(x * torch.nan), net, method=Largest())
     assert surgery.grad_norm().isnan()
+
+
+@pytest.mark.parametrize("poison", [0.0, torch.nan])
+def test_tasks_that_the_device_alone_knows(poison):
+    """As after `one_pass` with ids on a device: a mask there, rows of zeros, and what went wrong unseen as a NaN."""
+    p, present = nn.Parameter(torch.zeros(4)), torch.tensor([True, False, True])
+    g = torch.tensor([[1.0, -2.0, 3.0, -4.0], [0.0] * 4, [-1.0, 2.0, 0.5, -5.0]])
+    losses = [torch.tensor(2.0), torch.tensor(torch.nan), torch.tensor(6.0)]
+    for method in (Largest(), Recorder("losses"), methods.PCGrad()):
+        given = losses if method.needs == {"losses"} else None
+        rows: list[Row] = [[row.clone()] for row in g]
+        gradients = TaskGradients([p], rows, {}, "abc", present, p.device, poison=torch.tensor(poison))
+        (update,), surgery = solve(gradients, SurgeryOptions(method, loss_scale=2.0, losses=given))
+        if poison != 0:
+            assert update[1].isnan().all() and surgery.grad_norm().isnan()
+        elif isinstance(method, Recorder):
+            assert method.seen.losses.tolist() == [1, 0, 3] and surgery.weights.tolist() == [1, 0, 1]
+            assert torch.equal(update[1], g.sum(0))
+        elif isinstance(method, Largest):
+            assert torch.equal(method.seen.mask(p.device), present) and torch.equal(update[1], g.amax(0))
+        else:
+            assert surgery.weights[1] == 0
 
 
 # --- GradientBank
