@@ -176,17 +176,18 @@ def section(budget_s: float = BUDGET_S, steps: int = 200, tell: Callable[[str], 
     return f"{head}\n\n{table}\n\n{agreement(steps)}"
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, text: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
     """Replaces what stands between the markers.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
+    first, last = marks
     before = path.read_text()
-    begin, end = before.find(BEGIN), before.find(END)
-    if before.count(BEGIN) != 1 or before.count(END) != 1 or end < begin:
-        raise ValueError(f"{path}: expected one {BEGIN} and after it one {END}")
-    path.write_text(f"{before[: begin + len(BEGIN)]}\n\n{text}\n\n{before[end:]}")
+    begin, end = before.find(first), before.find(last)
+    if before.count(first) != 1 or before.count(last) != 1 or end < begin:
+        raise ValueError(f"{path}: expected one {first} and after it one {last}")
+    path.write_text(f"{before[: begin + len(first)]}\n\n{text}\n\n{before[end:]}")
 
 
 def main() -> None:

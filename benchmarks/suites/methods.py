@@ -1,5 +1,5 @@
-"""Suite `methods`: the weights of each method that one solver makes of a `[T, T]` matrix, over T (latency: no floor), and
-the passes of the methods that look at the gradients, whose floor is bytes."""
+"""Suite `methods`: the weights of each method that one solver makes of a `[T, T]` matrix, over T (latency: no floor),
+and the passes of the methods that look at the gradients, whose floor is bytes."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmtl
+from fastmtl import methods
 from fastmtl.benchmarks.baselines import peers
 from fastmtl.benchmarks.baselines import surgery as baselines
 from fastmtl.benchmarks.runner.registry import Candidate, Case, Check
@@ -23,6 +24,9 @@ from fastmtl.ops.gradients import reference
 BATCH = 64
 STEPS, QUICK_STEPS = 120, 20
 PASSES, QUICK_PASSES = 40, 15
+# steps from one solution of the weights to the next; a sample is as many steps as the largest
+EVERY = (1, 4, 16)
+COURSES, QUICK_COURSES = 5, 1
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Trainee:
     model: digits.Network
     optimizer: torch.optim.Optimizer
     port: baselines.PortPCGrad
+    every: methods.Every
     engine: Any = None
     batches: int = 0
 
@@ -50,13 +55,15 @@ class Classroom:
     widths: tuple[int, ...]
     trainees: dict[str, Trainee] = field(default_factory=dict)
     chunk: int | None = None
+    every: int = 1
 
     def new(self, label: str) -> Trainee:
         torch.manual_seed(0)
         model = digits.Network(self.widths).to(self.device)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         # the sum, as the other methods have it, so that all train at the same rate
-        trainee = Trainee(model, optimizer, baselines.PortPCGrad(optimizer, reduction="sum"))
+        port = baselines.PortPCGrad(optimizer, reduction="sum")
+        trainee = Trainee(model, optimizer, port, methods.Every(methods.PCGrad(), self.every))
         if label == "torchjd_autogram":
             trainee.engine = peers.engine(model.backbone)
         return trainee
@@ -93,6 +100,10 @@ class Batch:
 
 def ours(batch: Batch) -> None:
     fastmtl.backward(batch.losses)
+
+
+def reusing(batch: Batch) -> None:
+    fastmtl.backward(batch.losses, method=batch.trainee.every)
 
 
 def plain_sum(batch: Batch) -> None:
@@ -157,6 +168,15 @@ def _possible_weights(gram: Tensor) -> Tensor:
     return torch.stack([torch.stack(rows).sum(0) for rows in itertools.product(*by_row)])
 
 
+def _error_of_update(got: Tensor, bank: Tensor, solved_for: Tensor) -> Tensor:
+    """How far `[P]` is from the sum of the rows of `[T, P]` with weights that PCGrad can arrive at for `solved_for`."""
+    possible = _possible_weights(reference.gram(solved_for))
+    weights = torch.linalg.lstsq(bank.mT, got[:, None]).solution[:, 0]
+    nearest = possible[(possible - weights).norm(dim=1).argmin()]
+    expected = nearest @ bank
+    return (got - expected).norm() / expected.norm()
+
+
 def check_surgery(classroom: Classroom, call: Callable[[Batch], Any], *, forward_first: bool) -> Check:
     """The gradients that a call leaves must be PCGrad's, for one of the visiting orders; a head's, its own."""
     batch = classroom.batch("check")
@@ -175,11 +195,7 @@ def check_surgery(classroom: Classroom, call: Callable[[Batch], Any], *, forward
     if any(p.grad is None for p in model.parameters()):
         return Check(float("nan"), 1e-4, "a parameter has no gradient")
     got = baselines.flatten(p.grad for p in shared).double().cpu()
-    possible = _possible_weights(reference.gram(bank))
-    weights = torch.linalg.lstsq(bank.mT, got[:, None]).solution[:, 0]
-    nearest = possible[(possible - weights).norm(dim=1).argmin()]
-    expected = nearest @ bank
-    errors = [(got - expected).norm() / expected.norm()]
+    errors = [_error_of_update(got, bank, bank)]
     errors += [((p.grad - g).norm() / g.norm()).double().cpu() for p, g in own]
     # torch.max hands NaN on
     return Check(float(torch.stack(errors).max()), 1e-4, "float64 oracle, over all visiting orders")
@@ -266,7 +282,74 @@ def backward_case(passes: int, batch_size: int = BATCH, widths: tuple[int, ...] 
     )
 
 
+@dataclass
+class Course:
+    """Steps in a row: what a sample is where one step in several costs more than the others."""
+
+    classroom: Classroom
+    label: str
+    steps: int = max(EVERY)
+
+    def run(self, method: Callable[[Batch], None]) -> None:
+        for _ in range(self.steps):
+            _step(method, self.classroom.batch(self.label))
+
+
+def check_reuse(classroom: Classroom, call: Callable[[Course], Any]) -> Check:
+    """The gradients that a second step leaves must be the task gradients' sum with weights that PCGrad may have made at
+    the step at which it was asked last; a head's, its own."""
+    course = Course(classroom, "check", steps=2)
+    trainee = classroom.trainees["check"] = classroom.new("check")
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = 0.0  # so that both steps are at one point
+    call(course)
+    model, shared = trainee.model, trainee.shared
+    got = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    if any(g is None for g in got):
+        return Check(float("nan"), 1e-4, "a parameter has no gradient")
+    grads = dict(zip(model.parameters(), got, strict=True))
+    trainee.batches = 0
+    banks, errors = [], []
+    for _ in range(2):
+        rows = []
+        for task, loss in classroom.batch("check").forward().items():
+            head = list(model.heads[task].parameters())
+            mine = torch.autograd.grad(loss, [*shared, *head], retain_graph=True)
+            rows.append(baselines.flatten(mine[: len(shared)]).double().cpu())
+            errors += [
+                ((grads[p] - g).norm() / g.norm()).double().cpu()
+                for p, g in zip(head, mine[len(shared) :], strict=True)
+            ]
+        banks.append(torch.stack(rows))
+    del classroom.trainees["check"], errors[: len(errors) // 2]
+    update = baselines.flatten(grads[p] for p in shared).double().cpu()
+    errors.append(_error_of_update(update, banks[1], banks[0 if classroom.every > 1 else 1]))
+    return Check(float(torch.stack(errors).max()), 1e-4, "float64 oracle, over all visiting orders")
+
+
+def reuse_case(every: int, courses: int, batch_size: int = BATCH, widths: tuple[int, ...] = (32, 64, 128)) -> Case:
+    """Whole steps whose weights are solved for at every k-th of them, over plain steps."""
+    return Case(
+        suite="step",
+        name=f"digits, {max(EVERY)} steps, weights at every {every}th" if every > 1 else f"digits, {max(EVERY)} steps",
+        op="training steps that reuse weights",
+        covers=frozenset(),
+        params=_params(batch_size, widths, max(EVERY)) | {"every": every},
+        make=lambda device: Classroom(digits.Pictures(), device, batch_size, widths, every=every),
+        candidates=(
+            Candidate("ours", lambda course: course.run(reusing), f"methods.Every(methods.PCGrad(), {every})", "ours"),
+            Candidate("sum", lambda course: course.run(plain_sum), "sum(losses).backward(): no surgery", "yardstick"),
+        ),
+        check=check_reuse,
+        prepare=Course,
+        reps=courses,
+        memory_of=frozenset(),
+        quick=True,
+    )
+
+
 def cases(device: torch.device, quick: bool = False) -> list[Case]:
     """The suite: batches of one task per sample, then several losses on the same samples; `quick`: fewer steps."""
     several = [backward_case(QUICK_PASSES if quick else PASSES), training_case(QUICK_STEPS if quick else STEPS)]
+    several += [reuse_case(every, QUICK_COURSES if quick else COURSES) for every in EVERY]
     return [*step_mixed_batches.cases(device, quick), *several]

@@ -146,6 +146,10 @@ class Ranks:
             dict(zip(named, kinds, strict=True)),
         )
 
+    def any_of(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return any(theirs for (theirs,) in self._gather([int(flag)]))
+
     @contextlib.contextmanager
     def reporting(self, call: str) -> Iterator[None]:
         """What is raised inside is raised on the other ranks too, where they meet; the block must not meet them."""
@@ -286,7 +290,7 @@ def statement_of(
     return Statement(
         call,
         tuple(tasks),
-        "" if method is None else getattr(method, "__qualname__", type(method).__qualname__),
+        "" if method is None else _name_of(method),
         params=tuple(
             (
                 name,
@@ -303,6 +307,13 @@ def statement_of(
         masks=tuple(masks.get(p, 0) for p in named),
         kinds=tuple(tuple(sorted(some)) for some in kinds.values()),
     )
+
+
+def _name_of(method: object) -> str:
+    """The name of a method, with that of the one inside it, if it has one."""
+    name = getattr(method, "__qualname__", type(method).__qualname__)
+    inner = getattr(method, "method", None)
+    return name if inner is None else f"{name}({_name_of(inner)})"
 
 
 def _digest(statement: Statement) -> int:

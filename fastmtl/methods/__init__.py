@@ -9,6 +9,7 @@ from fastmtl.methods.config import ConFIG
 from fastmtl.methods.crmogm import CRMOGM
 from fastmtl.methods.dbmtl import DBMTL
 from fastmtl.methods.dualproj import DualProj
+from fastmtl.methods.every import Every
 from fastmtl.methods.excessmtl import ExcessMTL
 from fastmtl.methods.fairgrad import FairGrad
 from fastmtl.methods.graddrop import GradDrop
@@ -54,7 +55,7 @@ _CLASSES: tuple[type[Method], ...] = (
     ExcessMTL,
 )
 # those that can't be made without arguments
-_WITH_ARGUMENTS: tuple[type[Method], ...] = (CRMOGM, ParetoMTL, TrimmedMean)
+_WITH_ARGUMENTS: tuple[type[Method], ...] = (CRMOGM, Every, ParetoMTL, TrimmedMean)
 _METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in _CLASSES}
 
 
@@ -95,6 +96,7 @@ __all__ = [
     "CAGrad",
     "ConFIG",
     "DualProj",
+    "Every",
     "ExcessMTL",
     "FairGrad",
     "GradDrop",

@@ -42,11 +42,17 @@ class Surgery:
         self.names = tuple(names)
         self.present = present if isinstance(present, Tensor) else tuple(present)
 
+    @property
+    def reused(self) -> bool:
+        """Whether the weights are those of an earlier step (`fastmtl.methods.Every`): then `gram` is NaN, `cosines` and
+        `conflicts` raise, and `log_dict` has weights and `grad_norm` alone."""
+        return False
+
     def cosines(self) -> Tensor:
         """`[T, T]` float64 cosines between the tasks' gradients; 0 where one of the two is zero."""
         m = self.gram.to(torch.float64)
-        norms = m.diagonal().sqrt()
-        scale = norms[:, None] * norms
+        norms = m.diagonal(dim1=-2, dim2=-1).sqrt()
+        scale = norms[..., :, None] * norms[..., None, :]
         return torch.where(scale == 0, 0.0, m / torch.where(scale == 0, 1.0, scale))
 
     def conflicts(self) -> Tensor:
@@ -116,4 +122,87 @@ class PartitionSurgery(Surgery):
             if self.weights is not None:
                 out[f"{prefix}weight/{name}"] = self.weights[t]
             out[f"{prefix}norm/{name}"] = norms[t]
+        return out
+
+
+class GroupedSurgery(Surgery):
+    """Surgeries on L groups of shared parameters, each on its own (`backward(groups=)`).
+
+    Attributes:
+        gram, weights: `[L, T, T]` and `[L, T]`, and so `cosines()` and `conflicts()` are `[L, T, T]`.
+        groups: the names of the groups.
+    """
+
+    __slots__ = ("groups",)
+
+    def __init__(
+        self, parts: Sequence[Surgery], groups: Sequence[str], names: Sequence[str], present: Sequence[bool] | Tensor
+    ) -> None:
+        dtype = torch.float64 if any(x.gram.dtype == torch.float64 for x in parts) else torch.float32
+        gram = torch.stack([x.gram.to(dtype) for x in parts])
+        weights = [x.weights.to(torch.float64) for x in parts if x.weights is not None]
+        norm = torch.stack([x.grad_norm() for x in parts]).square().sum().sqrt()
+        super().__init__(gram, torch.stack(weights) if len(weights) == len(parts) else None, names, present, norm)
+        self.groups = tuple(groups)
+
+    def grad_norm(self) -> Tensor:
+        """0-d float64: norm of the update of all groups together, without the loss scale."""
+        assert self._norm is not None
+        return self._norm
+
+    def log_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """As of `Surgery`, with `weight/<group>/<task>`, `norm/<group>/<task>` and `conflicts/<group>/<task>`;
+        `grad_norm` and `conflicts` are of all groups together."""
+        norms, conflicts = self.gram.diagonal(dim1=1, dim2=2).sqrt(), self.conflicts().sum(2)
+        out = {f"{prefix}grad_norm": self.grad_norm(), f"{prefix}conflicts": conflicts.sum() // 2}
+        known = [True] * len(self.names) if isinstance(self.present, Tensor) else self.present
+        for i, group in enumerate(self.groups):
+            for t, (name, here) in enumerate(zip(self.names, known, strict=True)):
+                if here:
+                    if self.weights is not None:
+                        out[f"{prefix}weight/{group}/{name}"] = self.weights[i, t]
+                    out[f"{prefix}norm/{group}/{name}"] = norms[i, t]
+                    out[f"{prefix}conflicts/{group}/{name}"] = conflicts[i, t]
+        return out
+
+
+class ReusedSurgery(Surgery):
+    """A step that reused the weights of an earlier one (`fastmtl.methods.Every`). Nothing was seen of the single tasks:
+    the Gram matrix is NaN."""
+
+    __slots__ = ()
+
+    def __init__(self, weights: Tensor, norm: Tensor, names: Sequence[str], present: Sequence[bool]) -> None:
+        count = len(names)
+        gram = torch.full((count, count), torch.nan, dtype=torch.float32, device=weights.device)
+        super().__init__(gram, weights, names, present, norm)
+
+    @property
+    def reused(self) -> bool:
+        return True
+
+    def _refuse(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"Surgery.{what}: this step reused weights (methods.Every), and saw no task's gradient alone: ask where "
+            "surgery.reused is False"
+        )
+
+    def cosines(self) -> Tensor:
+        raise self._refuse("cosines")
+
+    def conflicts(self) -> Tensor:
+        raise self._refuse("conflicts")
+
+    def grad_norm(self) -> Tensor:
+        """0-d float64: norm of the shared parameters' update, without the loss scale."""
+        assert self._norm is not None
+        return self._norm
+
+    def log_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """As of `Surgery`, without norms and conflicts of single tasks."""
+        assert self.weights is not None
+        out = {f"{prefix}grad_norm": self.grad_norm()}
+        for name, here, weight in zip(self.names, self.present, self.weights, strict=True):
+            if here:
+                out[f"{prefix}weight/{name}"] = weight
         return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 from fastmtl import methods
 from fastmtl.core.schemas import without_autocast
 from fastmtl.distributed.ranks import Ranks
-from fastmtl.methods import Method, Seen, Weighting
+from fastmtl.methods import Every, Method, Seen, Weighting
 from fastmtl.surgery.accumulate import Updates
-from fastmtl.surgery.result import Surgery
+from fastmtl.surgery.groups import Groups
+from fastmtl.surgery.result import GroupedSurgery, Surgery
 from fastmtl.surgery.task_gradients import SurgeryInput, TaskGradients
 
 
@@ -24,6 +25,7 @@ class SurgeryOptions(NamedTuple):
         method: what makes the update of the task gradients.
         loss_scale: what the losses were multiplied by; None: by nothing.
         ranks: who decides together; None: this process alone.
+        groups: of shared parameters that are solved for apart; None: all together.
         losses: the tasks' losses, with the loss scale, None where absent; None unless the method needs them.
     """
 
@@ -31,6 +33,7 @@ class SurgeryOptions(NamedTuple):
     loss_scale: float | Tensor | None = None
     ranks: Ranks | None = None
     losses: Sequence[Tensor | None] | None = None
+    groups: Groups | None = None
 
 
 def solve(gradients: SurgeryInput, options: SurgeryOptions) -> tuple[Updates, Surgery]:
@@ -47,6 +50,25 @@ def solve(gradients: SurgeryInput, options: SurgeryOptions) -> tuple[Updates, Su
             gram, second = _grams(gradients, options)
             weights = _weigh(gram, gradients, _seen(gradients, options, second), options)
         return gradients.combine(weights), Surgery(gram, weights, names, present)
+
+
+def solve_groups(
+    gradients: TaskGradients, options: SurgeryOptions, named: Mapping[Tensor, str]
+) -> tuple[Updates, Surgery]:
+    """As `solve`, for each group of shared parameters apart, if there are groups."""
+    if options.groups is None:
+        return solve(gradients, options)
+    names, present = gradients.names, gradients.present
+    parts = options.groups.divide(gradients.receivers, named)
+    if not parts:
+        return solve(gradients, options)
+    updates: Updates = []
+    surgeries = []
+    for part in gradients.split(parts):
+        some, surgery = solve(part, options)
+        updates += some
+        surgeries.append(surgery)
+    return updates, GroupedSurgery(surgeries, list(parts), names, present)
 
 
 def _ones_of_present(present: Sequence[bool] | Tensor, device: torch.device) -> Tensor:
@@ -145,6 +167,8 @@ def _weigh(gram: Tensor, gradients: SurgeryInput, seen: Seen, options: SurgeryOp
     method, ranks = options.method, options.ranks
     if ranks is None:
         return _weigh_alone(gram, gradients, seen, method)
+    if isinstance(method, Every) and ranks.any_of(method.due(seen.names, seen.present)):
+        method.expire()  # where one asks all do: what is asked may meet the other ranks
     if not isinstance(method, Method):
         # whatever it does, it may raise on one rank alone; it does not mind waiting for the host
         with ranks.together(f"method {getattr(method, '__qualname__', method)!r}"):

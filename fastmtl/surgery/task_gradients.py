@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import torch
@@ -131,6 +131,38 @@ class TaskGradients:
             elif weights is None:
                 square = torch.zeros(1, 1, dtype=torch.float64, device=self.device)
         return gram.to(self.device), weights, square, self._updates(columns)
+
+    def split(self, parts: Mapping[str, Sequence[int]]) -> list[TaskGradients]:
+        """The same task gradients, a part for each of these lists of positions among the parameters; used up. Tasks are
+        named for their part too, since what a method keeps of a task it keeps for each part."""
+        n, num_rows = len(self._params), self._all.num_tasks
+        rows: list[Row] = [[None] * n for _ in range(num_rows)]
+        for position, g in zip(self._all.index, self._all.tensors, strict=True):
+            rows[position // n][position % n] = g
+        self._all.tensors.clear()
+        self._gradients.tensors.clear()
+        found = []
+        for name, positions in parts.items():
+            part = TaskGradients(
+                [self._params[i] for i in positions],
+                [[row[i] for i in positions] for row in rows],
+                {},
+                [f"{name}/{task}" for task in self.names],
+                self.present,
+                self.device,
+                poison=self.poison,
+                references=self._references,
+                receivers=[self._receivers[i] for i in positions],
+                partitioned=self.partitioned,
+            )
+            found.append(part)
+        found[0]._unshared = self._unshared
+        return found
+
+    @property
+    def receivers(self) -> Sequence[Tensor]:
+        """What the updates of the shared parameters are for."""
+        return self._receivers
 
     def _drop_second(self) -> None:
         """Lets go of a second batch's gradients, which only the Gram matrix is made of."""

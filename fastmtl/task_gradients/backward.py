@@ -14,11 +14,12 @@ from fastmtl.distributed.averaging import average_gradients
 from fastmtl.distributed.dtensors import refuse_dtensors
 from fastmtl.distributed.ranks import SAME_PASSES, Joint, Ranks, reporting, statement_of
 from fastmtl.distributed.wrappers import find_ranks
-from fastmtl.methods import Weighting
+from fastmtl.methods import Every, Weighting
 from fastmtl.parameters import Params, is_per_task, read_params
 from fastmtl.surgery.accumulate import Updates, accumulate
-from fastmtl.surgery.result import Surgery
-from fastmtl.surgery.solve import SurgeryOptions, solve
+from fastmtl.surgery.groups import Groups, GroupsArgument, read_groups
+from fastmtl.surgery.result import ReusedSurgery, Surgery
+from fastmtl.surgery.solve import SurgeryOptions, solve, solve_groups
 from fastmtl.surgery.task_gradients import Row, TaskGradients
 from fastmtl.task_gradients.features import (
     Split,
@@ -29,11 +30,12 @@ from fastmtl.task_gradients.features import (
     split_at_features,
     through_trunk,
 )
-from fastmtl.task_gradients.fully_shard import sharded_gradients
-from fastmtl.task_gradients.passes import DONATED, read_chunk_size, run_passes
+from fastmtl.task_gradients.fully_shard import grads_aside, sharded_gradients
+from fastmtl.task_gradients.passes import DONATED, grad, read_chunk_size, run_passes
 from fastmtl.task_gradients.rank_means import averaged, of_shards
 from fastmtl.task_gradients.reach import Reach, names_of, reach, read_loss_scale, read_losses
 from fastmtl.task_gradients.sharing import add_unshared, check_within, sparse_shared, split_shared
+from fastmtl.task_gradients.weighted_pass import norm_of, weighted_pass
 
 _SECOND_WAY = "pass second_losses=, the same tasks' losses on a second batch"
 
@@ -51,6 +53,7 @@ def backward(
     loss_scale: float | Tensor | None = None,
     process_group: Any = None,
     second_losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None] | None = None,
+    groups: GroupsArgument | None = None,
 ) -> Surgery:
     """Replaces `sum(losses).backward()`: accumulates into `.grad`, with gradient surgery on shared parameters.
 
@@ -72,7 +75,8 @@ def backward(
             `mark_per_task` are never shared.
         method: "pcgrad" (which draws its order from torch's default CPU generator) or another name (see
             `fastmtl.methods.get`), a `Method`, or a callable from the Gram matrix `[T, T]` to the weights `[T]`. It
-            is not asked when nothing is shared, as with a single loss and no `shared`.
+            is not asked when nothing is shared, as with a single loss and no `shared`. `Every(method, k)` is asked at
+            every k-th call, and makes the others one pass.
         retain_graph: keep the graphs for a further backward pass.
         loss_scale: what the losses were multiplied by (`scaler.get_scale()`, or better a device tensor): the
             method sees the Gram matrix divided by its square. The result stays scaled like the losses.
@@ -93,9 +97,14 @@ def backward(
             the form of `losses`, with the same names and absent tasks, and scaled alike; at most 64 tasks. T more
             passes take their gradients of the shared parameters, which enter the method's Gram matrices and nothing
             else.
+        groups: groups of shared parameters, each with a Gram matrix and weights of its own: "tensor" (each parameter),
+            "layer" (those of one module together, as its weight and bias; `params` must be a module), a sequence of
+            modules or lists of parameters, or a dict of them with names. What a method keeps from one step to the next
+            it keeps for each group. Parameters in a group that are not shared have no part in it. None: all together.
 
     Returns:
-        A `Surgery`: Gram matrix, weights, cosines, conflicts.
+        A `Surgery`: Gram matrix, weights, cosines, conflicts. With `groups`, of L of them: `gram` is `[L, T, T]`,
+        `weights` `[L, T]`, and `surgery.groups` has their names.
 
     Raises:
         TypeError: losses that are not floating-point tensors; shared parameters or features of other dtypes than
@@ -109,7 +118,8 @@ def backward(
             disagree on tasks, parameters or method (on every rank); a `process_group` without this rank; `features`,
             `chunk_size` or `process_group` with a `fully_shard` module. A method that needs a second batch without
             `second_losses`, which is the other way round an error too, as are other tasks in them than in `losses`,
-            more than 64, or `features` beside them.
+            more than 64, or `features` beside them. `groups` that overlap, lack a shared parameter or have an unknown
+            name; together with `features` or `methods.Every`, which have one set of weights for all.
         RuntimeError: several ranks and neither `params` nor `process_group` says what to do; another rank raised; what
             autograd raises; what vmap can't batch; a compiled graph with donated buffers (see below).
         Nothing has been written to any `.grad` when one of these is raised.
@@ -143,6 +153,7 @@ def backward(
         chunk_size=chunk_size,
         process_group=process_group,
         second_losses=second_losses,
+        groups=groups,
     )
 
 
@@ -159,6 +170,7 @@ def run_backward(
     chunk_size: int | None = None,
     process_group: Any = None,
     second_losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None] | None = None,
+    groups: GroupsArgument | None = None,
     module: torch.nn.Module | None = None,
     call: str = "fastmtl.backward",
 ) -> Surgery:
@@ -169,6 +181,8 @@ def run_backward(
     ranks = find_ranks(params if module is None else module, shared, process_group, call)
     with reporting(ranks, call):
         read = _read(losses, params, shared, method, loss_scale, features, chunk_size, second_losses, ranks, call)
+        if groups is not None:
+            read = read._replace(groups=_read_groups(groups, params, read, ranks))
     updates, surgery = _collect_and_solve(read, retain_graph, ranks, call)
     if overwrite:
         for p in read.named:
@@ -191,6 +205,7 @@ class _Read(NamedTuple):
     features: list[Tensor]
     parts: Split | None  # None: no features, or no loss
     found: Reach
+    groups: Groups | None = None
 
     @property
     def losses(self) -> list[Tensor | None]:
@@ -203,7 +218,7 @@ class _Read(NamedTuple):
     @property
     def options(self) -> SurgeryOptions:
         losses = self.losses if "losses" in methods.needs_of(self.method) else None
-        return SurgeryOptions(self.method, self.scale, losses=losses)
+        return SurgeryOptions(self.method, self.scale, losses=losses, groups=self.groups)
 
     @property
     def device(self) -> torch.device:
@@ -326,17 +341,30 @@ def _read_second(
     return [by_name[name] for name in names]
 
 
+def _read_groups(groups: GroupsArgument, params: Params | None, read: _Read, ranks: Ranks | None) -> Groups:
+    """The groups, where each may have weights of its own."""
+    if read.features or isinstance(read.method, methods.Every):
+        other = "features=" if read.features else "methods.Every"
+        raise ValueError(f"groups: expected None beside {other}, which takes one set of weights through a single pass")
+    return read_groups(groups, params, read.named, dict if ranks is None else ranks.rename)
+
+
 def _collect_and_solve(read: _Read, retain_graph: bool, ranks: Ranks | None, call: str) -> tuple[Updates, Surgery]:
     """The backward passes, and the surgery on what they leave."""
+    call = f"{call} with features=" if read.features else call
+    if isinstance(read.method, Every):
+        reused = _reuse_weights(read, read.method, retain_graph, ranks, call)
+        if reused is not None:
+            return reused
     if read.features:
-        return _solve_by_features(read, retain_graph, ranks, f"{call} with features=")
+        return _solve_by_features(read, retain_graph, ranks, call)
     if ranks is None:
         gradients = _collect_alone(read, retain_graph)
     elif ranks.sharded:
         gradients = _collect_shards(read, retain_graph, ranks, call)
     else:
         gradients = _collect_means(read, retain_graph, ranks, call)
-    return solve(gradients, read.options._replace(ranks=ranks))
+    return solve_groups(gradients, read.options._replace(ranks=ranks), read.named)
 
 
 def _collect_alone(read: _Read, retain_graph: bool) -> TaskGradients:
@@ -352,6 +380,8 @@ def _meet(
     """What the ranks have together, and the parameters that are shared then."""
     names = [*read.names, *(f"second {name}" for name in read.names)][: len(read.tasks)]
     present = [loss is not None for loss in read.tasks]
+    if read.groups is not None:
+        call = f"{call} with groups {[read.groups.members.get(p) for p in read.named]}"
     mine = statement_of(call, names, read.method, read.named, read.shared, present, read.reached(), holders)
     joint = ranks.meet(mine, read.named, same=same)
     if not any(joint.present):
@@ -414,6 +444,62 @@ def _solve_by_features(read: _Read, retain_graph: bool, ranks: Ranks | None, cal
     joint, _ = _meet(read, ranks, call, [mine])
     average_gradients(ranks, joint, [], mine, set())
     return list(mine.items()), surgery
+
+
+def _reuse_weights(
+    read: _Read, method: Every, retain_graph: bool, ranks: Ranks | None, call: str
+) -> tuple[Updates, Surgery] | None:
+    """The update by the weights that were kept, from one pass for all tasks; None: the method must be asked.
+
+    A second batch and features have nothing to do then.
+    """
+    reached = {p: read.by_tasks(mask) for p, mask in read.reached().items()}
+    if ranks is None:
+        present, shared = read.present, read.split(reached)
+        due = method.due(read.names, present)
+    else:
+        joint, shared = _meet(read, ranks, call, same=SAME_PASSES if ranks.sharded or ranks.same_passes else None)
+        present = joint.present
+        due = ranks.any_of(method.due(read.names, present))
+    if due:
+        method.expire()  # if another rank asks, so does this one
+        return None
+    device = shared[0].device if shared else read.device
+    weights = method.reuse(read.names, device)
+    if ranks is None:
+        gradients = weighted_pass(read.losses, weights, reached, shared, read.found, retain_graph, grad)
+    else:
+        weights = ranks.first_of(weights)
+        gradients = _weighted_over_ranks(read, weights, reached, shared, retain_graph, ranks, call)
+    weighted = [g for p in shared if (g := gradients.get(p)) is not None]
+    for p in shared if not read.features else ():
+        if (g := gradients.get(p)) is not None and g.layout is not torch.strided:
+            raise sparse_shared(g.layout, p, read.named)
+    norm = norm_of(weighted, device, ranks if ranks is not None and ranks.sharded else None)
+    method.notice(norm.isfinite())
+    if read.scale is not None:
+        norm = norm / read.scale
+    return list(gradients.items()), ReusedSurgery(weights, norm, read.names, present)
+
+
+def _weighted_over_ranks(
+    read: _Read,
+    weights: Tensor,
+    reached: Mapping[Tensor, int],
+    shared: Sequence[Tensor],
+    retain_graph: bool,
+    ranks: Ranks,
+    call: str,
+) -> dict[Tensor, Tensor]:
+    """This rank's shards, or the means over the ranks."""
+    if ranks.sharded:
+        with grads_aside(ranks, read.found, read.named) as run:
+            return weighted_pass(read.losses, weights, reached, shared, read.found, retain_graph, run)
+    with ranks.reporting(call):
+        gradients = weighted_pass(read.losses, weights, reached, shared, read.found, retain_graph, grad)
+    joint, _ = _meet(read, ranks, call, [gradients])
+    average_gradients(ranks, joint, [], gradients, set())
+    return gradients
 
 
 def _collect_rows(

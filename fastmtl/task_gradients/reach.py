@@ -53,21 +53,8 @@ def reach(losses: Sequence[Tensor | None], cut: Collection[Edge] = ()) -> Reach:
     by constants) is followed to its own scalar. Of other vectors all elements reach all leaves: `entangled`.
     A loss that turns out to be a constant reaches nothing.
     """
-    masks: dict[Any, int] = {}
-    vectors: dict[Any, int] = {}
-    unclear: dict[Any, int] = {}
-    for t, loss in enumerate(losses):
-        if loss is None:
-            continue
-        edge, path, clear = _root(loss)
-        root, _ = _beyond(edge, path)
-        if root is not None:
-            masks[root] = masks.get(root, 0) | 1 << t
-        for node in path:  # and nodes that are passed by
-            vectors[node] = vectors.get(node, 0) | 1 << t
-        if not clear:
-            unclear[path[0]] = unclear.get(path[0], 0) | 1 << t
-
+    roots = _roots(losses)
+    masks, vectors, unclear = dict(roots.masks), roots.vectors, roots.unclear
     found, inner = _spread(masks, cut)
     for mask in inner.union(vectors.values()):
         for t in tasks_of(mask):
@@ -77,6 +64,38 @@ def reach(losses: Sequence[Tensor | None], cut: Collection[Edge] = ()) -> Reach:
         if _several(mask):
             entangled |= mask
     return found._replace(overlap=found.overlap[: len(losses)], entangled=entangled)
+
+
+class Entry(NamedTuple):
+    """Where what one task alone has in the graph leads into what several have."""
+
+    node: Any  # of that task alone
+    inputs: frozenset[int]  # which of its inputs lead there
+    task: int
+
+
+class Entries(NamedTuple):
+    """All such places, and the tasks whose loss itself lies there."""
+
+    entries: list[Entry]
+    losses: set[int]
+
+
+def entries(losses: Sequence[Tensor | None]) -> Entries:
+    """Where the tasks' own parts of the graph end: a gradient that is scaled there is scaled behind it, and ahead of
+    it is what it was. Of a vector that `reach` can't follow the parts begin at the vector."""
+    roots = _roots(losses)
+    masks = dict(roots.masks)
+    _spread(masks, ())
+    found = []
+    for node, mask in masks.items():
+        if _several(mask):
+            continue
+        ahead = [_beyond(pair, [])[0] if pair[0] is not None else None for pair in node.next_functions]
+        inputs = frozenset(i for i, child in enumerate(ahead) if child is not None and _several(masks[child]))
+        if inputs:
+            found.append(Entry(node, inputs, mask.bit_length() - 1))
+    return Entries(found, {t for t, root in roots.nodes.items() if _several(masks[root])})
 
 
 def reach_from(starts: Mapping[Edge, int]) -> tuple[Reach, set[Edge]]:
@@ -189,6 +208,32 @@ def tasks_of(mask: int) -> list[int]:
 
 def _several(mask: int) -> bool:
     return mask & (mask - 1) != 0
+
+
+class _Roots(NamedTuple):
+    """Where the walks of all losses start. Nodes with bit masks of tasks."""
+
+    nodes: dict[int, Any]  # task -> where its walk starts; a constant has none
+    masks: dict[Any, int]  # these nodes
+    vectors: dict[Any, int]  # nodes that were passed by on the way
+    unclear: dict[Any, int]  # vectors that could not be followed to separate scalars
+
+
+def _roots(losses: Sequence[Tensor | None]) -> _Roots:
+    found = _Roots({}, {}, {}, {})
+    for t, loss in enumerate(losses):
+        if loss is None:
+            continue
+        edge, path, clear = _root(loss)
+        root, _ = _beyond(edge, path)
+        if root is not None:
+            found.nodes[t] = root
+            found.masks[root] = found.masks.get(root, 0) | 1 << t
+        for node in path:  # and nodes that are passed by
+            found.vectors[node] = found.vectors.get(node, 0) | 1 << t
+        if not clear:
+            found.unclear[path[0]] = found.unclear.get(path[0], 0) | 1 << t
+    return found
 
 
 def _root(loss: Tensor) -> tuple[Edge, list[Any], bool]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from paths import ROOT
 
-from fastmtl import ops
+from fastmtl import methods, ops
 from fastmtl.benchmarks.baselines import surgery as baselines
 from fastmtl.benchmarks.report import report
 from fastmtl.benchmarks.runner import cli, measure, registry
@@ -335,6 +335,28 @@ def test_step_check_refuses_a_plain_sum_and_missing_gradients(step, runner):
     summed = next(candidate.call for candidate in case.candidates if candidate.label == "sum")
     assert runner.run_case(wrong(case, summed))["status"] == "failed"
     assert runner.run_case(wrong(case, lambda batch: None))["status"] == "failed"
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_steps_that_reuse_weights_give_rows(every, step, runner):
+    row = json.loads(json.dumps(runner.run_case(step.reuse_case(every, 1, batch_size=8, widths=WIDTHS))))
+    assert row["status"] == "ok", row
+    assert row["time_over"]["sum"] > 0 and row["params"]["every"] == every
+
+
+def test_the_check_of_reused_weights_refuses_what_reuses_none_and_what_reuses_too_much(step):
+    case = step.reuse_case(2, 1, batch_size=8, widths=WIDTHS)
+    assert case.check(case.make(CPU), case.ours.call).passed
+    for fill in (step.ours, step.plain_sum, lambda batch: None):
+        assert not case.check(case.make(CPU), lambda course, fill=fill: course.run(fill)).passed
+
+    def stale(course):
+        course.classroom.trainees["check"].every = methods.Every(methods.PCGrad(), 2)
+        course.run(step.reusing)
+
+    # weights of the step before, where each step is to have its own
+    asked = step.reuse_case(1, 1, batch_size=8, widths=WIDTHS)
+    assert not asked.check(asked.make(CPU), stale).passed
 
 
 @pytest.mark.parametrize("label", ["plain", "torchjd", "torchjd_autogram"])

@@ -227,6 +227,101 @@ def test_sparse_tables_stay_sparse(results):
     same([ranks[1] for ranks in found], want)
 
 
+@pytest.mark.parametrize("method", ["random", "min_norm"])
+@pytest.mark.parametrize("kind", ["ddp", "fully_shard"])
+def test_groups_equal_one_process(results, method, kind):
+    want = dc.by_backward(dc.net(), 0, 1, method, groups="tensor")
+    assert want["weights"].shape == (4, 3) and not torch.equal(want["weights"][0], want["weights"][2])
+    same(results(2, f"groups {kind} {method}"), want)
+
+
+def test_groups_of_modules_under_fully_shard(results):
+    model = dc.net()
+    same(
+        results(2, "groups_of_modules"),
+        dc.by_backward(model, 0, 1, "fixed", groups=[model.trunk[2], model.trunk[0]]),
+    )
+
+
+def test_ranks_agree_on_the_groups_and_on_the_method_whose_weights_are_reused(results):
+    for groups, method in results(2, "groups_and_reused_methods_that_disagree"):
+        assert groups.startswith("ValueError: fastmtl.backward with groups"), groups
+        assert "the ranks disagree on what they call: rank 0 has" in groups, groups
+        assert method.endswith("the ranks disagree on the method: rank 0 has Every(Mean), rank 1 has Every(Sum)"), (
+            method
+        )
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("method", ["fixed", "random", "min_norm"])
+@pytest.mark.parametrize("kind", ["ddp", "fully_shard"])
+def test_reused_weights_equal_one_process(results, size, method, kind):
+    want = dc.by_every(dc.net(), 0, 1, method)
+    assert want["reused"] == [False, True, True, False, True]
+    same(results(size, f"every {kind} {method}"), want)
+
+
+@pytest.mark.parametrize("name", ["features", "process_group", "loss_scale"])
+def test_reused_weights_with_other_options(results, name):
+    options = {"features": {"features": True}, "loss_scale": {"method": "min_norm", "loss_scale": 4.0}}
+    same(results(2, f"every {name}"), dc.by_every(dc.net(), 0, 1, **options.get(name, {})))
+
+
+def test_a_rank_that_forgets_its_weights_makes_all_ask(results):
+    found = results(2, "every_with_a_rank_that_forgets")
+    assert all(rank["reused"] == [False, True, False, True, True] for rank in found)
+    first = dc.by_every(dc.net(), 0, 1, "fixed", steps=2)
+    again = dc.by_every(dc.net(), 0, 1, "fixed", steps=1)
+    for rank in found:
+        torch.testing.assert_close(rank["weights"][:2], first["weights"], rtol=1e-4, atol=1e-6)
+        assert torch.equal(rank["weights"], found[0]["weights"])
+        assert not torch.equal(rank["weights"][2], again["weights"][0])  # another batch
+
+
+@pytest.mark.parametrize(
+    ("name", "reused", "absent"),
+    [
+        # on one rank alone: all that is asked is whether the task is there on any
+        (
+            "every_with_tasks_absent",
+            [False, True, True, False, False],
+            lambda step, r: [2] if step == 3 or (step == 1 and r) else [],
+        ),
+        (
+            "every_with_nothing_on_rank_1",
+            [False, True, True, False, True],
+            lambda step, r: [0, 1, 2] if step == 1 and r else [],
+        ),
+    ],
+)
+def test_reused_weights_with_tasks_on_some_ranks(results, name, reused, absent):
+    model, every = dc.net(), dc.methods.Every(dc.METHODS["fixed"], 3)
+    want: dict[str, Any] = {}
+    for step in range(5):
+        model.zero_grad()
+        totals: list[Tensor | None] = [None] * 3
+        for rank in range(2):
+            for t, loss in enumerate(dc.losses_of(model(dc.batch(rank, 2, seed=step)))):
+                if t not in absent(step, rank):
+                    totals[t] = loss / 2 + (0 if totals[t] is None else totals[t])
+        fastmtl.backward(totals, model, method=every)
+        want |= {f"{step} {n}": g for n, g in dc.seen(model)["grads"].items()}
+    found = results(2, name)
+    same(found, {"grads": want, "reused": reused})
+
+
+def test_what_is_not_finite_in_a_reused_step_shows_on_all_ranks(results):
+    first, second = results(2, "every_not_finite_on_rank_1")
+    assert first == second
+    assert first["reused"] == [False, True, False, True, True]
+    assert first["norms"] == [True, False, True, True, True]
+    broken = {n for n, here in first["finite"].items() if not here}
+    assert broken == {
+        f"1 {n}"
+        for n in ("trunk.0.weight", "trunk.0.bias", "trunk.2.weight", "trunk.2.bias", "heads.0.weight", "heads.0.bias")
+    }
+
+
 @pytest.mark.parametrize("method", ["fixed", "random", "min_norm"])
 def test_bank_equals_one_process(results, method):
     same(results(2, f"bank {method}"), dc.by_bank(dc.net(), 0, 1, method))

@@ -229,6 +229,55 @@ def test_never_waits_for_the_host(form: str, forced: str | None) -> None:
                 surgery.cosines(), surgery.conflicts(), surgery.grad_norm(), surgery.log_dict(), repr(surgery)
 
 
+def test_reused_weights_never_wait_for_the_host(forced: str | None) -> None:
+    """Steps that reuse weights, one that asks in its turn, and one after another task is absent."""
+    net, x = make(4)
+    every = methods.Every(methods.PCGrad(), 3)
+    reused = []
+    fastmtl.backward(net.losses(x), net, method=every)
+    with never_waits():
+        for step in range(7):
+            net.zero_grad()
+            losses = net.losses(x)
+            losses[3] = None if step == 5 else losses[3]
+            reused.append(fastmtl.backward(losses, net, method=every, shared=[*net.shared]).reused)
+    assert reused == [True, True, False, True, True, False, False]
+
+
+def test_a_reused_step_is_the_sum_with_its_weights(forced: str | None) -> None:
+    net, x = make(4)
+    every = methods.Every(methods.PCGrad(order=cases.random_order(4).to(DEVICE)), 2)
+    want = fastmtl.backward(net.losses(x), net, method=every)
+    grads = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    surgery = fastmtl.backward(net.losses(x), net, method=every)
+    assert surgery.reused and torch.equal(surgery.weights, want.weights)
+    torch.testing.assert_close(surgery.grad_norm(), want.grad_norm(), rtol=1e-4, atol=0)
+    for p, g in zip(net.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
+
+
+def test_the_host_hears_of_a_step_that_was_not_finite() -> None:
+    net, x = make(3)
+    every = methods.Every(methods.PCGrad(), 100)
+    fastmtl.backward(net.losses(x), net, method=every)
+    surgery = fastmtl.backward([loss * float("inf") for loss in net.losses(x)], net, method=every)
+    assert surgery.reused and not bool(surgery.grad_norm().isfinite())
+    torch.cuda.synchronize()
+    assert not fastmtl.backward(net.losses(x), net, method=every).reused
+
+
+def test_reused_weights_are_refused_in_a_capture() -> None:
+    net, x = make(3)
+    every = methods.Every(methods.PCGrad(), 2)
+    fastmtl.backward(net.losses(x), net, method=every)
+    losses = net.losses(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="the host decides at each step which passes run"), torch.cuda.graph(graph):
+        fastmtl.backward(losses, net, method=every)
+
+
 def test_waiting_is_seen() -> None:
     """The watch itself."""
     x = torch.ones(3, device=DEVICE)

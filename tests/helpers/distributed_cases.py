@@ -176,6 +176,59 @@ def by_optimizer(model: Any, rank: int, size: int, method: str, **options: Any) 
     return {"weights": {n.removeprefix("module."): whole(p) for n, p in model.named_parameters()}, **seen(model)}
 
 
+def by_every(
+    model: Any,
+    rank: int,
+    size: int,
+    method: str = "random",
+    *,
+    absent: Callable[[int, int], Sequence[int]] = lambda step, r: (),
+    features: bool = False,
+    forgets: bool = False,
+    broken: int | None = None,
+    steps: int = 5,
+    **options: Any,
+) -> dict[str, Any]:
+    """Steps of `methods.Every(method, 3)`, each on a batch of its own.
+
+    `absent`: step and rank -> tasks. `forgets`: the last rank's weights are gone after two steps. `broken`: the step at
+    which the last rank's first loss is not finite.
+    """
+    every = methods.Every(methods.get(METHODS[method]), 3)
+    seed_for(rank)
+    grads: dict[str, Any] = {}
+    weights, norms, reused, present = [], [], [], []
+    for step in range(steps):
+        model.zero_grad()
+        if forgets and step == 2 and rank == size - 1:
+            every.reset()
+        *outs, h = model(batch(rank, size, seed=step), features=True)
+        losses: list[Tensor | None] = [*losses_of(outs)]
+        if step == broken and rank == size - 1:
+            losses[0] = losses[0] * float("inf")
+        for t in absent(step, rank):
+            losses[t] = None
+        given: dict[str, Any] = dict(options)
+        if features:
+            inner = getattr(model, "module", model)
+            shared = [p for n, p in inner.trunk.named_parameters() if n != "0.bias"]
+            given |= {"features": h, "shared": shared}
+        surgery = fastmtl.backward(losses, given.pop("params", model), method=every, **given)
+        found = seen(model)["grads"]
+        grads |= {f"{step} {n}": g for n, g in found.items()}
+        weights.append(surgery.weights)
+        norms.append(surgery.grad_norm())
+        reused.append(surgery.reused)
+        present.append(surgery.present)
+    return {
+        "grads": grads,
+        "weights": torch.stack(weights),
+        "norms": torch.stack(norms),
+        "reused": reused,
+        "present": present,
+    }
+
+
 class Embedded(nn.Module):
     """A sparse table that no Gram matrix sees, one row per sample; the last task does not use it."""
 
@@ -531,6 +584,62 @@ def bank_each_rank_a_task(rank: int, size: int) -> Any:
 @case(2)
 def bank_nothing_on_rank_1(rank: int, size: int) -> Any:
     return by_bank(DDP(net()), rank, size, "fixed", sync=False, tasks=[] if rank else [0, 1, 2])
+
+
+@case(2)
+def every_with_a_rank_that_forgets(rank: int, size: int) -> Any:
+    return by_every(DDP(net()), rank, size, "fixed", forgets=size > 1)
+
+
+@case(2)
+def every_with_tasks_absent(rank: int, size: int) -> Any:
+    # first on one rank, which changes nothing, then on both
+    return by_every(
+        DDP(net()), rank, size, "fixed", absent=lambda step, r: [2] if step == 3 or (step == 1 and r) else []
+    )
+
+
+@case(2)
+def every_with_nothing_on_rank_1(rank: int, size: int) -> Any:
+    return by_every(DDP(net()), rank, size, "fixed", absent=lambda step, r: [0, 1, 2] if step == 1 and r else [])
+
+
+@case(2)
+def every_not_finite_on_rank_1(rank: int, size: int) -> Any:
+    found = by_every(DDP(net()), rank, size, "fixed", broken=1)
+    finite = {n: bool(g.isfinite().all()) for n, g in found["grads"].items()}
+    return {"reused": found["reused"], "finite": finite, "norms": found["norms"].isfinite().tolist()}
+
+
+for _wrap in ("ddp", "fully_shard"):
+    for _m in ("fixed", "random", "min_norm"):
+        case(name=f"every {_wrap} {_m}")(
+            lambda r, n, m=_m, w=_wrap: by_every(DDP(net()) if w == "ddp" else shard(net()), r, n, m)
+        )
+for _m in ("random", "min_norm"):
+    case(2, name=f"groups ddp {_m}")(lambda r, n, m=_m: by_backward(DDP(net()), r, n, m, groups="tensor"))
+    case(2, name=f"groups fully_shard {_m}")(lambda r, n, m=_m: by_backward(shard(net()), r, n, m, groups="tensor"))
+
+
+@case(2)
+def groups_of_modules(rank: int, size: int) -> Any:
+    model = shard(net())
+    return by_backward(model, rank, size, "fixed", groups=[model.trunk[2], model.trunk[0]])
+
+
+@case(2)
+def groups_and_reused_methods_that_disagree(rank: int, size: int) -> Any:
+    model = DDP(net())
+    every = methods.Every(methods.Sum() if rank else methods.Mean(), 4)
+    return [
+        error(lambda: by_backward(model, rank, size, "fixed", groups="tensor" if rank else "layer")),
+        error(lambda: fastmtl.backward(losses_of(model(batch(rank, size))), model, method=every)),
+    ]
+
+
+case(2, name="every features")(lambda r, n: by_every(DDP(net()), r, n, features=True))
+case(2, name="every process_group")(lambda r, n: by_every(net(), r, n, process_group=dist.group.WORLD))
+case(2, name="every loss_scale")(lambda r, n: by_every(DDP(net()), r, n, "min_norm", loss_scale=4.0))
 
 
 def shard(model: Any, mesh: Any = None) -> Any:

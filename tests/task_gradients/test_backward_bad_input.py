@@ -164,7 +164,6 @@ def test_a_vector_that_cannot_be_followed_works_with_shared():
         (lambda net: {"loss_scale": torch.ones(2)}, ValueError, r"loss_scale.*\[2\]"),
         (lambda net: {"loss_scale": torch.ones((), dtype=torch.int64)}, TypeError, "loss_scale.*int64"),
         (lambda net: {"features": ()}, ValueError, "features: expected at least one tensor"),
-        (lambda net: {"groups": "layer"}, TypeError, "unexpected keyword argument 'groups'"),
         (lambda net: {"process_group": 1}, TypeError, "process_group: expected a process group or None, got int"),
     ],
 )

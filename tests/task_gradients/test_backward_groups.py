@@ -1,0 +1,201 @@
+"""`fastmtl.backward(groups=)`: each group of shared parameters as if it were all there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases_backward import ORDER, PCGRAD, Net, assert_grads, expected, make, refuses
+from torch import Tensor, nn
+
+import fastmtl
+from fastmtl import methods
+
+
+def trunk_names(net: Net) -> list[str]:
+    return [f"trunk.{name}" for name, _ in net.trunk.named_parameters()]
+
+
+def by(net: Net, kind: str) -> tuple[Any, dict[str, list[Tensor]]]:
+    """The argument, and what it stands for."""
+    named = {f"trunk.{name}": p for name, p in net.trunk.named_parameters()}
+    first, second = [*net.trunk[0].parameters()], [*net.trunk[2].parameters()]
+    return {
+        "tensor": ("tensor", {name: [p] for name, p in named.items()}),
+        "layer": ("layer", {"trunk.0": first, "trunk.2": second}),
+        "modules": ([net.trunk[2], net.trunk[0]], {"0": second, "1": first}),
+        # a head is in a group, and not shared
+        "lists": (
+            [[net.trunk[0].weight, net.trunk[2].bias, net.heads[0].weight], [net.trunk[0].bias, net.trunk[2].weight]],
+            {"0": [net.trunk[0].weight, net.trunk[2].bias], "1": [net.trunk[0].bias, net.trunk[2].weight]},
+        ),
+        "names": ({"early": net.trunk[0], "late": net.trunk[2]}, {"early": first, "late": second}),
+        "one": ([net.trunk], {"0": [*first, *second]}),
+        "with an empty one": ([net.trunk, net.heads[1]], {"0": [*first, *second], "1": []}),
+    }[kind]
+
+
+KINDS = ["tensor", "layer", "modules", "lists", "names", "one", "with an empty one"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_group_has_pcgrad_of_its_own(kind):
+    net, x = make()
+    losses = net.losses(x)
+    groups, want = by(net, kind)
+    grads: dict[Tensor, Tensor] = {}
+    for params in want.values():
+        if params:
+            grads |= expected(losses, params, [*net.heads.parameters()])
+    surgery = fastmtl.backward(losses, net, method=PCGRAD, groups=groups)
+    assert_grads(grads)
+    assert surgery.groups == tuple(want)
+    assert surgery.gram.shape == (len(want), 3, 3) and surgery.weights.shape == (len(want), 3)
+
+
+def test_groups_are_no_whole():
+    # else the test above would see nothing
+    net, x = make()
+    found = {}
+    for groups in (None, "layer", "tensor"):
+        net.zero_grad()
+        fastmtl.backward(net.losses(x), net, method=PCGRAD, groups=groups)
+        found[groups] = torch.cat([p.grad.flatten() for p in net.trunk.parameters()])
+    assert not torch.allclose(found[None], found["layer"], rtol=1e-2)
+    assert not torch.allclose(found["tensor"], found["layer"], rtol=1e-2)
+
+
+def test_gram_weights_and_what_is_told_of_them():
+    net, x = make()
+    losses = dict(zip("abc", net.losses(x), strict=True))
+    rows = {
+        name: torch.stack(
+            [torch.autograd.grad(loss, p, retain_graph=True)[0].flatten().double() for loss in losses.values()]
+        )
+        for name, p in zip(trunk_names(net), net.trunk.parameters(), strict=True)
+    }
+    surgery = fastmtl.backward({**losses, "d": None}, net, method=lambda gram: gram.diagonal() + 1, groups="tensor")
+    gram = torch.stack([g @ g.mT for g in rows.values()])
+    torch.testing.assert_close(surgery.gram[:, :3, :3].double(), gram, rtol=1e-5, atol=1e-7)
+    assert not bool(surgery.gram[:, 3].any()) and not bool(surgery.weights[:, 3].any())
+    torch.testing.assert_close(surgery.weights[:, :3], gram.diagonal(dim1=1, dim2=2) + 1, rtol=1e-5, atol=1e-7)
+    norms = torch.stack([g.norm(dim=1) for g in rows.values()])
+    torch.testing.assert_close(
+        surgery.cosines()[:, :3, :3], gram / norms[:, :, None] / norms[:, None], rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(surgery.conflicts()[:, :3, :3], gram < 0)
+    update = torch.cat([p.grad.flatten() for p in net.trunk.parameters()]).double()
+    torch.testing.assert_close(surgery.grad_norm(), update.norm(), rtol=1e-5, atol=0)
+    log = surgery.log_dict("train/")
+    assert set(log) == {"train/grad_norm", "train/conflicts"} | {
+        f"train/{what}/{group}/{task}" for what in ("weight", "norm", "conflicts") for group in rows for task in "abc"
+    }
+    assert all(v.dim() == 0 for v in log.values())
+    assert log["train/conflicts"] == int((gram < 0).sum()) // 2
+    assert log["train/weight/trunk.2.bias/c"] == surgery.weights[3, 2]
+    torch.testing.assert_close(log["train/norm/trunk.0.weight/b"].double(), norms[0, 1], rtol=1e-5, atol=0)
+
+
+def test_the_loss_scale_is_taken_out_of_each_group():
+    net, x = make()
+    want = fastmtl.backward(net.losses(x), net, method="nashmtl", groups="layer")
+    grads = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    surgery = fastmtl.backward(
+        [64.0 * loss for loss in net.losses(x)], net, method="nashmtl", groups="layer", loss_scale=64.0
+    )
+    torch.testing.assert_close(surgery.weights, want.weights, rtol=1e-4, atol=0)
+    torch.testing.assert_close(surgery.grad_norm(), want.grad_norm(), rtol=1e-4, atol=0)
+    for p, g in zip(net.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, 64 * g, rtol=1e-4, atol=1e-6)
+
+
+def test_a_method_keeps_its_state_for_each_group():
+    net, _ = make()
+    together = methods.CRMOGM(methods.MGDA(), momentum=0.5)
+    apart = {layer: methods.CRMOGM(methods.MGDA(), momentum=0.5) for layer in (0, 2)}
+    for step in range(3):
+        parts = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+        net.zero_grad()
+        surgery = fastmtl.backward(net.losses(parts), net, method=together, groups="layer")
+        for i, (layer, method) in enumerate(apart.items()):
+            alone = fastmtl.backward(net.losses(parts), net.trunk[layer], method=method)
+            torch.testing.assert_close(surgery.weights[i], alone.weights, rtol=1e-5, atol=1e-7)
+    state = together.state_dict()
+    assert state["average"]["names"] == [f"trunk.{layer}/{t}" for layer in (0, 2) for t in range(3)]
+
+
+def test_unshared_parameters_and_heads_are_left_as_they_are():
+    net, x = make()
+    fastmtl.mark_per_task(net.trunk[2].bias)
+    losses = net.losses(x)
+    want = expected(losses, [*net.trunk[0].parameters()], [net.trunk[2].bias, *net.heads.parameters()])
+    want |= expected(losses, [net.trunk[2].weight], [net.trunk[2].bias])
+    fastmtl.backward(losses, net, method=PCGRAD, groups="layer")
+    assert_grads(want)
+
+
+def test_absent_tasks_and_a_second_batch():
+    net, x = make()
+    moved = methods.MoDo()
+    a, _, c = net.losses(x)
+    second = net.losses(x + 1)
+    surgery = fastmtl.backward(
+        [a, None, c], net, method=moved, second_losses=[second[0], None, second[2]], shared=net.trunk, groups="layer"
+    )
+    assert surgery.weights.shape == (2, 3) and not bool(surgery.weights[:, 1].any())
+    for i, layer in enumerate((0, 2)):
+        a, _, c = net.losses(x)
+        second = net.losses(x + 1)
+        alone = fastmtl.backward(
+            [a, None, c],
+            net.trunk[layer],
+            method=methods.MoDo(),
+            second_losses=[second[0], None, second[2]],
+            shared=net.trunk[layer],
+        )
+        torch.testing.assert_close(surgery.weights[i], alone.weights, rtol=1e-5, atol=1e-7)
+
+
+def test_nothing_shared():
+    nets = nn.ModuleList(make(1, seed)[0] for seed in range(2))
+    x = torch.randn(5, 4)
+    surgery = fastmtl.backward([net.losses(x)[0] for net in nets], nets, groups="layer")
+    assert surgery.weights.tolist() == [1.0, 1.0]
+    assert all(p.grad is not None for p in nets.parameters())
+
+
+def test_bad_groups():
+    net, x = make()
+    h = net.trunk(x)
+    heads = [head(h).square().mean() for head in net.heads]
+    w = net.trunk[0].weight
+
+    def call(groups: Any, params: Any = net, losses: Any = None, **options: Any) -> Any:
+        return lambda: fastmtl.backward(losses or net.losses(x), params, groups=groups, **options)
+
+    for groups, error, match in (
+        ("layers", ValueError, "expected 'layer', 'tensor' or groups of parameters, got 'layers'"),
+        (3, TypeError, "expected 'layer', 'tensor' or groups of parameters, got int"),
+        ([], ValueError, "at least one group, got none"),
+        (
+            [net.trunk[0]],
+            ValueError,
+            r"parameter 'trunk.2.weight' of shape \[6, 6\] is shared, and in none of the groups",
+        ),
+        ([net.trunk, [w]], ValueError, r"of shape \[6, 4\] is in two of them, '0' and '1'"),
+        ({"a": net.trunk, "b": [w]}, ValueError, "is in two of them, 'a' and 'b'"),
+        ([net.trunk, []], ValueError, r"groups\[1\]: expected at least one parameter"),
+        ([net.trunk, 3], TypeError, r"groups\[1\]: expected a module or an iterable of parameters, got int"),
+    ):
+        refuses(call(groups), error, match, net)
+    refuses(call("layer", list(net.parameters())), ValueError, "expected a module as params, whose names", net)
+    refuses(call("layer", losses=heads, features=h), ValueError, "expected None beside features=", net)
+    refuses(call("layer", method=methods.Every(PCGRAD, 2)), ValueError, "expected None beside methods.Every", net)
+
+
+def test_names_of_groups_without_a_module():
+    net, x = make()
+    surgery = fastmtl.backward(net.losses(x), [*net.parameters()], groups="tensor", method=methods.PCGrad(order=ORDER))
+    assert surgery.groups == tuple(f"params[{i}]" for i in range(4))
