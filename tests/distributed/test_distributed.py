@@ -590,11 +590,11 @@ def test_started_by_torchrun(tmp_path, one_process, wrapper):
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("wrap", ["ddp", "group"])
-@pytest.mark.parametrize("method", ["fixed", "min_norm"])
+@pytest.mark.parametrize("method", dc.ONE_PASS_METHODS)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_one_pass_of_uneven_parts(results, size, reduction, method, wrap):
     x = torch.cat([part for part, _ in dc.one_pass_parts(size)])
-    want = dc.one_pass_step(x, dc.IDS, 1, reduction, dc.METHODS[method], "none")
+    want = dc.one_pass_step(x, dc.IDS, 1, reduction, dc.ONE_PASS_METHODS[method], "none")
     for found in results(size, "one_pass_of_uneven_parts"):
         got = found[f"{reduction} {method} {wrap}"]
         assert tuple(got["present"]) == (True,) * 3

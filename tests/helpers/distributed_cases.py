@@ -946,7 +946,9 @@ def one_pass_step(x: Tensor, ids: Tensor, size: int, reduction: str, method: Any
         else:
             loss = sum(losses[ids == t].mean() for t in (-1, 0, 1, 2) if (ids == t).any())  # type: ignore[assignment]
         loss.backward()
-    surgery = bank.apply(method)
+    each = [losses[ids == t].detach() for t in range(3)]
+    given = [x.sum() * size / 8 if reduction == "sum" else x.mean() if len(x) else None for x in each]
+    surgery = bank.apply(method, losses=given)
     if wrap == "ddp":  # and DDP is as it was
         before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
         outer(x).sum().backward()
@@ -963,6 +965,18 @@ def one_pass_step(x: Tensor, ids: Tensor, size: int, reduction: str, method: Any
     }
 
 
+class OfLosses(StatefulMethod):
+    """Weights that are the losses."""
+
+    needs = frozenset({"losses"})
+
+    def _weigh(self, gram: Tensor, seen: methods.Seen, present: Tensor | None) -> Tensor:
+        return seen.losses
+
+
+ONE_PASS_METHODS = {"fixed": METHODS["fixed"], "min_norm": min_norm, "losses": OfLosses()}
+
+
 def one_pass_parts(size: int) -> Iterator[tuple[Tensor, Tensor]]:
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(5))
     parts = [7, 1] if size == 2 else [4, 2, 1, 1]
@@ -973,9 +987,9 @@ def one_pass_parts(size: int) -> Iterator[tuple[Tensor, Tensor]]:
 def one_pass_of_uneven_parts(rank: int, size: int) -> Any:
     x, ids = [*one_pass_parts(size)][rank]
     return {
-        f"{reduction} {method} {wrap}": one_pass_step(x, ids, size, reduction, METHODS[method], wrap)
+        f"{reduction} {method} {wrap}": one_pass_step(x, ids, size, reduction, ONE_PASS_METHODS[method], wrap)
         for reduction in ("sum", "mean")
-        for method in ("fixed", "min_norm")
+        for method in ONE_PASS_METHODS
         for wrap in ("ddp", "group")
     }
 
