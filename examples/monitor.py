@@ -8,6 +8,7 @@
 Sums are kept on the device and read once every `every` steps, so that watching does not make each step wait.
 
     python examples/monitor.py --out runs/monitor
+    python examples/monitor.py --out runs/smooth --momentum 0.9    # weights that change slowly, by a method with state
     tensorboard --logdir runs/monitor
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 import fastmtl
+from fastmtl import methods
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -42,13 +44,15 @@ class Monitor:
         self.writer = SummaryWriter(str(folder))
         self.history: dict[str, list[float]] = {"step": []}
         self.step = self.seen = 0
-        self.sums: list[Tensor] = []
+        self.sums: dict[str, Tensor] = {}
 
     def add(self, surgery: fastmtl.Surgery) -> None:
         # cosines of absent tasks are 0: with tasks missing from batches, count the steps of each pair as well
-        new = [surgery.weights, surgery.gram.diagonal().sqrt(), surgery.cosines(), surgery.conflicts()]
-        new = [value.double() for value in new]
-        self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
+        norms = surgery.gram.diagonal().sqrt()
+        new = {"norm": norms, "cosine": surgery.cosines(), "conflict rate": surgery.conflicts()}
+        if surgery.weights is not None:  # some methods make their update without
+            new["weight"] = surgery.weights
+        self.sums = {kind: self.sums.get(kind, 0.0) + value.double() for kind, value in new.items()}
         self.step, self.seen = self.step + 1, self.seen + 1
         if self.seen == self.every:
             self.flush()
@@ -56,17 +60,18 @@ class Monitor:
     def flush(self) -> None:
         if not self.seen:
             return
-        weights, norms, cosines, conflicts = [(total / self.seen).tolist() for total in self.sums]  # waits
-        values = {f"weight/{name}": weights[t] for t, name in enumerate(self.names)}
-        values |= {f"norm/{name}": norms[t] for t, name in enumerate(self.names)}
-        for i, j in self.pairs:
-            pair = f"{self.names[i]}-{self.names[j]}"
-            values |= {f"cosine/{pair}": cosines[i][j], f"conflict rate/{pair}": conflicts[i][j]}
+        means = {kind: (total / self.seen).tolist() for kind, total in self.sums.items()}  # waits
+        values = {}
+        for kind, mean in means.items():
+            if kind in ("weight", "norm"):
+                values |= {f"{kind}/{name}": mean[t] for t, name in enumerate(self.names)}
+            else:
+                values |= {f"{kind}/{self.names[i]}-{self.names[j]}": mean[i][j] for i, j in self.pairs}
         for name, value in values.items():
             self.writer.add_scalar(name, value, self.step)
             self.history.setdefault(name, []).append(value)
         self.history["step"].append(self.step)
-        self.sums, self.seen = [], 0
+        self.sums, self.seen = {}, 0
 
     def close(self) -> Path:
         """Writes what is left, and the plot."""
@@ -77,7 +82,8 @@ class Monitor:
                 if name.startswith(f"{kind}/"):
                     axis.plot(self.history["step"], values, marker=".", label=name.partition("/")[2])
             axis.set(title=kind, xlabel="step")
-            axis.legend(fontsize="small")
+            if axis.lines:
+                axis.legend(fontsize="small")
         axes[1].axhline(0, color="black", linewidth=0.8)
         axes[2].set_ylim(-0.05, 1.05)
         path = self.folder / "monitor.png"
@@ -93,6 +99,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--momentum", type=float, default=0.0, help="of a running average of the weights")
     parser.add_argument("--out", type=Path, default=Path("runs/monitor"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -106,15 +113,18 @@ def main() -> None:
     trunk = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16), nn.ReLU())
     model = nn.ModuleDict({"trunk": trunk} | {task: nn.Linear(16, classes) for task, classes in TASKS.items()})
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    method = methods.CRMOGM(methods.PCGrad(), options.momentum) if options.momentum else methods.PCGrad()
     monitor = Monitor(list(TASKS), options.every, options.out)
     for _ in range(options.steps):
         rows = torch.randint(len(digit), (options.batch_size,))
         features = model["trunk"](pictures[rows])
         losses = {task: F.cross_entropy(model[task](features), labels[task][rows]) for task in TASKS}
         optimizer.zero_grad()
-        monitor.add(fastmtl.backward(losses, model))
+        monitor.add(fastmtl.backward(losses, model, method=method))
         optimizer.step()
     plot = monitor.close()
+    # the average of the weights is part of where the training stands, by the names of the tasks
+    torch.save({"model": model.state_dict(), "method": method.state_dict()}, options.out / "checkpoint.pt")
 
     for kind in ("weight", "cosine", "conflict rate"):
         last = {name.partition("/")[2]: v[-1] for name, v in monitor.history.items() if name.startswith(f"{kind}/")}

@@ -145,6 +145,32 @@ def test_monitor(tmp_path: Path) -> None:
         assert not tag.startswith("conflict") or all(abs(v * 10 - round(v * 10)) < 1e-5 for v in values[:2])
 
 
+def test_monitor_with_a_method_that_has_state(tmp_path: Path) -> None:
+    start("monitor", "--steps", "12", "--momentum", "0.9", "--out", str(tmp_path), needs="tensorboard")
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["method"]
+    assert saved["average"]["names"] == ["digit", "odd", "large", "loop"]
+    method = fastmtl.methods.CRMOGM(fastmtl.methods.PCGrad(), 0.9)
+    method.load_state_dict(saved)
+    average = saved["average"]["average"]
+    seen = fastmtl.methods.Seen(saved["average"]["names"], [True] * 4)
+    torch.testing.assert_close(method.weigh(torch.eye(4), seen), 0.9 * average + 0.1)
+
+
+def test_monitor_of_a_method_without_weights(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    monitor = load("monitor").Monitor(["a", "b"], 2, tmp_path)
+    gram = torch.tensor([[4.0, -2.0], [-2.0, 1.0]])
+    monitor.add(fastmtl.Surgery(gram, None, ["a", "b"], [True, True], torch.tensor(1.0)))
+    monitor.close()
+    assert monitor.history == {
+        "step": [1],
+        "norm/a": [2],
+        "norm/b": [1],
+        "cosine/a-b": [-1],
+        "conflict rate/a-b": [1],
+    }
+
+
 def test_monitor_means(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     monitor = load("monitor").Monitor(["a", "b"], 2, tmp_path)

@@ -180,7 +180,7 @@ class Method:
                 f"{len(seen.present)} in present"
             )
         if "gradients" in self.needs:
-            raise TypeError(f"method {name}: makes no weights of a Gram matrix: its update is no weighted sum")
+            raise TypeError(f"method {name}: has no weights of a Gram matrix, but makes its update of the gradients")
         for need, x, shape in (
             ("losses", seen.losses, (num_tasks,)),
             ("second_batch", seen.second, (num_tasks, num_tasks)),

@@ -23,7 +23,7 @@ class CRMOGM(Method):
             towards 1 as the learning rate falls: set the attribute.
 
     Raises:
-        TypeError: `method` is no method, or one whose update is no weighted sum (`GradDrop`, `TrimmedMean`).
+        TypeError: `method` is no method, or one that makes its update of the gradients themselves.
         ValueError: `momentum` out of range.
 
     `needs` what the method needs. State: the average, by task name, and the method's own. A task's first weight is
@@ -48,7 +48,7 @@ class CRMOGM(Method):
         self.method, self.needs = method, needs_of(method)  # type: ignore[misc]
         if "gradients" in self.needs:
             raise TypeError(
-                f"method: expected one with weights, got {method!r}, whose update is no weighted sum of them"
+                f"method: expected one with weights, got {method!r}, which makes its update of the gradients"
             )
         self.momentum = momentum
         self._state = NamedState(average=Field(1, math.nan))

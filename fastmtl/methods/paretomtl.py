@@ -69,40 +69,32 @@ class ParetoMTL(StatefulMethod):
             raise ValueError(f"max_start_steps: expected a number from 0, got {max_start_steps}")
         super().__init__(started=Field(0, 0.0), start_steps=Field(0, 0.0))
         self.preferences, self.index, self.max_start_steps = vectors, index, max_start_steps
-        # one row for each other vector: (u_j - u_k) . L > 0 is a violation
-        self._constraints = vectors - vectors[index]
+        # the task gradients, and those of the constraints, (u_j - u_k) . L > 0 being a violation
+        self._rows = torch.cat([torch.eye(vectors.shape[1], dtype=vectors.dtype), vectors - vectors[index]])
 
     def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
         assert seen.losses is not None
-        num_tasks = gram.shape[0]
-        if num_tasks != self._constraints.shape[1]:
-            raise ValueError(f"preferences: expected vectors of {num_tasks} tasks, got {self._constraints.shape[1]}")
-        if self._constraints.device != gram.device:
-            self._constraints = self._constraints.to(gram.device)  # kept there: a copy at each call would wait
-        here = torch.ones(num_tasks, dtype=torch.bool, device=gram.device) if present is None else present
-        losses = torch.where(here, seen.losses, 0.0)
-        constraints = torch.where(here, self._constraints, 0.0)
-        active = constraints @ losses > 0
+        num_tasks, rows, losses = gram.shape[0], self._rows, seen.losses
+        if num_tasks != rows.shape[1]:
+            raise ValueError(f"preferences: expected vectors of {num_tasks} tasks, got {rows.shape[1]}")
+        if rows.device != gram.device:
+            rows = self._rows = rows.to(gram.device)  # kept there: a copy at each call would wait
+        if present is not None:
+            rows, losses = torch.where(present, rows, 0.0), torch.where(present, losses, 0.0)
+        active = rows[num_tasks:] @ losses > 0
 
         state = self._state.read(seen.names, gram.device)
-        before, steps = state["started"], state["start_steps"]
-        started = (before > 0) | ~active.any()
+        started = (state["started"] > 0) | ~active.any()
         if self.max_start_steps is not None:
-            started = started | (steps >= self.max_start_steps)
-
-        # of the task gradients in the second phase, and of the active constraints'
-        rows = torch.cat([torch.eye(num_tasks, dtype=gram.dtype, device=gram.device), constraints])
-        products = rows @ gram @ rows.mT
-        shares = ops.method_weights(0.5 * (products + products.mT), "mgda", present=torch.cat([here & started, active]))
-        w = shares @ rows
-        fine = losses.isfinite().all() & w.isfinite().all()
+            started = started | (state["start_steps"] >= self.max_start_steps)
+        tasks = started.expand(num_tasks) if present is None else started & present
+        shares = ops.method_weights(rows @ gram @ rows.mT, "mgda", present=torch.cat([tasks, active]))
+        w = shares @ rows + 0 * losses.sum()
+        nothing = 0 * w.sum()  # NaN, with which the state stays as it was, where something is not finite
         self._state.keep(
-            seen.names,
-            None,
-            started=torch.where(fine, started.to(w.dtype), before),
-            start_steps=torch.where(fine & ~started, steps + 1, steps),
+            seen.names, None, started=started + nothing, start_steps=state["start_steps"] + ~started + nothing
         )
-        return torch.where(fine, w, torch.nan)
+        return w
 
     def __repr__(self) -> str:
         count, num_tasks = self.preferences.shape

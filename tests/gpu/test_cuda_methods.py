@@ -73,3 +73,38 @@ def test_a_captured_step(method: str) -> None:
         found = solver(grads)
     graph.replay()
     torch.testing.assert_close(found, expected)
+
+
+def with_state() -> list[methods.Method]:
+    vectors = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) + 0.01
+    pareto = methods.ParetoMTL(vectors, 1, max_start_steps=2)
+    return [methods.MoDo(0.05), methods.CRMOGM(methods.MGDA(), momentum=0.5), pareto]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_state_advances_in_a_captured_step(which: int) -> None:
+    """Each replay goes on from what the one before it has left, and nothing waits for the host."""
+    names = ["a", "b", "c", "d"]
+    g, other = torch.randn(2, 4, 50, dtype=torch.float64)
+    losses = torch.rand(4, dtype=torch.float64)
+    on_host, solver = with_state()[which], with_state()[which]
+    gram, rest = g @ g.mT, {"losses": losses, "second": g @ other.mT}
+    wanted = [on_host.weigh(gram, methods.Seen(names, [True] * 4, **rest)) for _ in range(5)]
+
+    gram, here = gram.cuda(), torch.ones(4, dtype=torch.bool, device="cuda")
+    seen = methods.Seen(names, here, **{key: x.cuda() for key, x in rest.items()})
+    found = [solver.weigh(gram, seen)]  # takes the memory of the state
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found.append(solver.weigh(gram, seen))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        w = solver.weigh(gram, seen)
+    for _ in range(3):
+        graph.replay()
+        found.append(w.clone())
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=1e-8)

@@ -88,7 +88,7 @@ def test_orders_differ(forced: str | None) -> None:
 
 
 def test_absent_tasks_and_mean(forced: str | None) -> None:
-    """As `PCGrad.pcgrad_into` calls it: weights of the present tasks alone."""
+    """As `PCGrad.update` calls it: weights of the present tasks alone."""
     grads = BankCase(6, 1000).make(DEVICE)
     present = [True, False, True, True, False, True]
     grads[[1, 4]] = 0.0

@@ -216,7 +216,7 @@ def test_a_method_of_the_gradients_is_called_on_them():
     torch.testing.assert_close(torch.cat([first, last]), 2 * g.sum(0))
     with pytest.raises(TypeError, match=r"Doubled: needs the task gradients themselves: .* call it on the gradients"):
         Doubled().weights(torch.eye(3))
-    with pytest.raises(TypeError, match="Doubled: makes no weights"):
+    with pytest.raises(TypeError, match="Doubled: has no weights of a Gram matrix"):
         methods.weights_of(Doubled(), torch.eye(2), methods.Seen(["a", "b"], [True, True]))
 
 
