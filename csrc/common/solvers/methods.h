@@ -96,7 +96,7 @@ FASTMTL_HOST_DEVICE void cagrad(const Team& team, const Problem& p, double c, do
   double high = std::log(1.0 / reach), low = std::fmax(std::log(norm_at(0.0) / reach), high - 40.0);
   auto excess = [&](double at) { return std::log(norm_at(std::exp(at)) / reach) - at; };
   double at_low = excess(low), at_high = excess(high);
-  double root = at_low > 0 ? high : low;
+  double root = at_low > 1e-12 ? high : low;  // where one end is the root already
   for (int iteration = 0; iteration < 60 && at_low > 1e-12 && at_high < -1e-12; ++iteration) {
     root = iteration % 3 == 2 ? 0.5 * (low + high) : (low * at_high - high * at_low) / (at_high - at_low);
     if (!(root > low && root < high)) root = 0.5 * (low + high);
