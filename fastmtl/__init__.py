@@ -1,6 +1,6 @@
 """fastmtl: fused kernels for multi-task learning in PyTorch."""
 
-from fastmtl import methods, nn, ops, optim
+from fastmtl import analysis, methods, nn, ops, optim
 from fastmtl._version import __version__
 from fastmtl.core.dispatch import use_backend
 from fastmtl.parameters import mark_per_task
@@ -15,6 +15,7 @@ __all__ = [
     "OnePassBank",
     "Surgery",
     "__version__",
+    "analysis",
     "backward",
     "mark_per_task",
     "methods",

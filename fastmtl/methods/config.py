@@ -8,8 +8,8 @@ from fastmtl.methods.gram_method import GramMethod, Preferences
 class ConFIG(GramMethod):
     """The direction has equal (or the preferred) cosines to all gradients; its length is the sum of their projections.
 
-    Where gradients depend on each other, the least-squares solution is taken. A zero gradient has weight 0; where there
-    is no such direction, all weights are 0.
+    Where gradients depend on each other, the least-squares solution is taken. A zero gradient has weight 0; where that
+    solution is zero (two opposite gradients alone), all weights are 0.
 
     Args:
         preferences: T numbers from 0, to which the cosines are in proportion; None: all equal.

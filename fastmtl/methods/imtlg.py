@@ -9,8 +9,9 @@ class IMTLG(GramMethod):
     """The projections of the update on all gradients are of equal length; the weights add up to 1.
 
     Weights may be negative, and grow without bound as the solution before it is normalised comes to add up to zero.
-    Where gradients depend on each other, the solution of least length is taken. A zero gradient has weight 0; where
-    there is no such direction, all weights are 0.
+    Where gradients depend on each other, the least-squares solution of least length is taken: where no direction has
+    equal projections (as with two opposite gradients and a third), the nearest to it. A zero gradient has weight 0;
+    where that solution is zero, all weights are 0.
 
     Source: Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang 2021, *Towards Impartial Multi-task Learning*, the closed
     form of its gradient balance.
