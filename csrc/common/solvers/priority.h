@@ -146,7 +146,6 @@ FASTMTL_HOST_DEVICE bool least_multipliers(const Team& team, Matrix c, const dou
       s.violations[i] = 0.0;
       if (!arrives) y[i] = 0.0;
     }
-    team.sync();
     sweep(team, s.swept, n, changes, arrives, s.column);
     if (arrives) entering = -1;
   }
@@ -178,7 +177,6 @@ FASTMTL_HOST_DEVICE void pcd(const Team& team, const Problem& p, int first, doub
   const bool finite = team.sum(wrong) == 0.0;
   const double dependent = std::fmax(n * rounding, 1e-9);
   const bool has_solution = finite && least_multipliers(team, p.b, p.z, n, dependent, p.y, {p.a, p.v, p.w, p.first});
-  team.sync();
   double square = 0.0, total = 0.0;
   for (int i = team.rank(); i < n && has_solution; i += team.size()) {
     double sum = 2.0 * p.b[i][first];

@@ -28,7 +28,6 @@ FASTMTL_HOST_DEVICE void project_on_simplex(const Team& team, double* x, int n) 
   }
   team.sync();
   for (int i = team.rank(); i < n; i += team.size()) x[i] = std::fmax(x[i] - largest - least, 0.0);
-  team.sync();
 }
 
 // p.m: of two independent batches, g_i . g'_k. p.out: in, the weights to start from; out, those after `steps` steps of
