@@ -11,7 +11,6 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import host_kernels as host
 import pytest
@@ -133,24 +132,12 @@ def test_races_of_a_small_kernel(schedule: int) -> None:
         host.faulty(5, schedule)
 
 
-# where no case comes: rounding has to lead the sweeps astray
-SELDOM = ("sweep_again",)
-
-
-def _sites(path: Path) -> Iterator[int]:
-    """The lines of a file that hold a barrier, a fence or a releasing atomic."""
-    seldom = False
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        seldom = (seldom or any(f"void {name}(" in line for name in SELDOM)) and line != "}"
-        if re.search(r"\b(__syncthreads|__threadfence|__syncwarp|add_acq_rel|team\.sync)\([^`]*$", line) and not seldom:
-            yield number
-
-
 SITES = {
     f"{path.name}:{number}": (path.name, number)
     for path in (*sorted(CUDA.rglob("*.cuh")), *sorted(SOLVERS.glob("*.h")))
-    if path.name != "device.cuh"  # which defines them
-    for number in _sites(path)
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    if re.search(r"\b(__syncthreads|__threadfence|__syncwarp|add_acq_rel|team\.sync)\([^`]*$", line)
+    and path.name != "device.cuh"  # which defines them
 }
 
 

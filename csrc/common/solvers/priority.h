@@ -29,71 +29,15 @@ FASTMTL_HOST_DEVICE void sweep(const Team& team, Matrix m, int n, int k, bool fo
   team.sync();
 }
 
-// What rounding has left of the equations of the active constraints, solved for once more, twice; then the violations
-// of the others as they are. The largest of these, over the size of what it is a difference of.
-template <class Team>
-FASTMTL_HOST_DEVICE double polished(const Team& team, Matrix c, const double* h, int n, double* y,
-                                    const MultiplierScratch& s) {
-  double worst = 0.0;
-  for (int round = 0; round < 3; ++round) {
-    double most = 0.0;
-    for (int i = team.rank(); i < n; i += team.size()) {
-      double sum = h[i], size = std::fabs(h[i]);
-      for (int k = 0; k < n; ++k) {
-        sum -= c[i][k] * y[k];
-        size += std::fabs(c[i][k] * y[k]);
-      }
-      s.column[i] = s.states[i] == kActive ? sum : 0.0;
-      s.violations[i] = s.states[i] == kActive ? 0.0 : sum;
-      if (s.states[i] == kFree && sum > 0) most = std::fmax(most, sum / size);
-    }
-    worst = -team.least({-most, team.rank()}).value;
-    if (round == 2) break;
-    team.sync();
-    for (int i = team.rank(); i < n; i += team.size()) {
-      if (s.states[i] != kActive) continue;
-      double sum = y[i];
-      for (int k = 0; k < n; ++k) sum -= s.swept[i][k] * s.column[k];
-      y[i] = std::fmax(sum, 0.0);
-    }
-    team.sync();
-  }
-  return worst;
-}
-
-// The matrix swept on the active constraints, from the start. One that depends on those before it is let go.
-template <class Team>
-FASTMTL_HOST_DEVICE void sweep_again(const Team& team, Matrix c, int n, double dependent, double* y,
-                                     const MultiplierScratch& s) {
-  team.sync();
-  each_entry(team, n, [&](int i, int k) { s.swept[i][k] = c[i][k]; });
-  team.sync();
-  for (int k = 0; k < n; ++k) {
-    if (s.states[k] != kActive) continue;
-    if (s.swept[k][k] > dependent) {
-      sweep(team, s.swept, n, k, true, s.column);
-      continue;
-    }
-    team.sync();
-    if (team.rank() == 0) {
-      s.states[k] = kFree;
-      y[k] = 0.0;
-    }
-    team.sync();
-  }
-}
-
 // The y >= 0 of `min y . C y / 2 - h . y`, where C are the cosines of unit vectors u_i: the multipliers of the shortest
 // d with `u_i . d >= h_i` for all i. By the dual method of Goldfarb and Idnani (1983): a constraint that is violated
 // most is brought to equality, while those that are active stay at it, and one whose multiplier comes to zero on the
-// way is let go. What is solved for at each step is read off the matrix that is swept on the active constraints; should
-// rounding have led it astray, it is made again. dependent: a vector whose squared part across the active ones is no
-// more depends on them, and what violates it by no more is none. Whether there is such a d at all.
+// way is let go. What is solved for at each step is read off the matrix that is swept on the active constraints.
+// dependent: a vector whose squared part across the active ones is no more depends on them, and what violates it by no
+// more is none. Whether there is such a d at all.
 template <class Team>
 FASTMTL_HOST_DEVICE bool least_multipliers(const Team& team, Matrix c, const double* h, int n, double dependent,
                                            double* y, const MultiplierScratch& s) {
-  constexpr int kAgain = 8;
-  const double none = 2.0 * dependent;
   double largest = 0.0;
   for (int i = 0; i < n; ++i) largest = std::fmax(largest, std::fabs(h[i]));
   each_entry(team, n, [&](int i, int k) { s.swept[i][k] = c[i][k]; });
@@ -102,7 +46,7 @@ FASTMTL_HOST_DEVICE bool least_multipliers(const Team& team, Matrix c, const dou
     s.violations[i] = h[i];
   }
   team.sync();
-  int entering = -1, again = 0;
+  int entering = -1;
   for (int iteration = 0; iteration < 8 * n + 64; ++iteration) {
     if (entering < 0) {
       double total = 0.0;
@@ -114,13 +58,7 @@ FASTMTL_HOST_DEVICE bool least_multipliers(const Team& team, Matrix c, const dou
         if (s.states[i] == kFree && s.violations[i] > least) worst = smaller(worst, {-s.violations[i], i});
       }
       worst = team.least(worst);
-      if (worst.index == n) {
-        if (polished(team, c, h, n, y, s) <= none || again == kAgain) return true;
-        again += 1;
-        sweep_again(team, c, n, dependent, y, s);
-        polished(team, c, h, n, y, s);
-        continue;
-      }
+      if (worst.index == n) break;
       entering = worst.index;
     }
     Found first{INFINITY, n};  // of the active ones, whose multiplier comes to zero
@@ -149,7 +87,22 @@ FASTMTL_HOST_DEVICE bool least_multipliers(const Team& team, Matrix c, const dou
     sweep(team, s.swept, n, changes, arrives, s.column);
     if (arrives) entering = -1;
   }
-  polished(team, c, h, n, y, s);
+  // what rounding has left of the equations of the active ones, solved for once more
+  for (int round = 0; round < 2; ++round) {
+    for (int i = team.rank(); i < n; i += team.size()) {
+      double sum = h[i];
+      for (int k = 0; k < n; ++k) sum -= c[i][k] * y[k];
+      s.column[i] = s.states[i] == kActive ? sum : 0.0;
+    }
+    team.sync();
+    for (int i = team.rank(); i < n; i += team.size()) {
+      if (s.states[i] != kActive) continue;
+      double sum = y[i];
+      for (int k = 0; k < n; ++k) sum -= s.swept[i][k] * s.column[k];
+      y[i] = std::fmax(sum, 0.0);
+    }
+    team.sync();
+  }
   return true;
 }
 
