@@ -132,6 +132,7 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
     cxx = [
         *common,
         "-fno-math-errno",
+        "-fno-trapping-math",
         "-fvisibility=hidden",
         "-Wall",
         "-Wno-unknown-pragmas",

@@ -57,7 +57,7 @@ void graddrop_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>&
         kernel.elementwise.sign_drop[static_cast<int>(p.dtype)](
             taken, count, block.length, leaks == nullptr ? nullptr : leak_of, stream,
             static_cast<uint64_t>(p.position) * kColumns + static_cast<uint64_t>(block.offset),
-            static_cast<char*>(p.out[0]) + block.offset * size_of(p.dtype));
+            static_cast<char*>(p.out[0]) + block.offset * size_of(p.dtype), block_rows.ahead());
       });
   });
 }

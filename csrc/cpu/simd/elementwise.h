@@ -6,10 +6,12 @@
 
 namespace fastmtl::cpu {
 
+struct Ahead;
+
 // out[k] = the sum of the elements of one sign, drawn by number `first + k` of the SplitMix64 stream `key` (Chen et al.
 // 2020). leak: `[count]`, what of the other sign passes; null: nothing.
 using SignDropBlock = void (*)(const void* const* rows, int count, int64_t length, const double* leak, uint64_t key,
-                               uint64_t first, void* out);
+                               uint64_t first, void* out, const Ahead& ahead);
 
 // out[k] = the mean of `count` rows and as many zeros as told, without the `trim` smallest and largest of them
 using TrimmedMeanBlock = void (*)(const void* const* rows, int count, int zeros, int trim, int64_t length, void* out);

@@ -47,6 +47,8 @@ struct VF {
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(top, top), 0xd8);
     return _mm256_castsi256_si128(packed);
   }
+  // NaN: zero
+  VF positive() const { return {_mm256_max_ps(v, _mm256_setzero_ps())}; }
   __m128i f16() const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(BF16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bf16()); }
@@ -70,6 +72,7 @@ struct VD {
   static VD load(const double* p) { return {_mm256_loadu_pd(p)}; }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
   void stream(double* p) const { _mm256_stream_pd(p, v); }
+  VD positive() const { return {_mm256_max_pd(v, _mm256_setzero_pd())}; }
   static void totals(VD a, VD b, VD c, VD d, double* out) {
     const __m256d ab = _mm256_hadd_pd(a.v, b.v), cd = _mm256_hadd_pd(c.v, d.v);
     _mm256_storeu_pd(out, _mm256_add_pd(_mm256_permute2f128_pd(ab, cd, 0x20), _mm256_permute2f128_pd(ab, cd, 0x31)));

@@ -45,6 +45,8 @@ struct VF {
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
   }
+  // NaN: zero
+  VF positive() const { return {_mm512_max_ps(v, _mm512_setzero_ps())}; }
   __m256i f16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BF16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bf16()); }
@@ -69,6 +71,7 @@ struct VD {
   static VD load(const double* p) { return {_mm512_loadu_pd(p)}; }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   void stream(double* p) const { _mm512_stream_pd(p, v); }
+  VD positive() const { return {_mm512_max_pd(v, _mm512_setzero_pd())}; }
   __m256d folded() const { return _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1)); }
   static void totals(VD a, VD b, VD c, VD d, double* out) {
     const __m256d ab = _mm256_hadd_pd(a.folded(), b.folded()), cd = _mm256_hadd_pd(c.folded(), d.folded());

@@ -94,6 +94,12 @@ struct Lanes {
   void store(F16* p) const {
     for (int i = 0; i < N; ++i) p[i].bits = to_f16(v[i]);
   }
+  // NaN: zero
+  Lanes positive() const {
+    Lanes r;
+    for (int i = 0; i < N; ++i) r.v[i] = v[i] > 0 ? v[i] : S(0);
+    return r;
+  }
   template <class P>
   void stream(P* p) const {
     store(p);
