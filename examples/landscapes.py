@@ -82,16 +82,17 @@ def descend(landscape: Landscape, names: Sequence[str], steps: int, lr: float, k
 
     Adam moves each number by itself, so that one optimiser serves all.
     """
-    chosen = [methods.get(name) for name in names]
-    x = torch.tensor(landscape.starts, dtype=torch.float64).repeat(len(chosen), 1, 1).requires_grad_()
+    chosen = [[methods.get(name) for _ in landscape.starts] for name in names]  # some have state
+    x = torch.tensor(landscape.starts, dtype=torch.float64).repeat(len(names), 1, 1).requires_grad_()
     optimizer = torch.optim.Adam([x], lr)
+    x.grad = torch.zeros_like(x)
     way = [x.detach().clone()]
     for step in range(1, steps + 1):
         grads = [torch.autograd.grad(loss.sum(), x, retain_graph=True)[0] for loss in landscape.losses(x)]
         bank = torch.stack(grads, 2)  # [methods, starts, tasks, 2]
-        x.grad = torch.stack(
-            [torch.stack([method(g) for g in rows]) for method, rows in zip(chosen, bank, strict=True)]
-        )
+        for own, update, found in zip(chosen, x.grad, bank, strict=True):
+            for start, method in enumerate(own):
+                update[start] = method(found[start])
         optimizer.step()
         if step % max(1, steps // keep) == 0:
             way.append(x.detach().clone())
