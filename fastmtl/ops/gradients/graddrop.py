@@ -70,7 +70,8 @@ def graddrop(
     if present is not None:
         check_flags(present, rows)
         present = present.contiguous()
-    device = rows.tensors[0].device if rows.tensors else torch.device("cpu")
+    known = [x.device for x in (*rows.tensors[:1], generator) if x is not None]
+    device = known[0] if known else torch.device("cpu")
     source = traceable_source(generator, device)
     found = columns_of(
         grads,
