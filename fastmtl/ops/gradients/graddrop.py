@@ -70,8 +70,8 @@ def graddrop(
     if present is not None:
         check_flags(present, rows)
         present = present.contiguous()
-    known = [x.device for x in (*rows.tensors[:1], generator) if x is not None]
-    device = known[0] if known else torch.device("cpu")
+    # without a tensor it is the state that says where
+    device = rows.tensors[0].device if rows.tensors else getattr(generator, "device", torch.device("cpu"))
     source = traceable_source(generator, device)
     found = columns_of(
         grads,
