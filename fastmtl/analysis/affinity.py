@@ -219,6 +219,8 @@ def first_order_affinity(
     """
     lr = _read_lr(lr)
     if isinstance(gram, Surgery):
+        if gram.reused:
+            raise ValueError("gram: a step that reused weights has no Gram matrix: take one that did not")
         names = gram.names if names is None else names
         gram = gram.gram
     if not isinstance(gram, Tensor):

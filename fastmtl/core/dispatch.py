@@ -169,3 +169,8 @@ def _warn_reference_once() -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def checking() -> bool:
+    """Whether values on a GPU are checked up front too (task ids, Gram matrices), at the price of waiting for it."""
+    return os.environ.get("FASTMTL_CHECK", "0") not in ("", "0")

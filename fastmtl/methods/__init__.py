@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from fastmtl.methods.alignedmtl import AlignedMTL
 from fastmtl.methods.base import Method, Seen, Weighting, check_needs, needs_of, weights_of
 from fastmtl.methods.cagrad import CAGrad
@@ -26,6 +28,7 @@ from fastmtl.methods.pcd import PCD
 from fastmtl.methods.pcgrad import PCGrad
 from fastmtl.methods.random_weights import RandomWeights
 from fastmtl.methods.sdmgrad import SDMGrad
+from fastmtl.methods.state import StatefulMethod
 from fastmtl.methods.sum import Sum
 from fastmtl.methods.trimmed_mean import TrimmedMean
 from fastmtl.methods.upgrad import UPGrad
@@ -77,13 +80,34 @@ def get(method: str | Weighting) -> Weighting:
             if method.lower() == kind.__name__.lower():
                 raise ValueError(f"method: {kind.__name__} takes arguments: pass an instance, {kind.__name__}(...)")
         if method.lower() not in _METHODS:
-            raise ValueError(f"method: expected one of {', '.join(sorted(_METHODS))}, got {method!r}")
+            others = ", ".join(kind.__name__ for kind in _WITH_ARGUMENTS)
+            raise ValueError(
+                f"method: expected one of {', '.join(sorted(_METHODS))}, or an instance of {others}, got {method!r}"
+            )
         return _METHODS[method.lower()]()
     if isinstance(method, type):
         raise TypeError(f"method: expected an instance, got the class {method.__name__}: write {method.__name__}()")
+    if any(kind.__name__ == "Aggregator" and kind.__module__.startswith("torchjd.") for kind in type(method).__mro__):
+        name = type(method).__name__
+        raise TypeError(
+            f"method: TorchJD's {name} takes a Jacobian, not a Gram matrix: pass its weighting, {name}Weighting()"
+        )
     if isinstance(method, Method) or callable(method):
         return method
     raise TypeError(f"method: expected a name, a Method or a callable [T, T] -> [T], got {type(method).__name__}")
+
+
+def for_one_call(method: str | Weighting) -> Weighting:
+    """`get`, for calls that may be one of many: by name a method with state begins anew at each, which warns."""
+    found = get(method)
+    if isinstance(method, str) and isinstance(found, StatefulMethod):
+        name = type(found).__name__
+        warnings.warn(
+            f"method={method!r}: {name} keeps state from one step to the next, and a name makes a new one at each call: "
+            f"pass an instance that lasts, fastmtl.methods.{name}()",
+            stacklevel=3,
+        )
+    return found
 
 
 __all__ = [
@@ -117,6 +141,7 @@ __all__ = [
     "UPGrad",
     "Weighting",
     "check_needs",
+    "for_one_call",
     "get",
     "needs_of",
     "weights_of",

@@ -72,9 +72,11 @@ class Method:
         needs: what it must be handed beside the Gram matrix: any of `"losses"`, `"second_batch"` and `"gradients"`. Who
             calls it raises where that is not there. With `"losses"` or `"second_batch"` a subclass overrides `weigh`;
             with `"gradients"` it overrides `update`, and has no weights of its own.
+        by_group: whether it can be asked for groups of parameters apart, one after the other.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    by_group: bool = True
 
     def weights(self, gram: Tensor, *, present: Tensor | None = None) -> Tensor:
         """The weight of each task.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.methods.base import Method, Seen, Weighting, needs_of, seen_by_position, weights_of
+from fastmtl.methods.every import Every
 from fastmtl.methods.state import Field, NamedState
 
 
@@ -45,6 +46,10 @@ class CRMOGM(Method):
         if isinstance(method, type) or not (isinstance(method, Method) or callable(method)):
             shown = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
             raise TypeError(f"method: expected a Method or a callable [T, T] -> [T], got {shown}")
+        if isinstance(method, Every):
+            raise TypeError(
+                "method: expected one that is asked at every step, got an Every: write Every(CRMOGM(...), k)"
+            )
         self.method, self.needs = method, needs_of(method)  # type: ignore[misc]
         if "gradients" in self.needs:
             raise TypeError(

@@ -24,6 +24,11 @@ class GramMethod(Method):
     _op_name: ClassVar[str]
 
     def __init__(self, *options: float, preferences: Preferences | None = None) -> None:
+        for x in options:
+            if not isinstance(x, (int, float)):
+                raise TypeError(
+                    f"{type(self).__name__}: expected numbers, got {type(x).__name__}; preferences go by name"
+                )
         self._options = [float(x) for x in options]
         check_method(self._op_name, self._options, preferences is not None)
         self.preferences = None if preferences is None else read_preferences(preferences)

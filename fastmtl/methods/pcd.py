@@ -45,6 +45,11 @@ class PCD(StatefulMethod):
         tensor([1.1547, 0.5774], dtype=torch.float64)
     """
 
+    @property
+    def by_group(self) -> bool:  # type: ignore[override]
+        """Whether it goes without names of tasks, which are others in each group."""
+        return self.primary is None and not isinstance(self.tau, dict)
+
     def __init__(
         self,
         tau: float | Mapping[str, float] = 0.02,

@@ -20,6 +20,8 @@ class RunningMethod(StatefulMethod):
     A subclass implements `update`, and says in `_holds` what the tensors are.
     """
 
+    # it counts its calls, and its tensors are of one set of parameters
+    by_group = False
     _holds: ClassVar[str]
 
     def __init__(self, **fields: Field) -> None:

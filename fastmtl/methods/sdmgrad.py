@@ -73,6 +73,8 @@ class SDMGrad(StatefulMethod):
         if self.preferences is not None:
             # kept there: a copy at each call would wait for the device
             self.preferences = self.preferences.to(gram.device)
+            if self.preferences.shape != shares.shape:
+                raise ValueError(f"preferences: expected shape [{num_tasks}], got {list(self.preferences.shape)}")
             wanted = shares * self.preferences
             shares = torch.where(wanted.sum() > 0, wanted, shares)
         start = self._state.read(seen.names, gram.device)["weights"]

@@ -14,7 +14,7 @@ from fastmtl.distributed.averaging import average_gradients
 from fastmtl.distributed.dtensors import refuse_dtensors
 from fastmtl.distributed.ranks import SAME_PASSES, Joint, Ranks, reporting, statement_of
 from fastmtl.distributed.wrappers import find_ranks
-from fastmtl.methods import Every, Weighting
+from fastmtl.methods import Every, Method, Weighting
 from fastmtl.parameters import Params, is_per_task, read_params
 from fastmtl.surgery.accumulate import Updates, accumulate
 from fastmtl.surgery.groups import Groups, GroupsArgument, read_groups
@@ -257,7 +257,7 @@ def _read(
     ranks: Ranks | None,
     call: str,
 ) -> _Read:
-    method = methods.get(method)
+    method = methods.for_one_call(method)
     scale = read_loss_scale(loss_scale)
     means = ranks is not None and not ranks.sharded
     names, tasks = read_losses(losses, may_be_absent=means and params is not None)
@@ -346,6 +346,11 @@ def _read_groups(groups: GroupsArgument, params: Params | None, read: _Read, ran
     if read.features or isinstance(read.method, methods.Every):
         other = "features=" if read.features else "methods.Every"
         raise ValueError(f"groups: expected None beside {other}, which takes one set of weights through a single pass")
+    if isinstance(read.method, Method) and not read.method.by_group:
+        raise ValueError(
+            f"groups: not available with {read.method!r}, which keeps tensors of all shared parameters or knows tasks "
+            "by name"
+        )
     return read_groups(groups, params, read.named, dict if ranks is None else ranks.rename)
 
 

@@ -191,7 +191,7 @@ class GradientBank:
         with reporting(ranks, _APPLY):
             if self._active:
                 raise RuntimeError("GradientBank.apply: called inside a task of this bank")
-            method = methods.get(method)
+            method = methods.for_one_call(method)
             scale = read_loss_scale(loss_scale)
             self._check_second(second, method)
             values = read_loss_values(losses, self.names, self._present, method, _APPLY)

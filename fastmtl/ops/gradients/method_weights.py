@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmtl.core.dispatch import choose
+from fastmtl.core.dispatch import checking, choose
 from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops.gradients import reference
 from fastmtl.ops.gradients.arguments import check_present
@@ -108,7 +108,7 @@ def method_weights(
     Raises:
         TypeError: dtypes other than the above.
         ValueError: an unknown method, options, preferences or numbers by task that it does not take, shapes or devices
-            that do not agree.
+            that do not agree; with `FASTMTL_CHECK=1`, which waits for a GPU, a matrix that is no Gram matrix.
 
     Not differentiable: the weights are constants to autograd. Source: each method's class in `fastmtl.methods`.
 
@@ -118,7 +118,29 @@ def method_weights(
         tensor([0.2000, 0.8000], dtype=torch.float64)
     """
     _check(gram, method, options, present, preferences, per_task)
+    if checking() and method != "sdmgrad":
+        _check_values(gram, present)
     return method_weights_op(gram.detach(), method, options, present, preferences, per_task)
+
+
+def _check_values(gram: Tensor, present: Tensor | None) -> None:
+    """Raises ValueError where no gradients have this Gram matrix; waits for the device."""
+    m = gram.detach().to("cpu", torch.float64)
+    if present is not None:
+        here = present.cpu()
+        m = m[here][:, here]
+    if m.numel() == 0 or not m.isfinite().all():
+        return
+    eps = torch.finfo(gram.dtype).eps
+    # beyond rounding: each entry may be off by some roundings of the lengths that it is of
+    lengths = m.diagonal().clamp(min=0).sqrt()
+    allowed = 64 * eps * lengths[:, None] * lengths
+    if ((m - m.mT).abs() > allowed).any():
+        raise ValueError("gram: expected a symmetric matrix")
+    scale = torch.where(lengths > 0, 1 / lengths, 0.0)
+    values = torch.linalg.eigvalsh(0.5 * (m + m.mT) * scale[:, None] * scale)
+    if (m.diagonal() < 0).any() or values[0] < -64 * eps * len(m):
+        raise ValueError("gram: expected a Gram matrix, got one with negative eigenvalues")
 
 
 def check_method(method: str, options: Sequence[float], has_preferences: bool) -> None:

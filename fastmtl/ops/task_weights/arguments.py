@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -18,11 +17,6 @@ Pair: TypeAlias = int | Sequence[int]
 # a grid has at most 65535 programs along y and z, where the kernels have one for each task and, where rows are split,
 # up to a few more for each processor of the device: not more than 1024
 TRITON_MAX_TASKS = 65_535 - 1_024
-
-
-def checking() -> bool:
-    """Whether task ids on a GPU are checked up front, at the price of waiting for it."""
-    return os.environ.get("FASTMTL_CHECK", "0") not in ("", "0")
 
 
 def check_input(x: Any, argument: str = "x") -> None:

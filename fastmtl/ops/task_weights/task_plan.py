@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.core.dispatch import choose, interpreting, triton_kernels
+from fastmtl.core.dispatch import checking, choose, interpreting, triton_kernels
 from fastmtl.core.schemas import define_op
 from fastmtl.core.task_weights import TaskPlan
 from fastmtl.ops.task_weights import reference
-from fastmtl.ops.task_weights.arguments import check_ids, checking
+from fastmtl.ops.task_weights.arguments import check_ids
 
 
 def task_plan(task_ids: Tensor, num_tasks: int) -> TaskPlan:

@@ -12,7 +12,7 @@ from fastmtl.core.dispatch import choose, triton_kernels
 from fastmtl.core.schemas import define_op
 from fastmtl.core.task_weights import TaskPlan
 from fastmtl.ops.task_weights import reference
-from fastmtl.ops.task_weights.arguments import check_companion, check_ids, check_input, checking, triton_declines
+from fastmtl.ops.task_weights.arguments import check_companion, check_ids, check_input, triton_declines
 from fastmtl.ops.task_weights.composed import composed_backward
 from fastmtl.ops.task_weights.cpu import scale_shift as scale_shift_cpu
 from fastmtl.ops.task_weights.precision import cast_by_autocast

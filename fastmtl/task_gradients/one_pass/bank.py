@@ -204,7 +204,7 @@ class OnePassBank:
         """
         ranks = find_ranks(*self._where, _APPLY)
         with reporting(ranks, _APPLY):
-            options = SurgeryOptions(methods.get(method), read_loss_scale(loss_scale), ranks)
+            options = SurgeryOptions(methods.for_one_call(method), read_loss_scale(loss_scale), ranks)
             self._check_filled("apply")
             missing = {"second_batch": "use fastmtl.backward with second_losses=, or a GradientBank with second="}
             if self._streamed():

@@ -1,0 +1,125 @@
+"""What users get wrong with methods, and what they are told."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastmtl
+from fastmtl import methods, ops
+from fastmtl.analysis import first_order_affinity
+
+
+def net() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5))
+    return nn.ModuleDict({"trunk": trunk, "heads": nn.ModuleList(nn.Linear(5, 1) for _ in range(3))})
+
+
+def losses(model: nn.ModuleDict) -> dict[str, Tensor]:
+    x = model["trunk"](torch.ones(2, 4))
+    return {f"t{k}": (head(x) - k).square().mean() for k, head in enumerate(model["heads"])}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        methods.MoCo(),
+        methods.DBMTL(),
+        methods.ExcessMTL(),
+        methods.PCD(primary="t1"),
+        methods.PCD(tau={"t1": 0.5}),
+    ],
+    ids=repr,
+)
+def test_groups_of_what_knows_tensors_or_names(method: methods.Method) -> None:
+    model = net()
+    with pytest.raises(ValueError, match="groups: not available with"):
+        fastmtl.backward(losses(model), model, method=method, groups="layer")
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", [methods.PCD(), methods.GradVac(), methods.CRMOGM(methods.MGDA())], ids=repr)
+def test_groups_of_other_methods_with_state(method: methods.Method) -> None:
+    model = net()
+    surgery = fastmtl.backward(losses(model), model, method=method, groups="layer")
+    assert surgery.weights.shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["moco", "gradvac", "PCD", "dbmtl"])
+def test_a_name_forgets_the_state(name: str) -> None:
+    model = net()
+    with pytest.warns(UserWarning, match=f"method='{name}': .* keeps state .* pass an instance"):
+        fastmtl.backward(losses(model), model, method=name)
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "upgrad", methods.GradVac()])
+def test_no_warning_where_nothing_is_forgotten(method: Any) -> None:
+    model = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastmtl.backward(losses(model), model, method=method)
+
+
+def test_an_average_of_reused_weights() -> None:
+    with pytest.raises(TypeError, match=r"write Every\(CRMOGM\(...\), k\)"):
+        methods.CRMOGM(methods.Every(methods.MGDA(), 4))
+
+
+def test_options_that_are_no_numbers() -> None:
+    with pytest.raises(TypeError, match="UPGrad: expected numbers, got list; preferences go by name"):
+        methods.UPGrad([1.0, 1.0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="CAGrad: expected numbers, got str"):
+        methods.CAGrad("a")  # type: ignore[arg-type]
+
+
+def test_preferences_of_another_length() -> None:
+    seen = methods.Seen(["a", "b", "c"], [True] * 3, second=torch.eye(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"preferences: expected shape \[3\], got \[2\]"):
+        methods.SDMGrad(preferences=[1.0, 2.0]).weigh(torch.eye(3), seen)
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(ValueError, match=r"expected one of .*upgrad.* or an instance of CRMOGM, Every.*, got 'foo'"):
+        methods.get("foo")
+
+
+def test_an_aggregator_of_torchjd() -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    with pytest.raises(TypeError, match=r"takes a Jacobian, not a Gram matrix: pass its weighting, MGDAWeighting\(\)"):
+        methods.get(aggregation.MGDA())
+    assert callable(methods.get(aggregation.MGDAWeighting()))
+
+
+def test_affinity_of_a_step_that_reused_weights() -> None:
+    model = net()
+    method = methods.Every(methods.MGDA(), 3)
+    for _ in range(2):
+        seen = losses(model)
+        surgery = fastmtl.backward(seen, model, method=method)
+    assert surgery.reused
+    with pytest.raises(ValueError, match="has no Gram matrix"):
+        first_order_affinity(surgery, [float(x) for x in seen.values()], lr=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_no_gram_matrix(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    m = g @ g.mT  # of rank 3, with eigenvalues that rounding leaves below zero
+    tilted, indefinite = m.clone(), torch.tensor([[1.0, 5.0], [5.0, 1.0]], dtype=dtype)
+    tilted[0, 1] += 0.01
+    assert ops.method_weights(indefinite, "mgda").isfinite().all()  # nobody looked
+    monkeypatch.setenv("FASTMTL_CHECK", "1")
+    for scale in (1e-12, 1.0, 1e12):
+        assert ops.method_weights(m * scale, "mgda").isfinite().all()
+    with pytest.raises(ValueError, match="gram: expected a symmetric matrix"):
+        ops.method_weights(tilted, "mgda")
+    with pytest.raises(ValueError, match="gram: expected a Gram matrix, got one with negative eigenvalues"):
+        ops.method_weights(indefinite, "mgda")
+    here = torch.tensor([True, False])
+    assert ops.method_weights(indefinite, "mgda", present=here).tolist() == [1.0, 0.0]
+    assert ops.method_weights(m * torch.nan, "mgda").isnan().all()
