@@ -218,6 +218,14 @@ def test_non_finite_does_not_stay(value: float, level: Backend) -> None:
         assert held[1, columns // 2] == 2 and held.isfinite().all()
 
 
+def test_a_sum_that_overflows_shows(level: Backend) -> None:
+    """Where the square itself is finite, and the sum of squares is not."""
+    held = torch.full((2, 65), 3e38)
+    grads = torch.tensor([[1.5e19], [1.0]]).expand(2, 65)
+    assert excess_risks(grads, held, torch.ones(2)).isnan().tolist() == [True, False]
+    assert (held == 3e38).all()
+
+
 def test_a_factor_that_is_not_finite(level: Backend) -> None:
     """A loss of 0 or NaN, for example: its average stays as it was."""
     grads = BankCase(3, 65).make()

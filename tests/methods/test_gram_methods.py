@@ -202,6 +202,15 @@ def test_one_task(name: str, backend: Backend) -> None:
     torch.testing.assert_close(w, torch.tensor([expected], dtype=F64), rtol=1e-12, atol=0.0)
 
 
+@pytest.mark.parametrize("name", ["imtlg", "config"])
+def test_no_direction_is_made_of_rounding(name: str, backend: Backend) -> None:
+    """Two pairs of opposite gradients on one line, in float32: no direction has equal projections on all."""
+    for seed in range(20):
+        g = torch.randn(2, 1, generator=torch.Generator().manual_seed(seed))
+        g = torch.cat([g, -1.3 * g])
+        assert (ops.method_weights(g @ g.T, name) == 0).all()
+
+
 def test_two_tasks(backend: Backend) -> None:
     m = torch.tensor([[4.0, -1.0], [-1.0, 1.0]], dtype=F64)
     # (K22 - K12) / (K11 + K22 - 2 K12)

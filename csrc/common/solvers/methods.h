@@ -262,8 +262,10 @@ FASTMTL_HOST_DEVICE void pseudo_solve(const Team& team, const Problem& p, const 
   eigen(team, p.b, p.a, n, p.x, {p.y, p.v, p.t});
   const double largest = largest_of(team, n, [&](int k) { return p.x[k]; });
   const double length = std::sqrt(dot(team, b, b, n));
+  // eigenvectors turn with the rounding of the matrix, and have some of their own
+  const double none = 4.0 * n * std::fmax(rounding, 4.0 * kEpsilon) * length;
   multiply(team, p.a, b, n, [&](int k, double along) {
-    const bool is_there = p.x[k] > n * rounding * largest && std::fabs(along) > n * kEpsilon * length;
+    const bool is_there = p.x[k] > n * rounding * largest && std::fabs(along) > none;
     p.v[k] = is_there ? along / p.x[k] : 0.0;
   });
   team.sync();

@@ -153,7 +153,9 @@ def _pseudo_solve(c: Tensor, b: Tensor, rounding: float) -> Tensor:
     """`C^+ b`: eigenvalues that rounding may have made count as zero, and so do such parts of b."""
     values, vectors = torch.linalg.eigh(c)
     n, along = len(b), vectors.mT @ b
-    there = (values > n * rounding * values.max()) & (along.abs() > n * EPS * b.norm())
+    # eigenvectors turn with the rounding of the matrix, and have some of their own
+    none = 4 * n * max(rounding, 4 * EPS) * b.norm()
+    there = (values > n * rounding * values.max()) & (along.abs() > none)
     return vectors @ torch.where(there, along / torch.where(there, values, 1.0), 0.0)
 
 
