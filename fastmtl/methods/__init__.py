@@ -103,8 +103,8 @@ def for_one_call(method: str | Weighting) -> Weighting:
     if isinstance(method, str) and isinstance(found, StatefulMethod):
         name = type(found).__name__
         warnings.warn(
-            f"method={method!r}: {name} keeps state from one step to the next, and a name makes a new one at each call: "
-            f"pass an instance that lasts, fastmtl.methods.{name}()",
+            f"method={method!r}: {name} keeps state from one step to the next, and a name makes a new one at each "
+            f"call: pass an instance that lasts, fastmtl.methods.{name}()",
             stacklevel=3,
         )
     return found

@@ -103,7 +103,7 @@ def test_affinity_of_a_step_that_reused_weights() -> None:
         surgery = fastmtl.backward(seen, model, method=method)
     assert surgery.reused
     with pytest.raises(ValueError, match="has no Gram matrix"):
-        first_order_affinity(surgery, [float(x) for x in seen.values()], lr=0.1)
+        first_order_affinity(surgery, [float(x.detach()) for x in seen.values()], lr=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

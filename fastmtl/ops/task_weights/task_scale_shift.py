@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.core.dispatch import choose, triton_kernels
+from fastmtl.core.dispatch import checking, choose, triton_kernels
 from fastmtl.core.schemas import define_op
 from fastmtl.core.task_weights import TaskPlan
 from fastmtl.ops.task_weights import reference

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastmtl.core.dispatch import checking
 from fastmtl.core.tensors import FLOAT_DTYPES
 from fastmtl.distributed.wrappers import find_ranks
-from fastmtl.ops.task_weights.arguments import check_ids, checking
+from fastmtl.ops.task_weights.arguments import check_ids
 from fastmtl.parameters import Params, describe, is_per_task, read_params
 from fastmtl.task_gradients.bank import read_names
 from fastmtl.task_gradients.one_pass.bank import OnePassBank
