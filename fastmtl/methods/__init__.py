@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+from fastmtl.methods import state as _state
 from fastmtl.methods.alignedmtl import AlignedMTL
 from fastmtl.methods.base import Method, Seen, Weighting, check_needs, needs_of, weights_of
 from fastmtl.methods.cagrad import CAGrad
@@ -28,7 +29,6 @@ from fastmtl.methods.pcd import PCD
 from fastmtl.methods.pcgrad import PCGrad
 from fastmtl.methods.random_weights import RandomWeights
 from fastmtl.methods.sdmgrad import SDMGrad
-from fastmtl.methods.state import StatefulMethod as _StatefulMethod
 from fastmtl.methods.sum import Sum
 from fastmtl.methods.trimmed_mean import TrimmedMean
 from fastmtl.methods.upgrad import UPGrad
@@ -100,7 +100,7 @@ def get(method: str | Weighting) -> Weighting:
 def for_one_call(method: str | Weighting) -> Weighting:
     """`get`, for calls that may be one of many: by name a method with state begins anew at each, which warns."""
     found = get(method)
-    if isinstance(method, str) and isinstance(found, _StatefulMethod):
+    if isinstance(method, str) and isinstance(found, _state.StatefulMethod):
         name = type(found).__name__
         warnings.warn(
             f"method={method!r}: {name} keeps state from one step to the next, and a name makes a new one at each "
