@@ -243,6 +243,36 @@ def _tasks(results: dict[str, Any], path: Path) -> Path | None:
     return _save(figure, path)
 
 
+def _methods(results: dict[str, Any], path: Path) -> Path | None:
+    """Time of the weights against T, a line per method; TorchJD's dashed beside it."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["suite"] == "methods" and row["status"] == "ok" and "P" not in row["params"]:
+            lines.setdefault(row["op"], []).append(row)
+    if not lines:
+        return None
+    figure, axes = _axes(10.0)
+    for k, (name, rows) in enumerate(lines.items()):
+        rows.sort(key=lambda row: row["params"]["T"])
+        # ten colours, then again with another marker
+        look: dict[str, Any] = {"color": f"C{k % 10}", "marker": "ox"[k // 10], "markersize": 4}
+        for label, style in (("ours", "-"), ("torchjd", ":")):
+            points = [
+                (row["params"]["T"], 1e6 * row["times"][label]["median"])
+                for row in rows
+                if "median" in row["times"].get(label, {})
+            ]
+            if points:
+                words = name if label == "ours" else None
+                axes.plot(*zip(*points, strict=True), linestyle=style, label=words, **look)
+    axes.set_yscale("log")
+    axes.set_ylabel("microseconds (dotted: TorchJD)")
+    axes.set_title(f"weights of a [T, T] matrix on {results['machine']['device']}", fontsize=10)
+    _tasks_axis(axes, lines)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return _save(figure, path)
+
+
 def draw(results: dict[str, Any], out: Path) -> list[Path]:
     """Draws what the results have rows for; returns the files `<slug>-floor.png` and so on."""
     out.mkdir(parents=True, exist_ok=True)
@@ -254,6 +284,7 @@ def draw(results: dict[str, Any], out: Path) -> list[Path]:
             ("speedup", _speedup),
             ("step", _step),
             ("conv", _conv),
+            ("methods", _methods),
         )
     ]
     return [path for path in found if path is not None]

@@ -66,6 +66,7 @@ PAGES = {
     "surgery": ("surgery.md", "Gradient surgery", ("floor", "speedup")),
     "step": ("step.md", "Training steps", (plots.TASKS, "step")),
     "conv": ("task-weights.md", "Per-task weights", ("conv",)),
+    "methods": ("methods.md", "Methods", ("methods",)),
 }
 README_COLUMNS = ("what", "on", "fastmtl", "the fastest way without it", "fastmtl is")
 # the README's rows, in words; where fastmtl is slower is shown too
@@ -371,8 +372,10 @@ def _run_text(run: dict[str, Any]) -> str:
     return f"{run['date'][:10]}, commit {commit}, torch {versions['torch']}{peer}"
 
 
-def _note(header: tuple[str, ...]) -> str:
+def _note(header: tuple[str, ...], suite: str) -> str:
     """What stands above a table."""
+    if suite == "methods":
+        return "Weights of a `[T, T]` matrix, and passes over the gradients:"
     if header == TASK_COLUMNS:
         return (
             "Training steps in which every sample has one task, PCGrad over T tasks (forward, gradients, SGD with "
@@ -402,7 +405,7 @@ def section(results: dict[str, Any], suite: str, images: Sequence[str] = ()) -> 
         *(f"![{Path(image).stem}]({image})" for image in images),
     ]
     for header, lines in _by_table(rows).items():
-        parts += [_note(header), _markdown(header, [cells(row) for row in lines])]
+        parts += [_note(header, suite), _markdown(header, [cells(row) for row in lines])]
     parts += [f"`{row['case']}`: {row['error']}" for row in rows if row["status"] != "ok" and row.get("error")]
     for row in rows:
         if "accuracy" in row.get("extra", {}):
