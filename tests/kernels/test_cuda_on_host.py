@@ -258,14 +258,16 @@ def test_method_weights(num_tasks: int, kind: str, method: str) -> None:
     present = torch.arange(num_tasks) != 4
     number = list(method_weights.OPTIONS).index(method)
     # where no direction serves all tasks, only rounding keeps these weights from being infinite
-    tolerance = 0.1 if kind == "few dimensions" and method in ("nashmtl", "fairgrad") else 1e-6
+    tolerance = 0.1 if kind == "few dimensions" and method in ("nashmtl", "fairgrad") else 1e-7
+    if (method, kind) in {("fairgrad", "degenerate"), ("alignedmtl", "lengths")}:
+        tolerance = 1e-6  # condition of 1e9, at which two ways of solving may differ
     wanted = ops.method_weights(m, method, options, present=present)
     for schedule in SCHEDULES[: 2 if num_tasks < 17 else 1]:
         w = host.method_weights(m, number, options, present=present, schedule=schedule)
         wrong = w - wanted
         # as updates: where gradients cancel the weights are large
         assert wrong @ m @ wrong <= tolerance**2 * (wanted @ m @ wanted).abs() + 1e-24 * m.diagonal().max()
-        assert wrong.abs().max() <= tolerance * wanted.abs().max()
+        assert wrong.abs().max() <= max(tolerance, 1e-6) * wanted.abs().max()
 
 
 # --- GradVac
