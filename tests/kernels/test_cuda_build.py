@@ -59,7 +59,7 @@ KERNELS = {
     "runtime": {Kernel("write_table_kernel", "", (n,)) for n in (480, 1536, 4093)},
     "surgery": set(),
 }
-# takes more than a minute to compile
+# takes more than a minute to compile; that it does not spill, the test of the extension sees on every architecture
 SLOW = "kernels_methods"
 # always every other kernel for one architecture, and one dtype for the other
 SELECTED = [
