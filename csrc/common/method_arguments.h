@@ -10,47 +10,86 @@ namespace fastmtl {
 
 struct MethodArguments {
   solvers::Request request;
-  const double* gram;
+  solvers::Entries gram;
   int num_tasks;
   const uint8_t* present;     // null: all
   const double* preferences;  // null: all equal
   double* out;
 };
 
+// A [T, T] float32 or float64 matrix whose rows are dense.
+inline solvers::Entries read_entries(const Tensor& x, int64_t T) {
+  const DType dtype = dtype_of(x);
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == T && x.size(1) == T && (T == 1 || x.stride(1) == 1) &&
+                      (dtype == DType::f32 || dtype == DType::f64),
+                  "fastmtl: expected a [T, T] float32 or float64 matrix with dense rows");
+  return {x.const_data_ptr(), x.stride(0), dtype == DType::f64};
+}
+
+inline int64_t read_num_tasks(const Tensor& gram) {
+  STD_TORCH_CHECK(gram.dim() == 2 && gram.size(0) >= 1 && gram.size(0) <= kMaxTasks,
+                  "fastmtl: the Gram matrix must be [T, T], T from 1 to 128");
+  return gram.size(0);
+}
+
+inline const uint8_t* read_flags(const std::optional<Tensor>& present, int64_t T) {
+  if (!present.has_value()) return nullptr;
+  STD_TORCH_CHECK(present->numel() == T && present->scalar_type() == torch::headeronly::ScalarType::Bool &&
+                      present->is_contiguous(),
+                  "fastmtl: the flags must be a contiguous [T] bool tensor");
+  return static_cast<const uint8_t*>(present->const_data_ptr());
+}
+
+inline void check_numbers(const Tensor& x, int64_t count, const char* what) {
+  STD_TORCH_CHECK(x.numel() == count && dtype_of(x) == DType::f64 && x.is_contiguous(), "fastmtl: ", what,
+                  " must be contiguous float64 numbers, ", count, " of them");
+}
+
+inline const double* read_numbers(const std::optional<Tensor>& x, int64_t count, const char* what) {
+  if (!x.has_value()) return nullptr;
+  check_numbers(*x, count, what);
+  return static_cast<const double*>(x->const_data_ptr());
+}
+
+inline double* changed_numbers(Tensor& x, int64_t count, const char* what) {
+  check_numbers(x, count, what);
+  return static_cast<double*>(x.mutable_data_ptr());
+}
+
 // method: a `solvers::Kind`. The tensors must outlive what is returned.
 inline MethodArguments read_method(const Tensor& gram, int64_t method, const std::vector<double>& options,
                                    double rounding, const std::optional<Tensor>& present,
                                    const std::optional<Tensor>& preferences, const std::optional<Tensor>& per_task,
                                    Tensor& out) {
-  using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.size(0) >= 1 && gram.size(0) <= kMaxTasks &&
-                      dtype_of(gram) == DType::f64 && gram.is_contiguous(),
-                  "fastmtl: the Gram matrix must be a contiguous [T, T] float64 tensor, T from 1 to 128");
-  const int T = static_cast<int>(gram.size(0));
+  const int64_t T = read_num_tasks(gram);
   STD_TORCH_CHECK(method >= 0 && method < solvers::kKinds, "fastmtl: no method has number ", method);
   STD_TORCH_CHECK(options.size() <= solvers::kMostOptions, "fastmtl: expected at most ", solvers::kMostOptions,
                   " options, got ", options.size());
-  STD_TORCH_CHECK(!present.has_value() ||
-                      (present->numel() == T && present->scalar_type() == ScalarType::Bool && present->is_contiguous()),
-                  "fastmtl: the flags must be a contiguous [T] bool tensor");
-  STD_TORCH_CHECK(!preferences.has_value() || (preferences->numel() == T && dtype_of(*preferences) == DType::f64 &&
-                                               preferences->is_contiguous()),
-                  "fastmtl: the preferences must be a contiguous [T] float64 tensor");
-  STD_TORCH_CHECK(!per_task.has_value() ||
-                      (per_task->numel() == T && dtype_of(*per_task) == DType::f64 && per_task->is_contiguous()),
-                  "fastmtl: the numbers by task must be a contiguous [T] float64 tensor");
-  STD_TORCH_CHECK(out.numel() == T && dtype_of(out) == DType::f64 && out.is_contiguous(),
-                  "fastmtl: the weights must be a contiguous [T] float64 tensor");
   MethodArguments read{{static_cast<solvers::Kind>(method), {}, rounding},
-                       static_cast<const double*>(gram.const_data_ptr()),
-                       T,
-                       nullptr,
-                       nullptr,
-                       static_cast<double*>(out.mutable_data_ptr())};
+                       read_entries(gram, T),
+                       static_cast<int>(T),
+                       read_flags(present, T),
+                       read_numbers(preferences, T, "the preferences"),
+                       changed_numbers(out, T, "the weights")};
   for (size_t k = 0; k < options.size(); ++k) read.request.options[k] = options[k];
-  if (present.has_value()) read.present = static_cast<const uint8_t*>(present->const_data_ptr());
-  if (preferences.has_value()) read.preferences = static_cast<const double*>(preferences->const_data_ptr());
-  if (per_task.has_value()) read.request.per_task = static_cast<const double*>(per_task->const_data_ptr());
+  read.request.per_task = read_numbers(per_task, T, "the numbers by task");
+  return read;
+}
+
+// The same of a method that changes what it keeps.
+inline MethodArguments read_step(const Tensor& gram, const std::optional<Tensor>& also, int64_t method,
+                                 const std::vector<double>& options, double rounding,
+                                 const std::optional<Tensor>& present, const std::optional<Tensor>& preferences,
+                                 const std::optional<Tensor>& per_task, Tensor& kept, std::optional<Tensor>& counted,
+                                 Tensor& out) {
+  MethodArguments read = read_method(gram, method, options, rounding, present, preferences, per_task, out);
+  const solvers::Kind kind = read.request.kind;
+  STD_TORCH_CHECK(kind == solvers::Kind::pcd || kind == solvers::Kind::sdmgrad || kind == solvers::Kind::modo,
+                  "fastmtl: method ", method, " keeps nothing");
+  STD_TORCH_CHECK(counted.has_value() == (kind == solvers::Kind::pcd), "fastmtl: the counts are pcd's");
+  read.request.kept = changed_numbers(kept, read.num_tasks, "what is kept");
+  if (counted.has_value()) read.request.counted = changed_numbers(*counted, read.num_tasks, "the counts");
+  if (also.has_value()) read.request.also = read_entries(*also, read.num_tasks);
   return read;
 }
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl import ops
 from fastmtl.methods.base import Seen
-from fastmtl.methods.state import Field, StatefulMethod
-from fastmtl.ops.gradients.gradvac import check_beta, check_update
-from fastmtl.ops.gradients.order import Randomness, check_generator, random_order
+from fastmtl.methods.state import Field, FusedMethod
+from fastmtl.ops.gradients.gradvac import check_beta, check_update, gradvac_step_op
+from fastmtl.ops.gradients.order import Draw, Randomness, check_generator, traceable_source
 from fastmtl.ops.gradients.pcgrad import REDUCTIONS, check_no_generator
 
 
-class GradVac(StatefulMethod):
+class GradVac(FusedMethod):
     """Each gradient is turned towards every task with which its cosine is below a target, in random order.
 
     The target of a pair of tasks is the running average of their cosines, 0 at first, so that the first step is
@@ -74,21 +73,11 @@ class GradVac(StatefulMethod):
         self.generator = generator
 
     def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
-        targets = self._state.read(seen.names, gram.device)["targets"]
-        order = self.order
-        if order is None:
-            order = random_order(gram.shape[0], generator=self.generator, device=gram.device)
-        c, targets = ops.gradvac_coefficients(gram, order, targets, self.beta, update=self.target_update)
-        self._state.keep(seen.names, present, targets=targets)
-        # an absent task has a zero column, which no row meets; its own row must not count
-        w = (c if present is None else torch.where(present[:, None], c, 0.0)).sum(0)
-        if self.reduction == "mean":
-            w = w / (gram.shape[0] if present is None else present.sum())
+        source = Draw(0, None) if self.order is not None else traceable_source(self.generator, gram.device)
+        (targets,) = self._state.lend(seen.names, gram.device)
+        w = gradvac_step_op(gram, targets, self.order, *source, present, self.beta, self.target_update, self.reduction)
+        self._state.take_back(seen.names, [targets])
         return w
-
-    def _read(self, gram: Tensor, present: Tensor | None) -> Tensor:
-        # in its own dtype, which says how far its entries are rounded
-        return super()._read(gram, present).to(gram.dtype)
 
     def __repr__(self) -> str:
         return f"GradVac(beta={self.beta!r}, reduction={self.reduction!r}, update={self.target_update!r})"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastmtl.methods.base import Seen
-from fastmtl.methods.simplex import project_on_simplex
-from fastmtl.methods.state import Field, StatefulMethod
+from fastmtl.methods.state import Field, FusedMethod
+from fastmtl.ops.gradients.method_step import method_step_op
 
 
-class MoDo(StatefulMethod):
+class MoDo(FusedMethod):
     """Weights that follow the shortest convex combination by one projected gradient step at each call.
 
     The slope of `|lambda^T G|^2 / 2` in lambda is `G (G^T lambda)`. From one batch its expectation is wrong, since the
@@ -58,15 +58,9 @@ class MoDo(StatefulMethod):
 
     def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
         assert seen.second is not None
-        second = seen.second
-        before = self._state.read(seen.names, gram.device)["weights"]
-        count = len(before) if present is None else present.sum().to(before.dtype)
-        before = torch.where(before.isnan(), 1 / count, before)
-        if present is not None:
-            before = torch.where(present, before, 0.0)
-            second = torch.where(present[:, None] & present, second, 0.0)
-        w = project_on_simplex(before - self.gamma * (second @ before + self.rho * before), present)
-        self._state.keep(seen.names, present, weights=w)
+        kept = self._state.lend(seen.names, gram.device)
+        w = method_step_op(seen.second, "modo", [self.gamma, self.rho], *kept, None, present, also=gram)
+        self._state.take_back(seen.names, kept)
         return w
 
     def __repr__(self) -> str:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastmtl import ops
 from fastmtl.methods.base import Seen
-from fastmtl.methods.state import Field, StatefulMethod
+from fastmtl.methods.state import Field, FusedMethod
+from fastmtl.ops.gradients.method_step import method_step_op
 
 
-class PCD(StatefulMethod):
+class PCD(FusedMethod):
     """The update follows the gradient of one task as closely as a least progress of all others allows.
 
     Gradients have scales `s_i = 1 / sqrt(v_i + eps)`, with v_i the running average of the squared length of g_i. The
@@ -78,18 +78,14 @@ class PCD(StatefulMethod):
         if self.primary is not None and self.primary not in names:
             raise ValueError(f"primary: expected one of {', '.join(names)}, got {self.primary!r}")
         primary = 0 if self.primary is None else names.index(self.primary)
-        state = self._state.read(names, gram.device)
-        square = gram.diagonal().to(torch.float64)
-        squares = self.beta * state["squares"] + (1 - self.beta) * square
-        # NaN where the square is not finite, so that neither is kept then
-        counted = self.beta * state["counted"] + (1 - self.beta) + 0.0 * square
-        self._state.keep(names, present, squares=squares, counted=counted)
-        scales = (squares / counted + self.eps).rsqrt()
         tau, taus = self.tau, None
         if not isinstance(tau, float):
             tau, taus = 0.0, self._tau_of(tau, names, gram.device)
-        options = [float(primary), tau]
-        return ops.method_weights(gram, "pcd", options, present=present, preferences=scales, per_task=taus)
+        options = [float(primary), tau, self.beta, self.eps]
+        kept = self._state.lend(names, gram.device)
+        w = method_step_op(gram, "pcd", options, *kept, present, per_task=taus)
+        self._state.take_back(names, kept)
+        return w
 
     def _tau_of(self, tau: dict[str, float], names: list[str], device: torch.device) -> Tensor:
         """`[T]` float64. Kept: a copy at each call would wait for the device."""
@@ -97,10 +93,6 @@ class PCD(StatefulMethod):
             taus = [tau.get(name, 0.0) for name in names]
             self._taus = names, torch.tensor(taus, dtype=torch.float64).to(device)
         return self._taus[1]
-
-    def _read(self, gram: Tensor, present: Tensor | None) -> Tensor:
-        # in its own dtype, which says how far its entries are rounded
-        return super()._read(gram, present).to(gram.dtype)
 
     def __repr__(self) -> str:
         return f"PCD(tau={self.tau!r}, beta={self.beta!r}, eps={self.eps!r}, primary={self.primary!r})"

@@ -7,14 +7,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastmtl import ops
 from fastmtl.methods.base import Seen
 from fastmtl.methods.gram_method import Preferences, read_preferences
-from fastmtl.methods.state import Field, StatefulMethod
+from fastmtl.methods.state import Field, FusedMethod
+from fastmtl.ops.gradients.method_step import method_step_op
 from fastmtl.ops.gradients.method_weights import check_method
 
 
-class SDMGrad(StatefulMethod):
+class SDMGrad(FusedMethod):
     """The weights follow the stochastic gradient of `|G^T w + lambda g_0|^2 / 2` on the simplex; g_0 is preferred.
 
     With the inner products `A = G G'^T` of the task gradients and those of a second, independent batch, each call makes
@@ -67,25 +67,15 @@ class SDMGrad(StatefulMethod):
 
     def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
         assert seen.second is not None
-        num_tasks = gram.shape[0]
-        here = torch.ones(num_tasks, dtype=torch.bool, device=gram.device) if present is None else present
-        shares = here.to(torch.float64)
         if self.preferences is not None:
             # kept there: a copy at each call would wait for the device
             self.preferences = self.preferences.to(gram.device)
-            if self.preferences.shape != shares.shape:
-                raise ValueError(f"preferences: expected shape [{num_tasks}], got {list(self.preferences.shape)}")
-            wanted = shares * self.preferences
-            shares = torch.where(wanted.sum() > 0, wanted, shares)
-        start = self._state.read(seen.names, gram.device)["weights"]
-        # a task that is new starts at its share of all
-        start = torch.where(start.isnan(), 1.0 / here.sum(dtype=torch.float64), start)
-        w = ops.method_weights(
-            seen.second, "sdmgrad", self._options, present=present, preferences=shares, per_task=start
-        )
-        self._state.keep(seen.names, present, weights=w)
-        w = torch.where(gram.isfinite().all(), w, torch.nan)
-        return (w + self.lambda_ * shares / shares.sum()) / (1 + self.lambda_)
+            if self.preferences.shape != gram.shape[:1]:
+                raise ValueError(f"preferences: expected shape [{len(gram)}], got {list(self.preferences.shape)}")
+        kept = self._state.lend(seen.names, gram.device)
+        w = method_step_op(seen.second, "sdmgrad", self._options, *kept, None, present, self.preferences, also=gram)
+        self._state.take_back(seen.names, kept)
+        return w
 
     def __repr__(self) -> str:
         return f"SDMGrad(lr={self.lr!r}, momentum={self.momentum!r}, steps={self.steps!r}, lambda_={self.lambda_!r})"

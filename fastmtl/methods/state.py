@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.methods.base import Method, Seen, seen_by_position
+from fastmtl.ops.gradients.arguments import check_present
+from fastmtl.ops.gradients.pcgrad import check_gram
 
 
 class Field(NamedTuple):
@@ -78,6 +80,21 @@ class NamedState:
                 else:
                     fine = new.isfinite().all()
                 _put(self._values[key], at, torch.where(fine, new, before))
+
+    def lend(self, names: Sequence[str], device: torch.device) -> list[Tensor]:
+        """The values of all fields for these tasks, in the order of the fields, for an op that changes them in place.
+
+        They are the state's own where the tasks are all that it knows, in order; else copies. `take_back` must follow.
+        """
+        self.prepare(names, device)
+        at = self._positions(names, device)
+        return list(self._values.values()) if at is None else list(self.read(names, device).values())
+
+    def take_back(self, names: Sequence[str], values: Sequence[Tensor]) -> None:
+        """The values that were lent, changed."""
+        for key, value in zip(self._fields, values, strict=True):
+            if value is not self._values[key]:
+                _put(self._values[key], self._positions(names, value.device), value)
 
     def prepare(self, names: Sequence[str], device: torch.device) -> None:
         """Makes entries for new tasks, and moves all to the device."""
@@ -219,3 +236,21 @@ class StatefulMethod(Method):
 
     def state_tensors(self, names: Sequence[str], device: torch.device) -> list[Tensor]:
         return self._state.tensors(names, device)
+
+
+class FusedMethod(StatefulMethod):
+    """A stateful method of which one op makes the weights and changes the state, in one launch.
+
+    A subclass implements `_weigh` by such an op, which does not look at absent tasks and gives them weight 0.
+    """
+
+    def _read(self, gram: Tensor, present: Tensor | None) -> Tensor:
+        # as it is: its dtype says how far its entries are rounded
+        check_gram(gram)
+        if present is not None:
+            check_present(present, gram)
+        return gram
+
+    def _weigh_present(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            return self._weigh(gram.detach(), seen, present)

@@ -211,34 +211,79 @@ int host_gradvac(const double* gram, int64_t num_tasks, const int64_t* order, in
     cuda_on_host::schedule = schedule;
     const int T = static_cast<int>(num_tasks);
     Guarded memory(8 * T * leading_dimension(T), 0xFF);
-    launch_gradvac({{beta, always != 0, rounding},
-                    gram,
-                    T,
-                    order,
-                    num_visits,
-                    targets,
-                    T > 64 ? memory.as<double>() : nullptr,
-                    out,
-                    new_targets},
-                   nullptr);
+    GradVacParams p{};
+    p.method = {beta, always != 0, rounding};
+    p.gram = {gram, num_tasks, true};
+    p.num_tasks = T;
+    p.order.order = order;
+    p.order.num_visits = num_visits;
+    p.targets = targets;
+    p.more = T > 64 ? memory.as<double>() : nullptr;
+    p.out = out;
+    p.new_targets = new_targets;
+    launch_gradvac(p, nullptr);
     memory.check("the workspace");
   });
 }
 
-// present and preferences: [T] or null; workspace for more tasks than shared memory holds
-int host_method_weights(const double* gram, int64_t num_tasks, int64_t method, const double* options, double rounding,
-                        const uint8_t* present, const double* preferences, const double* per_task, double* out,
+// gram: float32 or float64, `step` entries from row to row; order: null to draw it from key and state, [2] or null
+int host_gradvac_step(const void* gram, int64_t step, int64_t is_double, int64_t num_tasks, const int64_t* order,
+                      int64_t num_visits, uint64_t key, int64_t* state, const uint8_t* present, double beta,
+                      int64_t always, int64_t mean, double rounding, double* targets, double* weights,
+                      uint64_t schedule) {
+  return guarded([&] {
+    cuda_on_host::schedule = schedule;
+    const int T = static_cast<int>(num_tasks);
+    Guarded memory(8 * T * leading_dimension(T), 0xFF), results(16 * T * T, 0xFF);
+    GradVacParams p{};
+    p.method = {beta, always != 0, rounding};
+    p.gram = {gram, step, is_double != 0};
+    p.num_tasks = T;
+    p.order.draw = order == nullptr;
+    p.order.order = order;
+    p.order.num_visits = num_visits;
+    p.order.key = key;
+    p.order.state = state;
+    p.present = present;
+    p.targets = p.kept = targets;
+    p.more = T > 64 ? memory.as<double>() : nullptr;
+    p.out = results.as<double>();
+    p.new_targets = p.out + T * T;
+    p.weights = weights;
+    p.mean = mean != 0;
+    launch_gradvac(p, nullptr);
+    memory.check("the workspace");
+    results.check("the coefficients");
+  });
+}
+
+// present, preferences, kept and counted: [T] or null; workspace for more tasks than shared memory holds
+int host_method_weights(const void* gram, int64_t step, int64_t is_double, int64_t num_tasks, int64_t method,
+                        const double* options, double rounding, const uint8_t* present, const double* preferences,
+                        const double* per_task, const void* also, double* kept, double* counted, double* out,
                         uint64_t schedule) {
   return guarded([&] {
     cuda_on_host::schedule = schedule;
     const int T = static_cast<int>(num_tasks);
-    const solvers::Request request{
-        static_cast<solvers::Kind>(method), {options[0], options[1], options[2], options[3]}, rounding, per_task};
+    const solvers::Request request{static_cast<solvers::Kind>(method),
+                                   {options[0], options[1], options[2], options[3]},
+                                   rounding,
+                                   per_task,
+                                   kept,
+                                   counted,
+                                   {also, step, is_double != 0}};
     const int blocks = method_blocks(request.kind, T);
     Guarded memory(8 * blocks * (block_scratch(T) + T), 0xFF), ticket(sizeof(unsigned), 0);
     double* scratch = memory.as<double>();
-    launch_method_weights({request, gram, T, present, preferences, scratch, scratch + blocks * block_scratch(T),
-                           ticket.as<unsigned>(), out},
+    launch_method_weights({request,
+                           {gram, step, is_double != 0},
+                           T,
+                           present,
+                           preferences,
+                           scratch,
+                           scratch + blocks * block_scratch(T),
+                           ticket.as<unsigned>(),
+                           out},
                           nullptr);
     ticket.check("the ticket");
     if (*ticket.as<unsigned>() != 0) throw std::runtime_error("the ticket is not zero");

@@ -1,12 +1,12 @@
 // What each method makes of the Gram matrix of T task gradients: T weights, in float64.
 #pragma once
 
+#include "common/solvers/descent.h"
 #include "common/solvers/eigen.h"
 #include "common/solvers/fairness.h"
 #include "common/solvers/krum.h"
 #include "common/solvers/min_norm.h"
 #include "common/solvers/priority.h"
-#include "common/solvers/sdmgrad.h"
 
 namespace fastmtl::solvers {
 
@@ -22,9 +22,10 @@ enum class Kind : int {
   dualproj,
   krum,
   pcd,
-  sdmgrad
+  sdmgrad,
+  modo
 };
-constexpr int kKinds = 12;
+constexpr int kKinds = 13;
 constexpr int kMostOptions = 4;
 
 // options: by kind, as fastmtl/ops/gradients/method_weights.py lists them; kinds in its order, too. rounding: the
@@ -33,7 +34,15 @@ struct Request {
   Kind kind;
   double options[kMostOptions];
   double rounding;
-  const double* per_task = nullptr;  // [T], or null; pcd: in place of tau; sdmgrad: the weights to start from
+  const double* per_task = nullptr;  // [T], or null; pcd: in place of tau; sdmgrad, modo: the weights to start from
+  // What a method keeps from one call to the next, [T] each: changed in place for the tasks that take part, and only
+  // where all that they have is finite. Null: nothing. sdmgrad, modo: the weights, NaN where there are none yet, in
+  // place of per_task; what is returned is then sdmgrad's mixture of them with the preferences. pcd: the running
+  // averages of the squared lengths, times how much they count, and that; scales are made of these in place of the
+  // preferences.
+  double *kept = nullptr, *counted = nullptr;
+  // of sdmgrad and modo, whose `gram` is of two batches: another matrix that must be finite, or none
+  Entries also;
 };
 
 constexpr double kEpsilon = 2.220446049250313e-16;  // of float64
@@ -382,6 +391,16 @@ FASTMTL_HOST_DEVICE void dualproj(const Team& team, const Problem& p, double mor
   each(team, p.n, [&](int i) { p.out[i] = p.weights[i] + p.w[i]; });
 }
 
+// Preferences that are zero for all tasks that take part are none.
+template <class Team>
+FASTMTL_HOST_DEVICE double total_of_preferences(const Team& team, const Problem& p) {
+  const double total = sum_of(team, p.n, [&](int i) { return p.weights[i]; });
+  if (total > 0) return total;
+  each(team, p.n, [&](int i) { p.weights[i] = 1.0; });
+  team.sync();
+  return p.n;
+}
+
 // Where a task stands among those that take part; where it does not: the first place.
 FASTMTL_HOST_DEVICE inline int place_of(const int* tasks, int n, double task) {
   for (int i = 0; i < n; ++i)
@@ -393,7 +412,7 @@ FASTMTL_HOST_DEVICE inline int place_of(const int* tasks, int n, double task) {
 // that take part (aligned_mtl: 1). scratch: `scratch_size(T)`, or of the team's room. out: [T], 0 for absent tasks; NaN
 // for all of the others where an entry of theirs is not finite.
 template <class Team>
-FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& request, const double* gram, int T,
+FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& request, Entries gram, int T,
                                               const uint8_t* present, const double* weights, double* scratch,
                                               double* out, Share share = kAll) {
   Problem p;
@@ -420,13 +439,14 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
   });
   team.sync();
   p.scale = largest_of(team, p.n, [&](int i) {
-    const double square = gram[tasks[i] * T + tasks[i]];
+    const double square = gram.at(tasks[i], tasks[i]);
     return square > 0 ? square : 0.0;  // of NaN, too
   });
   double bad = 0.0;
   each_entry(team, p.n, [&](int i, int k) {
-    const double x = gram[tasks[i] * T + tasks[k]];
-    if (!std::isfinite(x)) bad += 1.0;
+    const double x = gram.at(tasks[i], tasks[k]);
+    if (!std::isfinite(x) || (request.also.data != nullptr && !std::isfinite(request.also.at(tasks[i], tasks[k]))))
+      bad += 1.0;
     p.m[i][k] = x / (p.scale > 0 ? p.scale : 1.0);
   });
   const bool finite = team.sum(bad) == 0.0;
@@ -434,15 +454,30 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
   const double even = request.kind == Kind::aligned_mtl && request.options[1] != 0 ? 1.0 : 1.0 / p.n;
   const bool keeps_weights = request.kind == Kind::mgda || request.kind == Kind::cagrad ||
                              request.kind == Kind::upgrad || request.kind == Kind::dualproj;
+  const bool descends = request.kind == Kind::sdmgrad || request.kind == Kind::modo;
   each(team, p.n, [&](int i) {
-    const double* per_task = request.per_task;
+    const double* per_task = descends && request.kept != nullptr ? request.kept : request.per_task;
     p.weights[i] = given ? weights[tasks[i]] : even;
     p.out[i] = keeps_weights && share.part == 0 ? p.weights[i] : 0.0;  // where all gradients are zero
-    if (request.kind == Kind::sdmgrad) p.out[i] = per_task != nullptr ? per_task[tasks[i]] : 1.0 / p.n;
-    if (request.kind == Kind::pcd) p.t[i] = per_task != nullptr ? per_task[tasks[i]] : request.options[1];
+    if (descends) {
+      p.out[i] = per_task != nullptr ? per_task[tasks[i]] : NAN;
+      if (std::isnan(p.out[i])) p.out[i] = 1.0 / p.n;
+    }
+    if (request.kind != Kind::pcd) return;
+    p.t[i] = per_task != nullptr ? per_task[tasks[i]] : request.options[1];
+    if (request.kept == nullptr) return;
+    // a new average, which is corrected for its start
+    const double share_of_new = 1.0 - request.options[2], square = gram.at(tasks[i], tasks[i]);
+    const double average = request.options[2] * request.kept[tasks[i]] + share_of_new * square;
+    const double count = request.options[2] * request.counted[tasks[i]] + share_of_new;
+    p.weights[i] = 1.0 / std::sqrt(average / count + request.options[3]);
+    if (!finite) return;
+    request.kept[tasks[i]] = average;
+    request.counted[tasks[i]] = count;
   });
   team.sync();
-  if (finite && (p.scale > 0 || (request.kind == Kind::sdmgrad && p.n > 0))) {
+  const double wanted = descends ? total_of_preferences(team, p) : 0.0;
+  if (finite && (p.scale > 0 || (descends && p.n > 0))) {
     switch (request.kind) {
       case Kind::mgda: mgda(team, p); break;
       case Kind::cagrad: cagrad(team, p, request.options[0], request.rounding); break;
@@ -457,11 +492,19 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
       case Kind::pcd: pcd(team, p, place_of(tasks, p.n, request.options[0]), request.rounding); break;
       case Kind::sdmgrad:
         sdmgrad(team, p, request.options[0], request.options[1], static_cast<int>(request.options[2]),
-                request.options[3]);
+                request.options[3], wanted);
         break;
+      case Kind::modo: modo(team, p, request.options[0], request.options[1]); break;
     }
   }
   each(team, p.n, [&](int i) { out[tasks[i]] = finite ? p.out[i] : NAN; });
+  if (!descends || request.kept == nullptr) return;
+  const bool all_finite = finite && sum_of(team, p.n, [&](int i) { return std::isfinite(p.out[i]) ? 0.0 : 1.0; }) == 0;
+  const double more = request.kind == Kind::sdmgrad ? request.options[3] : 0.0;
+  each(team, p.n, [&](int i) {
+    if (all_finite) request.kept[tasks[i]] = p.out[i];
+    if (finite) out[tasks[i]] = (p.out[i] + more * p.weights[i] / wanted) / (1.0 + more);
+  });
 }
 
 }  // namespace fastmtl::solvers

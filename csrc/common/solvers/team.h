@@ -22,6 +22,18 @@
 
 namespace fastmtl::solvers {
 
+// A matrix as torch has it: float32 or float64, `step` entries from row to row.
+struct Entries {
+  const void* data = nullptr;
+  int64_t step = 0;
+  bool is_double = true;
+
+  FASTMTL_HOST_DEVICE double at(int i, int k) const {
+    const int64_t entry = i * step + k;
+    return is_double ? static_cast<const double*>(data)[entry] : static_cast<const float*>(data)[entry];
+  }
+};
+
 // A number and where it was found; of equal numbers the first.
 struct Found {
   double value;

@@ -8,15 +8,27 @@
 namespace fastmtl::cpu {
 namespace {
 
+void solve(const MethodArguments& p) {
+  const auto scratch = std::make_unique_for_overwrite<double[]>(solvers::scratch_size(p.num_tasks));
+  solvers::solve(solvers::Alone{}, p.request, p.gram, p.num_tasks, p.present, p.preferences, scratch.get(), p.out);
+}
+
 void method_weights_op(Tensor gram, int64_t method, const std::vector<double>& options, double rounding,
                        const std::optional<Tensor>& present, const std::optional<Tensor>& preferences,
                        const std::optional<Tensor>& per_task, Tensor out) {
-  const MethodArguments p = read_method(gram, method, options, rounding, present, preferences, per_task, out);
-  const auto scratch = std::make_unique_for_overwrite<double[]>(solvers::scratch_size(p.num_tasks));
-  solvers::solve(solvers::Alone{}, p.request, p.gram, p.num_tasks, p.present, p.preferences, scratch.get(), p.out);
+  solve(read_method(gram, method, options, rounding, present, preferences, per_task, out));
+}
+
+void method_step_op(Tensor gram, const std::optional<Tensor>& also, int64_t method, const std::vector<double>& options,
+                    double rounding, const std::optional<Tensor>& present, const std::optional<Tensor>& preferences,
+                    const std::optional<Tensor>& per_task, Tensor kept, std::optional<Tensor> counted, Tensor out) {
+  solve(read_step(gram, also, method, options, rounding, present, preferences, per_task, kept, counted, out));
 }
 
 }  // namespace
 }  // namespace fastmtl::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) { m.impl("_method_weights", TORCH_BOX(&fastmtl::cpu::method_weights_op)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
+  m.impl("_method_weights", TORCH_BOX(&fastmtl::cpu::method_weights_op));
+  m.impl("_method_step", TORCH_BOX(&fastmtl::cpu::method_step_op));
+}

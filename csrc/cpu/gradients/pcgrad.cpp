@@ -3,10 +3,10 @@
 
 #include <algorithm>
 #include <optional>
-#include <utility>
 
 #include "common/solvers.h"
 #include "cpu/gradients/gram.h"
+#include "cpu/gradients/visits.h"
 #include "cpu/gradients/walk.h"
 
 namespace fastmtl::cpu {
@@ -117,23 +117,13 @@ std::vector<int64_t> read_order(const std::optional<Tensor>& order, int64_t key,
     const auto* visits = static_cast<const int64_t*>(order->const_data_ptr());
     return {visits, visits + order->numel()};
   }
-  uint64_t stream = static_cast<uint64_t>(key), counter = 0;
+  int64_t* words = nullptr;
   if (state.has_value()) {
     STD_TORCH_CHECK(state->numel() == 2 && state->is_contiguous() && state->scalar_type() == ScalarType::Long,
                     "fastmtl: the state must be a contiguous [2] int64 tensor");
-    auto* words = static_cast<int64_t*>(state->mutable_data_ptr());
-    stream ^= static_cast<uint64_t>(words[0]);
-    counter = static_cast<uint64_t>(words[1]++);
+    words = static_cast<int64_t*>(state->mutable_data_ptr());
   }
-  // each row: the tasks by rising random number, equal ones by task
-  std::vector<int64_t> visits(static_cast<size_t>(T) * T);
-  std::vector<std::pair<int64_t, int>> numbers(T);
-  for (int i = 0; i < T; ++i) {
-    for (int t = 0; t < T; ++t) numbers[t] = {random_number(stream, counter * kNumbersPerCount + i * T + t), t};
-    std::sort(numbers.begin(), numbers.end());
-    for (int t = 0; t < T; ++t) visits[i * T + t] = numbers[t].second;
-  }
-  return visits;
+  return drawn_visits(static_cast<uint64_t>(key), words, T);
 }
 
 void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,

@@ -10,7 +10,7 @@ namespace fastmtl::cuda {
 
 struct MethodParams {
   solvers::Request request;
-  const double* gram;  // [T, T]
+  solvers::Entries gram;  // [T, T]
   int num_tasks;
   const uint8_t* present;     // [T], or null: all
   const double* preferences;  // [T], or null: all equal

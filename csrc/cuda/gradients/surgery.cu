@@ -173,30 +173,47 @@ void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
   check(cudaGetLastError(), "pcgrad_coefficients launch");
 }
 
-void gradvac_op(Tensor gram, Tensor order, Tensor targets, double beta, bool always, double rounding, Tensor out,
-                Tensor new_targets) {
-  const int device = gram.get_device_index();
-  check_devices({gram, order, targets, out, new_targets}, device, "all that the solver reads");
-  const GradVacArguments read = read_gradvac(gram, order, targets, beta, always, rounding, out, new_targets);
+void gradvac(const GradVacArguments& read, int device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
-  GradVacParams p{read.method,  read.gram, read.num_tasks, read.order,      read.num_visits,
-                  read.targets, nullptr,   read.out,       read.new_targets};
+  const int64_t T = read.num_tasks;
+  GradVacParams p{read.method, read.gram, read.num_tasks,   Solve{},      read.present, read.targets,
+                  nullptr,     read.out,  read.new_targets, read.weights, read.targets, read.mean};
+  p.order.draw = read.draws;
+  p.order.order = read.order;
+  p.order.num_visits = read.num_visits;
+  p.order.key = read.key;
+  p.order.state = read.state;
+  const int64_t more = T > 64 ? T * leading_dimension(read.num_tasks) : 0, results = p.weights != nullptr ? T * T : 0;
   std::optional<Tensor> memory;
-  if (p.num_tasks > 64) {
-    memory = workspace(device, 8 * int64_t{p.num_tasks} * leading_dimension(p.num_tasks));
+  if (more + results > 0) {
+    memory = workspace(device, 8 * (more + 2 * results));
     p.more = static_cast<double*>(memory->mutable_data_ptr());
+  }
+  if (results > 0) {
+    p.out = p.more + more;
+    p.new_targets = p.out + results;
   }
   launch_gradvac(p, current_stream(device));
   check(cudaGetLastError(), "gradvac_coefficients launch");
 }
 
-void method_weights_op(Tensor gram, int64_t method, const std::vector<double>& options, double rounding,
-                       const std::optional<Tensor>& present, const std::optional<Tensor>& preferences,
-                       const std::optional<Tensor>& per_task, Tensor out) {
+void gradvac_op(Tensor gram, Tensor order, Tensor targets, double beta, bool always, double rounding, Tensor out,
+                Tensor new_targets) {
   const int device = gram.get_device_index();
-  check_devices({gram, out, present.value_or(gram), preferences.value_or(gram), per_task.value_or(gram)}, device,
+  check_devices({gram, order, targets, out, new_targets}, device, "all that the solver reads");
+  gradvac(read_gradvac(gram, order, targets, beta, always, rounding, out, new_targets), device);
+}
+
+void gradvac_step_op(Tensor gram, Tensor targets, const std::optional<Tensor>& order, int64_t key,
+                     std::optional<Tensor> state, const std::optional<Tensor>& present, double beta, bool always,
+                     bool mean, double rounding, Tensor weights) {
+  const int device = gram.get_device_index();
+  check_devices({gram, targets, weights, order.value_or(gram), state.value_or(gram), present.value_or(gram)}, device,
                 "all that the solver reads");
-  const MethodArguments read = read_method(gram, method, options, rounding, present, preferences, per_task, out);
+  gradvac(read_gradvac_step(gram, targets, order, key, state, present, beta, always, mean, rounding, weights), device);
+}
+
+void solve_method(const MethodArguments& read, int device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const int T = read.num_tasks, blocks = method_blocks(read.request.kind, T);
@@ -215,6 +232,26 @@ void method_weights_op(Tensor gram, int64_t method, const std::vector<double>& o
   }
   launch_method_weights(p, stream);
   check(cudaGetLastError(), "method_weights launch");
+}
+
+void method_weights_op(Tensor gram, int64_t method, const std::vector<double>& options, double rounding,
+                       const std::optional<Tensor>& present, const std::optional<Tensor>& preferences,
+                       const std::optional<Tensor>& per_task, Tensor out) {
+  const int device = gram.get_device_index();
+  check_devices({gram, out, present.value_or(gram), preferences.value_or(gram), per_task.value_or(gram)}, device,
+                "all that the solver reads");
+  solve_method(read_method(gram, method, options, rounding, present, preferences, per_task, out), device);
+}
+
+void method_step_op(Tensor gram, const std::optional<Tensor>& also, int64_t method, const std::vector<double>& options,
+                    double rounding, const std::optional<Tensor>& present, const std::optional<Tensor>& preferences,
+                    const std::optional<Tensor>& per_task, Tensor kept, std::optional<Tensor> counted, Tensor out) {
+  const int device = gram.get_device_index();
+  check_devices({gram, out, kept, also.value_or(gram), present.value_or(gram), preferences.value_or(gram),
+                 per_task.value_or(gram), counted.value_or(gram)},
+                device, "all that the solver reads");
+  solve_method(read_step(gram, also, method, options, rounding, present, preferences, per_task, kept, counted, out),
+               device);
 }
 
 void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
@@ -270,6 +307,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CUDA, m) {
   m.impl("_combine", TORCH_BOX(&fastmtl::cuda::combine_op));
   m.impl("_pcgrad_coefficients", TORCH_BOX(&fastmtl::cuda::coefficients_op));
   m.impl("_gradvac_coefficients", TORCH_BOX(&fastmtl::cuda::gradvac_op));
+  m.impl("_gradvac_step", TORCH_BOX(&fastmtl::cuda::gradvac_step_op));
   m.impl("_method_weights", TORCH_BOX(&fastmtl::cuda::method_weights_op));
+  m.impl("_method_step", TORCH_BOX(&fastmtl::cuda::method_step_op));
   m.impl("_pcgrad", TORCH_BOX(&fastmtl::cuda::pcgrad_op));
 }

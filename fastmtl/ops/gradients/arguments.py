@@ -138,3 +138,10 @@ def read_lists(grads: GradLists, argument: str = "grads") -> GradientRows:
             tensors.append(x)
             index.append(t * num_params + i)
     return GradientRows(tensors, index, num_tasks, num_params)
+
+
+def kernel_matrix(matrix: Tensor) -> Tensor:
+    """A square matrix as the solvers read it: float32 or float64, of any distance between rows, which are dense."""
+    if matrix.dtype not in (torch.float32, torch.float64):
+        return matrix.to(torch.float64).contiguous()
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

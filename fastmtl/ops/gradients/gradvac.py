@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmtl.core.dispatch import choose
 from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops.gradients import reference
+from fastmtl.ops.gradients.arguments import check_present, kernel_matrix
 from fastmtl.ops.gradients.pcgrad import check_gram, check_order, check_order_values
 
 UPDATES = ("always", "triggered")
@@ -78,9 +79,10 @@ def check_update(update: str) -> None:
         raise ValueError(f"update: expected 'always' or 'triggered', got {update!r}")
 
 
-def _check(gram: Tensor, order: Tensor, targets: Tensor, beta: float, update: str) -> None:
+def _check(gram: Tensor, order: Tensor | None, targets: Tensor, beta: float, update: str) -> None:
     check_gram(gram)
-    check_order(order, gram.shape[0], gram.device)
+    if order is not None:
+        check_order(order, gram.shape[0], gram.device)
     check_gram(targets, "targets")
     if targets.shape != gram.shape:
         raise ValueError(f"targets: expected shape {list(gram.shape)}, got {list(targets.shape)}")
@@ -94,7 +96,7 @@ def _compiled(gram: Tensor, order: Tensor, targets: Tensor, beta: float, update:
     out = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
     new_targets = torch.empty_like(out)
     _kernel(
-        gram.to(torch.float64).contiguous(),
+        kernel_matrix(gram),
         order.to(torch.int64).contiguous(),
         targets.to(torch.float64).contiguous(),
         beta,
@@ -130,4 +132,98 @@ gradvac_coefficients_op = define_op(
     "-> (Tensor, Tensor)",
     _gradvac_coefficients,
     _gradvac_coefficients_fake,
+)
+
+
+# --- a step: the weights, and the targets changed in place
+
+# always, mean, rounding: as above. order: none is drawn from key and state, as PCGrad's.
+_step_kernel = define_kernel(
+    "_gradvac_step(Tensor gram, Tensor(a!) targets, Tensor? order, int key, Tensor(b!)? state, Tensor? present, "
+    "float beta, bool always, bool mean, float rounding, Tensor(c!) out) -> ()"
+)
+
+
+def _step_compiled(
+    gram: Tensor,
+    targets: Tensor,
+    order: Tensor | None,
+    key: int,
+    state: Tensor | None,
+    present: Tensor | None,
+    beta: float,
+    update: str,
+    reduction: str,
+) -> Tensor:
+    out = torch.empty(gram.shape[:1], dtype=torch.float64, device=gram.device)
+    _step_kernel(
+        kernel_matrix(gram),
+        targets,
+        None if order is None else order.to(torch.int64).contiguous(),
+        key,
+        state,
+        None if present is None else present.contiguous(),
+        beta,
+        update == "always",
+        reduction == "mean",
+        torch.finfo(gram.dtype).eps,
+        out,
+    )
+    return out
+
+
+_STEPS = {"cpu": _step_compiled, "cuda": _step_compiled, "reference": reference.gradvac_step}
+
+
+def _check_step(
+    gram: Tensor, targets: Tensor, order: Tensor | None, present: Tensor | None, beta: float, update: str
+) -> None:
+    _check(gram, order, targets, beta, update)
+    if targets.dtype != torch.float64 or not targets.is_contiguous():
+        raise ValueError(f"targets: expected contiguous float64 numbers, got {targets.dtype}")
+    if present is not None:
+        check_present(present, gram)
+
+
+def _gradvac_step(
+    gram: Tensor,
+    targets: Tensor,
+    order: Tensor | None,
+    key: int,
+    state: Tensor | None,
+    present: Tensor | None,
+    beta: float,
+    update: str,
+    reduction: str,
+) -> Tensor:
+    _check_step(gram, targets, order, present, beta, update)
+    if order is not None:
+        check_order_values(order, gram.shape[0])
+    implementation = choose("gradvac_step", gram.device.type, _STEPS)
+    return implementation(gram, targets, order, key, state, present, beta, update, reduction)
+
+
+def _gradvac_step_fake(
+    gram: Tensor,
+    targets: Tensor,
+    order: Tensor | None,
+    key: int,
+    state: Tensor | None,
+    present: Tensor | None,
+    beta: float,
+    update: str,
+    reduction: str,
+) -> Tensor:
+    _check_step(gram, targets, order, present, beta, update)
+    return gram.new_empty(gram.shape[:1], dtype=torch.float64)
+
+
+# What `methods.GradVac` calls: the sums (reduction "sum", "mean") of the turned gradients, as weights `[T]` float64 of
+# the tasks that take part, 0 for the others; targets, `[T, T]` float64, move for pairs of tasks that take part, and only
+# where all weights are finite. order: None is drawn from `key` and `state`, which is advanced.
+gradvac_step_op = define_op(
+    "gradvac_step(Tensor gram, Tensor(a!) targets, Tensor? order, int key, Tensor(b!)? state, Tensor? present, "
+    "float beta, str update, str reduction) -> Tensor",
+    _gradvac_step,
+    _gradvac_step_fake,
 )

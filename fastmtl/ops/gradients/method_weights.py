@@ -12,7 +12,7 @@ from torch import Tensor
 from fastmtl.core.dispatch import checking, choose
 from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops.gradients import reference
-from fastmtl.ops.gradients.arguments import check_present
+from fastmtl.ops.gradients.arguments import check_present, kernel_matrix
 from fastmtl.ops.gradients.pcgrad import check_gram
 
 # method: the number of a solver in csrc/common/solvers/methods.h. rounding: the relative error of an entry of `gram`.
@@ -65,10 +65,16 @@ OPTIONS: dict[str, tuple[_Option, ...]] = {
         _Option("steps", lambda x: 1 <= x <= MOST_STEPS and x == x // 1, f"a whole number from 1 to {MOST_STEPS}"),
         _Option("lambda_", lambda x: 0 <= x < math.inf, "a number from 0"),
     ),
+    "modo": (
+        _Option("gamma", lambda x: 0 < x < math.inf, "a number above 0"),
+        _Option("rho", lambda x: 0 <= x < math.inf, "a number from 0"),
+    ),
 }
-_NUMBERS = {name: k for k, name in enumerate(OPTIONS)}
+NUMBERS = {name: k for k, name in enumerate(OPTIONS)}
 WITH_PREFERENCES = ("config", "alignedmtl", "upgrad", "dualproj", "pcd", "sdmgrad")
-WITH_PER_TASK = ("pcd", "sdmgrad")
+WITH_PER_TASK = ("pcd", "sdmgrad", "modo")
+# of two batches: what they solve for is no Gram matrix
+OF_TWO_BATCHES = ("sdmgrad", "modo")
 
 
 def method_weights(
@@ -85,21 +91,21 @@ def method_weights(
     The classes of `fastmtl.methods` say what each method is, and have its options by name.
 
     Args:
-        gram: `[T, T]` floating-point Gram matrix, T from 1 to 128; for sdmgrad the inner products of each gradient with
-            those of a second batch, which need not be symmetric.
+        gram: `[T, T]` floating-point Gram matrix, T from 1 to 128; for sdmgrad and modo the inner products of each
+            gradient with those of a second batch, which need not be symmetric.
         method: `"mgda"`, `"cagrad"`, `"imtlg"`, `"config"`, `"nashmtl"`, `"fairgrad"`, `"alignedmtl"`, `"upgrad"`,
-            `"dualproj"`, `"krum"`, `"pcd"` or `"sdmgrad"`.
+            `"dualproj"`, `"krum"`, `"pcd"`, `"sdmgrad"` or `"modo"`.
         options: the method's numbers, in order: cagrad `[c]`; nashmtl `[max_norm]`, 0 for none; fairgrad `[alpha]`;
             alignedmtl `[scale, reduction]`, scale 0 (min), 1 (median) or 2 (rmse), reduction 0 (mean) or 1 (sum);
             upgrad and dualproj `[reg_eps]`; krum `[byzantine, selected, squared]`; pcd `[primary, tau]`, primary the
-            number of a task; sdmgrad `[lr, momentum, steps, lambda_]`; none for the others.
+            number of a task; sdmgrad `[lr, momentum, steps, lambda_]`; modo `[gamma, rho]`; none for the others.
         present: `[T]` bool, on the device of `gram`: tasks that take part. The others get weight 0, and what `gram`
             holds in their rows and columns is not looked at. None: all.
         preferences: `[T]` floating point, on the device of `gram`: what each task counts, for config, alignedmtl,
             upgrad, dualproj and sdmgrad; for pcd the scale of each gradient. None: 1/n for each of the n present tasks
-            (alignedmtl with reduction 1: 1).
+            (alignedmtl with reduction 1: 1), as for sdmgrad where those of all present tasks are 0.
         per_task: `[T]` floating point, on the device of `gram`: for pcd tau by task, in place of the option; for
-            sdmgrad the weights that it starts from (None: 1/n each).
+            sdmgrad and modo the weights that they start from (None, or NaN for a task: 1/n).
 
     Returns:
         `[T]` float64, on the device of `gram`. Where an entry of a present task is not finite, the weights of all
@@ -118,7 +124,7 @@ def method_weights(
         tensor([0.2000, 0.8000], dtype=torch.float64)
     """
     _check(gram, method, options, present, preferences, per_task)
-    if checking() and method != "sdmgrad":
+    if checking() and method not in OF_TWO_BATCHES:
         _check_values(gram, present)
     return method_weights_op(gram.detach(), method, options, present, preferences, per_task)
 
@@ -195,8 +201,8 @@ def _compiled(
 ) -> Tensor:
     out = torch.empty(gram.shape[:1], dtype=torch.float64, device=gram.device)
     _kernel(
-        gram.to(torch.float64).contiguous(),
-        _NUMBERS[method],
+        kernel_matrix(gram),
+        NUMBERS[method],
         options,
         torch.finfo(gram.dtype).eps,
         None if present is None else present.contiguous(),

@@ -18,6 +18,8 @@ from fastmtl.ops.gradients.reference_elementwise import graddrop as graddrop
 from fastmtl.ops.gradients.reference_elementwise import trimmed_mean as trimmed_mean
 from fastmtl.ops.gradients.reference_gradvac import gradvac_coefficients as gradvac_coefficients
 from fastmtl.ops.gradients.reference_gradvac import gradvac_loop as gradvac_loop
+from fastmtl.ops.gradients.reference_gradvac import gradvac_step as gradvac_step
+from fastmtl.ops.gradients.reference_methods import method_step as method_step
 from fastmtl.ops.gradients.reference_methods import method_weights as method_weights
 
 

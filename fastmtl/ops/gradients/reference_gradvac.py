@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmtl.ops.gradients.order import Draw, drawn_order
+
 
 def gradvac_coefficients(
     gram: Tensor, order: Tensor, targets: Tensor, beta: float, update: str = "always"
@@ -50,6 +52,30 @@ def gradvac_coefficients(
         h[rows, j] = torch.where(moves, target + beta * (cosine - target), target)
     c = torch.where(bad[:, None], torch.full_like(c, torch.nan), c)
     return c, torch.where(bad[:, None], before, h)
+
+
+def gradvac_step(
+    gram: Tensor,
+    targets: Tensor,
+    order: Tensor | None,
+    key: int,
+    state: Tensor | None,
+    present: Tensor | None,
+    beta: float,
+    update: str,
+    reduction: str,
+) -> Tensor:
+    """The weights `[T]` of the sum or mean of the turned gradients; moves the targets of the tasks that take part."""
+    if order is None:
+        order = drawn_order(Draw(key, state), gram.shape[0], gram.device)
+    here = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device) if present is None else present
+    both = here[:, None] & here
+    c, moved = gradvac_coefficients(torch.where(both, gram, 0.0), order, targets, beta, update)
+    w = torch.where(here, torch.where(here[:, None], c, 0.0).sum(0), 0.0)
+    if reduction == "mean":
+        w = w / here.sum()
+    targets.copy_(torch.where(both & w[here].isfinite().all(), moved, targets))
+    return torch.where(here, w, 0.0)
 
 
 def gradvac_loop(grads: Tensor, order: Tensor, targets: Tensor, beta: float) -> tuple[Tensor, Tensor]:

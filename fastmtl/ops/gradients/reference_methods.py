@@ -62,13 +62,46 @@ def method_weights(
             given = preferences.detach().cpu().to(torch.float64)[here]
         numbers = None if per_task is None else per_task.detach().cpu().to(torch.float64)[here]
         scale = m.diagonal().max().item()
-        if scale > 0 or method == "sdmgrad":
+        if scale > 0 or method in ("sdmgrad", "modo"):
             scaled = m / (scale if scale > 0 else 1.0)
             problem = _Problem(scaled, scale, torch.finfo(gram.dtype).eps, given, numbers, here)
             out[here] = _METHODS[method](problem, *options)
         elif method in ("mgda", "cagrad", "upgrad", "dualproj"):
             out[here] = given
     return out.to(gram.device)
+
+
+def method_step(
+    gram: Tensor,
+    method: str,
+    options: Sequence[float],
+    kept: Tensor,
+    counted: Tensor | None = None,
+    present: Tensor | None = None,
+    preferences: Tensor | None = None,
+    per_task: Tensor | None = None,
+    also: Tensor | None = None,
+) -> Tensor:
+    """The weights `[T]` of a method that changes what it keeps: see `fastmtl.ops.gradients.method_step`."""
+    here = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device) if present is None else present
+    if counted is not None:  # pcd
+        beta, eps = options[2:]
+        square = gram.diagonal().to(torch.float64)
+        average, count = beta * kept + (1 - beta) * square, beta * counted + (1 - beta)
+        w = method_weights(gram, method, options[:2], here, (average / count + eps).rsqrt(), per_task)
+        moves = here & gram[here][:, here].isfinite().all()
+        kept.copy_(torch.where(moves, average, kept))
+        counted.copy_(torch.where(moves, count, counted))
+        return w
+    w = method_weights(gram, method, options, here, preferences, kept)
+    if also is not None and not bool(also[here][:, here].isfinite().all()):
+        w = torch.where(here, torch.nan, w)
+    kept.copy_(torch.where(here & w.isfinite().all(), w, kept))
+    if method == "modo":
+        return w
+    shares = here.to(torch.float64) if preferences is None else preferences.to(torch.float64) * here
+    shares = shares if shares.sum() > 0 else here.to(torch.float64)
+    return torch.where(here, (w + options[3] * shares / shares.sum()) / (1 + options[3]), 0.0)
 
 
 def _solve_with_bounds(m: Tensor, q: Tensor) -> Tensor:
@@ -314,12 +347,25 @@ def _on_simplex(v: Tensor) -> Tensor:
     return (v - excess[falling > excess][-1]).clamp(min=0)
 
 
+def _start(p: _Problem) -> Tensor:
+    """The weights that a descent starts from; NaN: an equal share."""
+    even = torch.full_like(p.preferences, 1 / len(p.m))
+    return even if p.per_task is None else torch.where(p.per_task.isnan(), even, p.per_task)
+
+
+def _modo(p: _Problem, gamma: float, rho: float) -> Tensor:
+    w = _start(p)
+    m = p.m * (p.scale if p.scale > 0 else 1.0)
+    return _on_simplex(w - gamma * (m @ w + rho * w))
+
+
 def _sdmgrad(p: _Problem, lr: float, momentum: float, steps: float, lambda_: float) -> Tensor:
     size = p.m.diagonal().clamp(min=0).sqrt().mean()
     m = p.m / size**2
-    wanted = lambda_ * p.preferences / p.preferences.sum()
-    start = torch.full_like(wanted, 1 / len(m)) if p.per_task is None else p.per_task
-    w, moving = _on_simplex(start), torch.zeros_like(start)
+    shares = p.preferences if p.preferences.sum() > 0 else torch.ones_like(p.preferences)
+    wanted = lambda_ * shares / shares.sum()
+    w = _on_simplex(_start(p))
+    moving = torch.zeros_like(w)
     for _ in range(int(steps) if size > 0 else 0):
         moving = momentum * moving + m @ (w + wanted)
         w = _on_simplex(w - lr * moving)
@@ -339,4 +385,5 @@ _METHODS: dict[str, Callable[..., Tensor]] = {
     "krum": _krum,
     "pcd": _pcd,
     "sdmgrad": _sdmgrad,
+    "modo": _modo,
 }

@@ -1,4 +1,4 @@
-// SDMGrad: a few steps of projected gradient descent on the simplex.
+// SDMGrad and MoDo: weights that follow projected gradient descent on the simplex.
 #pragma once
 
 #include "common/solvers/team.h"
@@ -32,16 +32,13 @@ FASTMTL_HOST_DEVICE void project_on_simplex(const Team& team, double* x, int n) 
 
 // p.m: of two independent batches, g_i . g'_k. p.out: in, the weights to start from; out, those after `steps` steps of
 // descent with momentum along M (w + more wanted). rate: the length of a step where the mean of sqrt(max(M_ii, 0)) is
-// 1; where it is 0 no step is made. wanted: p.weights, over their sum.
+// 1; where it is 0 no step is made. total: the sum of p.weights, the shares of what is wanted.
 template <class Team, class Problem>
 FASTMTL_HOST_DEVICE void sdmgrad(const Team& team, const Problem& p, double rate, double momentum, int steps,
-                                 double more) {
+                                 double more, double total) {
   const int n = p.n;
-  double mean = 0.0, total = 0.0;
-  for (int i = 0; i < n; ++i) {
-    mean += std::sqrt(std::fmax(p.m[i][i], 0.0)) / n;
-    total += p.weights[i];
-  }
+  double mean = 0.0;
+  for (int i = 0; i < n; ++i) mean += std::sqrt(std::fmax(p.m[i][i], 0.0)) / n;
   const double length = rate / mean / mean;
   for (int i = team.rank(); i < n; i += team.size()) p.v[i] = 0.0;
   project_on_simplex(team, p.out, n);
@@ -56,6 +53,20 @@ FASTMTL_HOST_DEVICE void sdmgrad(const Team& team, const Problem& p, double rate
     }
     project_on_simplex(team, p.out, n);
   }
+}
+
+// One step along M (w) + more w, from and to p.out; p.m as for `sdmgrad`, with the scale that it came with.
+template <class Team, class Problem>
+FASTMTL_HOST_DEVICE void modo(const Team& team, const Problem& p, double rate, double more) {
+  const int n = p.n;
+  const double scale = p.scale > 0 ? p.scale : 1.0;
+  for (int i = team.rank(); i < n; i += team.size()) {
+    double sum = 0.0;
+    for (int k = 0; k < n; ++k) sum += p.m[i][k] * p.out[k];
+    p.x[i] = p.out[i] - rate * (scale * sum + more * p.out[i]);
+  }
+  project_on_simplex(team, p.x, n);
+  for (int i = team.rank(); i < n; i += team.size()) p.out[i] = p.x[i];
 }
 
 }  // namespace fastmtl::solvers
