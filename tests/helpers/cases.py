@@ -497,6 +497,43 @@ def _method_samples() -> list[tuple[Any, ...]]:
         (m, "pcd", [3.0, 0.1], here, wanted),
         (m.to(torch.float32), "sdmgrad", [10.0, 0.5, 20.0, 0.3], here, wanted, wanted.flip(0)),
         (m, "sdmgrad", [1.0, 0.0, 3.0, 0.0]),
+        (m.to(torch.float32), "modo", [0.1, 0.2], here, None, wanted),
+    ]
+
+
+def _step_samples() -> list[tuple[Any, ...]]:
+    m = _gram_leaf(5, torch.float64).detach()
+    here = torch.tensor([True, True, False, True, True])
+    kept = torch.tensor([0.1, 0.4, torch.nan, 0.2, 0.3], dtype=torch.float64)
+    numbers = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    return [
+        (m, "pcd", [3.0, 0.1, 0.9, 1e-8], numbers.clone(), numbers.clone(), here),
+        (m.to(torch.float32), "pcd", [0.0, 0.1, 0.9, 0.0], numbers.clone(), numbers.clone(), None, None, numbers),
+        (m.mT, "sdmgrad", [10.0, 0.5, 20.0, 0.3], kept.clone(), None, here, numbers, None, m),
+        (m, "sdmgrad", [1.0, 0.0, 3.0, 0.0], numbers.clone()),
+        (m.to(torch.float32), "modo", [0.1, 0.2], kept.clone(), None, here, None, None, m),
+    ]
+
+
+def _gradvac_step_samples() -> list[tuple[Any, ...]]:
+    m = _gram_leaf(5, torch.float64).detach()
+    here = torch.tensor([True, True, False, True, True])
+    targets = torch.eye(5, dtype=torch.float64)
+    return [
+        (m, targets.clone(), random_order(5), 0, None, None, 0.1, "always", "sum"),
+        (
+            m.to(torch.float32),
+            targets.clone(),
+            random_order(5, 7).to(torch.int32),
+            0,
+            None,
+            here,
+            0.0,
+            "always",
+            "mean",
+        ),
+        (m.mT, targets.clone(), None, 7, None, here, 1.0, "triggered", "sum"),
+        (m, targets.clone(), None, -3, torch.tensor([5, 9]), None, 0.3, "always", "mean"),
     ]
 
 
@@ -564,7 +601,9 @@ OPCHECK_SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
         (_gram_leaf(3, torch.float32).detach(), random_order(3, 5).to(torch.int32), torch.eye(3), 0.0, "triggered"),
         (_gram_leaf(3, torch.float64).detach().mT, random_order(3, 0), torch.ones(3, 3).mT, 1.0, "always"),
     ],
+    "gradvac_step": _gradvac_step_samples,
     "method_weights": _method_samples,
+    "method_step": _step_samples,
     "graddrop": _graddrop_samples,
     "trimmed_mean": _trimmed_mean_samples,
     "average_gradients": _average_samples,

@@ -454,6 +454,50 @@ def gradvac(
     return c.tensor, moved.tensor
 
 
+def _matrix(m: Tensor) -> list[Any]:
+    """A matrix with dense rows: where it begins, the distance between rows, whether it is float64."""
+    assert m.dtype in (torch.float32, torch.float64) and (m.stride(1) == 1 or len(m) == 1)
+    return [ctypes.c_void_p(m.data_ptr()), _int64(m.stride(0)), _int64(m.dtype == torch.float64)]
+
+
+def _optional(*tensors: Tensor | None) -> list[Any]:
+    return [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
+
+
+def gradvac_step(
+    m: Tensor,
+    targets: Tensor,
+    order: Tensor | None,
+    key: int,
+    state: Tensor | None,
+    present: Tensor | None,
+    beta: float,
+    update: str = "always",
+    reduction: str = "sum",
+    schedule: int = FORWARD,
+) -> Tensor:
+    """GradVac's weights `[T]`; moves the targets. The arguments are those of the op `gradvac_step`."""
+    w = Output(m.shape[:1], torch.float64)
+    assert targets.is_contiguous() and (order is None or (order.dtype == torch.int64 and order.is_contiguous()))
+    status = library().host_gradvac_step(
+        *_matrix(m),
+        _int64(m.shape[0]),
+        *_optional(order),
+        _int64(0 if order is None else order.shape[1]),
+        ctypes.c_uint64(key % 2**64),
+        *_optional(state, present),
+        ctypes.c_double(beta),
+        _int64(update == "always"),
+        _int64(reduction == "mean"),
+        ctypes.c_double(torch.finfo(m.dtype).eps),
+        *_optional(targets, w.tensor),
+        ctypes.c_uint64(schedule),
+    )
+    _checked(status)
+    w.check()
+    return w.tensor
+
+
 def method_weights(
     m: Tensor,
     method: int,
@@ -462,18 +506,25 @@ def method_weights(
     present: Tensor | None = None,
     preferences: Tensor | None = None,
     per_task: Tensor | None = None,
+    also: Tensor | None = None,
+    kept: Tensor | None = None,
+    counted: Tensor | None = None,
     schedule: int = FORWARD,
 ) -> Tensor:
-    """The weights `[T]` of a method, by its number, of a float64 Gram matrix."""
+    """The weights `[T]` of a method, by its number, of a float32 or float64 matrix with dense rows.
+
+    kept, counted: changed in place. also: a matrix of which a bad entry counts, with the dtype and strides of `m`.
+    """
     w = Output(m.shape[:1], torch.float64)
     given = (ctypes.c_double * 4)(*options)
+    assert also is None or (also.stride(), also.dtype) == (m.stride(), m.dtype)
     status = library().host_method_weights(
-        *_pointers(m),
+        *_matrix(m),
         _int64(m.shape[0]),
         _int64(method),
         given,
         ctypes.c_double(rounding),
-        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (present, preferences, per_task, w.tensor)),
+        *_optional(present, preferences, per_task, also, kept, counted, w.tensor),
         ctypes.c_uint64(schedule),
     )
     _checked(status)

@@ -241,7 +241,7 @@ def method_gram(num_tasks: int, kind: str) -> Tensor:
 
 METHOD_OPTIONS = {"cagrad": [0.5], "nashmtl": [0.0], "fairgrad": [2.0], "alignedmtl": [0.0, 0.0]}
 METHOD_OPTIONS |= {"upgrad": [1e-4], "dualproj": [1e-4], "krum": [1.0, 2.0, 1.0], "pcd": [0.0, 0.1]}
-METHOD_OPTIONS |= {"sdmgrad": [10.0, 0.5, 20.0, 0.3]}
+METHOD_OPTIONS |= {"sdmgrad": [10.0, 0.5, 20.0, 0.3], "modo": [0.1, 0.2]}
 
 
 @pytest.mark.parametrize("method", method_weights.OPTIONS)
@@ -270,7 +270,71 @@ def test_method_weights(num_tasks: int, kind: str, method: str) -> None:
         assert wrong.abs().max() <= max(tolerance, 1e-6) * wanted.abs().max()
 
 
+def bordered(m: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix inside a larger one, as those of two batches lie in theirs."""
+    num_tasks = len(m)
+    large = torch.full((num_tasks, 2 * num_tasks), torch.nan, dtype=dtype)
+    large[:, num_tasks:] = m
+    return large[:, num_tasks:]
+
+
+STEP_OPTIONS = {"pcd": [0.0, 0.1, 0.9, 1e-8], "sdmgrad": [10.0, 0.5, 20.0, 0.3], "modo": [0.1, 0.2]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("method", STEP_OPTIONS)
+@pytest.mark.parametrize("num_tasks", [1, 3, 17, 66])
+def test_method_steps(num_tasks: int, method: str, dtype: torch.dtype) -> None:
+    """Weights and what is kept over steps, one of which is bad; absent tasks' entries are neither read nor changed."""
+    m = bordered(method_gram(num_tasks, "conflicts"), dtype)
+    also = bordered(method_gram(num_tasks, "lengths"), dtype)
+    present = torch.arange(num_tasks) != 2
+    number, eps, options = list(method_weights.OPTIONS).index(method), torch.finfo(dtype).eps, STEP_OPTIONS[method]
+    numbers = torch.linspace(0.1, 1.1, num_tasks, dtype=torch.float64)
+    kept = torch.full_like(numbers, 0.0 if method == "pcd" else torch.nan)
+    counted = torch.zeros_like(kept) if method == "pcd" else None
+    wanted_kept, wanted_counted = kept.clone(), None if counted is None else counted.clone()
+    preferences = numbers if method == "sdmgrad" else None
+    per_task, second = (numbers, None) if method == "pcd" else (None, also)
+    bad = m if second is None else second
+    for step in range(3):
+        entry = bad[0, 0].clone()
+        if step == 1:
+            bad[0, 0] = torch.inf
+        wanted = reference.method_step(
+            m, method, options, wanted_kept, wanted_counted, present, preferences, per_task, second
+        )
+        w = host.method_weights(m, number, options, eps, present, preferences, per_task, second, kept, counted)
+        bad[0, 0] = entry
+        torch.testing.assert_close(w, wanted, rtol=1e-6, atol=1e-9, equal_nan=True)
+        assert w.isnan().any() == (step == 1)
+        torch.testing.assert_close(kept, wanted_kept, rtol=1e-6, atol=1e-9, equal_nan=True)
+        if counted is not None:
+            torch.testing.assert_close(counted, wanted_counted, rtol=1e-12, atol=0.0)
+
+
 # --- GradVac
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("num_tasks", [1, 2, 7, 16, 17, 33, 64, 65, 128])
+def test_gradvac_steps(num_tasks: int, reduction: str) -> None:
+    """Weights and targets over steps, with orders that are drawn or given, absent tasks, and a step that is bad."""
+    targets = gradvac_targets(num_tasks)
+    expected, states = targets.clone(), [torch.tensor([11, 4]), torch.tensor([11, 4])]
+    for step in range(3):
+        m = bordered(method_gram(num_tasks, "conflicts"), torch.float32 if step == 2 else torch.float64)
+        if step == 1:
+            m[-1, -1] = torch.nan
+        present = (torch.arange(num_tasks) % 5 != 3) if step == 0 else None
+        order = random_order(num_tasks, num_tasks + 3) if step == 2 else None
+        wanted = reference.gradvac_step(m, expected, order, 5, states[0], present, 0.1, "always", reduction)
+        schedule = SCHEDULES[step % 2]
+        w = host.gradvac_step(m, targets, order, 5, states[1], present, 0.1, "always", reduction, schedule)
+        torch.testing.assert_close(w, wanted, rtol=1e-9, atol=1e-9, equal_nan=True)
+        torch.testing.assert_close(targets, expected, rtol=1e-9, atol=1e-9)
+        # one task alone visits no one, so that no bad entry is met
+        assert torch.equal(*states) and w.isnan().any() == (step == 1 and num_tasks > 1)
 
 
 @pytest.mark.parametrize("update", ["always", "triggered"])

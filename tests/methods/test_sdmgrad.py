@@ -191,7 +191,7 @@ def test_bad_arguments() -> None:
         methods.SDMGrad(lambda_=-1.0)
     with pytest.raises(TypeError, match="method SDMGrad: needs the task gradients of a second, independent batch"):
         methods.SDMGrad().weights(torch.eye(2))
-    with pytest.raises(ValueError, match="per_task: mgda takes none; pcd, sdmgrad do"):
+    with pytest.raises(ValueError, match="per_task: mgda takes none; pcd, sdmgrad, modo do"):
         ops.method_weights(torch.eye(2), "mgda", per_task=torch.ones(2))
     with pytest.raises(ValueError, match=r"per_task: expected shape \[2\], got \[3\]"):
         ops.method_weights(torch.eye(2), "sdmgrad", [1.0, 0.0, 1.0, 0.0], per_task=torch.ones(3))

@@ -218,8 +218,8 @@ def _gradvac_step_fake(
     return gram.new_empty(gram.shape[:1], dtype=torch.float64)
 
 
-# What `methods.GradVac` calls: the sums (reduction "sum", "mean") of the turned gradients, as weights `[T]` float64 of
-# the tasks that take part, 0 for the others; targets, `[T, T]` float64, move for pairs of tasks that take part, and only
+# What `methods.GradVac` calls: the sum or mean (reduction) of the turned gradients, as weights `[T]` float64 of the
+# tasks that take part, 0 for the others. targets, `[T, T]` float64, move for pairs of tasks that take part, and only
 # where all weights are finite. order: None is drawn from `key` and `state`, which is advanced.
 gradvac_step_op = define_op(
     "gradvac_step(Tensor gram, Tensor(a!) targets, Tensor? order, int key, Tensor(b!)? state, Tensor? present, "

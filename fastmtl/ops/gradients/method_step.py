@@ -95,9 +95,9 @@ def _method_step_fake(
     return gram.new_empty(gram.shape[:1], dtype=torch.float64)
 
 
-# What `methods.PCD`, `methods.SDMGrad` and `methods.MoDo` call. The weights `[T]` float64 of the tasks that take part, 0
-# for the others, as of `method_weights` with these options; what is kept changes for the tasks that take part, and only
-# where all that they have is finite:
+# What `methods.PCD`, `methods.SDMGrad` and `methods.MoDo` call. The weights `[T]` float64 of the tasks that take
+# part, 0 for the others, as of `method_weights` with these options; what is kept changes for the tasks that take part,
+# and only where all that they have is finite:
 #   pcd      kept, counted: running averages of the squared lengths, times how much they count, and that. options: its
 #            two, what the averages keep, and what is added to them
 #   sdmgrad, modo   kept: the weights, NaN where there are none yet. sdmgrad's result is mixed with the preferences
