@@ -34,8 +34,8 @@ class Seen(NamedTuple):
         present: which tasks take part; `[T]` bool where the device alone knows.
         losses: `[T]` float64, without the loss scale, 0 for absent tasks; with several ranks their mean over the ranks,
             as of the gradients. None unless the method needs them.
-        second: `[T, T]` float64, without the loss scale: inner products `g_i . g'_j` with the task gradients g' of a
-            second, independent batch. None unless the method needs them.
+        second: `[T, T]` floating point, without the loss scale: inner products `g_i . g'_j` with the task gradients g'
+            of a second, independent batch. None unless the method needs them.
         loss_scale: what the rows that `Method.update` gets are multiplied by; None: by nothing. Nothing else here has
             it.
         first: the first rank's tensor, where several ranks ask at once: for random numbers, which must be equal on all.

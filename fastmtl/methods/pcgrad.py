@@ -11,8 +11,16 @@ from fastmtl import ops
 from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.methods.base import Method, Seen
 from fastmtl.ops.gradients.arguments import Grads
-from fastmtl.ops.gradients.order import Draw, Randomness, check_generator, draw_source, is_plain, random_order
-from fastmtl.ops.gradients.pcgrad import REDUCTIONS, check_no_generator, check_order, pcgrad_rows_into
+from fastmtl.ops.gradients.order import (
+    Draw,
+    Randomness,
+    check_generator,
+    draw_source,
+    is_plain,
+    random_order,
+    traceable_source,
+)
+from fastmtl.ops.gradients.pcgrad import REDUCTIONS, check_no_generator, check_order, pcgrad_rows_into, weights_op
 
 
 class PCGrad(Method):
@@ -66,6 +74,9 @@ class PCGrad(Method):
         )
 
     def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
+        if present is None and not (gram.requires_grad and torch.is_grad_enabled()):
+            source = Draw(0, None) if self.order is not None else traceable_source(self.generator, gram.device)
+            return weights_op(gram, self.order, *source, self.include_self, self.reduction)
         order = self.order
         if order is None:
             order = ops.random_order(gram.shape[0], generator=self.generator, device=gram.device)

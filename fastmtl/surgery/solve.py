@@ -89,7 +89,7 @@ def _grams(gradients: SurgeryInput, options: SurgeryOptions) -> tuple[Tensor, Te
     gram = _unscaled(gram, options.loss_scale)
     if gram.shape[0] == num_tasks:
         return gram, None
-    return gram[:num_tasks, :num_tasks].contiguous(), gram[:num_tasks, num_tasks:].to(torch.float64)
+    return gram[:num_tasks, :num_tasks].contiguous(), gram[:num_tasks, num_tasks:]
 
 
 def _unscaled(gram: Tensor, scale: float | Tensor | None) -> Tensor:

@@ -596,6 +596,12 @@ OPCHECK_SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
         (torch.ones(3, 3, dtype=torch.float64), _gram_leaf(3, torch.float32).detach(), random_order(3, 5), True),
         (torch.ones(3, 3, dtype=torch.float64), _gram_leaf(3, torch.float64).detach().mT, random_order(3), False),
     ],
+    "pcgrad_weights": lambda: [
+        (_gram_leaf(5, torch.float64).detach(), random_order(5), 0, None, False, "sum"),
+        (_gram_leaf(3, torch.float32).detach(), random_order(3, 5).to(torch.int32), 0, None, True, "mean"),
+        (_gram_leaf(4, torch.float64).detach().mT, None, -9, None, False, "mean"),
+        (_gram_leaf(4, torch.float64).detach(), None, 0, torch.tensor([5, 9]), False, "sum"),
+    ],
     "gradvac_coefficients": lambda: [
         (_gram_leaf(5, torch.float64).detach(), random_order(5), torch.zeros(5, 5).double(), 0.1, "always"),
         (_gram_leaf(3, torch.float32).detach(), random_order(3, 5).to(torch.int32), torch.eye(3), 0.0, "triggered"),

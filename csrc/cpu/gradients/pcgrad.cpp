@@ -61,6 +61,45 @@ void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
   coefficients(p.gram, p.T, p.order, p.num_visits, include_self, square(out, p.T));
 }
 
+// The visiting order as given, or drawn from a key and a state (key, counter), which is advanced.
+std::vector<int64_t> read_order(const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
+                                int T) {
+  using torch::headeronly::ScalarType;
+  if (order.has_value()) {
+    STD_TORCH_CHECK(
+        order->dim() == 2 && order->size(0) == T && order->is_contiguous() && order->scalar_type() == ScalarType::Long,
+        "fastmtl: the order must be a contiguous [T, K] int64 tensor");
+    const auto* visits = static_cast<const int64_t*>(order->const_data_ptr());
+    return {visits, visits + order->numel()};
+  }
+  int64_t* words = nullptr;
+  if (state.has_value()) {
+    STD_TORCH_CHECK(state->numel() == 2 && state->is_contiguous() && state->scalar_type() == ScalarType::Long,
+                    "fastmtl: the state must be a contiguous [2] int64 tensor");
+    words = static_cast<int64_t*>(state->mutable_data_ptr());
+  }
+  return drawn_visits(static_cast<uint64_t>(key), words, T);
+}
+
+// The weights alone, of tasks that all take part.
+void weights_op(Tensor gram, const std::optional<Tensor>& order, int64_t key, std::optional<Tensor> state,
+                bool include_self, bool mean, Tensor out) {
+  const int T = static_cast<int>(gram.size(0));
+  const std::vector<int64_t> visits = read_order(order, key, state, T);
+  STD_TORCH_CHECK(gram.numel() == T * T && T >= 1 && T <= kMaxTasks && dtype_of(gram) == DType::f64 &&
+                      gram.is_contiguous() && out.numel() == T && dtype_of(out) == DType::f64 && out.is_contiguous(),
+                  "fastmtl: expected a contiguous [T, T] float64 matrix, and [T] float64 weights");
+  std::vector<double> c(static_cast<size_t>(T) * T);
+  coefficients(static_cast<const double*>(gram.const_data_ptr()), T, visits.data(),
+               static_cast<int64_t>(visits.size()) / T, include_self, c.data());
+  auto* w = static_cast<double*>(out.mutable_data_ptr());
+  for (int t = 0; t < T; ++t) {
+    double sum = 0.0;
+    for (int i = 0; i < T; ++i) sum += c[i * T + t];
+    w[t] = mean ? sum / T : sum;
+  }
+}
+
 // Gradient with respect to the Gram matrix: the steps of each row are replayed, then undone.
 void coefficients_backward_op(Tensor grad, Tensor gram, Tensor order, bool include_self, Tensor out) {
   const Problem p = read_problem(gram, order);
@@ -106,26 +145,6 @@ void coefficients_backward_op(Tensor grad, Tensor gram, Tensor order, bool inclu
   }
 }
 
-// The visiting order as given, or drawn from a key and a state (key, counter), which is advanced.
-std::vector<int64_t> read_order(const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
-                                int T) {
-  using torch::headeronly::ScalarType;
-  if (order.has_value()) {
-    STD_TORCH_CHECK(
-        order->dim() == 2 && order->size(0) == T && order->is_contiguous() && order->scalar_type() == ScalarType::Long,
-        "fastmtl: the order must be a contiguous [T, K] int64 tensor");
-    const auto* visits = static_cast<const int64_t*>(order->const_data_ptr());
-    return {visits, visits + order->numel()};
-  }
-  int64_t* words = nullptr;
-  if (state.has_value()) {
-    STD_TORCH_CHECK(state->numel() == 2 && state->is_contiguous() && state->scalar_type() == ScalarType::Long,
-                    "fastmtl: the state must be a contiguous [2] int64 tensor");
-    words = static_cast<int64_t*>(state->mutable_data_ptr());
-  }
-  return drawn_visits(static_cast<uint64_t>(key), words, T);
-}
-
 void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
                int64_t num_params, const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
                bool include_self, const std::vector<int64_t>& present, bool mean, const std::vector<Tensor>& out,
@@ -169,6 +188,7 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("_pcgrad_coefficients", TORCH_BOX(&fastmtl::cpu::coefficients_op));
+  m.impl("_pcgrad_weights", TORCH_BOX(&fastmtl::cpu::weights_op));
   m.impl("_pcgrad_coefficients_backward", TORCH_BOX(&fastmtl::cpu::coefficients_backward_op));
   m.impl("_pcgrad", TORCH_BOX(&fastmtl::cpu::pcgrad_op));
 }

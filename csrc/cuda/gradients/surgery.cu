@@ -151,19 +151,32 @@ void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::v
           false, stream);
 }
 
-void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
+// order: none is drawn from key and state
+void read_visits(Solve& s, const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
+                 int64_t T, int device) {
+  s.draw = !order.has_value();
+  if (!s.draw) {
+    s.order = read_order(*order, T, device);
+    s.num_visits = order->size(1);
+  }
+  s.key = static_cast<uint64_t>(key);
+  if (!state.has_value()) return;
+  check_device(*state, device, "the state");
+  STD_TORCH_CHECK(state->numel() == 2 && state->is_contiguous() && state->scalar_type() == ScalarType::Long,
+                  "fastmtl: the state must be a contiguous [2] int64 tensor");
+  s.state = static_cast<int64_t*>(state->mutable_data_ptr());
+}
+
+// The coefficients or the weights of a Gram matrix.
+void solve_alone(const Tensor& gram, Solve s, Tensor& out) {
   const int64_t T = gram.size(0);
   const int device = gram.get_device_index();
   STD_TORCH_CHECK(T >= 1 && T <= kMaxTasks && dtype_of(gram) == DType::f64 && dtype_of(out) == DType::f64,
                   "fastmtl: expected float64 matrices of 1 to 128 tasks");
   check_square(gram, T, "the Gram matrix");
-  check_square(out, T, "the result");
+  STD_TORCH_CHECK(out.numel() == (s.project ? T * T : T) && out.is_contiguous(), "fastmtl: no room for the result");
   check_device(out, device, "the result");
-  Solve s{};
-  s.wanted = s.project = true;
-  s.include_self = include_self;
-  s.order = read_order(order, T, device);
-  s.num_visits = order.size(1);
+  s.wanted = true;
   s.result = static_cast<double*>(out.mutable_data_ptr());
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
@@ -171,6 +184,23 @@ void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
   const Tensor memory = workspace(device, 8 * int64_t{more_words(static_cast<int>(T))});
   launch_coefficients(m, static_cast<int>(T), static_cast<double*>(memory.mutable_data_ptr()), s, stream);
   check(cudaGetLastError(), "pcgrad_coefficients launch");
+}
+
+void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
+  Solve s{};
+  s.project = true;
+  s.include_self = include_self;
+  read_visits(s, order, 0, std::nullopt, gram.size(0), gram.get_device_index());
+  solve_alone(gram, s, out);
+}
+
+void weights_op(Tensor gram, const std::optional<Tensor>& order, int64_t key, std::optional<Tensor> state,
+                bool include_self, bool mean, Tensor out) {
+  Solve s{};
+  s.include_self = include_self;
+  s.mean = mean;
+  read_visits(s, order, key, state, gram.size(0), gram.get_device_index());
+  solve_alone(gram, s, out);
 }
 
 void gradvac(const GradVacArguments& read, int device) {
@@ -273,18 +303,7 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
       weights_out.numel() == num_out * num_tasks && dtype_of(weights_out) == DType::f64 && weights_out.is_contiguous(),
       "fastmtl: the weights must be a contiguous float64 tensor");
   s.result = static_cast<double*>(weights_out.mutable_data_ptr());
-  s.draw = !order.has_value();
-  if (!s.draw) {
-    s.order = read_order(*order, num_tasks, device);
-    s.num_visits = order->size(1);
-  }
-  s.key = static_cast<uint64_t>(key);
-  if (state.has_value()) {
-    check_device(*state, device, "the state");
-    STD_TORCH_CHECK(state->numel() == 2 && state->is_contiguous() && state->scalar_type() == ScalarType::Long,
-                    "fastmtl: the state must be a contiguous [2] int64 tensor");
-    s.state = static_cast<int64_t*>(state->mutable_data_ptr());
-  }
+  read_visits(s, order, key, state, num_tasks, device);
   STD_TORCH_CHECK(present.empty() || static_cast<int64_t>(present.size()) == num_tasks, "fastmtl: expected ", num_tasks,
                   " flags");
   for (size_t t = 0; t < present.size(); ++t)
@@ -306,6 +325,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CUDA, m) {
   m.impl("_gram", TORCH_BOX(&fastmtl::cuda::gram_op));
   m.impl("_combine", TORCH_BOX(&fastmtl::cuda::combine_op));
   m.impl("_pcgrad_coefficients", TORCH_BOX(&fastmtl::cuda::coefficients_op));
+  m.impl("_pcgrad_weights", TORCH_BOX(&fastmtl::cuda::weights_op));
   m.impl("_gradvac_coefficients", TORCH_BOX(&fastmtl::cuda::gradvac_op));
   m.impl("_gradvac_step", TORCH_BOX(&fastmtl::cuda::gradvac_step_op));
   m.impl("_method_weights", TORCH_BOX(&fastmtl::cuda::method_weights_op));

@@ -345,6 +345,67 @@ coefficients_backward_op = define_op(
 )
 
 
+# --- the weights alone, of all tasks
+
+_weights_kernel = define_kernel(
+    "_pcgrad_weights(Tensor gram, Tensor? order, int key, Tensor(a!)? state, bool include_self, bool mean, "
+    "Tensor(b!) out) -> ()"
+)
+
+
+def _weights_compiled(
+    gram: Tensor, order: Tensor | None, key: int, state: Tensor | None, include_self: bool, reduction: str
+) -> Tensor:
+    out = torch.empty(gram.shape[:1], dtype=torch.float64, device=gram.device)
+    visits = None if order is None else _kernel_order(order)
+    m = gram.to(torch.float64).contiguous()
+    _weights_kernel(m, visits, key, state, include_self, reduction == "mean", out)
+    return out
+
+
+def _weights_triton(
+    gram: Tensor, order: Tensor | None, key: int, state: Tensor | None, include_self: bool, reduction: str
+) -> Tensor:
+    visits = drawn_order(Draw(key, state), gram.shape[0], gram.device) if order is None else order
+    c = _coefficients_triton(gram, visits, include_self)
+    return c.mean(0) if reduction == "mean" else c.sum(0)
+
+
+_WEIGHTS = {
+    "cpu": _weights_compiled,
+    "cuda": _weights_compiled,
+    "triton": _weights_triton,
+    "reference": reference.pcgrad_weights,
+}
+
+
+def _weights(
+    gram: Tensor, order: Tensor | None, key: int, state: Tensor | None, include_self: bool, reduction: str
+) -> Tensor:
+    check_gram(gram)
+    if order is not None:
+        check_order(order, gram.shape[0], gram.device)
+        check_order_values(order, gram.shape[0])
+    implementation = choose("pcgrad_weights", gram.device.type, _WEIGHTS)
+    return implementation(gram, order, key, state, include_self, reduction)
+
+
+def _weights_fake(
+    gram: Tensor, order: Tensor | None, key: int, state: Tensor | None, include_self: bool, reduction: str
+) -> Tensor:
+    return gram.new_empty(gram.shape[:1], dtype=torch.float64)
+
+
+# What `methods.PCGrad` calls on a Gram matrix without a gradient: the sum or mean (reduction) of the projected
+# gradients, as weights `[T]` float64. order: None is drawn from `key` and `state`, which is advanced.
+weights_op = define_op(
+    "pcgrad_weights(Tensor gram, Tensor? order, int key, Tensor(a!)? state, bool include_self, str reduction) "
+    "-> Tensor",
+    _weights,
+    _weights_fake,
+)
+
+
 # --- fused: Gram, coefficients and combine in one call
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.gradient_rows import accumulate_dtype, first_of_params
+from fastmtl.ops.gradients.order import Draw, drawn_order
 from fastmtl.ops.gradients.reference_elementwise import average_gradients as average_gradients
 from fastmtl.ops.gradients.reference_elementwise import excess_risks as excess_risks
 from fastmtl.ops.gradients.reference_elementwise import graddrop as graddrop
@@ -138,6 +139,16 @@ def pcgrad_loop(grads: Tensor, order: Tensor, include_self: bool = False) -> Ten
                 g = g - d / norm * grads[j]
         projected.append(g)
     return torch.stack(projected)
+
+
+def pcgrad_weights(
+    gram: Tensor, order: Tensor | None, key: int, state: Tensor | None, include_self: bool, reduction: str
+) -> Tensor:
+    """The weights `[T]` of the sum or mean of the projected gradients."""
+    if order is None:
+        order = drawn_order(Draw(key, state), gram.shape[0], gram.device)
+    c = pcgrad_coefficients(gram, order, include_self)
+    return getattr(c, reduction)(0)
 
 
 def pcgrad_coefficients_backward(grad: Tensor, gram: Tensor, order: Tensor, include_self: bool) -> Tensor:
