@@ -76,20 +76,47 @@ inline MethodArguments read_method(const Tensor& gram, int64_t method, const std
   return read;
 }
 
-// The same of a method that changes what it keeps.
+// What a step changes in place; see `solvers::Request`.
+struct StepTensors {
+  std::optional<Tensor> kept, counted, average;
+};
+
+// The same of a method that changes what it keeps, or whose weights are averaged.
 inline MethodArguments read_step(const Tensor& gram, const std::optional<Tensor>& also, int64_t method,
                                  const std::vector<double>& options, double rounding,
                                  const std::optional<Tensor>& present, const std::optional<Tensor>& preferences,
-                                 const std::optional<Tensor>& per_task, Tensor& kept, std::optional<Tensor>& counted,
-                                 Tensor& out) {
+                                 const std::optional<Tensor>& per_task, const std::optional<Tensor>& vectors,
+                                 double momentum, StepTensors& step, Tensor& out) {
   MethodArguments read = read_method(gram, method, options, rounding, present, preferences, per_task, out);
-  const solvers::Kind kind = read.request.kind;
-  STD_TORCH_CHECK(kind == solvers::Kind::pcd || kind == solvers::Kind::sdmgrad || kind == solvers::Kind::modo,
-                  "fastmtl: method ", method, " keeps nothing");
-  STD_TORCH_CHECK(counted.has_value() == (kind == solvers::Kind::pcd), "fastmtl: the counts are pcd's");
-  read.request.kept = changed_numbers(kept, read.num_tasks, "what is kept");
-  if (counted.has_value()) read.request.counted = changed_numbers(*counted, read.num_tasks, "the counts");
-  if (also.has_value()) read.request.also = read_entries(*also, read.num_tasks);
+  solvers::Request& request = read.request;
+  const solvers::Kind kind = request.kind;
+  const int64_t T = read.num_tasks;
+  const bool descends = kind == solvers::Kind::sdmgrad || kind == solvers::Kind::modo;
+  const bool counts = kind == solvers::Kind::pcd || kind == solvers::Kind::pareto;
+  STD_TORCH_CHECK(!step.kept.has_value() || descends || counts, "fastmtl: method ", method, " keeps nothing");
+  STD_TORCH_CHECK(step.counted.has_value() == (counts && step.kept.has_value()), "fastmtl: counts of method ", method);
+  STD_TORCH_CHECK((kind == solvers::Kind::pareto) == vectors.has_value(), "fastmtl: vectors are Pareto MTL's");
+  if (also.has_value()) request.also = read_entries(*also, T);
+  if (step.average.has_value()) {
+    request.average = changed_numbers(*step.average, T, "the average");
+    request.momentum = momentum;
+  }
+  if (kind == solvers::Kind::pareto) {
+    STD_TORCH_CHECK(options.size() == 2 && step.kept.has_value() && per_task.has_value() && vectors->dim() == 2 &&
+                        vectors->size(1) == T && T + vectors->size(0) <= kMaxTasks && options[0] >= 0 &&
+                        options[0] < static_cast<double>(vectors->size(0)),
+                    "fastmtl: expected [K, T] vectors, K + T up to 128, an index of one, losses and a state");
+    request.pareto = {read_numbers(vectors, vectors->numel(), "the vectors"),
+                      static_cast<int>(vectors->size(0)),
+                      static_cast<int>(options[0]),
+                      request.per_task,
+                      options[1],
+                      changed_numbers(*step.kept, 1, "the phase"),
+                      changed_numbers(*step.counted, 1, "the steps")};
+  } else if (step.kept.has_value()) {
+    request.kept = changed_numbers(*step.kept, T, "what is kept");
+    if (counts) request.counted = changed_numbers(*step.counted, T, "the counts");
+  }
   return read;
 }
 

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from fastmtl.methods.base import Method, Seen, Weighting, needs_of, seen_by_position, weights_of
 from fastmtl.methods.every import Every
+from fastmtl.methods.gram_method import GramMethod
 from fastmtl.methods.state import Field, NamedState
+from fastmtl.ops.gradients.arguments import check_present
+from fastmtl.ops.gradients.method_step import method_step_op
+from fastmtl.ops.gradients.pcgrad import check_gram
 
 
 class CRMOGM(Method):
@@ -69,20 +73,33 @@ class CRMOGM(Method):
         self._momentum = float(momentum)
 
     def weights(self, gram: Tensor, *, present: Tensor | None = None) -> Tensor:
-        self._read(gram, present)
+        check_gram(gram)
+        if present is not None:
+            check_present(present, gram)
         if self.needs:
             raise self._needs_more()
         return self.weigh(gram, seen_by_position(gram.shape[0], present))
 
     def weigh(self, gram: Tensor, seen: Seen) -> Tensor:
         self._check_seen(gram, seen)
-        present = seen.mask(gram.device)
+        present, method = seen.mask(gram.device), self.method
+        (average,) = self._state.lend(seen.names, gram.device)
         with torch.no_grad():
-            new = weights_of(self.method, gram, seen)
-            before = self._state.read(seen.names, gram.device)["average"]
-            w = torch.where(before.isnan(), new, self.momentum * before + (1 - self.momentum) * new)
-            self._state.keep(seen.names, present, average=w)
-        return w if present is None else torch.where(present, w, 0.0)
+            if isinstance(method, GramMethod) and type(method).weights is GramMethod.weights:
+                w = method.averaged_weights(gram.detach(), average, self.momentum, present)  # in one launch
+            else:
+                new = weights_of(method, gram, seen)
+                w = method_step_op(
+                    gram.detach(),
+                    "given",
+                    [],
+                    average=average,
+                    momentum=self.momentum,
+                    present=present,
+                    preferences=new,
+                )
+        self._state.take_back(seen.names, [average])
+        return w
 
     def state_dict(self) -> dict[str, Any]:
         """The average (`"average"`) and the state of the method (`"method"`)."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.methods.base import Method
-from fastmtl.ops.gradients.method_weights import check_method
+from fastmtl.ops.gradients.method_step import method_step_op
+from fastmtl.ops.gradients.method_weights import check_method, check_method_arguments
 
 Preferences: TypeAlias = Tensor | Sequence[float]
 
@@ -34,11 +35,29 @@ class GramMethod(Method):
         self.preferences = None if preferences is None else read_preferences(preferences)
 
     def weights(self, gram: Tensor, *, present: Tensor | None = None) -> Tensor:
+        preferences = self._preferences_for(gram)
+        return ops.method_weights(gram, self._op_name, self._options, present=present, preferences=preferences)
+
+    def averaged_weights(self, gram: Tensor, average: Tensor, momentum: float, present: Tensor | None) -> Tensor:
+        """The running average of the weights, `[T]` float64, which is changed in place: see `CRMOGM`."""
+        preferences = self._preferences_for(gram)
+        check_method_arguments(gram, self._op_name, self._options, present, preferences)
+        return method_step_op(
+            gram,
+            self._op_name,
+            self._options,
+            average=average,
+            momentum=momentum,
+            present=present,
+            preferences=preferences,
+        )
+
+    def _preferences_for(self, gram: Tensor) -> Tensor | None:
         preferences = self.preferences
         if preferences is not None and isinstance(gram, Tensor) and preferences.device != gram.device:
             # kept there: a copy at each call would wait for the device
             preferences = self.preferences = preferences.to(gram.device)
-        return ops.method_weights(gram, self._op_name, self._options, present=present, preferences=preferences)
+        return preferences
 
     def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
         return self.weights(gram, present=present)

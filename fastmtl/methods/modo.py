@@ -58,7 +58,7 @@ class MoDo(FusedMethod):
     def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
         assert seen.second is not None
         kept = self._state.lend(seen.names, gram.device)
-        w = method_step_op(seen.second, "modo", [self.gamma, self.rho], *kept, None, present, also=gram)
+        w = method_step_op(seen.second, "modo", [self.gamma, self.rho], *kept, present=present, also=gram)
         self._state.take_back(seen.names, kept)
         return w
 

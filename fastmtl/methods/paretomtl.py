@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastmtl import ops
 from fastmtl.core.gradient_rows import MAX_TASKS
 from fastmtl.methods.base import Seen
-from fastmtl.methods.state import Field, StatefulMethod
+from fastmtl.methods.state import Field, FusedMethod
+from fastmtl.ops.gradients.method_step import method_step_op
 
 PreferenceVectors: TypeAlias = Tensor | Sequence[Sequence[float]]
 
 
-class ParetoMTL(StatefulMethod):
+class ParetoMTL(FusedMethod):
     """The shortest convex combination of the task gradients and of the gradients of constraints, which keep the losses
     near to one of K preference vectors.
 
@@ -69,31 +70,20 @@ class ParetoMTL(StatefulMethod):
             raise ValueError(f"max_start_steps: expected a number from 0, got {max_start_steps}")
         super().__init__(started=Field(0, 0.0), start_steps=Field(0, 0.0))
         self.preferences, self.index, self.max_start_steps = vectors, index, max_start_steps
-        # the task gradients, and those of the constraints, (u_j - u_k) . L > 0 being a violation
-        self._rows = torch.cat([torch.eye(vectors.shape[1], dtype=vectors.dtype), vectors - vectors[index]])
+        most = math.inf if max_start_steps is None else float(max_start_steps)
+        self._options = [float(index), most]
 
     def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
-        assert seen.losses is not None
-        num_tasks, rows, losses = gram.shape[0], self._rows, seen.losses
-        if num_tasks != rows.shape[1]:
-            raise ValueError(f"preferences: expected vectors of {num_tasks} tasks, got {rows.shape[1]}")
-        if rows.device != gram.device:
-            rows = self._rows = rows.to(gram.device)  # kept there: a copy at each call would wait
-        if present is not None:
-            rows, losses = torch.where(present, rows, 0.0), torch.where(present, losses, 0.0)
-        active = rows[num_tasks:] @ losses > 0
-
-        state = self._state.read(seen.names, gram.device)
-        started = (state["started"] > 0) | ~active.any()
-        if self.max_start_steps is not None:
-            started = started | (state["start_steps"] >= self.max_start_steps)
-        tasks = started.expand(num_tasks) if present is None else started & present
-        shares = ops.method_weights(rows @ gram @ rows.mT, "mgda", present=torch.cat([tasks, active]))
-        w = shares @ rows + 0 * losses.sum()
-        nothing = 0 * w.sum()  # NaN, with which the state stays as it was, where something is not finite
-        self._state.keep(
-            seen.names, None, started=started + nothing, start_steps=state["start_steps"] + ~started + nothing
+        num_tasks = self.preferences.shape[1]
+        if len(gram) != num_tasks:
+            raise ValueError(f"preferences: expected vectors of {len(gram)} tasks, got {num_tasks}")
+        # kept there: a copy at each call would wait for the device
+        self.preferences = self.preferences.to(gram.device)
+        kept = self._state.lend(seen.names, gram.device)
+        w = method_step_op(
+            gram, "paretomtl", self._options, *kept, present=present, per_task=seen.losses, vectors=self.preferences
         )
+        self._state.take_back(seen.names, kept)
         return w
 
     def __repr__(self) -> str:

@@ -83,7 +83,7 @@ class PCD(FusedMethod):
             tau, taus = 0.0, self._tau_of(tau, names, gram.device)
         options = [float(primary), tau, self.beta, self.eps]
         kept = self._state.lend(names, gram.device)
-        w = method_step_op(gram, "pcd", options, *kept, present, per_task=taus)
+        w = method_step_op(gram, "pcd", options, *kept, present=present, per_task=taus)
         self._state.take_back(names, kept)
         return w
 

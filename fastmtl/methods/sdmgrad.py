@@ -73,7 +73,9 @@ class SDMGrad(FusedMethod):
             if self.preferences.shape != gram.shape[:1]:
                 raise ValueError(f"preferences: expected shape [{len(gram)}], got {list(self.preferences.shape)}")
         kept = self._state.lend(seen.names, gram.device)
-        w = method_step_op(seen.second, "sdmgrad", self._options, *kept, None, present, self.preferences, also=gram)
+        w = method_step_op(
+            seen.second, "sdmgrad", self._options, *kept, present=present, preferences=self.preferences, also=gram
+        )
         self._state.take_back(seen.names, kept)
         return w
 

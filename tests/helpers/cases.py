@@ -506,12 +506,19 @@ def _step_samples() -> list[tuple[Any, ...]]:
     here = torch.tensor([True, True, False, True, True])
     kept = torch.tensor([0.1, 0.4, torch.nan, 0.2, 0.3], dtype=torch.float64)
     numbers = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    vectors = torch.eye(5, dtype=torch.float64)[:3]
+    pareto = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    none = None, None
     return [
-        (m, "pcd", [3.0, 0.1, 0.9, 1e-8], numbers.clone(), numbers.clone(), here),
-        (m.to(torch.float32), "pcd", [0.0, 0.1, 0.9, 0.0], numbers.clone(), numbers.clone(), None, None, numbers),
-        (m.mT, "sdmgrad", [10.0, 0.5, 20.0, 0.3], kept.clone(), None, here, numbers, None, m),
+        (m, "pcd", [3.0, 0.1, 0.9, 1e-8], numbers.clone(), numbers.clone(), kept.clone(), 0.9, here),
+        (m.float(), "pcd", [0.0, 0.1, 0.9, 0.0], numbers.clone(), numbers.clone(), None, 0.0, None, None, numbers),
+        (m.mT, "sdmgrad", [10.0, 0.5, 20.0, 0.3], kept.clone(), None, None, 0.0, here, numbers, None, m),
         (m, "sdmgrad", [1.0, 0.0, 3.0, 0.0], numbers.clone()),
-        (m.to(torch.float32), "modo", [0.1, 0.2], kept.clone(), None, here, None, None, m),
+        (m.float(), "modo", [0.1, 0.2], kept.clone(), None, None, 0.0, here, None, None, m),
+        (m, "mgda", [], *none, kept.clone(), 0.5, here),
+        (m.float(), "given", [], *none, kept.clone(), 0.5, here, numbers),
+        (m, "paretomtl", [2.0, 5.0], *pareto, kept.clone(), 0.2, here, None, numbers, None, vectors),
+        (m, "paretomtl", [0.0, 0.0], *(x.clone() for x in pareto), None, 0.0, None, None, numbers, None, vectors),
     ]
 
 

@@ -509,11 +509,14 @@ def method_weights(
     also: Tensor | None = None,
     kept: Tensor | None = None,
     counted: Tensor | None = None,
+    average: Tensor | None = None,
+    momentum: float = 0.0,
+    vectors: Tensor | None = None,
     schedule: int = FORWARD,
 ) -> Tensor:
     """The weights `[T]` of a method, by its number, of a float32 or float64 matrix with dense rows.
 
-    kept, counted: changed in place. also: a matrix of which a bad entry counts, with the dtype and strides of `m`.
+    kept, counted, average: changed in place. also: a matrix of which a bad entry counts, with the dtype and strides of `m`.
     """
     w = Output(m.shape[:1], torch.float64)
     given = (ctypes.c_double * 4)(*options)
@@ -524,7 +527,9 @@ def method_weights(
         _int64(method),
         given,
         ctypes.c_double(rounding),
-        *_optional(present, preferences, per_task, also, kept, counted, w.tensor),
+        *_optional(present, preferences, per_task, also, kept, counted, average, vectors, w.tensor),
+        _int64(0 if vectors is None else len(vectors)),
+        ctypes.c_double(momentum),
         ctypes.c_uint64(schedule),
     )
     _checked(status)

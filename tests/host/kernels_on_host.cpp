@@ -257,23 +257,26 @@ int host_gradvac_step(const void* gram, int64_t step, int64_t is_double, int64_t
   });
 }
 
-// present, preferences, kept and counted: [T] or null; workspace for more tasks than shared memory holds
+// present, preferences, kept, counted and average: [T] or null; vectors: Pareto MTL's, [num_vectors, T], or null;
+// workspace for more tasks than shared memory holds
 int host_method_weights(const void* gram, int64_t step, int64_t is_double, int64_t num_tasks, int64_t method,
                         const double* options, double rounding, const uint8_t* present, const double* preferences,
-                        const double* per_task, const void* also, double* kept, double* counted, double* out,
-                        uint64_t schedule) {
+                        const double* per_task, const void* also, double* kept, double* counted, double* average,
+                        const double* vectors, double* out, int64_t num_vectors, double momentum, uint64_t schedule) {
   return guarded([&] {
     cuda_on_host::schedule = schedule;
     const int T = static_cast<int>(num_tasks);
-    const solvers::Request request{static_cast<solvers::Kind>(method),
-                                   {options[0], options[1], options[2], options[3]},
-                                   rounding,
-                                   per_task,
-                                   kept,
-                                   counted,
-                                   {also, step, is_double != 0}};
+    solvers::Request request{
+        static_cast<solvers::Kind>(method), {options[0], options[1], options[2], options[3]}, rounding, per_task};
+    request.also = {also, step, is_double != 0};
+    request.average = average;
+    request.momentum = momentum;
+    if (vectors != nullptr)
+      request.pareto = {
+          vectors, static_cast<int>(num_vectors), static_cast<int>(options[0]), per_task, options[1], kept, counted};
+    else request.kept = kept, request.counted = counted;
     const int blocks = method_blocks(request.kind, T);
-    Guarded memory(8 * blocks * (block_scratch(T) + T), 0xFF), ticket(sizeof(unsigned), 0);
+    Guarded memory(8 * blocks * (block_scratch(request.rows(T)) + T), 0xFF), ticket(sizeof(unsigned), 0);
     double* scratch = memory.as<double>();
     launch_method_weights({request,
                            {gram, step, is_double != 0},
@@ -281,7 +284,7 @@ int host_method_weights(const void* gram, int64_t step, int64_t is_double, int64
                            present,
                            preferences,
                            scratch,
-                           scratch + blocks * block_scratch(T),
+                           scratch + blocks * block_scratch(request.rows(T)),
                            ticket.as<unsigned>(),
                            out},
                           nullptr);

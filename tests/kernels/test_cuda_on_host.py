@@ -278,40 +278,57 @@ def bordered(m: Tensor, dtype: torch.dtype) -> Tensor:
     return large[:, num_tasks:]
 
 
-# steps so short that rounding does not grow from one to the next
+# sdmgrad, modo: steps so short that rounding does not grow from one to the next
 STEP_OPTIONS = {"pcd": [0.0, 0.1, 0.9, 1e-8], "sdmgrad": [0.1, 0.5, 20.0, 0.3], "modo": [0.01, 0.2]}
+STEP_OPTIONS |= {"paretomtl": [1.0, 5.0], "upgrad": [1e-4], "given": []}
+NUMBERS = [*method_weights.OPTIONS, "paretomtl", "given"]
+STEP_SIZES = {"paretomtl": [2, 9, 40], "upgrad": [3, 17]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("method", STEP_OPTIONS)
-@pytest.mark.parametrize("num_tasks", [1, 3, 17, 66])
-def test_method_steps(num_tasks: int, method: str, dtype: torch.dtype) -> None:
-    """Weights and what is kept over steps, one of which is bad; absent tasks' entries are neither read nor changed."""
+@pytest.mark.parametrize(
+    ("method", "num_tasks"), [(method, n) for method in STEP_OPTIONS for n in STEP_SIZES.get(method, [1, 3, 17, 66])]
+)
+def test_method_steps(num_tasks: int, method: str, dtype: torch.dtype, schedules: Sequence[int] = SCHEDULES) -> None:
+    """Weights, their average and what is kept over steps, one of which is bad; absent tasks' entries are neither read
+    nor changed."""
     m = bordered(method_gram(num_tasks, "conflicts"), dtype)
-    also = bordered(method_gram(num_tasks, "lengths"), dtype)
+    also = bordered(method_gram(num_tasks, "lengths"), dtype) if method in ("sdmgrad", "modo") else None
     present = torch.arange(num_tasks) != 2
-    number, eps, options = list(method_weights.OPTIONS).index(method), torch.finfo(dtype).eps, STEP_OPTIONS[method]
+    m[2:3], m[:, 2:3] = torch.nan, torch.nan
+    eps, options = torch.finfo(dtype).eps, STEP_OPTIONS[method]
     numbers = torch.linspace(0.1, 1.1, num_tasks, dtype=torch.float64)
-    kept = torch.full_like(numbers, 0.0 if method == "pcd" else torch.nan)
-    counted = torch.zeros_like(kept) if method == "pcd" else None
-    wanted_kept, wanted_counted = kept.clone(), None if counted is None else counted.clone()
-    preferences = numbers if method == "sdmgrad" else None
-    per_task, second = (numbers, None) if method == "pcd" else (None, also)
-    bad = m if second is None else second
-    for step in range(3):
+    kept: dict[str, Tensor] = {"average": torch.full_like(numbers, torch.nan)}
+    given: dict[str, Tensor | None] = {"preferences": numbers} if method in ("sdmgrad", "given") else {}
+    if method == "pcd":
+        kept |= {"kept": torch.zeros_like(numbers), "counted": torch.zeros_like(numbers)}
+        given["per_task"] = numbers
+    elif method in ("sdmgrad", "modo"):
+        kept["kept"] = torch.full_like(numbers, torch.nan)
+        given["also"] = also
+    elif method == "paretomtl":
+        kept |= {"kept": torch.zeros((), dtype=torch.float64), "counted": torch.zeros((), dtype=torch.float64)}
+        vectors = torch.rand(3, num_tasks, dtype=torch.float64, generator=torch.Generator().manual_seed(num_tasks))
+        given |= {"per_task": numbers.flip(0).contiguous(), "vectors": vectors / vectors.norm(dim=1, keepdim=True)}
+    wanted_kept = {name: x.clone() for name, x in kept.items()}
+    bad = m if also is None else also
+    for step in range(4):
         entry = bad[0, 0].clone()
         if step == 1:
             bad[0, 0] = torch.inf
-        wanted = reference.method_step(
-            m, method, options, wanted_kept, wanted_counted, present, preferences, per_task, second
+        if method == "paretomtl" and step == 2:
+            given["per_task"] = given["vectors"][1].clone()  # it keeps to its part
+        wanted = reference.method_step(m, method, options, momentum=0.6, present=present, **wanted_kept, **given)
+        schedule = schedules[step % len(schedules)]
+        w = host.method_weights(
+            m, NUMBERS.index(method), options, eps, present, momentum=0.6, schedule=schedule, **kept, **given
         )
-        w = host.method_weights(m, number, options, eps, present, preferences, per_task, second, kept, counted)
         bad[0, 0] = entry
         torch.testing.assert_close(w, wanted, rtol=1e-6, atol=1e-9, equal_nan=True)
+        # of weights that are given none is bad
         assert w.isnan().any() == (step == 1)
-        torch.testing.assert_close(kept, wanted_kept, rtol=1e-6, atol=1e-9, equal_nan=True)
-        if counted is not None:
-            torch.testing.assert_close(counted, wanted_counted, rtol=1e-12, atol=0.0)
+        for name, x in kept.items():
+            torch.testing.assert_close(x, wanted_kept[name], rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
 # --- GradVac
@@ -319,7 +336,7 @@ def test_method_steps(num_tasks: int, method: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("num_tasks", [1, 2, 7, 16, 17, 33, 64, 65, 128])
-def test_gradvac_steps(num_tasks: int, reduction: str) -> None:
+def test_gradvac_steps(num_tasks: int, reduction: str, schedules: Sequence[int] = SCHEDULES) -> None:
     """Weights and targets over steps, with orders that are drawn or given, absent tasks, and a step that is bad."""
     targets = gradvac_targets(num_tasks)
     expected, states = targets.clone(), [torch.tensor([11, 4]), torch.tensor([11, 4])]
@@ -330,7 +347,7 @@ def test_gradvac_steps(num_tasks: int, reduction: str) -> None:
         present = (torch.arange(num_tasks) % 5 != 3) if step == 0 else None
         order = random_order(num_tasks, num_tasks + 3) if step == 2 else None
         wanted = reference.gradvac_step(m, expected, order, 5, states[0], present, 0.1, "always", reduction)
-        schedule = SCHEDULES[step % 2]
+        schedule = schedules[step % len(schedules)]
         w = host.gradvac_step(m, targets, order, 5, states[1], present, 0.1, "always", reduction, schedule)
         torch.testing.assert_close(w, wanted, rtol=1e-9, atol=1e-9, equal_nan=True)
         torch.testing.assert_close(targets, expected, rtol=1e-9, atol=1e-9)

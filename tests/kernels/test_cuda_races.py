@@ -73,6 +73,10 @@ CASES: dict[str, Callable[[], None]] = {
     "gradvac-7-falling": functools.partial(turned, 7, REVERSE),
     "gradvac-40": functools.partial(turned, 40, FORWARD),
     "gradvac-66": functools.partial(turned, 66, FORWARD),
+    **{
+        f"gradvac-step-{num_tasks}": functools.partial(on_host.test_gradvac_steps, num_tasks, "sum", [REVERSE, FORWARD])
+        for num_tasks in (7, 40, 66)
+    },
     "combine-bank": functools.partial(on_host.test_combine_of_a_bank, 17, 9, torch.float32),
     "combine-lists": functools.partial(on_host.test_combine_of_lists, ListCase("nones", 3), 9),
     "combine-split": functools.partial(on_host.test_split_combine_of_lists, ListCase("nones", 17)),
@@ -114,6 +118,14 @@ METHOD_CASES: dict[str, Callable[[], None]] = {
         (18, "conflicts", FORWARD),
     )
     for method in OPTIONS
+}
+# what these keep, and the average of their weights
+METHOD_CASES |= {
+    f"{method}-step-{num_tasks}": functools.partial(
+        on_host.test_method_steps, num_tasks, method, torch.float64, [REVERSE, FORWARD]
+    )
+    for method in on_host.STEP_OPTIONS
+    for num_tasks in (6, 18)
 }
 
 

@@ -64,7 +64,7 @@ def solved(name: str, gram: Tensor, **options: Tensor | None) -> Tensor:
 
 
 # methods with tests of their own
-ELSEWHERE = ("krum", "pcd", "sdmgrad")
+ELSEWHERE = ("krum", "pcd", "sdmgrad", "modo")
 
 
 def test_defaults_cover_every_method() -> None:

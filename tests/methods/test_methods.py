@@ -33,7 +33,7 @@ def conflicting(num_tasks: int = 4, seed: int = 0) -> Tensor:
 
 
 def test_get_finds_every_method_by_name():
-    assert {"pcgrad", "gradvac", "sum", "mean", "randomweights", *OPTIONS} - {"sdmgrad"} == set(ALL)
+    assert {"pcgrad", "gradvac", "sum", "mean", "randomweights", *OPTIONS} - {"sdmgrad", "modo"} == set(ALL)
     for name in BY_NAME:
         assert type(methods.get(name)) is EXPORTED[name]
     for name in WITH_ARGUMENTS:

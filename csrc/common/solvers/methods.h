@@ -6,6 +6,7 @@
 #include "common/solvers/fairness.h"
 #include "common/solvers/krum.h"
 #include "common/solvers/min_norm.h"
+#include "common/solvers/pareto.h"
 #include "common/solvers/priority.h"
 
 namespace fastmtl::solvers {
@@ -23,9 +24,11 @@ enum class Kind : int {
   krum,
   pcd,
   sdmgrad,
-  modo
+  modo,
+  pareto,
+  given  // the preferences as they are, for an average to follow
 };
-constexpr int kKinds = 13;
+constexpr int kKinds = 15;
 constexpr int kMostOptions = 4;
 
 // options: by kind, as fastmtl/ops/gradients/method_weights.py lists them; kinds in its order, too. rounding: the
@@ -43,6 +46,13 @@ struct Request {
   double *kept = nullptr, *counted = nullptr;
   // of sdmgrad and modo, whose `gram` is of two batches: another matrix that must be finite, or none
   Entries also;
+  Pareto pareto;
+  // A running average of the weights, [T], to be returned in their place: null, or changed as `kept` is; NaN where
+  // there is none yet. momentum: what it keeps.
+  double* average = nullptr;
+  double momentum = 0.0;
+  // rows of the problem at most, of which `scratch` is made
+  FASTMTL_HOST_DEVICE int rows(int T) const { return kind == Kind::pareto ? T + pareto.num_vectors : T; }
 };
 
 constexpr double kEpsilon = 2.220446049250313e-16;  // of float64
@@ -409,8 +419,8 @@ FASTMTL_HOST_DEVICE inline int place_of(const int* tasks, int n, double task) {
 }
 
 // gram: [T, T]. present: a flag per task, or null: all. weights: of the user, [T], or null: 1 / n each, of the n tasks
-// that take part (aligned_mtl: 1). scratch: `scratch_size(T)`, or of the team's room. out: [T], 0 for absent tasks; NaN
-// for all of the others where an entry of theirs is not finite.
+// that take part (aligned_mtl: 1). scratch: `scratch_size(request.rows(T))`, or of the team's room. out: [T], 0 for
+// absent tasks; NaN for all of the others where an entry of theirs is not finite.
 template <class Team>
 FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& request, Entries gram, int T,
                                               const uint8_t* present, const double* weights, double* scratch,
@@ -423,7 +433,7 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
     return taken;
   };
   // where the room is for a known number of tasks, addresses are known to the compiler
-  const int room = Team::kRoom > 0 ? Team::kRoom : T, step = scratch_step(room);
+  const int room = Team::kRoom > 0 ? Team::kRoom : request.rows(T), step = scratch_step(room);
   p.m = {take(room * step), step};
   p.a = {take(room * step), step};
   p.b = {take(room * step), step};
@@ -432,19 +442,33 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
   p.first = reinterpret_cast<int*>(take(room + 2));
   int* tasks = reinterpret_cast<int*>(take(room + 2));
   const Members here = team.members(T, [&](int t) { return present == nullptr || present[t] != 0; });
-  p.n = here.count();
-  each(team, T, [&](int t) {
-    if (here.has(t)) tasks[here.before(t)] = t;
-    else out[t] = 0.0;
+  const bool of_rows = request.kind == Kind::pareto;
+  const ParetoRows rows{request.pareto, T, present};
+  bool started = false;
+  Members members = here;
+  if (of_rows) members = active_rows(team, rows, started);
+  p.n = members.count();
+  each(team, request.rows(T), [&](int row) {
+    if (members.has(row)) tasks[members.before(row)] = row;
+    if (row < T && !here.has(row)) out[row] = 0.0;
   });
   team.sync();
+  double bad = 0.0;
+  if (of_rows) {
+    gram_of_rows(team, rows, gram, tasks, p.n, p.b, p.m);
+    each(team, T, [&](int t) {
+      if (!here.has(t)) return;
+      if (!std::isfinite(request.pareto.losses[t])) bad += 1.0;
+      for (int s = 0; s < T; ++s)
+        if (here.has(s) && !std::isfinite(gram.at(t, s))) bad += 1.0;
+    });
+  }
   p.scale = largest_of(team, p.n, [&](int i) {
-    const double square = gram.at(tasks[i], tasks[i]);
+    const double square = of_rows ? p.m[i][i] : gram.at(tasks[i], tasks[i]);
     return square > 0 ? square : 0.0;  // of NaN, too
   });
-  double bad = 0.0;
   each_entry(team, p.n, [&](int i, int k) {
-    const double x = gram.at(tasks[i], tasks[k]);
+    const double x = of_rows ? p.m[i][k] : gram.at(tasks[i], tasks[k]);
     if (!std::isfinite(x) || (request.also.data != nullptr && !std::isfinite(request.also.at(tasks[i], tasks[k]))))
       bad += 1.0;
     p.m[i][k] = x / (p.scale > 0 ? p.scale : 1.0);
@@ -453,7 +477,8 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
   const bool given = weights != nullptr;
   const double even = request.kind == Kind::aligned_mtl && request.options[1] != 0 ? 1.0 : 1.0 / p.n;
   const bool keeps_weights = request.kind == Kind::mgda || request.kind == Kind::cagrad ||
-                             request.kind == Kind::upgrad || request.kind == Kind::dualproj;
+                             request.kind == Kind::upgrad || request.kind == Kind::dualproj ||
+                             request.kind == Kind::pareto || request.kind == Kind::given;
   const bool descends = request.kind == Kind::sdmgrad || request.kind == Kind::modo;
   each(team, p.n, [&](int i) {
     const double* per_task = descends && request.kept != nullptr ? request.kept : request.per_task;
@@ -479,7 +504,8 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
   const double wanted = descends ? total_of_preferences(team, p) : 0.0;
   if (finite && (p.scale > 0 || (descends && p.n > 0))) {
     switch (request.kind) {
-      case Kind::mgda: mgda(team, p); break;
+      case Kind::mgda:
+      case Kind::pareto: mgda(team, p); break;
       case Kind::cagrad: cagrad(team, p, request.options[0], request.rounding); break;
       case Kind::imtl_g: imtl_g(team, p, request.rounding); break;
       case Kind::config: config(team, p, request.rounding); break;
@@ -495,7 +521,23 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
                 request.options[3], wanted);
         break;
       case Kind::modo: modo(team, p, request.options[0], request.options[1]); break;
+      case Kind::given: break;
     }
+  }
+  if (of_rows) {
+    team.sync();
+    each(team, T, [&](int t) {
+      if (!here.has(t)) return;
+      double sum = 0.0;
+      for (int i = 0; i < p.n; ++i) sum += p.out[i] * rows.at(tasks[i], t);
+      out[t] = finite ? sum : NAN;
+    });
+    // all have read it, in front of several barriers
+    if (finite && team.rank() == 0 && here.count() > 0) {
+      if (!started) *request.pareto.start_steps += 1.0;
+      *request.pareto.started = started ? 1.0 : 0.0;
+    }
+    return;
   }
   each(team, p.n, [&](int i) { out[tasks[i]] = finite ? p.out[i] : NAN; });
   if (!descends || request.kept == nullptr) return;
@@ -504,6 +546,23 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
   each(team, p.n, [&](int i) {
     if (all_finite) request.kept[tasks[i]] = p.out[i];
     if (finite) out[tasks[i]] = (p.out[i] + more * p.weights[i] / wanted) / (1.0 + more);
+  });
+}
+
+// The running average of weights that `solve` has left in `out`, in their place. Begins with a sync.
+template <class Team>
+FASTMTL_HOST_DEVICE void follow(const Team& team, const Request& request, int T, const uint8_t* present, double* out) {
+  if (request.average == nullptr) return;
+  team.sync();
+  const double bad = sum_of(team, T, [&](int t) {
+    if (present != nullptr && present[t] == 0) return 0.0;
+    const double before = request.average[t];
+    if (!std::isnan(before)) out[t] = request.momentum * before + (1.0 - request.momentum) * out[t];
+    return std::isfinite(out[t]) ? 0.0 : 1.0;
+  });
+  if (bad > 0) return;
+  each(team, T, [&](int t) {
+    if (present == nullptr || present[t] != 0) request.average[t] = out[t];
   });
 }
 

@@ -16,8 +16,9 @@ void launch(const MethodParams& p, cudaStream_t stream) {
 }  // namespace
 
 void launch_method_weights(const MethodParams& p, cudaStream_t stream) {
-  if (p.num_tasks <= kWarpTasks) launch<kWarpTasks>(p, stream);
-  else if (p.num_tasks <= kMostSharedTasks) launch<kMostSharedTasks>(p, stream);
+  const int rows = p.request.rows(p.num_tasks);
+  if (rows <= kWarpTasks) launch<kWarpTasks>(p, stream);
+  else if (rows <= kMostSharedTasks) launch<kMostSharedTasks>(p, stream);
   else launch<kMaxTasks>(p, stream);
 }
 

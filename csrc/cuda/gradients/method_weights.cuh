@@ -132,13 +132,16 @@ __global__ void __launch_bounds__(MethodMemory<kMost>::kTeamWarps* kWarp, 1)
   double* scratch = kMost <= kMostSharedTasks ? memory.scratch : p.scratch + part * solvers::scratch_size(kMost);
   double* out = parts == 1 ? p.out : p.parts + part * T;
   solvers::solve(team, p.request, p.gram, T, p.present, p.preferences, scratch, out, {part, parts});
-  if (parts == 1 || !arrives_last(p.ticket, static_cast<unsigned>(parts), memory.is_last)) return;
-  // 0 for absent tasks in each
-  solvers::each(team, T, [&](int t) {
-    double sum = 0.0;
-    for (int k = 0; k < parts; ++k) sum += __ldcg(p.parts + k * T + t);
-    p.out[t] = sum;
-  });
+  if (parts > 1) {
+    if (!arrives_last(p.ticket, static_cast<unsigned>(parts), memory.is_last)) return;
+    // 0 for absent tasks in each
+    solvers::each(team, T, [&](int t) {
+      double sum = 0.0;
+      for (int k = 0; k < parts; ++k) sum += __ldcg(p.parts + k * T + t);
+      p.out[t] = sum;
+    });
+  }
+  solvers::follow(team, p.request, T, p.present, p.out);
 }
 
 }  // namespace fastmtl::cuda

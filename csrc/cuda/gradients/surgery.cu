@@ -248,7 +248,7 @@ void solve_method(const MethodArguments& read, int device) {
   const cudaStream_t stream = current_stream(device);
   const int T = read.num_tasks, blocks = method_blocks(read.request.kind, T);
   MethodParams p{read.request, read.gram, T, read.present, read.preferences, nullptr, nullptr, nullptr, read.out};
-  const int64_t scratch = blocks * block_scratch(T), parts = blocks > 1 ? int64_t{blocks} * T : 0;
+  const int64_t scratch = blocks * block_scratch(read.request.rows(T)), parts = blocks > 1 ? int64_t{blocks} * T : 0;
   std::optional<Tensor> memory;
   std::optional<Tickets> taken;
   if (scratch + parts > 0) {
@@ -275,13 +275,18 @@ void method_weights_op(Tensor gram, int64_t method, const std::vector<double>& o
 
 void method_step_op(Tensor gram, const std::optional<Tensor>& also, int64_t method, const std::vector<double>& options,
                     double rounding, const std::optional<Tensor>& present, const std::optional<Tensor>& preferences,
-                    const std::optional<Tensor>& per_task, Tensor kept, std::optional<Tensor> counted, Tensor out) {
+                    const std::optional<Tensor>& per_task, const std::optional<Tensor>& vectors, double momentum,
+                    std::optional<Tensor> kept, std::optional<Tensor> counted, std::optional<Tensor> average,
+                    Tensor out) {
   const int device = gram.get_device_index();
-  check_devices({gram, out, kept, also.value_or(gram), present.value_or(gram), preferences.value_or(gram),
-                 per_task.value_or(gram), counted.value_or(gram)},
-                device, "all that the solver reads");
-  solve_method(read_step(gram, also, method, options, rounding, present, preferences, per_task, kept, counted, out),
-               device);
+  check_devices(
+      {gram, out, also.value_or(gram), present.value_or(gram), preferences.value_or(gram), per_task.value_or(gram),
+       vectors.value_or(gram), kept.value_or(gram), counted.value_or(gram), average.value_or(gram)},
+      device, "all that the solver reads");
+  StepTensors step{kept, counted, average};
+  solve_method(
+      read_step(gram, also, method, options, rounding, present, preferences, per_task, vectors, momentum, step, out),
+      device);
 }
 
 void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,

@@ -123,13 +123,13 @@ def method_weights(
         >>> method_weights(m, "mgda")
         tensor([0.2000, 0.8000], dtype=torch.float64)
     """
-    _check(gram, method, options, present, preferences, per_task)
+    check_method_arguments(gram, method, options, present, preferences, per_task)
     if checking() and method not in OF_TWO_BATCHES:
-        _check_values(gram, present)
+        check_values(gram, present)
     return method_weights_op(gram.detach(), method, options, present, preferences, per_task)
 
 
-def _check_values(gram: Tensor, present: Tensor | None) -> None:
+def check_values(gram: Tensor, present: Tensor | None) -> None:
     """Raises ValueError where no gradients have this Gram matrix; waits for the device."""
     m = gram.detach().to("cpu", torch.float64)
     if present is not None:
@@ -164,14 +164,15 @@ def check_method(method: str, options: Sequence[float], has_preferences: bool) -
         raise ValueError(f"preferences: {method} takes none; {', '.join(WITH_PREFERENCES)} do")
 
 
-def _check(
+def check_method_arguments(
     gram: Tensor,
     method: str,
     options: Sequence[float],
     present: Tensor | None,
     preferences: Tensor | None,
-    per_task: Tensor | None,
+    per_task: Tensor | None = None,
 ) -> None:
+    """Raises what `method_weights` raises, but for a matrix that is no Gram matrix."""
     check_gram(gram)
     check_method(method, options, preferences is not None)
     if per_task is not None and method not in WITH_PER_TASK:
@@ -224,7 +225,7 @@ def _method_weights(
     preferences: Tensor | None = None,
     per_task: Tensor | None = None,
 ) -> Tensor:
-    _check(gram, method, options, present, preferences, per_task)
+    check_method_arguments(gram, method, options, present, preferences, per_task)
     implementation = choose("method_weights", gram.device.type, _IMPLEMENTATIONS)
     return implementation(gram, method, options, present, preferences, per_task)
 
@@ -237,7 +238,7 @@ def _method_weights_fake(
     preferences: Tensor | None = None,
     per_task: Tensor | None = None,
 ) -> Tensor:
-    _check(gram, method, options, present, preferences, per_task)
+    check_method_arguments(gram, method, options, present, preferences, per_task)
     return gram.new_empty(gram.shape[:1], dtype=torch.float64)
 
 

@@ -75,24 +75,58 @@ def method_step(
     gram: Tensor,
     method: str,
     options: Sequence[float],
-    kept: Tensor,
+    kept: Tensor | None = None,
     counted: Tensor | None = None,
+    average: Tensor | None = None,
+    momentum: float = 0.0,
     present: Tensor | None = None,
     preferences: Tensor | None = None,
     per_task: Tensor | None = None,
     also: Tensor | None = None,
+    vectors: Tensor | None = None,
 ) -> Tensor:
     """The weights `[T]` of a method that changes what it keeps: see `fastmtl.ops.gradients.method_step`."""
     here = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device) if present is None else present
-    if counted is not None:  # pcd
-        beta, eps = options[2:]
-        square = gram.diagonal().to(torch.float64)
-        average, count = beta * kept + (1 - beta) * square, beta * counted + (1 - beta)
-        w = method_weights(gram, method, options[:2], here, (average / count + eps).rsqrt(), per_task)
-        moves = here & gram[here][:, here].isfinite().all()
-        kept.copy_(torch.where(moves, average, kept))
-        counted.copy_(torch.where(moves, count, counted))
-        return w
+    if method == "given":
+        assert preferences is not None
+        w = preferences
+    elif method == "pcd" and kept is not None and counted is not None:
+        w = _pcd_step(gram, options, kept, counted, here, per_task)
+    elif method == "paretomtl":
+        assert kept is not None and counted is not None and per_task is not None and vectors is not None
+        w = _pareto_step(gram, options, kept, counted, here, per_task, vectors)
+    elif kept is not None:
+        w = _descent_step(gram, method, options, kept, here, preferences, also)
+    else:
+        w = method_weights(gram, method, options, here, preferences, per_task)
+    if average is not None:
+        w = torch.where(average.isnan(), w, momentum * average + (1 - momentum) * w)
+        average.copy_(torch.where(here & w[here].isfinite().all(), w, average))
+    return torch.where(here, w, 0.0)
+
+
+def _pcd_step(
+    gram: Tensor, options: Sequence[float], kept: Tensor, counted: Tensor, here: Tensor, per_task: Tensor | None
+) -> Tensor:
+    beta, eps = options[2:]
+    square = gram.diagonal().to(torch.float64)
+    average, count = beta * kept + (1 - beta) * square, beta * counted + (1 - beta)
+    w = method_weights(gram, "pcd", options[:2], here, (average / count + eps).rsqrt(), per_task)
+    moves = here & gram[here][:, here].isfinite().all()
+    kept.copy_(torch.where(moves, average, kept))
+    counted.copy_(torch.where(moves, count, counted))
+    return w
+
+
+def _descent_step(
+    gram: Tensor,
+    method: str,
+    options: Sequence[float],
+    kept: Tensor,
+    here: Tensor,
+    preferences: Tensor | None,
+    also: Tensor | None,
+) -> Tensor:
     w = method_weights(gram, method, options, here, preferences, kept)
     if also is not None and not bool(also[here][:, here].isfinite().all()):
         w = torch.where(here, torch.nan, w)
@@ -101,7 +135,32 @@ def method_step(
         return w
     shares = here.to(torch.float64) if preferences is None else preferences.to(torch.float64) * here
     shares = shares if shares.sum() > 0 else here.to(torch.float64)
-    return torch.where(here, (w + options[3] * shares / shares.sum()) / (1 + options[3]), 0.0)
+    return (w + options[3] * shares / shares.sum()) / (1 + options[3])
+
+
+def _pareto_step(
+    gram: Tensor,
+    options: Sequence[float],
+    kept: Tensor,
+    counted: Tensor,
+    here: Tensor,
+    losses: Tensor,
+    vectors: Tensor,
+) -> Tensor:
+    index, most_start_steps = options
+    num_tasks = gram.shape[0]
+    # the task gradients, and those of the constraints, (u_j - u_k) . L > 0 being a violation
+    rows = torch.cat([torch.eye(num_tasks, dtype=vectors.dtype).to(vectors.device), vectors - vectors[int(index)]])
+    rows, losses = torch.where(here, rows, 0.0), torch.where(here, losses, 0.0)
+    m = torch.where(here[:, None] & here, gram.to(torch.float64), 0.0)
+    active = rows[num_tasks:] @ losses > 0
+    started = (kept > 0) | ~active.any() | (counted >= most_start_steps)
+    w = method_weights(rows @ m @ rows.mT, "mgda", [], torch.cat([started & here, active])) @ rows
+    if not bool(m.isfinite().all() & losses.isfinite().all()):
+        return torch.where(here, torch.nan, w)
+    counted.add_(~started)
+    kept.copy_(started)
+    return w
 
 
 def _solve_with_bounds(m: Tensor, q: Tensor) -> Tensor:
