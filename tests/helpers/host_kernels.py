@@ -516,7 +516,7 @@ def method_weights(
 ) -> Tensor:
     """The weights `[T]` of a method, by its number, of a float32 or float64 matrix with dense rows.
 
-    kept, counted, average: changed in place. also: a matrix of which a bad entry counts, with the dtype and strides of `m`.
+    kept, counted, average: changed in place. also: a matrix of which a bad entry counts, like `m` in dtype and strides.
     """
     w = Output(m.shape[:1], torch.float64)
     given = (ctypes.c_double * 4)(*options)

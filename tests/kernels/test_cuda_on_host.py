@@ -325,7 +325,6 @@ def test_method_steps(num_tasks: int, method: str, dtype: torch.dtype, schedules
         )
         bad[0, 0] = entry
         torch.testing.assert_close(w, wanted, rtol=1e-6, atol=1e-9, equal_nan=True)
-        # of weights that are given none is bad
         assert w.isnan().any() == (step == 1)
         for name, x in kept.items():
             torch.testing.assert_close(x, wanted_kept[name], rtol=1e-6, atol=1e-9, equal_nan=True)

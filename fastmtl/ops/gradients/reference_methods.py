@@ -89,7 +89,7 @@ def method_step(
     here = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device) if present is None else present
     if method == "given":
         assert preferences is not None
-        w = preferences
+        w = torch.where(gram[here][:, here].isfinite().all(), preferences, torch.nan)
     elif method == "pcd" and kept is not None and counted is not None:
         w = _pcd_step(gram, options, kept, counted, here, per_task)
     elif method == "paretomtl":
