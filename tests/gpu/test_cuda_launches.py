@@ -19,6 +19,7 @@ from cases_cuda import (
     use,
 )
 
+from fastmtl import methods
 from fastmtl.core import dispatch
 from fastmtl.ops import (
     combine,
@@ -27,6 +28,7 @@ from fastmtl.ops import (
     pcgrad,
     pcgrad_project,
 )
+from fastmtl.ops.gradients.method_weights import OPTIONS
 
 pytestmark = pytest.mark.gpu
 forced = cases_cuda.forced
@@ -86,6 +88,25 @@ def test_two_launches(num_tasks: int, form: str, forced: str | None, monkeypatch
         launched = kernels_launched(lambda: pcgrad(grads, out=out, **options))
     assert len(launched) == 2, launched
     assert "gram" in launched[0] and "combine" in launched[1]
+
+
+# RandomWeights, Sum and Mean make their weights by torch; those that look at the gradients have passes of their own
+SOLVED = [methods.get(name) for name in (*OPTIONS, "gradvac") if not methods.get(name).needs]
+SOLVED += [methods.PCD({"0": 0.5}), methods.UPGrad(preferences=[1.0] * 8), methods.CRMOGM(methods.CAGrad())]
+
+
+@pytest.mark.parametrize("method", SOLVED, ids=repr)
+def test_three_launches(method: methods.Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Gram matrix, the weights with what the method keeps, the weighted sum."""
+    if dispatch.unavailable("cuda", "cuda") is not None:
+        pytest.skip("no compiled kernels")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    grads = BankCase(8, 100_000).make(DEVICE)
+    for _ in range(2):
+        method(grads)  # takes the memory of its state
+    launched = kernels_launched(lambda: method(grads))
+    assert len(launched) == 3, launched
+    assert "gram" in launched[0] and "combine" in launched[2]
 
 
 SAME_BITS = """

@@ -11,7 +11,7 @@ from fastmtl.ops.gradients.method_weights import OPTIONS
 pytestmark = pytest.mark.gpu
 DEFAULTS = {"cagrad": [0.5], "nashmtl": [0.0], "fairgrad": [2.0], "alignedmtl": [0.0, 0.0]}
 DEFAULTS |= {"upgrad": [1e-4], "dualproj": [1e-4], "krum": [1.0, 2.0, 1.0], "pcd": [0.0, 0.1]}
-DEFAULTS |= {"sdmgrad": [10.0, 0.5, 20.0, 0.3]}
+DEFAULTS |= {"sdmgrad": [10.0, 0.5, 20.0, 0.3], "modo": [0.01, 0.2]}
 
 
 @pytest.mark.parametrize("method", OPTIONS)
@@ -78,10 +78,20 @@ def test_a_captured_step(method: str) -> None:
 def with_state() -> list[methods.Method]:
     vectors = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) + 0.01
     pareto = methods.ParetoMTL(vectors, 1, max_start_steps=2)
-    return [methods.MoDo(0.05), methods.CRMOGM(methods.MGDA(), momentum=0.5), pareto]
+    order = ops.random_order(4, generator=torch.Generator().manual_seed(0))
+    return [
+        methods.MoDo(0.05),
+        methods.SDMGrad(0.1),
+        methods.PCD({"a": 0.1, "c": 0.3}, 0.9),
+        methods.GradVac(0.3, order=order),
+        methods.CRMOGM(methods.MGDA(), momentum=0.5),
+        methods.CRMOGM(methods.UPGrad(), momentum=0.5),
+        methods.CRMOGM(methods.SDMGrad(0.1), momentum=0.5),
+        pareto,
+    ]
 
 
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("which", range(8))
 def test_state_advances_in_a_captured_step(which: int) -> None:
     """Each replay goes on from what the one before it has left, and nothing waits for the host."""
     names = ["a", "b", "c", "d"]
@@ -92,6 +102,8 @@ def test_state_advances_in_a_captured_step(which: int) -> None:
     wanted = [on_host.weigh(gram, methods.Seen(names, [True] * 4, **rest)) for _ in range(5)]
 
     gram, here = gram.cuda(), torch.ones(4, dtype=torch.bool, device="cuda")
+    if isinstance(solver, methods.GradVac):
+        solver.order = solver.order.cuda()
     seen = methods.Seen(names, here, **{key: x.cuda() for key, x in rest.items()})
     found = [solver.weigh(gram, seen)]  # takes the memory of the state
     torch.cuda.synchronize()
