@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
-from fastmtl.methods import state as _state
 from fastmtl.methods.alignedmtl import AlignedMTL
 from fastmtl.methods.base import Method, Seen, Weighting, check_needs, needs_of, weights_of
 from fastmtl.methods.cagrad import CAGrad
@@ -23,6 +20,7 @@ from fastmtl.methods.mean import Mean
 from fastmtl.methods.mgda import MGDA
 from fastmtl.methods.moco import MoCo
 from fastmtl.methods.modo import MoDo
+from fastmtl.methods.names import for_one_call, get
 from fastmtl.methods.nashmtl import NashMTL
 from fastmtl.methods.paretomtl import ParetoMTL
 from fastmtl.methods.pcd import PCD
@@ -32,83 +30,6 @@ from fastmtl.methods.sdmgrad import SDMGrad
 from fastmtl.methods.sum import Sum
 from fastmtl.methods.trimmed_mean import TrimmedMean
 from fastmtl.methods.upgrad import UPGrad
-
-_CLASSES: tuple[type[Method], ...] = (
-    PCGrad,
-    Sum,
-    Mean,
-    RandomWeights,
-    MGDA,
-    CAGrad,
-    IMTLG,
-    ConFIG,
-    NashMTL,
-    FairGrad,
-    AlignedMTL,
-    UPGrad,
-    DualProj,
-    Krum,
-    GradVac,
-    PCD,
-    SDMGrad,
-    MoDo,
-    GradDrop,
-    DBMTL,
-    MoCo,
-    ExcessMTL,
-)
-# those that can't be made without arguments
-_WITH_ARGUMENTS: tuple[type[Method], ...] = (CRMOGM, Every, ParetoMTL, TrimmedMean)
-_METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in _CLASSES}
-
-
-def get(method: str | Weighting) -> Weighting:
-    """The method of that name with its default arguments; a method or a callable comes back as it is.
-
-    Names are the classes' in lower case; other cases are accepted.
-
-    Raises:
-        ValueError: no method has that name, or one that can't be made without arguments.
-        TypeError: neither a name, nor a `Method`, nor a callable `[T, T] -> [T]`.
-
-    Example:
-        >>> get("pcgrad")
-        PCGrad('sum')
-    """
-    if isinstance(method, str):
-        for kind in _WITH_ARGUMENTS:
-            if method.lower() == kind.__name__.lower():
-                raise ValueError(f"method: {kind.__name__} takes arguments: pass an instance, {kind.__name__}(...)")
-        if method.lower() not in _METHODS:
-            others = ", ".join(kind.__name__ for kind in _WITH_ARGUMENTS)
-            raise ValueError(
-                f"method: expected one of {', '.join(sorted(_METHODS))}, or an instance of {others}, got {method!r}"
-            )
-        return _METHODS[method.lower()]()
-    if isinstance(method, type):
-        raise TypeError(f"method: expected an instance, got the class {method.__name__}: write {method.__name__}()")
-    if any(kind.__name__ == "Aggregator" and kind.__module__.startswith("torchjd.") for kind in type(method).__mro__):
-        name = type(method).__name__
-        raise TypeError(
-            f"method: TorchJD's {name} takes a Jacobian, not a Gram matrix: pass its weighting, {name}Weighting()"
-        )
-    if isinstance(method, Method) or callable(method):
-        return method
-    raise TypeError(f"method: expected a name, a Method or a callable [T, T] -> [T], got {type(method).__name__}")
-
-
-def for_one_call(method: str | Weighting) -> Weighting:
-    """`get`, for calls that may be one of many: by name a method with state begins anew at each, which warns."""
-    found = get(method)
-    if isinstance(method, str) and isinstance(found, _state.StatefulMethod):
-        name = type(found).__name__
-        warnings.warn(
-            f"method={method!r}: {name} keeps state from one step to the next, and a name makes a new one at each "
-            f"call: pass an instance that lasts, fastmtl.methods.{name}()",
-            stacklevel=3,
-        )
-    return found
-
 
 __all__ = [
     "CRMOGM",

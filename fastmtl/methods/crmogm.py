@@ -12,6 +12,7 @@ from torch import Tensor
 from fastmtl.methods.base import Method, Seen, Weighting, needs_of, seen_by_position, weights_of
 from fastmtl.methods.every import Every
 from fastmtl.methods.gram_method import GramMethod
+from fastmtl.methods.names import get
 from fastmtl.methods.state import Field, NamedState
 from fastmtl.ops.gradients.arguments import check_present
 from fastmtl.ops.gradients.method_step import method_step_op
@@ -23,7 +24,7 @@ class CRMOGM(Method):
     the new weights. So weights depend less on the noise of the batch whose gradients they weigh.
 
     Args:
-        method: whose weights: a `Method`, or a callable `[T, T] -> [T]`.
+        method: whose weights: a `Method`, the name of one, or a callable `[T, T] -> [T]`.
         momentum: what the average keeps at each call, from 0 (the method as it is) to below 1. The paper lets it grow
             towards 1 as the learning rate falls: set the attribute.
 
@@ -46,10 +47,8 @@ class CRMOGM(Method):
         tensor([0.3500, 0.6500], dtype=torch.float64)
     """
 
-    def __init__(self, method: Weighting, momentum: float = 0.9) -> None:
-        if isinstance(method, type) or not (isinstance(method, Method) or callable(method)):
-            shown = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
-            raise TypeError(f"method: expected a Method or a callable [T, T] -> [T], got {shown}")
+    def __init__(self, method: str | Weighting, momentum: float = 0.9) -> None:
+        method = get(method)
         if isinstance(method, Every):
             raise TypeError(
                 "method: expected one that is asked at every step, got an Every: write Every(CRMOGM(...), k)"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.methods.base import Method, Seen, Weighting, needs_of, seen_by_position, weights_of
+from fastmtl.methods.names import get
 
 
 class Every(Method):
@@ -27,7 +28,7 @@ class Every(Method):
     it from a flag that it never waits for: on a GPU that may be a step or two later.
 
     Args:
-        method: a `Method` or a callable `[T, T] -> [T]`.
+        method: a `Method`, the name of one, or a callable `[T, T] -> [T]`.
         k: at every how manieth step the method is asked, from 1.
 
     Raises:
@@ -46,10 +47,8 @@ class Every(Method):
         tensor([1., 1.], dtype=torch.float64)
     """
 
-    def __init__(self, method: Weighting, k: int) -> None:
-        if isinstance(method, type) or not (isinstance(method, Method) or callable(method)):
-            shown = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
-            raise TypeError(f"method: expected a Method or a callable [T, T] -> [T], got {shown}")
+    def __init__(self, method: str | Weighting, k: int) -> None:
+        method = get(method)
         if isinstance(k, bool) or not isinstance(k, int):
             raise TypeError(f"k: expected an int, got {type(k).__name__}")
         if k < 1:

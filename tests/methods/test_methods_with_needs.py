@@ -225,8 +225,11 @@ def test_crmogm_refuses():
         methods.CRMOGM(Elementwise())
     with pytest.raises(TypeError, match="got the class Sum"):
         methods.CRMOGM(methods.Sum)
-    with pytest.raises(TypeError, match=r"expected a Method or a callable .*, got str"):
-        methods.CRMOGM("sum")
+    with pytest.raises(ValueError, match="method: expected one of"):
+        methods.CRMOGM("nothing")
+    with pytest.raises(TypeError, match=r"expected a name, a Method or a callable .*, got int"):
+        methods.CRMOGM(3)
+    assert repr(methods.CRMOGM("mgda")) == repr(methods.CRMOGM(methods.MGDA()))
     for bad in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="momentum: expected a number from 0 to below 1"):
             methods.CRMOGM(methods.Sum(), momentum=bad)

@@ -708,7 +708,7 @@ def test_called_on_gradients():
         ((methods.Sum(), 2.0), TypeError, "k: expected an int, got float"),
         ((methods.Sum(), True), TypeError, "k: expected an int, got bool"),
         ((methods.Sum, 2), TypeError, "got the class Sum"),
-        (("sum", 2), TypeError, "method: expected a Method or a callable .* got str"),
+        (("nothing", 2), ValueError, "method: expected one of .* got 'nothing'"),
         ((3, 2), TypeError, "got int"),
     ],
 )
