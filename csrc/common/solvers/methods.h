@@ -467,6 +467,7 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
     const double square = of_rows ? p.m[i][i] : gram.at(tasks[i], tasks[i]);
     return square > 0 ? square : 0.0;  // of NaN, too
   });
+  if (of_rows) team.sync();  // what was read is divided
   each_entry(team, p.n, [&](int i, int k) {
     const double x = of_rows ? p.m[i][k] : gram.at(tasks[i], tasks[k]);
     if (!std::isfinite(x) || (request.also.data != nullptr && !std::isfinite(request.also.at(tasks[i], tasks[k]))))
