@@ -406,8 +406,7 @@ template <class Team>
 FASTMTL_HOST_DEVICE double total_of_preferences(const Team& team, const Problem& p) {
   const double total = sum_of(team, p.n, [&](int i) { return p.weights[i]; });
   if (total > 0) return total;
-  each(team, p.n, [&](int i) { p.weights[i] = 1.0; });
-  team.sync();
+  each(team, p.n, [&](int i) { p.weights[i] = 1.0; });  // each member looks at its own alone
   return p.n;
 }
 
@@ -475,6 +474,11 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
     p.m[i][k] = x / (p.scale > 0 ? p.scale : 1.0);
   });
   const bool finite = team.sum(bad) == 0.0;
+  // all have read it, in front of several barriers
+  if (of_rows && finite && p.n > 0 && team.rank() == 0) {
+    if (!started) *request.pareto.start_steps += 1.0;
+    *request.pareto.started = started ? 1.0 : 0.0;
+  }
   const bool given = weights != nullptr;
   const double even = request.kind == Kind::aligned_mtl && request.options[1] != 0 ? 1.0 : 1.0 / p.n;
   const bool keeps_weights = request.kind == Kind::mgda || request.kind == Kind::cagrad ||
@@ -502,7 +506,6 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
     request.counted[tasks[i]] = count;
   });
   team.sync();
-  const double wanted = descends ? total_of_preferences(team, p) : 0.0;
   if (finite && (p.scale > 0 || (descends && p.n > 0))) {
     switch (request.kind) {
       case Kind::mgda:
@@ -519,34 +522,32 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
       case Kind::pcd: pcd(team, p, place_of(tasks, p.n, request.options[0]), request.rounding); break;
       case Kind::sdmgrad:
         sdmgrad(team, p, request.options[0], request.options[1], static_cast<int>(request.options[2]),
-                request.options[3], wanted);
+                request.options[3], total_of_preferences(team, p));
         break;
       case Kind::modo: modo(team, p, request.options[0], request.options[1]); break;
       case Kind::given: break;
     }
   }
   if (of_rows) {
-    team.sync();
+    // the solver has ended with a barrier
     each(team, T, [&](int t) {
-      if (!here.has(t)) return;
+      if (!rows.has_task(t)) return;
       double sum = 0.0;
       for (int i = 0; i < p.n; ++i) sum += p.out[i] * rows.at(tasks[i], t);
       out[t] = finite ? sum : NAN;
     });
-    // all have read it, in front of several barriers
-    if (finite && team.rank() == 0 && here.count() > 0) {
-      if (!started) *request.pareto.start_steps += 1.0;
-      *request.pareto.started = started ? 1.0 : 0.0;
-    }
     return;
   }
   each(team, p.n, [&](int i) { out[tasks[i]] = finite ? p.out[i] : NAN; });
   if (!descends || request.kept == nullptr) return;
   const bool all_finite = finite && sum_of(team, p.n, [&](int i) { return std::isfinite(p.out[i]) ? 0.0 : 1.0; }) == 0;
-  const double more = request.kind == Kind::sdmgrad ? request.options[3] : 0.0;
   each(team, p.n, [&](int i) {
     if (all_finite) request.kept[tasks[i]] = p.out[i];
-    if (finite) out[tasks[i]] = (p.out[i] + more * p.weights[i] / wanted) / (1.0 + more);
+  });
+  if (request.kind != Kind::sdmgrad) return;
+  const double more = request.options[3], total = total_of_preferences(team, p);
+  each(team, p.n, [&](int i) {
+    if (finite) out[tasks[i]] = (p.out[i] + more * p.weights[i] / total) / (1.0 + more);
   });
 }
 
