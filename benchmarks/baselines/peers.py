@@ -116,21 +116,62 @@ _WEIGHTINGS: dict[str, tuple[str, dict[str, float]]] = {
     "pcd": ("PCDWeighting", {"tau": 0.02}),
     "sdmgrad": ("SDMGradWeighting", {}),
     "gradvac": ("GradVacWeighting", {"beta": 0.01}),
+    "pcgrad": ("PCGradWeighting", {}),
 }
+# method -> its aggregator, on the matrix itself
+_AGGREGATORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pcgrad": ("PCGrad", {}),
+    "gradvac": ("GradVac", {"beta": 0.01}),
+    "mgda": ("MGDA", {}),
+    "cagrad": ("CAGrad", {"c": 0.5}),
+    "upgrad": ("UPGrad", {}),
+}
+
+
+def method_candidate(method: str) -> Candidate:
+    """Its whole method on a `[T, P]` matrix."""
+    if torchjd_missing() is not None:
+        return candidate("torchjd", lambda grads: None, method)
+    return _made("torchjd", method, _aggregator)
+
+
+def _aggregator(method: str) -> tuple[str, Callable[[Tensor], Any]]:
+    aggregation = importlib.import_module("torchjd.aggregation")
+    if method != "nashmtl":
+        name, arguments = _AGGREGATORS[method]
+        return name, getattr(aggregation, name)(**arguments)
+    made: dict[int, Any] = {}  # it is made for a number of tasks
+
+    def nash(grads: Tensor) -> Tensor:
+        if len(grads) not in made:
+            made[len(grads)] = aggregation.NashMTL(n_tasks=len(grads))
+        return made[len(grads)](grads)
+
+    aggregation.NashMTL(n_tasks=2)  # raises where its solver is not installed
+    return "NashMTL", nash
+
+
+def _made(label: str, method: str, make: Callable[[str], tuple[str, Callable[[Tensor], Any]]]) -> Candidate:
+    """A candidate, or why it can't run here."""
+    try:
+        name, call = make(method)
+    except ImportError:
+        return candidate(label, lambda x: None, method, only_if="its solver is not installed")
+    except AttributeError:
+        return candidate(label, lambda x: None, method, only_if="this release has none of that name")
+    return candidate(label, call, name)
 
 
 def weights_candidate(method: str) -> Candidate:
     """The weights of a method from a Gram matrix, by the weighting of TorchJD that has its name, where there is one."""
     if method not in _WEIGHTINGS:
         return candidate("torchjd", lambda gram: None, method, only_if="has no weighting of that name")
+    return _made("torchjd", method, _weighting)
+
+
+def _weighting(method: str) -> tuple[str, Callable[[Tensor], Any]]:
     name, arguments = _WEIGHTINGS[method]
-    try:
-        weighting = getattr(importlib.import_module("torchjd.aggregation"), name)(**arguments)
-    except ImportError:
-        return candidate("torchjd", lambda gram: None, name, only_if="its solver is not installed")
-    except AttributeError:
-        return candidate("torchjd", lambda gram: None, name, only_if="this release has none of that name")
-    return candidate("torchjd", weighting, name)
+    return name, getattr(importlib.import_module("torchjd.aggregation"), name)(**arguments)
 
 
 def drawn_order(num_tasks: int, seed: int) -> Tensor:

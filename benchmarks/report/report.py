@@ -38,6 +38,16 @@ GPU_COLUMNS = (
     "vs TorchJD",
     "peak extra memory",
 )
+METHOD_COLUMNS = (
+    "case",
+    "ours",
+    "x floor",
+    "x 2 reads",
+    "vs plain torch",
+    "vs TorchJD",
+    "vs LibMTL",
+    "peak extra memory",
+)
 CONV_COLUMNS = (
     "case",
     "ours",
@@ -197,6 +207,8 @@ def columns(row: dict[str, Any]) -> tuple[str, ...]:
         return TASK_COLUMNS
     if row["suite"] == "conv":
         return CONV_COLUMNS
+    if row["suite"] == "methods":
+        return METHOD_COLUMNS
     return GPU_COLUMNS if _on_gpu(row) else COLUMNS
 
 
@@ -235,15 +247,16 @@ def cells(row: dict[str, Any]) -> list[str]:
             _best_other(row),
             _extra_memory(row),
         ]
+    memory = row.get("memory", {}).get("ours")
+    extra = mebibytes(memory["peak_extra_bytes"]) if memory else "-"
+    if row["suite"] == "methods":
+        versus = [_versus(row, family) for family in ("plain", "torchjd", "libmtl")]
+        return [name, time, _over(row, "floor"), _over(row, "two_reads"), *versus, extra]
     floor = _over(row, "floor")
     for label, text in (("t_backwards", "of T passes"), ("sum", "of a plain step")):
         if label in row["time_over"]:
             floor = f"{row['time_over'][label]:.3f} {text}"
-    memory = row.get("memory", {}).get("ours")
-    common = [
-        *(_versus(row, family) for family in ("naive", "plain", "torchjd")),
-        mebibytes(memory["peak_extra_bytes"]) if memory else "-",
-    ]
+    common = [*(_versus(row, family) for family in ("naive", "plain", "torchjd")), extra]
     if _on_gpu(row):
         triton = _time(row["times"]["triton"]) if "triton" in row["times"] else "-"
         return [name, time, floor, _over(row, "two_reads"), triton, _over(row, "bank"), *common]
@@ -375,7 +388,11 @@ def _run_text(run: dict[str, Any]) -> str:
 def _note(header: tuple[str, ...], suite: str) -> str:
     """What stands above a table."""
     if suite == "methods":
-        return "Weights of a `[T, T]` matrix, and passes over the gradients:"
+        return (
+            "Weights of a `[T, T]` matrix (times with cold caches), whole methods on a bank (`method(grads)`; LibMTL's "
+            "without its way to the gradients, T backward passes and copies by way of the host), and passes over the "
+            "gradients. Plain torch is the oracle of the tests, or what one would write:"
+        )
     if header == TASK_COLUMNS:
         return (
             "Training steps in which every sample has one task, PCGrad over T tasks (forward, gradients, SGD with "

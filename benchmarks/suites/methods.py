@@ -1,10 +1,11 @@
-"""Suite `methods`: the weights of each method that one solver makes of a `[T, T]` matrix, over T (latency: no floor),
-and the passes of the methods that look at the gradients, whose floor is bytes."""
+"""Suite `methods`: the weights that each method makes of a `[T, T]` matrix, over T (latency: no floor); whole methods
+on a bank; and the passes of the methods that look at the gradients, whose floor is bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,15 +13,58 @@ import torch
 from torch import Tensor
 
 from fastmtl import methods, ops
-from fastmtl.benchmarks.baselines import peers
+from fastmtl.benchmarks.baselines import libmtl, peers
 from fastmtl.benchmarks.runner.registry import Candidate, Case, Check
 from fastmtl.benchmarks.workloads.gradients import random_bank
 from fastmtl.core.dispatch import use_backend
 
-TASKS = (2, 8, 64)
+TASKS = (2, 8, 32, 64, 128)
 PARAMS = 1000
 # how far the update may be from the oracle's, over its length: two ways of solving what is conditioned as these are
 TOLERANCE = 1e-6
+
+
+class _Method:
+    """A method as a case calls it, with what is needed to ask it twice from the same state."""
+
+    def __init__(self, make: Callable[[], methods.Method], order: Tensor | None = None) -> None:
+        self.method, self._order = make(), order
+
+    def weights(self, gram: Tensor) -> Tensor:
+        """`[T]`; of a method that needs a second batch, the same one once more."""
+        if not self.method.needs:
+            return self.method.weights(gram)
+        num_tasks = len(gram)
+        return self.method.weigh(
+            gram, methods.Seen([str(t) for t in range(num_tasks)], [True] * num_tasks, second=gram)
+        )
+
+    def __call__(self, grads: Tensor) -> Tensor:
+        out = self.method(grads)
+        assert isinstance(out, Tensor)
+        return out
+
+    def by_reference(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The same call in plain torch, from the same state, which it leaves as it was."""
+        with self.unchanged(), use_backend("reference"):
+            return call(x)
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        state, order = self.method.state_dict(), None if self._order is None else self._order.clone()
+        try:
+            yield
+        finally:
+            self.method.load_state_dict(state)
+            if self._order is not None:
+                self._order.copy_(order)
+
+
+def _drawing(kind: Callable[..., methods.Method], num_tasks: int, device: torch.device) -> _Method:
+    order = ops.order_state(num_tasks, device=device)
+    return _Method(lambda: kind(generator=order), order)
+
+
 METHODS: dict[str, Callable[[], methods.Method]] = {
     "mgda": methods.MGDA,
     "cagrad": methods.CAGrad,
@@ -33,43 +77,43 @@ METHODS: dict[str, Callable[[], methods.Method]] = {
     "dualproj": methods.DualProj,
     "krum": methods.Krum,
     "pcd": methods.PCD,
+    "sdmgrad": methods.SDMGrad,
+    "modo": methods.MoDo,
+    "crmogm": partial(methods.CRMOGM, "mgda"),
 }
-# those whose classes hand an op what they keep from step to step, too
-OPS = ("gradvac", "sdmgrad")
+# those that draw an order at each call
+DRAWING: dict[str, Callable[..., methods.Method]] = {"pcgrad": methods.PCGrad, "gradvac": methods.GradVac}
+# the op that makes the weights, where it is another than `method_weights`
+COVERS = dict.fromkeys(("pcd", "sdmgrad", "modo", "crmogm"), "method_step")
+COVERS |= {"pcgrad": "pcgrad_weights", "gradvac": "gradvac_step"}
+# of the whole call: those that users have from TorchJD or LibMTL
+WHOLE = ("pcgrad", "gradvac", "mgda", "cagrad", "nashmtl", "upgrad")
+
+
+def conflicting_bank(num_tasks: int, num_params: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random gradients from which most of what they share is taken: many conflicts."""
+    bank = random_bank(num_tasks, num_params, dtype, device, seed=num_tasks)
+    return bank - 0.9 * bank.mean(0)
 
 
 def conflicting_gram(num_tasks: int, device: torch.device) -> Tensor:
-    """The Gram matrix `[T, T]` of random gradients from which most of what they share is taken: many conflicts."""
-    bank = random_bank(num_tasks, PARAMS, torch.float64, device, seed=num_tasks)
-    bank = bank - 0.9 * bank.mean(0)
+    bank = conflicting_bank(num_tasks, PARAMS, torch.float64, device)
     return bank @ bank.mT
 
 
-def _solver(name: str, num_tasks: int, device: torch.device) -> tuple[Callable[[Tensor], Tensor], str]:
-    """What makes weights of a Gram matrix, and that in words."""
-    if name == "sdmgrad":
-        options = [10.0, 0.5, 20.0, 0.3]
-        return lambda m: ops.method_weights(m, "sdmgrad", options), "fastmtl.ops.method_weights: 20 steps"
-    if name == "gradvac":
-        order = ops.random_order(num_tasks, generator=ops.order_state(num_tasks, device=device))
-        targets = torch.full((num_tasks, num_tasks), 0.1, dtype=torch.float64, device=device)
-        return lambda m: ops.gradvac_coefficients(m, order, targets)[0].sum(0), "fastmtl.ops.gradvac_coefficients"
-    method = METHODS[name]()
-    return method.weights, f"fastmtl.methods: {method!r}"
-
-
-def _by_reference(weights: Callable[[Tensor], Tensor], gram: Tensor) -> Tensor:
-    with use_backend("reference"):
-        return weights(gram)
+def _method(name: str, num_tasks: int, device: torch.device) -> _Method:
+    return _drawing(DRAWING[name], num_tasks, device) if name in DRAWING else _Method(METHODS[name])
 
 
 def methods_case(name: str, num_tasks: int, device: torch.device) -> Case:
-    """A case of the method of that name: a key of `METHODS`, or one of `OPS`."""
-    weights, detail = _solver(name, num_tasks, device)
+    """The weights of the method of that name, a key of `METHODS` or `DRAWING`, from a `[T, T]` matrix."""
+    it = _method(name, num_tasks, device)
 
     def check(gram: Tensor, ours: Callable[[Tensor], Tensor]) -> Check:
-        expected = _by_reference(weights, gram)
-        wrong = ours(gram) - expected
+        with it.unchanged():
+            found = ours(gram)
+        expected = it.by_reference(it.weights, gram)
+        wrong = found - expected
         # as lengths of the updates: weights may be large where gradients cancel
         error = torch.sqrt((wrong @ gram @ wrong).clamp(min=0) / (expected @ gram @ expected))
         return Check(float(error), TOLERANCE, "the reference on the timed inputs")
@@ -78,16 +122,80 @@ def methods_case(name: str, num_tasks: int, device: torch.device) -> Case:
         suite="methods",
         name=f"{name} T={num_tasks}",
         op=name,
-        covers=frozenset({"gradvac_coefficients" if name == "gradvac" else "method_weights"}),
+        covers=frozenset({COVERS.get(name, "method_weights")}),
         params={"T": num_tasks, "dtype": "float64"},
         make=partial(conflicting_gram, num_tasks),
         candidates=(
-            Candidate("ours", weights, detail, "ours"),
-            Candidate("plain", partial(_by_reference, weights), "the reference: plain torch"),
+            Candidate("ours", it.weights, f"fastmtl.methods: {it.method!r}", "ours"),
+            Candidate("plain", partial(it.by_reference, it.weights), "the reference: plain torch"),
             peers.weights_candidate(name),
         ),
         check=check,
         quick=num_tasks == 8,
+    )
+
+
+def coefficients_case(num_tasks: int, device: torch.device) -> Case:
+    """GradVac's coefficients, of an order and targets that are given."""
+    order = ops.random_order(num_tasks, generator=ops.order_state(num_tasks, device=device))
+    targets = torch.full((num_tasks, num_tasks), 0.1, dtype=torch.float64, device=device)
+
+    def ours(gram: Tensor) -> Tensor:
+        return ops.gradvac_coefficients(gram, order, targets)[0]
+
+    def plain(gram: Tensor) -> Tensor:
+        with use_backend("reference"):
+            return ours(gram)
+
+    def check(gram: Tensor, ours: Callable[[Tensor], Tensor]) -> Check:
+        expected = plain(gram)
+        error = (ours(gram) - expected).abs().max() / expected.abs().max()
+        return Check(float(error), TOLERANCE, "the reference on the timed inputs")
+
+    return Case(
+        suite="methods",
+        name=f"gradvac_coefficients T={num_tasks}",
+        op="gradvac_coefficients",
+        covers=frozenset({"gradvac_coefficients"}),
+        params={"T": num_tasks, "dtype": "float64"},
+        make=partial(conflicting_gram, num_tasks),
+        candidates=(
+            Candidate("ours", ours, "fastmtl.ops.gradvac_coefficients", "ours"),
+            Candidate("plain", plain, "the reference: plain torch"),
+        ),
+        check=check,
+        quick=num_tasks == 8,
+    )
+
+
+def whole_case(name: str, num_tasks: int, num_params: int, device: torch.device) -> Case:
+    """The whole method on a float32 bank: Gram matrix, weights and weighted sum."""
+    it = _method(name, num_tasks, device)
+
+    def check(grads: Tensor, ours: Callable[[Tensor], Tensor]) -> Check:
+        with it.unchanged():
+            found = ours(grads).double()
+        expected = it.by_reference(it, grads.double())
+        return Check(float((found - expected).norm() / expected.norm()), 1e-4, "the reference in float64")
+
+    row_bytes = 4 * num_params
+    return Case(
+        suite="methods",
+        name=f"{name}(grads) T={num_tasks} P={num_params / 1e6:g}M",
+        op=name,
+        covers=frozenset(),
+        params={"T": num_tasks, "P": num_params, "dtype": "float32"},
+        make=partial(conflicting_bank, num_tasks, num_params, torch.float32),
+        candidates=(
+            Candidate("ours", it, f"fastmtl.methods: {it.method!r}", "ours", traffic=(2 * num_tasks + 1) * row_bytes),
+            Candidate("plain", partial(it.by_reference, it), "the reference: plain torch on the matrix"),
+            peers.method_candidate(name),
+            libmtl.candidate(name, num_tasks),
+        ),
+        check=check,
+        input_bytes=num_tasks * row_bytes,
+        moved={"floor": (num_tasks + 1) * row_bytes, "two_reads": (2 * num_tasks + 1) * row_bytes},
+        quick=name in ("gradvac", "nashmtl") and num_tasks == 8 and num_params == 100_000,
     )
 
 
@@ -201,6 +309,12 @@ def pass_case(name: str, num_tasks: int, num_params: int) -> Case:
 
 def cases(device: torch.device, quick: bool = False) -> list[Case]:
     """The suite; `quick`: 8 tasks."""
-    found = [methods_case(name, num_tasks, device) for name in (*METHODS, *OPS) for num_tasks in TASKS]
+    found = [methods_case(name, num_tasks, device) for name in (*DRAWING, *METHODS) for num_tasks in TASKS]
+    found += [coefficients_case(num_tasks, device) for num_tasks in (8, 64)]
+    found += [
+        whole_case(name, num_tasks, num_params, device)
+        for name in WHOLE
+        for num_tasks, num_params in ((2, 100_000), (8, 100_000), (64, 100_000), (8, 1_000_000))
+    ]
     found += [pass_case(name, num_tasks, 1_000_000) for name in PASSES for num_tasks in (4, 8, 32)]
     return [case for case in found if case.quick or not quick]
