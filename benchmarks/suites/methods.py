@@ -131,6 +131,7 @@ def methods_case(name: str, num_tasks: int, device: torch.device) -> Case:
             peers.weights_candidate(name),
         ),
         check=check,
+        budget_s=1.5,
         quick=num_tasks == 8,
     )
 
