@@ -409,6 +409,49 @@ def combine(weights: Tensor, grads: Gradients, cut: Cut | None = None, *, split:
     _checked(status)
 
 
+def gram_groups(grads: Gradients, groups: Sequence[int], num_groups: int, cut: Cut | None = None) -> Tensor:
+    """The Gram matrices `[L, T, T]` of groups; `groups`: of each parameter of `grads`. `cut.groups` becomes the number
+    of tickets."""
+    m = Output((num_groups, grads.num_tasks, grads.num_tasks), accumulate_dtype(grads.dtypes))
+    status = library().host_gram_groups(
+        ctypes.byref(grads.c),
+        _array(groups),
+        _int64(num_groups),
+        ctypes.byref(cut or Cut()),
+        ctypes.c_void_p(m.tensor.data_ptr()),
+        _int64(m.tensor.dtype == torch.float64),
+    )
+    _checked(status)
+    m.check()
+    return m.tensor
+
+
+def combine_groups(weights: Tensor, grads: Gradients, groups: Sequence[int], cut: Cut | None = None) -> None:
+    """`weights`: `[L, T]` float64; the result goes where `grads` has its outputs."""
+    assert weights.dtype == torch.float64
+    status = library().host_combine_groups(
+        ctypes.byref(grads.c),
+        _array(groups),
+        _int64(weights.shape[0]),
+        ctypes.byref(cut or Cut()),
+        *_pointers(weights),
+    )
+    _checked(status)
+
+
+def pcgrad_weights(m: Tensor, order: Tensor | None, schedule: int = FORWARD, **options: Any) -> Tensor:
+    """PCGrad's weights `[L, T]` of float64 Gram matrices `[L, T, T]`. options: as `_solve` takes them."""
+    w = Output(m.shape[:2], torch.float64)
+    # the result is no `[T, T]` matrix of coefficients
+    solve = _solve(m.shape[1], w.tensor.reshape(-1), order, **options)
+    status = library().host_pcgrad_weights(
+        *_pointers(m), _int64(m.shape[0]), _int64(m.shape[1]), ctypes.byref(solve), ctypes.c_uint64(schedule)
+    )
+    _checked(status)
+    w.check()
+    return w.tensor
+
+
 def coefficients(m: Tensor, order: Tensor, include_self: bool = False, schedule: int = FORWARD) -> Tensor:
     """PCGrad's coefficients `[T, T]` of a float64 Gram matrix."""
     c = Output(m.shape, torch.float64)
@@ -464,12 +507,13 @@ def method_weights(
     per_task: Tensor | None = None,
     schedule: int = FORWARD,
 ) -> Tensor:
-    """The weights `[T]` of a method, by its number, of a float64 Gram matrix."""
-    w = Output(m.shape[:1], torch.float64)
+    """The weights of a method, by its number, of a float64 Gram matrix: `[T]`, or of `[L, T, T]` matrices `[L, T]`."""
+    w = Output(m.shape[:-1], torch.float64)
     given = (ctypes.c_double * 4)(*options)
     status = library().host_method_weights(
         *_pointers(m),
-        _int64(m.shape[0]),
+        _int64(m.shape[0] if m.dim() == 3 else 1),
+        _int64(m.shape[-1]),
         _int64(method),
         given,
         ctypes.c_double(rounding),
