@@ -90,7 +90,9 @@ class PCGrad(Method):
             return super().weigh_groups(grams, seen)
         for x in seen:
             self._check_seen(grams[0], x)
-        source = Draw(0, None)
+        source, mask = Draw(0, None), seen[0].mask(grams.device)
+        if mask is not None:
+            grams = torch.where(mask[:, None] & mask, grams, 0.0)
         if self.order is None:
             source = draw_source(self.generator, grams.device)
         else:
