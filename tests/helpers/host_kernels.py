@@ -69,11 +69,16 @@ def _ptx_runtime(name: str, races: bool = False) -> Build:
     return Build(name, ("-O0", *flags), (), more, ("-O2", *flags))
 
 
+def ptx_sources(dtypes: Sequence[str]) -> list[str]:
+    """What is compiled to PTX for these dtypes, without the suffix."""
+    of_dtypes = [f"kernels_{groups}{dtype}" for dtype in dtypes for groups in ("", "groups_")]
+    return [*of_dtypes, "kernels_solve", "tables"]
+
+
 def _of_ptx(name: str, dtypes: Sequence[str], arch: int, races: bool = False, faulty: str | None = None) -> Build:
     """The kernels of these dtypes as nvcc's PTX has them, in the place of their bodies: unoptimised, the driver calls
     each of them by its name."""
-    sources = [*(f"kernels_{dtype}" for dtype in dtypes), "kernels_solve", "tables"]
-    objects = functools.partial(ptx.objects, sources, arch, faulty)
+    objects = functools.partial(ptx.objects, ptx_sources(dtypes), arch, faulty)
     return dataclasses.replace(_ptx_runtime(name, races), sources=tuple(SOURCES), objects=objects)
 
 
