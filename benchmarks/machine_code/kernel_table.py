@@ -39,6 +39,11 @@ class Kernel(NamedTuple):
     dtype: str = ""
     numbers: tuple[int, ...] = ()
 
+    @property
+    def like(self) -> str:
+        """Of a kernel for groups of parameters the name of the one whose loops it has; else its own."""
+        return self.name.replace("_groups", "")
+
     def __str__(self) -> str:
         return "-".join([self.name, *filter(None, [self.dtype]), *map(str, self.numbers)])
 
@@ -85,10 +90,10 @@ def memory_bound(kernel: Kernel, loop: cubin.Loop) -> str | None:
     are tables of lists, rows that are not aligned, and the T x T problem.
     """
     widest, count = max(loop.loads.items())
-    if kernel.name == "gram_mma_kernel":
+    if kernel.like == "gram_mma_kernel":
         rows = loop.has(r"[HD]MMA")
     else:
-        rows = kernel.name in ("gram_rows_kernel", "combine_kernel", "combine_split_kernel")
+        rows = kernel.like in ("gram_rows_kernel", "combine_kernel", "combine_split_kernel")
     if widest == 16 and rows:
         return "rows"
     # past the first-level cache

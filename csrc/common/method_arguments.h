@@ -15,15 +15,17 @@ struct MethodArguments {
   const uint8_t* present;     // null: all
   const double* preferences;  // null: all equal
   double* out;
+  int num_groups;  // problems that have all but `gram` and `out` in common
 };
 
-// A [T, T] float32 or float64 matrix whose rows are dense.
+// A [T, T] float32 or float64 matrix whose rows are dense, or the first of several.
 inline solvers::Entries read_entries(const Tensor& x, int64_t T) {
   const DType dtype = dtype_of(x);
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == T && x.size(1) == T && (T == 1 || x.stride(1) == 1) &&
-                      (dtype == DType::f32 || dtype == DType::f64),
+  const int64_t row = x.dim() - 2;
+  STD_TORCH_CHECK((row == 0 || row == 1) && x.size(row) == T && x.size(row + 1) == T &&
+                      (T == 1 || x.stride(row + 1) == 1) && (dtype == DType::f32 || dtype == DType::f64),
                   "fastmtl: expected a [T, T] float32 or float64 matrix with dense rows");
-  return {x.const_data_ptr(), x.stride(0), dtype == DType::f64};
+  return {x.const_data_ptr(), row == 1 ? T : x.stride(0), dtype == DType::f64};
 }
 
 inline int64_t read_num_tasks(const Tensor& gram) {
@@ -61,7 +63,11 @@ inline MethodArguments read_method(const Tensor& gram, int64_t method, const std
                                    double rounding, const std::optional<Tensor>& present,
                                    const std::optional<Tensor>& preferences, const std::optional<Tensor>& per_task,
                                    Tensor& out) {
-  const int64_t T = read_num_tasks(gram);
+  const int64_t dims = gram.dim();
+  STD_TORCH_CHECK(dims == 2 || (dims == 3 && gram.is_contiguous()),
+                  "fastmtl: the Gram matrix must be [T, T], or contiguous [L, T, T]");
+  const int64_t T = gram.size(dims - 1), L = dims == 2 ? 1 : gram.size(0);
+  STD_TORCH_CHECK(T >= 1 && T <= kMaxTasks, "fastmtl: expected 1 to 128 tasks, got ", T);
   STD_TORCH_CHECK(method >= 0 && method < solvers::kKinds, "fastmtl: no method has number ", method);
   STD_TORCH_CHECK(options.size() <= solvers::kMostOptions, "fastmtl: expected at most ", solvers::kMostOptions,
                   " options, got ", options.size());
@@ -70,7 +76,8 @@ inline MethodArguments read_method(const Tensor& gram, int64_t method, const std
                        static_cast<int>(T),
                        read_flags(present, T),
                        read_numbers(preferences, T, "the preferences"),
-                       changed_numbers(out, T, "the weights")};
+                       changed_numbers(out, L * T, "the weights"),
+                       static_cast<int>(L)};
   for (size_t k = 0; k < options.size(); ++k) read.request.options[k] = options[k];
   read.request.per_task = read_numbers(per_task, T, "the numbers by task");
   return read;
@@ -88,6 +95,7 @@ inline MethodArguments read_step(const Tensor& gram, const std::optional<Tensor>
                                  const std::optional<Tensor>& per_task, const std::optional<Tensor>& vectors,
                                  double momentum, StepTensors& step, Tensor& out) {
   MethodArguments read = read_method(gram, method, options, rounding, present, preferences, per_task, out);
+  STD_TORCH_CHECK(read.num_groups == 1, "fastmtl: a step is of one Gram matrix");
   solvers::Request& request = read.request;
   const solvers::Kind kind = request.kind;
   const int64_t T = read.num_tasks;

@@ -25,6 +25,7 @@ struct Param {
   int64_t numel;
   DType dtype;
   int64_t position = 0;  // among the n parameters
+  int64_t group = 0;     // of parameters that share a Gram matrix and weights
   std::vector<Row> rows;
   std::vector<void*> out;  // K outputs of stride 1, in the same memory order; empty for the Gram matrix
 };

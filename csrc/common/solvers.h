@@ -12,9 +12,12 @@
 
 namespace fastmtl {
 
+// A key that is larger by this is the same stream of random numbers one number further on.
+constexpr uint64_t kRandomStep = 0x9E3779B97F4A7C15u;
+
 // Number n of the SplitMix64 stream `key` (Steele, Lea, Flood 2014), as the signed integer that orders are sorted by.
 FASTMTL_HOST_DEVICE inline int64_t random_number(uint64_t key, uint64_t n) {
-  uint64_t z = key + (n + 1) * 0x9E3779B97F4A7C15u;
+  uint64_t z = key + (n + 1) * kRandomStep;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
   return static_cast<int64_t>(z ^ (z >> 31));

@@ -94,7 +94,6 @@ void* lasting_memory(size_t bytes) {
   return memory;
 }
 
-constexpr int kTickets = 256;  // counters in a set
 constexpr int kSets = 2048;
 constexpr int kSetsForStreams = 256;  // that graphs leave
 constexpr size_t kSetBytes = kTickets * sizeof(unsigned);
@@ -182,8 +181,8 @@ bool launches_early(int device) {
   return s.early[device] = attributes.ptxVersion >= 90;
 }
 
-Tickets tickets(int device, cudaStream_t stream, size_t launches) {
-  if (launches == 1) {
+Tickets tickets(int device, cudaStream_t stream, size_t launches, int count) {
+  if (launches == 1 && count <= kTickets) {
     const bool capturing = is_capturing(stream);
     State& s = state();
     const std::lock_guard<std::mutex> lock(s.mutex);
@@ -201,9 +200,10 @@ Tickets tickets(int device, cudaStream_t stream, size_t launches) {
       }
     }
   }
-  Tensor memory = workspace(device, kSetBytes);
+  const size_t bytes = static_cast<size_t>(count) * sizeof(unsigned);
+  Tensor memory = workspace(device, static_cast<int64_t>(bytes));
   auto* counters = static_cast<unsigned*>(memory.mutable_data_ptr());
-  check(cudaMemsetAsync(counters, 0, kSetBytes, stream), "tickets");
+  check(cudaMemsetAsync(counters, 0, bytes, stream), "tickets");
   return {counters, memory};
 }
 

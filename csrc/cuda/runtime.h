@@ -23,18 +23,21 @@ Tensor workspace(int device, int64_t bytes);
 // Whether a launch may begin before the one in front is done: on sm_90 and later, unless FASTMTL_PDL=0.
 bool launches_early(int device);
 
-// 256 counters, zero when a call's first launch begins.
+// Counters, zero when a call's first launch begins.
 struct Tickets {
   unsigned* counters;
   std::optional<Tensor> own;  // their memory, where it is the call's
 };
 
+// Counters of a set
+constexpr int kTickets = 256;
+
 // A call of one launch, which leaves its counters at zero, takes the stream's set; captured in a CUDA graph a set of
 // its own, since graphs may run beside each other. A call of several launches gets a new one, zeroed on the stream:
-// another thread's call may come between its launches, or the call may end between them. The first call on a device
-// makes all sets, and the host waits until they are zero, in a capture too; without memory for them every call gets a
-// new one.
-Tickets tickets(int device, cudaStream_t stream, size_t launches);
+// another thread's call may come between its launches, or the call may end between them. So does one that wants more
+// counters than a set has. The first call on a device makes all sets, and the host waits until they are zero, in a
+// capture too; without memory for them every call gets a new one.
+Tickets tickets(int device, cudaStream_t stream, size_t launches, int count = kTickets);
 
 // Words in device memory, which lasts until the launches that read them are queued, and those launches' time.
 using DeviceTable = std::shared_ptr<const int64_t>;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastmtl.methods.alignedmtl import AlignedMTL
-from fastmtl.methods.base import Method, Seen, Weighting, check_needs, needs_of, weights_of
+from fastmtl.methods.base import Method, Seen, Weighting, check_needs, group_weights_of, needs_of, weights_of
 from fastmtl.methods.cagrad import CAGrad
 from fastmtl.methods.config import ConFIG
 from fastmtl.methods.crmogm import CRMOGM
@@ -64,6 +64,7 @@ __all__ = [
     "check_needs",
     "for_one_call",
     "get",
+    "group_weights_of",
     "needs_of",
     "weights_of",
 ]

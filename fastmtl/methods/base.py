@@ -111,6 +111,21 @@ class Method:
         self._check_seen(gram, seen)
         return self.weights(gram, present=seen.mask(gram.device))
 
+    def weigh_groups(self, grams: Tensor, seen: Sequence[Seen]) -> Tensor:
+        """`weigh` for each of L groups of parameters, in turn.
+
+        Args:
+            grams: `[L, T, T]` Gram matrices.
+            seen: of each group. They differ in `names` and in `second` alone.
+
+        Returns:
+            `[L, T]` float64, 0 for absent tasks.
+
+        A method that solves for all of them at once overrides it. Where its class has an `update` too, that is not
+        called for groups then.
+        """
+        return torch.stack([weights_of(self, m, x) for m, x in zip(grams.unbind(0), seen, strict=True)])
+
     def update(self, rows: GradientRows, out: Sequence[Tensor], seen: Seen) -> tuple[Tensor, Tensor | None]:
         """The whole method on these task gradients, of a method that needs them (or is faster with them).
 
@@ -270,6 +285,17 @@ def weights_of(method: Weighting, gram: Tensor, seen: Seen) -> Tensor:
     for k, t in enumerate(tasks):
         out[t] = w[k]
     return out
+
+
+def group_weights_of(method: Weighting, grams: Tensor, seen: Sequence[Seen]) -> Tensor:
+    """`weights_of` for each of L groups: `[L, T]` float64. Raises what that does."""
+    if not isinstance(method, Method):
+        return torch.stack([weights_of(method, m, x) for m, x in zip(grams.unbind(0), seen, strict=True)])
+    w = method.weigh_groups(grams, seen)
+    if not isinstance(w, Tensor) or w.shape != grams.shape[:2] or w.device != grams.device:
+        got = f"{list(w.shape)} on {w.device}" if isinstance(w, Tensor) else type(w).__name__
+        raise ValueError(f"method {method!r}: expected weights {list(grams.shape[:2])} on {grams.device}, got {got}")
+    return w.to(torch.float64)
 
 
 def _on_device(present: Sequence[bool], device: torch.device) -> Tensor | None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.methods.base import Method
+from fastmtl.methods.base import Method, Seen
 from fastmtl.ops.gradients.method_step import method_step_op
-from fastmtl.ops.gradients.method_weights import check_method, check_method_arguments
+from fastmtl.ops.gradients.method_weights import check_method, check_method_arguments, method_weights_groups
 
 Preferences: TypeAlias = Tensor | Sequence[float]
 
@@ -35,12 +35,15 @@ class GramMethod(Method):
         self.preferences = None if preferences is None else read_preferences(preferences)
 
     def weights(self, gram: Tensor, *, present: Tensor | None = None) -> Tensor:
-        preferences = self._preferences_for(gram)
+        if isinstance(gram, Tensor) and gram.dim() == 2:
+            self._check_tasks(gram.shape[0])
+        preferences = self._preferences_on(gram)
         return ops.method_weights(gram, self._op_name, self._options, present=present, preferences=preferences)
 
     def averaged_weights(self, gram: Tensor, average: Tensor, momentum: float, present: Tensor | None) -> Tensor:
         """The running average of the weights, `[T]` float64, which is changed in place: see `CRMOGM`."""
-        preferences = self._preferences_for(gram)
+        self._check_tasks(gram.shape[0])
+        preferences = self._preferences_on(gram)
         check_method_arguments(gram, self._op_name, self._options, present, preferences)
         return method_step_op(
             gram,
@@ -52,15 +55,34 @@ class GramMethod(Method):
             preferences=preferences,
         )
 
-    def _preferences_for(self, gram: Tensor) -> Tensor | None:
+    def weigh_groups(self, grams: Tensor, seen: Sequence[Seen]) -> Tensor:
+        """As of `Method`, in one call."""
+        own = type(self)
+        if (own.weigh, own.weights, own._weights) != (Method.weigh, GramMethod.weights, GramMethod._weights):
+            return super().weigh_groups(grams, seen)  # a class derived from one of these may have weights of its own
+        for x in seen:
+            self._check_seen(grams[0], x)
+        self._check_tasks(grams.shape[1])
+        return method_weights_groups(
+            grams,
+            self._op_name,
+            self._options,
+            present=seen[0].mask(grams.device),
+            preferences=self._preferences_on(grams),
+        )
+
+    def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
+        return self.weights(gram, present=present)
+
+    def _check_tasks(self, num_tasks: int) -> None:
+        """Raises ValueError where these are too few for the method."""
+
+    def _preferences_on(self, gram: Tensor) -> Tensor | None:
         preferences = self.preferences
         if preferences is not None and isinstance(gram, Tensor) and preferences.device != gram.device:
             # kept there: a copy at each call would wait for the device
             preferences = self.preferences = preferences.to(gram.device)
         return preferences
-
-    def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
-        return self.weights(gram, present=present)
 
 
 def read_preferences(preferences: Preferences) -> Tensor:

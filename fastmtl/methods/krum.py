@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import operator
 
-from torch import Tensor
-
 from fastmtl.methods.gram_method import GramMethod
 
 
@@ -43,11 +41,10 @@ class Krum(GramMethod):
         self.squared = bool(squared)
         super().__init__(self.byzantine, self.selected, self.squared)
 
-    def weights(self, gram: Tensor, *, present: Tensor | None = None) -> Tensor:
+    def _check_tasks(self, num_tasks: int) -> None:
         least = max(self.byzantine + 3 if self.byzantine > 0 else 1, self.selected)
-        if isinstance(gram, Tensor) and gram.dim() == 2 and gram.shape[0] < least:
-            raise ValueError(f"gram: {self!r} needs at least {least} tasks, got {gram.shape[0]}")
-        return super().weights(gram, present=present)
+        if num_tasks < least:
+            raise ValueError(f"gram: {self!r} needs at least {least} tasks, got {num_tasks}")
 
     def __repr__(self) -> str:
         return f"Krum(byzantine={self.byzantine!r}, selected={self.selected!r}, squared={self.squared!r})"

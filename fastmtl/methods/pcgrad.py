@@ -20,7 +20,14 @@ from fastmtl.ops.gradients.order import (
     random_order,
     traceable_source,
 )
-from fastmtl.ops.gradients.pcgrad import REDUCTIONS, check_no_generator, check_order, pcgrad_rows_into, weights_op
+from fastmtl.ops.gradients.pcgrad import (
+    REDUCTIONS,
+    check_no_generator,
+    check_order,
+    pcgrad_rows_into,
+    pcgrad_weights_groups,
+    weights_op,
+)
 
 
 class PCGrad(Method):
@@ -87,6 +94,26 @@ class PCGrad(Method):
             w = w / (gram.shape[0] if present is None else present.sum())
         return w
 
+    def weigh_groups(self, grams: Tensor, seen: Sequence[Seen]) -> Tensor:
+        """As of `Method`, in one call, with an order for each group: those of so many calls from the same `order_state`
+        (of another source the first is that of one call)."""
+        present, own = seen[0].present, type(self)
+        if isinstance(present, Tensor) or (own.weigh, own.weights, own._weights) != _WEIGHTS:
+            return super().weigh_groups(grams, seen)
+        for x in seen:
+            self._check_seen(grams[0], x)
+        source, mask = Draw(0, None), seen[0].mask(grams.device)
+        if mask is not None:
+            grams = torch.where(mask[:, None] & mask, grams, 0.0)
+        if self.order is None:
+            source = draw_source(self.generator, grams.device)
+        else:
+            check_order(self.order, grams.shape[1], grams.device)
+        mean = self.reduction == "mean"
+        return pcgrad_weights_groups(
+            grams, self.order, source, mean=mean, include_self=self.include_self, present=present
+        )
+
     def update(self, rows: GradientRows, out: Sequence[Tensor], seen: Seen) -> tuple[Tensor, Tensor]:
         """As of `Method`, in two launches on a GPU. The host must know which tasks are present."""
         assert not isinstance(seen.present, Tensor)
@@ -105,3 +132,7 @@ class PCGrad(Method):
 
     def __repr__(self) -> str:
         return f"PCGrad({self.reduction!r})"
+
+
+# how this class has its weights; one derived from it may have its own
+_WEIGHTS = (PCGrad.weigh, PCGrad.weights, PCGrad._weights)

@@ -136,19 +136,35 @@ class GroupedSurgery(Surgery):
     __slots__ = ("groups",)
 
     def __init__(
-        self, parts: Sequence[Surgery], groups: Sequence[str], names: Sequence[str], present: Sequence[bool] | Tensor
+        self,
+        gram: Tensor,
+        weights: Tensor | None,
+        groups: Sequence[str],
+        names: Sequence[str],
+        present: Sequence[bool] | Tensor,
+        norm: Tensor | None = None,
     ) -> None:
+        super().__init__(gram, weights, names, present, norm)
+        self.groups = tuple(groups)
+
+    @classmethod
+    def of(
+        cls, parts: Sequence[Surgery], groups: Sequence[str], names: Sequence[str], present: Sequence[bool] | Tensor
+    ) -> GroupedSurgery:
         dtype = torch.float64 if any(x.gram.dtype == torch.float64 for x in parts) else torch.float32
         gram = torch.stack([x.gram.to(dtype) for x in parts])
         weights = [x.weights.to(torch.float64) for x in parts if x.weights is not None]
         norm = torch.stack([x.grad_norm() for x in parts]).square().sum().sqrt()
-        super().__init__(gram, torch.stack(weights) if len(weights) == len(parts) else None, names, present, norm)
-        self.groups = tuple(groups)
+        return cls(gram, torch.stack(weights) if len(weights) == len(parts) else None, groups, names, present, norm)
 
     def grad_norm(self) -> Tensor:
         """0-d float64: norm of the update of all groups together, without the loss scale."""
-        assert self._norm is not None
-        return self._norm
+        if self._norm is not None:
+            return self._norm
+        assert self.weights is not None
+        w = self.weights.to(torch.float64)
+        squares = (w[:, None] @ self.gram.to(torch.float64) @ w[:, :, None]).clamp(min=0)
+        return squares.sum().sqrt()
 
     def log_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """As of `Surgery`, with `weight/<group>/<task>`, `norm/<group>/<task>` and `conflicts/<group>/<task>`;

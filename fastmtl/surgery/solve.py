@@ -47,7 +47,7 @@ def solve(gradients: SurgeryInput, options: SurgeryOptions) -> tuple[Updates, Su
         with without_autocast(gradients.device.type):
             if isinstance(gradients, TaskGradients) and _has_update(gradients, options):
                 return _update(gradients, options)
-            gram, second = _grams(gradients, options)
+            gram, second = _parts_of(gradients.gram(), gradients, options)
             weights = _weigh(gram, gradients, _seen(gradients, options, second), options)
         return gradients.combine(weights), Surgery(gram, weights, names, present)
 
@@ -62,13 +62,47 @@ def solve_groups(
     parts = options.groups.divide(gradients.receivers, named)
     if not parts:
         return solve(gradients, options)
+    group_of = {i: k for k, positions in enumerate(parts.values()) for i in positions}
+    groups = [group_of[i] for i in range(len(gradients.receivers))]
+    if not _updates_groups(gradients, options) and gradients.can_group(groups, len(parts)):
+        return _solve_together(gradients, options, groups, list(parts))
     updates: Updates = []
     surgeries = []
     for part in gradients.split(parts):
         some, surgery = solve(part, options)
         updates += some
         surgeries.append(surgery)
-    return updates, GroupedSurgery(surgeries, list(parts), names, present)
+    return updates, GroupedSurgery.of(surgeries, list(parts), names, present)
+
+
+def _updates_groups(gradients: TaskGradients, options: SurgeryOptions) -> bool:
+    """Whether the method makes the update of each group itself."""
+    method = options.method
+    if not _has_update(gradients, options):
+        return False
+    return "gradients" in methods.needs_of(method) or "weigh_groups" not in vars(type(method))
+
+
+def _solve_together(
+    gradients: TaskGradients, options: SurgeryOptions, groups: Sequence[int], group_names: Sequence[str]
+) -> tuple[Updates, Surgery]:
+    """The surgery on all groups by one Gram matrix each, one question to the method and one combine. groups: of each
+    parameter."""
+    names, present = gradients.names, gradients.present
+    with torch.no_grad(), without_autocast(gradients.device.type):
+        grams, second = _parts_of(gradients.gram_groups(groups, len(group_names)), gradients, options)
+        common = _seen(gradients, options, None)
+        seen = [
+            common._replace(
+                # what a method keeps of a task it keeps for each group
+                names=[f"{group}/{task}" for task in names],
+                second=None if second is None else second[k],
+            )
+            for k, group in enumerate(group_names)
+        ]
+        weights = _weigh(grams, gradients, seen, options)
+        updates = gradients.combine_groups(weights, groups)
+    return updates, GroupedSurgery(grams, weights, group_names, names, present)
 
 
 def _ones_of_present(present: Sequence[bool] | Tensor, device: torch.device) -> Tensor:
@@ -81,15 +115,16 @@ def _ones_of_present(present: Sequence[bool] | Tensor, device: torch.device) -> 
     return weights
 
 
-def _grams(gradients: SurgeryInput, options: SurgeryOptions) -> tuple[Tensor, Tensor | None]:
-    """The Gram matrix without the loss scale, and the task gradients' inner products with a second batch's."""
-    gram, num_tasks = gradients.gram(), len(gradients.names)
+def _parts_of(gram: Tensor, gradients: SurgeryInput, options: SurgeryOptions) -> tuple[Tensor, Tensor | None]:
+    """The Gram matrix of all ranks without the loss scale, and the task gradients' inner products with a second
+    batch's. gram: of all rows that this process has; or `[L, ...]`, of each group."""
+    num_tasks = len(gradients.names)
     if options.ranks is not None and gradients.partitioned:
         gram = options.ranks.total_gram(gram)
     gram = _unscaled(gram, options.loss_scale)
-    if gram.shape[0] == num_tasks:
+    if gram.shape[-1] == num_tasks:
         return gram, None
-    return gram[:num_tasks, :num_tasks].contiguous(), gram[:num_tasks, num_tasks:]
+    return gram[..., :num_tasks, :num_tasks].contiguous(), gram[..., :num_tasks, num_tasks:]
 
 
 def _unscaled(gram: Tensor, scale: float | Tensor | None) -> Tensor:
@@ -140,7 +175,7 @@ def _has_update(gradients: TaskGradients, options: SurgeryOptions) -> bool:
 def _update(gradients: TaskGradients, options: SurgeryOptions) -> tuple[Updates, Surgery]:
     method, ranks, names = options.method, options.ranks, gradients.names
     assert isinstance(method, Method)
-    second = _grams(gradients, options)[1] if "second_batch" in method.needs else None
+    second = _parts_of(gradients.gram(), gradients, options)[1] if "second_batch" in method.needs else None
     seen = _seen(gradients, options, second)
     if ranks is not None:
         _take_first(ranks, method.state_tensors(names, gradients.device))
@@ -162,12 +197,14 @@ def _take_first(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
             x.copy_(y.reshape(x.shape))
 
 
-def _weigh(gram: Tensor, gradients: SurgeryInput, seen: Seen, options: SurgeryOptions) -> Tensor:
-    """The method's weights; the first rank's, where there are several, and so what the method keeps."""
+def _weigh(gram: Tensor, gradients: SurgeryInput, seen: Seen | Sequence[Seen], options: SurgeryOptions) -> Tensor:
+    """The method's weights; the first rank's, where there are several, and so what the method keeps. `[T]`, or of Gram
+    matrices `[L, T, T]`, each with what is seen of its group, `[L, T]`."""
     method, ranks = options.method, options.ranks
+    each = [seen] if isinstance(seen, Seen) else seen
     if ranks is None:
         return _weigh_alone(gram, gradients, seen, method)
-    if isinstance(method, Every) and ranks.any_of(method.due(seen.names, seen.present)):
+    if isinstance(method, Every) and ranks.any_of(any(method.due(x.names, x.present) for x in each)):
         method.expire()  # where one asks all do: what is asked may meet the other ranks
     if not isinstance(method, Method):
         # whatever it does, it may raise on one rank alone; it does not mind waiting for the host
@@ -178,17 +215,25 @@ def _weigh(gram: Tensor, gradients: SurgeryInput, seen: Seen, options: SurgeryOp
         weights = _weigh_alone(gram, gradients, seen, method)
     except Exception:
         # the others must not wait; they get NaN
-        weights = torch.full_like(gram[0], torch.nan, dtype=torch.float64)
-        _take_first(ranks, [weights, *method.state_tensors(seen.names, gram.device)])
+        weights = torch.full_like(gram[..., 0], torch.nan, dtype=torch.float64)
+        _take_first(ranks, [weights, *_state_of(method, each, gram.device)])
         raise
     weights = weights.clone()
-    _take_first(ranks, [weights, *method.state_tensors(seen.names, gram.device)])
+    _take_first(ranks, [weights, *_state_of(method, each, gram.device)])
     return weights
 
 
-def _weigh_alone(gram: Tensor, gradients: SurgeryInput, seen: Seen, method: Weighting) -> Tensor:
-    if not isinstance(seen.present, Tensor) and not any(seen.present):
-        weights = torch.zeros(len(seen.present), dtype=torch.float64, device=gram.device)
-    else:
+def _state_of(method: Method, seen: Sequence[Seen], device: torch.device) -> list[Tensor]:
+    # at once: what is made ready for the tasks of another group may be new memory
+    return method.state_tensors([name for some in seen for name in some.names], device)
+
+
+def _weigh_alone(gram: Tensor, gradients: SurgeryInput, seen: Seen | Sequence[Seen], method: Weighting) -> Tensor:
+    present = gradients.present
+    if not isinstance(present, Tensor) and not any(present):
+        weights = torch.zeros(gram.shape[:-1], dtype=torch.float64, device=gram.device)
+    elif isinstance(seen, Seen):
         weights = methods.weights_of(method, gram, seen)
+    else:
+        weights = methods.group_weights_of(method, gram, seen)
     return weights if gradients.poison is None else weights + gradients.poison

@@ -15,6 +15,8 @@ from fastmtl.core.schemas import without_autocast
 from fastmtl.methods import Method, Seen
 from fastmtl.ops.gradients.combine import combine_into
 from fastmtl.ops.gradients.gram import gram_rows
+from fastmtl.ops.gradients.groups import Grouped, combine_groups_into, gram_groups
+from fastmtl.ops.gradients.order import is_plain
 from fastmtl.surgery.accumulate import Updates
 
 Row: TypeAlias = list[Tensor | None]  # one task's gradients by parameter; None: zero
@@ -113,6 +115,33 @@ class TaskGradients:
         if columns:
             with without_autocast(self.device.type):
                 combine_into(weights, self._gradients, columns)
+        return self._updates(columns)
+
+    def can_group(self, groups: Sequence[int], count: int) -> bool:
+        """Whether `gram_groups` and `combine_groups` serve these groups of the parameters: no group is empty, and one
+        dtype serves all of their Gram matrices. Equal on all ranks."""
+        kept: list[set[torch.dtype]] = [set() for _ in range(count)]
+        for p, group in zip(self._params, groups, strict=True):
+            kept[group].add(p.dtype)
+        if not all(kept) or len({accumulate_dtype([*dtypes]) for dtypes in kept}) > 1:
+            return False
+        if self.partitioned:
+            return True
+        n = len(self._params)
+        with_gradient = {groups[k % n] for k in self._all.index}
+        return len(with_gradient) == count and is_plain(self._all.tensors)
+
+    def gram_groups(self, groups: Sequence[int], count: int) -> Tensor:
+        """As `gram`, of each group of the parameters: `[L, T, T]` or `[L, 2T, 2T]`."""
+        dtype = accumulate_dtype([p.dtype for p in self._params])
+        return gram_groups(Grouped(self._all, groups, count), dtype, self.device)
+
+    def combine_groups(self, weights: Tensor, groups: Sequence[int]) -> Updates:
+        """As `combine`, with weights `[L, T]` of each group."""
+        self._drop_second()
+        columns = self._result_memory()
+        if columns:
+            combine_groups_into(weights, Grouped(self._gradients, groups, weights.shape[0]), columns)
         return self._updates(columns)
 
     def update(self, method: Method, seen: Seen) -> tuple[Tensor, Tensor | None, Tensor | None, Updates]:

@@ -69,11 +69,16 @@ def _ptx_runtime(name: str, races: bool = False) -> Build:
     return Build(name, ("-O0", *flags), (), more, ("-O2", *flags))
 
 
+def ptx_sources(dtypes: Sequence[str]) -> list[str]:
+    """What is compiled to PTX for these dtypes, without the suffix."""
+    of_dtypes = [f"kernels_{groups}{dtype}" for dtype in dtypes for groups in ("", "groups_")]
+    return [*of_dtypes, "kernels_solve", "tables"]
+
+
 def _of_ptx(name: str, dtypes: Sequence[str], arch: int, races: bool = False, faulty: str | None = None) -> Build:
     """The kernels of these dtypes as nvcc's PTX has them, in the place of their bodies: unoptimised, the driver calls
     each of them by its name."""
-    sources = [*(f"kernels_{dtype}" for dtype in dtypes), "kernels_solve", "tables"]
-    objects = functools.partial(ptx.objects, sources, arch, faulty)
+    objects = functools.partial(ptx.objects, ptx_sources(dtypes), arch, faulty)
     return dataclasses.replace(_ptx_runtime(name, races), sources=tuple(SOURCES), objects=objects)
 
 
@@ -409,6 +414,49 @@ def combine(weights: Tensor, grads: Gradients, cut: Cut | None = None, *, split:
     _checked(status)
 
 
+def gram_groups(grads: Gradients, groups: Sequence[int], num_groups: int, cut: Cut | None = None) -> Tensor:
+    """The Gram matrices `[L, T, T]` of groups; `groups`: of each parameter of `grads`. `cut.groups` becomes the number
+    of tickets."""
+    m = Output((num_groups, grads.num_tasks, grads.num_tasks), accumulate_dtype(grads.dtypes))
+    status = library().host_gram_groups(
+        ctypes.byref(grads.c),
+        _array(groups),
+        _int64(num_groups),
+        ctypes.byref(cut or Cut()),
+        ctypes.c_void_p(m.tensor.data_ptr()),
+        _int64(m.tensor.dtype == torch.float64),
+    )
+    _checked(status)
+    m.check()
+    return m.tensor
+
+
+def combine_groups(weights: Tensor, grads: Gradients, groups: Sequence[int], cut: Cut | None = None) -> None:
+    """`weights`: `[L, T]` float64; the result goes where `grads` has its outputs."""
+    assert weights.dtype == torch.float64
+    status = library().host_combine_groups(
+        ctypes.byref(grads.c),
+        _array(groups),
+        _int64(weights.shape[0]),
+        ctypes.byref(cut or Cut()),
+        *_pointers(weights),
+    )
+    _checked(status)
+
+
+def pcgrad_weights(m: Tensor, order: Tensor | None, schedule: int = FORWARD, **options: Any) -> Tensor:
+    """PCGrad's weights `[L, T]` of float64 Gram matrices `[L, T, T]`. options: as `_solve` takes them."""
+    w = Output(m.shape[:2], torch.float64)
+    # the result is no `[T, T]` matrix of coefficients
+    solve = _solve(m.shape[1], w.tensor.reshape(-1), order, **options)
+    status = library().host_pcgrad_weights(
+        *_pointers(m), _int64(m.shape[0]), _int64(m.shape[1]), ctypes.byref(solve), ctypes.c_uint64(schedule)
+    )
+    _checked(status)
+    w.check()
+    return w.tensor
+
+
 def coefficients(m: Tensor, order: Tensor, include_self: bool = False, schedule: int = FORWARD) -> Tensor:
     """PCGrad's coefficients `[T, T]` of a float64 Gram matrix."""
     c = Output(m.shape, torch.float64)
@@ -456,8 +504,10 @@ def gradvac(
 
 def _matrix(m: Tensor) -> list[Any]:
     """A matrix with dense rows: where it begins, the distance between rows, whether it is float64."""
-    assert m.dtype in (torch.float32, torch.float64) and (m.stride(1) == 1 or len(m) == 1)
-    return [ctypes.c_void_p(m.data_ptr()), _int64(m.stride(0)), _int64(m.dtype == torch.float64)]
+    assert m.dtype in (torch.float32, torch.float64) and (m.stride(-1) == 1 or m.shape[-1] == 1)
+    assert m.dim() == 2 or m.is_contiguous()
+    step = m.shape[-1] if m.dim() == 3 else m.stride(0)
+    return [ctypes.c_void_p(m.data_ptr()), _int64(step), _int64(m.dtype == torch.float64)]
 
 
 def _optional(*tensors: Tensor | None) -> list[Any]:
@@ -514,16 +564,18 @@ def method_weights(
     vectors: Tensor | None = None,
     schedule: int = FORWARD,
 ) -> Tensor:
-    """The weights `[T]` of a method, by its number, of a float32 or float64 matrix with dense rows.
+    """The weights of a method, by its number: `[T]` of a float32 or float64 matrix with dense rows, or `[L, T]` of
+    contiguous `[L, T, T]` matrices.
 
     kept, counted, average: changed in place. also: a matrix of which a bad entry counts, like `m` in dtype and strides.
     """
-    w = Output(m.shape[:1], torch.float64)
+    w = Output(m.shape[:-1], torch.float64)
     given = (ctypes.c_double * 4)(*options)
     assert also is None or (also.stride(), also.dtype) == (m.stride(), m.dtype)
     status = library().host_method_weights(
         *_matrix(m),
-        _int64(m.shape[0]),
+        _int64(m.shape[0] if m.dim() == 3 else 1),
+        _int64(m.shape[-1]),
         _int64(method),
         given,
         ctypes.c_double(rounding),

@@ -3,7 +3,7 @@
 #include <exception>
 #include <string>
 
-#include "cuda/gradients/parts.h"
+#include "cuda/gradients/group_parts.h"
 #include "cuda/table.cuh"
 
 using namespace fastmtl;
@@ -94,7 +94,8 @@ std::vector<Param> params_of(const HostRows& rows) {
   std::vector<Param> params;
   for (int64_t i = 0; i < rows.num_params; ++i) {
     if (rows.numel[i] == 0) continue;  // as read_rows does
-    Param p{rows.numel[i], static_cast<DType>(rows.dtype[i]), {}, {}};
+    Param p{rows.numel[i], static_cast<DType>(rows.dtype[i])};
+    p.position = i;
     for (int64_t t = 0; t < rows.num_tasks; ++t) {
       const int64_t k = i * rows.num_tasks + t;
       if (rows.row[k] != 0)
@@ -111,6 +112,18 @@ std::vector<Part> read_parts(const HostRows& rows) {
   for (Part& part : parts)
     if (!part.words.empty()) part.grads.table = part.words.data();
   return parts;
+}
+
+// the group of each of the n parameters; the parts' words in memory of their own, as a device has them
+std::vector<GroupedPart> read_grouped(const HostRows& rows, const int64_t* groups, int64_t num_groups) {
+  std::vector<Param> params = params_of(rows);
+  sort_by_group(params, std::vector<int64_t>(groups, groups + rows.num_params), num_groups);
+  return grouped_parts_of(params, static_cast<int>(rows.num_tasks), num_groups);
+}
+
+void check_zero(const unsigned* tickets, int64_t count) {
+  for (int64_t k = 0; k < count; ++k)
+    if (tickets[k] != 0) throw std::runtime_error("ticket " + std::to_string(k) + " is not zero");
 }
 
 Solve read_solve(const HostSolve& s) {
@@ -166,8 +179,66 @@ int host_gram(const HostRows* rows, HostCut* cut, const HostSolve* solve, void* 
     cut->groups = plan.params.num_groups;
     memory.check("the workspace");
     tickets.check("the tickets");
-    for (int64_t k = 0; k < kTickets; ++k)
-      if (tickets.as<unsigned>()[k] != 0) throw std::runtime_error("ticket " + std::to_string(k) + " is not zero");
+    check_zero(tickets.as<unsigned>(), kTickets);
+  });
+}
+
+// The Gram matrices [L, T, T] of groups of parameters.
+int host_gram_groups(const HostRows* rows, const int64_t* groups, int64_t num_groups, HostCut* cut, void* gram,
+                     int64_t gram_is_double) {
+  return guarded([&] {
+    cuda_on_host::schedule = cut->schedule;
+    std::vector<GroupedPart> parts = read_grouped(*rows, groups, num_groups);
+    const GramGroupsPlan plan = plan_gram_groups(parts, cut->columns_per_slot, static_cast<int>(cut->slots_per_group));
+    Guarded memory(8 * plan.words(), 0xFF), tickets(plan.num_tickets * sizeof(unsigned), 0);
+    for (GroupedPart& it : parts) {
+      if (it.num_slots == 0) continue;
+      it.use_table(it.part.words.data());
+      GramGroupsParams p = plan.params(it, memory.as<double>(), tickets.as<unsigned>());
+      p.gram = gram;
+      p.gram_is_double = gram_is_double != 0;
+      launch_gram_groups(it.part.dtype, p, it.num_slots, nullptr);
+      ++cut->launches;
+    }
+    cut->slots = plan.num_slots;
+    cut->groups = plan.num_tickets;
+    memory.check("the workspace");
+    tickets.check("the tickets");
+    check_zero(tickets.as<unsigned>(), plan.num_tickets);
+  });
+}
+
+// weights [L, T]
+int host_combine_groups(const HostRows* rows, const int64_t* groups, int64_t num_groups, HostCut* cut,
+                        const double* weights) {
+  return guarded([&] {
+    cuda_on_host::schedule = cut->schedule;
+    std::vector<GroupedPart> parts = read_grouped(*rows, groups, num_groups);
+    plan_combine_groups(parts, cut->columns_per_slot);
+    for (GroupedPart& it : parts) {
+      if (it.num_slots == 0) continue;
+      it.use_table(it.part.words.data());
+      launch_combine_groups(it.part.dtype, {it.part.grads, it.cut, weights}, it.num_slots, nullptr);
+      ++cut->launches;
+      cut->slots += it.num_slots;
+    }
+  });
+}
+
+// PCGrad's weights [L, T], into what `solve` says, of L Gram matrices [L, T, T]
+int host_pcgrad_weights(const double* gram, int64_t num_groups, int64_t num_tasks, const HostSolve* solve,
+                        uint64_t schedule) {
+  return guarded([&] {
+    cuda_on_host::schedule = schedule;
+    const int T = static_cast<int>(num_tasks);
+    Guarded memory(8 * num_groups * order_at(T), 0xFF), ticket(sizeof(unsigned), 0);
+    const Solve s = read_solve(*solve);
+    unsigned* taken = s.draw && s.state != nullptr ? ticket.as<unsigned>() : nullptr;
+    launch_pcgrad_weights({s, gram, T, T > 16 ? memory.as<double>() : nullptr, taken}, static_cast<int>(num_groups),
+                          nullptr);
+    memory.check("the workspace");
+    ticket.check("the ticket");
+    check_zero(ticket.as<unsigned>(), 1);
   });
 }
 
@@ -257,12 +328,14 @@ int host_gradvac_step(const void* gram, int64_t step, int64_t is_double, int64_t
   });
 }
 
+// gram [L, T, T] (of one with any step between rows), out [L, T];
 // present, preferences, kept, counted and average: [T] or null; vectors: Pareto MTL's, [num_vectors, T], or null;
 // workspace for more tasks than shared memory holds
-int host_method_weights(const void* gram, int64_t step, int64_t is_double, int64_t num_tasks, int64_t method,
-                        const double* options, double rounding, const uint8_t* present, const double* preferences,
-                        const double* per_task, const void* also, double* kept, double* counted, double* average,
-                        const double* vectors, double* out, int64_t num_vectors, double momentum, uint64_t schedule) {
+int host_method_weights(const void* gram, int64_t step, int64_t is_double, int64_t num_groups, int64_t num_tasks,
+                        int64_t method, const double* options, double rounding, const uint8_t* present,
+                        const double* preferences, const double* per_task, const void* also, double* kept,
+                        double* counted, double* average, const double* vectors, double* out, int64_t num_vectors,
+                        double momentum, uint64_t schedule) {
   return guarded([&] {
     cuda_on_host::schedule = schedule;
     const int T = static_cast<int>(num_tasks);
@@ -276,7 +349,9 @@ int host_method_weights(const void* gram, int64_t step, int64_t is_double, int64
           vectors, static_cast<int>(num_vectors), static_cast<int>(options[0]), per_task, options[1], kept, counted};
     else request.kept = kept, request.counted = counted;
     const int blocks = method_blocks(request.kind, T);
-    Guarded memory(8 * blocks * (block_scratch(request.rows(T)) + T), 0xFF), ticket(sizeof(unsigned), 0);
+    const int64_t all = num_groups * blocks;
+    const int64_t each = block_scratch(request.rows(T));
+    Guarded memory(8 * all * (each + T), 0xFF), tickets(num_groups * sizeof(unsigned), 0);
     double* scratch = memory.as<double>();
     launch_method_weights({request,
                            {gram, step, is_double != 0},
@@ -284,12 +359,13 @@ int host_method_weights(const void* gram, int64_t step, int64_t is_double, int64
                            present,
                            preferences,
                            scratch,
-                           scratch + blocks * block_scratch(request.rows(T)),
-                           ticket.as<unsigned>(),
-                           out},
+                           scratch + all * each,
+                           tickets.as<unsigned>(),
+                           out,
+                           static_cast<int>(num_groups)},
                           nullptr);
-    ticket.check("the ticket");
-    if (*ticket.as<unsigned>() != 0) throw std::runtime_error("the ticket is not zero");
+    tickets.check("the tickets");
+    check_zero(tickets.as<unsigned>(), num_groups);
     memory.check("the workspace");
   });
 }

@@ -15,11 +15,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastmtl
 from fastmtl.core import dispatch
-from fastmtl.core.gradient_rows import GradientRows, bank_rows
+from fastmtl.core.gradient_rows import GradientRows, accumulate_dtype, bank_rows, first_of_params
 from fastmtl.ops import combine, gram, order_state, pcgrad, pcgrad_coefficients, pcgrad_project, random_order
 from fastmtl.ops.gradients import reference
-from fastmtl.ops.gradients.order import Draw, drawn_order
-from fastmtl.ops.gradients.pcgrad import pcgrad_rows_into
+from fastmtl.ops.gradients.arguments import read_lists
+from fastmtl.ops.gradients.combine import combine_into
+from fastmtl.ops.gradients.gram import gram_rows
+from fastmtl.ops.gradients.groups import Grouped, combine_groups_into, gram_groups
+from fastmtl.ops.gradients.order import Draw, drawn_order, drawn_orders
+from fastmtl.ops.gradients.pcgrad import pcgrad_rows_into, pcgrad_weights_groups
 
 if not dispatch.interpreting():
     pytest.skip("needs TRITON_INTERPRET=1, set before Triton is imported", allow_module_level=True)
@@ -432,6 +436,32 @@ def test_the_same_bits_twice(case: BankCase, small_parts: None) -> None:
     grads, order = case.make(), cases.random_order(case.num_tasks)
     assert torch.equal(gram(grads), gram(grads.clone()))
     assert torch.equal(pcgrad(grads, order), pcgrad(grads.clone(), order))
+
+
+@pytest.mark.parametrize(
+    "case", [ListCase("nones", 3), ListCase("mixed_dtypes", 9), ListCase("absent_parameter", 2, torch.float64)], ids=str
+)
+def test_groups_by_a_call_for_each(case: ListCase) -> None:
+    rows = read_lists(case.make())
+    both = Grouped(rows, [(5 * i + 2) % 2 for i in range(rows.num_params)], 3)
+    found = gram_groups(both, accumulate_dtype([x.dtype for x in rows.tensors]), torch.device("cpu"))
+    weights = cases.random_weights((3, case.num_tasks))
+    out = {i: torch.empty_like(x) for i, x in first_of_params(rows.tensors, rows.index, rows.num_params).items()}
+    combine_groups_into(weights, both, [*out.values()])
+    for k, part in enumerate(both.split()):
+        members = [i for i, group in enumerate(both.groups) if group == k and i in out]
+        if not part.tensors:
+            assert not members and not bool(found[k].any())
+            continue
+        assert torch.equal(found[k], gram_rows(part).to(found.dtype))
+        alone = [torch.empty_like(out[i]) for i in members]
+        combine_into(weights[k], part, alone)
+        assert all(torch.equal(out[i], x) for i, x in zip(members, alone, strict=True))
+    m = found.double()
+    w = pcgrad_weights_groups(m, None, Draw(7, None), mean=True)
+    for k, order in enumerate(drawn_orders(Draw(7, None), 3, case.num_tasks, torch.device("cpu"))):
+        wanted = reference.pcgrad_coefficients(m[k], order).mean(0)
+        torch.testing.assert_close(w[k], wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_tickets_of_graphs_stay_theirs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,10 +50,21 @@ def _kernels_of(dtype: str) -> set[Kernel]:
     }
 
 
+def _group_kernels_of(dtype: str) -> set[Kernel]:
+    return {
+        *(Kernel("gram_groups_rows_kernel", dtype, (n,)) for n in (2, 4, 8)),
+        *(Kernel("gram_groups_mma_kernel", dtype, (n,)) for n in (2, 4, 6, 8)),
+        Kernel("combine_groups_kernel", dtype),
+    }
+
+
 # source -> what it launches; that these are all is checked against the sources and against the extension
 KERNELS = {
     **{f"kernels_{dtype}": _kernels_of(dtype) for dtype in kernel_table.DTYPES.values()},
-    "kernels_solve": {Kernel("pcgrad_coefficients_kernel", "", (n,)) for n in (16, 32, 64, 128)},
+    **{f"kernels_groups_{dtype}": _group_kernels_of(dtype) for dtype in kernel_table.DTYPES.values()},
+    "kernels_solve": {
+        Kernel(f"pcgrad_{what}_kernel", "", (n,)) for what in ("coefficients", "weights") for n in (16, 32, 64, 128)
+    },
     "kernels_gradvac": {Kernel("gradvac_kernel", "", (n,)) for n in (16, 32, 64, 128)},
     "kernels_methods": {Kernel("method_weights_kernel", "", (n,)) for n in (16, 64, 128)},
     "runtime": {Kernel("write_table_kernel", "", (n,)) for n in (480, 1536, 4093)},
@@ -66,7 +77,8 @@ SELECTED = [
     (source, arch)
     for arch in (80, 90, 100)
     for source, kernels in KERNELS.items()
-    if kernels and (ALL or (arch == 90 and source != SLOW) or (arch == 80 and source == "kernels_f32"))
+    if kernels
+    and (ALL or (arch == 90 and source != SLOW) or (arch == 80 and source in ("kernels_f32", "kernels_groups_f32")))
 ]
 # without one of these a kernel would still be right, but slow
 MATRIX_INSTRUCTIONS = {
@@ -93,7 +105,7 @@ SUMS_AT_ONCE = 8
 
 
 def most_rounds(kernel: Kernel, kind: str) -> float:
-    return ROUNDS.get((kernel.name, kind), 1)
+    return ROUNDS.get((kernel.like, kind), 1)
 
 
 def slow_loops(kernel: Kernel, loops: Sequence[cubin.Loop]) -> list[str]:
@@ -116,13 +128,13 @@ def slow_loops(kernel: Kernel, loops: Sequence[cubin.Loop]) -> list[str]:
 def wanted_blocks(kernel: Kernel) -> int:
     """Blocks that should fit on a multiprocessor at once: enough loads in flight without them to hide latency."""
     first = kernel.numbers[0] if kernel.numbers else 0
-    if kernel.name == "combine_split_kernel":
+    if kernel.like == "combine_split_kernel":
         return 3
-    if kernel.name == "combine_kernel":
-        return 3 if first == 1 else 2 if kernel.dtype == "f32" else 1
-    if kernel.name == "gram_mma_kernel":
+    if kernel.like == "combine_kernel":
+        return 3 if first <= 1 else 2 if kernel.dtype == "f32" else 1
+    if kernel.like == "gram_mma_kernel":
         return {2: 3, 4: 2}.get(first, 1)
-    return 2 if kernel.name == "gram_rows_kernel" and kernel.dtype != "f64" else 1
+    return 2 if kernel.like == "gram_rows_kernel" and kernel.dtype != "f64" else 1
 
 
 def problems(kernel: Kernel, built: Built) -> list[str]:
@@ -139,12 +151,12 @@ def problems(kernel: Kernel, built: Built) -> list[str]:
     if built.shared > SHARED_LIMIT:
         found.append(f"{built.shared} bytes of shared memory")
     streams = kernel.name.startswith(("gram_", "combine_"))
-    load = "LDGSTS" if kernel.name == "gram_mma_kernel" else "LDG"  # by way of a queue in shared memory
+    load = "LDGSTS" if kernel.like == "gram_mma_kernel" else "LDG"  # by way of a queue in shared memory
     if streams and not built.has(rf"{load}\.E\.(\w+\.)*128\b"):
         found.append("no load of 128 bits")
-    if kernel.name == "combine_kernel" and not built.has(r"STG\.E\.(\w+\.)*128\b"):
+    if kernel.like == "combine_kernel" and not built.has(r"STG\.E\.(\w+\.)*128\b"):
         found.append("no store of 128 bits")
-    if kernel.name == "gram_mma_kernel" and not built.has(MATRIX_INSTRUCTIONS[kernel.dtype]):
+    if kernel.like == "gram_mma_kernel" and not built.has(MATRIX_INSTRUCTIONS[kernel.dtype]):
         found.append("no matrix instruction")
     return found
 
@@ -248,8 +260,8 @@ def test_extension_needs_libtorch_and_holds_the_architectures() -> None:
     with_cuda = dispatch.build_note("cuda") is None and NVCC is not None
     if with_cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         assert info["cuda_architectures"] == [80, 90]
-    kernels = ["combine", "gradvac_coefficients", "gram", "method_weights", "pcgrad", "pcgrad_coefficients"]
-    kernels.append("pcgrad_project")
+    kernels = ["combine", "combine_groups", "gradvac_coefficients", "gram", "gram_groups", "method_weights", "pcgrad"]
+    kernels += ["pcgrad_coefficients", "pcgrad_project"]
     assert info["cuda_kernels"] == (kernels if with_cuda else [])
 
 

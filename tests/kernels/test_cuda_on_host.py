@@ -20,16 +20,18 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.core import dispatch
-from fastmtl.core.gradient_rows import first_of_params
+from fastmtl.core.gradient_rows import first_of_params, present_params
 from fastmtl.ops.gradients import method_weights, reference
 from fastmtl.ops.gradients.arguments import read_lists
-from fastmtl.ops.gradients.order import Draw, drawn_order, order_state
+from fastmtl.ops.gradients.groups import Grouped
+from fastmtl.ops.gradients.order import Draw, drawn_order, drawn_orders, order_state
 
 SCHEDULES = (FORWARD, REVERSE, 2, 3)
 SMALLEST = {dtype: 2.0**-25 if dtype == torch.float16 else 0.0 for dtype in cases.DTYPES}
 # the edges of what each kernel takes: 2, 4, 8 rows on CUDA cores; 16, 32, 48, 64 rows, bands of 32 on tensor cores
 FEW_TASKS = tuple(range(1, 18))
 MANY_TASKS = (24, 32, 33, 48, 50, 64, 65, 96, 97, 128)
+SOLVED_FOR_GROUPS = (1, 3, 16, 17, 33, 66, 128)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -219,6 +221,154 @@ def test_layers_of_very_different_scale(num_tasks: int) -> None:
     bank = (cases.random_gradients(num_tasks, scale.numel(), cases.generator_of("scales")) * scale).to(torch.float32)
     m = host.gram(host.bank_gradients(bank), Cut(256, 0))
     cases.assert_gram(m, double(bank), [torch.float32], 1.0)
+
+
+# --- groups of parameters, each with a Gram matrix and weights of its own
+
+
+def grouped(case: ListCase, count: int) -> tuple[Grouped, list[int], list[Tensor]]:
+    """The parameters by turns in some of so many groups, of which the last has none; the group of each parameter with a
+    gradient; each group's float64 bank."""
+    rows = read_lists(case.make())
+    groups = [(5 * i + 2) % max(count - 1, 1) for i in range(rows.num_params)]
+    found = Grouped(rows, groups, count)
+    banks = []
+    for part in found.split():
+        tensors = [x.double() for x in part.tensors]
+        banks.append(reference.bank_from_lists(tensors, part.index, part.num_tasks, part.num_params))
+    return found, [groups[i] for i in present_params(rows.index, rows.num_params)], banks
+
+
+GROUP_CASES = [
+    *(
+        ListCase(kind, 3, d)
+        for kind in ("nones", "mixed_layouts", "mixed_dtypes", "empty_tensors")
+        for d in cases.DTYPES
+    ),
+    *(ListCase("nones", t, d) for t in (1, 2, 8, 9, 17, 33, 50, 66) for d in cases.DTYPES),
+    *(ListCase("many", t) for t in (2, 5, 12, 97)),
+    ListCase("mixed_dtypes", 19, torch.float64),
+    ListCase("absent_parameter", 7),
+    ListCase("all_none", 2),
+    ListCase("no_parameter", 2),
+]
+
+
+@pytest.mark.parametrize("case", GROUP_CASES, ids=str)
+@pytest.mark.parametrize(("columns", "per_ticket", "count"), [(64, 2, 3), (192, 0, 2), (0, 0, 4), (64, 1, 60)])
+def test_gram_of_groups(case: ListCase, columns: int, per_ticket: int, count: int) -> None:
+    both, groups, banks = grouped(case, count)
+    cut = Cut(columns, per_ticket)
+    m = host.gram_groups(host.list_gradients(both.rows), groups, count, cut)
+    dtypes = {x.dtype for x in both.rows.tensors if x.numel()}
+    assert cut.launches == max(len(dtypes), 1) and cut.slots >= count and cut.groups >= count
+    for part, bank, found in zip(both.split(), banks, m, strict=True):
+        assert torch.equal(found, found.mT)
+        if not part.tensors:
+            assert not bool(found.any())
+            continue
+        own = [x.dtype for x in part.tensors]
+        cases.assert_gram(found.to(cases.gram_dtype(own)), bank, own, 1.0)
+        if columns:  # cut alike, the group by itself has the same sums
+            alone = host.gram(host.list_gradients(part), Cut(columns, per_ticket))
+            assert torch.equal(found.to(alone.dtype), alone)
+    for schedule in SCHEDULES[1:3]:
+        assert torch.equal(
+            host.gram_groups(host.list_gradients(both.rows), groups, count, Cut(columns, per_ticket, schedule)), m
+        )
+
+
+def test_more_groups_than_parameters() -> None:
+    """A ticket for each; those without a column have zeros."""
+    case = ListCase("many", 3)
+    both, groups, banks = grouped(case, 400)
+    for columns, schedule in ((0, FORWARD), (64, 3)):
+        cut = Cut(columns, 0, schedule)
+        m = host.gram_groups(host.list_gradients(both.rows), groups, 400, cut)
+        assert cut.groups == 400
+        for found, bank in zip(m, banks, strict=True):
+            if bank.numel():
+                cases.assert_gram(found, bank, [case.dtype], 1.0)
+            else:
+                assert not bool(found.any())
+
+
+@pytest.mark.parametrize("case", GROUP_CASES, ids=str)
+@pytest.mark.parametrize(("columns", "count"), [(64, 3), (192, 2), (0, 60)])
+def test_combine_of_groups(case: ListCase, columns: int, count: int) -> None:
+    both, groups, banks = grouped(case, count)
+    weights = random_weights((count, case.num_tasks))
+    results = []
+    for schedule in SCHEDULES[:2]:
+        (out,) = list_outputs(case, 1)
+        cut = Cut(columns, 0, schedule)
+        host.combine_groups(weights, host.list_gradients(both.rows, tensors([out])), groups, cut)
+        assert cut.launches == len({x.dtype for x in both.rows.tensors if x.numel()})
+        results.append(flat([out]))
+    assert torch.equal(*results)
+    columns_by_group: list[list[Output]] = [[] for _ in range(count)]
+    for group, one in zip(groups, out, strict=True):
+        columns_by_group[group].append(one)
+    tolerance = max((cases.COMBINE_TOLERANCE[x.dtype] for x in both.rows.tensors), default=0.0)
+    smallest = max((SMALLEST[x.dtype] for x in both.rows.tensors), default=0.0)
+    for w, part, bank, mine in zip(weights, both.split(), banks, columns_by_group, strict=True):
+        if part.tensors:
+            first = [*first_of_params(part.tensors, part.index, part.num_params).values()]
+            cases.assert_combine(flat([mine]), w[None], bank, cases.units(first), tolerance, smallest)
+
+
+@pytest.mark.parametrize("num_tasks", SOLVED_FOR_GROUPS)
+@pytest.mark.parametrize("schedule", [FORWARD, REVERSE])
+def test_pcgrad_weights_of_groups(num_tasks: int, schedule: int) -> None:
+    """Each matrix as by itself, with an order that is given, and with the orders of so many draws in a row."""
+    count = 5
+    m = torch.stack([gram_matrix(num_tasks) * scale for scale in (1.0, 1e-3, 7.0, 1e6, 0.5)])
+    m[2] = reference.gram(BankCase(num_tasks, 33, torch.float64).make())
+    m[4, num_tasks - 1] = m[4, :, num_tasks - 1] = torch.nan
+    key, state = -0x123456789ABCDEF, order_state(0xFEDCBA9876543210)
+    state[1] = (1 << 40) + 3
+    device = torch.device("cpu")
+    for order, source in (
+        (random_order(num_tasks), Draw(0, None)),
+        (random_order(num_tasks, num_tasks + 3), Draw(0, state.clone())),
+        (None, Draw(key, None)),
+        (None, Draw(key, state)),
+    ):
+        before = None if source.state is None else source.state.clone()
+        for mean, present in ((False, None), (True, absent_tasks(num_tasks))):
+            drawn = Draw(source.key, None if source.state is None else source.state.clone())
+            orders = drawn_orders(drawn, count, num_tasks, device) if order is None else [order] * count
+            options: dict[str, Any] = {"mean": mean, "present": present, "key": source.key, "state": source.state}
+            w = host.pcgrad_weights(m, order, schedule, **options)
+            for found, matrix, visits in zip(w, m, orders, strict=True):
+                c = host.coefficients(matrix, visits)
+                expected = expected_weights(c, present, mean)
+                assert torch.equal(found.isnan(), expected.isnan())
+                slack = torch.full((num_tasks,), 1e-15, dtype=torch.float64) * c.nan_to_num().abs().sum()
+                cases.assert_within(found.nan_to_num(), expected.nan_to_num(), slack)
+            if before is not None:
+                advanced = 0 if order is not None else count
+                assert torch.equal(source.state, before + torch.tensor([0, advanced]))
+                source.state.copy_(before)
+    orders = drawn_orders(Draw(key, state.clone()), count, num_tasks, device)
+    again = state.clone()
+    assert torch.equal(orders, torch.stack([drawn_order(Draw(key, again), num_tasks, device) for _ in range(count)]))
+
+
+@pytest.mark.parametrize("method", method_weights.OPTIONS)
+@pytest.mark.parametrize("num_tasks", [3, 18, 66])
+def test_method_weights_of_groups(num_tasks: int, method: str) -> None:
+    """Bit for bit those of each matrix alone, whichever block comes first."""
+    if num_tasks == 66 and method not in ("dualproj", "upgrad"):
+        pytest.skip("beyond shared memory one method in parts and one without are enough")
+    options = METHOD_OPTIONS.get(method, [])
+    number = list(method_weights.OPTIONS).index(method)
+    present = torch.arange(num_tasks) != 1
+    m = torch.stack([method_gram(num_tasks, kind) for kind in ("conflicts", "lengths", "few dimensions")])
+    alone = [host.method_weights(one, number, options, present=present) for one in m]
+    for schedule in SCHEDULES[:2]:
+        w = host.method_weights(m, number, options, present=present, schedule=schedule)
+        assert torch.equal(w.nan_to_num(nan=-1.0), torch.stack(alone).nan_to_num(nan=-1.0))
 
 
 # --- weights of the methods that need the Gram matrix alone

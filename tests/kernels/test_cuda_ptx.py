@@ -164,10 +164,21 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for num_tasks in (3, 16, 17, 32, 33, 64, 65, 128):
         yield f"coefficients-{num_tasks}", bind(on_host.test_coefficients, num_tasks, False)
         yield f"no-gradients-{num_tasks}", bind(on_host.test_coefficients_of_a_matrix_of_no_gradients, num_tasks)
+    for num_tasks in (3, 17, 33, 66):
+        yield f"weights-of-groups-{num_tasks}", bind(on_host.test_pcgrad_weights_of_groups, num_tasks, REVERSE)
+    for case in GROUP_CASES:
+        yield f"gram-of-groups-{case}", bind(on_host.test_gram_of_groups, case, 64, 2, 3)
+    for case in GROUP_CASES[:4]:
+        yield f"combine-of-groups-{case}", bind(on_host.test_combine_of_groups, case, 64, 3)
     yield "bad-entries", bind(on_host.test_coefficients_of_bad_entries, 40)
     yield "tables", on_host.test_tables
 
 
+# every kernel for groups of parameters
+GROUP_CASES = [
+    *(ListCase("nones", num_tasks, dtype) for num_tasks in (2, 3, 7, 9, 20, 40, 66) for dtype in DTYPES),
+    ListCase("mixed_dtypes", 5),
+]
 CASES = dict(_cases())
 ENTERED: dict[str, set[str]] = {}  # case -> kernels
 
@@ -189,9 +200,8 @@ def test_ptx(case: str, translated: None) -> None:
 def test_every_kernel_ran(translated: None) -> None:
     if set(ENTERED) != set(CASES):
         pytest.skip("some cases were not run")
-    sources = [*(f"kernels_{dtype}" for dtype in host.SOME), "kernels_solve", "tables"]
-    kernels = {name for source in sources for name in build.names_of(source, 90)}
-    assert len(kernels) == 27
+    kernels = {name for source in host.ptx_sources(host.SOME) for name in build.names_of(source, 90)}
+    assert len(kernels) == 47
     assert set().union(*ENTERED.values()) == kernels
 
 

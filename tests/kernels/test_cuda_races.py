@@ -16,10 +16,11 @@ import host_kernels as host
 import pytest
 import test_cuda_on_host as on_host
 import torch
-from cases import BankCase, ListCase, random_order
+from cases import BankCase, ListCase, random_order, random_weights
 from conftest import skip_or_fail
 from host_kernels import FORWARD, REVERSE, Cut, HostError
 
+from fastmtl.ops.gradients.arguments import read_lists
 from fastmtl.ops.gradients.method_weights import OPTIONS
 from fastmtl.ops.gradients.order import order_state
 
@@ -65,10 +66,33 @@ def turned(num_tasks: int, schedule: int) -> None:
     host.gradvac(m, random_order(num_tasks), targets, 0.1, schedule=schedule)
 
 
+def grams_of_groups(num_tasks: int, per_ticket: int, schedule: int) -> None:
+    """Groups of one slot and of several."""
+    rows = read_lists([list(row.split((40, 200, 64, 70))) for row in BankCase(num_tasks, 374).make()])
+    host.gram_groups(host.list_gradients(rows), [1, 0, 1, 1], 2, Cut(64, per_ticket, schedule))
+
+
+def combined_groups(num_tasks: int, schedule: int) -> None:
+    case = ListCase("nones", num_tasks)
+    both, groups, _ = on_host.grouped(case, 3)
+    (out,) = on_host.list_outputs(case, 1)
+    grads = host.list_gradients(both.rows, on_host.tensors([out]))
+    host.combine_groups(random_weights((3, num_tasks)), grads, groups, Cut(64, 0, schedule))
+
+
+def weights_of_groups(num_tasks: int, schedule: int) -> None:
+    """PCGrad's, with a state that the last block advances."""
+    m = torch.stack([on_host.gram_matrix(num_tasks)] * 3)
+    host.pcgrad_weights(m, None, schedule, key=3, state=order_state(7))
+
+
 # Every kernel, by banks and lists, with one group of slots and with several. In falling order first: a thread without
 # its barrier then finds no segment, and in rising order wild pointers.
 CASES: dict[str, Callable[[], None]] = {
     "drawn-7-9-falling": functools.partial(drawn, 7, 9, REVERSE),
+    "grams-of-groups-3-falling": functools.partial(grams_of_groups, 3, 2, REVERSE),
+    "combined-groups-3": functools.partial(combined_groups, 3, FORWARD),
+    "weights-of-groups-5-falling": functools.partial(weights_of_groups, 5, REVERSE),
     "solved-8": functools.partial(solved, 8, None),
     "gradvac-7-falling": functools.partial(turned, 7, REVERSE),
     "gradvac-40": functools.partial(turned, 40, FORWARD),
@@ -103,6 +127,12 @@ CASES: dict[str, Callable[[], None]] = {
         f"solved-{num_tasks}-{num_visits}": functools.partial(solved, num_tasks, num_visits)
         for num_tasks, num_visits in ((31, 40), (63, None), (70, None))
     },
+    "grams-of-groups-12": functools.partial(grams_of_groups, 12, 2, FORWARD),
+    "grams-of-groups-20-falling": functools.partial(grams_of_groups, 20, 1000, REVERSE),
+    "grams-of-groups-66": functools.partial(grams_of_groups, 66, 2, FORWARD),
+    "combined-groups-9-falling": functools.partial(combined_groups, 9, REVERSE),
+    "weights-of-groups-20": functools.partial(weights_of_groups, 20, FORWARD),
+    "weights-of-groups-66-falling": functools.partial(weights_of_groups, 66, REVERSE),
     "combine-many": functools.partial(on_host.test_combine_of_lists, ListCase("many", 3), 1),
 }
 # Every method by one warp and by several, with and without gradients that depend on each other.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from cases_backward import ORDER, PCGRAD, Net, assert_grads, expected, make, ref
 from torch import Tensor, nn
 
 import fastmtl
-from fastmtl import methods
+from fastmtl import methods, ops
+from fastmtl.surgery.task_gradients import TaskGradients
 
 
 def trunk_names(net: Net) -> list[str]:
@@ -164,6 +165,162 @@ def test_nothing_shared():
     surgery = fastmtl.backward([net.losses(x)[0] for net in nets], nets, groups="layer")
     assert surgery.weights.tolist() == [1.0, 1.0]
     assert all(p.grad is not None for p in nets.parameters())
+
+
+# --- all groups at once, and one after the other
+
+
+class Counted(NamedTuple):
+    """How often a surgery on all groups at once and one on a single group made a Gram matrix."""
+
+    together: list[int]
+    alone: list[int]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    found = Counted([], [])
+    gram, gram_groups = TaskGradients.gram, TaskGradients.gram_groups
+
+    def one(self: TaskGradients) -> Tensor:
+        found.alone.append(1)
+        return gram(self)
+
+    def several(self: TaskGradients, groups: Any, count: int) -> Tensor:
+        found.together.append(count)
+        return gram_groups(self, groups, count)
+
+    monkeypatch.setattr(TaskGradients, "gram", one)
+    monkeypatch.setattr(TaskGradients, "gram_groups", several)
+    return found
+
+
+def made(name: str) -> Any:
+    """A method with nothing kept yet, and random numbers that begin anew."""
+    torch.manual_seed(3)
+    if name == "callable":
+        return lambda gram: gram.diagonal() + 1
+    if name in ("pcgrad", "gradvac"):
+        return methods.get(name).__class__(generator=ops.order_state(5))
+    if name == "crmogm":
+        return methods.CRMOGM(methods.MGDA())
+    return methods.get(name)
+
+
+def one_step(
+    net: Net,
+    x: Tensor,
+    method: Any,
+    at_once: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    absent: bool = False,
+    **options: Any,
+) -> tuple[Any, list[Tensor]]:
+    net.zero_grad()
+    losses = net.losses(x)
+    if absent:
+        losses[1] = None
+    with monkeypatch.context() as patch:
+        if not at_once:
+            patch.setattr(TaskGradients, "can_group", lambda *_: False)
+        surgery = fastmtl.backward(losses, net, method=method, **options)
+    return surgery, [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+
+BY_GROUP = [*(name for name in methods._METHODS if methods.get(name).by_group), "crmogm", "callable"]
+ALONE = {"graddrop", "trimmedmean"}  # they make the update themselves
+
+
+@pytest.mark.parametrize("groups", ["layer", "tensor"])
+@pytest.mark.parametrize("name", BY_GROUP)
+def test_at_once_is_one_after_the_other(name, groups, counted, monkeypatch):
+    """Bit for bit, state and absent tasks included; PCGrad alone sees Gram matrices that are rounded to float32."""
+    net, x = make()
+    needs = methods.needs_of(made(name))
+    together, apart = made(name), made(name)
+    for step in range(3):
+        options: dict[str, Any] = {"groups": groups, "absent": step == 1, "loss_scale": 4.0 if step == 2 else None}
+        found = []
+        for method, at_once in ((together, True), (apart, False)):
+            if "second_batch" in needs:
+                second = net.losses(x + step + 1)
+                options["second_losses"] = [None if options["absent"] and t == 1 else s for t, s in enumerate(second)]
+                options["shared"] = net.trunk
+            torch.manual_seed(step)
+            found.append(one_step(net, x + step, method, at_once, monkeypatch, **options))
+        (a, grads), (b, wanted) = found
+        assert a.groups == b.groups and a.present == b.present and torch.equal(a.gram, b.gram)
+        if name == "pcgrad":
+            torch.testing.assert_close(a.weights, b.weights, rtol=1e-5, atol=1e-6)
+            for g, w in zip(grads, wanted, strict=True):
+                torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
+        else:
+            assert a.weights is None or torch.equal(a.weights, b.weights)
+            assert all(torch.equal(g, w) for g, w in zip(grads, wanted, strict=True))
+        torch.testing.assert_close(a.grad_norm(), b.grad_norm(), rtol=1e-6, atol=0)
+    assert len(counted.together) == (0 if name in ALONE else 3)
+    if isinstance(together, methods.Method):
+        assert_equal(together.state_dict(), apart.state_dict())
+
+
+def assert_equal(state: Any, other: Any) -> None:
+    if isinstance(other, dict):
+        assert state.keys() == other.keys()
+        for key in other:
+            assert_equal(state[key], other[key])
+    else:
+        assert torch.equal(state, other) if isinstance(other, Tensor) else state == other
+
+
+def test_dtypes_and_groups_that_are_solved_one_after_the_other(counted):
+    """A group whose Gram matrix has another dtype than the rest, and one without a gradient."""
+    net, x = make()
+    net.trunk[2].double()
+    net.heads.double()
+
+    def losses() -> list[Tensor]:
+        h = torch.tanh(net.trunk[2](torch.tanh(net.trunk[0](x)).double()))
+        return [head(h).square().mean() for head in net.heads]
+
+    by_layer = fastmtl.backward(losses(), net, method="mgda", groups="layer")
+    assert not counted.together and by_layer.gram.dtype == torch.float64
+    fastmtl.backward(losses(), net, method="mgda", groups=[net.trunk])
+    assert counted.together == [1]
+    net, x = make()
+    fastmtl.backward(net.losses(x), net, method="mgda", groups=[net.trunk, net.heads[1]])
+    assert counted.together == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_several_dtypes_at_once(dtype, counted):
+    net, x = make()
+    net.trunk[2].to(dtype)
+    net.heads.to(dtype)
+
+    def losses() -> list[Tensor]:
+        h = torch.tanh(net.trunk[2](torch.tanh(net.trunk[0](x)).to(dtype)))
+        return [head(h).float().square().mean() for head in net.heads]
+
+    rows = [torch.autograd.grad(loss, [*net.trunk.parameters()], retain_graph=True) for loss in losses()]
+    surgery = fastmtl.backward(losses(), net, method=lambda gram: gram.diagonal() + 1, groups="tensor")
+    assert counted.together == [4] and surgery.gram.dtype == torch.float32
+    for i, p in enumerate(net.trunk.parameters()):
+        g = torch.stack([row[i].flatten().double() for row in rows])
+        torch.testing.assert_close(surgery.gram[i].double(), g @ g.mT, rtol=1e-5, atol=1e-7)
+        unit = torch.finfo(dtype).eps if p.dtype == dtype else 1e-6
+        want = ((g @ g.mT).diagonal() + 1) @ g
+        torch.testing.assert_close(
+            p.grad.flatten().double(), want, rtol=2 * unit, atol=2 * unit * float(want.abs().max())
+        )
+
+
+def test_what_is_not_finite_stays_in_its_group():
+    net, x = make()
+    net.trunk[2].bias.register_hook(lambda g: g * torch.nan)
+    surgery = fastmtl.backward(net.losses(x), net, method="mgda", groups="tensor")
+    finite = [bool(w.isfinite().all()) for w in surgery.weights]
+    assert finite == [True, True, True, False]
 
 
 def test_bad_groups():

@@ -32,6 +32,11 @@ struct Entries {
     const int64_t entry = i * step + k;
     return is_double ? static_cast<const double*>(data)[entry] : static_cast<const float*>(data)[entry];
   }
+  // that of `group`, of contiguous [L, T, T] matrices of which this is the first
+  FASTMTL_HOST_DEVICE Entries of_group(int64_t group, int T) const {
+    const int64_t bytes = group * T * step * (is_double ? 8 : 4);
+    return {static_cast<const char*>(data) + bytes, step, is_double};
+  }
 };
 
 // A number and where it was found; of equal numbers the first.

@@ -1,6 +1,7 @@
-// w G and C G: one read of G, walked backwards.
+// w G and C G, and w G with weights for each group of parameters: one read of G, walked backwards.
 #include <torch/csrc/stable/library.h>
 
+#include "common/group_arguments.h"
 #include "cpu/gradients/gram.h"
 #include "cpu/gradients/walk.h"
 #include "cpu/pages.h"
@@ -11,9 +12,9 @@ namespace {
 // results larger than this go past the cache: they would only push the gradients out of it
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
-}  // namespace
-
-void combine(const double* weights, int64_t num_out, const Rows& rows) {
+// weights_of(p): the [num_out, T] weights of a parameter
+template <class WeightsOf>
+void combine_with(const WeightsOf& weights_of, int64_t num_out, const Rows& rows) {
   const int T = rows.num_tasks;
   const Plan plan = make_plan(rows);
   const Kernels& kernel = kernels();
@@ -41,6 +42,7 @@ void combine(const double* weights, int64_t num_out, const Rows& rows) {
           const int group = static_cast<int>(std::min<int64_t>(kMaxTasks, num_out - o));
           if (prepared != &p || prepared_out != o) {
             // the columns of the weights that this parameter's tasks use
+            const double* weights = weights_of(p);
             for (int k = 0; k < group; ++k)
               for (int i = 0; i < count; ++i) {
                 in_double[k * count + i] = weights[(o + k) * T + p.rows[i].task];
@@ -61,7 +63,19 @@ void combine(const double* weights, int64_t num_out, const Rows& rows) {
   });
 }
 
+}  // namespace
+
+void combine(const double* weights, int64_t num_out, const Rows& rows) {
+  combine_with([&](const Param&) { return weights; }, num_out, rows);
+}
+
 namespace {
+
+void check_outputs(const Rows& rows, int64_t num_out) {
+  for (const Param& p : rows.params)
+    STD_TORCH_CHECK(static_cast<int64_t>(p.out.size()) == num_out, "fastmtl: expected ", num_out,
+                    " outputs a parameter, got ", p.out.size());
+}
 
 void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::vector<int64_t>& index,
                 int64_t num_params, const std::vector<Tensor>& out) {
@@ -69,13 +83,26 @@ void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::v
                   "fastmtl: kernel weights must be a contiguous [K, T] float64 tensor");
   if (tensors.empty() || weights.size(0) == 0) return;
   const Rows rows = read_rows(tensors, index, weights.size(1), num_params, out);
-  for (const Param& p : rows.params)
-    STD_TORCH_CHECK(static_cast<int64_t>(p.out.size()) == weights.size(0), "fastmtl: expected ", weights.size(0),
-                    " outputs a parameter, got ", p.out.size());
+  check_outputs(rows, weights.size(0));
   combine(static_cast<const double*>(weights.const_data_ptr()), weights.size(0), rows);
+}
+
+void combine_groups_op(Tensor weights, const std::vector<Tensor>& tensors, const std::vector<int64_t>& index,
+                       int64_t num_params, const std::vector<int64_t>& groups, const std::vector<Tensor>& out) {
+  STD_TORCH_CHECK(weights.dim() == 2 && dtype_of(weights) == DType::f64 && weights.is_contiguous(),
+                  "fastmtl: the weights must be a contiguous [L, T] float64 tensor");
+  check_groups(groups, num_params, weights.size(0));
+  if (tensors.empty()) return;
+  const Rows rows = read_rows(tensors, index, weights.size(1), num_params, out);
+  check_outputs(rows, 1);
+  const auto* w = static_cast<const double*>(weights.const_data_ptr());
+  combine_with([&](const Param& p) { return w + groups[p.position] * rows.num_tasks; }, 1, rows);
 }
 
 }  // namespace
 }  // namespace fastmtl::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) { m.impl("_combine", TORCH_BOX(&fastmtl::cpu::combine_op)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
+  m.impl("_combine", TORCH_BOX(&fastmtl::cpu::combine_op));
+  m.impl("_combine_groups", TORCH_BOX(&fastmtl::cpu::combine_groups_op));
+}

@@ -46,7 +46,11 @@ void gradvac_step_op(Tensor gram, Tensor targets, const std::optional<Tensor>& o
       read_gradvac_step(gram, targets, order, key, state, present, beta, always, mean, rounding, weights);
   const int T = p.num_tasks;
   std::vector<int64_t> drawn;
-  if (p.draws) drawn = drawn_visits(p.key, p.state, T);
+  if (p.draws) {
+    const bool has_state = p.state != nullptr;
+    draw_visits(has_state ? p.key ^ static_cast<uint64_t>(p.state[0]) : p.key,
+                has_state ? static_cast<uint64_t>(p.state[1]++) : 0, T, drawn);
+  }
   std::vector<double> c(static_cast<size_t>(T) * T), moved(c.size());
   solve(p, p.draws ? drawn.data() : p.order, c.data(), moved.data());
   auto here = [&](int t) { return solvers::takes_part(p.present, t); };

@@ -1,15 +1,20 @@
-// M = G G^T. Each chunk of columns leaves its own T x T float64 sums, which are added in order of chunk.
+// M = G G^T, of all parameters or of each group of them. Each chunk of columns leaves its own T x T float64 sums, which
+// are added in order of chunk.
 #include "cpu/gradients/gram.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include "common/group_arguments.h"
 #include "cpu/gradients/walk.h"
 
 namespace fastmtl::cpu {
 
-std::vector<double> gram(const Rows& rows) {
+namespace {
+
+// [L, T, T]; first_param: of each group of parameters, and the end
+std::vector<double> grams(const Rows& rows, const std::vector<int64_t>& first_param) {
   const int T = rows.num_tasks;
-  const Plan plan = make_plan(rows);
+  const Plan plan = make_plan(rows, first_param);
   const Kernels& kernel = kernels();
   const int64_t size = static_cast<int64_t>(T) * T;
   std::vector<double> partial(std::max<int64_t>(plan.num_chunks, 1) * size, 0.0);
@@ -29,25 +34,37 @@ std::vector<double> gram(const Rows& rows) {
       });
     }
   });
-  for (int64_t chunk = 1; chunk < plan.num_chunks; ++chunk)
-    for (int64_t k = 0; k < size; ++k) partial[k] += partial[chunk * size + k];
-  for (int i = 0; i < T; ++i)
-    for (int j = 0; j < i; ++j) partial[i * T + j] = partial[j * T + i];
-  partial.resize(size);
-  return partial;
+  const size_t num_groups = first_param.size() - 1;
+  std::vector<double> result(num_groups * size, 0.0);
+  for (size_t g = 0; g < num_groups; ++g) {
+    double* m = result.data() + g * size;
+    for (int64_t chunk = plan.chunk_of_group[g]; chunk < plan.chunk_of_group[g + 1]; ++chunk)
+      for (int64_t k = 0; k < size; ++k) m[k] += partial[chunk * size + k];
+    for (int i = 0; i < T; ++i)
+      for (int j = 0; j < i; ++j) m[i * T + j] = m[j * T + i];
+  }
+  return result;
 }
+
+void write(const std::vector<double>& m, Tensor& out) {
+  if (dtype_of(out) == DType::f64) {
+    std::copy(m.begin(), m.end(), static_cast<double*>(out.mutable_data_ptr()));
+  } else {
+    float* target = static_cast<float*>(out.mutable_data_ptr());
+    for (size_t k = 0; k < m.size(); ++k) target[k] = static_cast<float>(m[k]);
+  }
+}
+
+}  // namespace
+
+std::vector<double> gram(const Rows& rows) { return grams(rows, {0, static_cast<int64_t>(rows.params.size())}); }
 
 void write_gram(const std::vector<double>& m, int64_t num_tasks, Tensor& out) {
   const DType type = dtype_of(out);
   STD_TORCH_CHECK(
       out.numel() == num_tasks * num_tasks && out.is_contiguous() && (type == DType::f32 || type == DType::f64),
       "fastmtl: the Gram matrix must be a contiguous [T, T] float32 or float64 tensor");
-  if (type == DType::f64) {
-    std::copy(m.begin(), m.end(), static_cast<double*>(out.mutable_data_ptr()));
-  } else {
-    float* target = static_cast<float*>(out.mutable_data_ptr());
-    for (size_t k = 0; k < m.size(); ++k) target[k] = static_cast<float>(m[k]);
-  }
+  write(m, out);
 }
 
 namespace {
@@ -57,7 +74,19 @@ void gram_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& ind
   write_gram(gram(read_rows(tensors, index, num_tasks, num_params, {})), num_tasks, out);
 }
 
+void gram_groups_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
+                    int64_t num_params, const std::vector<int64_t>& groups, Tensor out) {
+  const int64_t num_groups = check_group_grams(out, num_tasks);
+  check_groups(groups, num_params, num_groups);
+  Rows rows = read_rows(tensors, index, num_tasks, num_params, {});
+  const std::vector<int64_t> first_param = sort_by_group(rows.params, groups, num_groups);
+  write(grams(rows, first_param), out);
+}
+
 }  // namespace
 }  // namespace fastmtl::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) { m.impl("_gram", TORCH_BOX(&fastmtl::cpu::gram_op)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
+  m.impl("_gram", TORCH_BOX(&fastmtl::cpu::gram_op));
+  m.impl("_gram_groups", TORCH_BOX(&fastmtl::cpu::gram_groups_op));
+}

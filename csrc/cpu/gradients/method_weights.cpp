@@ -1,5 +1,6 @@
-// The weights of a method, from the Gram matrix alone: one thread works on it.
+// The weights of a method, from the Gram matrix alone: one thread works on it, or on each of several.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <memory>
 
@@ -8,11 +9,22 @@
 namespace fastmtl::cpu {
 namespace {
 
+// fewer are solved before another thread has woken up
+constexpr int64_t kGroupsAtOnce = 4;
+
 void solve(const MethodArguments& p) {
-  const auto scratch = std::make_unique_for_overwrite<double[]>(solvers::scratch_size(p.request.rows(p.num_tasks)));
+  const int T = p.num_tasks;
   const solvers::Alone team;
-  solvers::solve(team, p.request, p.gram, p.num_tasks, p.present, p.preferences, scratch.get(), p.out);
-  solvers::follow(team, p.request, p.num_tasks, p.present, p.out);
+  auto range = [&](int64_t first, int64_t last) {
+    const auto scratch = std::make_unique_for_overwrite<double[]>(solvers::scratch_size(p.request.rows(T)));
+    for (int64_t g = first; g < last; ++g) {
+      double* out = p.out + g * T;
+      solvers::solve(team, p.request, p.gram.of_group(g, T), T, p.present, p.preferences, scratch.get(), out);
+      solvers::follow(team, p.request, T, p.present, out);
+    }
+  };
+  if (p.num_groups == 1) range(0, 1);
+  else torch::stable::parallel_for(0, p.num_groups, kGroupsAtOnce, range);
 }
 
 void method_weights_op(Tensor gram, int64_t method, const std::vector<double>& options, double rounding,

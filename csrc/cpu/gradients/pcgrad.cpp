@@ -1,4 +1,5 @@
-// PCGrad: the T x T problem, its gradient, and the fused Gram -> coefficients -> combine.
+// PCGrad: the T x T problem, its gradient, the weights of several problems, and the fused Gram -> coefficients ->
+// combine.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -61,45 +62,6 @@ void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
   coefficients(p.gram, p.T, p.order, p.num_visits, include_self, square(out, p.T));
 }
 
-// The visiting order as given, or drawn from a key and a state (key, counter), which is advanced.
-std::vector<int64_t> read_order(const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
-                                int T) {
-  using torch::headeronly::ScalarType;
-  if (order.has_value()) {
-    STD_TORCH_CHECK(
-        order->dim() == 2 && order->size(0) == T && order->is_contiguous() && order->scalar_type() == ScalarType::Long,
-        "fastmtl: the order must be a contiguous [T, K] int64 tensor");
-    const auto* visits = static_cast<const int64_t*>(order->const_data_ptr());
-    return {visits, visits + order->numel()};
-  }
-  int64_t* words = nullptr;
-  if (state.has_value()) {
-    STD_TORCH_CHECK(state->numel() == 2 && state->is_contiguous() && state->scalar_type() == ScalarType::Long,
-                    "fastmtl: the state must be a contiguous [2] int64 tensor");
-    words = static_cast<int64_t*>(state->mutable_data_ptr());
-  }
-  return drawn_visits(static_cast<uint64_t>(key), words, T);
-}
-
-// The weights alone, of tasks that all take part.
-void weights_op(Tensor gram, const std::optional<Tensor>& order, int64_t key, std::optional<Tensor> state,
-                bool include_self, bool mean, Tensor out) {
-  const int T = static_cast<int>(gram.size(0));
-  const std::vector<int64_t> visits = read_order(order, key, state, T);
-  STD_TORCH_CHECK(gram.numel() == T * T && T >= 1 && T <= kMaxTasks && dtype_of(gram) == DType::f64 &&
-                      gram.is_contiguous() && out.numel() == T && dtype_of(out) == DType::f64 && out.is_contiguous(),
-                  "fastmtl: expected a contiguous [T, T] float64 matrix, and [T] float64 weights");
-  std::vector<double> c(static_cast<size_t>(T) * T);
-  coefficients(static_cast<const double*>(gram.const_data_ptr()), T, visits.data(),
-               static_cast<int64_t>(visits.size()) / T, include_self, c.data());
-  auto* w = static_cast<double*>(out.mutable_data_ptr());
-  for (int t = 0; t < T; ++t) {
-    double sum = 0.0;
-    for (int i = 0; i < T; ++i) sum += c[i * T + t];
-    w[t] = mean ? sum / T : sum;
-  }
-}
-
 // Gradient with respect to the Gram matrix: the steps of each row are replayed, then undone.
 void coefficients_backward_op(Tensor grad, Tensor gram, Tensor order, bool include_self, Tensor out) {
   const Problem p = read_problem(gram, order);
@@ -145,6 +107,91 @@ void coefficients_backward_op(Tensor grad, Tensor gram, Tensor order, bool inclu
   }
 }
 
+// Visiting orders as given, or drawn from a key and a state (key, counter).
+struct Orders {
+  const int64_t* given = nullptr;
+  int64_t num_visits = 0;
+  uint64_t stream = 0, counter = 0;
+
+  // that of call number k from here on, where it is drawn; `room` is its memory then
+  const int64_t* of_call(int64_t k, int T, std::vector<int64_t>& room) const {
+    if (given != nullptr) return given;
+    draw_visits(stream, counter + static_cast<uint64_t>(k), T, room);
+    return room.data();
+  }
+};
+
+// The state is advanced by so many calls, where the orders are drawn.
+Orders read_orders(const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state, int T,
+                   int64_t calls) {
+  using torch::headeronly::ScalarType;
+  if (order.has_value()) {
+    STD_TORCH_CHECK(
+        order->dim() == 2 && order->size(0) == T && order->is_contiguous() && order->scalar_type() == ScalarType::Long,
+        "fastmtl: the order must be a contiguous [T, K] int64 tensor");
+    static const int64_t none = 0;  // an order of no visits may have no memory
+    const auto* visits = static_cast<const int64_t*>(order->const_data_ptr());
+    return {order->numel() == 0 ? &none : visits, order->size(1)};
+  }
+  Orders drawn{nullptr, T, static_cast<uint64_t>(key), 0};
+  if (state.has_value()) {
+    STD_TORCH_CHECK(state->numel() == 2 && state->is_contiguous() && state->scalar_type() == ScalarType::Long,
+                    "fastmtl: the state must be a contiguous [2] int64 tensor");
+    auto* words = static_cast<int64_t*>(state->mutable_data_ptr());
+    drawn.stream ^= static_cast<uint64_t>(words[0]);
+    drawn.counter = static_cast<uint64_t>(words[1]);
+    words[1] = static_cast<int64_t>(drawn.counter + static_cast<uint64_t>(calls));
+  }
+  return drawn;
+}
+
+void check_present(const std::vector<int64_t>& present, int T) {
+  STD_TORCH_CHECK(present.empty() || static_cast<int>(present.size()) == T, "fastmtl: expected ", T, " flags");
+}
+
+// weights [T] of coefficients [T, T]; present: a flag per task, empty: all
+void sum_rows(const double* c, int T, const std::vector<int64_t>& present, bool mean, double* weights) {
+  auto here = [&](int t) { return present.empty() || present[t] != 0; };
+  int count = 0;
+  for (int i = 0; i < T; ++i) count += here(i);
+  const double scale = mean ? 1.0 / count : 1.0;
+  for (int t = 0; t < T; ++t) {
+    double sum = 0.0;
+    for (int i = 0; i < T; ++i)
+      if (here(i)) sum += c[i * T + t];
+    weights[t] = here(t) ? scale * sum : 0.0;
+  }
+}
+
+// gram [L, T, T], weights [L, T]
+void weights_op(Tensor gram, const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
+                bool include_self, const std::vector<int64_t>& present, bool mean, Tensor weights) {
+  STD_TORCH_CHECK(gram.dim() == 3 && gram.size(1) == gram.size(2) && gram.size(1) >= 1 && gram.size(1) <= kMaxTasks &&
+                      dtype_of(gram) == DType::f64 && gram.is_contiguous(),
+                  "fastmtl: the Gram matrices must be a contiguous [L, T, T] float64 tensor, T from 1 to 128");
+  const int64_t L = gram.size(0);
+  const int T = static_cast<int>(gram.size(1));
+  STD_TORCH_CHECK(weights.numel() == L * T && dtype_of(weights) == DType::f64 && weights.is_contiguous(),
+                  "fastmtl: the weights must be a contiguous [L, T] float64 tensor");
+  check_present(present, T);
+  const Orders orders = read_orders(order, key, state, T, L);
+  const auto* m = static_cast<const double*>(gram.const_data_ptr());
+  auto* w = static_cast<double*>(weights.mutable_data_ptr());
+  // small problems are solved before another thread has woken up
+  const int64_t at_once = std::max<int64_t>(4096 / (int64_t{T} * T * T), 1);
+  torch::stable::parallel_for(0, L, at_once, [&](int64_t first, int64_t last) {
+    std::vector<int64_t> room;
+    std::vector<double> c(static_cast<size_t>(T) * T), product(T);
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t* visits = orders.of_call(g, T, room);
+      for (int i = 0; i < T; ++i)
+        pcgrad_row(m + g * T * T, T, i, visits + i * orders.num_visits, orders.num_visits, include_self,
+                   c.data() + i * T, product.data());
+      sum_rows(c.data(), T, present, mean, w + g * T);
+    }
+  });
+}
+
 void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
                int64_t num_params, const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
                bool include_self, const std::vector<int64_t>& present, bool mean, const std::vector<Tensor>& out,
@@ -156,30 +203,20 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
   for (const Param& p : rows.params)
     STD_TORCH_CHECK(static_cast<int64_t>(p.out.size()) == num_out, "fastmtl: expected ", num_out,
                     " outputs a parameter, got ", p.out.size());
-  STD_TORCH_CHECK(present.empty() || static_cast<int>(present.size()) == T, "fastmtl: expected ", T, " flags");
+  check_present(present, T);
   STD_TORCH_CHECK(
       weights_out.numel() == num_out * T && dtype_of(weights_out) == DType::f64 && weights_out.is_contiguous(),
       "fastmtl: the weights must be a contiguous float64 tensor");
-  const std::vector<int64_t> visits = read_order(order, key, state, T);
+  const Orders orders = read_orders(order, key, state, T, 1);
+  std::vector<int64_t> room;
+  const int64_t* visits = orders.of_call(0, T, room);
   const std::vector<double> m = gram(rows);
   write_gram(m, T, gram_out);
   std::vector<double> c(static_cast<size_t>(T) * T);
-  coefficients(m.data(), T, visits.data(), static_cast<int64_t>(visits.size()) / T, include_self, c.data());
+  coefficients(m.data(), T, visits, orders.num_visits, include_self, c.data());
   double* w = static_cast<double*>(weights_out.mutable_data_ptr());
-  if (project) {
-    std::copy(c.begin(), c.end(), w);
-  } else {
-    auto here = [&](int t) { return present.empty() || present[t] != 0; };
-    int count = 0;
-    for (int i = 0; i < T; ++i) count += here(i);
-    const double scale = mean ? 1.0 / count : 1.0;
-    for (int t = 0; t < T; ++t) {
-      double sum = 0.0;
-      for (int i = 0; i < T; ++i)
-        if (here(i)) sum += c[i * T + t];
-      w[t] = here(t) ? scale * sum : 0.0;
-    }
-  }
+  if (project) std::copy(c.begin(), c.end(), w);
+  else sum_rows(c.data(), T, present, mean, w);
   combine(w, num_out, rows);
 }
 
@@ -188,7 +225,7 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("_pcgrad_coefficients", TORCH_BOX(&fastmtl::cpu::coefficients_op));
-  m.impl("_pcgrad_weights", TORCH_BOX(&fastmtl::cpu::weights_op));
   m.impl("_pcgrad_coefficients_backward", TORCH_BOX(&fastmtl::cpu::coefficients_backward_op));
+  m.impl("_pcgrad_weights", TORCH_BOX(&fastmtl::cpu::weights_op));
   m.impl("_pcgrad", TORCH_BOX(&fastmtl::cpu::pcgrad_op));
 }

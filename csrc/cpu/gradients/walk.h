@@ -13,12 +13,14 @@
 namespace fastmtl::cpu {
 
 struct Plan {
-  std::vector<int64_t> first_block;  // of each parameter, and the total at the end
-  int64_t blocks_per_chunk = 1;
+  std::vector<int64_t> first_block;     // of each parameter, and the total at the end
+  std::vector<int64_t> block_of_chunk;  // the first of each chunk, and the total at the end
+  std::vector<int64_t> chunk_of_group;  // likewise, of each group of parameters
   int64_t num_chunks = 0;
 };
 
-inline Plan make_plan(const Rows& rows) {
+// first_param: of each group, and the end: no chunk lies in two groups. A group is cut as it would be by itself.
+inline Plan make_plan(const Rows& rows, const std::vector<int64_t>& first_param) {
   Plan plan;
   int64_t blocks = 0;
   for (const Param& p : rows.params) {
@@ -26,12 +28,22 @@ inline Plan make_plan(const Rows& rows) {
     blocks += (p.numel + kBlock - 1) / kBlock;
   }
   plan.first_block.push_back(blocks);
-  // at most 512 chunks; large enough that a chunk's T x T partial sums stay under 1% of its gradients
-  constexpr int64_t kMaxChunks = 512;
-  plan.blocks_per_chunk = std::max<int64_t>({(blocks + kMaxChunks - 1) / kMaxChunks, 4, rows.num_tasks / 4});
-  plan.num_chunks = (blocks + plan.blocks_per_chunk - 1) / plan.blocks_per_chunk;
+  for (size_t g = 0; g + 1 < first_param.size(); ++g) {
+    plan.chunk_of_group.push_back(static_cast<int64_t>(plan.block_of_chunk.size()));
+    const int64_t begin = plan.first_block[first_param[g]], end = plan.first_block[first_param[g + 1]];
+    // at most 512 chunks; large enough that a chunk's T x T partial sums stay under 1% of its gradients
+    constexpr int64_t kMaxChunks = 512;
+    const int64_t each = std::max<int64_t>({(end - begin + kMaxChunks - 1) / kMaxChunks, 4, rows.num_tasks / 4});
+    for (int64_t block = begin; block < end; block += each) plan.block_of_chunk.push_back(block);
+  }
+  plan.num_chunks = static_cast<int64_t>(plan.block_of_chunk.size());
+  plan.chunk_of_group.push_back(plan.num_chunks);
+  plan.block_of_chunk.push_back(blocks);
   return plan;
 }
+
+// of all parameters together
+inline Plan make_plan(const Rows& rows) { return make_plan(rows, {0, static_cast<int64_t>(rows.params.size())}); }
 
 struct Block {
   const Param* param;
@@ -43,8 +55,7 @@ struct Block {
 
 template <class F>
 void for_each_block(const Rows& rows, const Plan& plan, int64_t chunk, bool backwards, const F& visit) {
-  const int64_t begin = chunk * plan.blocks_per_chunk;
-  const int64_t end = std::min(begin + plan.blocks_per_chunk, plan.first_block.back());
+  const int64_t begin = plan.block_of_chunk[chunk], end = plan.block_of_chunk[chunk + 1];
   const int64_t count = end - begin;
   auto param_of = [&](int64_t block) {
     return std::upper_bound(plan.first_block.begin(), plan.first_block.end() - 1, block) - plan.first_block.begin() - 1;

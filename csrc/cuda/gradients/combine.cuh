@@ -70,22 +70,16 @@ constexpr int kCombineBlocks = kOut == 1         ? 3
                                : sizeof(In) == 4 ? 2
                                                  : 1;
 
-// A slot's columns and kOut of the outputs to a block; the blocks of a slot follow each other, so that all but one find
-// its rows in the second-level cache.
-template <class In, int kOut>
-__global__ void __launch_bounds__(kThreads, kCombineBlocks<In, kOut>)
-    combine_kernel(const __grid_constant__ CombineParams p) {
+// Outputs first_out, ..., kOut of them, at the counted columns [low, high). weight_of(o, t): of task t in output o.
+template <class In, int kOut, class WeightOf>
+__device__ inline void combine_slot(const Grads& grads, int first_out, int64_t low, int64_t high,
+                                    const WeightOf& weight_of, CombineShared<In, kOut>& shared) {
   constexpr int kVector = 16 / static_cast<int>(sizeof(In));
   using Vec = Vector<In, kVector>;
   using One = Vector<In, 1>;
   using Acc = typename Accumulator<In>::type;
-  using Shared = CombineShared<In, kOut>;
-  FASTMTL_SHARED(Shared, shared);
   const int tid = threadIdx.x;
-  const int T = p.grads.num_tasks;
-  const unsigned per_slot = (static_cast<unsigned>(p.grads.num_out) + kOut - 1) / kOut;
-  const int first_out = static_cast<int>(blockIdx.x % per_slot) * kOut;
-  const int64_t low = (static_cast<int64_t>(gridDim.x / per_slot) - 1 - blockIdx.x / per_slot) * p.columns_per_slot;
+  const int T = grads.num_tasks;
   bool has_weights = false;
   auto with_weights = [&] {
     if (has_weights) return;
@@ -96,13 +90,12 @@ __global__ void __launch_bounds__(kThreads, kCombineBlocks<In, kOut>)
 #pragma unroll 1
     for (int e = tid; e < rows * kOut; e += kThreads) {
       const int t = e / kOut, o = first_out + e % kOut;
-      shared.weight[t][e % kOut] =
-          t < T && o < p.grads.num_out ? static_cast<Acc>(p.weights[static_cast<int64_t>(o) * T + t]) : Acc(0);
+      shared.weight[t][e % kOut] = t < T && o < grads.num_out ? static_cast<Acc>(weight_of(o, t)) : Acc(0);
     }
     __syncthreads();
   };
   for_each_segment(
-      p.grads, low, low + p.columns_per_slot, first_out, [](int r) { return r; }, shared.batch,
+      grads, low, high, first_out, [](int r) { return r; }, shared.batch,
       [&](int s) {
         const Segment segment = shared.batch.segment[s];
         const void* const* row = shared.batch.row[s];
@@ -146,6 +139,21 @@ __global__ void __launch_bounds__(kThreads, kCombineBlocks<In, kOut>)
             if (void* out = shared.batch.out[s][o]) in_global(static_cast<In*>(out))[c] = result[o].v[0];
         }
       });
+}
+
+// A slot's columns and kOut of the outputs to a block; the blocks of a slot follow each other, so that all but one find
+// its rows in the second-level cache.
+template <class In, int kOut>
+__global__ void __launch_bounds__(kThreads, kCombineBlocks<In, kOut>)
+    combine_kernel(const __grid_constant__ CombineParams p) {
+  using Shared = CombineShared<In, kOut>;
+  FASTMTL_SHARED(Shared, shared);
+  const unsigned per_slot = (static_cast<unsigned>(p.grads.num_out) + kOut - 1) / kOut;
+  const int first_out = static_cast<int>(blockIdx.x % per_slot) * kOut;
+  const int64_t low = (static_cast<int64_t>(gridDim.x / per_slot) - 1 - blockIdx.x / per_slot) * p.columns_per_slot;
+  combine_slot<In, kOut>(
+      p.grads, first_out, low, low + p.columns_per_slot,
+      [&](int o, int t) { return p.weights[static_cast<int64_t>(o) * p.grads.num_tasks + t]; }, shared);
 }
 
 // --- one output, few columns, many tasks

@@ -231,22 +231,22 @@ __device__ inline void add_to_totals(typename Shape::Acc (&acc)[Shape::kTiles][S
   }
 }
 
-// Leaves the partial sums of a slot, or of this block's bands of it. Returns the slot.
-template <class In, int kGroups>
-__device__ inline int leave_sums(const GramParams& p, int block, typename MmaShape<In, kGroups>::Shared& shared) {
+// Leaves the partial sums of the counted columns [low, high), or of two bands of them (`pair`), in the row that
+// partial_of() says, which is asked last.
+template <class In, int kGroups, class PartialOf>
+__device__ inline void leave_sums(const Grads& grads, int64_t low, int64_t high, int pair, const PartialOf& partial_of,
+                                  typename MmaShape<In, kGroups>::Shared& shared) {
   using Shape = MmaShape<In, kGroups>;
   const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
-  const int T = p.grads.num_tasks;
-  const int slot_here = block / p.blocks_per_slot;
-  const Bands bands = bands_of(T, block % p.blocks_per_slot);
+  const int T = grads.num_tasks;
+  const Bands bands = bands_of(T, pair);
   auto task_of = [&](int row) { return (row < kBand ? bands.first : bands.second) + row % kBand; };
   typename Shape::Acc acc[Shape::kTiles][Shape::kValues] = {};
   constexpr int kHeld = Shape::kTiles * Shape::kPairs * kWarp;
   for (int e = tid; e < kHeld; e += kThreads) (&shared.total[0][0][0])[e] = {};
   int steps = 0;  // since the totals were added to
 
-  const int64_t low = slot_here * p.columns_per_slot;
-  for_each_segment(p.grads, low, low + p.columns_per_slot, 0, task_of, shared.batch, [&](int s) {
+  for_each_segment(grads, low, high, 0, task_of, shared.batch, [&](int s) {
     const Segment segment = shared.batch.segment[s];
     // volatile: fetched for every step, since there is no register to keep them in
     const void* const volatile* const rows = shared.batch.row[s] + lane / 4;
@@ -298,8 +298,7 @@ __device__ inline int leave_sums(const GramParams& p, int block, typename MmaSha
   add_to_totals<Shape>(acc, shared);
   __syncthreads();
 
-  const int slot = p.first_slot + slot_here;
-  double* partial = p.partial + static_cast<int64_t>(slot) * num_entries(T);
+  double* partial = partial_of();
   for (int e = tid; e < kHeld; e += kThreads) {
     const int from = e % kWarp, pair = e / kWarp % Shape::kPairs;
     int i = 0, j = e / (kWarp * Shape::kPairs);
@@ -311,7 +310,6 @@ __device__ inline int leave_sums(const GramParams& p, int block, typename MmaSha
     for (int k = 0; k < 2; ++k)
       if (r <= c + k && c + k < T && owns(bands, r, c + k)) partial[entry_of(T, r, c + k)] = total.v[k];
   }
-  return slot;
 }
 
 template <class In, int kGroups>
@@ -324,7 +322,14 @@ __global__ void __launch_bounds__(kThreads, MmaShape<In, kGroups>::kBlocks)
     block -= drawing_blocks(p);
     if (block < 0) draw_apart(p, shared.solver);
   }
-  if (block >= 0) slot = leave_sums<In, kGroups>(p, block, shared);
+  if (block >= 0) {
+    const int slot_here = block / p.blocks_per_slot;
+    const int64_t low = slot_here * p.columns_per_slot;
+    slot = p.first_slot + slot_here;
+    leave_sums<In, kGroups>(
+        p.grads, low, low + p.columns_per_slot, block % p.blocks_per_slot,
+        [&] { return p.partial + static_cast<int64_t>(slot) * num_entries(p.grads.num_tasks); }, shared);
+  }
   if constexpr (kGroups == 8) {
     if (p.grads.num_tasks > 64) {
       finish<128>(p, slot, shared.flag, shared.solver);

@@ -45,19 +45,19 @@ __device__ inline void add_products(const Loaded (&loaded)[kRows],
   }
 }
 
-template <class In, int kRows>
-__global__ void __launch_bounds__(kThreads, sizeof(In) < 8 ? 2 : 1)
-    gram_rows_kernel(const __grid_constant__ GramParams p) {
+// The sums of the counted columns [low, high), one row of T (T + 1) / 2, to where partial_of() says, which is asked
+// last.
+template <class In, int kRows, class PartialOf>
+__device__ inline void leave_row_sums(const Grads& grads, int64_t low, int64_t high, const PartialOf& partial_of,
+                                      typename RowsShape<In, kRows>::Shared& shared) {
   using Shape = RowsShape<In, kRows>;
   using Acc = typename Shape::Acc;
-  FASTMTL_SHARED(typename Shape::Shared, shared);
   const int tid = threadIdx.x;
-  const int T = p.grads.num_tasks;
+  const int T = grads.num_tasks;
   Acc acc[Shape::kPairs] = {};
 
-  const int64_t low = static_cast<int64_t>(blockIdx.x) * p.columns_per_slot;
   for_each_segment(
-      p.grads, low, low + p.columns_per_slot, 0, [](int r) { return r; }, shared.batch,
+      grads, low, high, 0, [](int r) { return r; }, shared.batch,
       [&](int s) {
         const Segment segment = shared.batch.segment[s];
         const void* const* row = shared.batch.row[s];
@@ -101,8 +101,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(In) < 8 ? 2 : 1)
     if (lane < Shape::kLeft) shared.sums[pair][tid / kWarp * Shape::kLeft + lane] = x;
   }
   __syncthreads();
-  const int slot = p.first_slot + static_cast<int>(blockIdx.x);
-  double* partial = p.partial + static_cast<int64_t>(slot) * num_entries(T);
+  double* partial = partial_of();
   constexpr int kShare = 4;  // threads to a pair
   for (int first = 0; first < Shape::kPairs; first += kThreads / kShare) {
     const int pair = first + tid / kShare;
@@ -118,6 +117,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(In) < 8 ? 2 : 1)
       if (i + rest < T) partial[entry_of(T, i, i + rest)] = sum;
     }
   }
+}
+
+template <class In, int kRows>
+__global__ void __launch_bounds__(kThreads, sizeof(In) < 8 ? 2 : 1)
+    gram_rows_kernel(const __grid_constant__ GramParams p) {
+  using Shape = RowsShape<In, kRows>;
+  FASTMTL_SHARED(typename Shape::Shared, shared);
+  const int64_t low = static_cast<int64_t>(blockIdx.x) * p.columns_per_slot;
+  const int slot = p.first_slot + static_cast<int>(blockIdx.x);
+  leave_row_sums<In, kRows>(
+      p.grads, low, low + p.columns_per_slot,
+      [&] { return p.partial + static_cast<int64_t>(slot) * num_entries(p.grads.num_tasks); }, shared);
   finish<16>(p, slot, shared.flag, shared.solver);
 }
 

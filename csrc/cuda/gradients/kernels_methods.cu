@@ -9,7 +9,7 @@ template <int kMost>
 void launch(const MethodParams& p, cudaStream_t stream) {
   using Memory = MethodMemory<kMost>;
   constexpr int kBytes = sizeof(Memory), kTeam = Memory::kTeamWarps * kWarp;
-  const int blocks = method_blocks(p.request.kind, p.num_tasks);
+  const int blocks = p.num_groups * method_blocks(p.request.kind, p.num_tasks);
   FASTMTL_BIG_LAUNCH(kBytes, blocks, kTeam, stream, (p), method_weights_kernel<kMost>);
 }
 

@@ -18,6 +18,9 @@ struct MethodParams {
   double* parts;              // [blocks, T], if there are several
   unsigned* ticket;           // likewise
   double* out;                // [T]
+  // problems that have the request, `present` and `preferences` in common: `gram`, `out`, the blocks with what they
+  // have, and the tickets of each follow each other
+  int num_groups;
 };
 
 // up to here one warp does it all
@@ -128,20 +131,24 @@ __global__ void __launch_bounds__(MethodMemory<kMost>::kTeamWarps* kWarp, 1)
   using Memory = MethodMemory<kMost>;
   FASTMTL_BIG_SHARED(Memory, memory);
   const Block<Memory::kTeamWarps, kMost> team{&memory.team};
-  const int T = p.num_tasks, part = static_cast<int>(blockIdx.x), parts = static_cast<int>(gridDim.x);
-  double* scratch = kMost <= kMostSharedTasks ? memory.scratch : p.scratch + part * solvers::scratch_size(kMost);
-  double* out = parts == 1 ? p.out : p.parts + part * T;
-  solvers::solve(team, p.request, p.gram, T, p.present, p.preferences, scratch, out, {part, parts});
+  const int T = p.num_tasks, block = static_cast<int>(blockIdx.x), parts = static_cast<int>(gridDim.x) / p.num_groups;
+  const int group = block / parts, part = block % parts;
+  double* scratch = kMost <= kMostSharedTasks ? memory.scratch : p.scratch + block * solvers::scratch_size(kMost);
+  double* weights = p.out + group * T;
+  double* group_parts = p.parts + group * parts * T;
+  double* out = parts == 1 ? weights : group_parts + part * T;
+  const solvers::Entries gram = p.gram.of_group(group, T);
+  solvers::solve(team, p.request, gram, T, p.present, p.preferences, scratch, out, {part, parts});
   if (parts > 1) {
-    if (!arrives_last(p.ticket, static_cast<unsigned>(parts), memory.is_last)) return;
+    if (!arrives_last(p.ticket + group, static_cast<unsigned>(parts), memory.is_last)) return;
     // 0 for absent tasks in each
     solvers::each(team, T, [&](int t) {
       double sum = 0.0;
-      for (int k = 0; k < parts; ++k) sum += __ldcg(p.parts + k * T + t);
-      p.out[t] = sum;
+      for (int k = 0; k < parts; ++k) sum += __ldcg(group_parts + k * T + t);
+      weights[t] = sum;
     });
   }
-  solvers::follow(team, p.request, T, p.present, p.out);
+  solvers::follow(team, p.request, T, p.present, weights);
 }
 
 }  // namespace fastmtl::cuda

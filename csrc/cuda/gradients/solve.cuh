@@ -514,13 +514,10 @@ __device__ inline void solve_pcgrad(const Solve& s, int T, const Scratch& scratc
   }
 }
 
-// more: as for SolverMemory
-template <int kMost>
-__global__ void __launch_bounds__(kThreads, 1)
-    pcgrad_coefficients_kernel(const double* gram, int T, double* more, const __grid_constant__ Solve s) {
-  FASTMTL_SHARED(SolverMemory<kMost>, shared);
-  const Scratch scratch = shared.template scratch<kMost>(T, more);
-  bool unusual = stage_order<kMost>(s, T, scratch);
+// A matrix in device memory into scratch. Whether this thread met something that `solve_ordinary_rows` does not expect.
+// A barrier must follow.
+__device__ inline bool stage_matrix(const double* gram, int T, const Scratch& scratch) {
+  bool unusual = false;
   constexpr int kInFlight = 8;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int t = threadIdx.x; t < T; t += kThreads) unusual = scratch.put_norm(t, gram[t * (T + 1)]) || unusual;
@@ -544,6 +541,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   }
+  return unusual;
+}
+
+// more: as for SolverMemory
+template <int kMost>
+__global__ void __launch_bounds__(kThreads, 1)
+    pcgrad_coefficients_kernel(const double* gram, int T, double* more, const __grid_constant__ Solve s) {
+  FASTMTL_SHARED(SolverMemory<kMost>, shared);
+  const Scratch scratch = shared.template scratch<kMost>(T, more);
+  bool unusual = stage_order<kMost>(s, T, scratch);
+  unusual = stage_matrix(gram, T, scratch) || unusual;
   scratch.tell(unusual);
   __syncthreads();
   solve_pcgrad<kMost>(s, T, scratch);

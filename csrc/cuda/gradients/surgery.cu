@@ -1,5 +1,5 @@
-// gram, combine, the methods' weights, the coefficients of PCGrad and GradVac and the fused pcgrad: from torch's
-// tensors to parameter structs and launches.
+// gram and combine, of all parameters or of groups of them, the methods' weights, the coefficients of PCGrad and
+// GradVac and the fused pcgrad: from torch's tensors to parameter structs and launches.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,10 +11,11 @@
 #include <string>
 
 #include "common/gradvac_arguments.h"
+#include "common/group_arguments.h"
 #include "common/method_arguments.h"
 #include "common/rows.h"
+#include "cuda/gradients/group_parts.h"
 #include "cuda/gradients/launch.h"
-#include "cuda/gradients/parts.h"
 #include "cuda/runtime.h"
 
 namespace fastmtl::cuda {
@@ -26,8 +27,8 @@ std::vector<int> architectures() {
 }
 
 std::vector<std::string> kernels() {
-  return {"combine", "gradvac_coefficients", "gram",          "method_weights",
-          "pcgrad",  "pcgrad_coefficients",  "pcgrad_project"};
+  return {"combine",        "combine_groups", "gradvac_coefficients", "gram",          "gram_groups",
+          "method_weights", "pcgrad",         "pcgrad_coefficients",  "pcgrad_project"};
 }
 
 namespace {
@@ -80,6 +81,17 @@ void gram(const std::vector<Part>& parts, Tensor& out, const Solve& solve, bool 
   });
 }
 
+// The tables of parts that are cut, which must outlive the launches' queueing.
+std::vector<DeviceTable> write_tables(std::vector<GroupedPart>& parts, int device, cudaStream_t stream) {
+  std::vector<DeviceTable> tables;
+  for (GroupedPart& it : parts) {
+    STD_TORCH_CHECK(it.cut.columns_per_slot <= kMost32 / 2, "fastmtl: too many columns");
+    tables.push_back(device_table(device, stream, it.part.words));
+    it.use_table(tables.back().get());
+  }
+  return tables;
+}
+
 // early: the first launch may begin while the Gram matrix's last block still solves
 void combine(const std::vector<Part>& parts, const double* weights, bool early, cudaStream_t stream) {
   for (const Part& part : parts) {
@@ -123,6 +135,29 @@ const int64_t* read_order(const Tensor& order, int64_t T, int device) {
   return static_cast<const int64_t*>(order.const_data_ptr());
 }
 
+// the order, given or to be drawn
+void read_randomness(const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state, int64_t T,
+                     int device, Solve& s) {
+  s.draw = !order.has_value();
+  if (!s.draw) {
+    s.order = read_order(*order, T, device);
+    s.num_visits = order->size(1);
+  }
+  s.key = static_cast<uint64_t>(key);
+  if (state.has_value()) {
+    check_device(*state, device, "the state");
+    STD_TORCH_CHECK(state->numel() == 2 && state->is_contiguous() && state->scalar_type() == ScalarType::Long,
+                    "fastmtl: the state must be a contiguous [2] int64 tensor");
+    s.state = static_cast<int64_t*>(state->mutable_data_ptr());
+  }
+}
+
+void read_present(const std::vector<int64_t>& present, int64_t T, Solve& s) {
+  STD_TORCH_CHECK(present.empty() || static_cast<int64_t>(present.size()) == T, "fastmtl: expected ", T, " flags");
+  for (size_t t = 0; t < present.size(); ++t)
+    if (present[t] == 0) s.absent[t / 64] |= uint64_t{1} << (t % 64);
+}
+
 void gram_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
              int64_t num_params, Tensor out) {
   const int device = out.get_device_index();
@@ -151,32 +186,70 @@ void combine_op(Tensor weights, const std::vector<Tensor>& tensors, const std::v
           false, stream);
 }
 
-// order: none is drawn from key and state
-void read_visits(Solve& s, const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
-                 int64_t T, int device) {
-  s.draw = !order.has_value();
-  if (!s.draw) {
-    s.order = read_order(*order, T, device);
-    s.num_visits = order->size(1);
+void gram_groups_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
+                    int64_t num_params, const std::vector<int64_t>& groups, Tensor out) {
+  const int device = out.get_device_index();
+  check_devices(tensors, device, "the gradients");
+  const int64_t L = check_group_grams(out, num_tasks);
+  check_groups(groups, num_params, L);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  Rows rows = read_rows(tensors, index, num_tasks, num_params, {});
+  sort_by_group(rows.params, groups, L);
+  std::vector<GroupedPart> parts = grouped_parts_of(rows.params, rows.num_tasks, L);
+  const GramGroupsPlan plan = plan_gram_groups(parts, 0, 0);
+  STD_TORCH_CHECK(plan.num_slots <= kMost32 / plan.blocks_per_slot, "fastmtl: too many columns");
+  const std::vector<DeviceTable> tables = write_tables(parts, device, stream);
+  const Tensor memory = workspace(device, 8 * plan.words());
+  const Tickets taken = tickets(device, stream, parts.size(), plan.num_tickets);
+  for (const GroupedPart& it : parts) {
+    if (it.num_slots == 0) continue;
+    GramGroupsParams p = plan.params(it, static_cast<double*>(memory.mutable_data_ptr()), taken.counters);
+    p.gram = out.mutable_data_ptr();
+    p.gram_is_double = dtype_of(out) == DType::f64;
+    launch_gram_groups(it.part.dtype, p, it.num_slots, stream);
+    check(cudaGetLastError(), "gram_groups launch");
   }
-  s.key = static_cast<uint64_t>(key);
-  if (!state.has_value()) return;
-  check_device(*state, device, "the state");
-  STD_TORCH_CHECK(state->numel() == 2 && state->is_contiguous() && state->scalar_type() == ScalarType::Long,
-                  "fastmtl: the state must be a contiguous [2] int64 tensor");
-  s.state = static_cast<int64_t*>(state->mutable_data_ptr());
 }
 
-// The coefficients or the weights of a Gram matrix.
-void solve_alone(const Tensor& gram, Solve s, Tensor& out) {
+void combine_groups_op(Tensor weights, const std::vector<Tensor>& tensors, const std::vector<int64_t>& index,
+                       int64_t num_params, const std::vector<int64_t>& groups, const std::vector<Tensor>& out) {
+  STD_TORCH_CHECK(weights.dim() == 2 && dtype_of(weights) == DType::f64 && weights.is_contiguous(),
+                  "fastmtl: the weights must be a contiguous [L, T] float64 tensor");
+  check_groups(groups, num_params, weights.size(0));
+  if (tensors.empty()) return;
+  const int device = weights.get_device_index();
+  check_devices(tensors, device, "the gradients");
+  check_devices(out, device, "the results");
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  Rows rows = read_rows(tensors, index, weights.size(1), num_params, out);
+  check_outputs(rows, 1);
+  sort_by_group(rows.params, groups, weights.size(0));
+  std::vector<GroupedPart> parts = grouped_parts_of(rows.params, rows.num_tasks, weights.size(0));
+  plan_combine_groups(parts, 0);
+  const std::vector<DeviceTable> tables = write_tables(parts, device, stream);
+  for (const GroupedPart& it : parts) {
+    if (it.num_slots == 0) continue;
+    launch_combine_groups(it.part.dtype, {it.part.grads, it.cut, static_cast<const double*>(weights.const_data_ptr())},
+                          it.num_slots, stream);
+    check(cudaGetLastError(), "combine_groups launch");
+  }
+}
+
+void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
   const int64_t T = gram.size(0);
   const int device = gram.get_device_index();
   STD_TORCH_CHECK(T >= 1 && T <= kMaxTasks && dtype_of(gram) == DType::f64 && dtype_of(out) == DType::f64,
                   "fastmtl: expected float64 matrices of 1 to 128 tasks");
   check_square(gram, T, "the Gram matrix");
-  STD_TORCH_CHECK(out.numel() == (s.project ? T * T : T) && out.is_contiguous(), "fastmtl: no room for the result");
+  check_square(out, T, "the result");
   check_device(out, device, "the result");
-  s.wanted = true;
+  Solve s{};
+  s.wanted = s.project = true;
+  s.include_self = include_self;
+  s.order = read_order(order, T, device);
+  s.num_visits = order.size(1);
   s.result = static_cast<double*>(out.mutable_data_ptr());
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
@@ -184,23 +257,6 @@ void solve_alone(const Tensor& gram, Solve s, Tensor& out) {
   const Tensor memory = workspace(device, 8 * int64_t{more_words(static_cast<int>(T))});
   launch_coefficients(m, static_cast<int>(T), static_cast<double*>(memory.mutable_data_ptr()), s, stream);
   check(cudaGetLastError(), "pcgrad_coefficients launch");
-}
-
-void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
-  Solve s{};
-  s.project = true;
-  s.include_self = include_self;
-  read_visits(s, order, 0, std::nullopt, gram.size(0), gram.get_device_index());
-  solve_alone(gram, s, out);
-}
-
-void weights_op(Tensor gram, const std::optional<Tensor>& order, int64_t key, std::optional<Tensor> state,
-                bool include_self, bool mean, Tensor out) {
-  Solve s{};
-  s.include_self = include_self;
-  s.mean = mean;
-  read_visits(s, order, key, state, gram.size(0), gram.get_device_index());
-  solve_alone(gram, s, out);
 }
 
 void gradvac(const GradVacArguments& read, int device) {
@@ -227,6 +283,42 @@ void gradvac(const GradVacArguments& read, int device) {
   check(cudaGetLastError(), "gradvac_coefficients launch");
 }
 
+// gram [L, T, T], weights [L, T]
+void weights_op(Tensor gram, const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
+                bool include_self, const std::vector<int64_t>& present, bool mean, Tensor weights) {
+  const int device = gram.get_device_index();
+  STD_TORCH_CHECK(gram.dim() == 3 && gram.size(1) == gram.size(2) && gram.size(1) >= 1 && gram.size(1) <= kMaxTasks &&
+                      gram.size(0) <= kMost32 && dtype_of(gram) == DType::f64 && gram.is_contiguous(),
+                  "fastmtl: the Gram matrices must be a contiguous [L, T, T] float64 tensor, T from 1 to 128");
+  const int64_t L = gram.size(0), T = gram.size(1);
+  check_device(weights, device, "the weights");
+  STD_TORCH_CHECK(weights.numel() == L * T && dtype_of(weights) == DType::f64 && weights.is_contiguous(),
+                  "fastmtl: the weights must be a contiguous [L, T] float64 tensor");
+  if (L == 0) return;
+  Solve s{};
+  s.wanted = true;
+  s.include_self = include_self;
+  s.mean = mean;
+  s.result = static_cast<double*>(weights.mutable_data_ptr());
+  read_randomness(order, key, state, T, device, s);
+  read_present(present, T, s);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  SolveGroupsParams p{s, static_cast<const double*>(gram.const_data_ptr()), static_cast<int>(T), nullptr, nullptr};
+  std::optional<Tensor> memory;
+  if (T > 16) {
+    memory = workspace(device, 8 * L * order_at(static_cast<int>(T)));
+    p.more = static_cast<double*>(memory->mutable_data_ptr());
+  }
+  std::optional<Tickets> taken;
+  if (s.draw && s.state != nullptr) {
+    taken = tickets(device, stream, 1);
+    p.ticket = taken->counters;
+  }
+  launch_pcgrad_weights(p, static_cast<int>(L), stream);
+  check(cudaGetLastError(), "pcgrad_weights launch");
+}
+
 void gradvac_op(Tensor gram, Tensor order, Tensor targets, double beta, bool always, double rounding, Tensor out,
                 Tensor new_targets) {
   const int device = gram.get_device_index();
@@ -247,8 +339,10 @@ void solve_method(const MethodArguments& read, int device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const int T = read.num_tasks, blocks = method_blocks(read.request.kind, T);
-  MethodParams p{read.request, read.gram, T, read.present, read.preferences, nullptr, nullptr, nullptr, read.out};
-  const int64_t scratch = blocks * block_scratch(read.request.rows(T)), parts = blocks > 1 ? int64_t{blocks} * T : 0;
+  const int64_t L = read.num_groups;
+  MethodParams p{read.request, read.gram, T,       read.present, read.preferences,
+                 nullptr,      nullptr,   nullptr, read.out,     read.num_groups};
+  const int64_t scratch = L * blocks * block_scratch(read.request.rows(T)), parts = blocks > 1 ? L * blocks * T : 0;
   std::optional<Tensor> memory;
   std::optional<Tickets> taken;
   if (scratch + parts > 0) {
@@ -257,7 +351,7 @@ void solve_method(const MethodArguments& read, int device) {
     p.parts = p.scratch + scratch;
   }
   if (blocks > 1) {
-    taken = tickets(device, stream, 1);
+    taken = tickets(device, stream, 1, read.num_groups);
     p.ticket = taken->counters;
   }
   launch_method_weights(p, stream);
@@ -308,11 +402,8 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
       weights_out.numel() == num_out * num_tasks && dtype_of(weights_out) == DType::f64 && weights_out.is_contiguous(),
       "fastmtl: the weights must be a contiguous float64 tensor");
   s.result = static_cast<double*>(weights_out.mutable_data_ptr());
-  read_visits(s, order, key, state, num_tasks, device);
-  STD_TORCH_CHECK(present.empty() || static_cast<int64_t>(present.size()) == num_tasks, "fastmtl: expected ", num_tasks,
-                  " flags");
-  for (size_t t = 0; t < present.size(); ++t)
-    if (present[t] == 0) s.absent[t / 64] |= uint64_t{1} << (t % 64);
+  read_randomness(order, key, state, num_tasks, device, s);
+  read_present(present, num_tasks, s);
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const Rows rows = read_rows(tensors, index, num_tasks, num_params, out);
@@ -329,11 +420,13 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CUDA, m) {
   m.impl("_gram", TORCH_BOX(&fastmtl::cuda::gram_op));
   m.impl("_combine", TORCH_BOX(&fastmtl::cuda::combine_op));
+  m.impl("_gram_groups", TORCH_BOX(&fastmtl::cuda::gram_groups_op));
+  m.impl("_combine_groups", TORCH_BOX(&fastmtl::cuda::combine_groups_op));
   m.impl("_pcgrad_coefficients", TORCH_BOX(&fastmtl::cuda::coefficients_op));
-  m.impl("_pcgrad_weights", TORCH_BOX(&fastmtl::cuda::weights_op));
   m.impl("_gradvac_coefficients", TORCH_BOX(&fastmtl::cuda::gradvac_op));
   m.impl("_gradvac_step", TORCH_BOX(&fastmtl::cuda::gradvac_step_op));
   m.impl("_method_weights", TORCH_BOX(&fastmtl::cuda::method_weights_op));
   m.impl("_method_step", TORCH_BOX(&fastmtl::cuda::method_step_op));
+  m.impl("_pcgrad_weights", TORCH_BOX(&fastmtl::cuda::weights_op));
   m.impl("_pcgrad", TORCH_BOX(&fastmtl::cuda::pcgrad_op));
 }

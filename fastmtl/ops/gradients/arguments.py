@@ -141,7 +141,8 @@ def read_lists(grads: GradLists, argument: str = "grads") -> GradientRows:
 
 
 def kernel_matrix(matrix: Tensor) -> Tensor:
-    """A square matrix as the solvers read it: float32 or float64, of any distance between rows, which are dense."""
+    """A square matrix as the solvers read it: float32 or float64, of any distance between rows, which are dense; or
+    several, contiguous."""
     if matrix.dtype not in (torch.float32, torch.float64):
         return matrix.to(torch.float64).contiguous()
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    return matrix if matrix.dim() == 2 and matrix.stride(1) == 1 else matrix.contiguous()

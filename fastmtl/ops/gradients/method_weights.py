@@ -16,6 +16,7 @@ from fastmtl.ops.gradients.arguments import check_present, kernel_matrix
 from fastmtl.ops.gradients.pcgrad import check_gram
 
 # method: the number of a solver in csrc/common/solvers/methods.h. rounding: the relative error of an entry of `gram`.
+# gram, out: `[T, T]` and `[T]`, or `[L, T, T]` and `[L, T]`: L problems that have the rest in common.
 _kernel = define_kernel(
     "_method_weights(Tensor gram, int method, float[] options, float rounding, Tensor? present, Tensor? preferences, "
     "Tensor? per_task, Tensor(a!) out) -> ()"
@@ -200,7 +201,7 @@ def _compiled(
     preferences: Tensor | None,
     per_task: Tensor | None,
 ) -> Tensor:
-    out = torch.empty(gram.shape[:1], dtype=torch.float64, device=gram.device)
+    out = torch.empty(gram.shape[:-1], dtype=torch.float64, device=gram.device)
     _kernel(
         kernel_matrix(gram),
         NUMBERS[method],
@@ -212,6 +213,39 @@ def _compiled(
         out,
     )
     return out
+
+
+def _each_by_reference(
+    grams: Tensor,
+    method: str,
+    options: Sequence[float],
+    present: Tensor | None,
+    preferences: Tensor | None,
+    per_task: Tensor | None,
+) -> Tensor:
+    found = [reference.method_weights(m, method, options, present, preferences, per_task) for m in grams.unbind(0)]
+    return torch.stack(found)
+
+
+_GROUPS = {"cpu": _compiled, "cuda": _compiled, "reference": _each_by_reference}
+
+
+def method_weights_groups(
+    grams: Tensor,
+    method: str,
+    options: Sequence[float] = (),
+    *,
+    present: Tensor | None = None,
+    preferences: Tensor | None = None,
+) -> Tensor:
+    """`method_weights` of L Gram matrices `[L, T, T]` at once, `[L, T]`: one launch. The other arguments are those of
+    each. Not recorded, no public op: what a surgery with groups calls."""
+    check_method_arguments(grams[0], method, options, present, preferences)
+    if checking():
+        for m in grams.unbind(0):
+            check_values(m, present)
+    implementation = choose("method_weights", grams.device.type, _GROUPS)
+    return implementation(grams.detach(), method, options, present, preferences, None)
 
 
 _IMPLEMENTATIONS = {"cpu": _compiled, "cuda": _compiled, "reference": reference.method_weights}

@@ -189,6 +189,20 @@ def split_mix(key: int | Tensor, numbers: Tensor) -> Tensor:
     return z ^ (z >> 31 & (1 << 33) - 1)
 
 
+def drawn_orders(source: Draw, count: int, num_tasks: int, device: torch.device) -> Tensor:
+    """The orders of so many calls in a row, `[L, T, T]` int64; advances the state by as many. Without a state the
+    counter begins at 0."""
+    numbers = torch.arange(num_tasks * num_tasks, device=device)
+    counters = torch.arange(count, device=device)[:, None]
+    if source.state is None:
+        z = split_mix(source.key, numbers + counters * NUMBERS_PER_COUNT)
+    else:
+        key, counter = source.state.unbind(0)
+        z = split_mix(key ^ source.key, numbers + (counter + counters) * NUMBERS_PER_COUNT)
+        counter.add_(count)
+    return z.reshape(count, num_tasks, num_tasks).argsort(dim=2, stable=True)
+
+
 def drawn_order(source: Draw, num_tasks: int, device: torch.device) -> Tensor:
     """The order in plain torch, `[T, T]` int64; advances the state."""
     numbers = torch.arange(num_tasks * num_tasks, device=device)

@@ -33,6 +33,7 @@ from fastmtl.ops.gradients.order import (
     check_generator,
     draw_source,
     drawn_order,
+    drawn_orders,
     is_plain,
     random_order,
 )
@@ -52,6 +53,12 @@ _coefficients_backward_kernel = define_kernel(
 _pcgrad_kernel = define_kernel(
     "_pcgrad(Tensor[] tensors, int[] index, int num_tasks, int num_params, Tensor? order, int key, Tensor(a!)? state, "
     "bool include_self, int[] present, bool mean, Tensor(b!)[] out, Tensor(c!) gram, Tensor(d!) weights) -> ()"
+)
+# L problems: gram `[L, T, T]`, weights `[L, T]`. Problem k draws the order of the k-th call from here on: with the
+# state's counter + k, or k without a state, and the state is advanced by L. A given order serves all of them.
+_weights_kernel = define_kernel(
+    "_pcgrad_weights(Tensor gram, Tensor? order, int key, Tensor(a!)? state, bool include_self, int[] present, "
+    "bool mean, Tensor(b!) weights) -> ()"
 )
 
 
@@ -345,37 +352,69 @@ coefficients_backward_op = define_op(
 )
 
 
-# --- the weights alone, of all tasks
-
-_weights_kernel = define_kernel(
-    "_pcgrad_weights(Tensor gram, Tensor? order, int key, Tensor(a!)? state, bool include_self, bool mean, "
-    "Tensor(b!) out) -> ()"
-)
+# --- the weights of several groups of parameters
 
 
-def _weights_compiled(
-    gram: Tensor, order: Tensor | None, key: int, state: Tensor | None, include_self: bool, reduction: str
+def pcgrad_weights_groups(
+    grams: Tensor,
+    order: Tensor | None,
+    source: Draw,
+    *,
+    mean: bool = False,
+    include_self: bool = False,
+    present: Sequence[bool] | None = None,
 ) -> Tensor:
-    out = torch.empty(gram.shape[:1], dtype=torch.float64, device=gram.device)
+    """PCGrad's weights `[L, T]` float64 of L Gram matrices `[L, T, T]`, 0 for tasks that are not present: one launch.
+    Only the order is checked, and nothing is recorded.
+
+    order: of every group; None: each draws its own, as so many calls of `random_order` with a state would.
+    """
+    if order is not None:
+        check_order_values(order, grams.shape[1])
+    flags = [] if present is None or all(present) else [int(here) for here in present]
+    implementation = choose("pcgrad_coefficients", grams.device.type, _WEIGHTS)
+    return implementation(grams.detach(), order, source, include_self, flags, mean)
+
+
+def _weights_compiled(grams, order, source, include_self, present, mean) -> Tensor:
+    weights = torch.empty(grams.shape[:2], dtype=torch.float64, device=grams.device)
+    m = grams.to(torch.float64).contiguous()
     visits = None if order is None else _kernel_order(order)
-    m = gram.to(torch.float64).contiguous()
-    _weights_kernel(m, visits, key, state, include_self, reduction == "mean", out)
-    return out
+    _weights_kernel(m, visits, source.key, source.state, include_self, present, mean, weights)
+    return weights
 
 
-def _weights_triton(
-    gram: Tensor, order: Tensor | None, key: int, state: Tensor | None, include_self: bool, reduction: str
-) -> Tensor:
-    visits = drawn_order(Draw(key, state), gram.shape[0], gram.device) if order is None else order
-    c = _coefficients_triton(gram, visits, include_self)
-    return c.mean(0) if reduction == "mean" else c.sum(0)
+def _weights_by(solve: Callable[[Tensor, Tensor, bool], Tensor]) -> Callable[..., Tensor]:
+    """One call for each group, for backends whose solver takes one matrix."""
+
+    def call(grams, order, source, include_self, present, mean) -> Tensor:
+        count, num_tasks = grams.shape[:2]
+        if order is None:
+            orders = drawn_orders(source, count, num_tasks, grams.device)
+        else:
+            orders = order.expand(count, *order.shape)
+        found = [solve(m, visits, include_self) for m, visits in zip(grams.unbind(0), orders.unbind(0), strict=True)]
+        return _sum_of_rows(torch.stack(found), present, mean)
+
+    return call
+
+
+def _sum_of_rows(c: Tensor, present: Sequence[int], mean: bool) -> Tensor:
+    """`[..., T, T]` coefficients, overwritten -> `[..., T]`, 0 for absent tasks. Absent rows must not count."""
+    absent = [t for t, here in enumerate(present) if not here]
+    for t in absent:
+        c[..., t, :].fill_(0.0)
+    w = c.sum(-2) / (c.shape[-1] - len(absent) if mean else 1)
+    for t in absent:
+        w[..., t].fill_(0.0)
+    return w
 
 
 _WEIGHTS = {
     "cpu": _weights_compiled,
     "cuda": _weights_compiled,
-    "triton": _weights_triton,
-    "reference": reference.pcgrad_weights,
+    "triton": _weights_by(_coefficients_triton),
+    "reference": _weights_by(reference.pcgrad_coefficients),
 }
 
 
@@ -385,9 +424,8 @@ def _weights(
     check_gram(gram)
     if order is not None:
         check_order(order, gram.shape[0], gram.device)
-        check_order_values(order, gram.shape[0])
-    implementation = choose("pcgrad_weights", gram.device.type, _WEIGHTS)
-    return implementation(gram, order, key, state, include_self, reduction)
+    source = Draw(key, state)
+    return pcgrad_weights_groups(gram[None], order, source, mean=reduction == "mean", include_self=include_self)[0]
 
 
 def _weights_fake(
@@ -466,12 +504,7 @@ def _operate_reference(rows, order, source, include_self, present, mean, project
     visits = drawn_order(source, rows.num_tasks, gram.device) if order is None else order
     w = reference.pcgrad_coefficients(gram, visits, include_self)
     if not project:
-        absent = [t for t, here in enumerate(present) if not here]
-        for t in absent:
-            w[t].fill_(0.0)
-        w = w.sum(0) / (rows.num_tasks - len(absent) if mean else 1)
-        for t in absent:
-            w[t].fill_(0.0)
+        w = _sum_of_rows(w, present, mean)
     if rows.bank is not None:
         out[0].copy_(reference.combine(w, rows.bank))
     else:

@@ -1,0 +1,2 @@
+#define FASTMTL_IN double
+#include "cuda/gradients/kernels_groups.inc"
