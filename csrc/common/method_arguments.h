@@ -25,8 +25,9 @@ inline MethodArguments read_method(const Tensor& gram, int64_t method, const std
                                    Tensor& out) {
   using torch::headeronly::ScalarType;
   const int64_t dims = gram.dim();
-  STD_TORCH_CHECK((dims == 2 || dims == 3) && gram.size(dims - 2) == gram.size(dims - 1) && gram.size(dims - 1) >= 1 &&
-                      gram.size(dims - 1) <= kMaxTasks && dtype_of(gram) == DType::f64 && gram.is_contiguous(),
+  STD_TORCH_CHECK((dims == 2 || (dims == 3 && gram.size(0) >= 1)) && gram.size(dims - 2) == gram.size(dims - 1) &&
+                      gram.size(dims - 1) >= 1 && gram.size(dims - 1) <= kMaxTasks && dtype_of(gram) == DType::f64 &&
+                      gram.is_contiguous(),
                   "fastmtl: the Gram matrix must be a contiguous [T, T] or [L, T, T] float64 tensor, T from 1 to 128");
   const int T = static_cast<int>(gram.size(dims - 1)), L = dims == 2 ? 1 : static_cast<int>(gram.size(0));
   STD_TORCH_CHECK(method >= 0 && method < solvers::kKinds, "fastmtl: no method has number ", method);
