@@ -64,7 +64,7 @@ inline MethodArguments read_method(const Tensor& gram, int64_t method, const std
                                    const std::optional<Tensor>& preferences, const std::optional<Tensor>& per_task,
                                    Tensor& out) {
   const int64_t dims = gram.dim();
-  STD_TORCH_CHECK(dims == 2 || (dims == 3 && gram.is_contiguous()),
+  STD_TORCH_CHECK(dims == 2 || (dims == 3 && gram.size(0) >= 1 && gram.is_contiguous()),
                   "fastmtl: the Gram matrix must be [T, T], or contiguous [L, T, T]");
   const int64_t T = gram.size(dims - 1), L = dims == 2 ? 1 : gram.size(0);
   STD_TORCH_CHECK(T >= 1 && T <= kMaxTasks, "fastmtl: expected 1 to 128 tasks, got ", T);

@@ -455,7 +455,7 @@ def test_bank_keeps_its_rows_when_the_method_raises(results):
 
 def test_a_method_that_raises_on_one_rank_stops_all(results):
     first, second = results(2, "method_that_raises_on_one_rank")
-    for key in ("plain", "features"):
+    for key in ("plain", "features", "groups"):
         error, grad = second[key]
         assert error == "KeyError: 'mine'" and grad is None
         error, grad = first[key]

@@ -11,9 +11,13 @@ from cases import ListCase, random_weights
 from conftest import Backend
 from torch import Tensor
 
+import fastmtl
 from fastmtl import methods, ops
 from fastmtl.core.gradient_rows import GradientRows, accumulate_dtype, first_of_params
 from fastmtl.core.tensors import is_dense
+from fastmtl.methods.gram_method import GramMethod
+from fastmtl.ops.gradients import method_weights as of_methods
+from fastmtl.ops.gradients import pcgrad as of_pcgrad
 from fastmtl.ops.gradients import reference
 from fastmtl.ops.gradients.arguments import read_lists
 from fastmtl.ops.gradients.gram import gram_rows
@@ -146,6 +150,18 @@ def test_method_weights(method: str, backend: Backend) -> None:
 
 
 # --- the classes
+
+
+@pytest.mark.parametrize("kind", [k for k in methods._CLASSES if issubclass(k, GramMethod)] + [methods.PCGrad])
+def test_one_call_for_all_groups(kind: type[methods.Method], monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    for module, name in ((of_methods, "_kernel"), (of_pcgrad, "_weights_kernel")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, real=real: (called.append(args[0].shape), real(*args)))
+    seen = [methods.Seen([f"{k}/{t}" for t in range(5)], [True] * 5) for k in range(4)]
+    with fastmtl.use_backend("cpu"):
+        methods.group_weights_of(kind(), grams(5, 4), seen)
+    assert called == [(4, 5, 5)]
 
 
 class Doubled(methods.MGDA):

@@ -802,15 +802,16 @@ def method_that_raises_on_one_rank(rank: int, size: int) -> Any:
         return gram[0] * 0 + 1
 
     out: dict[str, Any] = {}
-    for features in (False, True):
+    for key in ("plain", "features", "groups"):
         model = DDP(net())
         *outs, h = model(batch(rank, size), features=True)
+        options = {"features": {"features": h}, "groups": {"groups": "layer"}}.get(key, {})
         message = error(
-            lambda m=model, o=outs, f=h if features else None: fastmtl.backward(
-                losses_of(o), m, shared=m.module.trunk, method=weigh, features=f
+            lambda m=model, o=outs, more=options: fastmtl.backward(
+                losses_of(o), m, shared=m.module.trunk, method=weigh, **more
             )
         )
-        out["features" if features else "plain"] = message, seen(model)["grads"]["trunk.0.weight"]
+        out[key] = message, seen(model)["grads"]["trunk.0.weight"]
     return out
 
 

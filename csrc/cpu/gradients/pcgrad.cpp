@@ -164,8 +164,8 @@ void sum_rows(const double* c, int T, const std::vector<int64_t>& present, bool 
 }
 
 // gram [L, T, T], weights [L, T]
-void weights_op(Tensor gram, const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
-                bool include_self, const std::vector<int64_t>& present, bool mean, Tensor weights) {
+void pcgrad_weights_op(Tensor gram, const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
+                       bool include_self, const std::vector<int64_t>& present, bool mean, Tensor weights) {
   STD_TORCH_CHECK(gram.dim() == 3 && gram.size(1) == gram.size(2) && gram.size(1) >= 1 && gram.size(1) <= kMaxTasks &&
                       dtype_of(gram) == DType::f64 && gram.is_contiguous(),
                   "fastmtl: the Gram matrices must be a contiguous [L, T, T] float64 tensor, T from 1 to 128");
@@ -226,6 +226,6 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("_pcgrad_coefficients", TORCH_BOX(&fastmtl::cpu::coefficients_op));
   m.impl("_pcgrad_coefficients_backward", TORCH_BOX(&fastmtl::cpu::coefficients_backward_op));
-  m.impl("_pcgrad_weights", TORCH_BOX(&fastmtl::cpu::weights_op));
+  m.impl("_pcgrad_weights", TORCH_BOX(&fastmtl::cpu::pcgrad_weights_op));
   m.impl("_pcgrad", TORCH_BOX(&fastmtl::cpu::pcgrad_op));
 }

@@ -284,8 +284,8 @@ void gradvac(const GradVacArguments& read, int device) {
 }
 
 // gram [L, T, T], weights [L, T]
-void weights_op(Tensor gram, const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
-                bool include_self, const std::vector<int64_t>& present, bool mean, Tensor weights) {
+void pcgrad_weights_op(Tensor gram, const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state,
+                       bool include_self, const std::vector<int64_t>& present, bool mean, Tensor weights) {
   const int device = gram.get_device_index();
   STD_TORCH_CHECK(gram.dim() == 3 && gram.size(1) == gram.size(2) && gram.size(1) >= 1 && gram.size(1) <= kMaxTasks &&
                       gram.size(0) <= kMost32 && dtype_of(gram) == DType::f64 && gram.is_contiguous(),
@@ -427,6 +427,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CUDA, m) {
   m.impl("_gradvac_step", TORCH_BOX(&fastmtl::cuda::gradvac_step_op));
   m.impl("_method_weights", TORCH_BOX(&fastmtl::cuda::method_weights_op));
   m.impl("_method_step", TORCH_BOX(&fastmtl::cuda::method_step_op));
-  m.impl("_pcgrad_weights", TORCH_BOX(&fastmtl::cuda::weights_op));
+  m.impl("_pcgrad_weights", TORCH_BOX(&fastmtl::cuda::pcgrad_weights_op));
   m.impl("_pcgrad", TORCH_BOX(&fastmtl::cuda::pcgrad_op));
 }

@@ -241,7 +241,7 @@ def method_weights_groups(
     """`method_weights` of L Gram matrices `[L, T, T]` at once, `[L, T]`: one launch. The other arguments are those of
     each. Not recorded, no public op: what a surgery with groups calls."""
     check_method_arguments(grams[0], method, options, present, preferences)
-    if checking():
+    if checking() and method not in OF_TWO_BATCHES:
         for m in grams.unbind(0):
             check_values(m, present)
     implementation = choose("method_weights", grams.device.type, _GROUPS)
