@@ -95,44 +95,6 @@ def upgrad_weights(gram: Tensor) -> Tensor:
     return UPGradWeighting()(gram)
 
 
-def aggregator_candidate(name: str, arguments: Sequence[int]) -> Candidate:
-    """Its aggregator of that name, on the matrix of an input that has `grads`."""
-    if torchjd_missing() is not None:
-        return candidate("torchjd", lambda x: None, name)
-    aggregator = getattr(importlib.import_module("torchjd.aggregation"), name)(*arguments)
-    return candidate("torchjd", lambda x: aggregator(x.grads), name)
-
-
-# method -> its weighting and that one's arguments; ConFIG and Nash-MTL have none that takes a Gram matrix
-_WEIGHTINGS: dict[str, tuple[str, dict[str, float]]] = {
-    "mgda": ("MGDAWeighting", {}),
-    "cagrad": ("CAGradWeighting", {"c": 0.5}),
-    "imtlg": ("IMTLGWeighting", {}),
-    "fairgrad": ("FairGradWeighting", {"alpha": 2.0}),
-    "alignedmtl": ("AlignedMTLWeighting", {}),
-    "upgrad": ("UPGradWeighting", {}),
-    "dualproj": ("DualProjWeighting", {}),
-    "krum": ("KrumWeighting", {"n_byzantine": 0, "n_selected": 1}),
-    "pcd": ("PCDWeighting", {"tau": 0.02}),
-    "sdmgrad": ("SDMGradWeighting", {}),
-    "gradvac": ("GradVacWeighting", {"beta": 0.01}),
-}
-
-
-def weights_candidate(method: str) -> Candidate:
-    """The weights of a method from a Gram matrix, by the weighting of TorchJD that has its name, where there is one."""
-    if method not in _WEIGHTINGS:
-        return candidate("torchjd", lambda gram: None, method, only_if="has no weighting of that name")
-    name, arguments = _WEIGHTINGS[method]
-    try:
-        weighting = getattr(importlib.import_module("torchjd.aggregation"), name)(**arguments)
-    except ImportError:
-        return candidate("torchjd", lambda gram: None, name, only_if="its solver is not installed")
-    except AttributeError:
-        return candidate("torchjd", lambda gram: None, name, only_if="this release has none of that name")
-    return candidate("torchjd", weighting, name)
-
-
 def drawn_order(num_tasks: int, seed: int) -> Tensor:
     """The visiting order `[T, T]` that its PCGrad draws, from torch's global generator, right after that seed."""
     with torch.random.fork_rng(devices=[]):

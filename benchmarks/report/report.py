@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastmtl.benchmarks.report import plots
-from fastmtl.benchmarks.runner.registry import TASK_STEP
+from fastmtl.benchmarks.runner.registry import TASK_STEP, WHOLE_CALL
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COLUMNS = (
@@ -59,6 +59,16 @@ TASK_COLUMNS = (
     "streamed x plain step",
     "streamed memory x plain step's",
 )
+WEIGHTS_COLUMNS = (
+    "case",
+    "ours",
+    "vs plain torch",
+    "vs TorchJD",
+    "TorchJD is off by",
+    "vs LibMTL",
+    "LibMTL is off by",
+)
+CALL_COLUMNS = (*WEIGHTS_COLUMNS, "peak extra memory")
 # of a row of suite `conv`: what is neither loop
 OTHERS = ("grouped", "vmap", "groupedmm", "adapter", "plain")
 # suite -> its page in docs/benchmarks, its title, its plots
@@ -66,7 +76,7 @@ PAGES = {
     "surgery": ("surgery.md", "Gradient surgery", ("floor", "speedup")),
     "step": ("step.md", "Training steps", (plots.TASKS, "step")),
     "conv": ("task-weights.md", "Per-task weights", ("conv",)),
-    "methods": ("methods.md", "Methods", ("methods",)),
+    "methods": ("methods.md", "Methods", ("methods", "calls")),
 }
 README_COLUMNS = ("what", "on", "fastmtl", "the fastest way without it", "fastmtl is")
 # the README's rows, in words; where fastmtl is slower is shown too
@@ -85,6 +95,8 @@ OTHER_WORDS = {
     "loop_permuted": "loop over tasks, permuted batch",
     "plain_blocked": "plain torch, in blocks",
 }
+# packages whose versions a page tells
+PEERS = {"torchjd": "TorchJD", "LibMTL": "LibMTL"}
 # what tells runs of different suites in one file apart
 RUN = ("commit", "uncommitted_changes", "date", "versions", "system")
 
@@ -191,10 +203,43 @@ def _task_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _off_by(row: dict[str, Any], label: str) -> str:
+    """How far the update of a peer is from ours, over its length."""
+    found = row.get("check", {}).get("others", {}).get(label)
+    return "-" if found is None else f"{found['error']:.0e}"
+
+
+def _method_cells(row: dict[str, Any]) -> list[str]:
+    """Of a method's weights, or of its whole call: beside plain torch and each peer, and how far off the peer is."""
+    found = [_time(row["times"]["ours"]), _versus(row, "plain")]
+    for label in ("torchjd", "libmtl"):
+        found += [_versus(row, label), _off_by(row, label)]
+    if columns(row) == WEIGHTS_COLUMNS:
+        return found
+    memory = row.get("memory", {}).get("ours")
+    return [*found, mebibytes(memory["peak_extra_bytes"]) if memory else "-"]
+
+
+def _peer_reasons(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Why peers have no time, each reason once with the cases that it holds for."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for label in ("torchjd", "libmtl"):
+            entry = row.get("times", {}).get(label, {})
+            reason = entry.get("skipped") or entry.get("failed")
+            if reason is not None and reason != "not installed":
+                found.setdefault((entry["detail"].split(",")[0], reason), []).append(f"`{row['case']}`")
+    return [f"{detail} {reason} ({', '.join(cases)})." for (detail, reason), cases in found.items()]
+
+
 def columns(row: dict[str, Any]) -> tuple[str, ...]:
     """The header of the table that a row stands in."""
     if row["op"] == TASK_STEP:
         return TASK_COLUMNS
+    if row["suite"] == "methods" and row["op"].endswith(WHOLE_CALL):
+        return CALL_COLUMNS
+    if row["suite"] == "methods" and "P" not in row["params"]:
+        return WEIGHTS_COLUMNS
     if row["suite"] == "conv":
         return CONV_COLUMNS
     return GPU_COLUMNS if _on_gpu(row) else COLUMNS
@@ -223,6 +268,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         return [name, row["status"].upper(), *["-"] * (len(columns(row)) - 2)]
     if row["op"] == TASK_STEP:
         return [name, *_task_cells(row)]
+    if columns(row) in (WEIGHTS_COLUMNS, CALL_COLUMNS):
+        return [name, *_method_cells(row)]
     time = _time(row["times"]["ours"])
     if row["suite"] == "conv":
         return [
@@ -367,15 +414,22 @@ def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _run_text(run: dict[str, Any]) -> str:
     versions = run["versions"]
-    peer = f", TorchJD {versions['torchjd']}" if versions.get("torchjd") else ""
+    peer = "".join(f", {name} {versions[key]}" for key, name in PEERS.items() if versions.get(key))
     commit = (run["commit"] or "unknown")[:10] + (" with local changes" if run["uncommitted_changes"] else "")
     return f"{run['date'][:10]}, commit {commit}, torch {versions['torch']}{peer}"
 
 
 def _note(header: tuple[str, ...], suite: str) -> str:
     """What stands above a table."""
+    if header == WEIGHTS_COLUMNS:
+        return (
+            "Weights of a `[T, T]` matrix. What a peer is off by is the distance of its update from ours, over the "
+            "length of ours; MGDA stops before it has arrived:"
+        )
+    if header == CALL_COLUMNS:
+        return "The whole of `method(grads)`, on float32 gradients `[T, P]`:"
     if suite == "methods":
-        return "Weights of a `[T, T]` matrix, and passes over the gradients:"
+        return "Passes over the gradients, element by element:"
     if header == TASK_COLUMNS:
         return (
             "Training steps in which every sample has one task, PCGrad over T tasks (forward, gradients, SGD with "
@@ -406,6 +460,8 @@ def section(results: dict[str, Any], suite: str, images: Sequence[str] = ()) -> 
     ]
     for header, lines in _by_table(rows).items():
         parts += [_note(header, suite), _markdown(header, [cells(row) for row in lines])]
+    if suite == "methods":
+        parts += _peer_reasons(rows)
     parts += [f"`{row['case']}`: {row['error']}" for row in rows if row["status"] != "ok" and row.get("error")]
     for row in rows:
         if "accuracy" in row.get("extra", {}):

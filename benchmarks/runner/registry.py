@@ -18,6 +18,8 @@ SUITES: dict[str, str] = {
 }
 # the op of rows of suite `step` in which every sample of a batch has one task
 TASK_STEP = "one-task-per-sample step"
+# end of the op of rows of suite `methods` that are a whole `method(grads)`
+WHOLE_CALL = "(grads)"
 
 
 @dataclass(frozen=True)
