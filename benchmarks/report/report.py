@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fastmtl.benchmarks.report import plots
-from fastmtl.benchmarks.runner.registry import TASK_STEP, WHOLE_CALL
+from fastmtl.benchmarks.report import plots, reuse_table
+from fastmtl.benchmarks.runner.registry import REUSE, REUSE_ACCURACY, TASK_STEP, WHOLE_CALL
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COLUMNS = (
@@ -69,6 +69,7 @@ WEIGHTS_COLUMNS = (
     "LibMTL is off by",
 )
 CALL_COLUMNS = (*WEIGHTS_COLUMNS, "peak extra memory")
+REUSE_COLUMNS = ("case", "time per step", "plain step", "x plain step")
 # of a row of suite `conv`: what is neither loop
 OTHERS = ("grouped", "vmap", "groupedmm", "adapter", "plain")
 # suite -> its page in docs/benchmarks, its title, its plots
@@ -236,6 +237,8 @@ def columns(row: dict[str, Any]) -> tuple[str, ...]:
     """The header of the table that a row stands in."""
     if row["op"] == TASK_STEP:
         return TASK_COLUMNS
+    if row["op"] in (REUSE, REUSE_ACCURACY):
+        return REUSE_COLUMNS
     if row["suite"] == "methods" and row["op"].endswith(WHOLE_CALL):
         return CALL_COLUMNS
     if row["suite"] == "methods" and "P" not in row["params"]:
@@ -268,6 +271,10 @@ def cells(row: dict[str, Any]) -> list[str]:
         return [name, row["status"].upper(), *["-"] * (len(columns(row)) - 2)]
     if row["op"] == TASK_STEP:
         return [name, *_task_cells(row)]
+    if columns(row) == REUSE_COLUMNS:
+        steps = row["params"]["steps"]
+        per_step = [seconds(row["times"][label]["median"] / steps) for label in ("ours", "sum")]
+        return [name, *per_step, _over(row, "sum")]
     if columns(row) in (WEIGHTS_COLUMNS, CALL_COLUMNS):
         return [name, *_method_cells(row)]
     time = _time(row["times"]["ours"])
@@ -322,6 +329,9 @@ def print_table(results: dict[str, Any], console: Any) -> None:
     for row in results["rows"]:
         if "accuracy" in row.get("extra", {}):
             console.print(_accuracy_table(row))
+    if trained := reuse_table.rows_of(results):
+        title = f"accuracy after {trained[0]['params']['steps']} steps, {trained[0]['params']['seeds']} seeds"
+        console.print(_rich_table(title, *reuse_table.table(trained)))
 
 
 def _accuracy_lines(row: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -336,16 +346,19 @@ def _accuracy_lines(row: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["method", "time per step", *tasks, "peak memory of a step"], lines
 
 
-def _accuracy_table(row: dict[str, Any]) -> Any:
+def _rich_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Any:
     from rich.table import Table
 
-    header, lines = _accuracy_lines(row)
-    table = Table(title=f"{row['case']}: {row['extra']['steps_trained']['ours']} steps", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for k, column in enumerate(header):
         table.add_column(column, justify="left" if k == 0 else "right")
     for line in lines:
         table.add_row(*line)
     return table
+
+
+def _accuracy_table(row: dict[str, Any]) -> Any:
+    return _rich_table(f"{row['case']}: {row['extra']['steps_trained']['ours']} steps", *_accuracy_lines(row))
 
 
 # --- the file
@@ -421,6 +434,11 @@ def _run_text(run: dict[str, Any]) -> str:
 
 def _note(header: tuple[str, ...], suite: str) -> str:
     """What stands above a table."""
+    if header == REUSE_COLUMNS:
+        return (
+            "Steps that reuse the weights of an earlier one (`methods.Every`), several losses on the same samples; a "
+            "row on accuracy is of its longest reuse, over whole trainings:"
+        )
     if header == WEIGHTS_COLUMNS:
         return (
             "Weights of a `[T, T]` matrix. What a peer is off by is the distance of its update from ours, over the "
@@ -468,6 +486,8 @@ def section(results: dict[str, Any], suite: str, images: Sequence[str] = ()) -> 
             header, accuracy = _accuracy_lines(row)
             parts.append(f"Four tasks on overlaid digits after {row['extra']['steps_trained']['ours']} steps:")
             parts.append(_markdown(header, accuracy))
+    if suite == "step" and (trained := reuse_table.rows_of(results)):
+        parts += [reuse_table.caption(trained), _markdown(*reuse_table.table(trained))]
     return "\n\n".join(parts)
 
 
@@ -529,6 +549,13 @@ def readme_table(runs: Sequence[dict[str, Any]]) -> str:
     return _markdown(README_COLUMNS, lines)
 
 
+def reuse_section(results: dict[str, Any]) -> str:
+    """What docs/training-loops.md shows of weights that are reused: the accuracy, and where it was measured."""
+    rows = reuse_table.rows_of(results)
+    origin = f"Measured on {results['machine']['device']}, {_run_text(results['suites']['step'])}."
+    return "\n\n".join([origin, reuse_table.caption(rows), _markdown(*reuse_table.table(rows))])
+
+
 def newest_first(folder: Path) -> list[dict[str, Any]]:
     """All results files of a folder, by the date in them (a checkout does not keep the times of files).
 
@@ -541,24 +568,28 @@ def newest_first(folder: Path) -> list[dict[str, Any]]:
     return sorted(runs, key=lambda run: run["machine"]["date"], reverse=True)
 
 
-def between_markers(text: str, drawn: str, name: str) -> str:
+def between_markers(text: str, drawn: str, name: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """The text with what stands between its markers replaced.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    begin, end = text.find(BEGIN), text.find(END)
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or end < begin:
-        raise ValueError(f"{name}: expected one {BEGIN} and after it one {END}")
-    return f"{text[: begin + len(BEGIN)]}\n\n{drawn}\n\n{text[end:]}"
+    first, last = marks
+    begin, end = text.find(first), text.find(last)
+    if text.count(first) != 1 or text.count(last) != 1 or end < begin:
+        raise ValueError(f"{name}: expected one {first} and after it one {last}")
+    return f"{text[: begin + len(first)]}\n\n{drawn}\n\n{text[end:]}"
 
 
 def texts(root: Path) -> dict[Path, str]:
-    """README and pages of a checkout, as its committed results make them."""
+    """README and pages of a checkout, as its committed results make them, and the table of docs/training-loops.md."""
     folder, docs = root / "benchmarks/results", root / "docs/benchmarks"
     runs = newest_first(folder)
     readme = root / "README.md"
     drawn = {readme: between_markers(readme.read_text(), readme_table(runs), "README.md")}
+    loops = root / "docs/training-loops.md"
+    if trained := next((run for run in runs if reuse_table.rows_of(run)), None):
+        drawn[loops] = between_markers(loops.read_text(), reuse_section(trained), loops.name, reuse_table.MARKS)
     return drawn | {docs / PAGES[suite][0]: page(suite, runs, folder, docs) for suite in PAGES}
 
 
