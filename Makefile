@@ -29,7 +29,11 @@ $(VENV)/.torch:
 
 $(STAMP): $(VENV)/.torch $(SOURCES)
 	$(PIP) install --no-build-isolation -e ".[bench,examples,test,dev]"
-	$(PIP) install --no-deps LibMTL==1.1.5  # a peer of the benchmarks; without torchvision, which its models want
+	touch $@
+
+# TorchJD comes with the extra `bench`; of LibMTL the methods alone are timed, which need torch, numpy and scipy
+$(VENV)/.peers: $(STAMP)
+	$(PIP) install --no-deps LibMTL==1.1.5
 	touch $@
 
 test: dev  ## everything that runs without a GPU; GPU tests skip with a reason
@@ -46,10 +50,10 @@ test-slow: dev  ## the slow tests too
 	FASTMTL_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest tests
 	$(INTERPRET) $(BIN)/python -m pytest tests/interpreter
 
-bench: dev  ## a telling few cases, under 7 minutes on two cores; uses the GPU where there is one
+bench: dev $(VENV)/.peers  ## a telling few cases, under 7 minutes on two cores; uses the GPU where there is one
 	$(BIN)/fastmtl bench --quick --out build/bench
 
-bench-full: dev  ## every case; results go where the pages are drawn from
+bench-full: dev $(VENV)/.peers  ## every case; results go where the pages are drawn from
 	$(BIN)/fastmtl bench --out benchmarks/results
 
 docs-tables: dev  ## redraws the README's table, the pages of docs/benchmarks and the plots from the committed results

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fastmtl.benchmarks.runner.registry import TASK_STEP
+from fastmtl.benchmarks.runner.registry import TASK_STEP, WHOLE_CALL
 
 LABELS = {
     "ours": "fastmtl",
@@ -16,6 +16,14 @@ LABELS = {
     "plain": "plain torch",
     "torchjd": "TorchJD",
     "torchjd_autogram": "TorchJD autogram",
+    "libmtl": "LibMTL",
+}
+# the plots of suite `methods`; ours last, on top
+METHOD_STYLES: dict[str, dict[str, Any]] = {
+    "plain": {"color": "0.6", "marker": "s", "linestyle": "--"},
+    "libmtl": {"color": "C3", "marker": "^"},
+    "torchjd": {"color": "C2", "marker": "D"},
+    "ours": {"color": "C1", "marker": "o", "linewidth": 2.5},
 }
 # the plot of steps with one task per sample: label -> in words, style; drawn in this order, the line to beat first
 TASKS = "tasks"
@@ -64,7 +72,8 @@ def _save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot
 
     figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
+    # a legend may stand outside the axes
+    figure.savefig(path, metadata={"Software": None}, bbox_inches="tight" if figure.legends else None)
     pyplot.close(figure)
     return path
 
@@ -244,32 +253,82 @@ def _tasks(results: dict[str, Any], path: Path) -> Path | None:
 
 
 def _methods(results: dict[str, Any], path: Path) -> Path | None:
-    """Time of the weights against T, a line per method; TorchJD's dashed beside it."""
+    """Time of the weights against T: a picture for each method, in which plain torch and the peers are beside it."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in results["rows"]:
         if row["suite"] == "methods" and row["status"] == "ok" and "P" not in row["params"]:
             lines.setdefault(row["op"], []).append(row)
     if not lines:
         return None
-    figure, axes = _axes(10.0)
-    for k, (name, rows) in enumerate(lines.items()):
+    columns = min(4, len(lines))
+    height = -(-len(lines) // columns)
+    figure, grid = _figure(2.9 * columns, 2.3 * height + 0.6, height, columns)
+    for axes in grid.flat[len(lines) :]:
+        axes.set_axis_off()
+    for axes, (name, rows) in zip(grid.flat, lines.items(), strict=False):
         rows.sort(key=lambda row: row["params"]["T"])
-        # ten colours, then again with another marker
-        look: dict[str, Any] = {"color": f"C{k % 10}", "marker": "ox"[k // 10], "markersize": 4}
-        for label, style in (("ours", "-"), ("torchjd", ":")):
+        for label, style in METHOD_STYLES.items():
             points = [
-                (row["params"]["T"], 1e6 * row["times"][label]["median"])
+                (row["params"]["T"], 1e3 * row["times"][label]["median"])
                 for row in rows
                 if "median" in row["times"].get(label, {})
             ]
             if points:
-                words = name if label == "ours" else None
-                axes.plot(*zip(*points, strict=True), linestyle=style, label=words, **look)
-    axes.set_yscale("log")
-    axes.set_ylabel("microseconds (dotted: TorchJD)")
-    axes.set_title(f"weights of a [T, T] matrix on {results['machine']['device']}", fontsize=10)
-    _tasks_axis(axes, lines)
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+                axes.plot(*zip(*points, strict=True), label=LABELS[label], markersize=4, **style)
+        axes.set_yscale("log")
+        axes.set_title(name, fontsize=10)
+        _tasks_axis(axes, {name: rows})
+        axes.tick_params(labelsize=8)
+    drawn = list(grid.flat[: len(lines)])
+    bounds = [axes.get_ylim() for axes in drawn]
+    for axes in drawn:  # one scale for all
+        axes.set_ylim(min(low for low, _ in bounds), max(high for _, high in bounds))
+    for axes in grid[:, 0]:
+        axes.set_ylabel("milliseconds", fontsize=9)
+    _shared_legend(figure, grid)
+    figure.suptitle(f"weights of a [T, T] matrix on {results['machine']['device']}", fontsize=10)
+    return _save(figure, path)
+
+
+def _shared_legend(figure: Any, grid: Any) -> None:
+    """One legend for all axes, below them."""
+    found: dict[str, Any] = {}
+    for axes in grid.flat:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    # in the order of the styles, whichever method had a line first
+    shown = {LABELS[label]: found[LABELS[label]] for label in METHOD_STYLES if LABELS[label] in found}
+    figure.legend(
+        shown.values(), shown, ncols=len(shown), fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0)
+    )
+
+
+def _calls(results: dict[str, Any], path: Path) -> Path | None:
+    """Time of the whole `method(grads)`: a picture for each size, a group of bars for each method."""
+    sizes: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["suite"] == "methods" and row["status"] == "ok" and row["op"].endswith(WHOLE_CALL):
+            sizes.setdefault((row["params"]["T"], row["params"]["P"]), []).append(row)
+    # a size that one method alone has is no comparison of methods
+    sizes = {size: rows for size, rows in sizes.items() if len(rows) > 1} or sizes
+    if not sizes:
+        return None
+    figure, grid = _figure(10.0, 2.6 * len(sizes) + 0.5, len(sizes), 1)
+    for axes, ((num_tasks, num_params), rows) in zip(grid.flat, sizes.items(), strict=True):
+        for k, (label, style) in enumerate(METHOD_STYLES.items()):
+            points = [
+                (place + 0.2 * (k - 1.5), 1e3 * row["times"][label]["median"])
+                for place, row in enumerate(rows)
+                if "median" in row["times"].get(label, {})
+            ]
+            if points:
+                axes.bar(*zip(*points, strict=True), width=0.2, color=style["color"], label=LABELS[label])
+        axes.set_yscale("log")
+        axes.set_ylabel("milliseconds", fontsize=9)
+        axes.set_title(f"T = {num_tasks}, P = {num_params / 1e6:g}M", fontsize=10)
+        axes.set_xticks(range(len(rows)), [row["op"].removesuffix(WHOLE_CALL) for row in rows], fontsize=8)
+    _shared_legend(figure, grid)
+    figure.suptitle(f"method(grads) on {results['machine']['device']}", fontsize=10)
     return _save(figure, path)
 
 
@@ -285,6 +344,7 @@ def draw(results: dict[str, Any], out: Path) -> list[Path]:
             ("step", _step),
             ("conv", _conv),
             ("methods", _methods),
+            ("calls", _calls),
         )
     ]
     return [path for path in found if path is not None]

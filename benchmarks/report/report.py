@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fastmtl.benchmarks.report import plots
-from fastmtl.benchmarks.runner.registry import TASK_STEP
+from fastmtl.benchmarks.report import plots, reuse_table
+from fastmtl.benchmarks.runner.registry import REUSE, REUSE_ACCURACY, TASK_STEP, WHOLE_CALL
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COLUMNS = (
@@ -38,16 +38,6 @@ GPU_COLUMNS = (
     "vs TorchJD",
     "peak extra memory",
 )
-METHOD_COLUMNS = (
-    "case",
-    "ours",
-    "x floor",
-    "x 2 reads",
-    "vs plain torch",
-    "vs TorchJD",
-    "vs LibMTL",
-    "peak extra memory",
-)
 CONV_COLUMNS = (
     "case",
     "ours",
@@ -69,6 +59,17 @@ TASK_COLUMNS = (
     "streamed x plain step",
     "streamed memory x plain step's",
 )
+WEIGHTS_COLUMNS = (
+    "case",
+    "ours",
+    "vs plain torch",
+    "vs TorchJD",
+    "TorchJD is off by",
+    "vs LibMTL",
+    "LibMTL is off by",
+)
+CALL_COLUMNS = (*WEIGHTS_COLUMNS, "peak extra memory")
+REUSE_COLUMNS = ("case", "time per step", "plain step", "x plain step")
 # of a row of suite `conv`: what is neither loop
 OTHERS = ("grouped", "vmap", "groupedmm", "adapter", "plain")
 # suite -> its page in docs/benchmarks, its title, its plots
@@ -76,7 +77,7 @@ PAGES = {
     "surgery": ("surgery.md", "Gradient surgery", ("floor", "speedup")),
     "step": ("step.md", "Training steps", (plots.TASKS, "step")),
     "conv": ("task-weights.md", "Per-task weights", ("conv",)),
-    "methods": ("methods.md", "Methods", ("methods",)),
+    "methods": ("methods.md", "Methods", ("methods", "calls")),
 }
 README_COLUMNS = ("what", "on", "fastmtl", "the fastest way without it", "fastmtl is")
 # the README's rows, in words; where fastmtl is slower is shown too
@@ -95,6 +96,8 @@ OTHER_WORDS = {
     "loop_permuted": "loop over tasks, permuted batch",
     "plain_blocked": "plain torch, in blocks",
 }
+# packages whose versions a page tells
+PEERS = {"torchjd": "TorchJD", "LibMTL": "LibMTL"}
 # what tells runs of different suites in one file apart
 RUN = ("commit", "uncommitted_changes", "date", "versions", "system")
 
@@ -201,14 +204,47 @@ def _task_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _off_by(row: dict[str, Any], label: str) -> str:
+    """How far the update of a peer is from ours, over its length."""
+    found = row.get("check", {}).get("others", {}).get(label)
+    return "-" if found is None else f"{found['error']:.0e}"
+
+
+def _method_cells(row: dict[str, Any]) -> list[str]:
+    """Of a method's weights, or of its whole call: beside plain torch and each peer, and how far off the peer is."""
+    found = [_time(row["times"]["ours"]), _versus(row, "plain")]
+    for label in ("torchjd", "libmtl"):
+        found += [_versus(row, label), _off_by(row, label)]
+    if columns(row) == WEIGHTS_COLUMNS:
+        return found
+    memory = row.get("memory", {}).get("ours")
+    return [*found, mebibytes(memory["peak_extra_bytes"]) if memory else "-"]
+
+
+def _peer_reasons(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Why peers have no time, each reason once with the cases that it holds for."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for label in ("torchjd", "libmtl"):
+            entry = row.get("times", {}).get(label, {})
+            reason = entry.get("skipped") or entry.get("failed")
+            if reason is not None and reason != "not installed":
+                found.setdefault((entry["detail"].split(",")[0], reason), []).append(f"`{row['case']}`")
+    return [f"{detail} {reason} ({', '.join(cases)})." for (detail, reason), cases in found.items()]
+
+
 def columns(row: dict[str, Any]) -> tuple[str, ...]:
     """The header of the table that a row stands in."""
     if row["op"] == TASK_STEP:
         return TASK_COLUMNS
+    if row["op"] in (REUSE, REUSE_ACCURACY):
+        return REUSE_COLUMNS
+    if row["suite"] == "methods" and row["op"].endswith(WHOLE_CALL):
+        return CALL_COLUMNS
+    if row["suite"] == "methods" and "P" not in row["params"]:
+        return WEIGHTS_COLUMNS
     if row["suite"] == "conv":
         return CONV_COLUMNS
-    if row["suite"] == "methods":
-        return METHOD_COLUMNS
     return GPU_COLUMNS if _on_gpu(row) else COLUMNS
 
 
@@ -235,6 +271,12 @@ def cells(row: dict[str, Any]) -> list[str]:
         return [name, row["status"].upper(), *["-"] * (len(columns(row)) - 2)]
     if row["op"] == TASK_STEP:
         return [name, *_task_cells(row)]
+    if columns(row) == REUSE_COLUMNS:
+        steps = row["params"]["steps"]
+        per_step = [seconds(row["times"][label]["median"] / steps) for label in ("ours", "sum")]
+        return [name, *per_step, _over(row, "sum")]
+    if columns(row) in (WEIGHTS_COLUMNS, CALL_COLUMNS):
+        return [name, *_method_cells(row)]
     time = _time(row["times"]["ours"])
     if row["suite"] == "conv":
         return [
@@ -247,16 +289,15 @@ def cells(row: dict[str, Any]) -> list[str]:
             _best_other(row),
             _extra_memory(row),
         ]
-    memory = row.get("memory", {}).get("ours")
-    extra = mebibytes(memory["peak_extra_bytes"]) if memory else "-"
-    if row["suite"] == "methods":
-        versus = [_versus(row, family) for family in ("plain", "torchjd", "libmtl")]
-        return [name, time, _over(row, "floor"), _over(row, "two_reads"), *versus, extra]
     floor = _over(row, "floor")
     for label, text in (("t_backwards", "of T passes"), ("sum", "of a plain step")):
         if label in row["time_over"]:
             floor = f"{row['time_over'][label]:.3f} {text}"
-    common = [*(_versus(row, family) for family in ("naive", "plain", "torchjd")), extra]
+    memory = row.get("memory", {}).get("ours")
+    common = [
+        *(_versus(row, family) for family in ("naive", "plain", "torchjd")),
+        mebibytes(memory["peak_extra_bytes"]) if memory else "-",
+    ]
     if _on_gpu(row):
         triton = _time(row["times"]["triton"]) if "triton" in row["times"] else "-"
         return [name, time, floor, _over(row, "two_reads"), triton, _over(row, "bank"), *common]
@@ -288,6 +329,9 @@ def print_table(results: dict[str, Any], console: Any) -> None:
     for row in results["rows"]:
         if "accuracy" in row.get("extra", {}):
             console.print(_accuracy_table(row))
+    if trained := reuse_table.rows_of(results):
+        title = f"accuracy after {trained[0]['params']['steps']} steps, {trained[0]['params']['seeds']} seeds"
+        console.print(_rich_table(title, *reuse_table.table(trained)))
 
 
 def _accuracy_lines(row: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -302,16 +346,19 @@ def _accuracy_lines(row: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["method", "time per step", *tasks, "peak memory of a step"], lines
 
 
-def _accuracy_table(row: dict[str, Any]) -> Any:
+def _rich_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Any:
     from rich.table import Table
 
-    header, lines = _accuracy_lines(row)
-    table = Table(title=f"{row['case']}: {row['extra']['steps_trained']['ours']} steps", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for k, column in enumerate(header):
         table.add_column(column, justify="left" if k == 0 else "right")
     for line in lines:
         table.add_row(*line)
     return table
+
+
+def _accuracy_table(row: dict[str, Any]) -> Any:
+    return _rich_table(f"{row['case']}: {row['extra']['steps_trained']['ours']} steps", *_accuracy_lines(row))
 
 
 # --- the file
@@ -380,19 +427,27 @@ def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _run_text(run: dict[str, Any]) -> str:
     versions = run["versions"]
-    peer = f", TorchJD {versions['torchjd']}" if versions.get("torchjd") else ""
+    peer = "".join(f", {name} {versions[key]}" for key, name in PEERS.items() if versions.get(key))
     commit = (run["commit"] or "unknown")[:10] + (" with local changes" if run["uncommitted_changes"] else "")
     return f"{run['date'][:10]}, commit {commit}, torch {versions['torch']}{peer}"
 
 
 def _note(header: tuple[str, ...], suite: str) -> str:
     """What stands above a table."""
-    if suite == "methods":
+    if header == REUSE_COLUMNS:
         return (
-            "Weights of a `[T, T]` matrix (times with cold caches), whole methods on a bank (`method(grads)`; LibMTL's "
-            "without its way to the gradients, T backward passes and copies by way of the host), and passes over the "
-            "gradients. Plain torch is the oracle of the tests, or what one would write:"
+            "Steps that reuse the weights of an earlier one (`methods.Every`), several losses on the same samples; a "
+            "row on accuracy is of its longest reuse, over whole trainings:"
         )
+    if header == WEIGHTS_COLUMNS:
+        return (
+            "Weights of a `[T, T]` matrix. What a peer is off by is the distance of its update from ours, over the "
+            "length of ours; MGDA stops before it has arrived:"
+        )
+    if header == CALL_COLUMNS:
+        return "The whole of `method(grads)`, on float32 gradients `[T, P]`:"
+    if suite == "methods":
+        return "Passes over the gradients, element by element:"
     if header == TASK_COLUMNS:
         return (
             "Training steps in which every sample has one task, PCGrad over T tasks (forward, gradients, SGD with "
@@ -423,12 +478,16 @@ def section(results: dict[str, Any], suite: str, images: Sequence[str] = ()) -> 
     ]
     for header, lines in _by_table(rows).items():
         parts += [_note(header, suite), _markdown(header, [cells(row) for row in lines])]
+    if suite == "methods":
+        parts += _peer_reasons(rows)
     parts += [f"`{row['case']}`: {row['error']}" for row in rows if row["status"] != "ok" and row.get("error")]
     for row in rows:
         if "accuracy" in row.get("extra", {}):
             header, accuracy = _accuracy_lines(row)
             parts.append(f"Four tasks on overlaid digits after {row['extra']['steps_trained']['ours']} steps:")
             parts.append(_markdown(header, accuracy))
+    if suite == "step" and (trained := reuse_table.rows_of(results)):
+        parts += [reuse_table.caption(trained), _markdown(*reuse_table.table(trained))]
     return "\n\n".join(parts)
 
 
@@ -490,6 +549,13 @@ def readme_table(runs: Sequence[dict[str, Any]]) -> str:
     return _markdown(README_COLUMNS, lines)
 
 
+def reuse_section(results: dict[str, Any]) -> str:
+    """What docs/training-loops.md shows of weights that are reused: the accuracy, and where it was measured."""
+    rows = reuse_table.rows_of(results)
+    origin = f"Measured on {results['machine']['device']}, {_run_text(results['suites']['step'])}."
+    return "\n\n".join([origin, reuse_table.caption(rows), _markdown(*reuse_table.table(rows))])
+
+
 def newest_first(folder: Path) -> list[dict[str, Any]]:
     """All results files of a folder, by the date in them (a checkout does not keep the times of files).
 
@@ -502,24 +568,28 @@ def newest_first(folder: Path) -> list[dict[str, Any]]:
     return sorted(runs, key=lambda run: run["machine"]["date"], reverse=True)
 
 
-def between_markers(text: str, drawn: str, name: str) -> str:
+def between_markers(text: str, drawn: str, name: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """The text with what stands between its markers replaced.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    begin, end = text.find(BEGIN), text.find(END)
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or end < begin:
-        raise ValueError(f"{name}: expected one {BEGIN} and after it one {END}")
-    return f"{text[: begin + len(BEGIN)]}\n\n{drawn}\n\n{text[end:]}"
+    first, last = marks
+    begin, end = text.find(first), text.find(last)
+    if text.count(first) != 1 or text.count(last) != 1 or end < begin:
+        raise ValueError(f"{name}: expected one {first} and after it one {last}")
+    return f"{text[: begin + len(first)]}\n\n{drawn}\n\n{text[end:]}"
 
 
 def texts(root: Path) -> dict[Path, str]:
-    """README and pages of a checkout, as its committed results make them."""
+    """README and pages of a checkout, as its committed results make them, and the table of docs/training-loops.md."""
     folder, docs = root / "benchmarks/results", root / "docs/benchmarks"
     runs = newest_first(folder)
     readme = root / "README.md"
     drawn = {readme: between_markers(readme.read_text(), readme_table(runs), "README.md")}
+    loops = root / "docs/training-loops.md"
+    if trained := next((run for run in runs if reuse_table.rows_of(run)), None):
+        drawn[loops] = between_markers(loops.read_text(), reuse_section(trained), loops.name, reuse_table.MARKS)
     return drawn | {docs / PAGES[suite][0]: page(suite, runs, folder, docs) for suite in PAGES}
 
 

@@ -1,109 +1,59 @@
-"""What weights that are reused for k steps (`fastmtl.methods.Every`) cost in accuracy.
+"""The table of what weights that are reused for k steps (`fastmtl.methods.Every`) cost in accuracy, from the results.
 
-    python -m fastmtl.benchmarks.report.reuse_table
-    python -m fastmtl.benchmarks.report.reuse_table --write docs/training-loops.md
-
-The digits network is trained for equal numbers of steps from several seeds, each of which sets the start and the
-batches. A method's accuracy is the mean over the seeds, with their standard deviation. What a step takes is told in
-backward passes; the suite `step` measures the time.
+It stands in the page of suite `step` and, between its marks, in docs/training-loops.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
-
-import fastmtl
-from fastmtl import methods
-from fastmtl.benchmarks.report.passes_table import write
-from fastmtl.benchmarks.runner import machine
-from fastmtl.benchmarks.workloads import digits
+from fastmtl.benchmarks.runner.registry import REUSE_ACCURACY
 
 MARKS = ("<!-- reuse:begin -->", "<!-- reuse:end -->")
-WIDTHS, DEPTH, BATCH, STEPS, SEEDS = (16, 32, 64), 1, 64, 400, 5
 SUM = "plain sum"
-INNER: dict[str, type[methods.Method]] = {"PCGrad": methods.PCGrad, "MGDA": methods.MGDA}
-EVERY = (1, 4, 16)
 
 
-def label_of(name: str, every: int) -> str:
-    return name if every == 1 else f"`Every({name}(), {every})`"
+def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a results file that the table is made of."""
+    return [row for row in results["rows"] if row["op"] == REUSE_ACCURACY and row["status"] == "ok"]
 
 
-def passes_per_step(every: int) -> str:
-    return f"{(len(digits.TASKS) + every - 1) / every:.4g}"
+def label_of(method: str, every: int) -> str:
+    return method if every == 1 else f"`Every({method}(), {every})`"
 
 
-def train(method: methods.Method | None, seed: int, steps: int, widths: tuple[int, ...]) -> digits.Network:
-    """A trained network. Of one seed all methods have the same start and the same batches."""
-    torch.manual_seed(seed)
-    pictures, network = digits.Pictures(), digits.Network(widths, DEPTH)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    for step in range(steps):
-        x, labels = pictures.batch(seed * steps + step, BATCH)
-        optimizer.zero_grad()
-        losses = digits.losses(network(x)[1], labels)
-        if method is None:
-            torch.stack(list(losses.values())).sum().backward()
-        else:
-            fastmtl.backward(losses, method=method)
-        optimizer.step()
-    return network
+def passes_per_step(num_tasks: int, every: int) -> str:
+    return f"{(num_tasks + every - 1) / every:.4g}"
 
 
-def accuracies(networks: Sequence[digits.Network], held_out: tuple[Tensor, dict[str, Tensor]]) -> list[str]:
+def _shares(by_seed: Sequence[dict[str, float]]) -> list[str]:
     """For each task the mean over the seeds and their standard deviation."""
-    found = [digits.accuracy(network, *held_out) for network in networks]
     shown = []
-    for task in digits.TASKS:
-        shares = [100 * accuracy[task] for accuracy in found]
+    for task in by_seed[0]:
+        shares = [100 * accuracy[task] for accuracy in by_seed]
         shown.append(f"{statistics.mean(shares):.1f} ± {statistics.stdev(shares):.1f}%")
     return shown
 
 
-def section(
-    seeds: int = SEEDS, steps: int = STEPS, widths: tuple[int, ...] = WIDTHS, tell: Callable[[str], None] = print
-) -> str:
-    described = machine.describe(torch.device("cpu"))
-    held_out = digits.Pictures().held_out()
-    lines: list[Sequence[str]] = [
-        ("method", "passes per step", *digits.TASKS),
-        ("---", *["---:"] * (1 + len(digits.TASKS))),
-    ]
+def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The header and a line for each method and number of steps between two solutions, the plain sum last."""
+    tasks = list(rows[0]["extra"]["by_seed"]["sum"][0])
+    lines = []
+    for row in rows:
+        params, extra = row["params"], row["extra"]
+        for label, every in sorted(extra["every"].items(), key=lambda item: item[1]):
+            passes = passes_per_step(params["T"], every)
+            lines.append([label_of(params["method"], every), passes, *_shares(extra["by_seed"][label])])
+    # the sum is trained beside each method, in the same way
+    return ["method", "passes per step", *tasks], [*lines, [SUM, "1", *_shares(rows[0]["extra"]["by_seed"]["sum"])]]
 
-    def add(label: str, passes: str, make: Callable[[], methods.Method | None]) -> None:
-        tell(label)
-        networks = [train(make(), seed, steps, widths) for seed in range(seeds)]
-        lines.append((label, passes, *accuracies(networks, held_out)))
 
-    for name, kind in INNER.items():
-        for every in EVERY:
-            add(label_of(name, every), passes_per_step(every), lambda kind=kind, k=every: methods.Every(kind(), k))
-    add(SUM, "1", lambda: None)
-    commit = (described["commit"] or "unknown")[:10]
-    head = (
-        f"{described['date'][:10]}, commit {commit}, torch {described['versions']['torch']}, on a CPU: the digits "
-        f"network (widths {', '.join(map(str, widths))}, {DEPTH} block each; batch {BATCH}, Adam), {steps} steps from "
-        f"each of {seeds} seeds. Accuracy on pictures of digits that were not trained on, mean and standard deviation "
-        "over the seeds."
+def caption(rows: Sequence[dict[str, Any]]) -> str:
+    params = rows[0]["params"]
+    return (
+        f"The digits network (widths {', '.join(map(str, params['widths']))}, {params['depth']} block each; batch "
+        f"{params['batch']}, Adam), {params['steps']} steps from each of {params['seeds']} seeds. Accuracy on pictures "
+        "of digits that were not trained on, mean and standard deviation over the seeds:"
     )
-    return head + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="What reused weights cost in accuracy.")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the section between the markers of FILE")
-    options = parser.parse_args()
-    if options.write is None:
-        print(section())
-    else:
-        write(options.write, section(), MARKS)
-
-
-if __name__ == "__main__":
-    main()

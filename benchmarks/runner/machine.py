@@ -15,7 +15,7 @@ import torch
 
 import fastmtl
 
-PACKAGES = ("torchjd", "quadprog", "numpy", "scikit-learn", "triton")
+PACKAGES = ("torchjd", "LibMTL", "quadprog", "cvxpy", "clarabel", "ecos", "scipy", "numpy", "scikit-learn", "triton")
 
 
 def versions() -> dict[str, str | None]:

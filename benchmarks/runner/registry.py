@@ -18,6 +18,10 @@ SUITES: dict[str, str] = {
 }
 # the op of rows of suite `step` in which every sample of a batch has one task
 TASK_STEP = "one-task-per-sample step"
+# ops of rows of suite `step` on weights that are reused: their time, and the accuracy that they lead to
+REUSE, REUSE_ACCURACY = "training steps that reuse weights", "accuracy of reused weights"
+# end of the op of rows of suite `methods` that are a whole `method(grads)`
+WHOLE_CALL = "(grads)"
 
 
 @dataclass(frozen=True)

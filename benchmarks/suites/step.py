@@ -16,8 +16,8 @@ import fastmtl
 from fastmtl import methods
 from fastmtl.benchmarks.baselines import peers
 from fastmtl.benchmarks.baselines import surgery as baselines
-from fastmtl.benchmarks.runner.registry import Candidate, Case, Check
-from fastmtl.benchmarks.suites import step_mixed_batches
+from fastmtl.benchmarks.runner.registry import REUSE, Candidate, Case, Check
+from fastmtl.benchmarks.suites import step_accuracy, step_mixed_batches
 from fastmtl.benchmarks.workloads import digits
 from fastmtl.ops.gradients import reference
 
@@ -331,8 +331,8 @@ def reuse_case(every: int, courses: int, batch_size: int = BATCH, widths: tuple[
     """Whole steps whose weights are solved for at every k-th of them, over plain steps."""
     return Case(
         suite="step",
-        name=f"digits, {max(EVERY)} steps, weights at every {every}th" if every > 1 else f"digits, {max(EVERY)} steps",
-        op="training steps that reuse weights",
+        name=f"digits, {max(EVERY)} steps, weights at every " + (f"{every}th" if every > 1 else "step"),
+        op=REUSE,
         covers=frozenset(),
         params=_params(batch_size, widths, max(EVERY)) | {"every": every},
         make=lambda device: Classroom(digits.Pictures(), device, batch_size, widths, every=every),
@@ -352,4 +352,4 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     """The suite: batches of one task per sample, then several losses on the same samples; `quick`: fewer steps."""
     several = [backward_case(QUICK_PASSES if quick else PASSES), training_case(QUICK_STEPS if quick else STEPS)]
     several += [reuse_case(every, QUICK_COURSES if quick else COURSES) for every in EVERY]
-    return [*step_mixed_batches.cases(device, quick), *several]
+    return [*step_mixed_batches.cases(device, quick), *several, *step_accuracy.cases(quick)]
