@@ -6,8 +6,8 @@
 
 The first landscape is that of the PCGrad paper (Yu et al. 2020): a deep, curved valley of one task crosses that of the
 other. The second is the toy problem of CAGrad, Nash-MTL and others (Liu et al. 2021, Navon et al. 2022), with three
-starts and a front of optima between which the tasks must trade. One picture each: trajectories, coloured by step. The
-valley takes minutes with all methods, since it is 24,000 steps long.
+starts and a front of optima between which the tasks must trade. One picture each: trajectories, coloured by step. With
+all twenty methods they take minutes, since the valley is 60,000 steps long.
 
     python examples/landscapes.py --out runs/landscapes
     python examples/landscapes.py --landscape front --methods sum pcgrad cagrad nashmtl
@@ -30,19 +30,30 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-METHODS = (
-    "sum",
-    "pcgrad",
-    "mgda",
-    "cagrad",
-    "imtlg",
-    "nashmtl",
-    "fairgrad",
-    "alignedmtl",
-    "config",
-    "upgrad",
-    "dualproj",
-)
+# Left out: `mean` and `every` go the ways of `sum` and of the method inside. Of two tasks `krum` has none to prefer and
+# `trimmedmean` nothing to keep. `dbmtl` takes logarithms of losses, and `paretomtl` their angles: these are negative.
+METHODS: dict[str, Callable[[], methods.Method]] = {
+    "sum": methods.Sum,
+    "pcgrad": methods.PCGrad,
+    "gradvac": methods.GradVac,
+    "graddrop": methods.GradDrop,
+    "mgda": methods.MGDA,
+    "cagrad": methods.CAGrad,
+    "imtlg": methods.IMTLG,
+    "nashmtl": methods.NashMTL,
+    "fairgrad": methods.FairGrad,
+    "alignedmtl": methods.AlignedMTL,
+    "config": methods.ConFIG,
+    "upgrad": methods.UPGrad,
+    "dualproj": methods.DualProj,
+    "pcd": methods.PCD,  # task 1 comes first
+    "moco": methods.MoCo,
+    "modo": methods.MoDo,
+    "sdmgrad": methods.SDMGrad,
+    "crmogm": lambda: methods.CRMOGM(methods.MGDA()),
+    "excessmtl": methods.ExcessMTL,
+    "randomweights": methods.RandomWeights,
+}
 
 
 def valley_losses(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,12 +89,20 @@ LANDSCAPES = {
 }
 
 
+def update_of(method: methods.Method, grads: Tensor) -> Tensor:
+    """`[tasks, 2]` -> `[2]`. Methods that want a second, independent batch get the same: nothing here is random."""
+    if "second_batch" not in method.needs:
+        return method(grads)
+    gram = grads @ grads.mT
+    return method.weigh(gram, methods.Seen(["1", "2"], [True, True], second=gram)) @ grads
+
+
 def descend(landscape: Landscape, names: Sequence[str], steps: int, lr: float, keep: int = 500) -> Tensor:
     """Adam with every method from every start, side by side: what they pass through, `[points, methods, starts, 2]`.
 
     Adam moves each number by itself, so that one optimiser serves all.
     """
-    chosen = [[methods.get(name) for _ in landscape.starts] for name in names]  # some have state
+    chosen = [[METHODS[name]() for _ in landscape.starts] for name in names]  # some have state
     x = torch.tensor(landscape.starts, dtype=torch.float64).repeat(len(names), 1, 1).requires_grad_()
     optimizer = torch.optim.Adam([x], lr)
     x.grad = torch.zeros_like(x)
@@ -93,7 +112,7 @@ def descend(landscape: Landscape, names: Sequence[str], steps: int, lr: float, k
         bank = torch.stack(grads, 2)  # [methods, starts, tasks, 2]
         for own, update, found in zip(chosen, x.grad, bank, strict=True):
             for start, method in enumerate(own):
-                update[start] = method(found[start])
+                update[start] = update_of(method, found[start])
         optimizer.step()
         if step % max(1, steps // keep) == 0:
             way.append(x.detach().clone())
@@ -117,25 +136,35 @@ def front() -> Tensor:
     return torch.stack([across[:, 0], down[best]], 1)
 
 
-def draw_ways(axis: Axes, landscape: Landscape, ways: Tensor) -> None:
+def around(landscape: Landscape, ways: Tensor) -> Landscape:
+    """The landscape with as much more to each side as the ways need, ends and stars included."""
+    low, high = ways.flatten(0, -2).aminmax(dim=0)
+    sides = []
+    for (left, right), least, most in zip((landscape.across, landscape.up), low.tolist(), high.tolist(), strict=True):
+        margin = 0.04 * (right - left)
+        sides.append((min(left, least - margin), max(right, most + margin)))
+    return landscape._replace(across=sides[0], up=sides[1])
+
+
+def draw_ways(axis: Axes, contours: tuple[Tensor, Tensor, Tensor], ways: Tensor) -> None:
     """Trajectories `[points, starts, 2]` over the sum's contours, from yellow to dark; a star is where they end."""
-    x, y, first, second = grid(landscape)
-    axis.contour(x, y, first + second, levels=25, cmap="Greys_r", linewidths=0.6)
+    x, y, total = contours
+    axis.contour(x, y, total, levels=25, cmap="Greys_r", linewidths=0.6)
     time = torch.linspace(0, 1, len(ways))
     for way in ways.unbind(1):
         axis.scatter(way[:, 0], way[:, 1], c=time, cmap="plasma_r", s=4, zorder=2)
         axis.plot(*way[0], "o", color="black", markersize=5, zorder=3)
         axis.plot(*way[-1], "*", color="tab:red", markersize=12, markeredgecolor="black", zorder=4)
-    axis.set(xlim=landscape.across, ylim=landscape.up)
+    axis.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
 
 
 def draw(name: str, names: Sequence[str], ways: Tensor, path: Path) -> None:
     """The landscape, both tasks' contours, and each method's trajectories."""
-    landscape = LANDSCAPES[name]
-    x, y, first, second = grid(landscape)
-    columns = 4
-    figure = plt.figure(figsize=(4 * columns, 3.6 * -(-(len(names) + 3) // columns)), layout="constrained")
+    x, y, first, second = grid(around(LANDSCAPES[name], ways))
+    best = front() if name == "front" else None
+    columns = 5 if len(names) > 5 else 4
     rows = -(-(len(names) + 3) // columns)
+    figure = plt.figure(figsize=(4 * columns, 3.6 * rows), layout="constrained")
     surface = figure.add_subplot(rows, columns, 1, projection="3d")
     surface.plot_surface(*torch.meshgrid(x, y, indexing="xy"), first + second, cmap="viridis", rcount=80, ccount=80)
     surface.set_title("sum of the losses")
@@ -145,9 +174,9 @@ def draw(name: str, names: Sequence[str], ways: Tensor, path: Path) -> None:
         axis.set_title(title)
     for k, method in enumerate(names):
         axis = figure.add_subplot(rows, columns, 4 + k)
-        draw_ways(axis, landscape, ways[:, k])
-        if name == "front":
-            axis.plot(*front().T, color="tab:green", linewidth=3, alpha=0.6, zorder=1)
+        draw_ways(axis, (x, y, first + second), ways[:, k])
+        if best is not None:
+            axis.plot(*best.T, color="tab:green", linewidth=3, alpha=0.6, zorder=1)
         axis.set_title("Adam on the sum" if method == "sum" else f"Adam with {method}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -156,13 +185,14 @@ def draw(name: str, names: Sequence[str], ways: Tensor, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Two landscapes of the papers, with every method.")
     parser.add_argument("--landscape", choices=[*LANDSCAPES, "both"], default="both")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=None, help="default: 60,000 in the valley, 20,000 to the front")
     parser.add_argument("--lr", type=float, default=5e-3, help="the papers take 1e-3 and five times as many steps")
     parser.add_argument("--out", type=Path, default=Path("runs/landscapes"))
     options = parser.parse_args()
 
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # some draw random numbers
     options.out.mkdir(parents=True, exist_ok=True)
     for name in LANDSCAPES if options.landscape == "both" else [options.landscape]:
         landscape = LANDSCAPES[name]
