@@ -29,7 +29,7 @@ from fastmtl.methods.state import StatefulMethod
 from fastmtl.methods.sum import Sum
 from fastmtl.methods.upgrad import UPGrad
 
-_CLASSES: tuple[type[Method], ...] = (
+CLASSES: tuple[type[Method], ...] = (
     PCGrad,
     Sum,
     Mean,
@@ -54,8 +54,8 @@ _CLASSES: tuple[type[Method], ...] = (
     ExcessMTL,
 )
 # those that can't be made without arguments
-_WITH_ARGUMENTS = ("CRMOGM", "Every", "ParetoMTL", "TrimmedMean")
-_METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in _CLASSES}
+WITH_ARGUMENTS = ("CRMOGM", "Every", "ParetoMTL", "TrimmedMean")
+METHODS: dict[str, type[Method]] = {m.__name__.lower(): m for m in CLASSES}
 
 
 def get(method: str | Weighting) -> Weighting:
@@ -72,15 +72,15 @@ def get(method: str | Weighting) -> Weighting:
         PCGrad('sum')
     """
     if isinstance(method, str):
-        for name in _WITH_ARGUMENTS:
+        for name in WITH_ARGUMENTS:
             if method.lower() == name.lower():
                 raise ValueError(f"method: {name} takes arguments: pass an instance, {name}(...)")
-        if method.lower() not in _METHODS:
+        if method.lower() not in METHODS:
             raise ValueError(
-                f"method: expected one of {', '.join(sorted(_METHODS))}, or an instance of "
-                f"{', '.join(_WITH_ARGUMENTS)}, got {method!r}"
+                f"method: expected one of {', '.join(sorted(METHODS))}, or an instance of "
+                f"{', '.join(WITH_ARGUMENTS)}, got {method!r}"
             )
-        return _METHODS[method.lower()]()
+        return METHODS[method.lower()]()
     if isinstance(method, type):
         raise TypeError(f"method: expected an instance, got the class {method.__name__}: write {method.__name__}()")
     if any(kind.__name__ == "Aggregator" and kind.__module__.startswith("torchjd.") for kind in type(method).__mro__):

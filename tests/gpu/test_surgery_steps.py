@@ -76,7 +76,7 @@ def all_methods(num_tasks: int) -> dict[str, Any]:
     """Every method that there is by name, with its options, and a callable."""
     order = cases.random_order(num_tasks).to(DEVICE)
     return {
-        **{name: name for name in methods._METHODS},
+        **{name: name for name in methods.names.METHODS},
         "pcgrad mean": methods.PCGrad("mean", include_self=True),
         "pcgrad given": methods.PCGrad(order=order),
         "pcgrad state": methods.PCGrad(generator=order_state(3, device=DEVICE)),

@@ -152,7 +152,7 @@ def test_method_weights(method: str, backend: Backend) -> None:
 # --- the classes
 
 
-@pytest.mark.parametrize("kind", [k for k in methods._CLASSES if issubclass(k, GramMethod)] + [methods.PCGrad])
+@pytest.mark.parametrize("kind", [k for k in methods.names.CLASSES if issubclass(k, GramMethod)] + [methods.PCGrad])
 def test_one_call_for_all_groups(kind: type[methods.Method], monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     for module, name in ((of_methods, "_kernel"), (of_pcgrad, "_weights_kernel")):

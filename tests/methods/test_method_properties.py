@@ -36,8 +36,11 @@ def made(name: str, num_tasks: int) -> Method:
 
 
 # with weights, which are no random numbers
-EXPORTED = {kind.__name__.lower(): kind for kind in (*methods._CLASSES, *methods._WITH_ARGUMENTS)}
-KNOWN = [name for name in EXPORTED if name in methods._METHODS or name in WITH_ARGUMENTS]
+EXPORTED = {
+    kind.__name__.lower(): kind
+    for kind in (*methods.names.CLASSES, *(getattr(methods, name) for name in methods.names.WITH_ARGUMENTS))
+}
+KNOWN = [name for name in EXPORTED if name in methods.names.METHODS or name in WITH_ARGUMENTS]
 NAMES = [name for name in KNOWN if "gradients" not in EXPORTED[name].needs and name != "randomweights"]
 # the order of tasks matters to them by definition: they visit tasks in turn, take the first of equals, or have a first
 ORDERED = ("pcgrad", "gradvac", "krum", "pcd")

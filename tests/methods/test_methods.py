@@ -21,7 +21,7 @@ def is_method(kind: object) -> bool:
 
 # what the package exports, and what of it has weights of a Gram matrix and is known by name
 EXPORTED = {kind.__name__.lower(): kind for kind in vars(methods).values() if is_method(kind)}
-WITH_ARGUMENTS = [kind.__name__.lower() for kind in methods._WITH_ARGUMENTS]
+WITH_ARGUMENTS = [name.lower() for name in methods.names.WITH_ARGUMENTS]
 BY_NAME = [name for name in EXPORTED if name not in WITH_ARGUMENTS]
 ALL = [name for name in BY_NAME if not EXPORTED[name].needs]
 ORDER = torch.tensor([[1, 2, 3, 0], [3, 0, 2, 1], [0, 1, 3, 2], [2, 1, 0, 3]])

@@ -242,7 +242,7 @@ def test_a_method_that_needs_more_says_so():
 
 
 def test_needs_are_known_words_and_checked_by_name():
-    for kind in (*methods._CLASSES, *methods._WITH_ARGUMENTS):
+    for kind in (*methods.names.CLASSES, *(getattr(methods, name) for name in methods.names.WITH_ARGUMENTS)):
         assert kind.needs <= set(NEEDS)
     assert needs_of(lambda gram: gram[0]) == frozenset()
     check_needs(methods.Sum(), "call", {"losses": "x", "second_batch": "y", "gradients": "z"})

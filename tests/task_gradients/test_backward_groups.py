@@ -228,7 +228,7 @@ def one_step(
     return surgery, [p.grad.clone() for p in net.parameters() if p.grad is not None]
 
 
-BY_GROUP = [*(name for name in methods._METHODS if methods.get(name).by_group), "crmogm", "callable"]
+BY_GROUP = [*(name for name in methods.names.METHODS if methods.get(name).by_group), "crmogm", "callable"]
 ALONE = {"graddrop", "trimmedmean"}  # they make the update themselves
 
 

@@ -131,13 +131,16 @@ __global__ void __launch_bounds__(MethodMemory<kMost>::kTeamWarps* kWarp, 1)
   using Memory = MethodMemory<kMost>;
   FASTMTL_BIG_SHARED(Memory, memory);
   const Block<Memory::kTeamWarps, kMost> team{&memory.team};
-  const int T = p.num_tasks, block = static_cast<int>(blockIdx.x), parts = static_cast<int>(gridDim.x) / p.num_groups;
-  const int group = block / parts, part = block % parts;
+  // beyond shared memory a launch is of one group
+  constexpr bool kGroups = kMost <= kMostSharedTasks;
+  const int T = p.num_tasks, block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  const int parts = kGroups ? blocks / p.num_groups : blocks;
+  const int group = kGroups ? block / parts : 0, part = kGroups ? block % parts : block;
   double* scratch = kMost <= kMostSharedTasks ? memory.scratch : p.scratch + block * solvers::scratch_size(kMost);
   double* weights = p.out + group * T;
   double* group_parts = p.parts + group * parts * T;
   double* out = parts == 1 ? weights : group_parts + part * T;
-  const solvers::Entries gram = p.gram.of_group(group, T);
+  const solvers::Entries gram = kGroups ? p.gram.of_group(group, T) : p.gram;
   solvers::solve(team, p.request, gram, T, p.present, p.preferences, scratch, out, {part, parts});
   if (parts > 1) {
     if (!arrives_last(p.ticket + group, static_cast<unsigned>(parts), memory.is_last)) return;
