@@ -137,7 +137,7 @@ def _with_key(key: int) -> Tensor:
 
 METHOD_OPTIONS = {"cagrad": [0.5], "nashmtl": [0.0], "fairgrad": [2.0], "alignedmtl": [0.0, 0.0]}
 METHOD_OPTIONS |= {"upgrad": [1e-4], "dualproj": [1e-4], "krum": [1.0, 2.0, 1.0], "pcd": [0.0, 0.1]}
-METHOD_OPTIONS |= {"sdmgrad": [10.0, 0.5, 20.0, 0.3]}
+METHOD_OPTIONS |= {"sdmgrad": [10.0, 0.5, 20.0, 0.3], "modo": [0.1, 0.2]}
 
 
 @pytest.mark.parametrize("method", OPTIONS)
