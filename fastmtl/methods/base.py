@@ -10,9 +10,8 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.core.gradient_rows import GradientRows, bank_rows, first_of_params
-from fastmtl.ops.gradients.arguments import Grads, check_bank, check_present, is_bank, read_lists
+from fastmtl.ops.gradients.arguments import Grads, check_bank, check_gram, check_present, is_bank, read_lists
 from fastmtl.ops.gradients.combine import with_absent
-from fastmtl.ops.gradients.pcgrad import check_gram
 
 # what a method may need beside the Gram matrix, in words for an error
 NEEDS = {

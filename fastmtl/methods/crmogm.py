@@ -14,9 +14,8 @@ from fastmtl.methods.every import Every
 from fastmtl.methods.gram_method import GramMethod
 from fastmtl.methods.names import get
 from fastmtl.methods.state import Field, NamedState
-from fastmtl.ops.gradients.arguments import check_present
+from fastmtl.ops.gradients.arguments import check_gram, check_present
 from fastmtl.ops.gradients.method_step import method_step_op
-from fastmtl.ops.gradients.pcgrad import check_gram
 
 
 class CRMOGM(Method):
@@ -84,7 +83,7 @@ class CRMOGM(Method):
         present, method = seen.mask(gram.device), self.method
         (average,) = self._state.lend(seen.names, gram.device)
         with torch.no_grad():
-            if isinstance(method, GramMethod) and type(method).weights is GramMethod.weights:
+            if isinstance(method, GramMethod) and method.is_the_op:
                 w = method.averaged_weights(gram.detach(), average, self.momentum, present)  # in one launch
             else:
                 new = weights_of(method, gram, seen)

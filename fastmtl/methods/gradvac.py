@@ -7,8 +7,8 @@ from torch import Tensor
 from fastmtl.methods.base import Seen
 from fastmtl.methods.state import Field, FusedMethod
 from fastmtl.ops.gradients.gradvac import check_beta, check_update, gradvac_step_op
-from fastmtl.ops.gradients.order import Draw, Randomness, check_generator, traceable_source
-from fastmtl.ops.gradients.pcgrad import REDUCTIONS, check_no_generator
+from fastmtl.ops.gradients.order import Draw, Randomness, check_generator, check_no_generator, traceable_source
+from fastmtl.ops.gradients.pcgrad import REDUCTIONS
 
 
 class GradVac(FusedMethod):

@@ -40,6 +40,12 @@ class GramMethod(Method):
         preferences = self._preferences_on(gram)
         return ops.method_weights(gram, self._op_name, self._options, present=present, preferences=preferences)
 
+    @property
+    def is_the_op(self) -> bool:
+        """Whether its weights are what the op gives: a class derived from one of these may have weights of its own."""
+        own = type(self)
+        return (own.weigh, own.weights, own._weights) == (Method.weigh, GramMethod.weights, GramMethod._weights)
+
     def averaged_weights(self, gram: Tensor, average: Tensor, momentum: float, present: Tensor | None) -> Tensor:
         """The running average of the weights, `[T]` float64, which is changed in place: see `CRMOGM`."""
         self._check_tasks(gram.shape[0])
@@ -57,9 +63,8 @@ class GramMethod(Method):
 
     def weigh_groups(self, grams: Tensor, seen: Sequence[Seen]) -> Tensor:
         """As of `Method`, in one call."""
-        own = type(self)
-        if (own.weigh, own.weights, own._weights) != (Method.weigh, GramMethod.weights, GramMethod._weights):
-            return super().weigh_groups(grams, seen)  # a class derived from one of these may have weights of its own
+        if not self.is_the_op:
+            return super().weigh_groups(grams, seen)
         for x in seen:
             self._check_seen(grams[0], x)
         self._check_tasks(grams.shape[1])

@@ -10,24 +10,18 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.methods.base import Method, Seen
-from fastmtl.ops.gradients.arguments import Grads
+from fastmtl.ops.gradients.arguments import Grads, check_order
 from fastmtl.ops.gradients.order import (
     Draw,
     Randomness,
     check_generator,
+    check_no_generator,
     draw_source,
     is_plain,
     random_order,
     traceable_source,
 )
-from fastmtl.ops.gradients.pcgrad import (
-    REDUCTIONS,
-    check_no_generator,
-    check_order,
-    pcgrad_rows_into,
-    pcgrad_weights_groups,
-    weights_op,
-)
+from fastmtl.ops.gradients.pcgrad import REDUCTIONS, pcgrad_rows_into, pcgrad_weights_groups, weights_op
 
 
 class PCGrad(Method):

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.methods.base import Method, Seen, seen_by_position
-from fastmtl.ops.gradients.arguments import check_present
-from fastmtl.ops.gradients.pcgrad import check_gram
+from fastmtl.ops.gradients.arguments import check_gram, check_present
 
 
 class Field(NamedTuple):
@@ -146,7 +145,8 @@ class NamedState:
             if same and key in self._values:
                 self._values[key].copy_(state[key])  # a captured step goes on from here
             else:
-                self._values[key] = state[key].detach().to(torch.float64, copy=True)
+                value = torch.empty_like(state[key], dtype=torch.float64, memory_format=torch.contiguous_format)
+                self._values[key] = value.copy_(state[key].detach())
         self.names = names
 
     def reset(self) -> None:

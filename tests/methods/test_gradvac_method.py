@@ -109,6 +109,16 @@ def test_state_is_saved_and_loaded(backend: Backend) -> None:
     assert torch.equal(method(g), methods.GradVac(0.3, order=order_of(4))(g))
 
 
+def test_state_of_any_layout_is_loaded(backend: Backend) -> None:
+    """A step changes it in place, where it must be dense."""
+    g, targets = gradients(3), torch.linspace(-0.5, 0.5, 9, dtype=F64).reshape(3, 3)
+    one, other = methods.GradVac(0.3, order=order_of(3)), methods.GradVac(0.3, order=order_of(3))
+    one.load_state_dict({"names": ["0", "1", "2"], "targets": targets})
+    other.load_state_dict({"names": ["0", "1", "2"], "targets": targets.mT.contiguous().mT})
+    assert torch.equal(one(g), other(g))
+    assert torch.equal(one.state_dict()["targets"], other.state_dict()["targets"])
+
+
 def test_what_is_not_finite_shows_and_is_not_kept(backend: Backend) -> None:
     method, g = methods.GradVac(0.3), gradients(4)
     method(g)

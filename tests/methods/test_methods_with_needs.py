@@ -217,6 +217,16 @@ def test_crmogm_saves_the_state_of_the_method_too():
         method.weights(m)
 
 
+@pytest.mark.parametrize("name", ["weights", "weigh"])
+def test_crmogm_asks_a_class_derived_from_a_gram_method(name: str, backend: Backend) -> None:
+    """Which may have weights of its own, beside those that one op solves for."""
+    derived = type("Derived", (methods.MGDA,), {name: lambda self, gram, *args, **kwargs: gram.diagonal().clone()})
+    method = methods.CRMOGM(derived(), momentum=0.5)
+    gram = torch.diag(torch.tensor([2.0, 3.0], dtype=F64))
+    assert method.weigh(gram, everywhere(2)).tolist() == [2.0, 3.0]
+    assert method.weigh(3 * gram, everywhere(2)).tolist() == [4.0, 6.0]
+
+
 def test_crmogm_refuses():
     class Elementwise(methods.Method):
         needs = frozenset({"gradients"})

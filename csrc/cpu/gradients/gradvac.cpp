@@ -26,8 +26,9 @@ void solve(const GradVacArguments& p, const int64_t* order, double* out, double*
   auto range = [&](int64_t first, int64_t last) {
     std::vector<double> product(T);
     for (int64_t i = first; i < last; ++i)
-      solvers::gradvac_row(p.method, cosines.data(), lengths.data(), T, static_cast<int>(i), order + i * p.num_visits,
-                           p.num_visits, p.targets + i * T, new_targets + i * T, out + i * T, product.data());
+      solvers::gradvac_row(p.method, cosines.data(), lengths.data(), T, static_cast<int>(i),
+                           order + i * p.order.num_visits, p.order.num_visits, p.targets + i * T, new_targets + i * T,
+                           out + i * T, product.data());
   };
   if (T >= kParallelTasks) torch::stable::parallel_for(0, T, 8, range);
   else range(0, T);
@@ -36,23 +37,18 @@ void solve(const GradVacArguments& p, const int64_t* order, double* out, double*
 void gradvac_op(Tensor gram, Tensor order, Tensor targets, double beta, bool always, double rounding, Tensor out,
                 Tensor new_targets) {
   const GradVacArguments p = read_gradvac(gram, order, targets, beta, always, rounding, out, new_targets);
-  solve(p, p.order, p.out, p.new_targets);
+  solve(p, p.order.visits, p.out, p.new_targets);
 }
 
 void gradvac_step_op(Tensor gram, Tensor targets, const std::optional<Tensor>& order, int64_t key,
-                     std::optional<Tensor> state, const std::optional<Tensor>& present, double beta, bool always,
+                     const std::optional<Tensor>& state, const std::optional<Tensor>& present, double beta, bool always,
                      bool mean, double rounding, Tensor weights) {
   const GradVacArguments p =
       read_gradvac_step(gram, targets, order, key, state, present, beta, always, mean, rounding, weights);
   const int T = p.num_tasks;
-  std::vector<int64_t> drawn;
-  if (p.draws) {
-    const bool has_state = p.state != nullptr;
-    draw_visits(has_state ? p.key ^ static_cast<uint64_t>(p.state[0]) : p.key,
-                has_state ? static_cast<uint64_t>(p.state[1]++) : 0, T, drawn);
-  }
+  std::vector<int64_t> room;
   std::vector<double> c(static_cast<size_t>(T) * T), moved(c.size());
-  solve(p, p.draws ? drawn.data() : p.order, c.data(), moved.data());
+  solve(p, Orders(p.order, 1).of_call(0, T, room), c.data(), moved.data());
   auto here = [&](int t) { return solvers::takes_part(p.present, t); };
   int count = 0;
   for (int i = 0; i < T; ++i) count += here(i);
@@ -66,7 +62,7 @@ void gradvac_step_op(Tensor gram, Tensor targets, const std::optional<Tensor>& o
   }
   for (int i = 0; i < T && finite; ++i)
     for (int t = 0; t < T; ++t)
-      if (here(i) && here(t)) p.targets[i * T + t] = moved[i * T + t];
+      if (here(i) && here(t)) p.kept[i * T + t] = moved[i * T + t];
 }
 
 }  // namespace

@@ -107,44 +107,6 @@ void coefficients_backward_op(Tensor grad, Tensor gram, Tensor order, bool inclu
   }
 }
 
-// Visiting orders as given, or drawn from a key and a state (key, counter).
-struct Orders {
-  const int64_t* given = nullptr;
-  int64_t num_visits = 0;
-  uint64_t stream = 0, counter = 0;
-
-  // that of call number k from here on, where it is drawn; `room` is its memory then
-  const int64_t* of_call(int64_t k, int T, std::vector<int64_t>& room) const {
-    if (given != nullptr) return given;
-    draw_visits(stream, counter + static_cast<uint64_t>(k), T, room);
-    return room.data();
-  }
-};
-
-// The state is advanced by so many calls, where the orders are drawn.
-Orders read_orders(const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state, int T,
-                   int64_t calls) {
-  using torch::headeronly::ScalarType;
-  if (order.has_value()) {
-    STD_TORCH_CHECK(
-        order->dim() == 2 && order->size(0) == T && order->is_contiguous() && order->scalar_type() == ScalarType::Long,
-        "fastmtl: the order must be a contiguous [T, K] int64 tensor");
-    static const int64_t none = 0;  // an order of no visits may have no memory
-    const auto* visits = static_cast<const int64_t*>(order->const_data_ptr());
-    return {order->numel() == 0 ? &none : visits, order->size(1)};
-  }
-  Orders drawn{nullptr, T, static_cast<uint64_t>(key), 0};
-  if (state.has_value()) {
-    STD_TORCH_CHECK(state->numel() == 2 && state->is_contiguous() && state->scalar_type() == ScalarType::Long,
-                    "fastmtl: the state must be a contiguous [2] int64 tensor");
-    auto* words = static_cast<int64_t*>(state->mutable_data_ptr());
-    drawn.stream ^= static_cast<uint64_t>(words[0]);
-    drawn.counter = static_cast<uint64_t>(words[1]);
-    words[1] = static_cast<int64_t>(drawn.counter + static_cast<uint64_t>(calls));
-  }
-  return drawn;
-}
-
 void check_present(const std::vector<int64_t>& present, int T) {
   STD_TORCH_CHECK(present.empty() || static_cast<int>(present.size()) == T, "fastmtl: expected ", T, " flags");
 }
@@ -174,22 +136,22 @@ void pcgrad_weights_op(Tensor gram, const std::optional<Tensor>& order, int64_t 
   STD_TORCH_CHECK(weights.numel() == L * T && dtype_of(weights) == DType::f64 && weights.is_contiguous(),
                   "fastmtl: the weights must be a contiguous [L, T] float64 tensor");
   check_present(present, T);
-  const Orders orders = read_orders(order, key, state, T, L);
+  const Orders orders(read_order(order, key, state, T), L);
   const auto* m = static_cast<const double*>(gram.const_data_ptr());
   auto* w = static_cast<double*>(weights.mutable_data_ptr());
-  // small problems are solved before another thread has woken up
-  const int64_t at_once = std::max<int64_t>(4096 / (int64_t{T} * T * T), 1);
-  torch::stable::parallel_for(0, L, at_once, [&](int64_t first, int64_t last) {
+  auto solve = [&](int64_t first, int64_t last) {
     std::vector<int64_t> room;
-    std::vector<double> c(static_cast<size_t>(T) * T), product(T);
+    std::vector<double> c(static_cast<size_t>(T) * T);
     for (int64_t g = first; g < last; ++g) {
       const int64_t* visits = orders.of_call(g, T, room);
-      for (int i = 0; i < T; ++i)
-        pcgrad_row(m + g * T * T, T, i, visits + i * orders.num_visits, orders.num_visits, include_self,
-                   c.data() + i * T, product.data());
+      coefficients(m + g * T * T, T, visits, orders.num_visits(), include_self, c.data());
       sum_rows(c.data(), T, present, mean, w + g * T);
     }
-  });
+  };
+  // small problems are solved before another thread has woken up; the rows of a single one are shared out
+  const int64_t at_once = std::max<int64_t>(4096 / (int64_t{T} * T * T), 1);
+  if (L == 1) solve(0, 1);
+  else torch::stable::parallel_for(0, L, at_once, solve);
 }
 
 void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& index, int64_t num_tasks,
@@ -207,13 +169,13 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
   STD_TORCH_CHECK(
       weights_out.numel() == num_out * T && dtype_of(weights_out) == DType::f64 && weights_out.is_contiguous(),
       "fastmtl: the weights must be a contiguous float64 tensor");
-  const Orders orders = read_orders(order, key, state, T, 1);
+  const Orders orders(read_order(order, key, state, T), 1);
   std::vector<int64_t> room;
   const int64_t* visits = orders.of_call(0, T, room);
   const std::vector<double> m = gram(rows);
   write_gram(m, T, gram_out);
   std::vector<double> c(static_cast<size_t>(T) * T);
-  coefficients(m.data(), T, visits, orders.num_visits, include_self, c.data());
+  coefficients(m.data(), T, visits, orders.num_visits(), include_self, c.data());
   double* w = static_cast<double*>(weights_out.mutable_data_ptr());
   if (project) std::copy(c.begin(), c.end(), w);
   else sum_rows(c.data(), T, present, mean, w);

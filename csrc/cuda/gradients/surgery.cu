@@ -127,29 +127,20 @@ void check_outputs(const Rows& rows, int64_t num_out) {
                     " outputs a parameter, got ", p.out.size());
 }
 
-const int64_t* read_order(const Tensor& order, int64_t T, int device) {
-  check_device(order, device, "the order");
-  STD_TORCH_CHECK(
-      order.dim() == 2 && order.size(0) == T && order.is_contiguous() && order.scalar_type() == ScalarType::Long,
-      "fastmtl: the order must be a contiguous [T, K] int64 tensor");
-  return static_cast<const int64_t*>(order.const_data_ptr());
+// the order, given or to be drawn
+void take_order(const OrderArguments& read, Solve& s) {
+  s.draw = read.draws;
+  s.order = read.visits;
+  s.num_visits = read.num_visits;
+  s.key = read.key;
+  s.state = read.state;
 }
 
-// the order, given or to be drawn
 void read_randomness(const std::optional<Tensor>& order, int64_t key, const std::optional<Tensor>& state, int64_t T,
                      int device, Solve& s) {
-  s.draw = !order.has_value();
-  if (!s.draw) {
-    s.order = read_order(*order, T, device);
-    s.num_visits = order->size(1);
-  }
-  s.key = static_cast<uint64_t>(key);
-  if (state.has_value()) {
-    check_device(*state, device, "the state");
-    STD_TORCH_CHECK(state->numel() == 2 && state->is_contiguous() && state->scalar_type() == ScalarType::Long,
-                    "fastmtl: the state must be a contiguous [2] int64 tensor");
-    s.state = static_cast<int64_t*>(state->mutable_data_ptr());
-  }
+  if (order.has_value()) check_device(*order, device, "the order");
+  if (state.has_value()) check_device(*state, device, "the state");
+  take_order(read_order(order, key, state, T), s);
 }
 
 void read_present(const std::vector<int64_t>& present, int64_t T, Solve& s) {
@@ -248,8 +239,7 @@ void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
   Solve s{};
   s.wanted = s.project = true;
   s.include_self = include_self;
-  s.order = read_order(order, T, device);
-  s.num_visits = order.size(1);
+  read_randomness(order, 0, std::nullopt, T, device, s);
   s.result = static_cast<double*>(out.mutable_data_ptr());
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
@@ -263,12 +253,8 @@ void gradvac(const GradVacArguments& read, int device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int64_t T = read.num_tasks;
   GradVacParams p{read.method, read.gram, read.num_tasks,   Solve{},      read.present, read.targets,
-                  nullptr,     read.out,  read.new_targets, read.weights, read.targets, read.mean};
-  p.order.draw = read.draws;
-  p.order.order = read.order;
-  p.order.num_visits = read.num_visits;
-  p.order.key = read.key;
-  p.order.state = read.state;
+                  nullptr,     read.out,  read.new_targets, read.weights, read.kept,    read.mean};
+  take_order(read.order, p.order);
   const int64_t more = T > 64 ? T * leading_dimension(read.num_tasks) : 0, results = p.weights != nullptr ? T * T : 0;
   std::optional<Tensor> memory;
   if (more + results > 0) {
@@ -327,7 +313,7 @@ void gradvac_op(Tensor gram, Tensor order, Tensor targets, double beta, bool alw
 }
 
 void gradvac_step_op(Tensor gram, Tensor targets, const std::optional<Tensor>& order, int64_t key,
-                     std::optional<Tensor> state, const std::optional<Tensor>& present, double beta, bool always,
+                     const std::optional<Tensor>& state, const std::optional<Tensor>& present, double beta, bool always,
                      bool mean, double rounding, Tensor weights) {
   const int device = gram.get_device_index();
   check_devices({gram, targets, weights, order.value_or(gram), state.value_or(gram), present.value_or(gram)}, device,

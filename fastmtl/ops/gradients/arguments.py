@@ -38,6 +38,37 @@ def check_bank(grads: Tensor, argument: str = "grads") -> None:
     _check_tensor(grads, argument)
 
 
+def check_gram(gram: Tensor, argument: str = "gram") -> None:
+    """Raises unless `gram` is a square floating-point matrix of 1 to 128 tasks."""
+    if not isinstance(gram, Tensor):
+        raise TypeError(f"{argument}: expected a tensor, got {type(gram).__name__}")
+    if not gram.is_floating_point():
+        raise TypeError(f"{argument}: expected a floating-point tensor, got {gram.dtype}")
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"{argument}: expected a square [T, T] matrix, got shape {list(gram.shape)}")
+    check_num_tasks(gram.shape[0], argument)
+
+
+def check_order(order: Tensor, num_tasks: int, device: torch.device | None) -> None:
+    if not isinstance(order, Tensor):
+        raise TypeError(f"order: expected a tensor, got {type(order).__name__}")
+    if order.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"order: expected int32 or int64, got {order.dtype}")
+    if order.dim() != 2 or order.shape[0] != num_tasks:
+        raise ValueError(f"order: expected shape [{num_tasks}, K] for {num_tasks} tasks, got {list(order.shape)}")
+    if device is not None and order.device != device:
+        raise ValueError(f"order: expected device {device}, got {order.device}")
+
+
+def check_order_values(order: Tensor, num_tasks: int) -> None:
+    """Raises where an entry is out of range, on the CPU."""
+    # looking at the values would make a GPU wait for the host
+    if order.device.type == "cpu" and order.numel() and type(order) is Tensor:
+        low, high = order.aminmax()
+        if low < 0 or high >= num_tasks:
+            raise ValueError(f"order: expected entries in 0..{num_tasks - 1}, got {int(low)}..{int(high)}")
+
+
 def check_present(present: Tensor, gram: Tensor) -> None:
     """Raises where `present` is no `[T]` bool tensor beside this `[T, T]` Gram matrix."""
     if not isinstance(present, Tensor):

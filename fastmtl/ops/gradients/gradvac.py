@@ -10,8 +10,7 @@ from torch import Tensor
 from fastmtl.core.dispatch import choose
 from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops.gradients import reference
-from fastmtl.ops.gradients.arguments import check_present, kernel_matrix
-from fastmtl.ops.gradients.pcgrad import check_gram, check_order, check_order_values
+from fastmtl.ops.gradients.arguments import check_gram, check_order, check_order_values, check_present, kernel_matrix
 
 UPDATES = ("always", "triggered")
 

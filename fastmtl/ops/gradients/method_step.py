@@ -10,9 +10,8 @@ from torch import Tensor
 from fastmtl.core.dispatch import checking, choose
 from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops.gradients import reference
-from fastmtl.ops.gradients.arguments import check_present, kernel_matrix
+from fastmtl.ops.gradients.arguments import check_gram, check_present, kernel_matrix
 from fastmtl.ops.gradients.method_weights import NUMBERS, OF_TWO_BATCHES, OPTIONS, check_values
-from fastmtl.ops.gradients.pcgrad import check_gram
 
 # as `solvers::Kind` numbers them
 _NUMBERS = NUMBERS | {"paretomtl": len(NUMBERS), "given": len(NUMBERS) + 1}

@@ -12,8 +12,7 @@ from torch import Tensor
 from fastmtl.core.dispatch import checking, choose
 from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops.gradients import reference
-from fastmtl.ops.gradients.arguments import check_present, kernel_matrix
-from fastmtl.ops.gradients.pcgrad import check_gram
+from fastmtl.ops.gradients.arguments import check_gram, check_present, kernel_matrix
 
 # method: the number of a solver in csrc/common/solvers/methods.h. rounding: the relative error of an entry of `gram`.
 # gram, out: `[T, T]` and `[T]`, or `[L, T, T]` and `[L, T]`: L problems that have the rest in common.

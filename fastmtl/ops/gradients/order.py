@@ -131,6 +131,11 @@ def check_generator(generator: object) -> None:
         raise TypeError(f"generator: expected a torch.Generator or a state, got {type(generator).__name__}")
 
 
+def check_no_generator(generator: Randomness | None) -> None:
+    if generator is not None:
+        raise ValueError("generator: expected None beside a given order, from which nothing is drawn")
+
+
 def draw_source(generator: Randomness | None, device: torch.device) -> Draw:
     """Where the next order on `device` comes from, checked; nothing waits for the device."""
     check_generator(generator)
