@@ -312,6 +312,40 @@ class TaskLayer(TaskModule):
             found += self.task_bias[name].numel()
         return found
 
+    def plain_name(self, child: str) -> str:
+        return child if self.shared else {"delta": "weight", "task_bias": "bias"}.get(child, child)
+
+    def plain_size(self) -> int:
+        return 0 if self.shared else sum(x.numel() for x in self.part(self.tasks[0]).values())
+
+    @torch.no_grad()
+    def unused(self, task: int | str) -> frozenset[str]:
+        name = self.task_name(task)
+        if not self.shared or self._delta_counts(name):
+            return frozenset()
+        gate = self._gate_of(name)
+        closed = gate is not None and float(gate) == 0
+        return frozenset(("delta", "A", "B")) & frozenset(self.part(name)) if closed else frozenset()
+
+    def expected_part(self, part: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        expected = super().expected_part(part)
+        if self.A is not None and "A" in part and part["A"].dim() > 0 and len(part["A"]) > 0:
+            down, up = self._shapes_of_rank(len(part["A"]))
+            expected.update(A=tuple(down), B=tuple(up))
+        return expected
+
+    def optional(self, part: Mapping[str, Tensor]) -> frozenset[str]:
+        return frozenset(("delta", "A", "B")) if "gate" in part else frozenset()
+
+    def add_part(self, name: str, part: Mapping[str, Tensor]) -> None:
+        self.add_task(name, rank=len(part["A"]) if "A" in part else None)
+        self.set_part(name, part)
+
+    def set_part(self, task: int | str, part: Mapping[str, Tensor]) -> None:
+        super().set_part(task, part)
+        if self.rank is not None and "A" in part:
+            self.rank[self.task_name(task)] = len(part["A"])
+
     def _merge_into(self, plain: nn.Module, task: int | str, memo: dict[int, Any] | None) -> nn.Module:
         """Gives a plain layer the weight and bias of one task."""
         name = self.task_name(task)
@@ -321,7 +355,7 @@ class TaskLayer(TaskModule):
                     self._product(self.A[name], self.B[name], name)  # halves that do not fit are no zero delta
                 plain.weight = copied(self.weight, memo)
             else:
-                plain.weight = as_parameter(self.effective_weight(name))
+                plain.weight = self._merged_weight(name, {} if memo is None else memo)
             if self.task_bias is None:
                 plain.bias = copied(self.bias, memo)
             else:
@@ -329,6 +363,17 @@ class TaskLayer(TaskModule):
                 assert bias is not None
                 plain.bias = as_parameter(bias)
         return plain.train(self.training)
+
+    def _merged_weight(self, name: str, memo: dict[Any, Any]) -> nn.Parameter:
+        """The task's weight, as one parameter for all layers that have it in common."""
+        held = self.delta if self.delta is not None else self.B
+        assert held is not None
+        key = ("merged", id(self._parameters.get("weight")), id(held[name]))
+        if key not in memo:
+            memo[key] = as_parameter(self.effective_weight(name))
+        found = memo[key]
+        assert isinstance(found, nn.Parameter)
+        return found
 
     # --- for forward
 
