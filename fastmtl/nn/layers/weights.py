@@ -21,7 +21,7 @@ _Layer = TypeVar("_Layer", bound="TaskLayer")
 Rank = int | Mapping[str, int]
 
 # of a plain layer: what runs beside its forward, and would not run any more
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def check_plain(layer: Any, kind: type[nn.Module], *methods: str, weight: bool = True) -> None:
@@ -37,7 +37,7 @@ def check_plain(layer: Any, kind: type[nn.Module], *methods: str, weight: bool =
             "layer: expected a plain parameter 'weight', got one that is computed (weight_norm, parametrizations), or "
             "not initialised"
         )
-    if any(getattr(layer, hooks) for hooks in _HOOKS):
+    if any(getattr(layer, hooks) for hooks in HOOKS):
         raise ValueError("layer: expected no hooks, since they would be lost, got some; remove them first")
 
 
@@ -117,12 +117,16 @@ class TaskLayer(TaskModule):
             weight = torch.empty_like(weight)
             bias = None if self.task_bias is None else torch.empty_like(self.task_bias[self.tasks[0]])
         with torch.no_grad():
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-            if bias is not None:
-                bound = 1 / math.sqrt(max(1, weight.numel() // max(1, weight.shape[self._out_dim])))
-                nn.init.uniform_(bias, -bound, bound)
+            self._reset_plain(weight, bias)
             for name in self.tasks:
                 self._reset_task(name, weight, bias)
+
+    def _reset_plain(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Fills what a plain layer has, as that layer does."""
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        if bias is not None:
+            bound = 1 / math.sqrt(max(1, weight.numel() // max(1, weight.shape[self._out_dim])))
+            nn.init.uniform_(bias, -bound, bound)
 
     def _reset_task(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
         if not self.shared:
@@ -349,13 +353,8 @@ class TaskLayer(TaskModule):
     def _merge_into(self, plain: nn.Module, task: int | str, memo: dict[int, Any] | None) -> nn.Module:
         """Gives a plain layer the weight and bias of one task."""
         name = self.task_name(task)
+        plain.weight = self._merged_weight(name, memo)
         with torch.no_grad():
-            if self.shared and not self._delta_counts(name):
-                if self.A is not None and self.B is not None and self._gate_of(name) is None:
-                    self._product(self.A[name], self.B[name], name)  # halves that do not fit are no zero delta
-                plain.weight = copied(self.weight, memo)
-            else:
-                plain.weight = self._merged_weight(name, {} if memo is None else memo)
             if self.task_bias is None:
                 plain.bias = copied(self.bias, memo)
             else:
@@ -364,14 +363,21 @@ class TaskLayer(TaskModule):
                 plain.bias = as_parameter(bias)
         return plain.train(self.training)
 
-    def _merged_weight(self, name: str, memo: dict[Any, Any]) -> nn.Parameter:
+    @torch.no_grad()
+    def _merged_weight(self, name: str, memo: dict[Any, Any] | None) -> nn.Parameter:
         """The task's weight, as one parameter for all layers that have it in common."""
-        held = self.delta if self.delta is not None else self.B
-        assert held is not None
-        key = ("merged", id(self._parameters.get("weight")), id(held[name]))
-        if key not in memo:
-            memo[key] = as_parameter(self.effective_weight(name))
-        found = memo[key]
+        memo = {} if memo is None else memo
+        if self.shared and not self._delta_counts(name):
+            if self.A is not None and self.B is not None and self._gate_of(name) is None:
+                self._product(self.A[name], self.B[name], name)  # halves that do not fit are no zero delta
+            found = copied(self.weight, memo)
+        else:
+            held = self.delta if self.delta is not None else self.B
+            assert held is not None
+            key = ("merged", id(self._parameters.get("weight")), id(held[name]))
+            if key not in memo:
+                memo[key] = as_parameter(self.effective_weight(name))
+            found = memo[key]
         assert isinstance(found, nn.Parameter)
         return found
 
@@ -413,9 +419,9 @@ class TaskLayer(TaskModule):
         values = [float(g) for g in gates]
         return all(v == 0 for v in values) if self.taps is None else all(v < at for v in values)
 
-    def _repr_of_layer(self) -> str:
+    def _repr_of_layer(self, may_have_bias: bool = True) -> str:
         text = ", " + self._repr_of_tasks()
-        if self.bias is None and (self.shared or self.task_bias is None):
+        if may_have_bias and self.bias is None and (self.shared or self.task_bias is None):
             text += ", bias=False"
         if not self.shared:
             text += ", shared=False"
