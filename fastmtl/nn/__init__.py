@@ -2,6 +2,7 @@
 
 from fastmtl.nn.containers import TaskBuffers, TaskModules, TaskParameters
 from fastmtl.nn.context import checkpoint_contexts, tasks
+from fastmtl.nn.layers.attention import TaskMultiheadAttention
 from fastmtl.nn.layers.conv import TaskConv2d
 from fastmtl.nn.layers.conv1d import TaskConv1D
 from fastmtl.nn.layers.embedding import TaskEmbedding
@@ -38,6 +39,7 @@ __all__ = [
     "TaskLinear",
     "TaskModule",
     "TaskModules",
+    "TaskMultiheadAttention",
     "TaskParameters",
     "TaskRMSNorm",
     "TaskScaleShift",
