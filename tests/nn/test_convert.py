@@ -82,9 +82,9 @@ def test_a_network_is_converted_trained_on_mixed_batches_and_merged(name: str, k
         assert not any(is_per_task(p) for p in single.parameters())
         assert all(p.requires_grad for p in single.parameters())
         assert single.state_dict().keys() == case.model.state_dict().keys()
-        torch.testing.assert_close(case.run(single)[IDS == t], mixed[IDS == t], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(case.run(single)[t == IDS], mixed[t == IDS], atol=1e-5, rtol=1e-4)
         with tell(case, task):
-            torch.testing.assert_close(case.run(model)[IDS == t], mixed[IDS == t], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(case.run(model)[t == IDS], mixed[t == IDS], atol=1e-5, rtol=1e-4)
     # the plain state_dict loads after conversion, and is that of the layers: others' parts stay
     before = {path: layer.part(NAMES[0]) for path, layer in task_layers(model)}
     model.load_state_dict(case.model.state_dict())
@@ -105,7 +105,7 @@ def test_training_gives_what_a_loop_over_tasks_gives(kind: str) -> None:
     model.zero_grad()
     for t, task in enumerate(NAMES):
         with tasks(task):
-            ((model(x[IDS == t]) - target[IDS == t]) ** 2).sum().backward()
+            ((model(x[t == IDS]) - target[t == IDS]) ** 2).sum().backward()
     for name, p in model.named_parameters():
         if p.grad is None:
             assert found[name] is None, name
@@ -150,7 +150,7 @@ def paths(model: nn.Module) -> list[str]:
         ("dense", ["conv1", "fc"], ["conv1", "fc"]),
         ("dense", nn.Linear, ["fc"]),
         ("dense", (nn.Linear, "layer3"), ["layer3.conv1", "layer3.conv2", "fc"]),
-        ("dense", lambda name, layer: getattr(layer, "out_channels", 0) == 8, ["conv1", "layer1.conv1", "layer1.conv2"]),
+        ("dense", lambda _, layer: getattr(layer, "out_channels", 0) == 8, ["conv1", "layer1.conv1", "layer1.conv2"]),
         ("dense", "bottom:2", ["conv1", "layer1.conv1"]),
         ("dense", "top:1", ["fc"]),
         ("dense", "bottom:0.15", ["conv1", "layer1.conv1", "layer1.conv2"]),
@@ -217,7 +217,7 @@ def test_tied_weights_are_converted_once(kind: str) -> None:
     for t, task in enumerate(NAMES):
         single = merge(model, task)
         assert single[0].weight is single[2].weight
-        torch.testing.assert_close(single(x)[IDS == t], mixed[IDS == t])
+        torch.testing.assert_close(single(x)[t == IDS], mixed[t == IDS])
 
 
 def test_an_embedding_and_the_head_tied_to_it() -> None:
@@ -252,9 +252,9 @@ def test_nothing_is_changed_if_anything_is_refused() -> None:
 
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "no module": (lambda: convert(3, 2), TypeError, "model: expected a module, got int"),
-    "no kind": (lambda: convert(ResNet(), 2, "tapas"), ValueError, "kind: expected one of taps, dense, lora.*got 'tapas'"),
+    "no kind": (lambda: convert(ResNet(), 2, "tapas"), ValueError, "kind: expected one of taps, dense.*got 'tapas'"),
     "kind of another type": (lambda: convert(ResNet(), 2, 3), TypeError, "kind: expected a str, got int"),
-    "option": (lambda: convert(ResNet(), 2, "dense", rank=3), TypeError, "options: expected gate, per_task_bias.*'rank'"),
+    "option": (lambda: convert(ResNet(), 2, "dense", rank=3), TypeError, "options: expected gate, per_task.*'rank'"),
     "no option": (lambda: convert(ResNet(), 2, "patch", rank=3), TypeError, "options: expected none with kind 'patch'"),
     "joint": (lambda: convert(ResNet(), 2, joint=1), TypeError, "joint: expected a bool or None, got int"),
     "rank": (lambda: convert(ResNet(), 2, "lora", rank=0), ValueError, "rank: expected at least 1, got 0"),
@@ -268,7 +268,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: convert(ResNet(), 2, where="layer9"), ValueError,
         "where: expected to match a layer, got 'layer9', which matches nothing; layers: 'conv1'",
     ),
-    "type matches nothing": (lambda: convert(ResNet(), 2, where=nn.Conv1d), ValueError, "got Conv1d, which matches nothing"),
+    "type matches nothing": (lambda: convert(ResNet(), 2, where=nn.Conv1d), ValueError, "Conv1d, which matches nothing"),
     "matches others": (
         lambda: convert(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Linear(2, 2)), 2, where=nn.Conv1d), ValueError,
         "where: expected a layer that kind 'taps' converts.*got Conv1d, which matches other modules alone",
@@ -277,12 +277,12 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: convert(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Linear(2, 2)), 2, where=["0", "1"]), ValueError,
         "which matches other modules alone|expected.*got '0', a Conv1d",
     ),
-    "where of another type": (lambda: convert(ResNet(), 2, where=3), TypeError, "where: expected a name, a type.*got int"),
+    "where of another type": (lambda: convert(ResNet(), 2, where=3), TypeError, "where: expected a name, a.*got int"),
     "type of no module": (lambda: convert(ResNet(), 2, where=int), TypeError, "a type of nn.Module, got int"),
     "empty name": (lambda: convert(ResNet(), 2, where=""), ValueError, "where: expected a name, got an empty one"),
     "empty list": (lambda: convert(ResNet(), 2, where=[]), ValueError, "where: expected at least one"),
     "predicate": (lambda: convert(ResNet(), 2, where=lambda *_: 1), TypeError, "answers with a bool, got int"),
-    "bottom:0": (lambda: convert(ResNet(), 2, where="bottom:0"), ValueError, "where: expected bottom:2.*got 'bottom:0'"),
+    "bottom:0": (lambda: convert(ResNet(), 2, where="bottom:0"), ValueError, "where: expected bottom:2.*'bottom:0'"),
     "bottom:x": (lambda: convert(ResNet(), 2, where="bottom:x"), ValueError, "where: expected bottom:2.*'bottom:x'"),
     "top:1.5": (lambda: convert(ResNet(), 2, where="top:1.5"), ValueError, "where: expected top:2.*'top:1.5'"),
     "share": (
@@ -290,7 +290,8 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "counted in a list": (lambda: convert(ResNet(), 2, where=["top:1"]), ValueError, "expected 'top:1' alone"),
     "padding": (
-        lambda: convert(nn.Conv2d(2, 2, 3, padding_mode="circular"), 2), ValueError, "padding_mode 'zeros', got 'circular'"
+        lambda: convert(nn.Conv2d(2, 2, 3, padding_mode="circular"), 2), ValueError,
+        "padding_mode 'zeros', got 'circular'",
     ),
     "weight norm": (
         lambda: convert(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), 2), ValueError,
@@ -299,7 +300,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "merge of a plain model": (lambda: merge(ResNet(), 0), ValueError, "model: expected layers with parts of tasks"),
     "merge of no model": (lambda: merge(3, 0), TypeError, "model: expected a module, got int"),
     "merge of no task": (lambda: merge(convert(ResNet(), 2), 2), ValueError, r"task: expected 0\.\.1, got 2"),
-    "merge of no name": (lambda: merge(convert(ResNet(), NAMES), "x"), ValueError, "expected one of photo, sketch.*'x'"),
+    "merge of no name": (lambda: merge(convert(ResNet(), NAMES), "x"), ValueError, "expected one of photo.*'x'"),
 }  # fmt: skip
 
 
@@ -316,7 +317,7 @@ def test_a_second_time_is_refused() -> None:
         with pytest.raises(ValueError, match=r"not converted yet, got 'layer1\.conv1', a TaskConv2d"):
             convert(model, NAMES, "taps", where)
     convert(model, NAMES, "taps")
-    with pytest.raises(ValueError, match="expected a layer that kind 'dense' converts.*got none; converted already"):
+    with pytest.raises(ValueError, match=r"expected a layer that kind 'dense' converts.*got none; converted already"):
         convert(model, NAMES, "dense")
     with pytest.raises(ValueError, match="tasks: expected photo, sketch, clipart as 'conv1' has, got a, b"):
         convert(model, ["a", "b"], "dense")

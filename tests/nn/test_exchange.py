@@ -193,7 +193,7 @@ def test_files_that_are_none(ending: str, tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"state: expected a file .*task\."):
             insert(model, "cartoon", path)
-    with pytest.raises(FileNotFoundError, match="state: expected a file, got '.*nothing"):
+    with pytest.raises(FileNotFoundError, match=r"state: expected a file, got '.*nothing"):
         insert(model, "cartoon", tmp_path / f"nothing.{ending}")
     assert task_names(model) == NAMES
 
