@@ -48,6 +48,11 @@ PARTS = [
         for out in (False, True)
     ),
     *(conv_parts.scale_shift_case(3, 5, 4, 6, F32, train=train) for train in (False, True)),
+    *(
+        conv_parts.batch_norm_case(3, 7, 4, 5, F32, direction=direction, layout=layout, sort=sort)
+        for direction in ("forward", "both")
+        for layout, sort in (("channels_last", False), ("NCHW", True))
+    ),
     conv_parts.plan_case(4, (30,)),
     conv_parts.plan_case(4, (6, 5)),
 ]
