@@ -268,7 +268,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: convert(ResNet(), 2, where="layer9"), ValueError,
         "where: expected to match a layer, got 'layer9', which matches nothing; layers: 'conv1'",
     ),
-    "type matches nothing": (lambda: convert(ResNet(), 2, where=nn.Conv1d), ValueError, "Conv1d, which matches nothing"),
+    "type of nothing": (lambda: convert(ResNet(), 2, where=nn.Conv1d), ValueError, "Conv1d, which matches nothing"),
     "matches others": (
         lambda: convert(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Linear(2, 2)), 2, where=nn.Conv1d), ValueError,
         "where: expected a layer that kind 'taps' converts.*got Conv1d, which matches other modules alone",

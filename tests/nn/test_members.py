@@ -45,23 +45,23 @@ def test_tasks_come_and_go(kind: str) -> None:
         before = model(X)
     with tasks("sketch"):
         sketch = model(X)
-    add_task(model, "copy", like="sketch")
+    add_task(model, "twin", like="sketch")
     add_task(model, "fresh")
-    assert task_names(model) == (*NAMES, "copy", "fresh")
+    assert task_names(model) == (*NAMES, "twin", "fresh")
     with tasks(torch.tensor([3, 3, 3, 3])):
         torch.testing.assert_close(model(X), sketch)
     # a copy is no view
-    for a, b in zip(task_parameters(model, "copy"), task_parameters(model, "sketch"), strict=True):
+    for a, b in zip(task_parameters(model, "twin"), task_parameters(model, "sketch"), strict=True):
         assert a.data_ptr() != b.data_ptr() and a.requires_grad == b.requires_grad
     with tasks(IDS):
         torch.testing.assert_close(model(X), before)
     remove_task(model, "photo")
-    assert task_names(model) == ("sketch", "clipart", "copy", "fresh")
-    with tasks([NAMES[t] if t else "copy" for t in IDS]):
+    assert task_names(model) == ("sketch", "clipart", "twin", "fresh")
+    with tasks([NAMES[t] if t else "twin" for t in IDS]):
         torch.testing.assert_close(model(X)[IDS > 0], before[IDS > 0])
     assert not any(".photo" in name for name in model.state_dict())
     remove_task(model, 3)
-    assert task_names(model) == ("sketch", "clipart", "copy")
+    assert task_names(model) == ("sketch", "clipart", "twin")
 
 
 @pytest.mark.parametrize("kind", ["taps", "dense", "lora", "patch", "modulator", "hypergrid"])
