@@ -8,7 +8,9 @@ from fastmtl.nn.layers.conv1d import TaskConv1D
 from fastmtl.nn.layers.embedding import TaskEmbedding
 from fastmtl.nn.layers.gate import TapsGate
 from fastmtl.nn.layers.heads import TaskHeads
+from fastmtl.nn.layers.hypergrid import TaskHyperGrid
 from fastmtl.nn.layers.linear import TaskLinear
+from fastmtl.nn.layers.modulator import TaskModulator
 from fastmtl.nn.layers.norms import TaskLayerNorm, TaskRMSNorm
 from fastmtl.nn.layers.scale_shift import TaskScaleShift
 from fastmtl.nn.models.convert import convert
@@ -35,8 +37,10 @@ __all__ = [
     "TaskConv2d",
     "TaskEmbedding",
     "TaskHeads",
+    "TaskHyperGrid",
     "TaskLayerNorm",
     "TaskLinear",
+    "TaskModulator",
     "TaskModule",
     "TaskModules",
     "TaskMultiheadAttention",

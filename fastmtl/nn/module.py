@@ -227,8 +227,8 @@ class TaskModule(nn.Module):
         """The batch sorted by task; `dims`: how many leading dimensions of x the ids may have."""
         if x.is_nested:
             raise ValueError(
-                "x: expected a padded batch, got a nested tensor; where nn.TransformerEncoder makes it of a padding mask, "
-                "set its use_nested_tensor = False"
+                "x: expected a padded batch, got a nested tensor; where nn.TransformerEncoder makes it of a padding "
+                "mask, set its use_nested_tensor = False"
             )
         if x.dim() == 0 or dims < 1:
             raise ValueError(f"x: expected samples in its first dimension, got shape {list(x.shape)}")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fastmtl.core.task_weights import TaskPlan
 from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
+from fastmtl.nn.layers.scale_shift import scale_shift_of_last
 from fastmtl.nn.layers.weights import check_plain
 from fastmtl.nn.module import TaskModule, as_parameter
-from fastmtl.ops import task_scale_shift
 
 
 class _TaskNorm(TaskModule):
@@ -100,11 +100,7 @@ class _TaskNorm(TaskModule):
             shift = torch.zeros_like(scale)
         else:
             shift = torch.stack(present_rows(self.bias, self.tasks, plan.offsets)).view(-1, channels)
-        if plan.task_ids.dim() == 1:
-            rows = y.reshape(y.shape[0], -1, channels).movedim(-1, 1)
-            return task_scale_shift(rows, scale, shift, plan).movedim(1, -1).reshape(y.shape)
-        rows = y.reshape(plan.task_ids.numel(), -1, channels).movedim(-1, 1)
-        return task_scale_shift(rows, scale, shift, plan.task_ids.reshape(-1)).movedim(1, -1).reshape(y.shape)
+        return scale_shift_of_last(y, scale, shift, plan)
 
     def _leading(self, x: Tensor) -> int:
         return max(1, x.dim() - len(self.normalized_shape))
