@@ -148,7 +148,7 @@ def _chosen(model: nn.Module, kind: str, chosen: Kind, where: Where) -> list[tup
                     f"where: expected layers that are not converted yet, got {place.path!r}, a "
                     f"{type(place.module).__name__}; leave it out of one of the calls"
                 )
-        elif exact and isinstance(where, str) and _unknown(chosen, place):
+        elif exact and where is not None and _unknown(chosen, place):
             got = f"{place.path!r}, a {type(place.module).__name__}"
             raise ValueError(f"where: expected {_types(chosen)} for kind {kind!r}, got {got}")
     named = () if where is None else chosen.asked

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastmtl.nn.containers import check_name
 from fastmtl.nn.models.merge import name_of_task, task_names
 from fastmtl.nn.module import TaskModule, task_layers
 
@@ -95,8 +96,7 @@ def insert(
         raise TypeError(f"state: expected what extract returns, or a path, got {type(state).__name__}")
     layers = list(task_layers(model))
     if isinstance(task, str) and task not in names:
-        for _, layer in layers:
-            layer.check_new_task(task)
+        check_name(task)
     elif not isinstance(task, str):
         raise TypeError(f"task: expected a name, got {type(task).__name__}")
     parts = _parts(model, state, check_base)

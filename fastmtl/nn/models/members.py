@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from fastmtl.nn.layers.gate import finite
+from fastmtl.nn.layers.heads import TaskHeads
 from fastmtl.nn.models.merge import name_of_task, task_names
 from fastmtl.nn.module import task_layers
 from fastmtl.parameters import is_per_task
 
 
-def add_task(model: nn.Module, name: str, like: str | None = None) -> None:
+def add_task(model: nn.Module, name: str, like: str | None = None, *, head: int | nn.Module | None = None) -> None:
     """Adds a task to every layer, behind the others: its id is the number of tasks before.
 
     An optimizer must be told of the new parameters: `optimizer.add_param_group(...)` with those of
@@ -23,9 +24,12 @@ def add_task(model: nn.Module, name: str, like: str | None = None) -> None:
         model: with layers of `fastmtl.nn`.
         name: a new name.
         like: the task whose parts are copied; None: what a new task begins with.
+        head: of the new task in a `TaskHeads`: the size of a linear one, or the module itself. Heads of different sizes
+            need it, or `like`.
 
     Raises:
-        TypeError, ValueError: not a name, or one that is taken; no such task to copy; no layers with parts of tasks.
+        TypeError, ValueError: not a name, or one that is taken; no such task to copy; no layers with parts of tasks; a
+            head that is none, that is missing, or that no `TaskHeads` takes.
 
     Example:
         >>> model = convert(nn.Linear(4, 2), ["left", "right"])
@@ -35,10 +39,20 @@ def add_task(model: nn.Module, name: str, like: str | None = None) -> None:
     """
     task_names(model)
     layers = [layer for _, layer in task_layers(model)]
+    heads = [layer for layer in layers if isinstance(layer, TaskHeads)]
+    if head is not None and not heads:
+        raise ValueError(f"head: expected None for a model without TaskHeads, got {head!r}")
+    given: dict[str, Any] = {} if head is None else {"module" if isinstance(head, nn.Module) else "size": head}
     for layer in layers:
-        layer.check_new_task(name, like)
+        if isinstance(layer, TaskHeads):
+            layer.check_new_task(name, None if given else like, **given)
+        else:
+            layer.check_new_task(name, like)
     for layer in layers:
-        layer.add_task(name, like)
+        if isinstance(layer, TaskHeads):
+            layer.add_task(name, None if given else like, **given)
+        else:
+            layer.add_task(name, like)
 
 
 def remove_task(model: nn.Module, task: int | str) -> None:

@@ -50,7 +50,7 @@ def sparsity_loss(model: nn.Module, tasks: Sequence[str] | str | None = None) ->
         chosen = list(names)
     elif isinstance(block.task_ids, str):
         chosen = [block.task_ids]
-    elif isinstance(block.task_ids, tuple):
+    elif isinstance(block.task_ids, tuple) and not isinstance(block.task_ids, TaskPlan):
         chosen = [name for name in names if name in block.task_ids]
     else:
         chosen = list(names)

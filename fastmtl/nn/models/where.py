@@ -129,7 +129,7 @@ def means_exactly(where: Where, place: Place) -> bool:
     if isinstance(where, str):
         return read_counted(where) is None and where == place.path
     if isinstance(where, type):
-        return isinstance(place.module, where)
+        return type(place.module) is where
     if where is None or callable(where):
         return False
     return any(means_exactly(one, place) for one in where)
