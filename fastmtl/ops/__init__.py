@@ -16,6 +16,7 @@ from fastmtl.ops.gradients.pcgrad import pcgrad, pcgrad_coefficients, pcgrad_pro
 from fastmtl.ops.gradients.trimmed_mean import trimmed_mean
 from fastmtl.ops.task_weights.task_conv2d import task_conv2d, task_conv2d_weight_grad
 from fastmtl.ops.task_weights.task_linear import task_linear, task_linear_weight_grad
+from fastmtl.ops.task_weights.task_lora import task_lora
 from fastmtl.ops.task_weights.task_plan import task_plan
 from fastmtl.ops.task_weights.task_scale_shift import task_scale_shift
 
@@ -37,6 +38,7 @@ __all__ = [
     "task_conv2d_weight_grad",
     "task_linear",
     "task_linear_weight_grad",
+    "task_lora",
     "task_plan",
     "task_scale_shift",
     "trimmed_mean",

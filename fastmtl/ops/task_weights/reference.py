@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights
+from fastmtl.core.task_weights import STILL, Geometry, SortedBatch, TaskConvCall, TaskLoraCall, TaskWeights
 from fastmtl.core.tensors import memory_format
 from fastmtl.ops.task_weights.precision import is_misread, widen
 
@@ -190,6 +191,70 @@ def task_linear_weight_grad_out(
 ) -> None:
     """`task_linear_weight_grad` into `out`, `[T, Cout, Cin]` of any strides; a linear layer has one geometry."""
     out.copy_(task_linear_weight_grad(x, grad_out, batch, out.dtype))
+
+
+def _is_closed(scaling: Tensor | None, task: int) -> bool:
+    return scaling is not None and bool(scaling[task] == 0) and not _recorded(scaling)
+
+
+def _with_dense_deltas(x: Tensor, lora: TaskLoraCall, closed_too: bool) -> tuple[TaskConvCall, torch.dtype]:
+    """The layer with each `B_t A_t` in full, and the dtype of these; `closed_too`: of closed tasks as well."""
+    weight, deltas, batch, bias = lora
+    dtypes = [w.dtype for w in (weight, *deltas.A[:1], x) if w is not None]
+    promoted = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    dense, tasks = [], []
+    for t, pair in enumerate(deltas.by_task(batch.num_tasks)):
+        if pair is not None and (closed_too or not _is_closed(deltas.scaling, t)):
+            a, b = (w.to(promoted) for w in pair)
+            dense.append(b @ a)
+            tasks.append(t)
+    base = torch.zeros(lora.shape, dtype=promoted, device=x.device) if weight is None else weight
+    return TaskConvCall(TaskWeights(base, dense, tasks, deltas.scaling), batch, STILL, bias), promoted
+
+
+def task_lora(x: Tensor, lora: TaskLoraCall) -> Tensor:
+    """`task_linear` with the deltas `B_t A_t`; samples of no task are NaN."""
+    call, _ = _with_dense_deltas(x, lora, closed_too=False)
+    return task_linear(x, call)
+
+
+def task_lora_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    lora: TaskLoraCall,
+    wanted: Sequence[bool],
+    wanted_a: Sequence[int],
+    wanted_b: Sequence[int],
+) -> list[Tensor]:
+    """The gradients of x, weight, `A[k]` for k in `wanted_a`, `B[k]` in `wanted_b`, scaling and bias, of these the
+    wanted ones.
+
+    With dDelta_t = s_t dW_eff[t]: dA_t = B_t^T dDelta_t, dB_t = dDelta_t A_t^T, ds_t = <dW_eff[t], B_t A_t>. Plain
+    differentiable torch: the second derivative is that of this function.
+    """
+    deltas, num_tasks = lora.deltas, lora.batch.num_tasks
+    call, promoted = _with_dense_deltas(x, lora, closed_too=wanted[2])
+    positions = {t: k for k, t in enumerate(call.weights.delta_tasks)}
+    want_weight = wanted[1] and lora.weight is not None
+    count = len(positions) if wanted_a or wanted_b else 0
+    found = task_linear_backward(grad_out, x, call, [wanted[0], want_weight, *wanted[2:]], range(count))
+    out = [found.pop(0) for want in (wanted[0], want_weight) if want]
+    dense, rest = found[:count], found[count:]
+
+    def gradient(which: int, task: int, like: Tensor) -> Tensor:
+        if task not in positions or _is_closed(deltas.scaling, task):
+            return torch.zeros_like(like, memory_format=torch.contiguous_format)
+        a, b = (w.to(promoted) for w in deltas.by_task(num_tasks)[task])
+        grad = dense[positions[task]]
+        return (b.mT @ grad if which == 0 else grad @ a.mT).to(like.dtype)
+
+    for which, tensors, positions_wanted in ((0, deltas.A, wanted_a), (1, deltas.B, wanted_b)):
+        for k in positions_wanted:
+            if deltas.stacked:
+                out.append(torch.stack([gradient(which, t, tensors[k][t]) for t in range(num_tasks)]))
+            else:
+                out.append(gradient(which, deltas.tasks[k], tensors[k]))
+    return out + rest
 
 
 def _rows_of_tasks(table: Tensor, task_ids: Tensor, dims: int) -> Tensor:
