@@ -223,13 +223,19 @@ def expected(case: LoraCase) -> Expected:
     return expected_of(case, case.make())
 
 
-def assert_result(case: LoraCase, y: Tensor, want: Expected) -> None:
+def assert_result(case: LoraCase, y: Tensor, want: Expected, tolerance: float | None = None) -> None:
+    """Within `tolerance`, by default that of the dtype of x."""
     assert y.dtype == case.dtype
-    assert_within(y, want.y, bound(want.y_size, want.y, tolerance_of(case.dtype), y.dtype))
+    assert_within(y, want.y, bound(want.y_size, want.y, tolerance or tolerance_of(case.dtype), y.dtype))
 
 
 def assert_gradients(
-    case: LoraCase, made: MadeLora, actual: dict[str, Tensor | None], want: Expected, zeros: bool = False
+    case: LoraCase,
+    made: MadeLora,
+    actual: dict[str, Tensor | None],
+    want: Expected,
+    zeros: bool = False,
+    tolerance: float | None = None,
 ) -> None:
     """Values and dtypes; None for A and B of a list whose task has no sample (with `zeros` 0), and for nothing else."""
     present = present_tasks(made)
@@ -240,9 +246,9 @@ def assert_gradients(
             continue
         assert g is not None, f"{name}: no gradient"
         assert g.dtype == parameter.dtype, name
-        exact = want.grads[name]
+        exact, allowed = want.grads[name], tolerance or tolerance_of(case.dtype)
         try:
-            assert_within(g, exact, bound(want.grad_sizes[name], exact, tolerance_of(case.dtype), g.dtype))
+            assert_within(g, exact, bound(want.grad_sizes[name], exact, allowed, g.dtype))
         except AssertionError as error:
             raise AssertionError(f"gradient of {name}: {error}") from error
 
