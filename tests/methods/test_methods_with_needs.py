@@ -407,11 +407,11 @@ def test_paretomtl_refuses():
             methods.ParetoMTL(vectors, 0)
     with pytest.raises(ValueError, match=r"index: expected an integer from 0 to 4, got 5"):
         methods.ParetoMTL(CIRCLE, 5)
-    with pytest.raises(TypeError, match="index: expected an int, got float"):
+    with pytest.raises(TypeError, match="index: expected an integer, got float"):
         methods.ParetoMTL(CIRCLE, 1.0)
-    with pytest.raises(ValueError, match="max_start_steps: expected a number from 0, got -1"):
+    with pytest.raises(ValueError, match="max_start_steps: expected an integer from 0, got -1"):
         methods.ParetoMTL(CIRCLE, 1, max_start_steps=-1)
-    with pytest.raises(TypeError, match="max_start_steps: expected an int or None, got float"):
+    with pytest.raises(TypeError, match="max_start_steps: expected an integer, got float"):
         methods.ParetoMTL(CIRCLE, 1, max_start_steps=1.5)
     with pytest.raises(ValueError, match="preferences: expected vectors of 3 tasks, got 2"):
         methods.ParetoMTL(CIRCLE, 1).weigh(torch.eye(3), everywhere(3, losses=torch.ones(3, dtype=F64)))

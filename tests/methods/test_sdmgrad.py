@@ -185,7 +185,7 @@ def test_bad_arguments() -> None:
         methods.SDMGrad(0.0)
     with pytest.raises(ValueError, match="momentum: expected a number from 0 to below 1, got 1"):
         methods.SDMGrad(momentum=1.0)
-    with pytest.raises(ValueError, match="steps: expected a whole number from 1 to 10000, got 0"):
+    with pytest.raises(ValueError, match="steps: expected an integer from 1 to 10000, got 0"):
         methods.SDMGrad(steps=0)
     with pytest.raises(ValueError, match="lambda_: expected a number from 0, got -1"):
         methods.SDMGrad(lambda_=-1.0)
