@@ -62,9 +62,9 @@ class DBMTL(RunningMethod):
         self.beta, self.beta_sigma, self.eps = beta, beta_sigma, eps
 
     def update(self, rows: GradientRows, out: Sequence[Tensor], seen: Seen) -> tuple[Tensor, Tensor]:
-        assert seen.losses is not None
         rows = as_lists(rows)
         device = self._device(rows, seen)
+        assert seen.losses is not None
         present = seen.mask(device)
         scale = scale_of(seen, device)
         step = self._state.read(seen.names, device)["step"] + 1

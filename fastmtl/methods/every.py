@@ -83,6 +83,8 @@ class Every(Method):
     def due(self, names: Sequence[str], present: Sequence[bool] | Tensor) -> bool:
         """Whether the method must be asked at this step, in which these tasks are present."""
         if self.k == 1 or isinstance(present, Tensor):
+            if self.k == 1:
+                self._kept = {}  # steps are not counted: they would be too old once k grows
             return True
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(

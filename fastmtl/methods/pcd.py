@@ -71,9 +71,12 @@ class PCD(FusedMethod):
 
     @tau.setter
     def tau(self, tau: float | Mapping[str, float]) -> None:
-        by_task = isinstance(tau, Mapping)
-        self._tau = 0.0 if by_task else read_number(tau, "tau", least=0.0, most=1.0)
-        self._taus = TaskNumbers(tau, "tau", rest=0.0, most=1.0) if by_task else None
+        if isinstance(tau, Mapping):
+            self._taus: TaskNumbers | None = TaskNumbers(tau, "tau", rest=0.0, most=1.0)
+            self._tau = 0.0
+        else:
+            self._tau = read_number(tau, "tau", least=0.0, most=1.0)
+            self._taus = None
 
     def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
         names = list(seen.names)
