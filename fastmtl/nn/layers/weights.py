@@ -14,7 +14,7 @@ from fastmtl.core.task_weights import TaskPlan, TaskWeights
 from fastmtl.nn.containers import TaskParameters, Tasks, check_name, present_rows
 from fastmtl.nn.layers.gate import TapsGate, finite
 from fastmtl.nn.module import TaskModule, as_parameter, copied
-from fastmtl.ops import task_linear
+from fastmtl.ops import task_lora
 from fastmtl.ops.task_weights import reference
 
 _Layer = TypeVar("_Layer", bound="TaskLayer")
@@ -470,15 +470,9 @@ def product_of_halves(down: Tensor, up: Tensor, weight: Tensor, task: str) -> Te
 def low_rank_linear(layer: TaskLayer, x: Tensor, plan: TaskPlan, weight: Tensor) -> Tensor:
     """`x W^T + s_t (x A_t^T) B_t^T`, W `[Cout, Cin]`."""
     assert layer.A is not None and layer.B is not None
-    down = equal_ranks([getattr(layer.A, name) for name in layer.tasks], 0)
-    up = equal_ranks([getattr(layer.B, name) for name in layer.tasks], 1)
-    y = task_linear(x, weight, None, plan, bias=layer._biases(plan))
-    low = task_linear(task_linear(x, None, down, plan), None, up, plan)
-    scaling = layer._scalings(plan)
-    if isinstance(scaling, Tensor):
-        ids = plan.task_ids
-        scaling = scaling[ids].view(*ids.shape, *(1,) * (x.dim() - ids.dim())).to(low.dtype)
-    return y + (low if scaling is None else low * scaling)
+    down = [getattr(layer.A, name) for name in layer.tasks]
+    up = [getattr(layer.B, name) for name in layer.tasks]
+    return task_lora(x, weight, down, up, plan, scaling=layer._scalings(plan), bias=layer._biases(plan))
 
 
 def equal_ranks(halves: Sequence[Tensor], dim: int) -> list[Tensor]:
