@@ -3,6 +3,7 @@
 from fastmtl.nn.containers import TaskBuffers, TaskModules, TaskParameters
 from fastmtl.nn.context import checkpoint_contexts, tasks
 from fastmtl.nn.layers.attention import TaskMultiheadAttention
+from fastmtl.nn.layers.batch_norm import TaskBatchNorm2d
 from fastmtl.nn.layers.conv import TaskConv2d
 from fastmtl.nn.layers.conv1d import TaskConv1D
 from fastmtl.nn.layers.embedding import TaskEmbedding
@@ -32,6 +33,7 @@ from fastmtl.nn.module import TaskModule
 __all__ = [
     "LayerReport",
     "TapsGate",
+    "TaskBatchNorm2d",
     "TaskBuffers",
     "TaskConv1D",
     "TaskConv2d",

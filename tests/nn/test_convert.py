@@ -271,7 +271,14 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "type of nothing": (lambda: convert(ResNet(), 2, where=nn.Conv1d), ValueError, "Conv1d, which matches nothing"),
     "matches others": (
         lambda: convert(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Linear(2, 2)), 2, where=nn.Conv1d), ValueError,
-        "where: expected a layer that kind 'taps' converts.*got Conv1d, which matches other modules alone",
+        "where: expected Conv2d, .* for kind 'taps', got '0', a Conv1d",
+    ),
+    "an activation": (
+        lambda: convert(ResNet(), 2, where=lambda _, layer: layer is None), ValueError, "which matches nothing",
+    ),
+    "others around": (
+        lambda: convert(nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), 2, where="0"), ValueError,
+        "where: expected a layer that kind 'taps' converts .*got '0', which matches other modules alone; .*: '1'",
     ),
     "named, and unknown": (
         lambda: convert(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Linear(2, 2)), 2, where=["0", "1"]), ValueError,

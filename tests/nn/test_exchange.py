@@ -69,6 +69,7 @@ def test_a_task_goes_through_a_file_into_another_copy(kind: str, ending: str, tm
 def test_what_is_closed_is_left_out() -> None:
     model = trained()
     nn.init.zeros_(model.conv1.gate["sketch"])
+    nn.init.ones_(model.fc.gate["sketch"])
     state = extract(model, "sketch")
     assert "conv1/delta" not in state and "conv1/gate" in state and "fc/delta" in state
     assert "conv1/delta" in extract(model, "sketch", unused=True)

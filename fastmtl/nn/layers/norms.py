@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastmtl.core.task_weights import TaskPlan
 from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
 from fastmtl.nn.layers.scale_shift import scale_shift_of_last
+from fastmtl.nn.layers.linear import must_run
 from fastmtl.nn.layers.weights import check_plain
 from fastmtl.nn.module import TaskModule, as_parameter
 
@@ -36,6 +37,7 @@ class _TaskNorm(TaskModule):
         # what a new task begins with: the values of the plain layer
         self.register_buffer("_scale", torch.ones(self.normalized_shape, device=device, dtype=dtype), persistent=False)
         self.register_buffer("_shift", torch.zeros_like(self._scale), persistent=False)
+        self.register_forward_pre_hook(must_run)
         self.register_module("weight", TaskParameters() if affine else None)
         self.register_module("bias", TaskParameters() if affine and bias else None)
         self._start_tasks()

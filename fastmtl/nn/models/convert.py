@@ -246,4 +246,8 @@ def _replaced(model: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
         for name, child in list(module._modules.items()):
             if child is not None and id(child) in made:
                 setattr(module, name, made[id(child)])
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and next(task_layers(module), None) is not None:
+            # torch's fused encoder reads the weights of its layers past their forwards
+            module.use_nested_tensor = False
     return model

@@ -99,8 +99,9 @@ KINDS: dict[str, Kind] = {
     "lora": Kind(_LORA, {}, {"rank": 8, "scaling": 1.0, "gate": None, "per_task_bias": False}, True, {}),
     "patch": Kind({**_NORMS, "depthwise": _by(TaskConv2d, shared=False)}, {}, {}, True, {}),
     "separate": Kind(_SEPARATE, _NORMS, {}, False, {"Embedding": _by(TaskEmbedding, shared=False)}),
+    # `convert` itself freezes, once all layers are made
     "modulator": Kind(
-        {name: _by(TaskModulator) for name in ("Conv2d", "grouped", "depthwise", "Linear")}, _BATCH_NORM, {}, True, {}
+        {name: _by(TaskModulator, joint=True) for name in (*_CONVS, "Linear", "Conv1D")}, _BATCH_NORM, {}, True, {}
     ),
     "hypergrid": Kind(
         {
