@@ -78,7 +78,7 @@ def convert(
             those of an earlier call; a layer whose weight is computed, that has hooks, or a forward of its own.
 
     Example:
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
         >>> model = convert(model, ["photo", "sketch"], "taps")
         >>> with tasks(torch.tensor([1, 0])):
         ...     y = model(torch.ones(2, 3, 5, 5))

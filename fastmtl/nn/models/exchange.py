@@ -43,7 +43,7 @@ def extract(model: nn.Module, task: int | str, *, unused: bool = False) -> dict[
         TypeError, ValueError: no such task; no layers with parts of tasks.
 
     Example:
-        >>> model = convert(nn.Linear(4, 2), ["left", "right"], "dense")
+        >>> model = convert(torch.nn.Linear(4, 2), ["left", "right"], "dense")
         >>> sorted(extract(model, "left"))
         ['/delta', 'fastmtl.base', 'fastmtl.layers', 'fastmtl.version']
     """
@@ -84,7 +84,7 @@ def insert(
         FileNotFoundError: no such file.
 
     Example:
-        >>> model = convert(nn.Linear(4, 2), ["left", "right"], "dense")
+        >>> model = convert(torch.nn.Linear(4, 2), ["left", "right"], "dense")
         >>> insert(model, "up", extract(model, "left"))
         >>> task_names(model)
         ('left', 'right', 'up')

@@ -32,7 +32,7 @@ def add_task(model: nn.Module, name: str, like: str | None = None, *, head: int 
             head that is none, that is missing, or that no `TaskHeads` takes.
 
     Example:
-        >>> model = convert(nn.Linear(4, 2), ["left", "right"])
+        >>> model = convert(torch.nn.Linear(4, 2), ["left", "right"])
         >>> add_task(model, "up", like="left")
         >>> task_names(model)
         ('left', 'right', 'up')
@@ -68,7 +68,7 @@ def remove_task(model: nn.Module, task: int | str) -> None:
         TypeError, ValueError: no such task, or the only one; no layers with parts of tasks.
 
     Example:
-        >>> model = convert(nn.Linear(4, 2), ["left", "right"])
+        >>> model = convert(torch.nn.Linear(4, 2), ["left", "right"])
         >>> remove_task(model, "left")
         >>> task_names(model)
         ('right',)
@@ -91,7 +91,7 @@ def task_parameters(model: nn.Module, task: int | str) -> list[nn.Parameter]:
         TypeError, ValueError: no such task; no layers with parts of tasks.
 
     Example:
-        >>> model = convert(nn.Linear(4, 2), ["left", "right"], "dense")
+        >>> model = convert(torch.nn.Linear(4, 2), ["left", "right"], "dense")
         >>> [tuple(p.shape) for p in task_parameters(model, "left")]
         [(2, 4)]
     """
@@ -108,7 +108,7 @@ def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
         TypeError, ValueError: no layers with parts of tasks.
 
     Example:
-        >>> model = convert(nn.Linear(4, 2), ["left", "right"], "dense")
+        >>> model = convert(torch.nn.Linear(4, 2), ["left", "right"], "dense")
         >>> [tuple(p.shape) for p in shared_parameters(model)]
         [(2, 4), (2,)]
     """
@@ -131,7 +131,7 @@ def freeze_task(model: nn.Module, task: int | str, frozen: bool = True) -> None:
     samples of the task.
 
     Example:
-        >>> model = convert(nn.Linear(4, 2), ["left", "right"])
+        >>> model = convert(torch.nn.Linear(4, 2), ["left", "right"])
         >>> freeze_task(model, "left")
         >>> any(p.requires_grad for p in task_parameters(model, "left"))
         False
@@ -160,7 +160,7 @@ def param_groups(
         TypeError, ValueError: no such task; a rate that is none; no layers with parts of tasks.
 
     Example:
-        >>> model = convert(nn.Linear(4, 2), ["left", "right"])
+        >>> model = convert(torch.nn.Linear(4, 2), ["left", "right"])
         >>> optimizer = torch.optim.AdamW(param_groups(model, gate_lr=1e-2), lr=1e-3)
         >>> [(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
         [('tasks', 0.001, 0.01), ('gates', 0.01, 0.0)]

@@ -27,7 +27,7 @@ def merge(model: nn.Module, task: int | str) -> nn.Module:
         ValueError: no layers with parts of tasks, no such task, a low-rank delta whose halves do not fit.
 
     Example:
-        >>> model = convert(nn.Sequential(nn.Linear(4, 2)), ["left", "right"])
+        >>> model = convert(torch.nn.Sequential(torch.nn.Linear(4, 2)), ["left", "right"])
         >>> merge(model, "left")
         Sequential(
           (0): Linear(in_features=4, out_features=2, bias=True)
@@ -66,7 +66,7 @@ def task_names(model: nn.Module) -> tuple[str, ...]:
         ValueError: no layers with parts of tasks, or some with other tasks than the rest.
 
     Example:
-        >>> task_names(convert(nn.Linear(4, 2), ["left", "right"]))
+        >>> task_names(convert(torch.nn.Linear(4, 2), ["left", "right"]))
         ('left', 'right')
     """
     if not isinstance(model, nn.Module):

@@ -86,7 +86,7 @@ def layer_report(model: nn.Module) -> LayerReport:
     Source: Wallingford et al. 2022 (TAPS), table 1: tasks are compared by the share of parameters that they add.
 
     Example:
-        >>> report = layer_report(convert(nn.Linear(4, 2), ["left", "right"]))
+        >>> report = layer_report(convert(torch.nn.Linear(4, 2), ["left", "right"]))
         >>> report.to_dict()["tasks"]["left"]["changed"]
         []
     """
@@ -117,7 +117,7 @@ def heatmap(report: LayerReport, path: str | None = None) -> Any:
     Source: Wallingford et al. 2022 (TAPS), figure 4.
 
     Example:
-        >>> figure = heatmap(layer_report(convert(nn.Linear(4, 2), ["left", "right"])))
+        >>> figure = heatmap(layer_report(convert(torch.nn.Linear(4, 2), ["left", "right"])))
     """
     if not isinstance(report, LayerReport):
         raise TypeError(f"report: expected what layer_report returns, got {type(report).__name__}")

@@ -33,7 +33,7 @@ def sparsity_loss(model: nn.Module, tasks: Sequence[str] | str | None = None) ->
     Source: Wallingford et al. 2022 (TAPS), eq. 4: `lambda / L * sum_l |s_l|`.
 
     Example:
-        >>> model = convert(nn.Linear(4, 2), ["left", "right"])
+        >>> model = convert(torch.nn.Linear(4, 2), ["left", "right"])
         >>> round(float(sparsity_loss(model)), 4)
         0.3
     """

@@ -38,7 +38,7 @@ def task_vectors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     Source: Ilharco et al. 2023 (Editing models with task arithmetic).
 
     Example:
-        >>> model = convert(nn.Linear(2, 1), ["left", "right"], "dense")
+        >>> model = convert(torch.nn.Linear(2, 1), ["left", "right"], "dense")
         >>> task_vectors(model)["left"]
         {'weight': tensor([[0., 0.]])}
     """
@@ -69,7 +69,7 @@ def line_scale(model: nn.Module, alpha: float, beta: float, *, task: int | str |
     Source: Wang et al. 2024 (LiNeS: post-training layer scaling prevents forgetting and enhances model merging), eq. 3.
 
     Example:
-        >>> model = convert(nn.Linear(2, 1), ["left", "right"], "dense")
+        >>> model = convert(torch.nn.Linear(2, 1), ["left", "right"], "dense")
         >>> line_scale(model, 0.5, 0.5)
     """
     alpha, beta = finite(alpha, "alpha"), finite(beta, "beta")
