@@ -181,8 +181,8 @@ class TaskLayer(TaskModule):
 
     def _take(self: _Layer, layer: nn.Module) -> _Layer:
         """Makes the parameters of a plain layer the shared ones, or each task's first."""
-        weight, bias = layer.weight, layer.bias
-        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+        weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+        assert weight is not None
         if self.shared:
             self.weight, self.bias = weight, bias
         else:
