@@ -182,7 +182,7 @@ class TaskLayer(TaskModule):
     def _take(self: _Layer, layer: nn.Module) -> _Layer:
         """Makes the parameters of a plain layer the shared ones, or each task's first."""
         weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
-        assert isinstance(weight, nn.Parameter) and (bias is None or isinstance(bias, Tensor))
+        assert weight is not None
         if self.shared:
             self.weight, self.bias = weight, bias
         else:
