@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -48,6 +50,14 @@ def test_snippet(snippet: str, compiler: str, monkeypatch: pytest.MonkeyPatch) -
     names = run(snippet)
     bank = names.get("bank")
     assert bank is None or "collected: []" in repr(bank)
+
+
+def test_settings_of_torch_in_a_process_that_has_just_started() -> None:
+    """At the top of a script, where no optimizer has imported the rest of torch yet."""
+    (snippet,) = [x for x in SNIPPETS if "donated_buffer" in x]
+    setting = snippet.partition("compiled = ")[0]
+    done = subprocess.run([sys.executable, "-c", f"import torch\nimport fastmtl\n{setting}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_there_are_snippets_for_the_table() -> None:
