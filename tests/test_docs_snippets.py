@@ -56,7 +56,8 @@ def test_settings_of_torch_in_a_process_that_has_just_started() -> None:
     """At the top of a script, where no optimizer has imported the rest of torch yet."""
     (snippet,) = [x for x in SNIPPETS if "donated_buffer" in x]
     setting = snippet.partition("compiled = ")[0]
-    done = subprocess.run([sys.executable, "-c", f"import torch\nimport fastmtl\n{setting}"], capture_output=True, text=True)
+    script = f"import torch\nimport fastmtl\n{setting}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
