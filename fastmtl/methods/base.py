@@ -149,8 +149,9 @@ class Method:
         """The whole method on these task gradients, of a method that needs them (or is faster with them).
 
         Args:
-            rows: the T task gradients, multiplied by `seen.loss_scale`. Those of tasks that are not present are
-                missing, or have any value. With several ranks that have columns of their own there may be none at all.
+            rows: the T task gradients, multiplied by `seen.loss_scale` (`rows.by_param()` has them by parameter and
+                task). Those of tasks that are not present are missing, or have any value. With several ranks that have
+                columns of their own there may be none at all.
             out: memory for the update, one tensor for each parameter that has a gradient, in order: of its shape,
                 dtype and dense layout. It may be the memory of the first of that parameter's task gradients, and of no
                 other. What is written is multiplied by `seen.loss_scale`, as the rows are.
