@@ -464,7 +464,9 @@ def product_of_halves(down: Tensor, up: Tensor, weight: Tensor, task: str) -> Te
             f"task {task!r}: expected a low-rank delta whose halves fit, got A {list(down.shape)} and "
             f"B {list(up.shape)} for a weight {list(weight.shape)}"
         )
-    return (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+    # in the dtype of the parameters: what autocast casts is the input alone
+    with torch.autocast(up.device.type, enabled=False):
+        return (up.flatten(1) @ down.flatten(1)).view(weight.shape)
 
 
 def low_rank_linear(layer: TaskLayer, x: Tensor, plan: TaskPlan, weight: Tensor) -> Tensor:
