@@ -51,6 +51,8 @@ def test_domains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     shares = re.findall(r"^  (fastmtl|loop) +((?:[\d.]+% *){8})$", out, re.MULTILINE)
     assert [way for way, _ in shares] == ["loop", "fastmtl"]
     assert re.search(r"largest relative difference: loss \S+, gradients \S+", out)
+    assert float(re.search(r"merged networks, .* at most (\S+) apart", out)[1]) < 1e-4
+    assert re.search(r"^turned +10 of 10 ", out, re.MULTILINE)
 
 
 def test_domains_stops_where_the_two_ways_differ(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -167,6 +168,34 @@ def gathered_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, ids: Tensor) -
     dims = [1] * (x.dim() - 2)
     a, b = (table[ids].view(x.shape[0], -1, *dims) for table in (scale, shift))
     return torch.addcmul(b, x, a)
+
+
+class NormBatch(Protocol):
+    """What the baselines of batch norm read of a case."""
+
+    x: Tensor
+    weight: list[Tensor]
+    bias: list[Tensor]
+    running: tuple[list[Tensor], list[Tensor]]
+    rows: list[tuple[int, Tensor | slice]]
+
+
+def loop_batch_norm(b: NormBatch, training: bool) -> Tensor:
+    """`F.batch_norm` of each task's samples, gathered and put back; slices where the batch is sorted."""
+    parts = []
+    for t, rows in b.rows:
+        statistics = b.running[0][t], b.running[1][t]
+        parts.append(F.batch_norm(b.x[rows], *statistics, b.weight[t], b.bias[t], training))
+    if isinstance(b.rows[0][1], slice):
+        return torch.cat(parts)
+    y = torch.empty_like(b.x)
+    return y.index_copy(0, torch.cat([rows for _, rows in b.rows]), torch.cat(parts))  # type: ignore[arg-type]
+
+
+def shared_batch_norm(b: NormBatch, training: bool) -> Tensor:
+    """One batch norm of the whole batch, by the parameters of the first task."""
+    statistics = b.running[0][0], b.running[1][0]
+    return F.batch_norm(b.x, *statistics, b.weight[0], b.bias[0], training)
 
 
 def sort_and_count(ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:

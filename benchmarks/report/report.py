@@ -71,7 +71,7 @@ WEIGHTS_COLUMNS = (
 CALL_COLUMNS = (*WEIGHTS_COLUMNS, "peak extra memory")
 REUSE_COLUMNS = ("case", "time per step", "plain step", "x plain step")
 # of a row of suite `conv`: what is neither loop
-OTHERS = ("grouped", "vmap", "groupedmm", "adapter", "plain")
+OTHERS = ("grouped", "vmap", "groupedmm", "adapter", "masked", "gathered", "plain")
 # suite -> its page in docs/benchmarks, its title, its plots
 PAGES = {
     "surgery": ("surgery.md", "Gradient surgery", ("floor", "speedup")),

@@ -13,8 +13,9 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.benchmarks.baselines import conv as baselines
 from fastmtl.benchmarks.runner.registry import Candidate, Case, Check
+from fastmtl.benchmarks.suites import conv_low_rank
 from fastmtl.benchmarks.suites.conv_check import Oracle, largest
-from fastmtl.benchmarks.suites.conv_parts import plan_case, scale_shift_case, weight_grad_case
+from fastmtl.benchmarks.suites.conv_parts import batch_norm_case, plan_case, scale_shift_case, weight_grad_case
 from fastmtl.benchmarks.suites.conv_shapes import LAYERS, Batch, Spec
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -285,7 +286,15 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     found += [
         scale_shift_case(8, batch, 64, 56, dtype, train=False),
         scale_shift_case(8, batch, 64, 56, dtype, train=True, quick=True),
+        batch_norm_case(8, batch, 64, 56, dtype, direction="both", quick=True),
+        batch_norm_case(8, batch, 64, 56, dtype, direction="both", sort=True),
+        batch_norm_case(8, batch, 64, 56, dtype, direction="both", layout="NCHW"),
+        batch_norm_case(8, batch, 512, 7, dtype, direction="both"),
+        batch_norm_case(8, batch, 512, 7, dtype, direction="both", layout="NCHW"),
+        batch_norm_case(32, batch, 256, 14, dtype, direction="both"),
+        batch_norm_case(8, batch, 64, 56, dtype, direction="forward"),
         plan_case(32, (256,)),
         plan_case(32, (256, 197)),
     ]
+    found += conv_low_rank.cases(gpu)
     return [case for case in found if case.quick or not quick]

@@ -1,4 +1,4 @@
-"""Cases of suite `conv` beside the layers: each task's weight gradient, scale and shift, the sort of a batch."""
+"""Cases of suite `conv` beside the layers: each task's weight gradient, scale and shift, batch norm, a batch's sort."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from fastmtl import ops
 from fastmtl.benchmarks.baselines import conv as baselines
 from fastmtl.benchmarks.runner.registry import Candidate, Case, Check
 from fastmtl.benchmarks.suites.conv_check import Oracle, error, largest
-from fastmtl.benchmarks.suites.conv_shapes import SHORT, Batch, Direction, Spec, dtype_name, like_layer, random_ids
+from fastmtl.benchmarks.suites.conv_shapes import (
+    SHORT,
+    Batch,
+    Direction,
+    Layout,
+    Spec,
+    dtype_name,
+    like_layer,
+    random_ids,
+)
+from fastmtl.core.task_weights import SortedBatch
 from fastmtl.ops.task_weights import reference
 
 
@@ -149,6 +159,108 @@ def scale_shift_case(
         check=check,
         input_bytes=moved * (2 if train else 1),
         # forward: x read, y written; backward: x and the gradient read, dx written
+        moved={"floor": moved * (5 if train else 2)},
+        quick=quick,
+    )
+
+
+@dataclass
+class Norm:
+    """Pictures, each task's weight and bias and running statistics in lists, and a plan of the batch."""
+
+    x: Tensor
+    weight: list[Tensor]
+    bias: list[Tensor]
+    running: tuple[list[Tensor], list[Tensor]]
+    plan: ops.TaskPlan
+    rows: list[tuple[int, Tensor | slice]]  # of each present task
+    grad_out: Tensor
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.x, *self.weight, *self.bias]
+
+
+def _task_batch_norm(b: Norm, training: bool) -> Tensor:
+    return ops.task_batch_norm(b.x, b.plan, b.weight, b.bias, *b.running, training=training)
+
+
+def batch_norm_case(
+    num_tasks: int,
+    batch: int,
+    channels: int,
+    size: int,
+    dtype: torch.dtype,
+    *,
+    direction: Direction,
+    layout: Layout = "channels_last",
+    sort: bool = False,
+    quick: bool = False,
+) -> Case:
+    """`task_batch_norm`, on bytes alone; `direction` "forward" is eval mode, "both" is training."""
+    shape = (batch, channels, size, size)
+    moved = torch.Size(shape).numel() * dtype.itemsize
+    train = direction != "forward"
+
+    def make(device: torch.device) -> Norm:
+        x, g = (like_layer(shape, layout, dtype, device) for _ in range(2))
+        weight, bias = ([torch.randn(channels, device=device) for _ in range(num_tasks)] for _ in "wb")
+        means = [torch.randn(channels, device=device) for _ in range(num_tasks)]
+        variances = [torch.rand(channels, device=device) + 0.5 for _ in range(num_tasks)]
+        ids = random_ids(num_tasks, (batch,), sort=sort)
+        rows: list[tuple[int, Tensor | slice]] = []
+        for t in ids.unique().tolist():
+            own = (ids == t).nonzero()[:, 0]
+            rows.append((t, slice(int(own[0]), int(own[-1]) + 1) if sort else own.to(device)))
+        made = Norm(x, weight, bias, (means, variances), ops.task_plan(ids.to(device), num_tasks), rows, g)
+        if train:
+            for leaf in made.leaves:
+                leaf.requires_grad_()
+        return made
+
+    def timed(function: Callable[[Norm, bool], Tensor]) -> Callable[[Norm], Any]:
+        def call(b: Norm) -> Any:
+            y = function(b, train)
+            return (y, torch.autograd.grad(y, b.leaves, b.grad_out, allow_unused=True)) if train else y
+
+        return call
+
+    def check(b: Norm, call: Callable[[Any], Any]) -> Check:
+        statistics = [[] if train else [v.double() for v in table] for table in b.running]
+        result = call(b)
+        y, grads = result if train else (result, ())
+        with torch.no_grad():
+            x, sorted_batch = b.x.detach().double(), SortedBatch(b.plan.order, b.plan.offsets)
+            weight, bias = ([p.detach().double() for p in table] for table in (b.weight, b.bias))
+            expected, mean, var = reference.task_batch_norm(x, weight, bias, *statistics, sorted_batch, 1e-5)
+            errors = [error(y, expected)]
+            if train:
+                dx, *tables = reference.task_batch_norm_backward(
+                    b.grad_out.double(), x, weight, mean, var, sorted_batch, True, 1e-5, [True] * 3
+                )
+                wanted = [dx, *tables[0], *tables[1]]
+                errors += [error(a, e) for a, e in zip(grads, wanted, strict=True)]
+        return largest(errors, dtype, b.x.device, "float64 oracle on the timed inputs")
+
+    params = {"N": batch, "C": channels, "H": size, "W": size, "T": num_tasks, "B": batch, "dtype": dtype_name(dtype)}
+    params |= {"direction": direction, "sorted": sort, "layout": layout}
+    order = " sorted" if sort else ""
+    form = "" if layout == "channels_last" else f" {layout}"
+    return Case(
+        suite="conv",
+        name=f"task_batch_norm {SHORT[direction]} {list(shape)} T={num_tasks} {dtype_name(dtype)}{form}{order}",
+        op="task_batch_norm",
+        covers=frozenset({"task_batch_norm", "task_batch_norm_update"}),
+        params=params,
+        make=make,
+        candidates=(
+            Candidate("ours", timed(_task_batch_norm), "fastmtl.ops, lists and a plan given", "ours", graph=True),
+            Candidate("loop", timed(baselines.loop_batch_norm), "`F.batch_norm` of each task's samples", graph=True),
+            Candidate("shared", timed(baselines.shared_batch_norm), "one for the whole batch", "yardstick", graph=True),
+        ),
+        check=check,
+        input_bytes=moved * (2 if train else 1),
+        # as of scale and shift: what is read twice may lie in a cache
         moved={"floor": moved * (5 if train else 2)},
         quick=quick,
     )

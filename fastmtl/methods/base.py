@@ -10,7 +10,16 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.core.gradient_rows import GradientRows, bank_rows, first_of_params
-from fastmtl.ops.gradients.arguments import Grads, check_bank, check_gram, check_present, is_bank, read_lists
+from fastmtl.methods.arguments import check_mapping
+from fastmtl.ops.gradients.arguments import (
+    Grads,
+    check_bank,
+    check_gram,
+    check_gram_values,
+    check_present,
+    is_bank,
+    read_lists,
+)
 from fastmtl.ops.gradients.combine import with_absent
 
 # what a method may need beside the Gram matrix, in words for an error
@@ -29,7 +38,7 @@ class Seen(NamedTuple):
     """What a surgery hands a method beside the Gram matrix. Tensors are on the device of the Gram matrix.
 
     Attributes:
-        names: of the T tasks. State is kept by them.
+        names: of the T tasks, no two of which are equal. State is kept by them.
         present: which tasks take part; `[T]` bool where the device alone knows.
         losses: `[T]` float64, without the loss scale, 0 for absent tasks; with several ranks their mean over the ranks,
             as of the gradients. None unless the method needs them.
@@ -54,6 +63,17 @@ class Seen(NamedTuple):
     def mask(self, device: torch.device) -> Tensor | None:
         """`present` as a `[T]` bool tensor on that device; None if all are present. Nothing waits for the host."""
         return self.present if isinstance(self.present, Tensor) else _on_device(self.present, device)
+
+
+def check_names(seen: Seen) -> None:
+    """Raises TypeError where it is no `Seen`, or has names that are no strings; ValueError where two tasks have one."""
+    if not isinstance(seen, Seen):
+        raise TypeError(f"seen: expected a methods.Seen, got {type(seen).__name__}")
+    for name in seen.names:
+        if not isinstance(name, str):
+            raise TypeError(f"seen: expected strings as names of the tasks, got {type(name).__name__}")
+    if len(set(seen.names)) != len(seen.names):
+        raise ValueError(f"seen: expected different names of the tasks, got {list(seen.names)}")
 
 
 def seen_by_position(num_tasks: int, present: Tensor | None = None) -> Seen:
@@ -129,8 +149,9 @@ class Method:
         """The whole method on these task gradients, of a method that needs them (or is faster with them).
 
         Args:
-            rows: the T task gradients, multiplied by `seen.loss_scale`. Those of tasks that are not present are
-                missing, or have any value. With several ranks that have columns of their own there may be none at all.
+            rows: the T task gradients, multiplied by `seen.loss_scale` (`rows.by_param()` has them by parameter and
+                task). Those of tasks that are not present are missing, or have any value. With several ranks that have
+                columns of their own there may be none at all.
             out: memory for the update, one tensor for each parameter that has a gradient, in order: of its shape,
                 dtype and dense layout. It may be the memory of the first of that parameter's task gradients, and of no
                 other. What is written is multiplied by `seen.loss_scale`, as the rows are.
@@ -161,9 +182,15 @@ class Method:
         """Takes over what `state_dict` returned.
 
         Raises:
-            ValueError: not the state of such a method.
+            TypeError, ValueError: not the state of such a method. Nothing has changed then.
         """
-        if state:
+        self.check_state(state)
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises TypeError or ValueError where `load_state_dict` would not take this, and changes nothing: a method
+        around another one asks it before either loads. A subclass that keeps something overrides it."""
+        check_mapping(state, "state")
+        if state and type(self).load_state_dict is Method.load_state_dict:
             raise ValueError(f"state: {type(self).__name__} keeps none, got {', '.join(map(str, state))}")
 
     def reset(self) -> None:
@@ -182,13 +209,16 @@ class Method:
         """`gram` in float64 with zeros for absent tasks, checked."""
         check_gram(gram)
         m = gram.to(torch.float64)
+        if present is not None:
+            check_present(present, gram)
+        check_gram_values(gram, present)
         if present is None:
             return m
-        check_present(present, gram)
         return torch.where(present[:, None] & present, m, 0.0)
 
     def _check_seen(self, gram: Tensor, seen: Seen) -> None:
         check_gram(gram)
+        check_names(seen)
         name, num_tasks = type(self).__name__, gram.shape[0]
         if len(seen.names) != num_tasks or len(seen.present) != num_tasks:
             raise ValueError(
@@ -240,6 +270,17 @@ class Method:
 Weighting: TypeAlias = Method | Callable[[Tensor], Tensor]
 
 
+def check_inner_state(method: Weighting, state: Mapping[str, Any], who: str) -> None:
+    """Raises where this is not the state of the method that `who` is around; changes nothing."""
+    if isinstance(method, Method):
+        method.check_state(state)
+        return
+    check_mapping(state, f"state: {who}: method")
+    if state:
+        got = ", ".join(map(str, state))
+        raise ValueError(f"state: {who}: expected none of {method!r}, a callable, which keeps none, got {got}")
+
+
 def needs_of(method: Weighting) -> frozenset[str]:
     """What a method needs beside the Gram matrix; a callable needs nothing."""
     return method.needs if isinstance(method, Method) else frozenset()
@@ -274,11 +315,14 @@ def weights_of(method: Weighting, gram: Tensor, seen: Seen) -> Tensor:
     if not tasks:
         raise ValueError("present: expected at least one task, got none")
     if len(tasks) == num_tasks:
+        check_gram_values(gram)
         w = method(gram)
         _check_weights(method, w, num_tasks, gram.device)
         return w.to(torch.float64)
     # a list of rows, and not an index: indexing with a Python list copies it to the device, and waits
-    w = method(torch.stack([torch.stack([gram[s, t] for t in tasks]) for s in tasks]))
+    part = torch.stack([torch.stack([gram[s, t] for t in tasks]) for s in tasks])
+    check_gram_values(part)
+    w = method(part)
     _check_weights(method, w, len(tasks), gram.device)
     out = torch.zeros(num_tasks, dtype=torch.float64, device=gram.device)
     for k, t in enumerate(tasks):

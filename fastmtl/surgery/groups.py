@@ -56,7 +56,8 @@ def read_groups(
 
     Raises:
         TypeError: no name, sequence or mapping of parameters.
-        ValueError: an unknown name; no group; a parameter in two groups; layers of what is no module.
+        ValueError: an unknown name; no group; a tensor that is no parameter; a parameter in two
+            groups; layers of what is no module.
     """
     if isinstance(groups, str):
         if groups not in BY_NAME:
@@ -71,6 +72,8 @@ def read_groups(
         return Groups(names, {p: at[name] for p, name in plain.items()}, False)
     if isinstance(groups, Mapping):
         given = {str(name): part for name, part in groups.items()}
+        if len(given) != len(groups):
+            raise ValueError(f"groups: expected different names, got {list(groups)}")
     elif isinstance(groups, Sequence):
         given = {str(i): part for i, part in enumerate(groups)}
     else:
@@ -78,11 +81,13 @@ def read_groups(
     if not given:
         raise ValueError("groups: expected at least one group, got none")
     members: dict[Tensor, int] = {}
-    for i, (name, part) in enumerate(given.items()):
-        for p, shown in rename(
-            read_params(part, f"groups[{name!r}]" if isinstance(groups, Mapping) else f"groups[{i}]")
-        ).items():
+    called = [f"groups[{name!r}]" if isinstance(groups, Mapping) else f"groups[{i}]" for i, name in enumerate(given)]
+    for i, part in enumerate(given.values()):
+        for p, shown in rename(read_params(part, called[i])).items():
+            shown = named.get(p, shown)
+            outside = not p.requires_grad or (params is not None and p not in named)
+            if not isinstance(p, nn.Parameter) and outside:  # one that is frozen, or left out, may be in its module
+                raise ValueError(f"{shown}: expected a parameter, got another tensor of shape {list(p.shape)}")
             if members.setdefault(p, i) != i:
-                other = list(given)[members[p]]
-                raise ValueError(f"groups: {describe(p, shown)} is in two of them, {other!r} and {name!r}")
+                raise ValueError(f"groups: {describe(p, shown)} is in {called[members[p]]} and in {called[i]}")
     return Groups(list(given), members, True)

@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import math
@@ -123,8 +124,22 @@ def _flags(cxx: str) -> list[str]:
     return FLAGS if "clang" in Path(cxx).name else [*FLAGS, "-fno-gnu-unique"]
 
 
+@contextlib.contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Of several processes that want a build one makes it, and the others find it."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def build(how: Build) -> Path:
     """The shared library, compiled if its sources are not those of the last time."""
+    with _alone(how.name):
+        return _build(how)
+
+
+def _build(how: Build) -> Path:
     cxx = compiler()
     assert cxx is not None
     made = how.objects(cxx) if how.objects is not None else []

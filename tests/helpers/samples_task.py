@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from cases import generator_of
+from cases_lora import SAMPLE_LORAS
 from cases_task import BF16, F32, F64, LAYOUTS, ConvCase, LinearCase, TaskCase, make_ids
 from torch import Tensor
+
+from fastmtl.ops import task_plan
 
 _SAMPLE_CONVS = (
     ConvCase(ids="turns", delta="list", gate="zeros", bias="per_task"),
@@ -73,6 +76,27 @@ def _linear_grad_samples(out: Callable[[tuple[int, ...]], Tensor] | None = None)
     return samples
 
 
+def _lora_samples() -> Samples:
+    return [case.op_arguments(case.make().leaves()) for case in SAMPLE_LORAS]
+
+
+def _lora_backward_samples() -> Samples:
+    """As `_backward_samples`."""
+    samples = []
+    for k, case in enumerate(SAMPLE_LORAS):
+        made = case.make()
+        args = case.op_arguments(made)
+        scaled, with_bias = args[5] is not None, made.bias is not None
+        wanted = [
+            [True, made.weight is not None, scaled, with_bias],
+            [True, False, scaled, False],
+            [False, made.weight is not None, False, with_bias],
+        ][k % 3]
+        count = len(args[2])
+        samples.append((made.grad_out, *args, wanted, list(range(count))[k % 2 :], list(range(count))[k % 3 :]))
+    return samples
+
+
 def _bank_rows(shape: tuple[int, ...]) -> Tensor:
     """Rows of a bank, wider than the weight."""
     size = math.prod(shape[1:])
@@ -102,6 +126,65 @@ def _scale_backward_samples() -> Samples:
     return found
 
 
+def _norm_arguments() -> Samples:
+    """x, weight, bias, given mean and variance, order and offsets, eps."""
+    samples = []
+    for shape, dtype, wide, layout, form, given in (
+        ((9, 3, 4, 5), F32, F32, "channels_last", "list", False),
+        ((9, 3, 4, 5), F32, F32, "contiguous", "stacked", True),
+        ((9, 3), F64, F64, "transposed", "shared", False),
+        ((9, 3, 4), BF16, F32, "sliced", "list", True),
+        ((9, 3, 2, 2), BF16, BF16, "channels_last_sliced", "none", False),
+        ((0, 3), F32, F32, "contiguous", "stacked", False),
+    ):
+        generator = generator_of((shape, dtype, form))
+
+        def draw(*size: int, to: torch.dtype, generator: torch.Generator = generator) -> Tensor:
+            return torch.randn(size, generator=generator, dtype=F64).to(to)
+
+        x = LAYOUTS[layout](draw(*shape, to=dtype))
+        tables = []
+        for _ in range(4):
+            rows = draw(4, 3, to=wide)
+            as_form = {"list": list(rows), "stacked": [rows], "shared": [rows[0]], "none": []}[form]
+            tables.append([p.clone() for p in as_form])
+        weight, bias, mean, var = tables
+        # in a list a task without samples has a gradient in a graph, and none outside
+        plan = task_plan(torch.arange(shape[0]) % 4 if form == "list" else torch.arange(shape[0]) // 3, 4)
+        statistics = (mean, [v.square() for v in var]) if given else ([], [])
+        samples.append((x, weight, bias, *statistics, plan.order, plan.offsets, 1e-5))
+    return samples
+
+
+def _norm_samples() -> Samples:
+    samples = []
+    for x, weight, bias, *rest in _norm_arguments():
+        samples.append((x.requires_grad_(), *([p.requires_grad_() for p in q] for q in (weight, bias)), *rest))
+    return samples
+
+
+def _norm_backward_samples() -> Samples:
+    samples = []
+    for k, (x, weight, bias, mean, var, order, offsets, eps) in enumerate(_norm_arguments()):
+        wanted = ([True] * 3, [True, False, True], [False, True, False])[k % 3]
+        _, *used = torch.ops.fastmtl.task_batch_norm(x, weight, bias, mean, var, order, offsets, eps)
+        samples.append((torch.ones_like(x), x, weight, *used, order, offsets, not mean, eps, wanted))
+    return samples
+
+
+def _norm_update_samples() -> Samples:
+    samples = []
+    for k, dtype in enumerate((F32, F64, BF16)):
+        wide = torch.promote_types(dtype, F32)
+        mean, var = torch.arange(12, dtype=wide).reshape(4, 3), torch.arange(1, 13, dtype=wide).reshape(4, 3)
+        held = [torch.full((4, 3), 2.0, dtype=dtype) for _ in "mv"]
+        tracked = torch.arange(4)
+        kept = ([held[0]], [held[1]], [tracked]) if k else ([*held[0].clone()], [*held[1].clone()], [])
+        kept = tuple([p.clone() for p in params] for params in kept)
+        samples.append((mean, var, torch.tensor([0, 2, 3, 3, 7]), k + 1, None if k == 1 else 0.25, *kept))
+    return samples
+
+
 TASK_OPCHECK_SAMPLES: dict[str, Callable[[], Samples]] = {
     "task_plan": lambda: [
         (make_ids("random", (7,), 3), 3),
@@ -109,6 +192,9 @@ TASK_OPCHECK_SAMPLES: dict[str, Callable[[], Samples]] = {
         (make_ids("random", (0,), 2), 2),
         (make_ids("strided", (9,), 3), 3),
     ],
+    "task_batch_norm": _norm_samples,
+    "task_batch_norm_backward": _norm_backward_samples,
+    "task_batch_norm_update": _norm_update_samples,
     "task_conv2d": lambda: _forward_samples(_SAMPLE_CONVS),
     "task_conv2d_backward": lambda: _backward_samples(_SAMPLE_CONVS),
     "task_conv2d_weight_grad": _conv_grad_samples,
@@ -117,6 +203,8 @@ TASK_OPCHECK_SAMPLES: dict[str, Callable[[], Samples]] = {
     "task_linear_backward": lambda: _backward_samples(_SAMPLE_LINEARS),
     "task_linear_weight_grad": _linear_grad_samples,
     "task_linear_weight_grad_out": lambda: _linear_grad_samples(_bank_rows),
+    "task_lora": _lora_samples,
+    "task_lora_backward": _lora_backward_samples,
     "task_scale_shift": _scale_samples,
     "task_scale_shift_backward": _scale_backward_samples,
 }

@@ -183,9 +183,9 @@ def test_backward_hands_it_two_batches() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="lr: expected a positive number, got 0"):
         methods.SDMGrad(0.0)
-    with pytest.raises(ValueError, match="momentum: expected a number from 0, below 1, got 1"):
+    with pytest.raises(ValueError, match="momentum: expected a number from 0 to below 1, got 1"):
         methods.SDMGrad(momentum=1.0)
-    with pytest.raises(ValueError, match="steps: expected a whole number from 1 to 10000, got 0"):
+    with pytest.raises(ValueError, match="steps: expected an integer from 1 to 10000, got 0"):
         methods.SDMGrad(steps=0)
     with pytest.raises(ValueError, match="lambda_: expected a number from 0, got -1"):
         methods.SDMGrad(lambda_=-1.0)

@@ -341,9 +341,16 @@ def test_bad_groups():
             ValueError,
             r"parameter 'trunk.2.weight' of shape \[6, 6\] is shared, and in none of the groups",
         ),
-        ([net.trunk, [w]], ValueError, r"of shape \[6, 4\] is in two of them, '0' and '1'"),
-        ({"a": net.trunk, "b": [w]}, ValueError, "is in two of them, 'a' and 'b'"),
+        (
+            [net.trunk, [w]],
+            ValueError,
+            r"groups: parameter 'trunk.0.weight' .* in groups\[0\] and in groups\[1\]",
+        ),
+        ({"a": net.trunk, "b": [w]}, ValueError, r"'trunk.0.weight' .* is in groups\['a'\] and in groups\['b'\]"),
         ([net.trunk, []], ValueError, r"groups\[1\]: expected at least one parameter"),
+        ([net.trunk, [torch.ones(3)]], ValueError, r"groups\[1\]\[0\]: expected a parameter, got another tensor"),
+        ([net.trunk, [x.requires_grad_()]], ValueError, r"groups\[1\]\[0\]: expected a parameter, got another tensor"),
+        ({1: net.trunk, "1": net.heads}, ValueError, r"groups: expected different names, got \[1, '1'\]"),
         ([net.trunk, 3], TypeError, r"groups\[1\]: expected a module or an iterable of parameters, got int"),
     ):
         refuses(call(groups), error, match, net)

@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases_one_pass import IDS, MODELS, N, T, assert_rows, cross_entropy, expected_rows, make, of, one_pass_bank
+from cases_one_pass import (
+    IDS,
+    MODELS,
+    LowRank,
+    N,
+    T,
+    assert_rows,
+    cross_entropy,
+    expected_rows,
+    make,
+    of,
+    one_pass_bank,
+)
 from torch import Tensor, nn
 
 import fastmtl
@@ -343,6 +355,37 @@ def test_task_layers(per_task_bias: bool, memory: str) -> None:
     bank.apply(pcgrad)
     for g, h in zip(_grads(model), want, strict=True):
         torch.testing.assert_close(g, h)
+
+
+@pytest.mark.parametrize("memory", ["bank", "stream"])
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("bias", ["shared", "per_task", "derived"])
+def test_low_rank_deltas(bias: str, stacked: bool, memory: str) -> None:
+    """W and a bias that all tasks share are in the bank; A, B, scalings and biases of tasks are not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LowRank(bias, stacked), nn.Tanh(), nn.Flatten(), nn.Linear(20, 5)).double()
+    x = torch.randn(N, 4, 6, dtype=torch.float64)
+    losses = cross_entropy(model(x))
+    want = _by_backward(model, [losses[of(t)].sum() for t in range(T)])
+    model.zero_grad()
+    with fastmtl.one_pass(model, IDS, T, memory=memory) as bank:
+        cross_entropy(model(x)).sum().backward()
+    in_bank = {id(p) for p in bank.params}
+    held = {n for n, p in model[0].named_parameters() if id(p) in in_bank}
+    assert held == ({"weight"} if bias == "per_task" else {"weight", "bias"})
+    bank.apply(pcgrad)
+    for g, h in zip(_grads(model), want, strict=True):
+        torch.testing.assert_close(g, h)
+
+
+def test_low_rank_factors_in_the_bank_are_refused() -> None:
+    model, x = LowRank().double(), _x()
+    model.A[1] = nn.Parameter(model.A[1].detach().clone())
+    with (
+        pytest.raises(ValueError, match=r"task_lora.*what belongs to single tasks is in the bank"),
+        fastmtl.one_pass(model, IDS, T),
+    ):
+        cross_entropy(model(x)).sum().backward()
 
 
 def test_partition_accepts_batch_statistics() -> None:

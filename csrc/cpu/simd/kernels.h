@@ -7,6 +7,7 @@
 
 #include "common/rows.h"
 #include "cpu/simd/elementwise.h"
+#include "cpu/simd/norms.h"
 #include "cpu/simd/tiles.h"
 
 namespace fastmtl::cpu {
@@ -39,6 +40,7 @@ struct Kernels {
   WidenBlock widen[4];      // bf16 and f16 to float
   Tiles tiles;
   Elementwise elementwise;
+  Norms norms;
 };
 
 extern const Kernels kPortable;

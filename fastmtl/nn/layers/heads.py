@@ -229,6 +229,28 @@ class TaskHeads(TaskModule):
     def _end(self, name: str) -> None:
         del self.heads[name]
 
+    def expected_part(self, part: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        expected = super().expected_part(part)
+        if len(self.sizes) == len(self.heads) and "weight" in part and part["weight"].dim() == 2:
+            # linear heads differ in size
+            expected["weight"] = (part["weight"].shape[0], expected["weight"][1])
+            if "bias" in expected:
+                expected["bias"] = expected["weight"][:1]
+        return expected
+
+    def add_part(self, name: str, part: Mapping[str, Tensor]) -> None:
+        linear = len(self.sizes) == len(self.heads)
+        self.add_task(name, **({"size": part["weight"].shape[0]} if linear else {"like": self.tasks[0]}))
+        self.set_part(name, part)
+
+    @torch.no_grad()
+    def set_part(self, task: int | str, part: Mapping[str, Tensor]) -> None:
+        name = self.task_name(task)
+        if name in self.sizes and part["weight"].shape[0] != self.sizes[name]:
+            self.heads[name] = self._new_head(part["weight"].shape[0])
+        for key, x in self.part(name).items():
+            x.copy_(part[key])
+
     def merged(self, task: int | str, memo: dict[int, Any] | None = None) -> nn.Module:
         """The task's head, as a plain module.
 

@@ -14,7 +14,7 @@ from fastmtl.core.task_weights import TaskPlan, TaskWeights
 from fastmtl.nn.containers import TaskParameters, Tasks, check_name, present_rows
 from fastmtl.nn.layers.gate import TapsGate, finite
 from fastmtl.nn.module import TaskModule, as_parameter, copied
-from fastmtl.ops import task_linear
+from fastmtl.ops import task_lora
 from fastmtl.ops.task_weights import reference
 
 _Layer = TypeVar("_Layer", bound="TaskLayer")
@@ -316,6 +316,40 @@ class TaskLayer(TaskModule):
             found += self.task_bias[name].numel()
         return found
 
+    def plain_name(self, child: str) -> str:
+        return child if self.shared else {"delta": "weight", "task_bias": "bias"}.get(child, child)
+
+    def plain_size(self) -> int:
+        return 0 if self.shared else sum(x.numel() for x in self.part(self.tasks[0]).values())
+
+    @torch.no_grad()
+    def unused(self, task: int | str) -> frozenset[str]:
+        name = self.task_name(task)
+        if not self.shared or self._delta_counts(name):
+            return frozenset()
+        gate = self._gate_of(name)
+        closed = gate is not None and float(gate) == 0
+        return frozenset(("delta", "A", "B")) & frozenset(self.part(name)) if closed else frozenset()
+
+    def expected_part(self, part: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        expected = super().expected_part(part)
+        if self.A is not None and "A" in part and part["A"].dim() > 0 and len(part["A"]) > 0:
+            down, up = self._shapes_of_rank(len(part["A"]))
+            expected.update(A=tuple(down), B=tuple(up))
+        return expected
+
+    def optional(self, part: Mapping[str, Tensor]) -> frozenset[str]:
+        return frozenset(("delta", "A", "B")) if "gate" in part else frozenset()
+
+    def add_part(self, name: str, part: Mapping[str, Tensor]) -> None:
+        self.add_task(name, rank=len(part["A"]) if "A" in part else None)
+        self.set_part(name, part)
+
+    def set_part(self, task: int | str, part: Mapping[str, Tensor]) -> None:
+        super().set_part(task, part)
+        if self.rank is not None and "A" in part:
+            self.rank[self.task_name(task)] = len(part["A"])
+
     def _merge_into(self, plain: nn.Module, task: int | str, memo: dict[int, Any] | None) -> nn.Module:
         """Gives a plain layer the weight and bias of one task."""
         name = self.task_name(task)
@@ -330,20 +364,22 @@ class TaskLayer(TaskModule):
         return plain.train(self.training)
 
     @torch.no_grad()
-    def _merged_weight(self, name: str, memo: dict[int, Any] | None) -> nn.Parameter | None:
-        if not self.shared or self._delta_counts(name):
-            return as_parameter(self.effective_weight(name))
-        if self.A is not None and self.B is not None and self._gate_of(name) is None:
-            self._product(self.A[name], self.B[name], name)  # halves that do not fit are no zero delta
-        return copied(self.weight, memo)
-
-    def _read_plain(self, state_dict: dict[str, Any], prefix: str) -> None:
-        if not self.shared:
-            # what a plain layer shares lies with each task here
-            for plain, held in (("weight", "delta"), ("bias", "task_bias")):
-                if prefix + plain in state_dict:
-                    state_dict[prefix + held] = state_dict.pop(prefix + plain)
-        super()._read_plain(state_dict, prefix)
+    def _merged_weight(self, name: str, memo: dict[Any, Any] | None) -> nn.Parameter:
+        """The task's weight, as one parameter for all layers that have it in common."""
+        memo = {} if memo is None else memo
+        if self.shared and not self._delta_counts(name):
+            if self.A is not None and self.B is not None and self._gate_of(name) is None:
+                self._product(self.A[name], self.B[name], name)  # halves that do not fit are no zero delta
+            found = copied(self.weight, memo)
+        else:
+            held = self.delta if self.delta is not None else self.B
+            assert held is not None
+            key = ("merged", id(self._parameters.get("weight")), id(held[name]))
+            if key not in memo:
+                memo[key] = as_parameter(self.effective_weight(name))
+            found = memo[key]
+        assert isinstance(found, nn.Parameter)
+        return found
 
     # --- for forward
 
@@ -428,21 +464,17 @@ def product_of_halves(down: Tensor, up: Tensor, weight: Tensor, task: str) -> Te
             f"task {task!r}: expected a low-rank delta whose halves fit, got A {list(down.shape)} and "
             f"B {list(up.shape)} for a weight {list(weight.shape)}"
         )
-    return (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+    # in the dtype of the parameters: what autocast casts is the input alone
+    with torch.autocast(up.device.type, enabled=False):
+        return (up.flatten(1) @ down.flatten(1)).view(weight.shape)
 
 
 def low_rank_linear(layer: TaskLayer, x: Tensor, plan: TaskPlan, weight: Tensor) -> Tensor:
     """`x W^T + s_t (x A_t^T) B_t^T`, W `[Cout, Cin]`."""
     assert layer.A is not None and layer.B is not None
-    down = equal_ranks([getattr(layer.A, name) for name in layer.tasks], 0)
-    up = equal_ranks([getattr(layer.B, name) for name in layer.tasks], 1)
-    y = task_linear(x, weight, None, plan, bias=layer._biases(plan))
-    low = task_linear(task_linear(x, None, down, plan), None, up, plan)
-    scaling = layer._scalings(plan)
-    if isinstance(scaling, Tensor):
-        ids = plan.task_ids
-        scaling = scaling[ids].view(*ids.shape, *(1,) * (x.dim() - ids.dim())).to(low.dtype)
-    return y + (low if scaling is None else low * scaling)
+    down = [getattr(layer.A, name) for name in layer.tasks]
+    up = [getattr(layer.B, name) for name in layer.tasks]
+    return task_lora(x, weight, down, up, plan, scaling=layer._scalings(plan), bias=layer._biases(plan))
 
 
 def equal_ranks(halves: Sequence[Tensor], dim: int) -> list[Tensor]:

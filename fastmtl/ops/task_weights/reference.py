@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights
+from fastmtl.core.task_weights import STILL, Geometry, SortedBatch, TaskConvCall, TaskLoraCall, TaskWeights
 from fastmtl.core.tensors import memory_format
 from fastmtl.ops.task_weights.precision import is_misread, widen
 
@@ -192,6 +194,89 @@ def task_linear_weight_grad_out(
     out.copy_(task_linear_weight_grad(x, grad_out, batch, out.dtype))
 
 
+def _is_closed(scaling: Tensor | None, task: int) -> bool:
+    return scaling is not None and bool(scaling[task] == 0) and not _recorded(scaling)
+
+
+def _with_dense_deltas(x: Tensor, lora: TaskLoraCall) -> TaskConvCall:
+    """The layer with each `B_t A_t` in full; without those of closed tasks."""
+    weight, deltas, batch, bias = lora
+    dtypes = [w.dtype for w in (weight, *deltas.A[:1], x) if w is not None]
+    promoted = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    dense, tasks = [], []
+    for t, pair in enumerate(deltas.by_task(batch.num_tasks)):
+        if pair is not None and not _is_closed(deltas.scaling, t):
+            a, b = (w.to(promoted) for w in pair)
+            dense.append(b @ a)
+            tasks.append(t)
+    base = torch.zeros(lora.shape, dtype=promoted, device=x.device) if weight is None else weight
+    return TaskConvCall(TaskWeights(base, dense, tasks, deltas.scaling), batch, STILL, bias)
+
+
+def task_lora(x: Tensor, lora: TaskLoraCall) -> Tensor:
+    """`task_linear` with the deltas `B_t A_t`; samples of no task are NaN."""
+    return task_linear(x, _with_dense_deltas(x, lora))
+
+
+def task_lora_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    lora: TaskLoraCall,
+    wanted: Sequence[bool],
+    wanted_a: Sequence[int],
+    wanted_b: Sequence[int],
+) -> list[Tensor]:
+    """The gradients of x, weight, `A[k]` for k in `wanted_a`, `B[k]` in `wanted_b`, scaling, bias: the wanted ones.
+
+    With dW_eff[t] as in `task_conv2d_backward`: dA_t = s_t B_t^T dW_eff[t], dB_t = s_t dW_eff[t] A_t^T, ds_t =
+    <dW_eff[t], B_t A_t>. Plain differentiable torch: the second derivative is that of this function.
+    """
+    weight, deltas, batch, bias = lora
+    call, num_tasks, n = _with_dense_deltas(x, lora), batch.num_tasks, batch.order.shape[0]
+    pairs, scaling = deltas.by_task(num_tasks), deltas.scaling
+    promoted = torch.promote_types(call.weights.like.dtype, torch.promote_types(x.dtype, torch.float32))
+    given, inputs, grads = x, _samples(widen(x), n), _samples(widen(grad_out), n)
+    grad_x = torch.full_like(inputs, torch.nan)
+    zero = torch.zeros(lora.shape, dtype=promoted, device=x.device)
+    grad_eff: dict[int, Tensor] = {}
+    grad_bias = [zero.new_zeros(zero.shape[0])] * num_tasks
+    for t, rows in batch.segments():
+        part, own = grads[rows], inputs[rows]
+        grad_x = grad_x.index_copy(0, rows, part @ effective_weight(call.weights, t, inputs.dtype, num_tasks))
+        grad_eff[t] = (part.flatten(0, 1).mT @ own.flatten(0, 1)).to(promoted)
+        grad_bias[t] = part.to(promoted).sum((0, 1))
+
+    def gradient(which: int, task: int, like: Tensor) -> Tensor:
+        if task not in grad_eff or _is_closed(scaling, task):
+            return torch.zeros_like(like, memory_format=torch.contiguous_format)
+        a, b = (w.to(promoted) for w in pairs[task])
+        grad = b.mT @ grad_eff[task] if which == 0 else grad_eff[task] @ a.mT
+        return (grad if scaling is None else scaling[task].to(promoted) * grad).to(like.dtype)
+
+    out = []
+    if wanted[0]:
+        out.append(grad_x.to(given.dtype).reshape(given.shape))
+    if wanted[1] and weight is not None:
+        out.append(sum(grad_eff.values(), zero).to(weight.dtype))
+    for which, held, positions in ((0, deltas.A, wanted_a), (1, deltas.B, wanted_b)):
+        for k in positions:
+            if deltas.stacked:
+                out.append(torch.stack([gradient(which, t, held[k][t]) for t in range(num_tasks)]))
+            else:
+                out.append(gradient(which, deltas.tasks[k], held[k]))
+    if wanted[2] and scaling is not None:
+        # also where it is closed; a task without samples has none
+        terms = [zero.sum()] * num_tasks
+        for t in [t for t in grad_eff if pairs[t] is not None]:
+            a, b = (w.to(promoted) for w in pairs[t])
+            terms[t] = (grad_eff[t] * (b @ a)).sum()
+        out.append(torch.stack(terms).to(scaling.dtype))
+    if wanted[3] and bias is not None:
+        total = torch.stack(grad_bias)
+        out.append((total if bias.dim() == 2 else total.sum(0)).to(bias.dtype))
+    return out
+
+
 def _rows_of_tasks(table: Tensor, task_ids: Tensor, dims: int) -> Tensor:
     """`table[task_ids]`, NaN for ids out of range, broadcast over what follows the channels."""
     num_tasks = table.shape[0]
@@ -228,3 +313,159 @@ def task_scale_shift_backward(
     if wanted[2]:
         out.append(by_task(g).to(shift.dtype))
     return out
+
+
+def rows_of_tasks(tensors: Sequence[Tensor], num_tasks: int, dtype: torch.dtype) -> Tensor | None:
+    """`[T, C]` of one tensor `[C]` for all tasks, of one `[T, C]`, or of T tensors `[C]`; None of no tensor."""
+    if not tensors:
+        return None
+    if len(tensors) == 1:
+        (only,) = tensors
+        return (only if only.dim() == 2 else only.expand(num_tasks, -1)).to(dtype)
+    return torch.stack(list(tensors)).to(dtype)
+
+
+def _along_channels(values: Tensor, dims: int) -> Tensor:
+    """`[C]`, broadcast over samples and over what follows the channels."""
+    return values.reshape(1, -1, *[1] * (dims - 2))
+
+
+def _channel_sums(x: Tensor) -> Tensor:
+    return x.sum([d for d in range(x.dim()) if d != 1])
+
+
+def _statistics(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel; NaN where a channel has a single value, 0 where it has none."""
+    count = samples.shape[0] * math.prod(samples.shape[2:])
+    if count < 2:
+        nothing = samples.new_full((samples.shape[1],), torch.nan if count else 0.0)
+        return nothing, nothing
+    mean = _channel_sums(samples) / count
+    return mean, _channel_sums((samples - _along_channels(mean, samples.dim())).square()) / count
+
+
+def task_batch_norm(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    var: Sequence[Tensor],
+    batch: SortedBatch,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each task's samples normalised by their own statistics, or by given ones, times weight plus bias.
+
+    Returns the result, and the means and biased variances `[T, C]` that it was made with, in float32 at least. Those of
+    the batch are 0 for tasks without samples, and NaN for a task with a single value per channel. Samples of no task
+    are NaN.
+    """
+    promoted = torch.promote_types(x.dtype, torch.float32)
+    num_tasks, dims = batch.num_tasks, x.dim()
+    w, b, given_mean, given_var = (rows_of_tasks(p, num_tasks, promoted) for p in (weight, bias, mean, var))
+    nothing = torch.zeros(x.shape[1], dtype=promoted, device=x.device)
+    means, variances = [nothing] * num_tasks, [nothing] * num_tasks
+    if given_mean is not None and given_var is not None:
+        means, variances = list(given_mean), list(given_var)
+    y = torch.full(x.shape, torch.nan, dtype=promoted, device=x.device)
+    for t, rows in batch.segments():
+        samples = x[rows].to(promoted)
+        if given_mean is None:
+            means[t], variances[t] = _statistics(samples)
+        scale = torch.rsqrt(variances[t] + eps)
+        normal = (samples - _along_channels(means[t], dims)) * _along_channels(scale, dims)
+        if w is not None:
+            normal = normal * _along_channels(w[t], dims)
+        if b is not None:
+            normal = normal + _along_channels(b[t], dims)
+        y = y.index_copy(0, rows, normal)
+    return torch.empty_like(x).copy_(y), torch.stack(means), torch.stack(variances)
+
+
+def task_batch_norm_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Sequence[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    batch: SortedBatch,
+    of_batch: bool,
+    eps: float,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of x, and of weight and bias as `[T, C]` in float32 at least; of these the wanted ones.
+
+    `of_batch`: mean and variance are those of the batch. They are computed again here, so that the derivative of this
+    function with respect to x is whole.
+    """
+    promoted = torch.promote_types(x.dtype, torch.float32)
+    num_tasks, dims = batch.num_tasks, x.dim()
+    w = rows_of_tasks(weight, num_tasks, promoted)
+    grad_x = torch.full(x.shape, torch.nan, dtype=promoted, device=x.device)
+    nothing = torch.zeros(x.shape[1], dtype=promoted, device=x.device)
+    grad_weight, grad_bias = [nothing] * num_tasks, [nothing] * num_tasks
+    for t, rows in batch.segments():
+        samples, g = x[rows].to(promoted), grad_out[rows].to(promoted)
+        count = samples.shape[0] * math.prod(samples.shape[2:])
+        m, v = _statistics(samples) if of_batch else (mean[t].to(promoted), var[t].to(promoted))
+        scale = _along_channels(torch.rsqrt(v + eps), dims)
+        normal = (samples - _along_channels(m, dims)) * scale
+        grad_weight[t], grad_bias[t] = _channel_sums(g * normal), _channel_sums(g)
+        inner = g
+        if of_batch and count > 0:
+            # what mean and variance hand on
+            along_mean, along_normal = (_along_channels(s / count, dims) for s in (grad_bias[t], grad_weight[t]))
+            inner = g - along_mean - normal * along_normal
+        inner = inner * scale
+        grad_x = grad_x.index_copy(0, rows, inner if w is None else inner * _along_channels(w[t], dims))
+    out = []
+    if wanted[0]:
+        out.append(torch.empty_like(x).copy_(grad_x))
+    if wanted[1]:
+        out.append(torch.stack(grad_weight))
+    if wanted[2]:
+        out.append(torch.stack(grad_bias))
+    return out
+
+
+def task_batch_norm_update(
+    mean: Tensor,
+    var: Tensor,
+    offsets: Tensor,
+    values: int,
+    momentum: float | None,
+    running_mean: Sequence[Tensor],
+    running_var: Sequence[Tensor],
+    num_batches_tracked: Sequence[Tensor],
+) -> None:
+    """Moves the running statistics of each task with two values per channel or more towards those of this batch.
+
+    `values`: of a channel in one sample. The variance is made unbiased. `momentum=None`: the average of all batches, of
+    which `num_batches_tracked` has the number. Nothing waits for the device.
+    """
+    num_tasks = mean.shape[0]
+    count = offsets.diff() * values
+    seen = count > 1
+    tracked = None
+    if num_batches_tracked:
+        tracked = num_batches_tracked[0] if num_batches_tracked[0].dim() else torch.stack(list(num_batches_tracked))
+        tracked = tracked + seen
+        _write_rows(num_batches_tracked, tracked)
+    if momentum is None:
+        assert tracked is not None
+        share = (1.0 / tracked.clamp(min=1).to(mean.dtype))[:, None]
+    else:
+        share = torch.full((num_tasks, 1), momentum, dtype=mean.dtype, device=mean.device)
+    unbiased = var * (count.to(var.dtype) / (count - 1).clamp(min=1))[:, None]
+    for held, found in ((running_mean, mean), (running_var, unbiased)):
+        before = rows_of_tasks(held, num_tasks, mean.dtype)
+        assert before is not None
+        _write_rows(held, torch.where(seen[:, None], (1 - share) * before + share * found, before))
+
+
+def _write_rows(held: Sequence[Tensor], rows: Tensor) -> None:
+    """Row t into the tensor of task t, or all rows into the one tensor that holds them."""
+    if len(held) == 1 and held[0].dim() == rows.dim():
+        held[0].copy_(rows)
+        return
+    for one, row in zip(held, rows, strict=True):
+        one.copy_(row)

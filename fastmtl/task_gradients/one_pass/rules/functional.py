@@ -65,7 +65,9 @@ def _task_plan(call: TorchCall) -> Axes:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(SPATIAL, _spatial),
     **dict.fromkeys(BATCH_FIRST, _batch_first),
-    **dict.fromkeys(("task_conv2d.default", "task_linear.default", "task_scale_shift.default"), _batch_first),
+    **dict.fromkeys(
+        ("task_conv2d.default", "task_linear.default", "task_lora.default", "task_scale_shift.default"), _batch_first
+    ),
     **dict.fromkeys(
         (
             "conv1d",

@@ -1,0 +1,45 @@
+// The innermost kernels of batch norm, once per vector level. They see plain pointers: a run is `length` <= kBlock
+// elements of one channel side by side; rows are pixels, of which `columns` <= kNormColumns channels lie side by side.
+#pragma once
+
+#include <cstdint>
+
+namespace fastmtl::cpu {
+
+constexpr int64_t kNormColumns = 256;
+
+// S: float, or double for f64; tables of channels are of S
+
+// the mean of a run, and the sum of the squares of what differs from it
+using RunMoments = void (*)(const void* x, int64_t length, double* mean, double* square);
+// y = (x - mean) * scale + shift
+using RunAffine = void (*)(const void* x, int64_t length, double mean, double scale, double shift, void* y);
+// adds the sums of g and of g * (x - mean)
+using RunProducts = void (*)(const void* g, const void* x, int64_t length, double mean, double* sum, double* product);
+// out = g * of_g + (x - mean) * of_x + constant
+using RunGradient = void (*)(const void* g, const void* x, int64_t length, double mean, double of_g, double of_x,
+                             double constant, void* out);
+
+// the same of `count` rows, whose channels begin `from` elements behind each pointer; sums are of these rows alone
+using RowsMoments = void (*)(const void* const* rows, int count, int64_t from, int64_t columns, double* mean,
+                             double* square);
+using RowsAffine = void (*)(const void* const* rows, int count, int64_t from, int64_t columns, const void* mean,
+                            const void* scale, const void* shift, void* const* y);
+using RowsProducts = void (*)(const void* const* g, const void* const* rows, int count, int64_t from, int64_t columns,
+                              const void* mean, double* sum, double* product);
+using RowsGradient = void (*)(const void* const* g, const void* const* rows, int count, int64_t from, int64_t columns,
+                              const void* mean, const void* of_g, const void* of_x, const void* constant,
+                              void* const* out);
+
+struct Norms {  // by DType of x
+  RunMoments run_moments[4];
+  RunAffine run_affine[4];
+  RunProducts run_products[4];
+  RunGradient run_gradient[4];
+  RowsMoments rows_moments[4];
+  RowsAffine rows_affine[4];
+  RowsProducts rows_products[4];
+  RowsGradient rows_gradient[4];
+};
+
+}  // namespace fastmtl::cpu

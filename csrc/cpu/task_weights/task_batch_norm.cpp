@@ -1,0 +1,431 @@
+// Batch norm of a batch that mixes tasks: each task's samples, wherever they lie, by their own statistics. Two passes
+// over x forward and two over x and the gradient backward; nothing is gathered. Which sums are made together depends on
+// the sizes alone, so the bits of a result do not depend on the number of threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "cpu/simd/kernels.h"
+
+namespace fastmtl::cpu {
+namespace {
+
+// elements of one task's channels that a thread takes from each sample at a time, where channels are runs of pixels
+constexpr int64_t kRunElements = 4096;
+constexpr int64_t kMaxChannels = 64;
+// rows of pixels with partial sums of their own, where channels lie side by side
+constexpr int64_t kMinRows = 32, kMaxRows = 256;
+constexpr int64_t kRowElements = 8192;
+
+template <class F>
+void over(int64_t count, const F& run) {
+  if (count > 0) torch::stable::parallel_for(0, count, 1, run);
+}
+
+// the batch sorted by task
+struct Batch {
+  const int64_t* order;
+  const int64_t* offsets;
+  int64_t num_tasks, num_samples;
+  int64_t count(int64_t task) const { return offsets[task + 1] - offsets[task]; }
+};
+
+Batch batch_of(const Tensor& order, const Tensor& offsets, int64_t num_samples) {
+  using torch::headeronly::ScalarType;
+  for (const Tensor* x : {&order, &offsets})
+    STD_TORCH_CHECK(x->dim() == 1 && x->is_contiguous() && x->scalar_type() == ScalarType::Long,
+                    "fastmtl: expected contiguous int64 positions");
+  const Batch batch{static_cast<const int64_t*>(order.const_data_ptr()),
+                    static_cast<const int64_t*>(offsets.const_data_ptr()), offsets.numel() - 1, num_samples};
+  int64_t before = 0;
+  for (int64_t t = 0; t <= batch.num_tasks; ++t) {
+    STD_TORCH_CHECK(batch.offsets[t] >= before && batch.offsets[t] <= order.numel(),
+                    "fastmtl: offsets that do not cut ", order.numel(), " samples by task");
+    before = batch.offsets[t];
+  }
+  for (int64_t i = 0; i < order.numel(); ++i)
+    STD_TORCH_CHECK(batch.order[i] >= 0 && batch.order[i] < num_samples, "fastmtl: sample ", batch.order[i], " of ",
+                    num_samples);
+  return batch;
+}
+
+// x as [N, C, P] or, `rows`, [N, P, C]
+struct Pictures {
+  int64_t samples, channels, pixels;
+  bool rows;
+  DType dtype;
+  int64_t bytes;  // of an element
+  int64_t of_sample() const { return channels * pixels * bytes; }
+};
+
+Pictures pictures_of(const Tensor& x, bool rows) {
+  const DType dtype = dtype_of(x);
+  int64_t pixels = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) pixels *= x.size(d);
+  return {x.size(0), x.size(1), pixels, rows, dtype, size_of(dtype)};
+}
+
+// a [T, C] table of S, or null
+template <class S>
+S* table_of(const Tensor& x, const Batch& batch, const Pictures& p) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == batch.num_tasks && x.size(1) == p.channels && x.is_contiguous() &&
+                      dtype_of(x) == wide(p.dtype),
+                  "fastmtl: expected a contiguous [", batch.num_tasks, ", ", p.channels, "] table");
+  return static_cast<S*>(const_cast<void*>(x.const_data_ptr()));
+}
+template <class S>
+const S* table_of(const std::optional<Tensor>& x, const Batch& batch, const Pictures& p) {
+  return x.has_value() ? table_of<S>(*x, batch, p) : nullptr;
+}
+
+// two sums of each channel in double: mean and squared deviations of `count` values, or plain sums
+struct Sums {
+  double first = 0, second = 0;
+  // of mean and deviations; Chan, Golub and LeVeque 1983
+  void join(int64_t count, double mean, double square, int64_t more) {
+    const double total = static_cast<double>(count + more), d = mean - first;
+    first += d * static_cast<double>(more) / total;
+    second += square + d * d * static_cast<double>(count) * static_cast<double>(more) / total;
+  }
+  void add(double a, double b) {
+    first += a;
+    second += b;
+  }
+};
+
+// --- channels that are runs of pixels: a thread takes some channels of a task through all its samples
+
+// run(task, first channel, end): channels of each task in blocks that do not depend on the threads
+template <class F>
+void for_each_block(const Batch& batch, const Pictures& p, const F& run) {
+  const int64_t size = std::clamp<int64_t>(kRunElements / std::max<int64_t>(p.pixels, 1), 1, kMaxChannels);
+  const int64_t blocks = (p.channels + size - 1) / size;
+  // all tasks of a block of channels side by side: tasks differ in size, threads should not
+  over(blocks * batch.num_tasks, [&](int64_t first, int64_t end) {
+    for (int64_t k = first; k < end; ++k) {
+      const int64_t t = k % batch.num_tasks, c = k / batch.num_tasks * size;
+      if (batch.count(t) > 0) run(t, c, std::min(c + size, p.channels));
+    }
+  });
+}
+
+// visit(channel, offset in bytes, elements, values of this channel before it)
+template <class F>
+void for_each_run(const Batch& batch, const Pictures& p, int64_t task, int64_t first, int64_t end, const F& visit) {
+  for (int64_t i = 0; i < batch.count(task); ++i) {
+    const int64_t sample = batch.order[batch.offsets[task] + i];
+    for (int64_t c = first; c < end; ++c)
+      for (int64_t at = 0; at < p.pixels; at += kBlock)
+        visit(c, sample * p.of_sample() + (c * p.pixels + at) * p.bytes, std::min(kBlock, p.pixels - at),
+              i * p.pixels + at);
+  }
+}
+
+// --- channels side by side: chunks of rows of one task, with partial sums
+
+struct Chunk {
+  int64_t task, first, count;  // rows of the task: its samples' pixels in order
+};
+
+std::vector<Chunk> chunks_of(const Batch& batch, const Pictures& p) {
+  const int64_t columns = std::clamp<int64_t>(p.channels, 1, kNormColumns);
+  const int64_t most = std::clamp(kRowElements / columns, kMinRows, kMaxRows);
+  std::vector<Chunk> chunks;
+  for (int64_t t = 0; t < batch.num_tasks; ++t) {
+    const int64_t rows = batch.count(t) * p.pixels;
+    for (int64_t first = 0; first < rows; first += most) chunks.push_back({t, first, std::min(most, rows - first)});
+  }
+  return chunks;
+}
+
+// where the rows of a chunk lie
+template <class P>
+void find_rows(const Batch& batch, const Pictures& p, const Chunk& chunk, P* data, P** rows) {
+  const int64_t* samples = batch.order + batch.offsets[chunk.task];
+  for (int64_t r = 0; r < chunk.count; ++r) {
+    const int64_t row = chunk.first + r;
+    rows[r] = data + samples[row / p.pixels] * p.of_sample() + row % p.pixels * p.channels * p.bytes;
+  }
+}
+
+// run(first channel, columns)
+template <class F>
+void for_each_column_block(const Pictures& p, const F& run) {
+  for (int64_t c = 0; c < p.channels; c += kNormColumns) run(c, std::min(kNormColumns, p.channels - c));
+}
+
+// sums of each (task, channel) from those of chunks, in order; gather(sums, values before, chunk, first, second)
+template <class F>
+std::vector<Sums> join_chunks(const std::vector<Chunk>& chunks, const std::vector<double>& partial, const Batch& batch,
+                              const Pictures& p, const F& gather) {
+  std::vector<Sums> sums(static_cast<size_t>(batch.num_tasks * p.channels));
+  over((p.channels + kNormColumns - 1) / kNormColumns, [&](int64_t first, int64_t end) {
+    for (size_t k = 0; k < chunks.size(); ++k)
+      for (int64_t c = first * kNormColumns; c < std::min(end * kNormColumns, p.channels); ++c) {
+        const double* part = partial.data() + 2 * static_cast<int64_t>(k) * p.channels;
+        gather(sums[static_cast<size_t>(chunks[k].task * p.channels + c)], chunks[k], part[c], part[p.channels + c]);
+      }
+  });
+  return sums;
+}
+
+// --- forward
+
+template <class S>
+void forward(const Tensor& x_, const Pictures& p, const Batch& batch, const S* weight, const S* bias, bool of_batch,
+             double eps, S* mean, S* var, const Tensor& y_) {
+  const Norms& kernel = kernels().norms;
+  const int dtype = static_cast<int>(p.dtype);
+  const char* x = static_cast<const char*>(x_.const_data_ptr());
+  char* y = static_cast<char*>(y_.mutable_data_ptr());
+  auto keep = [&](int64_t task, int64_t c, const Sums& sums) {
+    const double count = static_cast<double>(batch.count(task) * p.pixels);
+    mean[task * p.channels + c] = static_cast<S>(sums.first);
+    var[task * p.channels + c] = static_cast<S>(sums.second / count);
+  };
+  auto scale_of = [&](int64_t at) {
+    return (weight ? static_cast<double>(weight[at]) : 1.0) / std::sqrt(static_cast<double>(var[at]) + eps);
+  };
+  if (!p.rows) {
+    for_each_block(batch, p, [&](int64_t task, int64_t first, int64_t end) {
+      double scale[kMaxChannels];
+      if (of_batch) {
+        Sums sums[kMaxChannels];
+        for_each_run(batch, p, task, first, end, [&](int64_t c, int64_t at, int64_t length, int64_t before) {
+          double m, s;
+          kernel.run_moments[dtype](x + at, length, &m, &s);
+          sums[c - first].join(before, m, s, length);
+        });
+        for (int64_t c = first; c < end; ++c) keep(task, c, sums[c - first]);
+      }
+      for (int64_t c = first; c < end; ++c) scale[c - first] = scale_of(task * p.channels + c);
+      for_each_run(batch, p, task, first, end, [&](int64_t c, int64_t at, int64_t length, int64_t) {
+        const int64_t entry = task * p.channels + c;
+        kernel.run_affine[dtype](x + at, length, static_cast<double>(mean[entry]), scale[c - first],
+                                 bias ? static_cast<double>(bias[entry]) : 0.0, y + at);
+      });
+    });
+    return;
+  }
+  const std::vector<Chunk> chunks = chunks_of(batch, p);
+  const int64_t num_chunks = static_cast<int64_t>(chunks.size());
+  if (of_batch) {
+    std::vector<double> partial(static_cast<size_t>(2 * num_chunks * p.channels));
+    over(num_chunks, [&](int64_t begin, int64_t end) {
+      const char* rows[kMaxRows];
+      for (int64_t k = begin; k < end; ++k) {
+        const Chunk& chunk = chunks[static_cast<size_t>(k)];
+        find_rows(batch, p, chunk, x, rows);
+        double* part = partial.data() + 2 * k * p.channels;
+        for_each_column_block(p, [&](int64_t c, int64_t columns) {
+          kernel.rows_moments[dtype](reinterpret_cast<const void* const*>(rows), static_cast<int>(chunk.count), c,
+                                     columns, part + c, part + p.channels + c);
+        });
+      }
+    });
+    const std::vector<Sums> sums = join_chunks(
+        chunks, partial, batch, p,
+        [](Sums& sum, const Chunk& chunk, double m, double s) { sum.join(chunk.first, m, s, chunk.count); });
+    for (int64_t t = 0; t < batch.num_tasks; ++t)
+      for (int64_t c = 0; c < p.channels && batch.count(t) > 0; ++c)
+        keep(t, c, sums[static_cast<size_t>(t * p.channels + c)]);
+  }
+  const int64_t entries = batch.num_tasks * p.channels;
+  std::vector<S> scale(static_cast<size_t>(entries)), shift(static_cast<size_t>(entries), S(0));
+  for (int64_t k = 0; k < entries; ++k) {
+    scale[static_cast<size_t>(k)] = static_cast<S>(scale_of(k));
+    if (bias) shift[static_cast<size_t>(k)] = bias[k];
+  }
+  over(num_chunks, [&](int64_t begin, int64_t end) {
+    const char* rows[kMaxRows];
+    char* to[kMaxRows];
+    for (int64_t k = begin; k < end; ++k) {
+      const Chunk& chunk = chunks[static_cast<size_t>(k)];
+      find_rows(batch, p, chunk, x, rows);
+      find_rows(batch, p, chunk, y, to);
+      for_each_column_block(p, [&](int64_t c, int64_t columns) {
+        const int64_t entry = chunk.task * p.channels + c;
+        kernel.rows_affine[dtype](reinterpret_cast<const void* const*>(rows), static_cast<int>(chunk.count), c, columns,
+                                  mean + entry, scale.data() + entry, shift.data() + entry,
+                                  reinterpret_cast<void* const*>(to));
+      });
+    }
+  });
+}
+
+// --- backward
+
+// dx = g * of_g + (x - mean) * of_x + constant
+struct Gradient {
+  double of_g, of_x, constant;
+};
+
+template <class S>
+struct BackwardTables {
+  const S* weight;
+  const S* mean;
+  const S* var;
+  S* grad_weight;
+  S* grad_bias;
+  double eps;
+  bool of_batch;
+  // from the sums of g and of g (x - mean): what dx is made of, and the gradients of weight and bias
+  Gradient finish(int64_t entry, const Sums& sums, int64_t count) const {
+    const double scale = 1.0 / std::sqrt(static_cast<double>(var[entry]) + eps);
+    const double of_g = weight ? scale * static_cast<double>(weight[entry]) : scale;
+    grad_weight[entry] = static_cast<S>(sums.second * scale);
+    grad_bias[entry] = static_cast<S>(sums.first);
+    const double n = static_cast<double>(count);
+    return {of_g, -of_g * scale * scale * sums.second / n, -of_g * sums.first / n};
+  }
+  double scale_of(int64_t entry) const {
+    const double scale = 1.0 / std::sqrt(static_cast<double>(var[entry]) + eps);
+    return weight ? scale * static_cast<double>(weight[entry]) : scale;
+  }
+};
+
+template <class S>
+void backward(const Tensor& g_, const Tensor& x_, const Pictures& p, const Batch& batch,
+              const BackwardTables<S>& tables, bool sums_wanted, const std::optional<Tensor>& grad_x) {
+  const Norms& kernel = kernels().norms;
+  const int dtype = static_cast<int>(p.dtype);
+  const char* x = static_cast<const char*>(x_.const_data_ptr());
+  const char* g = static_cast<const char*>(g_.const_data_ptr());
+  char* out = grad_x.has_value() ? static_cast<char*>(grad_x->mutable_data_ptr()) : nullptr;
+  const bool sums_needed = sums_wanted || (tables.of_batch && out);
+  if (!p.rows) {
+    for_each_block(batch, p, [&](int64_t task, int64_t first, int64_t end) {
+      const int64_t count = batch.count(task) * p.pixels;
+      Sums sums[kMaxChannels];
+      if (sums_needed)
+        for_each_run(batch, p, task, first, end, [&](int64_t c, int64_t at, int64_t length, int64_t) {
+          Sums& sum = sums[c - first];
+          kernel.run_products[dtype](g + at, x + at, length, static_cast<double>(tables.mean[task * p.channels + c]),
+                                     &sum.first, &sum.second);
+        });
+      Gradient of[kMaxChannels];
+      for (int64_t c = first; c < end; ++c) {
+        const int64_t entry = task * p.channels + c;
+        of[c - first] = sums_needed ? tables.finish(entry, sums[c - first], count) : Gradient{};
+        if (!tables.of_batch) of[c - first] = {tables.scale_of(entry), 0, 0};
+      }
+      if (!out) return;
+      for_each_run(batch, p, task, first, end, [&](int64_t c, int64_t at, int64_t length, int64_t) {
+        const Gradient& d = of[c - first];
+        // given statistics do not depend on x, which is not read: it may not be finite
+        if (!tables.of_batch) kernel.run_affine[dtype](g + at, length, 0.0, d.of_g, 0.0, out + at);
+        else
+          kernel.run_gradient[dtype](g + at, x + at, length, static_cast<double>(tables.mean[task * p.channels + c]),
+                                     d.of_g, d.of_x, d.constant, out + at);
+      });
+    });
+    return;
+  }
+  const std::vector<Chunk> chunks = chunks_of(batch, p);
+  const int64_t num_chunks = static_cast<int64_t>(chunks.size()), entries = batch.num_tasks * p.channels;
+  const size_t size = static_cast<size_t>(entries);
+  std::vector<S> of_g(size), of_x(size, S(0)), constant(size, S(0)), zero(size, S(0));
+  if (sums_needed) {
+    std::vector<double> partial(static_cast<size_t>(2 * num_chunks * p.channels));
+    over(num_chunks, [&](int64_t begin, int64_t end) {
+      const char *rows[kMaxRows], *grads[kMaxRows];
+      for (int64_t k = begin; k < end; ++k) {
+        const Chunk& chunk = chunks[static_cast<size_t>(k)];
+        find_rows(batch, p, chunk, x, rows);
+        find_rows(batch, p, chunk, g, grads);
+        double* part = partial.data() + 2 * k * p.channels;
+        for_each_column_block(p, [&](int64_t c, int64_t columns) {
+          kernel.rows_products[dtype](reinterpret_cast<const void* const*>(grads),
+                                      reinterpret_cast<const void* const*>(rows), static_cast<int>(chunk.count), c,
+                                      columns, tables.mean + chunk.task * p.channels + c, part + c,
+                                      part + p.channels + c);
+        });
+      }
+    });
+    const std::vector<Sums> sums =
+        join_chunks(chunks, partial, batch, p, [](Sums& sum, const Chunk&, double a, double b) { sum.add(a, b); });
+    for (int64_t t = 0; t < batch.num_tasks; ++t)
+      for (int64_t c = 0; c < p.channels && batch.count(t) > 0; ++c) {
+        const size_t entry = static_cast<size_t>(t * p.channels + c);
+        const Gradient d = tables.finish(static_cast<int64_t>(entry), sums[entry], batch.count(t) * p.pixels);
+        of_g[entry] = static_cast<S>(d.of_g);
+        of_x[entry] = static_cast<S>(d.of_x);
+        constant[entry] = static_cast<S>(d.constant);
+      }
+  }
+  if (!out) return;
+  if (!tables.of_batch)
+    for (size_t entry = 0; entry < size; ++entry)
+      of_g[entry] = static_cast<S>(tables.scale_of(static_cast<int64_t>(entry)));
+  over(num_chunks, [&](int64_t begin, int64_t end) {
+    const char *rows[kMaxRows], *grads[kMaxRows];
+    char* to[kMaxRows];
+    for (int64_t k = begin; k < end; ++k) {
+      const Chunk& chunk = chunks[static_cast<size_t>(k)];
+      find_rows(batch, p, chunk, g, grads);
+      find_rows(batch, p, chunk, out, to);
+      if (tables.of_batch) find_rows(batch, p, chunk, x, rows);
+      for_each_column_block(p, [&](int64_t c, int64_t columns) {
+        const int64_t entry = chunk.task * p.channels + c;
+        const auto* from = reinterpret_cast<const void* const*>(grads);
+        auto* target = reinterpret_cast<void* const*>(to);
+        if (!tables.of_batch)
+          kernel.rows_affine[dtype](from, static_cast<int>(chunk.count), c, columns, zero.data() + entry,
+                                    of_g.data() + entry, zero.data() + entry, target);
+        else
+          kernel.rows_gradient[dtype](from, reinterpret_cast<const void* const*>(rows), static_cast<int>(chunk.count),
+                                      c, columns, tables.mean + entry, of_g.data() + entry, of_x.data() + entry,
+                                      constant.data() + entry, target);
+      });
+    }
+  });
+}
+
+// --- the ops
+
+// mean and var hold given statistics, or are written; entries of tasks without samples stay as they are
+void batch_norm(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                const Tensor& order, const Tensor& offsets, bool rows, bool of_batch, double eps, const Tensor& mean,
+                const Tensor& var, const Tensor& y) {
+  const Pictures p = pictures_of(x, rows);
+  const Batch batch = batch_of(order, offsets, p.samples);
+  auto run = [&]<class S>(S) {
+    forward<S>(x, p, batch, table_of<S>(weight, batch, p), table_of<S>(bias, batch, p), of_batch, eps,
+               table_of<S>(mean, batch, p), table_of<S>(var, batch, p), y);
+  };
+  if (p.dtype == DType::f64) run(0.0);
+  else run(0.0f);
+}
+
+void batch_norm_backward(const Tensor& grad_out, const Tensor& x, const std::optional<Tensor>& weight,
+                         const Tensor& mean, const Tensor& var, const Tensor& order, const Tensor& offsets, bool rows,
+                         bool of_batch, double eps, bool sums_wanted, const std::optional<Tensor>& grad_x,
+                         const Tensor& grad_weight, const Tensor& grad_bias) {
+  const Pictures p = pictures_of(x, rows);
+  const Batch batch = batch_of(order, offsets, p.samples);
+  STD_TORCH_CHECK(dtype_of(grad_out) == p.dtype, "fastmtl: expected a gradient in the dtype of x");
+  auto run = [&]<class S>(S) {
+    const BackwardTables<S> tables{table_of<S>(weight, batch, p),
+                                   table_of<S>(mean, batch, p),
+                                   table_of<S>(var, batch, p),
+                                   table_of<S>(grad_weight, batch, p),
+                                   table_of<S>(grad_bias, batch, p),
+                                   eps,
+                                   of_batch};
+    backward<S>(grad_out, x, p, batch, tables, sums_wanted, grad_x);
+  };
+  if (p.dtype == DType::f64) run(0.0);
+  else run(0.0f);
+}
+
+}  // namespace
+}  // namespace fastmtl::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
+  m.impl("_task_batch_norm", TORCH_BOX(&fastmtl::cpu::batch_norm));
+  m.impl("_task_batch_norm_backward", TORCH_BOX(&fastmtl::cpu::batch_norm_backward));
+}

@@ -1,0 +1,104 @@
+"""`task_batch_norm` on the CPU, in C++: two passes over x forward, two over x and the gradient backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl.core.schemas import define_kernel
+from fastmtl.core.task_weights import SortedBatch
+from fastmtl.ops.task_weights.reference import rows_of_tasks
+
+_kernel = define_kernel(
+    "_task_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor order, Tensor offsets, bool rows, bool of_batch, "
+    "float eps, Tensor(a!) mean, Tensor(b!) var, Tensor(c!) y) -> ()"
+)
+_backward_kernel = define_kernel(
+    "_task_batch_norm_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor order, "
+    "Tensor offsets, bool rows, bool of_batch, float eps, bool sums_wanted, Tensor(a!)? grad_x, "
+    "Tensor(b!) grad_weight, Tensor(c!) grad_bias) -> ()"
+)
+
+
+def _has_rows(x: Tensor) -> bool | None:
+    """Whether the channels of a pixel lie side by side, as in channels_last; False: its pixels do; None: neither."""
+    if x.movedim(1, -1).is_contiguous():
+        return True
+    return False if x.is_contiguous() else None
+
+
+def _laid_out(x: Tensor, rows: bool) -> Tensor:
+    """x, copied where it lies in another order."""
+    if _has_rows(x) == rows:
+        return x
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if rows else x.contiguous()
+
+
+def _table(params: Sequence[Tensor], num_tasks: int, dtype: torch.dtype) -> Tensor | None:
+    table = rows_of_tasks(params, num_tasks, dtype)
+    return None if table is None else table.detach().contiguous()
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    var: Sequence[Tensor],
+    batch: SortedBatch,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`task_batch_norm`; see the reference."""
+    x = x.detach()
+    promoted = torch.promote_types(x.dtype, torch.float32)
+    w, b, means, variances = (_table(p, batch.num_tasks, promoted) for p in (weight, bias, mean, var))
+    of_batch = means is None or variances is None
+    if means is None or variances is None:
+        means, variances = (torch.zeros(batch.num_tasks, x.shape[1], dtype=promoted) for _ in "mv")
+    else:
+        # what the op returns lies in memory of its own
+        means, variances = means.clone(), variances.clone()
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y, means, variances
+    rows = bool(_has_rows(x))
+    source = _laid_out(x, rows)
+    target = y if _has_rows(y) == rows else torch.empty_like(source)
+    _kernel(source, w, b, *_sorted(batch), rows, of_batch, eps, means, variances, target)
+    return (y if target is y else y.copy_(target)), means, variances
+
+
+def _sorted(batch: SortedBatch) -> tuple[Tensor, Tensor]:
+    return batch.order.contiguous(), batch.offsets.contiguous()
+
+
+def batch_norm_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Sequence[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    batch: SortedBatch,
+    of_batch: bool,
+    eps: float,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """`task_batch_norm_backward`; see the reference."""
+    x, grad_out = x.detach(), grad_out.detach()
+    grad_x = torch.empty_like(x) if wanted[0] else None
+    tables = [torch.zeros(mean.shape, dtype=mean.dtype) for _ in "wb"]
+    if x.numel():
+        rows = bool(_has_rows(x))
+        source = _laid_out(x, rows)
+        target = grad_x
+        if grad_x is not None and _has_rows(grad_x) != rows:
+            target = torch.empty_like(source)
+        _backward_kernel(
+            _laid_out(grad_out, rows), source, _table(weight, batch.num_tasks, mean.dtype), mean.contiguous(),
+            var.contiguous(), *_sorted(batch), rows, of_batch, eps, wanted[1] or wanted[2], target, *tables,
+        )  # fmt: skip
+        if grad_x is not None and target is not None and target is not grad_x:
+            grad_x.copy_(target)
+    return [y for y, want in zip((grad_x, *tables), wanted, strict=True) if y is not None and want]
