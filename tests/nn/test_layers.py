@@ -433,6 +433,24 @@ def test_surgery_leaves_the_tasks_tensors_alone(name: str) -> None:
         torch.testing.assert_close(g, layer.get_parameter(key).grad)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "heads" not in name])
+def test_one_pass_gives_each_tasks_gradient_of_what_is_shared(name: str) -> None:
+    case, layer, x = made(name)
+    shared = [p for p in layer.parameters() if not is_per_task(p)]
+    if not shared:
+        pytest.skip("each task has all of its own")
+
+    def losses() -> Tensor:
+        return call(case, layer, x, IDS).flatten(1).square().sum(1)
+
+    with fastmtl.one_pass(layer, IDS, 3) as bank:
+        losses().sum().backward()
+    for t in range(3):
+        expected = torch.autograd.grad(losses()[t == IDS].sum(), shared, allow_unused=True)
+        for row, g, p in zip(bank.row(t), expected, shared, strict=True):
+            torch.testing.assert_close(row, torch.zeros_like(p) if g is None else g)
+
+
 # --- compiled
 
 COMPILED = [
