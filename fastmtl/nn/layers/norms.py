@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastmtl.core.task_weights import TaskPlan
 from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
-from fastmtl.nn.layers.scale_shift import scale_shift_of_last
 from fastmtl.nn.layers.linear import must_run
+from fastmtl.nn.layers.scale_shift import scale_shift_of_last
 from fastmtl.nn.layers.weights import check_plain
 from fastmtl.nn.module import TaskModule, as_parameter
 
