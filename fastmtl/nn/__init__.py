@@ -2,6 +2,7 @@
 
 from fastmtl.nn.containers import TaskBuffers, TaskParameters
 from fastmtl.nn.context import checkpoint_contexts, tasks
+from fastmtl.nn.layers.batch_norm import TaskBatchNorm2d
 from fastmtl.nn.layers.conv import TaskConv2d
 from fastmtl.nn.layers.conv1d import TaskConv1D
 from fastmtl.nn.layers.gate import TapsGate
@@ -12,6 +13,7 @@ from fastmtl.nn.module import TaskModule
 
 __all__ = [
     "TapsGate",
+    "TaskBatchNorm2d",
     "TaskBuffers",
     "TaskConv1D",
     "TaskConv2d",

@@ -18,6 +18,8 @@ from fastmtl.task_gradients.one_pass.autograd.rows import STACKED
 from fastmtl.task_gradients.one_pass.layers.broadcast import copied, lift
 from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Unproven, Weight
 from fastmtl.task_gradients.one_pass.layers.registry import run_layer
+from fastmtl.task_gradients.one_pass.layers.task_norm import NAME as TASK_NORM
+from fastmtl.task_gradients.one_pass.layers.task_norm import run_task_norm
 from fastmtl.task_gradients.one_pass.overrides import without_override
 from fastmtl.task_gradients.one_pass.rules.registry import axes_of_result, is_known
 from fastmtl.task_gradients.one_pass.sample_axis import (
@@ -355,7 +357,7 @@ class Tracker(TorchFunctionMode):
                 self._open.discard(func)
             return out, [self.axis_of(x) for x in nested(out)]
         training = name == "batch_norm" and call.argument(5, "training", False)
-        out = self.run(func, args, kwargs)
+        out = run_task_norm(self, call) if name == TASK_NORM else self.run(func, args, kwargs)
         if training and any(x.requires_grad for x in nested(out)):
             self.meet_shared_statistics()
         if training:

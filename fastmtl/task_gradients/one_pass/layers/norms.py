@@ -36,7 +36,7 @@ def _same_dtype(x: Tensor, *weights: Weight) -> bool:
     return all(w.value is None or w.value.dtype == x.dtype for w in weights)
 
 
-def _affine_after(
+def affine_after(
     tracker: LayerTracker, y: Tensor, axis: PerSample, w: Tensor | None, b: Tensor | None, channels: bool = False
 ) -> Followed:
     """`y * w + b` by broadcasting, for norms that are not taken apart in one piece; w, b along dimension 1 or last."""
@@ -61,7 +61,7 @@ def _layer_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
     x = _in_float32(x)
     weight, bias = weight_of(tracker, w), weight_of(tracker, b)
     if not _same_dtype(x, weight, bias):
-        return _affine_after(tracker, F.layer_norm(x, shape, None, None, eps), axis, w, b)
+        return affine_after(tracker, F.layer_norm(x, shape, None, None, eps), axis, w, b)
     ids, _, _ = plan_of(x, axis)
     y = LayerNormByTask.apply(
         x, weight.value, bias.value, ids, axis.axis, shape, eps, weight.form, bias.form, axis.task_ids.num_rows,
@@ -77,7 +77,7 @@ def _rms_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
     shape = [shape] if isinstance(shape, int) else list(shape)
     if axis.axis >= x.dim() - len(shape):
         raise Unproven("a norm over the axis of the samples")
-    return _affine_after(tracker, torch.rms_norm(x, shape, None, eps), axis, w, None)
+    return affine_after(tracker, torch.rms_norm(x, shape, None, eps), axis, w, None)
 
 
 def _group_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
@@ -87,7 +87,7 @@ def _group_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
     x = _in_float32(x)
     weight, bias = weight_of(tracker, w), weight_of(tracker, b)
     if not _same_dtype(x, weight, bias):
-        return _affine_after(tracker, F.group_norm(x, groups, None, None, eps), axis, w, b, channels=True)
+        return affine_after(tracker, F.group_norm(x, groups, None, None, eps), axis, w, b, channels=True)
     ids, _, _ = axis.task_ids.plan(axis.outer, axis.inner)
     y = GroupNormByTask.apply(
         x, weight.value, bias.value, ids, groups, eps, weight.form, bias.form, axis.task_ids.num_rows,
@@ -103,7 +103,7 @@ def _instance_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
             ((5, "use_input_stats", True), (6, "momentum", 0.1), (7, "eps", 1e-5))]  # fmt: skip
     axis = first_sample_axis(tracker, x)
     y = F.instance_norm(x, mean, var, None, None, *rest)
-    return _affine_after(tracker, y, axis, w, b, channels=True)
+    return affine_after(tracker, y, axis, w, b, channels=True)
 
 
 def _batch_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
@@ -118,7 +118,7 @@ def _batch_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
     weight, bias = weight_of(tracker, w), weight_of(tracker, b)
     if not _same_dtype(x, weight, bias):
         y = F.batch_norm(x, mean, var, None, None, training, momentum, eps)
-        return _affine_after(tracker, y, axis, w, b, channels=True)
+        return affine_after(tracker, y, axis, w, b, channels=True)
     ids, _, _ = axis.task_ids.plan(axis.outer, axis.inner)
     y = BatchNormByTask.apply(
         x, weight.value, bias.value, ids, (mean, var), training, momentum, eps, weight.form, bias.form,

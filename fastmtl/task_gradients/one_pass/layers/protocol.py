@@ -61,6 +61,8 @@ class LayerTracker(Protocol):
     """What a layer may ask of the tracker. Inside `with tracker:` every torch call comes back to it."""
 
     task_ids: TaskIds
+    # whether it was accepted that statistics are taken over samples of several tasks
+    partition: bool
 
     def axis_of(self, x: Tensor) -> SampleAxis:
         """What is known of a tensor."""

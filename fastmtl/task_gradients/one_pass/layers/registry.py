@@ -10,6 +10,7 @@ from fastmtl.task_gradients.one_pass.layers import (
     linear,
     norms,
     task_layer,
+    task_norm,
 )
 from fastmtl.task_gradients.one_pass.layers.broadcast import BROADCASTS, broadcast
 from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Layer, LayerTracker, Unproven
@@ -24,6 +25,7 @@ LAYERS: dict[str, Layer] = {
     **activations.LAYERS,
     **attention.LAYERS,
     **task_layer.LAYERS,
+    **task_norm.LAYERS,
 }
 
 

@@ -62,6 +62,12 @@ def _task_plan(call: TorchCall) -> Axes:
     return CONSTANT
 
 
+def _task_batch_norm(call: TorchCall) -> Axes:
+    """Statistics are those of samples of one task (`layers/task_norm.py` sees to it), and hand no gradient on."""
+    axis = first_axis(call)
+    return [axis, CONSTANT, CONSTANT]
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(SPATIAL, _spatial),
     **dict.fromkeys(BATCH_FIRST, _batch_first),
@@ -82,5 +88,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), _layer_norm),
     **dict.fromkeys(("lstm", "gru", "rnn"), _recurrent),
     "batch_norm": _batch_norm,
+    "task_batch_norm.default": _task_batch_norm,
     "task_plan.default": _task_plan,
 }
