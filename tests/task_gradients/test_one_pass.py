@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -12,6 +13,10 @@ from cases_one_pass import IDS, MODELS, N, T, assert_rows, cross_entropy, expect
 from torch import Tensor, nn
 
 import fastmtl
+from fastmtl.task_gradients.one_pass.layers import task_norm
+from fastmtl.task_gradients.one_pass.sample_axis import PerSample
+from fastmtl.task_gradients.one_pass.task_ids import TaskIds
+from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 
 ORDER = torch.tensor([[0, 1, 2], [2, 1, 0], [1, 0, 2]])
 pcgrad = fastmtl.methods.PCGrad(order=ORDER)
@@ -343,6 +348,99 @@ def test_task_layers(per_task_bias: bool, memory: str) -> None:
     bank.apply(pcgrad)
     for g, h in zip(_grads(model), want, strict=True):
         torch.testing.assert_close(g, h)
+
+
+class SharedAffine(nn.Module):
+    """Statistics by task, and a scale and a shift that all tasks share."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, dtype=dtype))
+        self.bias = nn.Parameter(torch.randn(4, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = fastmtl.ops.task_plan(IDS, T)
+        return fastmtl.ops.task_batch_norm(x, plan, self.weight, self.bias, training=True)
+
+
+def _normed(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 2), norm, nn.Flatten(), nn.Linear(16, 5)
+    ).double()
+
+
+@pytest.mark.parametrize("memory", ["bank", "stream"])
+@pytest.mark.parametrize("kind", ["training", "eval", "shared"])
+def test_batch_norm_by_task(kind: str, memory: str) -> None:
+    """Statistics by task keep tasks apart; weights and biases of tasks stay out of the bank, shared ones are in it."""
+    torch.manual_seed(0)
+    norm = SharedAffine() if kind == "shared" else fastmtl.nn.TaskBatchNorm2d(4, T)
+    model = _normed(norm)
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.copy_(torch.randn_like(p))
+    x = torch.randn(N, 3, 5, 5, dtype=torch.float64)
+    model.train(kind != "eval")
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    with fastmtl.nn.tasks(IDS):
+        losses = cross_entropy(model(x))
+    after = {name: b.clone() for name, b in model.named_buffers()}
+    want = _by_backward(model, [losses[of(t)].sum() for t in range(T)])
+    model.zero_grad()
+    for name, b in model.named_buffers():
+        b.copy_(before[name])
+    with fastmtl.nn.tasks(IDS), fastmtl.one_pass(model, IDS, T, memory=memory) as bank:
+        cross_entropy(model(x)).sum().backward()
+    assert len(bank.params) == (8 if kind == "shared" else 6)
+    assert all(torch.equal(b, after[name]) for name, b in model.named_buffers())
+    bank.apply(pcgrad)
+    for g, h in zip(_grads(model), want, strict=True):
+        torch.testing.assert_close(g, h)
+
+
+def test_batch_norm_by_other_tasks_is_refused() -> None:
+    torch.manual_seed(0)
+    model = _normed(fastmtl.nn.TaskBatchNorm2d(4, T))
+    x = torch.randn(N, 3, 5, 5, dtype=torch.float64)
+
+    def step(ids: Tensor, **options: Any) -> fastmtl.OnePassBank:
+        with fastmtl.nn.tasks(ids), fastmtl.one_pass(model, IDS, T, **options) as bank:
+            cross_entropy(model(x)).sum().backward()
+        return bank
+
+    mixed = IDS.roll(1)
+    with pytest.raises(ValueError, match=r"(?s)batch norm in training mode.*TaskBatchNorm2d"):
+        step(mixed)
+    step(mixed, mixing="partition")
+    # the names of the tasks may be others, as long as no statistics are of two
+    step((IDS + 1) % T)
+    # given statistics are of no sample
+    model.eval()
+    step(mixed)
+
+
+def test_where_nobody_may_wait_statistics_of_several_tasks_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the guard of a batch norm by task, without its check on the host."""
+    ids = TaskIds(IDS, T, ("ids",))
+    x = torch.randn(N, 2, 3, dtype=torch.float64)
+
+    def run(plan_ids: Tensor, partition: bool) -> tuple[Tensor, Tensor, Tensor]:
+        tracker = types.SimpleNamespace(
+            partition=partition, axis_of=lambda _: PerSample(0, ids), run=lambda func, args, kwargs: func(*args)
+        )
+        plan = fastmtl.ops.task_plan(plan_ids, T)
+        args = [x, [], [], [], [], plan.order, plan.offsets, 1e-5]
+        call = TorchCall(task_norm.NAME, torch.ops.fastmtl.task_batch_norm.default, args, {}, tracker.axis_of)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            return task_norm.run_task_norm(tracker, call)
+
+    for out in run(IDS, False):
+        assert out.isfinite().all()
+    for out in run(IDS.roll(1), False):
+        assert out.isnan().all()
+    for out in run(IDS.roll(1), True):
+        assert out.isfinite().all()
 
 
 def test_partition_accepts_batch_statistics() -> None:
