@@ -130,14 +130,14 @@ def check(case: Case, given: bool) -> None:
 
 CASES = [
     Case((9, 5)),
-    Case((20, 35), num_tasks=4, ids="absent"),
+    Case((12, 20), num_tasks=4, ids="absent"),
     Case((7, 3), layout="transposed"),
     Case((5, 5, 3, 7), form="stacked"),
     Case((5, 5, 3, 7), layout="channels_last"),
     Case((4, 19, 5, 3), layout="channels_last", form="stacked", num_tasks=2),
     Case((6, 4, 6, 6), ids="random", form="shared"),
     Case((6, 4, 3, 3), ids="absent", form="none", num_tasks=4, layout="channels_last"),
-    Case((2, 2, 23, 17), num_tasks=1),
+    Case((2, 2, 11, 13), num_tasks=1),
     Case((4, 3, 3, 3), layout="sliced", num_tasks=2),
     Case((4, 3, 0)),
     *(
@@ -190,7 +190,7 @@ def test_a_single_value_is_nan(shape: tuple[int, ...], launches: str) -> None:
 
 @pytest.mark.parametrize("given", [False, True], ids=["of batch", "given"])
 def test_only_what_is_wanted(given: bool, launches: str) -> None:
-    made = Case((7, 3, 4, 5), layout="channels_last").make()
+    made = Case((4, 3, 2, 2), layout="channels_last", num_tasks=2).make()
     (_, mean, var), everything = made.run(kernels, given)
     for wanted in itertools.product((False, True), repeat=3):
         args = (made.grad_out, made.x, made.weight, mean, var, made.batch, not given, EPS, list(wanted))
@@ -223,7 +223,7 @@ def test_non_finite_values_stay_in_their_task(launches: str) -> None:
 def test_counts_past_32_bits_are_those_of_32_bits(launches: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The 64-bit variant of each kernel, on tensors that do not need it."""
     for layout in ("contiguous", "channels_last"):
-        made = Case((6, 5, 3, 4), layout=layout).make()
+        made = Case((4, 3, 2, 2), layout=layout, num_tasks=2).make()
         narrow = made.run(kernels, given=False)
         with monkeypatch.context() as patch:
             patch.setattr(kernels._Shape, "int64_offsets", True)
