@@ -26,9 +26,18 @@ from fastmtl.nn import (
     TaskMultiheadAttention,
     TaskScaleShift,
     context,
+    convert,
+    extract,
+    insert,
+    layer_report,
+    merge,
+    param_groups,
+    sparsity_loss,
+    task_vectors,
     tasks,
 )
 from fastmtl.nn.layers.gate import scaled_by_gate
+from fastmtl.nn.module import TaskComposite, task_layers
 from fastmtl.parameters import is_per_task
 
 ALL = pytest.mark.parametrize("name", CASES)
@@ -236,7 +245,7 @@ def test_begins_as_the_plain_layer(name: str) -> None:
     case = CASES[name]
     plain = case.plain().double().eval()
     layer, x = case.from_plain(copy.deepcopy(plain)), case.x()
-    assert isinstance(layer, TaskModule) and not layer.training and layer.tasks == tuple(NAMES)
+    assert isinstance(layer, (TaskModule, TaskComposite)) and not layer.training and layer.tasks == tuple(NAMES)
     y, expected = call(case, layer, x, IDS), case.call(plain, x)
     torch.testing.assert_close(y, expected)
     if getattr(getattr(layer, "q_proj", layer), "shared", "heads" not in name):
@@ -433,12 +442,15 @@ def test_surgery_leaves_the_tasks_tensors_alone(name: str) -> None:
         torch.testing.assert_close(g, layer.get_parameter(key).grad)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "heads" not in name])
+# each task has all of its own in the others
+SHARED = [n for n in CASES if not any(word in n for word in ("separate", "norm", "scale", "heads", "depth", "no_bias"))]
+
+
+@pytest.mark.parametrize("name", SHARED)
 def test_one_pass_gives_each_tasks_gradient_of_what_is_shared(name: str) -> None:
     case, layer, x = made(name)
     shared = [p for p in layer.parameters() if not is_per_task(p)]
-    if not shared:
-        pytest.skip("each task has all of its own")
+    assert shared
 
     def losses() -> Tensor:
         return call(case, layer, x, IDS).flatten(1).square().sum(1)
@@ -642,7 +654,7 @@ def test_attention_has_the_results_of_the_plain_one(batch_first: bool, training:
     padding[1, 2:] = padding[4, :1] = True
     hidden = (torch.rand(10, 4, 3) > 0.6).index_fill(2, torch.tensor([1]), False)
     given = {
-        "key_padding_mask": {"bool": padding, "float": padding * -3.0},
+        "key_padding_mask": {"bool": padding, "float": padding.double() * -3.0},
         "attn_mask": {2: torch.randn(4, 3).double(), 3: hidden, "bool": hidden[0]},
     }
     options = {key: given[key][value] if key in given else value for key, value in masks.items()}
@@ -698,6 +710,35 @@ def test_nested_tensors_are_refused() -> None:
             model(torch.randn(5, 4, 8), src_key_padding_mask=padding)
         model.use_nested_tensor = False
         assert model(torch.randn(5, 4, 8), src_key_padding_mask=padding).shape == (5, 4, 8)
+
+
+def test_whatever_walks_a_model_finds_the_layers_inside_an_attention() -> None:
+    """Gates, differences and parts of its projections count, each once; it is one plain layer when merged."""
+    plain = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = convert(copy.deepcopy(plain), NAMES, "taps", nn.MultiheadAttention)
+    attention = model.self_attn
+    assert isinstance(attention, TaskMultiheadAttention)
+    assert [path for path, _ in task_layers(model)] == [f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")]
+    assert sparsity_loss(model, "photo").item() == pytest.approx(0.15)
+    gates = param_groups(model)[-1]
+    assert gates["name"] == "gates" and len(gates["params"]) == 4 * 3
+    filled(model, None)
+    assert set(task_vectors(model)["sketch"]) == {f"self_attn.{n}_proj.weight" for n in ("q", "k", "v", "out")}
+    report = layer_report(model)
+    assert report.changed["photo"] == (False,) * 4 and report.changed["sketch"] == (True,) * 4
+    assert sum(report.added["sketch"]) == 4 * 64 and report.base == sum(p.numel() for p in plain.parameters())
+    other = convert(copy.deepcopy(plain), NAMES, "taps", nn.MultiheadAttention)
+    other.load_state_dict({key: x for key, x in model.state_dict().items() if "delta" not in key}, strict=False)
+    insert(other, "guest", extract(model, "sketch"))
+    x = torch.randn(5, 4, 8)
+    with tasks("sketch"):
+        expected = model.eval()(x)
+    with tasks("guest"):
+        torch.testing.assert_close(other.eval()(x), expected)
+    merged = merge(model, "sketch")
+    assert isinstance(merged.self_attn, nn.MultiheadAttention)
+    torch.testing.assert_close(merged(x), expected)
+    merged.load_state_dict(plain.state_dict())
 
 
 def test_attention_reset_as_the_plain_layer() -> None:
