@@ -50,4 +50,4 @@ class AlignedMTL(GramMethod):
         return [float(SCALES.index(self.scale)), float(REDUCTIONS.index(self.reduction))]
 
     def __repr__(self) -> str:
-        return f"AlignedMTL({self.scale!r}, {self.reduction!r})"
+        return f"AlignedMTL({self.scale!r}, {self.reduction!r}{self._told})"

@@ -208,6 +208,7 @@ class TaskNumbers:
                 raise ValueError(f"{argument}: expected T numbers, got shape {list(self._made.shape)}")
             limit = math.inf if most is None else most
             wrong = not all(0 <= x <= limit and x < math.inf for x in found) or (positive and not any(found))
+        self._shown = repr(self._by_name if isinstance(values, Mapping) else found)  # later it may lie on a device
         if wrong:
             upper = "" if most is None else f" to {most:g}"
             some = ", not all of them 0" if positive else ""
@@ -249,7 +250,7 @@ class TaskNumbers:
         return dict(self._by_name) if self.by_name else self._made
 
     def __repr__(self) -> str:
-        return repr(self._by_name if self.by_name else self._made.tolist())
+        return self._shown
 
 
 def check_task_names(given: Sequence[str] | Mapping[str, Any], argument: str, names: Sequence[str]) -> None:

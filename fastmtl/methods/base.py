@@ -160,6 +160,8 @@ class Method:
             The `[T, T]` Gram matrix of the rows, or of what the method keeps in their place (running averages); and the
             weights `[T]` float64 with which their sum is the update, or None if the update is no such sum.
         """
+        if "gradients" in self.needs:
+            raise self._lacks("update(rows, out, seen)")
         raise TypeError(f"method {type(self).__name__}: has no update of its own, but weights")
 
     def __call__(self, grads: Grads) -> Tensor | list[Tensor | None]:
@@ -203,7 +205,7 @@ class Method:
 
     def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
         """`[T, T]` float64 with zeros for absent tasks -> `[T]` float64; absent entries are overwritten."""
-        raise NotImplementedError
+        raise self._lacks("_weights(gram, present)")
 
     def _read(self, gram: Tensor, present: Tensor | None) -> Tensor:
         """`gram` in float64 with zeros for absent tasks, checked."""
@@ -240,6 +242,9 @@ class Method:
                     f"seen: method {name}: expected {NEEDS[need]} as {list(shape)} on {gram.device}, got "
                     f"{list(x.shape)} on {x.device}"
                 )
+
+    def _lacks(self, what: str) -> NotImplementedError:
+        return NotImplementedError(f"method {type(self).__name__}: has no {what}, which a subclass implements")
 
     def _needs_more(self) -> TypeError:
         name = type(self).__name__
@@ -278,7 +283,7 @@ def check_inner_state(method: Weighting, state: Mapping[str, Any], who: str) -> 
     check_mapping(state, f"state: {who}: method")
     if state:
         got = ", ".join(map(str, state))
-        raise ValueError(f"state: {who}: expected none of {method!r}, a callable, which keeps none, got {got}")
+        raise ValueError(f"state: {who}: expected none of {name_of(method)}, a callable, which keeps none, got {got}")
 
 
 def needs_of(method: Weighting) -> frozenset[str]:
@@ -337,7 +342,9 @@ def group_weights_of(method: Weighting, grams: Tensor, seen: Sequence[Seen]) -> 
     w = method.weigh_groups(grams, seen)
     if not isinstance(w, Tensor) or w.shape != grams.shape[:2] or w.device != grams.device:
         got = f"{list(w.shape)} on {w.device}" if isinstance(w, Tensor) else type(w).__name__
-        raise ValueError(f"method {method!r}: expected weights {list(grams.shape[:2])} on {grams.device}, got {got}")
+        raise ValueError(
+            f"method {name_of(method)}: expected weights {list(grams.shape[:2])} on {grams.device}, got {got}"
+        )
     return w.to(torch.float64)
 
 
@@ -352,8 +359,13 @@ def _on_device(present: Sequence[bool], device: torch.device) -> Tensor | None:
     return mask
 
 
+def name_of(method: Weighting) -> str:
+    """What errors call a method: a function by its name."""
+    return repr(method) if isinstance(method, Method) else getattr(method, "__qualname__", repr(method))
+
+
 def _check_weights(method: Weighting, weights: Tensor, count: int, device: torch.device) -> None:
-    who = f"method {method!r}"
+    who = f"method {name_of(method)}"
     if not isinstance(weights, Tensor):
         raise TypeError(f"{who}: expected a tensor of {count} weights, got {type(weights).__name__}")
     if not weights.is_floating_point():

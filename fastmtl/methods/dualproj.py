@@ -43,4 +43,4 @@ class DualProj(GramMethod):
         return [self.reg_eps]
 
     def __repr__(self) -> str:
-        return f"DualProj(reg_eps={self.reg_eps!r})"
+        return f"DualProj(reg_eps={self.reg_eps!r}{self._told})"

@@ -34,8 +34,8 @@ class Every(Method):
             steps by then are used no more.
 
     Raises:
-        TypeError: `method` is none; `k` is no integer; a method that has no weights, since it makes its update of the
-            gradients themselves.
+        TypeError: `method` is none, or an `Every`; `k` is no integer; a method that has no weights, since it makes its
+            update of the gradients themselves.
         ValueError: `k` below 1.
         RuntimeError: (when called, with k > 1) in a CUDA graph's capture: which passes run is decided on the host.
 
@@ -53,6 +53,11 @@ class Every(Method):
 
     def __init__(self, method: str | Weighting, k: int) -> None:
         method = get(method)
+        if isinstance(method, Every):
+            raise TypeError(
+                f"method: expected one that gives new weights whenever it is asked, got {method!r}: write one Every, "
+                "with the product of both k"
+            )
         self.method, self.needs, self.k = method, needs_of(method), k  # type: ignore[misc]
         if "gradients" in self.needs:
             raise TypeError(

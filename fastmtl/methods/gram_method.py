@@ -46,6 +46,11 @@ class GramMethod(Method):
         """Whether it goes without names of tasks, which are others in each group."""
         return self._preferences is None or not self._preferences.by_name
 
+    @property
+    def _told(self) -> str:
+        """The preferences, as `repr` adds them."""
+        return "" if self._preferences is None else f", preferences={self._preferences!r}"
+
     def weights(self, gram: Tensor, *, present: Tensor | None = None) -> Tensor:
         return self._solved(gram, present, None)
 

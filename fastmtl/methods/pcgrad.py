@@ -128,7 +128,7 @@ class PCGrad(Method):
         )
 
     def __repr__(self) -> str:
-        return f"PCGrad({self.reduction!r})"
+        return f"PCGrad({self.reduction!r}{', include_self=True' if self.include_self else ''})"
 
 
 # how this class has its weights; one derived from it may have its own

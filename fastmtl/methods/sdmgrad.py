@@ -91,4 +91,6 @@ class SDMGrad(FusedMethod):
         return w
 
     def __repr__(self) -> str:
-        return f"SDMGrad(lr={self.lr!r}, momentum={self.momentum!r}, steps={self.steps!r}, lambda_={self.lambda_!r})"
+        told = "" if self._preferences is None else f", preferences={self._preferences!r}"
+        numbers = f"lr={self.lr!r}, momentum={self.momentum!r}, steps={self.steps!r}, lambda_={self.lambda_!r}"
+        return f"SDMGrad({numbers}{told})"

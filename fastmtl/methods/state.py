@@ -229,7 +229,7 @@ class StatefulMethod(Method):
     def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
         """`[T, T]` float64 with zeros for absent tasks -> `[T]` float64; absent entries are overwritten. `present` is
         `seen.mask`."""
-        raise NotImplementedError
+        raise self._lacks("_weigh(gram, seen, present)")
 
     def state_dict(self) -> dict[str, Any]:
         """The names of the tasks that were ever seen, and tensors with an entry for each; empty before the first step.

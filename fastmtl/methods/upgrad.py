@@ -43,4 +43,4 @@ class UPGrad(GramMethod):
         return [self.reg_eps]
 
     def __repr__(self) -> str:
-        return f"UPGrad(reg_eps={self.reg_eps!r})"
+        return f"UPGrad(reg_eps={self.reg_eps!r}{self._told})"

@@ -77,17 +77,26 @@ def read_groups(
     elif isinstance(groups, Sequence):
         given = {str(i): part for i, part in enumerate(groups)}
     else:
-        raise TypeError(f"groups: expected 'layer', 'tensor' or groups of parameters, got {type(groups).__name__}")
+        raise TypeError(
+            "groups: expected 'layer', 'tensor' or groups of parameters (a list of modules or of lists, or a dict of "
+            f"them), got {type(groups).__name__}"
+        )
     if not given:
         raise ValueError("groups: expected at least one group, got none")
     members: dict[Tensor, int] = {}
     called = [f"groups[{name!r}]" if isinstance(groups, Mapping) else f"groups[{i}]" for i, name in enumerate(given)]
     for i, part in enumerate(given.values()):
-        for p, shown in rename(read_params(part, called[i])).items():
+        # a layer without parameters is in no group, and none: `groups=list(model.trunk)` has activations too
+        bare = isinstance(part, nn.Module)
+        for p, shown in rename(read_params(part, called[i], allow_empty=bare)).items():
             shown = named.get(p, shown)
             outside = not p.requires_grad or (params is not None and p not in named)
             if not isinstance(p, nn.Parameter) and outside:  # one that is frozen, or left out, may be in its module
                 raise ValueError(f"{shown}: expected a parameter, got another tensor of shape {list(p.shape)}")
             if members.setdefault(p, i) != i:
                 raise ValueError(f"groups: {describe(p, shown)} is in {called[members[p]]} and in {called[i]}")
-    return Groups(list(given), members, True)
+    if not members:
+        raise ValueError("groups: expected groups of parameters, got modules without any")
+    filled = sorted(set(members.values()))
+    names = list(given)
+    return Groups([names[i] for i in filled], {p: filled.index(i) for p, i in members.items()}, True)

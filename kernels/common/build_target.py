@@ -57,8 +57,9 @@ def as_target(
             signature[param.name] = f"*{_TYPE_NAMES[value.dtype]}"
             divisible = value.data_ptr() % 16 == 0
         else:
-            signature[param.name] = param.annotation_type or ("i32" if -(2**31) <= value < 2**31 else "i64")
-            divisible = value % 16 == 0
+            number = "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
+            signature[param.name] = param.annotation_type or number
+            divisible = isinstance(value, int) and value % 16 == 0
         if divisible and not param.do_not_specialize:
             attrs[(position,)] = [["tt.divisibility", 16]]
     return BuildTarget(

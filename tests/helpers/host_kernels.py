@@ -179,6 +179,8 @@ def _loaded(how: Build) -> ctypes.CDLL:
         found.host_error.restype = ctypes.c_char_p
     if HOST / "ptx" / "ptx.cpp" in how.more_sources:
         found.ptx_entered.restype = found.ptx_launch.restype = ctypes.c_char_p
+    if HOST / "races.cpp" in how.more_sources:
+        found.races_sites.restype = ctypes.c_char_p
     return found
 
 
@@ -658,6 +660,12 @@ def faulty(fault: int, schedule: int = FORWARD) -> float:
 def ptx_entered() -> list[str]:
     """The kernels of PTX that ran since the last call, by their mangled names."""
     return library().ptx_entered().decode().split()
+
+
+def races_sites() -> set[tuple[str, int]]:
+    """The barriers, fences and atomics that ran since the last call, by the name of their file and their line."""
+    sites = (line.rpartition(":") for line in library().races_sites().decode().splitlines())
+    return {(Path(file).name, int(number)) for file, _, number in sites}
 
 
 def run_ptx(text: str, arguments: Sequence[Tensor], folder: Path, num_threads: int = 32) -> None:

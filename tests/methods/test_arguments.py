@@ -186,6 +186,13 @@ def test_methods_can_be_copied(name: str):
     assert repr(copy.deepcopy(method)) == repr(method) == repr(pickle.loads(pickle.dumps(method)))
 
 
+@pytest.mark.parametrize("kind", ["UPGrad", "DualProj", "ConFIG", "AlignedMTL", "SDMGrad"])
+@pytest.mark.parametrize("preferences", [[1.0, 2.0], {"a": 1.0}])
+def test_preferences_are_told(kind: str, preferences: Any):
+    assert repr(preferences) in repr(getattr(methods, kind)(preferences=preferences))
+    assert "preferences" not in repr(getattr(methods, kind)())
+
+
 @pytest.mark.parametrize("make_one", [methods.UPGrad, methods.DualProj])
 def test_preferences_in_the_place_of_a_number(make_one: Callable[..., Method]):
     with pytest.raises(TypeError, match="reg_eps: expected a number, got list; preferences go by name, preferences="):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fastmtl
 from fastmtl import methods, ops
 from fastmtl.analysis import first_order_affinity
+from fastmtl.methods.state import StatefulMethod
 
 
 def net() -> nn.ModuleDict:
@@ -68,6 +69,41 @@ def test_no_warning_where_nothing_is_forgotten(method: Any) -> None:
 def test_an_average_of_reused_weights() -> None:
     with pytest.raises(TypeError, match=r"write Every\(CRMOGM\(...\), k\)"):
         methods.CRMOGM(methods.Every(methods.MGDA(), 4))
+
+
+def test_reused_weights_of_reused_weights() -> None:
+    with pytest.raises(TypeError, match=r"got Every\(MGDA\(\), 4\): write one Every, with the product of both k"):
+        methods.Every(methods.Every(methods.MGDA(), 4), 2)
+
+
+def test_a_method_of_ones_own_that_lacks_its_half() -> None:
+    class Plain(methods.Method):
+        pass
+
+    class WithState(StatefulMethod):
+        pass
+
+    class Whole(methods.Method):
+        needs = frozenset({"gradients"})
+
+    model = net()
+    for kind, text in (
+        (Plain, r"method Plain: has no _weights\(gram, present\), which a subclass implements"),
+        (WithState, r"method WithState: has no _weigh\(gram, seen, present\), which a subclass implements"),
+        (Whole, r"method Whole: has no update\(rows, out, seen\), which a subclass implements"),
+    ):
+        with pytest.raises(NotImplementedError, match=text):
+            fastmtl.backward(losses(model), model, method=kind())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_function_is_called_by_its_name() -> None:
+    def halves(gram: Tensor) -> list[float]:
+        return [0.5] * len(gram)
+
+    model = net()
+    with pytest.raises(TypeError, match=r"^method test_a_function.*halves: expected a tensor of 3 weights, got list$"):
+        fastmtl.backward(losses(model), model, method=halves)  # type: ignore[arg-type]
 
 
 def test_options_that_are_no_numbers() -> None:

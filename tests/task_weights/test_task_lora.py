@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastmtl.ops import task_linear, task_lora, task_plan
 from fastmtl.ops.task_weights import precision
+from fastmtl.ops.task_weights.cpu import low_rank
 
 
 def row_by_row(case: LoraCase, made: MadeLora) -> Tensor:
@@ -392,6 +393,23 @@ def test_permuted_batch(case: LoraCase, backend: Backend) -> None:
     found = table.gradients(y, moved)
     found["x"] = found["x"][order.argsort()]
     table.assert_gradients(case, made, found, want)
+
+
+@pytest.mark.parametrize("part_bytes", [1, 2000, 1 << 30], ids=["single", "some", "whole"])
+@pytest.mark.parametrize("full_speed_rows", [0, 4, 10**9])
+@pytest.mark.parametrize("case", [c for c in FEW_LORA_CASES if c.dtype != F64], ids=str)
+def test_every_way_to_walk(
+    case: LoraCase, full_speed_rows: int, part_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU takes rows where they lie or copies them together, W part by part or at once; small cases see one way."""
+    monkeypatch.setattr(low_rank, "FULL_SPEED_ROWS", full_speed_rows)
+    monkeypatch.setattr(low_rank, "PART_BYTES", part_bytes)
+    for options in ({}, {"x_layout": "sliced", "ids": "runs"}, {"ids": "turns", "grad_layout": "expanded_batch"}):
+        varied = case.but(**options)
+        made, want = varied.make().leaves(), table.expected(varied)
+        y = varied.run(made)
+        table.assert_result(varied, y, want)
+        table.assert_gradients(varied, made, table.gradients(y, made), want)
 
 
 # --- what autograd holds

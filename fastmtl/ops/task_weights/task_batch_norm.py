@@ -206,7 +206,7 @@ def _triton(x, weight, bias, mean, var, batch, eps) -> tuple[Tensor, Tensor, Ten
     return triton_kernels("task_weights.task_batch_norm").batch_norm(x, weight, bias, mean, var, batch, eps)
 
 
-_FORWARD = {"cpu": batch_norm_cpu.batch_norm, "reference": reference.task_batch_norm}
+_FORWARD = {"cpu": batch_norm_cpu.batch_norm, "triton": _triton, "reference": reference.task_batch_norm}
 
 
 def _task_batch_norm(
@@ -236,7 +236,11 @@ def _triton_backward(grad_out, x, weight, mean, var, batch, of_batch, eps, wante
     )
 
 
-_BACKWARD = {"cpu": batch_norm_cpu.batch_norm_backward, "reference": reference.task_batch_norm_backward}
+_BACKWARD = {
+    "cpu": batch_norm_cpu.batch_norm_backward,
+    "triton": _triton_backward,
+    "reference": reference.task_batch_norm_backward,
+}
 
 
 def _task_batch_norm_backward(
@@ -340,9 +344,19 @@ task_batch_norm_backward_op = define_op(
 # --- running statistics
 
 
+def _triton_update(*args: Any) -> None:
+    triton_kernels("task_weights.task_batch_norm").batch_norm_update(*args)
+
+
+_UPDATE = {
+    "cpu": reference.task_batch_norm_update,
+    "triton": _triton_update,
+    "reference": reference.task_batch_norm_update,
+}
+
+
 def _update(mean, var, offsets, values, momentum, running_mean, running_var, num_batches_tracked) -> None:
-    implementations = {"cpu": reference.task_batch_norm_update, "reference": reference.task_batch_norm_update}
-    run = choose("task_batch_norm_update", mean.device.type, implementations)
+    run = choose("task_batch_norm_update", mean.device.type, _UPDATE, triton_declines(mean))
     run(mean, var, offsets, values, momentum, running_mean, running_var, num_batches_tracked)
 
 

@@ -16,11 +16,12 @@ from fastmtl.task_gradients.one_pass.layers.protocol import (
     Weight,
     first_sample_axis,
     follow_one,
+    from_parameters,
     plan_of,
     sample_axis,
     weight_of,
 )
-from fastmtl.task_gradients.one_pass.sample_axis import PerSample, SampleAxis
+from fastmtl.task_gradients.one_pass.sample_axis import CONSTANT, PerSample, SampleAxis
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 
 
@@ -127,10 +128,29 @@ def _batch_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
     return y, axis
 
 
+def _task_batch_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
+    """A scale or a shift that all tasks share, behind statistics by task."""
+    x, w, b, mean, var, order, offsets, eps = call.args
+    axis = first_sample_axis(tracker, x)
+    shared = [bool(p) and from_parameters(tracker, p[0]) for p in (w, b)]
+    if any(len(p) > 1 or p[0].dim() > 1 for p, here in zip((w, b), shared, strict=True) if here):
+        raise Unproven("what belongs to single tasks is in the bank")
+    if shared == [True, False] and b:
+        raise Unproven("a shift that is not in the bank, behind a scale that is")
+    kept = [[] if here else p for p, here in zip((w, b), shared, strict=True)]
+    y, *statistics = call.func(x, *kept, mean, var, order, offsets, eps)
+    if not mean:
+        y = tracker.meet_task_statistics(y, axis, order, offsets)
+    w, b = (p[0] if here else None for p, here in zip((w, b), shared, strict=True))
+    y, known = _affine_after(tracker, y, axis, w, b, channels=True)
+    return (y, *statistics), [known, CONSTANT, CONSTANT]
+
+
 LAYERS: dict[str, Layer] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
     "instance_norm": _instance_norm,
     "batch_norm": _batch_norm,
+    "task_batch_norm.default": _task_batch_norm,
 }

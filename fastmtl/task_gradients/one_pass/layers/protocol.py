@@ -90,6 +90,14 @@ class LayerTracker(Protocol):
         """Called where statistics are taken over samples of all tasks; raises unless that was accepted."""
         ...
 
+    def meet_task_statistics(self, y: Tensor, axis: PerSample, order: Tensor, offsets: Tensor) -> Tensor:
+        """Called where statistics are taken over each segment of a layer's own plan, with the layer's result.
+
+        Raises unless no segment has samples of several tasks, or that was accepted. Where the host can't see it, it
+        sees to it that the update is NaN then, in a compiled graph by the result that it returns.
+        """
+        ...
+
     def __enter__(self) -> Any: ...
 
     def __exit__(self, *error: Any) -> Any: ...

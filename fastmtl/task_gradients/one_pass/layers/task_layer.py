@@ -15,6 +15,7 @@ from fastmtl.task_gradients.one_pass.layers.protocol import (
     Layer,
     LayerTracker,
     Unproven,
+    carries_samples,
     first_sample_axis,
     from_parameters,
     weight_of,
@@ -65,6 +66,8 @@ def _shared(
     axis = first_sample_axis(tracker, x)
     if any(from_parameters(tracker, p) for p in of_tasks if p is not None):
         raise Unproven("what belongs to single tasks is in the bank")
+    if any(carries_samples(tracker, p) and p.requires_grad and not p.is_leaf for p in of_tasks if p is not None):
+        raise Unproven("what belongs to tasks was computed from samples")
     added = None
     if b is not None and b.dim() > 1 and from_parameters(tracker, b):
         added = _picked(tracker, b, axis, *plan)
