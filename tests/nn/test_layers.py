@@ -463,6 +463,44 @@ def test_one_pass_gives_each_tasks_gradient_of_what_is_shared(name: str) -> None
             torch.testing.assert_close(row, torch.zeros_like(p) if g is None else g)
 
 
+def _mixed_heads(**options: Any) -> TaskHeads:
+    sizes = {"photo": 3, "sketch": 5, "clipart": 2}
+    if options.pop("modules", False):
+        return TaskHeads.from_modules(
+            {t: nn.Sequential(nn.Linear(4, n), nn.Tanh()) for t, n in sizes.items()}, **options
+        )
+    return TaskHeads(4, sizes, **options)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda: TaskHeads(4, dict.fromkeys(NAMES, 3)),
+        lambda: _mixed_heads(),
+        lambda: _mixed_heads(output="padded", fill=0.0),
+        lambda: _mixed_heads(output="padded", fill=0.0, modules=True),
+        lambda: _mixed_heads(output="list", modules=True),
+    ],
+    ids=["one_size", "list", "padded", "modules_padded", "modules_list"],
+)
+def test_one_pass_with_heads_by_task(head: Callable[[], TaskHeads]) -> None:
+    """The trunk's task gradients are those of each task's samples alone."""
+    net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), head()).double()
+    x, trunk = torch.randn(5, 6, dtype=torch.float64), list(net[0].parameters())
+
+    def loss(ids: Tensor, x: Tensor) -> Tensor:
+        with tasks(ids):
+            y = net(x)
+        return sum(part.square().sum() for part in (y if isinstance(y, list) else [y]))
+
+    with fastmtl.one_pass(net, IDS, 3) as bank:
+        loss(IDS, x).backward()
+    for t in range(3):
+        expected = torch.autograd.grad(loss(IDS[t == IDS], x[t == IDS]), trunk)
+        for row, g in zip(bank.row(t), expected, strict=True):
+            torch.testing.assert_close(row, g)
+
+
 # --- compiled
 
 COMPILED = [

@@ -345,7 +345,7 @@ class TaskHeads(TaskModule):
             )
         parts = [y for _, y in found.values()]
         if self.output == "padded":
-            most = max(*sizes, *(y.shape[-1] for y in parts))
+            most = max([*sizes, *(y.shape[-1] for y in parts)])
             parts = [F.pad(y, (0, most - y.shape[-1]), value=self.fill) for y in parts]
         for y in parts:
             if y.shape[1:] != parts[0].shape[1:]:
