@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastmtl
 from fastmtl.nn import (
+    TaskBatchNorm2d,
     TaskEmbedding,
     TaskHeads,
     TaskHyperGrid,
@@ -228,8 +229,8 @@ def test_autocast(name: str) -> None:
     x = x.float() if x.is_floating_point() else x
     with torch.autocast("cpu", torch.bfloat16):
         y = call(case, layer, x, IDS)
-    # as the plain layers: embeddings do not follow autocast
-    assert y.dtype == (torch.float32 if "embedding" in name else torch.bfloat16)
+    # as in plain torch, embeddings and batch norms keep the dtype that they are given
+    assert y.dtype == (torch.float32 if name.startswith(("embedding", "batch_norm")) else torch.bfloat16)
     expected = by_hand(case, wide, x.double() if x.is_floating_point() else x, IDS)
     size = float(expected.detach().abs().max())
     torch.testing.assert_close(y.double(), expected, **tolerance_of(torch.bfloat16, size))
@@ -279,7 +280,7 @@ def test_a_plain_state_dict_loads(name: str) -> None:
 def test_a_plain_state_dict_of_another_size_does_not_load(name: str) -> None:
     case = CASES[name]
     layer = case.from_plain(case.plain()).double()
-    state = {key: torch.zeros(*(n + 1 for n in x.shape)) for key, x in case.plain().state_dict().items()}
+    state = {key: torch.zeros([n + 1 for n in x.shape]) for key, x in case.plain().state_dict().items()}
     with pytest.raises(RuntimeError, match="size mismatch"):
         layer.load_state_dict(state)
     with pytest.raises(RuntimeError, match="Unexpected key"):
@@ -367,12 +368,12 @@ def test_a_task_that_cannot_be_added_changes_nothing(name: str) -> None:
 @ALL
 def test_a_part_is_all_that_belongs_to_a_task(name: str) -> None:
     layer = filled(CASES[name].make())
-    held = {p.data_ptr(): key for key, p in layer.named_parameters()}
+    held = {x.data_ptr(): key for key, x in (*layer.named_parameters(), *layer.named_buffers())}
     seen: set[str] = set()
     for task in NAMES:
         keys = {held[x.data_ptr()] for x in layer.part(task).values()}
         assert keys and all(task in key.split(".") for key in keys)
-        seen |= keys
+        seen |= keys & dict(layer.named_parameters()).keys()
         # what a closed gate has counts for nothing
         closed = task == "photo" and ("taps" in name or name == "conv_grouped")
         most = sum(x.numel() for x in layer.part(task).values())
@@ -660,6 +661,32 @@ def test_heads_that_differ_need_to_be_told() -> None:
     layer.add_task("c", size=7)
     layer.add_task("d", like="a")
     assert layer.sizes == {"a": 2, "b": 3, "c": 7, "d": 2}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str
+)
+def test_batch_norm_of_a_mixed_batch_is_that_of_each_task(options: dict[str, Any]) -> None:
+    """Two steps in training, one in evaluation; the last task is in the first batch alone."""
+    plain = nn.BatchNorm2d(4, **options).double()
+    layer = TaskBatchNorm2d.from_layer(plain, NAMES)
+    single = {task: copy.deepcopy(plain) for task in NAMES}
+    for step, ids in enumerate((IDS, torch.tensor([1, 0, 1, 0, 0]), IDS)):
+        training = step < 2
+        x = torch.randn(5, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+        with tasks(ids):
+            y = layer.train(training)(x)
+        g = torch.randn_like(y)
+        (found,) = torch.autograd.grad(y, x, g)
+        for t in ids.unique().tolist():
+            part = x.detach()[ids == t].requires_grad_()
+            expected = single[NAMES[t]].train(training)(part)
+            torch.testing.assert_close(y[ids == t], expected)
+            torch.testing.assert_close(found[ids == t], torch.autograd.grad(expected, part, g[ids == t])[0])
+    for task, norm in single.items():
+        for key, value in layer.part(task).items():
+            torch.testing.assert_close(value, getattr(norm, key))
+        assert layer.merged(task).state_dict().keys() == norm.state_dict().keys()
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
