@@ -382,6 +382,14 @@ def test_a_part_is_all_that_belongs_to_a_task(name: str) -> None:
     assert seen == own(layer)
 
 
+@PLAIN
+def test_nothing_is_left_without_memory(name: str) -> None:
+    """A layer is made without memory first; parameters and buffers of the one that is handed out have some."""
+    layer = CASES[name].from_plain(CASES[name].plain())
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    assert [key for key, x in tensors if x.is_meta] == []
+
+
 # --- copies, saved states
 
 
