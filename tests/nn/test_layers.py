@@ -135,6 +135,11 @@ def test_tasks_by_name(name: str) -> None:
     torch.testing.assert_close(one[2], by_id[2])
     with pytest.raises(ValueError, match="tasks: expected one of photo, sketch, clipart, got 'oil'"):
         call(case, layer, x, "oil")
+    assert torch.equal(call(case, layer, x, fastmtl.ops.task_plan(IDS, 3)), by_id)
+    with tasks(IDS):
+        with torch.inference_mode():
+            assert torch.equal(case.call(layer, x), by_id)
+        assert case.call(layer, x).requires_grad
 
 
 @ALL
@@ -439,6 +444,30 @@ def test_copies(name: str, way: str) -> None:
 
 
 @ALL
+def test_a_part_moves_to_another_copy(name: str) -> None:
+    """Taken out of one, put into another copy as a new task and in the place of an old one."""
+    case, layer, x = made(name)
+    other = copy.deepcopy(layer)
+    before = call(case, other, x, "photo")
+    with torch.no_grad():
+        for key in own(layer):
+            if "clipart" in key.split("."):
+                layer.get_parameter(key).mul_(-1.5)
+    state = extract(nn.Sequential(layer), "clipart")
+    for task in ("guest", "sketch"):
+        insert(nn.Sequential(other), task, state)
+        y, expected = call(case, other, x, task), call(case, layer, x, "clipart")
+        # of padded heads as many columns as the largest that is left
+        torch.testing.assert_close(y, expected[..., : y.shape[-1]])
+        assert y.shape == expected.shape or name == "heads_padded"
+    y = call(case, other, x, "photo")
+    torch.testing.assert_close(y, before[..., : y.shape[-1]])
+    assert own(other) > own(layer)
+    with pytest.raises(ValueError, match="state: "):
+        insert(nn.Sequential(other), "late", {key: v[..., None] for key, v in state.items() if "fastmtl" not in key})
+
+
+@ALL
 def test_surgery_leaves_the_tasks_tensors_alone(name: str) -> None:
     """Of two losses over one mixed batch the parts get the sum of their gradients."""
     case, layer, x = made(name)
@@ -602,6 +631,18 @@ def test_embedding_trains_no_padding() -> None:
     with tasks("photo"):
         layer(torch.tensor([[4, 4], [4, 4]])).sum().backward()
     assert not layer.weight.grad.any() and not layer.delta["photo"].grad.any() and layer.gate["photo"].grad == 0
+
+
+def test_embedding_of_positions() -> None:
+    """Numbers of all samples in one row, as BERT and GPT-2 have them for positions."""
+    layer, x = filled(TaskEmbedding(9, 4, NAMES)), torch.arange(6)[None]
+    with tasks(IDS):
+        y = layer(x)
+        assert torch.equal(y, layer(x.expand(5, 6)))
+    with tasks("photo"):
+        assert torch.equal(layer(x), y[1:2])
+    with tasks(IDS[:, None]), pytest.raises(ValueError, match="task_ids: expected shape"):
+        layer(x)
 
 
 @pytest.mark.parametrize("ids", [IDS, torch.tensor([0, 0, 2, 0, 2])], ids=["all", "one_absent"])
