@@ -264,12 +264,73 @@ class TaskModule(nn.Module):
 class TaskComposite(nn.Module):
     """A module made of task layers, which together become one plain module: it has no part of its own.
 
-    The attention of torch is one: four linear layers, whose weights torch keeps in one tensor.
+    The attention of torch is one: four linear layers, whose weights torch keeps in one tensor. Whoever walks a model
+    finds the layers inside (`task_layers`); the methods here do for all of them what those of a `TaskModule` do.
     """
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks, in the order in which ids count."""
+        return self._inner()[0][1].tasks
+
+    def _inner(self) -> list[tuple[str, TaskModule]]:
+        return [found for name, child in self.named_children() for found in task_layers(child, name)]
+
+    def task_name(self, task: int | str) -> str:
+        """The name of a task given by position or name."""
+        return self._inner()[0][1].task_name(task)
 
     def merged(self, task: int | str, memo: dict[int, Any] | None = None) -> nn.Module:
         """The plain module that computes what this one computes for one task, as `TaskModule.merged`."""
         raise NotImplementedError
+
+    def part(self, task: int | str) -> dict[str, Tensor]:
+        """The tensors of one task, by their names in this module: `"q_proj.delta"` and so on.
+
+        Args:
+            task: position or name.
+
+        Raises:
+            TypeError, ValueError: no such task.
+        """
+        return {f"{path}.{key}": x for path, layer in self._inner() for key, x in layer.part(task).items()}
+
+    def changed(self, task: int | str) -> bool:
+        """Whether the task computes something else than the plain module. Waits for the device."""
+        return any(layer.changed(task) for _, layer in self._inner())
+
+    def added(self, task: int | str) -> int:
+        """How many numbers the task adds to the plain network, once those that change nothing are dropped."""
+        return sum(layer.added(task) for _, layer in self._inner())
+
+    def add_task(self, name: str, like: str | None = None, **options: Any) -> None:
+        """Adds a task behind the others: its id is the number of tasks before. An optimizer must be told of it.
+
+        Args:
+            name: a new name.
+            like: the task whose part is copied; None: the part is what it was at first.
+            options: of the layers' own `add_task`, as `rank`.
+
+        Raises:
+            TypeError, ValueError: not a name, or one that is taken; no such task to copy.
+        """
+        for _, layer in self._inner():
+            layer.check_new_task(name, like)
+        for _, layer in self._inner():
+            layer.add_task(name, like, **options)
+
+    def remove_task(self, task: int | str) -> None:
+        """Removes a task: those behind it move up, so that their ids are one less. An optimizer must be told of it.
+
+        Args:
+            task: position or name.
+
+        Raises:
+            TypeError, ValueError: no such task, or the only one.
+        """
+        name = self.task_name(task)
+        for _, layer in self._inner():
+            layer.remove_task(name)
 
 
 def task_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, TaskModule]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastmtl.nn import (
     TapsGate,
+    TaskBatchNorm2d,
     TaskConv1D,
     TaskConv2d,
     TaskEmbedding,
@@ -54,6 +55,9 @@ def filled(layer: nn.Module, dtype: torch.dtype | None = torch.float64) -> nn.Mo
             p.copy_(torch.randn(p.shape) * (0.5 if p.dim() > 1 else 1))
             if ".row." in f".{name}" or ".column." in f".{name}":
                 p.mul_(2)
+        for name, x in layer.named_buffers():
+            if "running" in name and "._" not in f".{name}":
+                x.copy_(torch.rand(x.shape) + 0.5)
         for child in layer.modules():
             if getattr(child, "taps", None) is not None:
                 for k, score in enumerate(child.gate.values()):
@@ -113,6 +117,12 @@ def layer_norm(layer: nn.Module, name: str, x: Tensor) -> Tensor:
 
 def rms_norm(layer: nn.Module, name: str, x: Tensor) -> Tensor:
     return F.rms_norm(x, layer.normalized_shape, layer.weight[name], layer.eps)
+
+
+def batch_norm(layer: nn.Module, name: str, x: Tensor) -> Tensor:
+    """In evaluation, where a sample does not depend on the others."""
+    held = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    return F.batch_norm(x, *(tensors[name] for tensors in held), eps=layer.eps)
 
 
 def scale_shift(layer: nn.Module, name: str, x: Tensor) -> Tensor:
@@ -253,6 +263,7 @@ def _norms() -> dict[str, LayerCase]:
             TaskLayerNorm, lambda: nn.LayerNorm(4, 1e-3, bias=False), rows, layer_norm, {}, tokens=True
         ),
         "rms_norm": _of_weights(TaskRMSNorm, lambda: nn.RMSNorm(4), rows, rms_norm, {}, tokens=True),
+        "batch_norm": _of_weights(TaskBatchNorm2d, lambda: nn.BatchNorm2d(4).eval(), picture, batch_norm, {}),
         "scale_shift": LayerCase(lambda: TaskScaleShift(4, NAMES), picture, scale_shift, merges=False),
         "scale_shift_rows": LayerCase(
             lambda: TaskScaleShift(4, NAMES), lambda: rows()[:, 0], scale_shift, merges=False

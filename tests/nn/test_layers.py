@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastmtl
 from fastmtl.nn import (
+    TaskBatchNorm2d,
     TaskEmbedding,
     TaskHeads,
     TaskHyperGrid,
@@ -26,9 +27,18 @@ from fastmtl.nn import (
     TaskMultiheadAttention,
     TaskScaleShift,
     context,
+    convert,
+    extract,
+    insert,
+    layer_report,
+    merge,
+    param_groups,
+    sparsity_loss,
+    task_vectors,
     tasks,
 )
 from fastmtl.nn.layers.gate import scaled_by_gate
+from fastmtl.nn.module import TaskComposite, task_layers
 from fastmtl.parameters import is_per_task
 
 ALL = pytest.mark.parametrize("name", CASES)
@@ -125,6 +135,11 @@ def test_tasks_by_name(name: str) -> None:
     torch.testing.assert_close(one[2], by_id[2])
     with pytest.raises(ValueError, match="tasks: expected one of photo, sketch, clipart, got 'oil'"):
         call(case, layer, x, "oil")
+    assert torch.equal(call(case, layer, x, fastmtl.ops.task_plan(IDS, 3)), by_id)
+    with tasks(IDS):
+        with torch.inference_mode():
+            assert torch.equal(case.call(layer, x), by_id)
+        assert case.call(layer, x).requires_grad
 
 
 @ALL
@@ -219,8 +234,8 @@ def test_autocast(name: str) -> None:
     x = x.float() if x.is_floating_point() else x
     with torch.autocast("cpu", torch.bfloat16):
         y = call(case, layer, x, IDS)
-    # as the plain layers: embeddings do not follow autocast
-    assert y.dtype == (torch.float32 if "embedding" in name else torch.bfloat16)
+    # as in plain torch, embeddings and batch norms keep the dtype that they are given
+    assert y.dtype == (torch.float32 if name.startswith(("embedding", "batch_norm")) else torch.bfloat16)
     expected = by_hand(case, wide, x.double() if x.is_floating_point() else x, IDS)
     size = float(expected.detach().abs().max())
     torch.testing.assert_close(y.double(), expected, **tolerance_of(torch.bfloat16, size))
@@ -236,7 +251,7 @@ def test_begins_as_the_plain_layer(name: str) -> None:
     case = CASES[name]
     plain = case.plain().double().eval()
     layer, x = case.from_plain(copy.deepcopy(plain)), case.x()
-    assert isinstance(layer, TaskModule) and not layer.training and layer.tasks == tuple(NAMES)
+    assert isinstance(layer, (TaskModule, TaskComposite)) and not layer.training and layer.tasks == tuple(NAMES)
     y, expected = call(case, layer, x, IDS), case.call(plain, x)
     torch.testing.assert_close(y, expected)
     if getattr(getattr(layer, "q_proj", layer), "shared", "heads" not in name):
@@ -270,7 +285,7 @@ def test_a_plain_state_dict_loads(name: str) -> None:
 def test_a_plain_state_dict_of_another_size_does_not_load(name: str) -> None:
     case = CASES[name]
     layer = case.from_plain(case.plain()).double()
-    state = {key: torch.zeros(*(n + 1 for n in x.shape)) for key, x in case.plain().state_dict().items()}
+    state = {key: torch.zeros([n + 1 for n in x.shape]) for key, x in case.plain().state_dict().items()}
     with pytest.raises(RuntimeError, match="size mismatch"):
         layer.load_state_dict(state)
     with pytest.raises(RuntimeError, match="Unexpected key"):
@@ -358,18 +373,26 @@ def test_a_task_that_cannot_be_added_changes_nothing(name: str) -> None:
 @ALL
 def test_a_part_is_all_that_belongs_to_a_task(name: str) -> None:
     layer = filled(CASES[name].make())
-    held = {p.data_ptr(): key for key, p in layer.named_parameters()}
+    held = {x.data_ptr(): key for key, x in (*layer.named_parameters(), *layer.named_buffers())}
     seen: set[str] = set()
     for task in NAMES:
         keys = {held[x.data_ptr()] for x in layer.part(task).values()}
         assert keys and all(task in key.split(".") for key in keys)
-        seen |= keys
+        seen |= keys & dict(layer.named_parameters()).keys()
         # what a closed gate has counts for nothing
         closed = task == "photo" and ("taps" in name or name == "conv_grouped")
         most = sum(x.numel() for x in layer.part(task).values())
         assert layer.added(task) == 0 if closed else 0 < layer.added(task) <= most
         assert layer.changed(task) != closed
     assert seen == own(layer)
+
+
+@PLAIN
+def test_nothing_is_left_without_memory(name: str) -> None:
+    """A layer is made without memory first; parameters and buffers of the one that is handed out have some."""
+    layer = CASES[name].from_plain(CASES[name].plain())
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    assert [key for key, x in tensors if x.is_meta] == []
 
 
 # --- copies, saved states
@@ -421,6 +444,30 @@ def test_copies(name: str, way: str) -> None:
 
 
 @ALL
+def test_a_part_moves_to_another_copy(name: str) -> None:
+    """Taken out of one, put into another copy as a new task and in the place of an old one."""
+    case, layer, x = made(name)
+    other = copy.deepcopy(layer)
+    before = call(case, other, x, "photo")
+    with torch.no_grad():
+        for key in own(layer):
+            if "clipart" in key.split("."):
+                layer.get_parameter(key).mul_(-1.5)
+    state = extract(nn.Sequential(layer), "clipart")
+    for task in ("guest", "sketch"):
+        insert(nn.Sequential(other), task, state)
+        y, expected = call(case, other, x, task), call(case, layer, x, "clipart")
+        # of padded heads as many columns as the largest that is left
+        torch.testing.assert_close(y, expected[..., : y.shape[-1]])
+        assert y.shape == expected.shape or name == "heads_padded"
+    y = call(case, other, x, "photo")
+    torch.testing.assert_close(y, before[..., : y.shape[-1]])
+    assert own(other) > own(layer)
+    with pytest.raises(ValueError, match="state: "):
+        insert(nn.Sequential(other), "late", {key: v[..., None] for key, v in state.items() if "fastmtl" not in key})
+
+
+@ALL
 def test_surgery_leaves_the_tasks_tensors_alone(name: str) -> None:
     """Of two losses over one mixed batch the parts get the sum of their gradients."""
     case, layer, x = made(name)
@@ -433,12 +480,15 @@ def test_surgery_leaves_the_tasks_tensors_alone(name: str) -> None:
         torch.testing.assert_close(g, layer.get_parameter(key).grad)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "heads" not in name])
+# each task has all of its own in the others
+SHARED = [n for n in CASES if not any(word in n for word in ("separate", "norm", "scale", "heads", "depth", "no_bias"))]
+
+
+@pytest.mark.parametrize("name", SHARED)
 def test_one_pass_gives_each_tasks_gradient_of_what_is_shared(name: str) -> None:
     case, layer, x = made(name)
     shared = [p for p in layer.parameters() if not is_per_task(p)]
-    if not shared:
-        pytest.skip("each task has all of its own")
+    assert shared
 
     def losses() -> Tensor:
         return call(case, layer, x, IDS).flatten(1).square().sum(1)
@@ -449,6 +499,44 @@ def test_one_pass_gives_each_tasks_gradient_of_what_is_shared(name: str) -> None
         expected = torch.autograd.grad(losses()[t == IDS].sum(), shared, allow_unused=True)
         for row, g, p in zip(bank.row(t), expected, shared, strict=True):
             torch.testing.assert_close(row, torch.zeros_like(p) if g is None else g)
+
+
+def _mixed_heads(**options: Any) -> TaskHeads:
+    sizes = {"photo": 3, "sketch": 5, "clipart": 2}
+    if options.pop("modules", False):
+        return TaskHeads.from_modules(
+            {t: nn.Sequential(nn.Linear(4, n), nn.Tanh()) for t, n in sizes.items()}, **options
+        )
+    return TaskHeads(4, sizes, **options)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda: TaskHeads(4, dict.fromkeys(NAMES, 3)),
+        lambda: _mixed_heads(),
+        lambda: _mixed_heads(output="padded", fill=0.0),
+        lambda: _mixed_heads(output="padded", fill=0.0, modules=True),
+        lambda: _mixed_heads(output="list", modules=True),
+    ],
+    ids=["one_size", "list", "padded", "modules_padded", "modules_list"],
+)
+def test_one_pass_with_heads_by_task(head: Callable[[], TaskHeads]) -> None:
+    """The trunk's task gradients are those of each task's samples alone."""
+    net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), head()).double()
+    x, trunk = torch.randn(5, 6, dtype=torch.float64), list(net[0].parameters())
+
+    def loss(ids: Tensor, x: Tensor) -> Tensor:
+        with tasks(ids):
+            y = net(x)
+        return sum(part.square().sum() for part in (y if isinstance(y, list) else [y]))
+
+    with fastmtl.one_pass(net, IDS, 3) as bank:
+        loss(IDS, x).backward()
+    for t in range(3):
+        expected = torch.autograd.grad(loss(IDS[t == IDS], x[t == IDS]), trunk)
+        for row, g in zip(bank.row(t), expected, strict=True):
+            torch.testing.assert_close(row, g)
 
 
 # --- compiled
@@ -545,6 +633,18 @@ def test_embedding_trains_no_padding() -> None:
     assert not layer.weight.grad.any() and not layer.delta["photo"].grad.any() and layer.gate["photo"].grad == 0
 
 
+def test_embedding_of_positions() -> None:
+    """Numbers of all samples in one row, as BERT and GPT-2 have them for positions."""
+    layer, x = filled(TaskEmbedding(9, 4, NAMES)), torch.arange(6)[None]
+    with tasks(IDS):
+        y = layer(x)
+        assert torch.equal(y, layer(x.expand(5, 6)))
+    with tasks("photo"):
+        assert torch.equal(layer(x), y[1:2])
+    with tasks(IDS[:, None]), pytest.raises(ValueError, match="task_ids: expected shape"):
+        layer(x)
+
+
 @pytest.mark.parametrize("ids", [IDS, torch.tensor([0, 0, 2, 0, 2])], ids=["all", "one_absent"])
 @pytest.mark.parametrize("modules", [False, True])
 def test_heads_of_different_sizes_give_a_list(modules: bool, ids: Tensor) -> None:
@@ -612,6 +712,32 @@ def test_heads_that_differ_need_to_be_told() -> None:
     assert layer.sizes == {"a": 2, "b": 3, "c": 7, "d": 2}
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str
+)
+def test_batch_norm_of_a_mixed_batch_is_that_of_each_task(options: dict[str, Any]) -> None:
+    """Two steps in training, one in evaluation; the last task is in the first batch alone."""
+    plain = nn.BatchNorm2d(4, **options).double()
+    layer = TaskBatchNorm2d.from_layer(plain, NAMES)
+    single = {task: copy.deepcopy(plain) for task in NAMES}
+    for step, ids in enumerate((IDS, torch.tensor([1, 0, 1, 0, 0]), IDS)):
+        training = step < 2
+        x = torch.randn(5, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+        with tasks(ids):
+            y = layer.train(training)(x)
+        g = torch.randn_like(y)
+        (found,) = torch.autograd.grad(y, x, g)
+        for t in ids.unique().tolist():
+            part = x.detach()[ids == t].requires_grad_()
+            expected = single[NAMES[t]].train(training)(part)
+            torch.testing.assert_close(y[ids == t], expected)
+            torch.testing.assert_close(found[ids == t], torch.autograd.grad(expected, part, g[ids == t])[0])
+    for task, norm in single.items():
+        for key, value in layer.part(task).items():
+            torch.testing.assert_close(value, getattr(norm, key))
+        assert layer.merged(task).state_dict().keys() == norm.state_dict().keys()
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
@@ -642,7 +768,7 @@ def test_attention_has_the_results_of_the_plain_one(batch_first: bool, training:
     padding[1, 2:] = padding[4, :1] = True
     hidden = (torch.rand(10, 4, 3) > 0.6).index_fill(2, torch.tensor([1]), False)
     given = {
-        "key_padding_mask": {"bool": padding, "float": padding * -3.0},
+        "key_padding_mask": {"bool": padding, "float": padding.double() * -3.0},
         "attn_mask": {2: torch.randn(4, 3).double(), 3: hidden, "bool": hidden[0]},
     }
     options = {key: given[key][value] if key in given else value for key, value in masks.items()}
@@ -698,6 +824,35 @@ def test_nested_tensors_are_refused() -> None:
             model(torch.randn(5, 4, 8), src_key_padding_mask=padding)
         model.use_nested_tensor = False
         assert model(torch.randn(5, 4, 8), src_key_padding_mask=padding).shape == (5, 4, 8)
+
+
+def test_whatever_walks_a_model_finds_the_layers_inside_an_attention() -> None:
+    """Gates, differences and parts of its projections count, each once; it is one plain layer when merged."""
+    plain = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = convert(copy.deepcopy(plain), NAMES, "taps", nn.MultiheadAttention)
+    attention = model.self_attn
+    assert isinstance(attention, TaskMultiheadAttention)
+    assert [path for path, _ in task_layers(model)] == [f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")]
+    assert sparsity_loss(model, "photo").item() == pytest.approx(0.15)
+    gates = param_groups(model)[-1]
+    assert gates["name"] == "gates" and len(gates["params"]) == 4 * 3
+    filled(model, None)
+    assert set(task_vectors(model)["sketch"]) == {f"self_attn.{n}_proj.weight" for n in ("q", "k", "v", "out")}
+    report = layer_report(model)
+    assert report.changed["photo"] == (False,) * 4 and report.changed["sketch"] == (True,) * 4
+    assert sum(report.added["sketch"]) == 4 * 64 and report.base == sum(p.numel() for p in plain.parameters())
+    other = convert(copy.deepcopy(plain), NAMES, "taps", nn.MultiheadAttention)
+    other.load_state_dict({key: x for key, x in model.state_dict().items() if "delta" not in key}, strict=False)
+    insert(other, "guest", extract(model, "sketch"))
+    x = torch.randn(5, 4, 8)
+    with tasks("sketch"):
+        expected = model.eval()(x)
+    with tasks("guest"):
+        torch.testing.assert_close(other.eval()(x), expected)
+    merged = merge(model, "sketch")
+    assert isinstance(merged.self_attn, nn.MultiheadAttention)
+    torch.testing.assert_close(merged(x), expected)
+    merged.load_state_dict(plain.state_dict())
 
 
 def test_attention_reset_as_the_plain_layer() -> None:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmtl.nn.containers import TaskBuffers, TaskParameters, Tasks
+from fastmtl.nn.containers import Tasks, read_names
 from fastmtl.nn.layers.gate import TapsGate
 from fastmtl.nn.layers.linear import TaskLinear
 from fastmtl.nn.layers.weights import Rank, check_plain
-from fastmtl.nn.module import TaskModule, as_parameter
+from fastmtl.nn.module import TaskComposite, as_parameter
 
 _WAY_OUT = "leave this layer out (`where=` of convert), or write it with an nn.Linear for each projection"
 
@@ -26,7 +26,7 @@ class _NotRead:
         raise TypeError("in_proj_weight: expected the weights of q_proj, k_proj and v_proj, got their fused name")
 
 
-class TaskMultiheadAttention(TaskModule):
+class TaskMultiheadAttention(TaskComposite):
     """`nn.MultiheadAttention` whose four projections each see `weight + gate[t] * delta[t]`, t the sample's task.
 
     Args:
@@ -88,7 +88,8 @@ class TaskMultiheadAttention(TaskModule):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(tasks)
+        super().__init__()
+        names = read_names(tasks)
         for argument, size in (("embed_dim", embed_dim), ("num_heads", num_heads)):
             if isinstance(size, bool) or not isinstance(size, int):
                 raise TypeError(f"{argument}: expected an int, got {type(size).__name__}")
@@ -105,12 +106,10 @@ class TaskMultiheadAttention(TaskModule):
         self.dropout, self.batch_first = float(dropout), batch_first
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             layer = TaskLinear(
-                embed_dim, embed_dim, self._names, bias, gate=gate, rank=rank, scaling=scaling, shared=shared,
+                embed_dim, embed_dim, names, bias, gate=gate, rank=rank, scaling=scaling, shared=shared,
                 per_task_bias=per_task_bias, device=device, dtype=dtype,
             )  # fmt: skip
             self.register_module(name, layer)
-        self.tasks = self._names
-        del self._names
         self._reset_as_plain()
 
     @classmethod
@@ -160,7 +159,7 @@ class TaskMultiheadAttention(TaskModule):
 
     @property
     def inner_layers(self) -> tuple[TaskLinear, TaskLinear, TaskLinear, TaskLinear]:
-        """The layers that hold the parts of the tasks: `part` and `containers` of this one show theirs."""
+        """The layers that hold the parts of the tasks."""
         return self.q_proj, self.k_proj, self.v_proj, self.out_proj
 
     def reset_parameters(self) -> None:
@@ -184,43 +183,6 @@ class TaskMultiheadAttention(TaskModule):
                 if b is not None:
                     b.zero_()
 
-    # --- tasks
-
-    def containers(self) -> dict[str, TaskParameters | TaskBuffers]:
-        return {
-            f"{name}.{key}": held
-            for name, layer in self.named_children()
-            if isinstance(layer, TaskLinear)
-            for key, held in layer.containers().items()
-        }
-
-    def changed(self, task: int | str) -> bool:
-        """Whether any projection of the task is another than the shared one. Waits for the device."""
-        return any(layer.changed(task) for layer in self.inner_layers)
-
-    def added(self, task: int | str) -> int:
-        return sum(layer.added(task) for layer in self.inner_layers)
-
-    def add_task(self, name: str, like: str | None = None, *, rank: int | None = None) -> None:
-        """Adds a task behind the others: its id is the number of tasks before. An optimizer must be told of it.
-
-        Args:
-            name: as for `TaskLinear.add_task`.
-            like: as for `TaskLinear.add_task`.
-            rank: as for `TaskLinear.add_task`.
-
-        Raises:
-            TypeError, ValueError: as `TaskLinear.add_task`.
-        """
-        self.check_new_task(name, like)
-        for layer in self.inner_layers:
-            layer.add_task(name, like, rank=rank)
-        self.tasks = (*self.tasks, name)
-
-    def _end(self, name: str) -> None:
-        for layer in self.inner_layers:
-            layer.remove_task(name)
-
     def merged(self, task: int | str, memo: dict[int, Any] | None = None) -> nn.MultiheadAttention:
         name = self.task_name(task)
         weights = [layer.effective_weight(name) for layer in self.inner_layers[:3]]
@@ -235,13 +197,14 @@ class TaskMultiheadAttention(TaskModule):
         self.out_proj._merge_into(plain.out_proj, name, memo)
         return plain.train(self.training)
 
-    def _read_plain(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # the layers inside read on; the output's projection has the same name in the plain layer
         for kind in ("weight", "bias"):
             fused = state_dict.pop(f"{prefix}in_proj_{kind}", None)
             if fused is not None:
                 for name, x in zip(("q_proj", "k_proj", "v_proj"), fused.tensor_split(3), strict=True):
                     state_dict[f"{prefix}{name}.{kind}"] = x.detach().clone()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # --- forward
 
@@ -319,7 +282,7 @@ class TaskMultiheadAttention(TaskModule):
         return found
 
     def extra_repr(self) -> str:
-        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, {self._repr_of_tasks()}"
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, {self.q_proj._repr_of_tasks()}"
 
 
 def _to_add(mask: Any, argument: str, dtype: torch.dtype) -> Tensor:

@@ -32,7 +32,8 @@ class TaskEmbedding(TaskLayer):
         dtype: of all parameters.
 
     `forward(x)` takes row numbers of shape `[N, ...]` and gives `[N, ..., D]`; the ids have the shape of one or more
-    leading dimensions. Parameters: `weight` as in `nn.Embedding`, `delta` and `gate` as in `TaskLinear`.
+    leading dimensions. Row numbers `[1, ...]`, as those of positions, are those of all samples. Parameters: `weight` as
+    in `nn.Embedding`, `delta` and `gate` as in `TaskLinear`.
 
     What it costs: on the CPU each task's rows are read from its own table. On a GPU and under `torch.compile`, where
     the number of a task's samples is not known without waiting, all deltas are put into one table of T V rows, at each
@@ -129,6 +130,9 @@ class TaskEmbedding(TaskLayer):
         if x.dim() == 0:
             raise ValueError("x: expected shape [N, ...], got []")
         plan = self._plan(x, x.dim())
+        if x.shape[0] == 1 and plan.task_ids.dim() == 1:
+            # the numbers of all samples, as of positions
+            x = x.expand(plan.task_ids.shape[0], *x.shape[1:])
         check_leading(plan, x.shape)
         if not self.shared:
             y = next(iter(self.delta.values())).new_zeros(*x.shape, self.embedding_dim)

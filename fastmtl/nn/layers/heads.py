@@ -229,8 +229,10 @@ class TaskHeads(TaskModule):
     def _end(self, name: str) -> None:
         del self.heads[name]
 
+    # --- a part from elsewhere
+
     def expected_part(self, part: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        expected = super().expected_part(part)
+        expected = _shapes(self.part(self._head_like(part) or self.tasks[0]))
         if len(self.sizes) == len(self.heads) and "weight" in part and part["weight"].dim() == 2:
             # linear heads differ in size
             expected["weight"] = (part["weight"].shape[0], expected["weight"][1])
@@ -240,16 +242,21 @@ class TaskHeads(TaskModule):
 
     def add_part(self, name: str, part: Mapping[str, Tensor]) -> None:
         linear = len(self.sizes) == len(self.heads)
-        self.add_task(name, **({"size": part["weight"].shape[0]} if linear else {"like": self.tasks[0]}))
+        self.add_task(name, **({"size": part["weight"].shape[0]} if linear else {"like": self._head_like(part)}))
         self.set_part(name, part)
 
     @torch.no_grad()
     def set_part(self, task: int | str, part: Mapping[str, Tensor]) -> None:
         name = self.task_name(task)
-        if name in self.sizes and part["weight"].shape[0] != self.sizes[name]:
-            self.heads[name] = self._new_head(part["weight"].shape[0])
+        like = self._head_like(part)
+        if _shapes(self.part(name)) != _shapes(part):
+            self.heads[name] = self._new_head(len(part["weight"])) if like is None else copy.deepcopy(self.heads[like])
         for key, x in self.part(name).items():
             x.copy_(part[key])
+
+    def _head_like(self, part: Mapping[str, Tensor]) -> str | None:
+        """The first task whose head has tensors of these names and shapes."""
+        return next((name for name in self.tasks if _shapes(self.part(name)) == _shapes(part)), None)
 
     def merged(self, task: int | str, memo: dict[int, Any] | None = None) -> nn.Module:
         """The task's head, as a plain module.
@@ -345,7 +352,7 @@ class TaskHeads(TaskModule):
             )
         parts = [y for _, y in found.values()]
         if self.output == "padded":
-            most = max(*sizes, *(y.shape[-1] for y in parts))
+            most = max([*sizes, *(y.shape[-1] for y in parts)])
             parts = [F.pad(y, (0, most - y.shape[-1]), value=self.fill) for y in parts]
         for y in parts:
             if y.shape[1:] != parts[0].shape[1:]:
@@ -364,6 +371,10 @@ class TaskHeads(TaskModule):
     def extra_repr(self) -> str:
         text = self._repr_of_tasks()
         return text if self.output is None else f"{text}, output={self.output!r}"
+
+
+def _shapes(part: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(x.shape) for key, x in part.items()}
 
 
 def _check_size(size: Any, argument: str) -> None:

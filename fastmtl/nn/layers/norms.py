@@ -49,8 +49,8 @@ class _TaskNorm(TaskModule):
 
     def _take(self, layer: nn.Module) -> Any:
         for buffer, param in (("_scale", layer._parameters["weight"]), ("_shift", layer._parameters.get("bias"))):
-            if param is not None:
-                setattr(self, buffer, param.detach().clone())
+            # without a shift of its own it has one of zeros, where the scale is
+            setattr(self, buffer, torch.zeros_like(self._scale) if param is None else param.detach().clone())
         for name in self.tasks:
             self._start(name)
         return self.train(layer.training)
