@@ -95,6 +95,7 @@ WAYS: dict[str, Callable[[Any, Tensor, Tensor, float], None]] = {
     "backward": by_backward,
     "bank": by_bank,
     "one_pass": by_one_pass,
+    "one_pass, static graph": by_one_pass,
 }
 
 
@@ -102,7 +103,8 @@ def trained(name: str, way: str, rank: int | None, size: int) -> dict[str, Tenso
     """Parameters after some steps, and the last gradients; of one process on all samples if `rank` is None."""
     model = net(name)
     # the statistics of a task that the first rank does not have would be lost otherwise
-    wrapped = model if rank is None else DDP(model, find_unused_parameters=True, broadcast_buffers=False)
+    settings = {"static_graph": True} if "static" in way else {"find_unused_parameters": True}
+    wrapped = model if rank is None else DDP(model, broadcast_buffers=False, **settings)
     optimizer = torch.optim.SGD(param_groups(model), lr=0.05, momentum=0.9, weight_decay=0.01)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -116,7 +118,8 @@ def trained(name: str, way: str, rank: int | None, size: int) -> dict[str, Tenso
 def cases() -> Iterator[tuple[str, str]]:
     for name in IDS:
         for way in WAYS:
-            yield name, way
+            if name == "few" or "static" not in way:
+                yield name, way
 
 
 def main(rank: int, size: int, folder: str) -> None:
