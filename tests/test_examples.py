@@ -173,6 +173,17 @@ def test_monitor_of_a_method_without_weights(tmp_path: Path) -> None:
     }
 
 
+def test_monitor_of_reused_weights(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    monitor = load("monitor").Monitor(["a", "b"], 2, tmp_path)
+    w = torch.ones(2, requires_grad=True)
+    method = fastmtl.methods.Every(fastmtl.methods.Sum(), 2)
+    for _ in range(3):
+        monitor.add(fastmtl.backward({"a": w[0] + w[1], "b": 2 * w[0] - w[1]}, [w], method=method))
+    monitor.close()
+    assert monitor.history["step"] == [3] and monitor.history["weight/a"] == [1]
+
+
 def test_monitor_means(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     monitor = load("monitor").Monitor(["a", "b"], 2, tmp_path)

@@ -399,7 +399,8 @@ def task_batch_norm_finish_kernel(
         tl.store(p_grad_weight + entry, tl.where(here, b_product * b_scale, 0.0), mask=known)
         tl.store(p_grad_bias + entry, b_sum, mask=known)
         b_weight = row_of(p_weight, task, weight_stride, channel, known, 1.0)
-        b_of_grad, b_of_x, b_constant = terms_of(b_scale, b_weight, b_sum, b_product, total.to(tl.float32))
+        count = tl.where(here, total, 1.0).to(tl.float32)
+        b_of_grad, b_of_x, b_constant = terms_of(b_scale, b_weight, b_sum, b_product, count)
         plane = num_tasks.to(tl.int64) * num_channels
         tl.store(p_terms + entry, b_of_grad, mask=known)
         tl.store(p_terms + plane + entry, b_of_x, mask=known)

@@ -130,27 +130,19 @@ def check(case: Case, given: bool) -> None:
 
 CASES = [
     Case((9, 5)),
-    Case((40, 70), num_tasks=4, ids="absent"),
+    Case((12, 20), num_tasks=4, ids="absent"),
     Case((7, 3), layout="transposed"),
-    Case((9, 5, 3, 7)),
-    Case((9, 5, 3, 7), layout="channels_last"),
-    Case((6, 35, 5, 9), form="stacked"),
-    Case((6, 35, 5, 9), layout="channels_last", form="stacked"),
-    Case((8, 4, 6, 6), ids="random", form="shared"),
-    Case((8, 4, 6, 6), ids="absent", form="none", num_tasks=4, layout="channels_last"),
-    Case((5, 3, 2, 3, 2), num_tasks=2),
-    Case((3, 2, 41, 33), num_tasks=1),
-    Case((3, 2, 41, 33), num_tasks=1, layout="channels_last"),
-    Case((9, 5, 3, 7), layout="sliced"),
-    Case((9, 5, 3, 7), layout="expanded_batch"),
-    Case((4, 16, 8, 8), layout="batch_inside", num_tasks=2),
-    Case((0, 3, 4, 4)),
+    Case((5, 5, 3, 7), form="stacked"),
+    Case((5, 5, 3, 7), layout="channels_last"),
+    Case((4, 19, 5, 3), layout="channels_last", form="stacked", num_tasks=2),
+    Case((6, 4, 6, 6), ids="random", form="shared"),
+    Case((6, 4, 3, 3), ids="absent", form="none", num_tasks=4, layout="channels_last"),
+    Case((2, 2, 11, 13), num_tasks=1),
+    Case((4, 3, 3, 3), layout="sliced", num_tasks=2),
     Case((4, 3, 0)),
-    Case((4, 0, 2)),
     *(
-        Case((7, 16, 5, 4), dtype, table, layout, num_tasks=2)
-        for dtype, layout in itertools.product((BF16, F16), ("contiguous", "channels_last"))
-        for table in (dtype, F32)
+        Case((4, 16, 5, 4), dtype, table, layout, num_tasks=2)
+        for dtype, table, layout in ((BF16, BF16, "contiguous"), (BF16, F32, "channels_last"), (F16, F32, "contiguous"))
     ),
 ]
 
@@ -163,7 +155,7 @@ def test_values_and_gradients(case: Case, given: bool, launches: str) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_variance_far_from_zero(layout: str, launches: str) -> None:
-    case = Case((8, 6, 11, 9), layout=layout, num_tasks=2, offset=1000.0)
+    case = Case((6, 3, 7, 9), layout=layout, num_tasks=2, offset=1000.0)
     made = case.make()
     (_, mean, var), _ = made.run(kernels, given=False)
     (_, exact_mean, exact_var), _ = made.double().run(reference, given=False)
@@ -198,7 +190,7 @@ def test_a_single_value_is_nan(shape: tuple[int, ...], launches: str) -> None:
 
 @pytest.mark.parametrize("given", [False, True], ids=["of batch", "given"])
 def test_only_what_is_wanted(given: bool, launches: str) -> None:
-    made = Case((7, 3, 4, 5), layout="channels_last").make()
+    made = Case((4, 3, 2, 2), layout="channels_last", num_tasks=2).make()
     (_, mean, var), everything = made.run(kernels, given)
     for wanted in itertools.product((False, True), repeat=3):
         args = (made.grad_out, made.x, made.weight, mean, var, made.batch, not given, EPS, list(wanted))
@@ -231,7 +223,7 @@ def test_non_finite_values_stay_in_their_task(launches: str) -> None:
 def test_counts_past_32_bits_are_those_of_32_bits(launches: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The 64-bit variant of each kernel, on tensors that do not need it."""
     for layout in ("contiguous", "channels_last"):
-        made = Case((6, 5, 3, 4), layout=layout).make()
+        made = Case((4, 3, 2, 2), layout=layout, num_tasks=2).make()
         narrow = made.run(kernels, given=False)
         with monkeypatch.context() as patch:
             patch.setattr(kernels._Shape, "int64_offsets", True)

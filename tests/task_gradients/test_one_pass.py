@@ -378,6 +378,54 @@ def test_low_rank_deltas(bias: str, stacked: bool, memory: str) -> None:
         torch.testing.assert_close(g, h)
 
 
+class SharedAffine(nn.Module):
+    """Statistics by task, and a scale and a shift that all tasks share."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, dtype=dtype))
+        self.bias = nn.Parameter(torch.randn(4, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = fastmtl.ops.task_plan(IDS, T)
+        return fastmtl.ops.task_batch_norm(x, plan, self.weight, self.bias, training=True)
+
+
+def _normed(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 2), norm, nn.Flatten(), nn.Linear(16, 5)
+    ).double()
+
+
+@pytest.mark.parametrize("memory", ["bank", "stream"])
+@pytest.mark.parametrize("kind", ["training", "eval", "shared"])
+def test_batch_norm_by_task(kind: str, memory: str) -> None:
+    """Statistics by task keep tasks apart; weights and biases of tasks stay out of the bank, shared ones are in it."""
+    torch.manual_seed(0)
+    norm = SharedAffine() if kind == "shared" else fastmtl.nn.TaskBatchNorm2d(4, T)
+    model = _normed(norm)
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.copy_(torch.randn_like(p))
+    x = torch.randn(N, 3, 5, 5, dtype=torch.float64)
+    model.train(kind != "eval")
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    with fastmtl.nn.tasks(IDS):
+        losses = cross_entropy(model(x))
+    after = {name: b.clone() for name, b in model.named_buffers()}
+    want = _by_backward(model, [losses[of(t)].sum() for t in range(T)])
+    model.zero_grad()
+    for name, b in model.named_buffers():
+        b.copy_(before[name])
+    with fastmtl.nn.tasks(IDS), fastmtl.one_pass(model, IDS, T, memory=memory) as bank:
+        cross_entropy(model(x)).sum().backward()
+    assert len(bank.params) == (8 if kind == "shared" else 6)
+    assert all(torch.equal(b, after[name]) for name, b in model.named_buffers())
+    bank.apply(pcgrad)
+    for g, h in zip(_grads(model), want, strict=True):
+        torch.testing.assert_close(g, h)
+
+
 def test_low_rank_factors_in_the_bank_are_refused() -> None:
     model, x = LowRank().double(), _x()
     model.A[1] = nn.Parameter(model.A[1].detach().clone())
@@ -386,6 +434,27 @@ def test_low_rank_factors_in_the_bank_are_refused() -> None:
         fastmtl.one_pass(model, IDS, T),
     ):
         cross_entropy(model(x)).sum().backward()
+
+
+def test_batch_norm_by_other_tasks_is_refused() -> None:
+    torch.manual_seed(0)
+    model = _normed(fastmtl.nn.TaskBatchNorm2d(4, T))
+    x = torch.randn(N, 3, 5, 5, dtype=torch.float64)
+
+    def step(ids: Tensor, **options: Any) -> fastmtl.OnePassBank:
+        with fastmtl.nn.tasks(ids), fastmtl.one_pass(model, IDS, T, **options) as bank:
+            cross_entropy(model(x)).sum().backward()
+        return bank
+
+    mixed = IDS.roll(1)
+    with pytest.raises(ValueError, match=r"(?s)batch norm in training mode.*TaskBatchNorm2d"):
+        step(mixed)
+    step(mixed, mixing="partition")
+    # the names of the tasks may be others, as long as no statistics are of two
+    step((IDS + 1) % T)
+    # given statistics are of no sample
+    model.eval()
+    step(mixed)
 
 
 def test_partition_accepts_batch_statistics() -> None:

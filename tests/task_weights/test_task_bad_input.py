@@ -12,6 +12,7 @@ from conftest import Backend
 from torch import Tensor
 
 from fastmtl.ops import (
+    task_batch_norm,
     task_conv2d,
     task_conv2d_weight_grad,
     task_linear,
@@ -230,6 +231,7 @@ def test_the_calls_are_right_otherwise(backend: Backend) -> None:
     assert task_conv2d(**_conv_arguments()).shape == (4, 6, 3, 3)
     assert task_linear(**_linear_arguments()).shape == (4, 5, 6)
     assert task_scale_shift(**_scale_arguments()).shape == (4, 2, 5)
+    assert task_batch_norm(**_norm_arguments()).shape == (4, 2, 5)
     assert task_conv2d_weight_grad(**_conv_grad_arguments()).shape == (3, 6, 2, 3, 3)
     assert task_linear_weight_grad(**_linear_grad_arguments()).shape == (3, 6, 2)
 
@@ -287,6 +289,102 @@ SCALE = [
 @pytest.mark.parametrize("bad", SCALE, ids=str)
 def test_scale_shift(bad: Bad, backend: Backend) -> None:
     assert_refused(task_scale_shift, _scale_arguments(), bad)
+
+
+# --- batch norm
+
+
+def _norm_arguments() -> dict[str, Any]:
+    return {
+        "x": _v(4, 2, 5),
+        "task_ids": torch.tensor([0, 2, 1, 0]),
+        "weight": [_v(2)] * 3,
+        "bias": _v(3, 2),
+        "running_mean": [torch.zeros(2) for _ in range(3)],
+        "running_var": _v(3, 2),
+        "num_batches_tracked": torch.zeros(3).long(),
+        "training": True,
+    }
+
+
+_NO_TABLES = dict.fromkeys(("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
+_COUNTS = "num_batches_tracked"
+NORM = [
+    *_x_of(r"\[N, C, ...\]"),
+    *_ids_of("norm"),
+    *(
+        bad
+        for name, one in (("weight", r"\[2\] or "), ("bias", r"\[2\] or "), ("running_mean", ""), ("running_var", ""))
+        for bad in (
+            Bad(f"{name} kind", {name: 1.0}, TypeError, rf"{name}: expected a tensor, a list of T .*got float"),
+            Bad(
+                f"{name} item", {name: [_v(2), None, _v(2)]}, TypeError, rf"{name}\[1\]: expected a tensor, got NoneTy"
+            ),
+            Bad(f"{name} empty", {name: []}, ValueError, rf"{name}: expected at least one task, got 0"),
+            Bad(f"{name} int", {name: _v(3, 2, **INT)}, TypeError, rf"{name}: expected float64.*got torch.int64"),
+            Bad(f"{name} dtype", {name: _v(3, 2, **F64)}, TypeError, rf"{name}: expected torch.float32.*float64"),
+            Bad(f"{name} meta", {name: _v(3, 2, **META)}, ValueError, rf"{name}: expected device cpu as x, got meta"),
+            Bad(
+                f"{name} dims",
+                {name: _v(3, 1, 2)},
+                ValueError,
+                rf"{name}: expected shape {one}\[T, 2\], got \[3, 1, 2\]",
+            ),
+            Bad(f"{name} wide", {name: _v(3, 5)}, ValueError, rf"{name}: expected shape {one}\[T, 2\], got \[3, 5\]"),
+            Bad(
+                f"{name} row",
+                {name: [_v(2), _v(2), _v(3)]},
+                ValueError,
+                rf"{name}\[2\]: expected shape \[2\], got \[3\]",
+            ),
+        )
+    ),
+    Bad("mean of all", {"running_mean": _v(2)}, ValueError, r"running_mean: expected shape \[T, 2\], got \[2\]"),
+    Bad("T", {"bias": _v(4, 2)}, ValueError, r"bias: expected 3 tasks as in weight, got 4"),
+    Bad("T list", {"running_mean": [_v(2)] * 2}, ValueError, r"running_mean: expected 3 tasks as in weight, got 2"),
+    Bad("T counts", {_COUNTS: torch.zeros(2).long()}, ValueError, rf"{_COUNTS}: expected 3 tasks as in weight, got 2"),
+    Bad("counts float", {_COUNTS: _v(3)}, TypeError, rf"{_COUNTS}: expected int64, got torch.float32"),
+    Bad("counts dims", {_COUNTS: _v(3, 1, **INT)}, ValueError, rf"{_COUNTS}: expected shape \[T\], got \[3, 1\]"),
+    Bad("counts item", {_COUNTS: [_v(1, **INT)] * 3}, ValueError, rf"{_COUNTS}\[0\]: expected shape \[\], got \[1\]"),
+    Bad("counts meta", {_COUNTS: _v(3, **INT, **META)}, ValueError, rf"{_COUNTS}: expected device cpu as x, got meta"),
+    Bad(
+        "mean alone", {"running_var": None}, ValueError, r"running_var: expected statistics beside running_mean, got No"
+    ),
+    Bad(
+        "var alone", {"running_mean": None}, ValueError, r"running_mean: expected statistics beside running_var, got No"
+    ),
+    Bad(
+        "counts alone",
+        {"running_mean": None, "running_var": None},
+        ValueError,
+        rf"{_COUNTS}: expected None, since there are no running statistics, got counts",
+    ),
+    Bad(
+        "eval of nothing",
+        {"training": False, "running_mean": None, "running_var": None, _COUNTS: None},
+        ValueError,
+        r"running_mean, running_var: expected statistics, since training is False, got None",
+    ),
+    Bad("average", {"momentum": None, _COUNTS: None}, ValueError, rf"{_COUNTS}: expected the batches seen .*got None"),
+    Bad("momentum", {"momentum": "0.1"}, TypeError, r"momentum: expected a number or None, got str"),
+    Bad("momentum bool", {"momentum": True}, TypeError, r"momentum: expected a number or None, got bool"),
+    Bad("momentum inf", {"momentum": float("inf")}, ValueError, r"momentum: expected a finite number, got inf"),
+    Bad("eps", {"eps": None}, TypeError, r"eps: expected a number, got NoneType"),
+    Bad("eps 0", {"eps": 0.0}, ValueError, r"eps: expected a positive number in training, got 0.0"),
+    Bad("eps less", {"eps": -1.0, "training": False}, ValueError, r"eps: expected a finite number that is .*got -1.0"),
+    Bad("eps nan", {"eps": float("nan")}, ValueError, r"eps: expected a positive number in training, got nan"),
+    Bad("training", {"training": 1}, TypeError, r"training: expected a bool, got int"),
+    Bad("no T", _NO_TABLES, ValueError, r"task_ids: expected a TaskPlan, since no other argument tells the number of"),
+    Bad("one value", {"x": _v(4, 2)}, ValueError, r"x: expected more than 1 value per channel of each.*1 for task 1"),
+]
+
+
+@pytest.mark.parametrize("bad", NORM, ids=str)
+def test_batch_norm(bad: Bad, backend: Backend) -> None:
+    arguments = _norm_arguments()
+    assert_refused(task_batch_norm, arguments, bad)
+    kept = arguments["running_mean"], arguments["running_var"], arguments["num_batches_tracked"]
+    assert not any(m.any() for m in kept[0]) and bool((kept[1] == 1).all()) and not kept[2].any()
 
 
 # --- weight gradients

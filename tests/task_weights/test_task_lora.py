@@ -401,7 +401,7 @@ def test_permuted_batch(case: LoraCase, backend: Backend) -> None:
 def test_every_way_to_walk(
     case: LoraCase, full_speed_rows: int, part_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The CPU takes rows where they lie or copies them together, W part by part or at once; small cases see one way."""
+    """The CPU takes rows where they lie or copies them together, many or few at a time; small cases see one way."""
     monkeypatch.setattr(low_rank, "FULL_SPEED_ROWS", full_speed_rows)
     monkeypatch.setattr(low_rank, "PART_BYTES", part_bytes)
     for options in ({}, {"x_layout": "sliced", "ids": "runs"}, {"ids": "turns", "grad_layout": "expanded_batch"}):

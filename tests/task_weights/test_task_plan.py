@@ -11,6 +11,7 @@ from conftest import Backend
 
 from fastmtl.ops import (
     TaskPlan,
+    task_batch_norm,
     task_conv2d,
     task_conv2d_weight_grad,
     task_linear,
@@ -95,6 +96,7 @@ CALLS: dict[str, Any] = {
     "conv": lambda plan: task_conv2d(X, W, torch.ones(2, 3, 2, 1, 1), plan),
     "linear": lambda plan: task_linear(X[..., 0, 0], W[..., 0, 0], torch.ones(2, 3, 2), plan),
     "scale_shift": lambda plan: task_scale_shift(X, torch.ones(2, 2), torch.ones(2, 2), plan),
+    "batch_norm": lambda plan: task_batch_norm(X, plan, torch.ones(2, 2), training=True),
     "conv_grad": lambda plan: task_conv2d_weight_grad(X, torch.ones(4, 3, 3, 3), plan, 2, 1),
     "linear_grad": lambda plan: task_linear_weight_grad(X[..., 0, 0], torch.ones(4, 3), plan, 2),
 }
@@ -114,7 +116,7 @@ def test_plan_of_another_batch(name: str, backend: Backend) -> None:
         CALLS[name](task_plan(IDS[:3], 2))
 
 
-@pytest.mark.parametrize("name", ["conv", "linear", "conv_grad", "linear_grad"])
+@pytest.mark.parametrize("name", ["conv", "linear", "batch_norm", "conv_grad", "linear_grad"])
 def test_plan_that_is_none(name: str, backend: Backend) -> None:
     """Fields of the wrong size, dtype or device."""
     plan = task_plan(IDS, 2)

@@ -36,6 +36,9 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, to
 # and beside that, in units of the last place of the norm of the task's whole gradient
 _ROUNDINGS = 4
 
+# of a DDP module, off inside the block
+_OF_DDP = ("require_backward_grad_sync", "find_unused_parameters", "static_graph")
+
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 # the rows of one parameter: `[R, ...]`, or one tensor for each row (None: zero)
@@ -168,11 +171,15 @@ class Batch:
             backward=run_backward,
         )
         self.tracker.mark(self.given_ids, PerSample(0, self.task_ids))
-        # parameters in the bank never reach DDP's hooks, which would wait for them: `apply` averages
+        # parameters in the bank never reach DDP's hooks, which would wait for them: `apply` averages. The other two
+        # settings would have DDP hand on its outputs by a function of its own, which can't be followed
         modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
-        self.synced = [m for m in modules if isinstance(m, DistributedDataParallel) and m.require_backward_grad_sync]
-        for m in self.synced:
-            m.require_backward_grad_sync = False
+        self.wrappers = [
+            (m, {k: getattr(m, k) for k in _OF_DDP}) for m in modules if isinstance(m, DistributedDataParallel)
+        ]
+        for m, _ in self.wrappers:
+            for setting in _OF_DDP:
+                setattr(m, setting, False)
         for leaf in loop.values():
             self.tracker.mark(leaf, CONSTANT)
         self.received: dict[Tensor, TaskRows] = {}
@@ -187,8 +194,9 @@ class Batch:
         self.tracker.__exit__(None, None, None)
         self.tracker.clear()
         self.tracker.backward = _left  # a cycle less
-        for m in self.synced:
-            m.require_backward_grad_sync = True
+        for m, settings in self.wrappers:
+            for setting, value in settings.items():
+                setattr(m, setting, value)
 
     # --- the backward pass
 

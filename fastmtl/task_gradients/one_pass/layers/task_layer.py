@@ -73,9 +73,11 @@ def _shared(
         added = _picked(tracker, b, axis, *plan)
         b = None
     weight, bias = weight_of(tracker, w), weight_of(tracker, b)
-    y = run(weight.value, bias.value)
+    y = run(*(p.value if p.value is None or not p.form else p.value.detach() for p in (weight, bias)))
+    # of a parameter that is not in the bank, the op gives the gradient
+    plain = (p.value if p.value is None or p.form else p.value.detach() for p in (weight, bias))
     y = SharedByTask.apply(
-        y, x.detach(), weight.value, bias.value, *axis.task_ids.plan(axis.outer, axis.inner), geometry or None,
+        y, x.detach(), *plain, *axis.task_ids.plan(axis.outer, axis.inner), geometry or None,
         weight.form, bias.form, *weight.targets, *bias.targets,
     )  # fmt: skip
     if added is not None:
