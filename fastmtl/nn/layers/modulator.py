@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.core.task_weights import TaskPlan
-from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
+from fastmtl.nn.containers import TaskParameters, Tasks, present_rows, segments
 from fastmtl.nn.layers.around import AroundPlain
 from fastmtl.ops import task_conv2d, task_linear
 
@@ -126,12 +126,17 @@ class TaskModulator(AroundPlain):
         plan = self._plan(x, self._leading(x))
         y, mixing = self._through_plain(x), self._modulators(plan)
         if self.kind == "Conv2d":
-            return task_conv2d(y, None, mixing[..., None, None], plan, bias=self.bias)
+            mixing = mixing[..., None, None] if isinstance(mixing, Tensor) else [m[..., None, None] for m in mixing]
+            return task_conv2d(y, None, mixing, plan, bias=self.bias)
         return task_linear(y, None, mixing, plan, bias=self.bias)
 
-    def _modulators(self, plan: TaskPlan) -> Tensor:
-        v, g = (torch.stack(present_rows(held, self.tasks, plan.offsets)) for held in (self.v, self.g))
-        return _normalised(v, g)
+    def _modulators(self, plan: TaskPlan) -> Tensor | list[Tensor]:
+        """Those of all tasks; where the host knows the samples, none is computed for a task without."""
+        v, g = (present_rows(held, self.tasks, plan.offsets) for held in (self.v, self.g))
+        if plan.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+            present = {t for t, _ in segments(plan)}
+            return [_normalised(v[t], g[t]) if t in present else v[t] for t in range(len(v))]
+        return _normalised(torch.stack(v), torch.stack(g))
 
     def extra_repr(self) -> str:
         return self._repr_of_plain()

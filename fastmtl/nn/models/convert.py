@@ -176,7 +176,7 @@ def _unknown(chosen: Kind, place: Place) -> bool:
 
 _PLAIN_OF = {
     "TaskConv2d": ("Conv2d", "grouped", "depthwise"),
-    "TaskModulator": ("Conv2d", "Linear"),
+    "TaskModulator": ("Conv2d", "Linear", "Conv1D"),
     "TaskHyperGrid": ("Conv2d", "Linear", "Conv1D"),
 }
 
