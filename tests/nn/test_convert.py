@@ -548,3 +548,28 @@ def test_a_layer_of_ones_own() -> None:
     assert "1/shift" in state
     task_nn.insert(model, "more", state)
     assert "1" in layer_report(model).layers and isinstance(merge(model, "more")[1], nn.Identity)
+
+
+def test_sequences_before_the_batch_are_refused() -> None:
+    """As long as the batch, a sequence would be taken for it, and nothing would show that."""
+    model = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0).double().eval()
+    with pytest.raises(
+        ValueError, match=r"model: expected batch_first=True, since 'encoder\.layers\.0\.linear1' would"
+    ):
+        convert(model, NAMES, "dense", nn.Linear)
+    with pytest.raises(ValueError, match=r"encoder: expected batch_first=True, since 'encoder\.norm' would"):
+        convert(nn.ModuleDict({"encoder": model.encoder}), NAMES, "patch", "encoder.norm")
+    assert not list(task_layers(model))
+    source, target = torch.randn(2, 3, 3, 8, dtype=torch.float64)
+    ids = torch.tensor([2, 0, 1])
+    expected = model(source, target)
+    converted = convert(model, NAMES, "lora", nn.MultiheadAttention)
+    with tasks(ids):
+        torch.testing.assert_close(converted(source, target), expected)
+    for p in converted.parameters():
+        if is_per_task(p):
+            nn.init.normal_(p)
+    with tasks(ids):
+        y = converted(source, target)
+    for n, task in enumerate(NAMES[t] for t in ids):
+        torch.testing.assert_close(y[:, n], merge(converted, task)(source, target)[:, n])

@@ -75,7 +75,8 @@ def convert(
     Raises:
         TypeError: no module; options or a `where` that the kind does not know.
         ValueError: an unknown kind; nothing that can be converted; a layer that is converted already; other tasks than
-            those of an earlier call; a layer whose weight is computed, that has hooks, or a forward of its own.
+            those of an earlier call; a layer whose weight is computed, that has hooks, or a forward of its own; layers
+            in a Transformer of torch with `batch_first=False`, but for its attention.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
@@ -106,7 +107,9 @@ def convert(
                 f"tasks: expected {', '.join(layer.tasks)} as {path or 'the model'!r} has, got {', '.join(names)}"
             )
     given = {**chosen_kind.options, **options}
-    new = [(place.module, _made(place, make, names, given)) for place, make in _chosen(model, kind, chosen_kind, where)]
+    meant = _chosen(model, kind, chosen_kind, where)
+    _check_batch_first(model, [place for place, _ in meant])
+    new = [(place.module, _made(place, make, names, given)) for place, make in meant]
     _tie(new)
     made = {id(old): layer for old, layer in new}
     result = _replaced(model, made)
@@ -156,6 +159,32 @@ def _chosen(model: nn.Module, kind: str, chosen: Kind, where: Where) -> list[tup
     if not any(place not in norms for place in meant) and not (where is not None and meant):
         raise _nothing(model, kind, chosen, where, found, bool(hits))
     return [(place, _make_of(chosen, place)) for place in meant]
+
+
+# torch's own networks, whose layers see what their attention sees
+_TRANSFORMERS = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+
+
+def _check_batch_first(model: nn.Module, meant: Sequence[Place]) -> None:
+    """Raises where layers would take a sequence for the batch: where both are as long, nothing else shows it."""
+    paths = {id(place.module): place.path for place in meant if not isinstance(place.module, nn.MultiheadAttention)}
+    for path, module in model.named_modules():
+        if not isinstance(module, _TRANSFORMERS):
+            continue
+        attention = next((m for m in module.modules() if isinstance(m, (nn.MultiheadAttention, TaskComposite))), None)
+        inside = [paths[id(m)] for m in module.modules() if id(m) in paths]
+        if inside and attention is not None and not getattr(attention, "batch_first", True):
+            raise ValueError(
+                f"{path or 'model'}: expected batch_first=True, since {inside[0]!r} would see [L, N, ...] and ids are "
+                "of the first dimension, got False; build it with batch_first=True, or convert its attention alone by "
+                "where="
+            )
 
 
 def _make_of(chosen: Kind, place: Place) -> Make:
