@@ -94,8 +94,8 @@ def check(case: LoraCase, made: MadeLora | None = None, **forced: Any) -> dict[s
 
 PLAIN = LoraCase(leading=(6,), cin=7, cout=5, ranks=(2, 0, 3), scaling="values", bias="per_task")
 # more rows, columns and numbers of the rank than a tile has
-LARGE = LoraCase(leading=(9, 11), cin=35, cout=21, ranks=(20, 3, 33), scaling="values", bias="shared", num_tasks=4)
-EIGHTS = LoraCase(leading=(40,), cin=40, cout=24, ranks=(8, 16), scaling="values", ids="runs")
+LARGE = LoraCase(leading=(4, 9), cin=33, cout=18, ranks=(18, 3), scaling="values", bias="shared", num_tasks=2)
+EIGHTS = LoraCase(leading=(9,), cin=40, cout=24, ranks=(8, 16), scaling="values", ids="runs")
 LAYERS = [
     PLAIN,
     LARGE,
@@ -111,9 +111,8 @@ LAYERS = [
     PLAIN.but(leading=(2, 3, 4), ids_dims=2, x_layout="transposed", grad_layout="expanded"),
     PLAIN.but(weight_layout="transposed", x_layout="sliced", ranks=(2, 4)),
     PLAIN.but(num_tasks=1, ranks=(2,), ids="sorted"),
-    PLAIN.but(num_tasks=20, leading=(3,)),
+    PLAIN.but(num_tasks=9, leading=(3,)),
     PLAIN.but(leading=(1,)),
-    LARGE.but(factors="stacked", ranks=(24,), ids_dims=2, ids="reversed"),
 ]
 DTYPES = [(BF16, None, None), (F16, None, None), (BF16, F32, F32), (F16, None, F32), (BF16, F32, None)]
 
@@ -126,7 +125,7 @@ def test_values_and_gradients(case: LoraCase, forced: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("forced", [WALK, SPLIT], ids=["walk", "split"])
 @pytest.mark.parametrize(("dtype", "weight_dtype", "factor_dtype"), DTYPES, ids=str)
-@pytest.mark.parametrize("case", [PLAIN, EIGHTS], ids=["plain", "eights"])
+@pytest.mark.parametrize("case", [EIGHTS], ids=["eights"])
 def test_sixteen_bits(
     case: LoraCase, dtype: torch.dtype, weight_dtype: Any, factor_dtype: Any, forced: dict[str, Any]
 ) -> None:
