@@ -97,11 +97,10 @@ def test_a_method_of_ones_own_that_lacks_its_half() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [k for k in methods.names.CLASSES if not k().needs and "targets" not in repr(vars(k()))],
-    ids=lambda k: k.__name__,
-)
+GRAMIAN = [kind for kind in methods.names.CLASSES if not kind().needs]
+
+
+@pytest.mark.parametrize("kind", GRAMIAN, ids=lambda kind: kind.__name__)
 def test_a_derived_method_is_asked_for_its_own_weights(kind: type[methods.Method]) -> None:
     """By hand, in a step, in groups and in other methods; `super()` is what its base has."""
     own = "_weigh" if issubclass(kind, StatefulMethod) else "_weights"
