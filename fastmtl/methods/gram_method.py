@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fastmtl import ops
@@ -52,7 +53,13 @@ class GramMethod(Method):
         return "" if self._preferences is None else f", preferences={self._preferences!r}"
 
     def weights(self, gram: Tensor, *, present: Tensor | None = None) -> Tensor:
-        return self._solved(gram, present, None)
+        if type(self)._weights is GramMethod._weights:
+            return self._solved(gram, present, None)
+        # a class derived from one of these; its matrix keeps its dtype, which says how far entries are rounded
+        self._read(gram, present)
+        gram = gram if present is None else torch.where(present[:, None] & present, gram, 0.0)
+        w = self._weights(gram, present)
+        return w if present is None else torch.where(present, w, 0.0)
 
     def weigh(self, gram: Tensor, seen: Seen) -> Tensor:
         if self.by_group or not self.is_the_op:
@@ -99,7 +106,7 @@ class GramMethod(Method):
         )
 
     def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
-        return self.weights(gram, present=present)
+        return self._solved(gram, present, None)
 
     def _solved(self, gram: Tensor, present: Tensor | None, names: Sequence[str] | None) -> Tensor:
         if isinstance(gram, Tensor) and gram.dim() == 2:

@@ -133,6 +133,18 @@ def _alone(name: str) -> Iterator[None]:
         yield
 
 
+def _units(sources: Sequence[Path], folder: Path) -> list[Path]:
+    """What is compiled as one, so that headers are read and templates made once: the kernels of a dtype with those for
+    groups, the solvers, the driver."""
+    units: dict[str, list[Path]] = {}
+    for source in sources:
+        name = source.stem.removeprefix("kernels_").removeprefix("groups_")
+        units.setdefault("solvers" if name in ("solve", "gradvac", "methods") else name, []).append(source)
+    for name, together in units.items():
+        (folder / f"{name}.cpp").write_text("".join(f'#include "{source}"\n' for source in together))
+    return [folder / f"{name}.cpp" for name in units]
+
+
 def build(how: Build) -> Path:
     """The shared library, compiled if its sources are not those of the last time."""
     with _alone(how.name):
@@ -153,7 +165,7 @@ def _build(how: Build) -> Path:
     work = FOLDER / f"{library.stem}.{os.getpid()}"
     work.mkdir(parents=True)
     # of two definitions of a function in a header the linker takes the first one
-    sources = [*((s, how.more_flags) for s in how.more_sources), *((s, how.flags) for s in how.sources)]
+    sources = [*((s, how.more_flags) for s in how.more_sources), *((s, how.flags) for s in _units(how.sources, work))]
     objects = [work / f"{source.stem}.o" for source, _ in sources]
     compiles = [
         [cxx, *_flags(cxx), *flags, *INCLUDE, "-x", "c++", "-c", str(source), "-o", str(target)]

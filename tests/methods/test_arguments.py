@@ -16,7 +16,7 @@ from cases_backward import make
 from torch import Tensor
 
 import fastmtl
-from fastmtl import methods
+from fastmtl import methods, ops
 from fastmtl.methods import Method, Seen
 from fastmtl.methods.arguments import Argument, TaskNumbers, choice, read_count, read_flag, read_number
 
@@ -510,6 +510,23 @@ def test_a_gram_matrix_is_checked_for_every_method(name: str, way: str, monkeypa
         weigh(negative)
     with pytest.raises(ValueError, match=r"gram: expected a Gram matrix, got .*: -1 on its diagonal"):
         weigh(below)
+
+
+@pytest.mark.parametrize(
+    "coefficients",
+    [
+        lambda gram: ops.pcgrad_coefficients(gram, torch.tensor([[1], [0]])),
+        lambda gram: ops.gradvac_coefficients(gram, torch.tensor([[1], [0]]), torch.zeros(2, 2)),
+    ],
+    ids=["pcgrad", "gradvac"],
+)
+def test_the_ops_of_orders_check_too(coefficients: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch):
+    indefinite = torch.tensor([[1.0, 5.0], [5.0, 1.0]])
+    coefficients(indefinite)  # nobody looks
+    monkeypatch.setenv("FASTMTL_CHECK", "1")
+    coefficients(torch.eye(2))
+    with pytest.raises(ValueError, match="gram: expected a Gram matrix, got one with negative eigenvalues"):
+        coefficients(indefinite)
 
 
 def test_absent_tasks_are_not_checked(monkeypatch: pytest.MonkeyPatch):

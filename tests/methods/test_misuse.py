@@ -97,6 +97,38 @@ def test_a_method_of_ones_own_that_lacks_its_half() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+GRAMIAN = [kind for kind in methods.names.CLASSES if not kind().needs]
+
+
+@pytest.mark.parametrize("kind", GRAMIAN, ids=lambda kind: kind.__name__)
+def test_a_derived_method_is_asked_for_its_own_weights(kind: type[methods.Method]) -> None:
+    """By hand, in a step, in groups and in other methods; `super()` is what its base has."""
+    own = "_weigh" if issubclass(kind, StatefulMethod) else "_weights"
+
+    class Doubled(kind):  # type: ignore[misc, valid-type]
+        pass
+
+    setattr(Doubled, own, lambda self, *given: 2 * getattr(super(Doubled, self), own)(*given))
+    gram, here = torch.tensor([[2.0, -1.0, 0.5], [-1.0, 1.0, 0.0], [0.5, 0.0, 3.0]]), torch.tensor([True, False, True])
+    for present in (None, here):
+        torch.manual_seed(0)
+        want = 2 * kind().weights(gram, present=present)
+        torch.manual_seed(0)
+        assert torch.equal(Doubled().weights(gram, present=present), want)
+    model = net()
+    for options in ({}, {"groups": "layer"}):
+        torch.manual_seed(0)
+        want = 2 * fastmtl.backward(losses(model), model, method=kind(), **options).weights
+        torch.manual_seed(0)
+        found = fastmtl.backward(losses(model), model, method=Doubled(), **options).weights
+        torch.testing.assert_close(found, want)
+    seen = methods.Seen(["0", "1", "2"], [True] * 3)
+    torch.manual_seed(0)
+    want = 2 * kind().weigh(gram, seen)
+    torch.manual_seed(0)
+    torch.testing.assert_close(methods.CRMOGM(Doubled(), 0.0).weigh(gram, seen), want)
+
+
 def test_a_function_is_called_by_its_name() -> None:
     def halves(gram: Tensor) -> list[float]:
         return [0.5] * len(gram)

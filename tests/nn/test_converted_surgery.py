@@ -14,7 +14,19 @@ from task_models import NAMES, move
 from torch import Tensor, nn
 
 import fastmtl
-from fastmtl.nn import convert, tasks
+from fastmtl.nn import (
+    TapsGate,
+    TaskBatchNorm2d,
+    TaskEmbedding,
+    TaskHeads,
+    TaskModule,
+    TaskMultiheadAttention,
+    TaskParameters,
+    TaskScaleShift,
+    convert,
+    tasks,
+)
+from fastmtl.ops import task_batch_norm
 from fastmtl.ops.gradients import reference
 from fastmtl.parameters import is_per_task
 
@@ -189,3 +201,243 @@ def test_shared_weights_are_operated_on_and_those_of_tasks_are_not(name: str, ki
 @pytest.mark.parametrize("kind", ["taps", "patch"])
 def test_an_absent_task(kind: str, way: str) -> None:
     check(trial("resnet", kind, True), way)
+
+
+# --- what one_pass takes apart beside the layers above, against a pass per task on its samples alone
+
+
+class TaskShift(TaskModule):
+    """A layer of a user's own, as docs/task-models.md has it."""
+
+    def __init__(self) -> None:
+        super().__init__(NAMES)
+        self.shift = TaskParameters()
+        self._start_tasks()
+
+    def _start(self, name: str) -> None:
+        self.shift[name] = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self._plan(x)
+        return x + torch.stack([self.shift[name] for name in self.tasks])[plan.task_ids][:, None]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = TaskMultiheadAttention(6, 2, NAMES, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x, x, need_weights=False)[0]
+
+
+class SharedAffine(nn.Module):
+    """Statistics by task, and one scale and shift for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        self.ids = IDS
+
+    def forward(self, x: Tensor) -> Tensor:
+        return task_batch_norm(x, fastmtl.ops.task_plan(self.ids, len(NAMES)), self.weight, self.bias, training=True)
+
+
+class OneTable(TaskEmbedding):
+    """An embedding as it runs on a GPU and in compiled graphs, where nothing is asked of the ids."""
+
+    def _add_by_segments(self, y: Tensor, x: Tensor, plan: Any) -> Tensor:
+        return y + self._from_one_table(x, plan).to(y.dtype)
+
+
+def _any_head() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 4))
+
+
+TOKENS = torch.randint(0, 11, (len(IDS), 5), generator=torch.Generator().manual_seed(1))
+ROWS = torch.randn(len(IDS), 6, generator=torch.Generator().manual_seed(1)).double()
+LINES = torch.randn(len(IDS), 5, 6, generator=torch.Generator().manual_seed(1)).double()
+PICTURES = torch.randn(len(IDS), 3, 5, 5, generator=torch.Generator().manual_seed(1)).double()
+# around each layer something that all tasks share
+PARTS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "embedding": (lambda: nn.Sequential(TaskEmbedding(11, 6, NAMES, 0), nn.Linear(6, 4)), TOKENS),
+    "embedding, separate": (lambda: nn.Sequential(TaskEmbedding(11, 6, NAMES, shared=False), nn.Linear(6, 4)), TOKENS),
+    "embedding, gated": (
+        lambda: nn.Sequential(TaskEmbedding(11, 6, NAMES, 0, gate=TapsGate()), nn.Linear(6, 4)), TOKENS
+    ),
+    "embedding, one table": (
+        lambda: nn.Sequential(OneTable(11, 6, NAMES, 0, gate=TapsGate()), nn.Linear(6, 4)), TOKENS
+    ),
+    "heads": (lambda: nn.Sequential(nn.Linear(6, 6), TaskHeads(6, dict.fromkeys(NAMES, 4))), ROWS),
+    "heads, padded": (
+        lambda: nn.Sequential(
+            nn.Linear(6, 6), TaskHeads(6, dict(zip(NAMES, (4, 3, 5), strict=True)), output="padded", fill=0.0)
+        ), ROWS,
+    ),
+    "heads, a list": (
+        lambda: nn.Sequential(nn.Linear(6, 6), TaskHeads(6, dict(zip(NAMES, (4, 3, 5), strict=True)))), ROWS
+    ),
+    "heads of any kind": (
+        lambda: nn.Sequential(nn.Linear(6, 6), TaskHeads.from_modules({name: _any_head() for name in NAMES})), ROWS
+    ),
+    "scale and shift": (lambda: nn.Sequential(nn.Linear(6, 6), TaskScaleShift(6, NAMES)), ROWS),
+    "a layer of one's own": (lambda: nn.Sequential(nn.Linear(6, 6), TaskShift(), nn.Linear(6, 4)), ROWS),
+    "attention": (lambda: nn.Sequential(nn.Linear(6, 6), SelfAttention(), nn.Linear(6, 4)), LINES),
+    "batch norm": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), TaskBatchNorm2d(4, NAMES), nn.Conv2d(4, 4, 3)), PICTURES
+    ),
+    "batch norm, shared affine": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), SharedAffine(), nn.Conv2d(4, 4, 3)), PICTURES
+    ),
+}  # fmt: skip
+
+
+def part(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, x = PARTS[name]
+    model = make().to(dtype)
+    move(model)
+    return model, x.to(dtype) if x.is_floating_point() else x
+
+
+def summed(y: Tensor | list[Tensor]) -> Tensor:
+    return sum(each.square().sum() for each in y) if isinstance(y, list) else y.square().sum()
+
+
+def rows_apart(model: nn.Module, x: Tensor, params: list[Tensor]) -> list[list[Tensor]]:
+    """Of each task, a pass on its samples alone."""
+    rows = []
+    for t, name in enumerate(NAMES):
+        for layer in model.modules():
+            if isinstance(layer, SharedAffine):
+                layer.ids = IDS[t == IDS]
+        with tasks(name):
+            found = torch.autograd.grad(summed(model(x[t == IDS])), params, allow_unused=True)
+        rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)])
+    return rows
+
+
+def assert_rows(bank: fastmtl.OnePassBank, rows: list[list[Tensor]], tolerance: float) -> None:
+    size = torch.cat([g.flatten() for row in rows for g in row]).norm()
+    for t, row in enumerate(rows):
+        for p, got, want in zip(bank.params, bank.row(t), row, strict=True):
+            error = (torch.zeros_like(p) if got is None else got) - want
+            assert error.norm() <= tolerance * (want.norm() + 1e-3 * size), (t, tuple(p.shape))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_rows_of_one_layer(name: str) -> None:
+    model, x = part(name)
+    apart = copy.deepcopy(model)
+    rows = rows_apart(apart, x, [p for p in apart.parameters() if not is_per_task(p)])
+    with tasks(IDS), fastmtl.one_pass(model, IDS, NAMES, check=True) as bank:
+        summed(model(x)).backward()
+    assert len(bank.params) == len(rows[0])
+    assert_rows(bank, rows, 1e-10)
+    own = {n: p for n, p in apart.named_parameters() if is_per_task(p)}
+    with tasks(IDS):
+        found = torch.autograd.grad(summed(apart(x)), list(own.values())) if own else []
+    for (n, _p), g in zip(own.items(), found, strict=True):
+        torch.testing.assert_close(model.get_parameter(n).grad, g, rtol=1e-9, atol=1e-12)
+
+
+def test_check_in_float32_allows_for_a_gradient_that_is_zero_but_for_rounding() -> None:
+    # the bias of an attention's keys moves all scores of a query alike
+    model, x = part("attention", torch.float32)
+    with tasks(IDS), fastmtl.one_pass(model, IDS, NAMES, check=True) as bank:
+        summed(model(x)).backward()
+    key = model[1].layer.k_proj.bias
+    at = next(k for k, p in enumerate(bank.params) if p is key)
+    assert bank.row(0)[at].norm() < 1e-4 * bank.row(0)[at - 1].norm()
+
+
+def test_windows_that_are_folded_into_the_batch() -> None:
+    case = task_models.make("swin")
+    model = convert(case.model, NAMES, "taps", joint=True).double()
+    move(model)
+    x, ids = case.inputs["pixel_values"].double(), task_models.IDS
+    params = [p for p in model.parameters() if not is_per_task(p)]
+    with tasks(ids, repeat=True):
+        each = model(x).logits.square().sum(1)
+    want = [torch.autograd.grad(each[ids == t].sum(), params, retain_graph=True) for t in range(len(NAMES))]
+    with tasks(ids, repeat=True), fastmtl.one_pass(model, ids, NAMES) as bank:
+        model(x).logits.square().sum().backward()
+    assert_rows(bank, [list(row) for row in want], 1e-10)
+
+
+# --- batch norm by task whose tasks are not those of one_pass
+
+
+def test_statistics_over_samples_of_several_tasks() -> None:
+    model, x = part("batch norm")
+    others = IDS.roll(1)
+    for told in (others, NAMES[0], torch.where(IDS == 1, 0, IDS)):
+        with pytest.raises(ValueError, match=r"batch norm by task .* several tasks of one_pass.*different ids"):
+            with tasks(told), fastmtl.one_pass(model, IDS, NAMES):
+                summed(model(x)).backward()
+    # parts of a task's samples are samples of one task
+    finer = torch.tensor([2, 0, 1, 0, 1, 2, 2, 3])
+    model[1].add_task("painting")
+    with tasks(finer), fastmtl.one_pass(model, IDS, NAMES, check=True) as bank:
+        summed(model(x)).backward()
+    bank.apply(PCGRAD)
+    # a sample of no task, beside others of the same statistics
+    with pytest.raises(ValueError, match="some are -1"):
+        with tasks(IDS), fastmtl.one_pass(model, torch.where(torch.arange(len(IDS)) == 1, -1, IDS), NAMES):
+            summed(model(x)).backward()
+    # in eval mode, any ids
+    with tasks(others), fastmtl.one_pass(model.eval(), IDS, NAMES, check=True):
+        summed(model(x)).backward()
+    with tasks(others), fastmtl.one_pass(model.train(), IDS, NAMES, mixing="partition") as bank:
+        summed(model(x)).backward()
+    with pytest.raises(RuntimeError, match="partition"):
+        bank.apply(PCGRAD).cosines()
+
+
+@pytest.mark.parametrize("memory", ["bank", "stream"])
+def test_what_the_device_alone_can_see_makes_the_update_nan(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the ids are not read; here a tensor stands in that says it lies on one."""
+
+    class OnDevice:
+        device = torch.device("cuda")
+
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+    from fastmtl.task_gradients.one_pass import tracker
+    from fastmtl.task_gradients.one_pass.task_ids import TaskIds
+
+    meets, where = TaskIds.meets_others, torch.where
+    monkeypatch.setattr(TaskIds, "meets_others", lambda *args: OnDevice(meets(*args)))
+    monkeypatch.setattr(
+        tracker.torch, "where", lambda c, *rest: where(c.x if isinstance(c, OnDevice) else c, *rest), raising=True
+    )
+    for told, fine in ((IDS, True), (IDS.roll(1), False)):
+        model, x = part("batch norm")
+        with tasks(told), fastmtl.one_pass(model, IDS, NAMES, memory=memory) as bank:
+            summed(model(x)).backward()
+        bank.apply(PCGRAD)
+        assert bool(model[0].weight.grad.isfinite().all()) == fine
+
+
+def test_shares_of_single_tasks_in_the_bank_are_refused_by_name() -> None:
+    class PerTaskAffine(SharedAffine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(len(NAMES), 4))
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), PerTaskAffine()).double()
+    with pytest.raises(ValueError, match=r"'1.weight'.*task_batch_norm.*what belongs to single tasks is in the bank"):
+        with fastmtl.one_pass(model, IDS, NAMES):
+            summed(model(PICTURES)).backward()
+    fastmtl.mark_per_task(model[1].bias)
+    model[1].weight = nn.Parameter(torch.randn(4).double())
+    with pytest.raises(ValueError, match=r"'1.weight'.*a shift that is not in the bank, behind a scale that is"):
+        with fastmtl.one_pass(model, IDS, NAMES):
+            summed(model(PICTURES)).backward()
+
+
+def test_nothing_that_tasks_share() -> None:
+    model = convert(task_models.make("resnet").model, NAMES, "taps")
+    with pytest.raises(ValueError, match="expected at least one parameter that needs a gradient and is shared"):
+        fastmtl.one_pass(model, IDS, NAMES)

@@ -422,10 +422,69 @@ void batch_norm_backward(const Tensor& grad_out, const Tensor& x, const std::opt
   else run(0.0f);
 }
 
+// --- running statistics
+
+// where the numbers of a task lie: in one tensor of all tasks, or in one for each
+template <class S>
+S* numbers_of(const std::vector<Tensor>& held, int64_t task, int64_t size) {
+  S* data = static_cast<S*>(held[held.size() == 1 ? 0 : static_cast<size_t>(task)].mutable_data_ptr());
+  return held.size() == 1 ? data + task * size : data;
+}
+
+void check_held(const std::vector<Tensor>& held, int64_t num_tasks, int64_t size, torch::headeronly::ScalarType dtype) {
+  STD_TORCH_CHECK(held.empty() || held.size() == 1 || static_cast<int64_t>(held.size()) == num_tasks,
+                  "fastmtl: expected one tensor, or one for each of ", num_tasks, " tasks");
+  for (const Tensor& x : held)
+    STD_TORCH_CHECK(
+        x.is_contiguous() && x.scalar_type() == dtype && x.numel() == (held.size() == 1 ? num_tasks * size : size),
+        "fastmtl: expected contiguous statistics of the dtype of the mean");
+}
+
+void batch_norm_update(const Tensor& mean, const Tensor& var, const Tensor& offsets, int64_t values,
+                       const std::optional<double>& momentum, const std::vector<Tensor>& running_mean,
+                       const std::vector<Tensor>& running_var, const std::vector<Tensor>& tracked) {
+  using torch::headeronly::ScalarType;
+  const int64_t num_tasks = mean.size(0), channels = mean.size(1);
+  STD_TORCH_CHECK(offsets.numel() == num_tasks + 1 && offsets.is_contiguous() &&
+                      offsets.scalar_type() == ScalarType::Long && mean.is_contiguous() && var.is_contiguous() &&
+                      var.numel() == mean.numel() && var.scalar_type() == mean.scalar_type() &&
+                      (momentum.has_value() || !tracked.empty()),
+                  "fastmtl: statistics that do not fit");
+  check_held(running_mean, num_tasks, channels, mean.scalar_type());
+  check_held(running_var, num_tasks, channels, mean.scalar_type());
+  check_held(tracked, num_tasks, 1, ScalarType::Long);
+  const auto* bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
+  auto run = [&]<class S>(S) {
+    const S* means = static_cast<const S*>(mean.const_data_ptr());
+    const S* variances = static_cast<const S*>(var.const_data_ptr());
+    for (int64_t t = 0; t < num_tasks; ++t) {
+      const double count = static_cast<double>((bounds[t + 1] - bounds[t]) * values);
+      if (count < 2) continue;
+      double share = momentum.value_or(0);
+      if (!tracked.empty()) {
+        int64_t& batches = *numbers_of<int64_t>(tracked, t, 1);
+        ++batches;
+        if (!momentum.has_value()) share = 1.0 / static_cast<double>(batches);
+      }
+      auto move = [&](const std::vector<Tensor>& held, const S* found, double factor) {
+        S* to = numbers_of<S>(held, t, channels);
+        for (int64_t c = 0; c < channels; ++c)
+          to[c] = static_cast<S>((1 - share) * static_cast<double>(to[c]) +
+                                 share * factor * static_cast<double>(found[t * channels + c]));
+      };
+      move(running_mean, means, 1);
+      move(running_var, variances, count / (count - 1));
+    }
+  };
+  if (dtype_of(mean) == DType::f64) run(0.0);
+  else run(0.0f);
+}
+
 }  // namespace
 }  // namespace fastmtl::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("_task_batch_norm", TORCH_BOX(&fastmtl::cpu::batch_norm));
   m.impl("_task_batch_norm_backward", TORCH_BOX(&fastmtl::cpu::batch_norm_backward));
+  m.impl("_task_batch_norm_update", TORCH_BOX(&fastmtl::cpu::batch_norm_update));
 }

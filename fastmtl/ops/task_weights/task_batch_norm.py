@@ -349,7 +349,7 @@ def _triton_update(*args: Any) -> None:
 
 
 _UPDATE = {
-    "cpu": reference.task_batch_norm_update,
+    "cpu": batch_norm_cpu.batch_norm_update,
     "triton": _triton_update,
     "reference": reference.task_batch_norm_update,
 }

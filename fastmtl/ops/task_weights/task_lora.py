@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl.core.dispatch import choose
+from fastmtl.core.dispatch import choose, triton_kernels
 from fastmtl.core.schemas import define_op
 from fastmtl.core.task_weights import TaskLoraCall, TaskPlan, empty_lora_gradients
 from fastmtl.ops.task_weights import reference
@@ -111,8 +111,16 @@ def task_lora(
 # --- implementations
 
 
-_FORWARD = {"cpu": lora_on_cpu, "reference": reference.task_lora}
-_BACKWARD = {"cpu": lora_backward_on_cpu, "reference": reference.task_lora_backward}
+def _triton(x: Tensor, call: TaskLoraCall) -> Tensor:
+    return triton_kernels("task_weights.lora_launchers").lora(x, call)
+
+
+def _triton_backward(*args: Any) -> list[Tensor]:
+    return triton_kernels("task_weights.lora_launchers").lora_backward(*args)
+
+
+_FORWARD = {"cpu": lora_on_cpu, "triton": _triton, "reference": reference.task_lora}
+_BACKWARD = {"cpu": lora_backward_on_cpu, "triton": _triton_backward, "reference": reference.task_lora_backward}
 
 
 def _run(x: Tensor, *spelled: Any) -> Tensor:

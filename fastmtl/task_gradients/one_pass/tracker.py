@@ -247,6 +247,7 @@ class Tracker(TorchFunctionMode):
                 "one_pass: a batch norm in training mode takes its statistics over samples of all tasks, so that "
                 "'the gradient of one task's loss' is ambiguous. Ways out: statistics in eval mode "
                 "(`module.eval()`, the affine part still learns), a norm without batch statistics (GroupNorm), "
+                "statistics by these very tasks (`fastmtl.nn.TaskBatchNorm2d`), "
                 "a `fastmtl.GradientBank` with a forward per task; or mixing='partition', which takes each sample's "
                 "part of the gradient for its task's (see docs/one-pass.md)"
             )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmtl.core.schemas import define_kernel
 from fastmtl.core.task_weights import SortedBatch
+from fastmtl.ops.task_weights import reference
 from fastmtl.ops.task_weights.reference import rows_of_tasks
 
 _kernel = define_kernel(
@@ -19,6 +20,10 @@ _backward_kernel = define_kernel(
     "_task_batch_norm_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor order, "
     "Tensor offsets, bool rows, bool of_batch, float eps, bool sums_wanted, Tensor(a!)? grad_x, "
     "Tensor(b!) grad_weight, Tensor(c!) grad_bias) -> ()"
+)
+_update_kernel = define_kernel(
+    "_task_batch_norm_update(Tensor mean, Tensor var, Tensor offsets, int values, float? momentum, "
+    "Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor(c!)[] num_batches_tracked) -> ()"
 )
 
 
@@ -102,3 +107,23 @@ def batch_norm_backward(
         if grad_x is not None and target is not None and target is not grad_x:
             grad_x.copy_(target)
     return [y for y, want in zip((grad_x, *tables), wanted, strict=True) if y is not None and want]
+
+
+def batch_norm_update(
+    mean: Tensor,
+    var: Tensor,
+    offsets: Tensor,
+    values: int,
+    momentum: float | None,
+    running_mean: Sequence[Tensor],
+    running_var: Sequence[Tensor],
+    num_batches_tracked: Sequence[Tensor],
+) -> None:
+    """`task_batch_norm_update`; see the reference, which serves statistics in 16 bits and those that are not dense."""
+    held = (*running_mean, *running_var, *num_batches_tracked)
+    plain = all(p.is_contiguous() and p.dtype in (mean.dtype, torch.int64) for p in held)
+    run = _update_kernel if plain else reference.task_batch_norm_update
+    run(
+        mean.contiguous(), var.contiguous(), offsets.contiguous(), values, momentum, running_mean, running_var,
+        num_batches_tracked,
+    )  # fmt: skip
