@@ -582,6 +582,9 @@ def test_the_way_of_a_gpu_for_an_embedding(gate: float | None) -> None:
     stray = plan._replace(task_ids=torch.tensor([2, 0, 3, -1, 2]))
     y = layer._from_one_table(x, stray)
     assert y[2:4].isnan().all() and not y[[0, 1, 4]].isnan().any()
+    # nor does it read another task's table
+    y = layer._from_one_table(x.index_fill(1, torch.tensor([3]), 9), plan)
+    assert y[:, 3].isnan().all() and not y[:, [0, 1, 2, 4, 5]].isnan().any()
 
 
 # --- gates
@@ -957,6 +960,8 @@ ATTENTION = TaskMultiheadAttention.from_layer
             "layer: expected sparse False, got True: .* set layer",
         ),
         (lambda: TaskEmbedding(4, 2, 2)(torch.ones(3)), TypeError, "x: expected int64 or int32, got torch.float32"),
+        (lambda: TaskEmbedding(4, 2, 2)(torch.tensor([4])), ValueError, r"x: expected row numbers 0\.\.3, got 4\.\.4"),
+        (lambda: TaskEmbedding(4, 2, 2, shared=False)(torch.tensor([-1])), ValueError, r"0\.\.3, got -1\.\.-1"),
         (lambda: TaskEmbedding(4, 2, 2)([1]), TypeError, "x: expected a tensor, got list"),
         (lambda: TaskEmbedding(4, 2, 2)(torch.tensor(1)), ValueError, r"x: expected shape \[N, \.\.\.\], got \[\]"),
         (lambda: TaskHeads(4, [2, 3]), TypeError, "sizes: expected a dict from names to sizes, got list"),

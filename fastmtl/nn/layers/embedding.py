@@ -41,7 +41,8 @@ class TaskEmbedding(TaskLayer):
 
     Raises:
         TypeError, ValueError: sizes, a `padding_idx`, tasks or a gate that are none; a name with a dot or one that
-            `nn.ParameterDict` uses; (from forward) row numbers that are none.
+            `nn.ParameterDict` uses; (from forward) row numbers that are none, or, on the CPU, out of range. On a GPU
+            those trip torch's own check, and are NaN where there is no shared table.
         RuntimeError: (from forward) outside `fastmtl.nn.tasks`.
 
     Example:
@@ -134,6 +135,14 @@ class TaskEmbedding(TaskLayer):
             # the numbers of all samples, as of positions
             x = x.expand(plan.task_ids.shape[0], *x.shape[1:])
         check_leading(plan, x.shape)
+        try:
+            return self._looked_up(x, plan)
+        except IndexError as error:
+            raise ValueError(
+                f"x: expected row numbers 0..{self.num_embeddings - 1}, got {int(x.min())}..{int(x.max())}"
+            ) from error
+
+    def _looked_up(self, x: Tensor, plan: TaskPlan) -> Tensor:
         if not self.shared:
             y = next(iter(self.delta.values())).new_zeros(*x.shape, self.embedding_dim)
         else:
@@ -166,11 +175,13 @@ class TaskEmbedding(TaskLayer):
         known, ids = known_ids(plan)
         spread = (*ids.shape, *(1,) * (x.dim() - ids.dim()))
         table = torch.cat([getattr(self.delta, name) for name in self.tasks])
-        y = F.embedding(x + ids.view(spread) * self.num_embeddings, table)
+        # a row beyond a task's table would be another task's
+        inside = (x >= 0) & (x < self.num_embeddings)
+        y = F.embedding(torch.where(inside, x, 0) + ids.view(spread) * self.num_embeddings, table)
         gates = self._gates(plan)
         if gates is not None:
             y = scaled_by_gate(y, gates[ids].view(*spread, 1))
-        return torch.where(known.view(*spread, 1), self._without_padding(x, y), torch.nan)
+        return torch.where((known.view(spread) & inside)[..., None], self._without_padding(x, y), torch.nan)
 
     def _without_padding(self, x: Tensor, y: Tensor) -> Tensor:
         """No gradient where x is the padding: neither for a row, nor for a gate."""
