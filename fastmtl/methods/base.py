@@ -220,28 +220,36 @@ class Method:
         return torch.where(present[:, None] & present, m, 0.0)
 
     def _check_seen(self, gram: Tensor, seen: Seen) -> None:
+        """Raises where this is not what `weigh` takes."""
         check_gram(gram)
+        if "gradients" in self.needs:
+            name = type(self).__name__
+            raise TypeError(f"method {name}: has no weights of a Gram matrix, but makes its update of the gradients")
+        self._check_handed(seen, gram.shape[0], "in the Gram matrix", gram.device)
+
+    def _check_handed(self, seen: Seen, num_tasks: int, where: str, device: torch.device | None = None) -> None:
+        """Raises where `seen` is not of these tasks, or lacks what the method needs. device: None is any."""
         check_names(seen)
-        name, num_tasks = type(self).__name__, gram.shape[0]
         if len(seen.names) != num_tasks or len(seen.present) != num_tasks:
             raise ValueError(
-                f"seen: expected {num_tasks} tasks as in the Gram matrix, got {len(seen.names)} names and "
+                f"seen: expected {num_tasks} tasks as {where}, got {len(seen.names)} names and "
                 f"{len(seen.present)} in present"
             )
-        if "gradients" in self.needs:
-            raise TypeError(f"method {name}: has no weights of a Gram matrix, but makes its update of the gradients")
         for need, x, shape in (
             ("losses", seen.losses, (num_tasks,)),
             ("second_batch", seen.second, (num_tasks, num_tasks)),
         ):
             if need not in self.needs:
                 continue
+            name = f"seen: method {type(self).__name__}"
             if x is None:
-                raise ValueError(f"seen: method {name} needs {NEEDS[need]}")
-            if x.shape != shape or x.device != gram.device:
+                raise ValueError(f"{name} needs {NEEDS[need]}")
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name}: expected {NEEDS[need]} as a tensor, got {type(x).__name__}")
+            if x.shape != shape or (device is not None and x.device != device):
+                on = "" if device is None else f" on {device}"
                 raise ValueError(
-                    f"seen: method {name}: expected {NEEDS[need]} as {list(shape)} on {gram.device}, got "
-                    f"{list(x.shape)} on {x.device}"
+                    f"{name}: expected {NEEDS[need]} as {list(shape)}{on}, got {list(x.shape)} on {x.device}"
                 )
 
     def _lacks(self, what: str) -> NotImplementedError:

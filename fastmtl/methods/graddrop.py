@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.methods.arguments import TaskNumbers, TaskNumbersArgument
-from fastmtl.methods.base import Method, Seen, as_it_is, check_names
+from fastmtl.methods.base import Method, Seen, as_it_is
 from fastmtl.methods.held import as_lists, device_of
 from fastmtl.ops.gradients.graddrop import advance, graddrop_into
 from fastmtl.ops.gradients.gram import gram_rows
@@ -67,7 +67,7 @@ class GradDrop(Method):
         return self._leak is None or not self._leak.by_name
 
     def update(self, rows: GradientRows, out: Sequence[Tensor], seen: Seen) -> tuple[Tensor, None]:
-        check_names(seen)
+        self._check_handed(seen, rows.num_tasks, "in the gradients")
         kept = self.generator.device if isinstance(self.generator, Tensor) else None
         device = device_of(rows, seen, kept)
         leak = None if self._leak is None else self._leak.of(seen.names, device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.methods.arguments import check_mapping
-from fastmtl.methods.base import Seen, check_names
+from fastmtl.methods.base import Seen
 from fastmtl.methods.held import HeldGradients, device_of
 from fastmtl.methods.state import Field, StatefulMethod
 
@@ -60,7 +60,7 @@ class RunningMethod(StatefulMethod):
         self._held.reset()
 
     def _device(self, rows: GradientRows, seen: Seen) -> torch.device:
-        check_names(seen)
+        self._check_handed(seen, rows.num_tasks, "in the gradients")
         return device_of(rows, seen, self._state.device)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.methods.arguments import Argument, count
-from fastmtl.methods.base import Method, Seen, check_names
+from fastmtl.methods.base import Method, Seen
 from fastmtl.methods.held import as_lists, device_of
 from fastmtl.ops.gradients.gram import gram_rows
 from fastmtl.ops.gradients.trimmed_mean import trimmed_mean_into
@@ -47,7 +47,7 @@ class TrimmedMean(Method):
         self.trim = trim
 
     def update(self, rows: GradientRows, out: Sequence[Tensor], seen: Seen) -> tuple[Tensor, None]:
-        check_names(seen)
+        self._check_handed(seen, rows.num_tasks, "in the gradients")
         count = len(seen.present) if isinstance(seen.present, Tensor) else sum(seen.present)
         if count <= 2 * self.trim and rows.tensors:
             raise ValueError(

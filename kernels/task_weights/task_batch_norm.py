@@ -43,6 +43,8 @@ from fastmtl.kernels.task_weights.tiles import find_tile
 
 # elements of a tile: two 16-byte loads of a 16-bit type per thread of four warps
 TILE = 2048
+# half of it, and of what a thread has, where elements are loaded one by one, each by an address of its own
+NARROW = 8
 # longest extent of a tile along pixels, rows and channels
 PIXELS, ROWS, CHANNELS = 1024, 256, 64
 # programs that share out the pieces of a large batch: some eight for each processor of a device
@@ -54,7 +56,7 @@ ONE_LAUNCH_ELEMENTS = 1 << 17
 FINISH_PIECES, FINISH_CHANNELS = 16, 64
 UPDATE_CHANNELS = 1024
 # so that the assembler does not spill a few bytes to fit one more block
-MAX_REGISTERS = 128
+MAX_REGISTERS = 168
 
 _SIZES = ["lines_per_piece", "num_tasks", "num_samples", "lines_per_sample", "num_pixels", "num_channels"]
 
@@ -512,15 +514,20 @@ class _Shape(NamedTuple):
         return 1 if self.is_rows else min(next_power_of_2(self.num_pixels), PIXELS)
 
     @property
+    def tile(self) -> int:
+        """Elements of a tile at most."""
+        return TILE if self.width >= NARROW else TILE // 2
+
+    @property
     def block_channels(self) -> int:
-        return min(next_power_of_2(self.num_channels), CHANNELS if self.is_rows else TILE // self.block_pixels)
+        return min(next_power_of_2(self.num_channels), CHANNELS if self.is_rows else self.tile // self.block_pixels)
 
     @property
     def lines(self) -> int:
         """Of a tile."""
         if not self.is_rows:
             return 1
-        return min(next_power_of_2(self.num_samples * self.num_pixels), ROWS, TILE // self.block_channels)
+        return min(next_power_of_2(self.num_samples * self.num_pixels), ROWS, self.tile // self.block_channels)
 
     @property
     def lines_per_sample(self) -> int:
@@ -572,7 +579,7 @@ class _Shape(NamedTuple):
             "WIDTH": self.width,
             "INT64_OFFSETS": self.int64_offsets,
             "max_registers": MAX_REGISTERS,
-            "num_warps": min(max(self.lines * self.block_pixels * self.block_channels // 512, 1), 4),
+            "num_warps": min(max(4 * self.lines * self.block_pixels * self.block_channels // self.tile, 1), 4),
         }
         if pieces:
             found |= {"lines_per_piece": self.lines_per_piece, "TB": next_power_of_2(self.num_tasks + 1)}

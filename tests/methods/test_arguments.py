@@ -327,7 +327,26 @@ def test_two_tasks_of_one_name(name: str):
         ask(method, torch.eye(3), seen._replace(names=[0, 1, 2]))
     with pytest.raises(TypeError, match=r"seen: expected a methods\.Seen, got list"):
         ask(method, torch.eye(3), ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"seen: expected 3 tasks as in the .*, got 2 names and 3 in present"):
+        ask(method, torch.eye(3), seen._replace(names=["a", "b"]))
     assert not method.state_dict() or not method.state_dict().get("weights")
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(MAKE) if MAKE[name]().needs & {"losses", "second_batch"}])
+def test_a_need_that_is_not_met_by_hand(name: str):
+    method = MAKE[name]()
+    fields = {"losses": torch.ones(3, dtype=F64), "second_batch": torch.eye(3, dtype=F64)}
+    (need,) = method.needs & set(fields)
+    field, good = {"losses": "losses", "second_batch": "second"}[need], fields[need]
+    seen = Seen(["a", "b", "c"], [True] * 3)
+    for bad, error, text in (
+        (None, ValueError, f"seen: method {name} needs the task"),
+        (good.tolist(), TypeError, f"seen: method {name}: expected the task.* as a tensor, got list"),
+        (good[:2], ValueError, rf"seen: method {name}: expected the task.* as \[3.*, got \[2"),
+    ):
+        with pytest.raises(error, match=text):
+            ask(method, torch.eye(3), seen._replace(**{field: bad}))
+    assert same(method.state_dict(), MAKE[name]().state_dict())
 
 
 def ask(method: Method, grads: Tensor, seen: Any) -> None:

@@ -372,9 +372,12 @@ def test_statistics_over_samples_of_several_tasks() -> None:
     model, x = part("batch norm")
     others = IDS.roll(1)
     for told in (others, NAMES[0], torch.where(IDS == 1, 0, IDS)):
-        with pytest.raises(ValueError, match=r"batch norm by task .* several tasks of one_pass.*different ids"):
-            with tasks(told), fastmtl.one_pass(model, IDS, NAMES):
-                summed(model(x)).backward()
+        with (
+            pytest.raises(ValueError, match=r"batch norm by task .* several tasks of one_pass.*different ids"),
+            tasks(told),
+            fastmtl.one_pass(model, IDS, NAMES),
+        ):
+            summed(model(x)).backward()
     # parts of a task's samples are samples of one task
     finer = torch.tensor([2, 0, 1, 0, 1, 2, 2, 3])
     model[1].add_task("painting")
@@ -382,9 +385,12 @@ def test_statistics_over_samples_of_several_tasks() -> None:
         summed(model(x)).backward()
     bank.apply(PCGRAD)
     # a sample of no task, beside others of the same statistics
-    with pytest.raises(ValueError, match="some are -1"):
-        with tasks(IDS), fastmtl.one_pass(model, torch.where(torch.arange(len(IDS)) == 1, -1, IDS), NAMES):
-            summed(model(x)).backward()
+    with (
+        pytest.raises(ValueError, match="some are -1"),
+        tasks(IDS),
+        fastmtl.one_pass(model, torch.where(torch.arange(len(IDS)) == 1, -1, IDS), NAMES),
+    ):
+        summed(model(x)).backward()
     # in eval mode, any ids
     with tasks(others), fastmtl.one_pass(model.eval(), IDS, NAMES, check=True):
         summed(model(x)).backward()
@@ -427,14 +433,18 @@ def test_shares_of_single_tasks_in_the_bank_are_refused_by_name() -> None:
             self.weight = nn.Parameter(torch.randn(len(NAMES), 4))
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), PerTaskAffine()).double()
-    with pytest.raises(ValueError, match=r"'1.weight'.*task_batch_norm.*what belongs to single tasks is in the bank"):
-        with fastmtl.one_pass(model, IDS, NAMES):
-            summed(model(PICTURES)).backward()
+    with (
+        pytest.raises(ValueError, match=r"'1.weight'.*task_batch_norm.*what belongs to single tasks is in the bank"),
+        fastmtl.one_pass(model, IDS, NAMES),
+    ):
+        summed(model(PICTURES)).backward()
     fastmtl.mark_per_task(model[1].bias)
     model[1].weight = nn.Parameter(torch.randn(4).double())
-    with pytest.raises(ValueError, match=r"'1.weight'.*a shift that is not in the bank, behind a scale that is"):
-        with fastmtl.one_pass(model, IDS, NAMES):
-            summed(model(PICTURES)).backward()
+    with (
+        pytest.raises(ValueError, match=r"'1.weight'.*a shift that is not in the bank, behind a scale that is"),
+        fastmtl.one_pass(model, IDS, NAMES),
+    ):
+        summed(model(PICTURES)).backward()
 
 
 def test_nothing_that_tasks_share() -> None:
