@@ -1096,6 +1096,27 @@ def test_ids_that_do_not_fit(name: str) -> None:
         case.call(layer, x)
 
 
+CONV, LINEAR = nn.Conv2d(4, 6, 3), nn.Linear(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "error", "match"),
+    [
+        (TaskModulator(CONV, 1), torch.ones(2, 3, 5, 5), ValueError, r"x: expected shape \[N, 4, H, W\], got \[2, 3"),
+        (TaskModulator(LINEAR, 1), torch.ones(2, 3), ValueError, r"x: expected shape \[N, \.\.\., 4\], got \[2, 3\]"),
+        (TaskModulator(LINEAR, 1), torch.ones(2, 4).double(), TypeError, "weight: expected torch.float64 beside x"),
+        (TaskHyperGrid(LINEAR, 1), torch.ones(2, 4).long(), TypeError, "x: expected float64, float32, bfloat16 or"),
+        (TaskHyperGrid(CONV, 1), torch.ones(2, 4, 5), ValueError, r"x: expected shape \[N, 4, H, W\], got \[2, 4, 5"),
+        (TaskHeads(4, {"0": 2}, output="list"), torch.ones(2, 3), ValueError, r"expected shape \[N, \.\.\., 4\], got"),
+        (TaskHeads(4, {"0": 2}, output="list"), torch.ones(2, 4).double(), TypeError, "weight: expected torch.float64"),
+        (TaskHeads(4, {"0": 2}), torch.ones(2, 3), ValueError, "x: expected"),
+    ],
+)
+def test_refuses_inputs(layer: nn.Module, x: Tensor, error: type[Exception], match: str) -> None:
+    with tasks("0"), pytest.raises(error, match=match):
+        layer(x)
+
+
 def test_an_input_without_samples_in_front() -> None:
     with tasks("0"), pytest.raises(ValueError, match=r"x: expected samples in its first dimension, got shape \[4\]"):
         TaskLinear(4, 2, 2)(torch.randn(4))

@@ -13,6 +13,8 @@ from fastmtl.nn.layers.conv1d import conv1d_class
 from fastmtl.nn.layers.linear import must_run
 from fastmtl.nn.layers.weights import check_plain
 from fastmtl.nn.module import TaskModule, as_parameter, copied
+from fastmtl.ops.task_weights.arguments import check_companion, check_input
+from fastmtl.ops.task_weights.precision import cast_by_autocast
 
 _Layer = TypeVar("_Layer", bound="AroundPlain")
 
@@ -66,6 +68,17 @@ class AroundPlain(TaskModule):
     def _leading(self, x: Tensor) -> int:
         """How many dimensions of x the ids may have."""
         return 1 if self.kind == "Conv2d" else x.dim() - 1
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """The input as autocast wants it, if the plain layer can take it."""
+        check_input(x)
+        x, width = cast_by_autocast(x), self._sizes()[1]
+        if self.kind == "Conv2d" and (x.dim() != 4 or x.shape[1] != width):
+            raise ValueError(f"x: expected shape [N, {width}, H, W], got {list(x.shape)}")
+        if self.kind != "Conv2d" and (x.dim() < 2 or x.shape[-1] != width):
+            raise ValueError(f"x: expected shape [N, ..., {width}], got {list(x.shape)}")
+        check_companion(self.weight, "weight", x)
+        return x
 
     def _through_plain(self, x: Tensor) -> Tensor:
         """The plain layer without its bias."""

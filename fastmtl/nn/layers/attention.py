@@ -95,6 +95,8 @@ class TaskMultiheadAttention(TaskComposite):
                 raise TypeError(f"{argument}: expected an int, got {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"{argument}: expected at least 1, got {size}")
+        if not isinstance(batch_first, bool):
+            raise TypeError(f"batch_first: expected a bool, got {type(batch_first).__name__}")
         if embed_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of embed_dim = {embed_dim}, got {num_heads}")
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
@@ -245,7 +247,8 @@ class TaskMultiheadAttention(TaskComposite):
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal and mask is None)
         y = self.out_proj(y.transpose(1, 2).flatten(2))
-        return y if self.batch_first else y.transpose(0, 1), weights
+        # contiguous, as of the plain layer
+        return y if self.batch_first else y.transpose(0, 1).contiguous(), weights
 
     def _check(self, query: Any, key: Any, value: Any) -> None:
         batch = 0 if self.batch_first else 1

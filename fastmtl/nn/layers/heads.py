@@ -16,7 +16,8 @@ from fastmtl.nn.containers import TaskModules, Tasks, known_ids, segments
 from fastmtl.nn.layers.weights import HOOKS, check_plain
 from fastmtl.nn.module import TaskModule
 from fastmtl.ops import task_linear
-from fastmtl.ops.task_weights.arguments import check_leading
+from fastmtl.ops.task_weights.arguments import check_companion, check_input, check_leading
+from fastmtl.ops.task_weights.precision import cast_by_autocast
 
 Output = Literal["list", "padded"] | None
 
@@ -323,7 +324,12 @@ class TaskHeads(TaskModule):
         return heads
 
     def _list_of_linear(self, x: Tensor, plan: TaskPlan, heads: list[nn.Linear]) -> list[Tensor]:
+        check_input(x)
         check_leading(plan, x.shape[:-1])
+        if x.shape[-1] != heads[0].in_features:
+            raise ValueError(f"x: expected shape [N, ..., {heads[0].in_features}], got {list(x.shape)}")
+        x = cast_by_autocast(x)
+        check_companion(heads[0].weight, "weight", x)
         rows = x.flatten(0, plan.task_ids.dim() - 1)
         at = dict(segments(plan))
         nothing = plan.order[:0]

@@ -97,6 +97,7 @@ class TaskHyperGrid(AroundPlain):
         return self._merged_layer(self.effective_weight(name) if self.changed(name) else None, memo)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self._checked(x)
         plan = self._plan(x, self._leading(x))
         sizes = self._sizes()
         rows = _expanded(torch.stack(present_rows(self.row, self.tasks, plan.offsets)), sizes[0])

@@ -123,6 +123,7 @@ class TaskModulator(AroundPlain):
         return self._merged_layer(self.effective_weight(name), memo, groups=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self._checked(x)
         plan = self._plan(x, self._leading(x))
         y, mixing = self._through_plain(x), self._modulators(plan)
         if self.kind == "Conv2d":
