@@ -117,5 +117,5 @@ def test_paths_exist(page: Path) -> None:
 
 
 def test_a_path_that_leads_nowhere_is_seen() -> None:
-    text = "## X `y`, z\n[a](docs/nothing.md) [b](#x-y-z) [c](#y) `fastmtl/nothing.py` `fastmtl/nn/conv.py`"
+    text = "## X `y`, z\n[a](docs/nothing.md) [b](#x-y-z) [c](#y) `fastmtl/nothing.py` `fastmtl/nn/layers/conv.py`"
     assert missing_paths(text, ROOT / "README.md") == ["docs/nothing.md", "#y", "fastmtl/nothing.py"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ _current: tasks | None = None
 
 
 class tasks:
-    """Tells every `TaskConv2d` and `TaskLinear` that runs inside the `with` block the tasks of its batch.
+    """Tells every layer of `fastmtl.nn` that runs inside the `with` block the tasks of its batch.
 
     It holds for the whole process, in every thread. The innermost block counts; the outer one holds again
     when it ends, whatever ends it. The batch is sorted once per number of tasks and block. What a forward pass has seen
@@ -29,10 +30,14 @@ class tasks:
 
     Args:
         task_ids: `[N]` int32 or int64, the task of each sample, from 0 to T - 1; `[N, L]` for packed sequences in
-            linear layers; or a `TaskPlan`, for a network whose layers all have the same number of tasks.
+            linear layers; a sequence of N names; the name of one task, that of all samples; or a `TaskPlan`, for a
+            network whose layers all have the same number of tasks.
+        repeat: whether a layer may see `k * N` samples, k in a row from each of the batch, as networks with windows
+            make them (Swin): the ids are then repeated. Without it that is an error.
 
     Raises:
-        TypeError: ids that are neither int32 nor int64, nor a plan.
+        TypeError: ids that are neither int32 nor int64, nor names, nor a plan.
+        ValueError: (from forward) a name that is no task of the layer.
 
     Example:
         >>> layer = TaskLinear(2, 1, ["left", "right"], bias=False)
@@ -40,12 +45,27 @@ class tasks:
         ...     y = layer(torch.ones(3, 2))
         >>> y.shape
         torch.Size([3, 1])
+        >>> with tasks("left"):
+        ...     y = layer(torch.ones(5, 2))
+        >>> y.shape
+        torch.Size([5, 1])
     """
 
-    def __init__(self, task_ids: Tensor | TaskPlan) -> None:
-        check_ids(task_ids)
+    def __init__(self, task_ids: Tensor | TaskPlan | str | Sequence[str], *, repeat: bool = False) -> None:
+        if isinstance(task_ids, (list, tuple)) and not isinstance(task_ids, TaskPlan):
+            for name in task_ids:
+                if not isinstance(name, str):
+                    raise TypeError(
+                        f"task_ids: expected a tensor or names (str), got {type(name).__name__} in a sequence"
+                    )
+            task_ids = tuple(task_ids)
+        elif not isinstance(task_ids, str):
+            check_ids(task_ids)
+        if not isinstance(repeat, bool):
+            raise TypeError(f"repeat: expected a bool, got {type(repeat).__name__}")
         self.task_ids = task_ids
-        self._plans: dict[tuple[int, int, bool], TaskPlan] = {}
+        self.repeat = repeat
+        self._plans: dict[Any, TaskPlan] = {}
 
     def __enter__(self) -> tasks:
         _entered.append(self)
@@ -64,23 +84,61 @@ class tasks:
             self._plans.clear()
         _set_current()
 
-    def plan(self, num_tasks: int) -> TaskPlan:
-        """The batch sorted by task, for layers of `num_tasks` tasks."""
+    def plan(self, names: Sequence[str], leading: Sequence[int], device: torch.device) -> TaskPlan:
+        """The batch sorted by task, for a layer with these tasks whose input has these leading dimensions."""
         ids = self.task_ids
         if isinstance(ids, TaskPlan):
-            return ids
+            times = self._times(ids.task_ids.shape, leading)
+            if times == 1:
+                return ids
+            ids = ids.task_ids
+        elif isinstance(ids, Tensor):
+            times = self._times(ids.shape, leading)
+        else:
+            times = self._times((len(ids),), leading) if isinstance(ids, tuple) else leading[0]
         if torch.compiler.is_compiling():
             # a graph that wrote into this object would hold another guard for its second call
-            return task_plan(ids, num_tasks)
-        # ids may be rewritten in place; and what is sorted while a CUDA graph is captured has no values yet
-        version = 0 if ids.is_inference() else ids._version
-        key = num_tasks, version, ids.is_cuda and torch.cuda.is_current_stream_capturing()
+            return _plan_of(ids, times, names, device)
+        key: tuple[Any, ...] = (len(names), times)
+        if isinstance(ids, Tensor):
+            # ids may be rewritten in place; and what is sorted while a CUDA graph is captured has no values yet
+            version = 0 if ids.is_inference() else ids._version
+            key = *key, version, ids.is_cuda and torch.cuda.is_current_stream_capturing()
+        else:
+            capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            key = *key, tuple(names), device, capturing
         plan = self._plans.get(key)
         if plan is None:
             # made in inference mode it could not be saved for a backward pass of the same block
             with torch.inference_mode(False):
-                plan = self._plans[key] = task_plan(ids, num_tasks)
+                plan = self._plans[key] = _plan_of(ids, times, names, device)
         return plan
+
+    def _times(self, shape: Sequence[int], leading: Sequence[int]) -> int:
+        """How many samples of a layer belong to one of the batch."""
+        if self.repeat and len(shape) == 1 and shape[0] > 0 and leading[0] % shape[0] == 0:
+            return leading[0] // shape[0]
+        return 1
+
+
+def _plan_of(ids: Tensor | str | tuple[str, ...], times: int, names: Sequence[str], device: torch.device) -> TaskPlan:
+    if isinstance(ids, str):
+        return _plan_of_one(_position(ids, names), times, len(names), device)
+    if isinstance(ids, tuple):
+        ids = torch.tensor([_position(name, names) for name in ids], dtype=torch.int64).to(device, non_blocking=True)
+    return task_plan(ids if times == 1 else ids.repeat_interleave(times), len(names))
+
+
+def _plan_of_one(task: int, count: int, num_tasks: int, device: torch.device) -> TaskPlan:
+    """Of a batch of one task: nothing to sort, and nothing that is copied to the device."""
+    begins = (torch.arange(num_tasks + 1, device=device) > task).long() * count
+    return TaskPlan(torch.full((count,), task, device=device), torch.arange(count, device=device), begins)
+
+
+def _position(name: str, names: Sequence[str]) -> int:
+    if name not in names:
+        raise ValueError(f"tasks: expected one of {', '.join(names)}, got {name!r}")
+    return list(names).index(name)
 
 
 def _set_current() -> None:
@@ -88,21 +146,28 @@ def _set_current() -> None:
     _current = _entered[-1] if _entered else None
 
 
-def current_plan(num_tasks: int, layer: str) -> TaskPlan:
-    """The plan of the innermost `tasks` block.
+def current_tasks() -> tasks | None:
+    """The innermost `tasks` block, or None."""
+    return _current
+
+
+def current_plan(names: Sequence[str], layer: str, leading: Sequence[int], device: torch.device) -> TaskPlan:
+    """The plan of the innermost `tasks` block for a layer with these tasks.
 
     Raises:
         RuntimeError: there is none.
+        ValueError: a name that is no task of the layer.
     """
     if _current is not None:
-        return _current.plan(num_tasks)
+        return _current.plan(names, leading, device)
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             f"{layer}: a checkpoint recomputes its forward pass outside `with fastmtl.nn.tasks(task_ids):`; call "
             "backward() inside the block, or checkpoint(..., context_fn=fastmtl.nn.checkpoint_contexts)"
         )
     raise RuntimeError(
-        f"{layer}: the tasks of the batch are not known; call the model inside `with fastmtl.nn.tasks(task_ids):`"
+        f"{layer}: the tasks of the batch are not known; call the model inside `with fastmtl.nn.tasks(task_ids):`, or, "
+        "for samples of one task, `with fastmtl.nn.tasks(name):`"
     )
 
 
@@ -122,5 +187,5 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
         ...     y = checkpoint(layer, torch.ones(2, 2), use_reentrant=False, context_fn=checkpoint_contexts)
         >>> y.sum().backward()
     """
-    seen = nullcontext() if _current is None else tasks(_current.task_ids)
+    seen = nullcontext() if _current is None else tasks(_current.task_ids, repeat=_current.repeat)
     return nullcontext(), seen

@@ -225,7 +225,7 @@ def test_from_layer_refuses(kind: type, layer: Callable, error: type, match: str
         (lambda: TaskLinear(2, 2, ["keys"]), ValueError, "no attribute of nn.ParameterDict, got 'keys'"),
         (lambda: TaskLinear(2, 2, ["training"]), ValueError, "no attribute of nn.ParameterDict, got 'training'"),
         (lambda: TaskLinear(2, 2, [1]), TypeError, r"tasks: expected names \(str\), got int"),
-        (lambda: TaskLinear(2, 2, 2, gate=True), TypeError, "gate: expected a number or None, got bool"),
+        (lambda: TaskLinear(2, 2, 2, gate=True), TypeError, "gate: expected a number, a TapsGate or None, got bool"),
         (lambda: TaskLinear(2, 2, 2, gate=float("nan")), ValueError, "gate: expected a finite number, got nan"),
         (lambda: TaskConv2d(3, 4, 1, 2, groups=2), ValueError, "groups: expected a divisor of in_channels = 3"),
         (lambda: TaskConv2d(2, 2, 3, 2, stride=2, padding="same"), ValueError, "padding: 'same' needs stride 1"),
@@ -236,7 +236,7 @@ def test_from_layer_refuses(kind: type, layer: Callable, error: type, match: str
         (lambda: TaskLinear(2, 2, ["a"]).effective_weight(1), ValueError, r"task: expected 0\.\.0, got 1"),
         (lambda: TaskLinear(2, 2, ["a"]).effective_bias(None), TypeError, "a position or a name, got NoneType"),
         (lambda: TaskParameters({"pop": torch.ones(1)}), ValueError, "got 'pop'"),
-        (lambda: tasks([0, 1]), TypeError, "task_ids: expected an int64 or int32 tensor, or a TaskPlan, got list"),
+        (lambda: tasks([0, 1]), TypeError, r"task_ids: expected a tensor or names \(str\), got int in"),
         (lambda: tasks(torch.ones(2)), TypeError, "task_ids: expected int64 or int32, got torch.float32"),
     ],
 )

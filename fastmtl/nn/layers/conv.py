@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmtl.nn.layer import TaskLayer, Tasks, check_plain
+from fastmtl.nn.containers import Tasks
+from fastmtl.nn.layers.gate import TapsGate
+from fastmtl.nn.layers.weights import Rank, TaskLayer, check_plain, equal_ranks
 from fastmtl.ops import task_conv2d
 from fastmtl.ops.task_weights.arguments import Pair, read_pair
 from fastmtl.ops.task_weights.task_conv2d import read_geometry
@@ -26,18 +29,24 @@ class TaskConv2d(TaskLayer):
         dilation: as in `nn.Conv2d`.
         groups: as in `nn.Conv2d`.
         bias: whether there is a shared bias.
-        gate: the first value of a learned scalar per task; None: no gates. At 0 neither the gate nor a delta that is
-            still zero gets a gradient other than zero.
+        gate: the first value of a learned scalar per task, or a `TapsGate`, which opens and closes by a learned score;
+            None: no gates. At 0 neither the gate nor a delta that is still zero gets a gradient other than zero.
+        rank: of a low-rank delta, `B` (1 x 1) behind `A` (the kernel's size, to `rank` channels); an int, or one for
+            each task by name; None: a dense delta. It needs `groups=1`.
+        scaling: of a low-rank delta (alpha / rank in LoRA).
+        shared: whether there is a weight that all tasks share; False: wholly separate weights and biases, the same for
+            all tasks at first.
         per_task_bias: whether each task has a bias of its own, added to the shared one; zero at first.
         device: of all parameters.
         dtype: of all parameters.
 
     `forward(x)` takes `[N, in_channels, H, W]` and needs ids `[N]`. Parameters: `weight` and `bias` as in
-    `nn.Conv2d`, under the same names; `delta`, `gate` and `task_bias` are dictionaries of one parameter per task
-    (`gate` and `task_bias` None if not asked for), which gradient surgery leaves alone.
+    `nn.Conv2d`, under the same names; `delta` (or `A` and `B`), `gate` and `task_bias` are dictionaries of one
+    parameter per task (None if not asked for), which gradient surgery leaves alone. Without a shared weight, `delta`
+    holds the weights and `task_bias` the biases; `weight` then reads as the first task's.
 
     Raises:
-        TypeError, ValueError: tasks, a gate or a geometry that are none; a name with a dot or one that
+        TypeError, ValueError: tasks, a gate, a rank or a geometry that are none; a name with a dot or one that
             `nn.ParameterDict` uses.
         RuntimeError: (from forward) outside `fastmtl.nn.tasks`.
 
@@ -61,7 +70,10 @@ class TaskConv2d(TaskLayer):
         groups: int = 1,
         bias: bool = True,
         *,
-        gate: float | None = None,
+        gate: float | TapsGate | None = None,
+        rank: Rank | None = None,
+        scaling: float = 1.0,
+        shared: bool = True,
         per_task_bias: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -74,22 +86,26 @@ class TaskConv2d(TaskLayer):
                 f"got {groups}"
             )
         shape = (out_channels, in_channels // groups, *kernel)
-        super().__init__(shape, tasks, bias, gate, per_task_bias, device, dtype)
+        if rank is not None and groups != 1:
+            raise ValueError(f"rank: expected None for a convolution of {groups} groups, got {rank!r}")
+        super().__init__(
+            shape, tasks, bias, gate=gate, rank=rank, scaling=scaling, shared=shared, per_task_bias=per_task_bias,
+            device=device, dtype=dtype,
+        )  # fmt: skip
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
         self.stride, self.dilation, self.groups = geometry.stride, geometry.dilation, groups
         self.padding: str | tuple[int, int] = padding if isinstance(padding, str) else geometry.padding
 
     @classmethod
-    def from_layer(
-        cls, layer: nn.Conv2d, tasks: Tasks, *, gate: float | None = None, per_task_bias: bool = False
-    ) -> TaskConv2d:
+    def from_layer(cls, layer: nn.Conv2d, tasks: Tasks, **options: Any) -> TaskConv2d:
         """The same layer with a delta of zero per task. It holds the very parameters of the plain layer.
+
+        With `shared=False` each task has a copy of them instead.
 
         Args:
             layer: an `nn.Conv2d` that pads with zeros.
             tasks: as for the class.
-            gate: as for the class.
-            per_task_bias: as for the class.
+            options: `gate`, `rank`, `scaling`, `shared` and `per_task_bias` of the class.
 
         Raises:
             TypeError: another layer, or one with a forward of its own.
@@ -101,20 +117,35 @@ class TaskConv2d(TaskLayer):
             raise ValueError(f"layer: expected padding_mode 'zeros', got {layer.padding_mode!r}")
         size = layer.in_channels, layer.out_channels, layer.kernel_size
         geometry = layer.stride, layer.padding, layer.dilation, layer.groups
-        has_bias = layer.bias is not None
-        made = cls(*size, tasks, *geometry, has_bias, gate=gate, per_task_bias=per_task_bias, device="meta")
-        return made._take(layer)
+        return cls(*size, tasks, *geometry, layer.bias is not None, **options, device="meta")._take(layer)
+
+    def merged(self, task: int | str, memo: dict[int, Any] | None = None) -> nn.Conv2d:
+        name = self.task_name(task)
+        size = self.in_channels, self.out_channels, self.kernel_size
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        plain = nn.Conv2d(*size, *geometry, self.effective_bias(name) is not None, device="meta")
+        self._merge_into(plain, name, memo)
+        return plain
 
     def forward(self, x: Tensor) -> Tensor:
-        return task_conv2d(
-            x,
-            self.weight,
-            **self._of_tasks(),
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
+        plan = self._plan(x)
+        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        if self._all_closed():
+            return F.conv2d(x, self.weight.to(x.dtype), _as(x, self.bias), **geometry)
+        if self.rank is None:
+            return task_conv2d(x, self.weight if self.shared else None, **self._of_tasks(plan), **geometry)
+        assert self.A is not None and self.B is not None
+        down = equal_ranks([getattr(self.A, name) for name in self.tasks], 0)
+        up = equal_ranks([getattr(self.B, name) for name in self.tasks], 1)
+        y = task_conv2d(x, self.weight, None, plan, bias=self._biases(plan), **geometry)
+        low = task_conv2d(task_conv2d(x, None, down, plan, **geometry), None, up, plan)
+        scaling = self._scalings(plan)
+        if isinstance(scaling, Tensor):
+            scaling = scaling[plan.task_ids].view(-1, 1, 1, 1).to(low.dtype)
+        return y + (low if scaling is None else low * scaling)
+
+    def _shapes_of_rank(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (rank, *self._shape[1:]), (self._shape[0], rank, 1, 1)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -124,4 +155,8 @@ class TaskConv2d(TaskLayer):
             text += f", dilation={self.dilation}"
         if self.groups != 1:
             text += f", groups={self.groups}"
-        return text + self._repr_of_tasks()
+        return text + self._repr_of_layer()
+
+
+def _as(x: Tensor, param: Tensor | None) -> Tensor | None:
+    return None if param is None else param.to(x.dtype)

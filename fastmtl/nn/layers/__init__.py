@@ -1,0 +1,1 @@
+"""Layers of which each task has a part of its own."""

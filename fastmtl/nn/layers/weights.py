@@ -1,0 +1,441 @@
+"""What the layers with per-task weights share: a weight for all tasks, and the difference of each."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.core.task_weights import TaskPlan, TaskWeights
+from fastmtl.nn.containers import TaskParameters, Tasks, check_name, present_rows
+from fastmtl.nn.layers.gate import TapsGate, finite
+from fastmtl.nn.module import TaskModule, as_parameter, copied
+from fastmtl.ops import task_linear
+from fastmtl.ops.task_weights import reference
+
+_Layer = TypeVar("_Layer", bound="TaskLayer")
+Rank = int | Mapping[str, int]
+
+# of a plain layer: what runs beside its forward, and would not run any more
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def check_plain(layer: Any, kind: type[nn.Module], *methods: str, weight: bool = True) -> None:
+    """Whether a layer computes what `kind` does from its own `weight` and `bias`, and nothing else."""
+    if not isinstance(layer, kind):
+        raise TypeError(f"layer: expected nn.{kind.__name__}, got {type(layer).__name__}")
+    for method in methods:
+        if getattr(type(layer), method) is not getattr(kind, method):
+            raise TypeError(f"layer: expected the {method} of nn.{kind.__name__}, got {type(layer).__name__}'s own")
+    found = layer._parameters.get("weight")
+    if (weight and found is None) or isinstance(found, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            "layer: expected a plain parameter 'weight', got one that is computed (weight_norm, parametrizations), or "
+            "not initialised"
+        )
+    if any(getattr(layer, hooks) for hooks in _HOOKS):
+        raise ValueError("layer: expected no hooks, since they would be lost, got some; remove them first")
+
+
+class TaskLayer(TaskModule):
+    """A layer with a shared `weight` and `bias`, and a difference of each task by its name.
+
+    Children: `delta` (dense), or `A` and `B` (of a low rank); `gate` and `task_bias`, each None if not asked for.
+    """
+
+    bias: nn.Parameter | None
+    delta: TaskParameters | None
+    A: TaskParameters | None
+    B: TaskParameters | None
+    gate: TaskParameters | None
+    task_bias: TaskParameters | None
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        tasks: Tasks,
+        bias: bool,
+        *,
+        gate: float | TapsGate | None,
+        rank: Rank | None,
+        scaling: float,
+        shared: bool,
+        per_task_bias: bool,
+        device: Any,
+        dtype: torch.dtype | None,
+        out_dim: int = 0,
+    ) -> None:
+        super().__init__(tasks)
+        if not isinstance(shared, bool):
+            raise TypeError(f"shared: expected a bool, got {type(shared).__name__}")
+        if not shared and (rank is not None or gate is not None):
+            raise ValueError("shared: expected True beside a gate or a rank, got False: there is no delta to scale")
+        self.taps = gate if isinstance(gate, TapsGate) else None
+        self.initial_gate = _first_gate(gate)
+        self.rank = None if rank is None else read_rank(rank, self._names)
+        self.scaling = finite(scaling, "scaling")
+        self._out_dim, self._shape = out_dim, tuple(shape)
+        # of separate weights there is no shared one, but what a new task starts from
+        like = torch.empty(*shape, device=device, dtype=dtype)
+        if shared:
+            self.weight = nn.Parameter(like)
+        bias_of = nn.Parameter(like.new_empty(shape[out_dim])) if bias and shared else None
+        self.register_parameter("bias", bias_of)
+        self.shared = shared
+        dense = rank is None
+        self.register_module("delta", TaskParameters() if dense else None)
+        self.register_module("A", None if dense else TaskParameters())
+        self.register_module("B", None if dense else TaskParameters())
+        self.register_module("gate", None if gate is None else TaskParameters())
+        self.register_module("task_bias", TaskParameters() if per_task_bias or (bias and not shared) else None)
+        self._begin = (like, like.new_empty(shape[out_dim]))
+        self._start_tasks()
+        del self._begin
+        self.reset_parameters()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            delta = self.__dict__.get("_modules", {}).get("delta") if name == "weight" else None
+            if delta is None or not len(delta):
+                raise
+            # code around a layer asks for the dtype, device or shape of its weight
+            return next(iter(delta.values()))
+
+    def reset_parameters(self) -> None:
+        """As the plain layer for `weight` and `bias`; deltas and per-task biases zero, gates at their first value.
+
+        Separate weights and biases are the same for all tasks. Of a low-rank delta `A` is random and `B` zero.
+        """
+        weight, bias = self.weight, self.bias
+        if not self.shared:
+            weight = torch.empty_like(weight)
+            bias = None if self.task_bias is None else torch.empty_like(self.task_bias[self.tasks[0]])
+        with torch.no_grad():
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            if bias is not None:
+                bound = 1 / math.sqrt(max(1, weight.numel() // max(1, weight.shape[self._out_dim])))
+                nn.init.uniform_(bias, -bound, bound)
+            for name in self.tasks:
+                self._reset_task(name, weight, bias)
+
+    def _reset_task(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
+        if not self.shared:
+            assert self.delta is not None
+            self.delta[name].copy_(weight)
+            if self.task_bias is not None and bias is not None:
+                self.task_bias[name].copy_(bias)
+            return
+        if self.delta is not None:
+            self.delta[name].zero_()
+        if self.A is not None and self.B is not None:
+            nn.init.kaiming_uniform_(self.A[name], a=math.sqrt(5))
+            self.B[name].zero_()
+        if self.gate is not None:
+            self.gate[name].fill_(self.initial_gate)
+        if self.task_bias is not None:
+            self.task_bias[name].zero_()
+
+    def _shapes_of_rank(self, rank: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Of `A` and `B`."""
+        raise NotImplementedError
+
+    def _start(self, name: str) -> None:
+        like, bias = self._first()
+        with torch.no_grad():
+            if self.delta is not None:
+                # zeros_like keeps the memory order of the weight, so channels_last stays channels_last
+                start = torch.zeros_like(like) if self.shared else torch.empty_like(like).copy_(like)
+                self.delta[name] = nn.Parameter(start)
+            if self.A is not None and self.B is not None and self.rank is not None:
+                down, up = self._shapes_of_rank(self.rank.setdefault(name, next(iter(self.rank.values()))))
+                self.A[name] = nn.Parameter(like.new_empty(down))
+                nn.init.kaiming_uniform_(self.A[name], a=math.sqrt(5))
+                self.B[name] = nn.Parameter(like.new_zeros(up))
+            if self.gate is not None:
+                self.gate[name] = nn.Parameter(like.new_full((), self.initial_gate))
+            if self.task_bias is not None:
+                zeros = like.new_zeros(self._shape[self._out_dim])
+                self.task_bias[name] = nn.Parameter(zeros if self.shared else zeros.copy_(bias))
+
+    def _first(self) -> tuple[Tensor, Tensor]:
+        """What a task's weight and bias begin with or are shaped like: the shared ones, or the mean of the separate."""
+        if self.shared:
+            return self.weight, self.weight
+        if "_begin" in self.__dict__:
+            return self._begin
+        assert self.delta is not None
+        weight = torch.stack([self.delta[t].detach() for t in self.tasks]).mean(0)
+        if self.task_bias is None:
+            return weight, weight
+        return weight, torch.stack([self.task_bias[t].detach() for t in self.tasks]).mean(0)
+
+    def _take(self: _Layer, layer: nn.Module) -> _Layer:
+        """Makes the parameters of a plain layer the shared ones, or each task's first."""
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+        if self.shared:
+            self.weight, self.bias = weight, bias
+        else:
+            self._begin = (weight.detach(), weight.detach() if bias is None else bias.detach())
+        for name in self.tasks:
+            self._start(name)
+        if not self.shared:
+            del self._begin
+        return self.train(layer.training)
+
+    def _end(self, name: str) -> None:
+        super()._end(name)
+        if self.rank is not None:
+            del self.rank[name]
+
+    def add_task(self, name: str, like: str | None = None, *, rank: int | None = None) -> None:
+        """Adds a task behind the others: its id is the number of tasks before. An optimizer must be told of it.
+
+        Args:
+            name: a new name.
+            like: the task whose part is copied; None: the delta and the per-task bias are zero, the gate is what it was
+                at first. Separate weights begin with the mean of the other tasks'.
+            rank: of a low-rank delta; None: that of the task to copy, or of the first task.
+
+        Raises:
+            TypeError, ValueError: not a name, or one that is taken; no such task to copy; a rank that is none.
+        """
+        self.check_new_task(name, like)
+        if rank is not None and self.rank is None:
+            raise ValueError(f"rank: expected None for a dense delta, got {rank!r}")
+        if self.rank is not None:
+            if like is not None and rank not in (None, self.rank[like]):
+                raise ValueError(f"rank: expected {self.rank[like]} as of {like!r}, which is copied, got {rank!r}")
+            chosen = rank if rank is not None else self.rank[like if like is not None else self.tasks[0]]
+            self.rank[name] = read_rank({name: chosen}, (name,))[name]
+        super().add_task(name, like)
+
+    def effective_delta(self, task: int | str) -> Tensor | None:
+        """`s_t Delta_t`, differentiable; None if its gate is closed (read under `torch.no_grad` alone) or it has none.
+
+        Args:
+            task: position or name.
+
+        Raises:
+            TypeError, ValueError: no such task; a low-rank delta whose halves do not fit.
+        """
+        name = self.task_name(task)
+        if not self.shared:
+            raise ValueError(f"{type(self).__name__}: expected a shared weight to differ from, got separate ones")
+        gate = self._gate_of(name)
+        if gate is not None and not torch.is_grad_enabled() and float(gate) == 0:
+            return None
+        if self.delta is not None:
+            delta = self.delta[name]
+        else:
+            assert self.A is not None and self.B is not None
+            delta = self._product(self.A[name], self.B[name], name)
+            if self.scaling != 1:
+                delta = delta * self.scaling
+        return delta if gate is None else gate * delta
+
+    def _gate_of(self, name: str) -> Tensor | None:
+        if self.gate is None:
+            return None
+        gate = self.gate[name]
+        return gate if self.taps is None else self.taps(gate)
+
+    def _product(self, down: Tensor, up: Tensor, task: str) -> Tensor:
+        """The low-rank delta in the shape of the weight."""
+        return product_of_halves(down, up, self.weight, task)
+
+    def effective_weight(self, task: int | str) -> Tensor:
+        """`W + s_t Delta_t`, differentiable; under `torch.no_grad` a closed gate's delta is not read.
+
+        Args:
+            task: position or name.
+
+        Raises:
+            TypeError, ValueError: no such task; a low-rank delta whose halves do not fit.
+        """
+        name = self.task_name(task)
+        if not self.shared:
+            assert self.delta is not None
+            return self.delta[name]
+        if self.delta is not None:
+            gate = self._gate_of(name)
+            weights = TaskWeights(self.weight, [self.delta[name]], [0], None if gate is None else gate[None])
+            return reference.effective_weight(weights, 0, self.weight.dtype, 1)
+        delta = self.effective_delta(name)
+        return self.weight if delta is None else self.weight + delta
+
+    def effective_bias(self, task: int | str) -> Tensor | None:
+        """The shared bias plus the task's own, as far as there are any.
+
+        Args:
+            task: position or name.
+
+        Raises:
+            TypeError, ValueError: no such task.
+        """
+        name = self.task_name(task)
+        if self.task_bias is None:
+            return self.bias
+        return self.task_bias[name] if self.bias is None else self.bias + self.task_bias[name]
+
+    @torch.no_grad()
+    def changed(self, task: int | str) -> bool:
+        """Whether the task's weight or bias is another than the shared one. Waits for the device."""
+        name = self.task_name(task)
+        if not self.shared:
+            return True
+        bias = self.task_bias is not None and bool((self.task_bias[name] != 0).any())
+        return bias or self._delta_counts(name)
+
+    def _delta_counts(self, name: str) -> bool:
+        gate = self._gate_of(name)
+        if gate is not None and float(gate) == 0:
+            return False
+        held = self.delta if self.delta is not None else self.B
+        return held is not None and bool((held[name] != 0).any())
+
+    @torch.no_grad()
+    def added(self, task: int | str) -> int:
+        name = self.task_name(task)
+        if not self.shared:
+            return sum(x.numel() for x in self.part(name).values())
+        found = 0
+        if self._delta_counts(name):
+            found += sum(held[name].numel() for held in (self.delta, self.A, self.B) if held is not None)
+        if self.task_bias is not None and bool((self.task_bias[name] != 0).any()):
+            found += self.task_bias[name].numel()
+        return found
+
+    def _merge_into(self, plain: nn.Module, task: int | str, memo: dict[int, Any] | None) -> nn.Module:
+        """Gives a plain layer the weight and bias of one task."""
+        name = self.task_name(task)
+        with torch.no_grad():
+            if self.shared and not self._delta_counts(name):
+                if self.A is not None and self.B is not None and self._gate_of(name) is None:
+                    self._product(self.A[name], self.B[name], name)  # halves that do not fit are no zero delta
+                plain.weight = copied(self.weight, memo)
+            else:
+                plain.weight = as_parameter(self.effective_weight(name))
+            if self.task_bias is None:
+                plain.bias = copied(self.bias, memo)
+            else:
+                bias = self.effective_bias(name)
+                assert bias is not None
+                plain.bias = as_parameter(bias)
+        return plain.train(self.training)
+
+    # --- for forward
+
+    def _of_tasks(self, plan: TaskPlan) -> dict[str, Any]:
+        """Ids, delta, gate and bias as the ops take them."""
+        assert self.delta is not None
+        deltas = [getattr(self.delta, name) for name in self.tasks]
+        return {"task_ids": plan, "delta": deltas, "gate": self._gates(plan), "bias": self._biases(plan)}
+
+    def _gates(self, plan: TaskPlan) -> Tensor | None:
+        if self.gate is None:
+            return None
+        gates = torch.stack(present_rows(self.gate, self.tasks, plan.offsets))
+        return gates if self.taps is None else self.taps(gates)
+
+    def _biases(self, plan: TaskPlan) -> Tensor | None:
+        if self.task_bias is None:
+            return self.bias
+        own = torch.stack(present_rows(self.task_bias, self.tasks, plan.offsets))
+        return own if self.bias is None else self.bias + own
+
+    def _scalings(self, plan: TaskPlan) -> Tensor | float | None:
+        """Of low-rank deltas: one number, or one for each task that has a gate."""
+        gates = self._gates(plan)
+        if gates is None:
+            return None if self.scaling == 1 else self.scaling
+        return gates if self.scaling == 1 else gates * self.scaling
+
+    def _all_closed(self) -> bool:
+        """Whether the host knows, without waiting, that no delta is read and none needs a gradient."""
+        if self.gate is None or self.task_bias is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        gates = [getattr(self.gate, name) for name in self.tasks]
+        if gates[0].device.type != "cpu":
+            return False
+        at = 0.0 if self.taps is None else self.taps.threshold
+        values = [float(g) for g in gates]
+        return all(v == 0 for v in values) if self.taps is None else all(v < at for v in values)
+
+    def _repr_of_layer(self) -> str:
+        text = ", " + self._repr_of_tasks()
+        if self.bias is None and (self.shared or self.task_bias is None):
+            text += ", bias=False"
+        if not self.shared:
+            text += ", shared=False"
+        if self.rank is not None:
+            ranks = sorted(set(self.rank.values()))
+            text += f", rank={ranks[0] if len(ranks) == 1 else ranks}"
+        if self.scaling != 1:
+            text += f", scaling={self.scaling:g}"
+        if self.gate is not None and self.taps is None:
+            text += f", gate={self.initial_gate:g}"
+        return text + (", per_task_bias=True" if self.task_bias is not None and self.shared else "")
+
+
+def _first_gate(gate: Any) -> float | None:
+    if gate is None or isinstance(gate, TapsGate):
+        return None if gate is None else gate.start
+    if isinstance(gate, bool) or not isinstance(gate, (int, float)):
+        raise TypeError(f"gate: expected a number, a TapsGate or None, got {type(gate).__name__}")
+    return finite(gate, "gate")
+
+
+def read_rank(rank: Any, names: Sequence[str]) -> dict[str, int]:
+    """A rank of each task."""
+    found = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(names, rank)
+    for name, r in found.items():
+        if isinstance(r, bool) or not isinstance(r, int):
+            raise TypeError(f"rank: expected an int, got {type(r).__name__}")
+        if r < 1:
+            raise ValueError(f"rank: expected at least 1, got {r}")
+        check_name(name)
+    if set(found) != set(names):
+        raise ValueError(f"rank: expected one for each of {', '.join(names)}, got {', '.join(map(str, found))}")
+    return copy.copy(found)
+
+
+def product_of_halves(down: Tensor, up: Tensor, weight: Tensor, task: str) -> Tensor:
+    """`B A` in the shape of a weight whose first dimension is that of the output."""
+    if down.shape[0] != up.shape[1] or down.shape[1:] != weight.shape[1:] or up.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"task {task!r}: expected a low-rank delta whose halves fit, got A {list(down.shape)} and "
+            f"B {list(up.shape)} for a weight {list(weight.shape)}"
+        )
+    return (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+
+
+def low_rank_linear(layer: TaskLayer, x: Tensor, plan: TaskPlan, weight: Tensor) -> Tensor:
+    """`x W^T + s_t (x A_t^T) B_t^T`, W `[Cout, Cin]`."""
+    assert layer.A is not None and layer.B is not None
+    down = equal_ranks([getattr(layer.A, name) for name in layer.tasks], 0)
+    up = equal_ranks([getattr(layer.B, name) for name in layer.tasks], 1)
+    y = task_linear(x, weight, None, plan, bias=layer._biases(plan))
+    low = task_linear(task_linear(x, None, down, plan), None, up, plan)
+    scaling = layer._scalings(plan)
+    if isinstance(scaling, Tensor):
+        ids = plan.task_ids
+        scaling = scaling[ids].view(*ids.shape, *(1,) * (x.dim() - ids.dim())).to(low.dtype)
+    return y + (low if scaling is None else low * scaling)
+
+
+def equal_ranks(halves: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """Halves of low-rank deltas with zeros up to the largest rank, where their ranks differ."""
+    most = max(h.shape[dim] for h in halves)
+    padded = []
+    for h in halves:
+        missing = most - h.shape[dim]
+        padding = [0, 0] * (h.dim() - 1 - dim) + [0, missing]
+        padded.append(nn.functional.pad(h, padding) if missing else h)
+    return padded

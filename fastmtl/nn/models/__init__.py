@@ -1,0 +1,1 @@
+"""Whole networks with parts of their own for each task: conversion, merging, exchange of tasks, reports."""
