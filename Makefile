@@ -8,6 +8,12 @@ PIP = $(BIN)/pip --disable-pip-version-check -q
 STAMP = $(VENV)/.installed
 # Triton kernels on CPU tensors, one program after another; read when Triton is imported, so in a process of its own
 INTERPRET = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+# Tests in so many processes, each of which takes file after file, so that what a file's tests share is made once; those
+# of the interpreter share nothing. Threads that wait leave the core to the other process.
+PROCESSES ?= 2
+WORKERS = -p no:benchmark -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+SINGLE = -p no:benchmark -n $(PROCESSES) --dist worksteal
+SHARED = OMP_WAIT_POLICY=passive $(BIN)/python
 # what `make check` reads: every op, methods, task layers, backward, banks and one_pass, the optimizer, docs and imports
 CHECKED = \
   tests/gradients tests/task_weights tests/methods tests/nn tests/task_gradients/test_backward.py \
@@ -37,18 +43,16 @@ $(VENV)/.peers: $(STAMP)
 	touch $@
 
 test: dev  ## everything that runs without a GPU; GPU tests skip with a reason
-	@mkdir -p build
-	@# Triton's interpreter, which uses one core, beside the rest; what it says comes after it
-	@$(INTERPRET) $(BIN)/python -m pytest tests/interpreter -m "not slow" > build/interpreter.log 2>&1 & other=$$!; \
-	status=0; FASTMTL_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest tests -m "not slow" || status=$$?; \
-	wait $$other || status=$$?; cat build/interpreter.log; exit $$status
+	@# Triton's interpreter after the rest, so that each has both cores
+	@status=0; FASTMTL_REQUIRE_EXTENSION=1 $(SHARED) -m pytest tests -m "not slow" $(WORKERS) || status=$$?; \
+	$(INTERPRET) $(SHARED) -m pytest tests/interpreter -m "not slow" $(SINGLE) || status=$$?; exit $$status
 
 check: dev  ## of each test of CHECKED its first case, on the reference and the CPU's best level: under 3 minutes on two cores, for use while working
-	FASTMTL_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest $(CHECKED) --check
+	FASTMTL_REQUIRE_EXTENSION=1 $(SHARED) -m pytest $(CHECKED) --check $(WORKERS)
 
 test-slow: dev  ## the slow tests too
-	FASTMTL_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest tests
-	$(INTERPRET) $(BIN)/python -m pytest tests/interpreter
+	FASTMTL_REQUIRE_EXTENSION=1 $(SHARED) -m pytest tests $(WORKERS)
+	$(INTERPRET) $(SHARED) -m pytest tests/interpreter $(SINGLE)
 
 bench: dev $(VENV)/.peers  ## a telling few cases, under 7 minutes on two cores; uses the GPU where there is one
 	$(BIN)/fastmtl bench --quick --out build/bench

@@ -1,16 +1,18 @@
 """One network, several domains in one mixed batch, a small difference per domain on every convolution.
 
-    -    nn.Conv2d(1, 32, 3, padding=1)
-    +    TaskConv2d.from_layer(nn.Conv2d(1, 32, 3, padding=1), DOMAINS)
+         network = Network()
+    +    network = convert(network, DOMAINS, "dense", where=nn.Conv2d)
     ...
     -    scores = network(pictures)
-    +    with fastmtl.nn.tasks(domain):           # [N]: the domain of each picture
+    +    with tasks(domain):                      # [N]: the domain of each picture
     +        scores = network(pictures)
+    ...
+    +    plain = merge(network, "turned")         # for one domain, without fastmtl
 
 The handwritten digits appear plain, turned over, inverted, noisy, occluded, shifted, sheared, and with other labels.
 The network's own forward stays as it is. Beside it runs what is usually written: a loop over the domains of the batch,
 each through plain convolutions with `weight + delta`. At every step both compute the loss and all gradients from the
-same parameters, and must agree.
+same parameters, and must agree. In the end each domain's merged network must score as the mixed one does.
 
     python examples/domains.py
     python examples/domains.py --quick
@@ -31,8 +33,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-import fastmtl
-from fastmtl.nn import TaskConv2d
+from fastmtl.nn import TaskConv2d, convert, layer_report, merge, tasks
 
 DOMAINS = ("plain", "turned", "inverted", "noisy", "occluded", "shifted", "sheared", "renamed")
 
@@ -111,15 +112,6 @@ class Network(nn.Module):
         return self.head(self.blocks(F.relu(self.stem(pictures))))
 
 
-def add_deltas(network: nn.Module) -> nn.Module:
-    """Every convolution gets a delta per domain, zero at first."""
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Conv2d):
-                setattr(module, name, TaskConv2d.from_layer(child, DOMAINS))
-    return network
-
-
 def loop_over_domains(plain: nn.Module, mixed: nn.Module, pictures: Tensor, domain: Tensor) -> Tensor:
     """The usual way: the plain network once per domain, with the weights that `mixed` has for it."""
     layers = {path: layer for path, layer in mixed.named_modules() if isinstance(layer, TaskConv2d)}
@@ -167,11 +159,12 @@ def main() -> None:
     training, testing = load_pools()
     plain = Network(width)
     # the convolutions of the copy hold the very weights of the plain ones, as all its other parameters do
-    mixed = add_deltas(copy.deepcopy(plain, memo={id(p): p for p in plain.parameters()}))
+    mixed = copy.deepcopy(plain, memo={id(p): p for p in plain.parameters()})
+    mixed = convert(mixed, DOMAINS, "dense", where=nn.Conv2d)
     optimizer = torch.optim.Adam(mixed.parameters(), lr=2e-3)
 
     def one_pass(pictures: Tensor, domain: Tensor) -> Tensor:
-        with fastmtl.nn.tasks(domain):
+        with tasks(domain):
             return mixed(pictures)
 
     ways = {"loop": functools.partial(loop_over_domains, plain, mixed), "fastmtl": one_pass}
@@ -207,6 +200,15 @@ def main() -> None:
         with torch.no_grad():
             right = accuracy(forward(pictures, domain), labels, domain)
         print(f"  {way:<9}" + " ".join(f"{share:9.1%}" for share in right.values()))
+    merged = torch.empty(len(pictures), 10)
+    for t, name in enumerate(DOMAINS):
+        with torch.no_grad():
+            merged[domain == t] = merge(mixed, name)(pictures[domain == t])
+    off = apart([merged], [one_pass(pictures, domain).detach()])
+    if not off <= TOLERANCE["gradients"]:
+        sys.exit(f"merged networks: scores {off:.1e} apart, expected at most {TOLERANCE['gradients']:.0e}")
+    print(f"merged networks, one for each domain: scores at most {off:.1e} apart")
+    print(layer_report(mixed))
     medians = {way: 1e3 * statistics.median(taken) for way, taken in seconds.items()}
     print(f"largest relative difference: loss {furthest['loss']:.1e}, gradients {furthest['gradients']:.1e}")
     print(

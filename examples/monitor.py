@@ -47,13 +47,16 @@ class Monitor:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, surgery: fastmtl.Surgery) -> None:
+        self.step += 1
+        if surgery.reused:  # a step of methods.Every that saw no task's gradient alone
+            return
         # cosines of absent tasks are 0: with tasks missing from batches, count the steps of each pair as well
         norms = surgery.gram.diagonal().sqrt()
         new = {"norm": norms, "cosine": surgery.cosines(), "conflict rate": surgery.conflicts()}
         if surgery.weights is not None:  # some methods make their update without
             new["weight"] = surgery.weights
         self.sums = {kind: self.sums.get(kind, 0.0) + value.double() for kind, value in new.items()}
-        self.step, self.seen = self.step + 1, self.seen + 1
+        self.seen += 1
         if self.seen == self.every:
             self.flush()
 

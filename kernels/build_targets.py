@@ -6,10 +6,24 @@ from collections.abc import Iterator
 
 from fastmtl.kernels.common.build_target import BuildTarget
 from fastmtl.kernels.gradients import elementwise_launchers, launchers
-from fastmtl.kernels.task_weights import conv_build_targets, task_batch_norm, task_plan, task_scale_shift
+from fastmtl.kernels.task_weights import (
+    conv_build_targets,
+    lora_build_targets,
+    task_batch_norm,
+    task_plan,
+    task_scale_shift,
+)
 
 
 def build_targets() -> Iterator[BuildTarget]:
     """Not under the interpreter."""
-    for family in (conv_build_targets, task_plan, task_scale_shift, task_batch_norm, launchers, elementwise_launchers):
+    for family in (
+        conv_build_targets,
+        lora_build_targets,
+        task_plan,
+        task_scale_shift,
+        task_batch_norm,
+        launchers,
+        elementwise_launchers,
+    ):
         yield from family.build_targets()

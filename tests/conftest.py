@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -127,6 +128,12 @@ def first_cases(items: list[pytest.Item]) -> list[pytest.Item]:
         ops = [value for value in parameters.values() if isinstance(value, str) and value in PUBLIC_OPS]
         found.setdefault((item.nodeid.split("[")[0], backend.name if backend else "", *ops), item)
     return list(found.values())
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Garbage is looked for among what tests make: a million objects are there before, half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,7 +17,14 @@ from samples_task import TASK_OPCHECK_SAMPLES
 from torch import Tensor
 
 from fastmtl.core.schemas import PUBLIC_OPS
-from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights
+from fastmtl.core.task_weights import (
+    Geometry,
+    LowRankDeltas,
+    SortedBatch,
+    TaskConvCall,
+    TaskLoraCall,
+    TaskWeights,
+)
 from fastmtl.ops import combine
 from fastmtl.ops.gradients import reference as of_gradients
 from fastmtl.ops.task_weights import reference as of_task_weights
@@ -35,6 +42,10 @@ VALUES: dict[str, tuple[Callable[..., Any], frozenset[str]]] = {
 VALUES["call"] = (
     TaskConvCall.of,
     frozenset({*TaskWeights._fields, "bias"}).union(*(names for _, names in VALUES.values())),
+)
+VALUES["lora"] = (
+    TaskLoraCall.of,
+    frozenset({"weight", "delta_tasks", "bias", *LowRankDeltas._fields, *SortedBatch._fields}),
 )
 
 

@@ -1,15 +1,22 @@
-"""The snippets of docs/training-loops.md and docs/one-pass.md run as they stand there, and train the model."""
+"""The snippets of docs/training-loops.md, docs/methods.md and docs/one-pass.md run as they stand there, and train the
+model."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from paths import ROOT
+
+from fastmtl import methods
 
 DOCS = ROOT / "docs"
 
@@ -50,6 +57,15 @@ def test_snippet(snippet: str, compiler: str, monkeypatch: pytest.MonkeyPatch) -
     assert bank is None or "collected: []" in repr(bank)
 
 
+def test_settings_of_torch_in_a_process_that_has_just_started() -> None:
+    """At the top of a script, where no optimizer has imported the rest of torch yet."""
+    (snippet,) = [x for x in SNIPPETS if "donated_buffer" in x]
+    setting = snippet.partition("compiled = ")[0]
+    script = f"import torch\nimport fastmtl\n{setting}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_there_are_snippets_for_the_table() -> None:
     text = "".join(SNIPPETS)
     for part in ("torch.compile", "GradScaler", "features=h", "mark_per_task", "GradientBank", "optimizers[critic]"):
@@ -59,6 +75,48 @@ def test_there_are_snippets_for_the_table() -> None:
 def test_a_snippet_that_trains_nothing_is_seen() -> None:
     with pytest.raises(AssertionError, match="not trained"):
         run("for x, y in loader: fastmtl.backward(losses_of(model(x), y))")
+
+
+METHODS = read("methods.md")
+
+
+@pytest.mark.parametrize("snippet", METHODS, ids=first_words)
+def test_snippet_of_the_methods_page(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the same set-up, in any order; one with a loop trains."""
+    monkeypatch.chdir(tmp_path)  # one writes a file
+    setup = f"from fastmtl import methods\n{snippet}"
+    if "for x, y in loader" in snippet and "optimizer.step()" in snippet:
+        run(setup)
+        return
+    names: dict[str, Any] = {}
+    exec(compile(SETUP, "set-up", "exec"), names)
+    exec(compile(setup, first_words(snippet), "exec"), names)
+
+
+def test_methods_of_ones_own_in_the_page() -> None:
+    """They are what their words say, with absent tasks, in a bank and over a file."""
+    names: dict[str, Any] = {}
+    for snippet in (SETUP, "from fastmtl import methods", *(x for x in METHODS if "class " in x or "def " in x)):
+        exec(compile(snippet, "own", "exec"), names)
+    g = torch.randn(4, 9, dtype=torch.float64)
+    gram, here = g @ g.mT, torch.tensor([True, False, True, True])
+    lengths = g.norm(dim=1)
+    want = torch.where(here, lengths[here].mean() / lengths, 0.0)
+    own = names["EqualLengths"]()
+    torch.testing.assert_close(own.weights(gram, present=here), want)
+    torch.testing.assert_close(names["equal_lengths"](gram), own.weights(gram))
+    torch.testing.assert_close(names["Median"]()(g), g.median(0).values)
+    lists = names["Median"]()([[row[:4].clone(), None, row[4:].clone()] for row in g])
+    torch.testing.assert_close(torch.cat([lists[0], lists[2]]), g.median(0).values)
+    left = names["LeftToLearn"]()
+
+    def seen(*losses: float, present: Sequence[bool] = (True,) * 4) -> methods.Seen:
+        return methods.Seen("abcd", present, losses=torch.tensor(losses, dtype=torch.float64))
+
+    assert left.weigh(gram, seen(1, 2, 4, 0, present=[True, True, True, False])).tolist() == [1, 1, 1, 0]
+    other = names["LeftToLearn"]()
+    other.load_state_dict(left.state_dict())
+    assert other.weigh(gram, seen(0.5, 1, 1, 3)).tolist() == [0.5, 0.5, 0.25, 1]
 
 
 def test_one_pass_snippet() -> None:

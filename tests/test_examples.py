@@ -51,6 +51,8 @@ def test_domains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     shares = re.findall(r"^  (fastmtl|loop) +((?:[\d.]+% *){8})$", out, re.MULTILINE)
     assert [way for way, _ in shares] == ["loop", "fastmtl"]
     assert re.search(r"largest relative difference: loss \S+, gradients \S+", out)
+    assert float(re.search(r"merged networks, .* at most (\S+) apart", out)[1]) < 1e-4
+    assert re.search(r"^turned +10 of 10 ", out, re.MULTILINE)
 
 
 def test_domains_stops_where_the_two_ways_differ(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +171,17 @@ def test_monitor_of_a_method_without_weights(tmp_path: Path) -> None:
         "cosine/a-b": [-1],
         "conflict rate/a-b": [1],
     }
+
+
+def test_monitor_of_reused_weights(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    monitor = load("monitor").Monitor(["a", "b"], 2, tmp_path)
+    w = torch.ones(2, requires_grad=True)
+    method = fastmtl.methods.Every(fastmtl.methods.Sum(), 2)
+    for _ in range(3):
+        monitor.add(fastmtl.backward({"a": w[0] + w[1], "b": 2 * w[0] - w[1]}, [w], method=method))
+    monitor.close()
+    assert monitor.history["step"] == [3] and monitor.history["weight/a"] == [1]
 
 
 def test_monitor_means(tmp_path: Path) -> None:

@@ -399,6 +399,18 @@ def read(file: Path) -> dict[str, Code]:
     return found
 
 
+def extract(library: Path, folder: Path) -> dict[Path, tuple[list[str], int]]:
+    """The cubins in a library, written to an empty folder: file -> the mangled names of its kernels, and their sm_."""
+    program = tool("cuobjdump")
+    if program is None:
+        raise FileNotFoundError("cuobjdump: not in CUDA, and no Triton here")
+    subprocess.run([program, "-xelf", "all", str(library)], cwd=folder, capture_output=True, check=True)
+    return {
+        file: (list(dump("--dump-resource-usage", file)), int(re.findall(r"sm_(\d+)", file.name)[-1]))
+        for file in sorted(folder.glob("*.cubin"))
+    }
+
+
 # --- report
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fastmtl.benchmarks.runner.registry import TASK_STEP, WHOLE_CALL
+from fastmtl.benchmarks.runner.registry import TAPS_MEMORY, TASK_STEP, WHOLE_CALL
 
 LABELS = {
     "ours": "fastmtl",
@@ -37,6 +37,13 @@ TASK_STYLES: dict[str, tuple[str, dict[str, Any]]] = {
     "torchjd_autogram": ("TorchJD autogram", {"color": "C4", "marker": "x"}),
     "streamed": ("fastmtl.one_pass, streamed", {"color": "C1", "marker": "o", "linestyle": "--"}),
     "ours": ("fastmtl.one_pass", {"color": "C1", "marker": "o", "linewidth": 2.5}),
+}
+# the plot of converted networks, drawn in this order
+MODEL_STYLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "loop": ("the converted network, a loop over tasks", {"color": "C3", "marker": "^"}),
+    "separate": ("T plain networks", {"color": "black", "marker": "s"}),
+    "adapter": ("shared layers and a loop over adapters", {"color": "C2", "marker": "D"}),
+    "ours": ("the converted network, a mixed batch", {"color": "C1", "marker": "o", "linewidth": 2.5}),
 }
 MARKERS = {100_000: "v", 1_000_000: "o", 11_000_000: "s", 25_000_000: "D"}
 
@@ -332,6 +339,51 @@ def _calls(results: dict[str, Any], path: Path) -> Path | None:
     return _save(figure, path)
 
 
+def _models(results: dict[str, Any], path: Path) -> Path | None:
+    """Time of converted networks against T, over that of the plain network; a panel for each network, kind and mode."""
+    panels: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        p = row["params"]
+        open_gates = row["suite"] == "models" and row["op"] != TAPS_MEMORY and p["gates"] == "open"
+        if open_gates and row["status"] == "ok" and "median" in row["times"].get("plain", {}):
+            panels.setdefault((p["network"], p["kind"], p["train"]), []).append(row)
+    # a single T is no line
+    panels = {key: rows for key, rows in panels.items() if len(rows) > 1} or panels
+    if not panels:
+        return None
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure, grid = _figure(3.6 * across, 3.0 * down + 0.8, down, across)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, ((network, kind, train), rows) in zip(grid.flat, panels.items(), strict=False):
+        rows.sort(key=lambda row: row["params"]["T"])
+        for label, (words, style) in MODEL_STYLES.items():
+            points = [
+                (row["params"]["T"], row["times"][label]["median"] / row["times"]["plain"]["median"])
+                for row in rows
+                if "median" in row["times"].get(label, {})
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=words, markersize=4, **style)
+        axes.axhline(1.0, color="0.5", linewidth=0.8)
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"{network}\n{kind}, {'training step' if train else 'evaluation'}", fontsize=9)
+        axes.tick_params(labelsize=8)
+        _tasks_axis(axes, {network: rows})
+        axes.xaxis.label.set_size(8)
+    found: dict[str, Any] = {}
+    for axes in grid.flat:
+        for handle, words in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(words, handle)
+    figure.legend(
+        found.values(), found, ncols=2, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0)
+    )
+    figure.supylabel("time / plain network", fontsize=9)
+    figure.suptitle(f"converted networks on {results['machine']['device']}", fontsize=10)
+    return _save(figure, path)
+
+
 def draw(results: dict[str, Any], out: Path) -> list[Path]:
     """Draws what the results have rows for; returns the files `<slug>-floor.png` and so on."""
     out.mkdir(parents=True, exist_ok=True)
@@ -345,6 +397,7 @@ def draw(results: dict[str, Any], out: Path) -> list[Path]:
             ("conv", _conv),
             ("methods", _methods),
             ("calls", _calls),
+            ("models", _models),
         )
     ]
     return [path for path in found if path is not None]

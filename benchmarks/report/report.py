@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastmtl.benchmarks.report import plots, reuse_table
-from fastmtl.benchmarks.runner.registry import REUSE, REUSE_ACCURACY, TASK_STEP, WHOLE_CALL
+from fastmtl.benchmarks.runner.registry import REUSE, REUSE_ACCURACY, TAPS_MEMORY, TASK_STEP, WHOLE_CALL
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COLUMNS = (
@@ -69,15 +69,33 @@ WEIGHTS_COLUMNS = (
     "LibMTL is off by",
 )
 CALL_COLUMNS = (*WEIGHTS_COLUMNS, "peak extra memory")
+MODEL_COLUMNS = (
+    "case",
+    "ours",
+    "x plain network",
+    "vs loop over tasks",
+    "vs T plain networks",
+    "vs adapter loop",
+    "memory x plain network's",
+)
+TAPS_COLUMNS = (
+    "case",
+    "full joint",
+    "sequential, one task",
+    "plain network",
+    "T plain networks",
+    "full joint x sequential",
+)
 REUSE_COLUMNS = ("case", "time per step", "plain step", "x plain step")
 # of a row of suite `conv`: what is neither loop
-OTHERS = ("grouped", "vmap", "groupedmm", "adapter", "plain")
+OTHERS = ("grouped", "vmap", "groupedmm", "adapter", "masked", "gathered", "plain")
 # suite -> its page in docs/benchmarks, its title, its plots
 PAGES = {
     "surgery": ("surgery.md", "Gradient surgery", ("floor", "speedup")),
     "step": ("step.md", "Training steps", (plots.TASKS, "step")),
     "conv": ("task-weights.md", "Per-task weights", ("conv",)),
     "methods": ("methods.md", "Methods", ("methods", "calls")),
+    "models": ("models.md", "Converted networks", ("models",)),
 }
 README_COLUMNS = ("what", "on", "fastmtl", "the fastest way without it", "fastmtl is")
 # the README's rows, in words; where fastmtl is slower is shown too
@@ -204,6 +222,22 @@ def _task_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _model_cells(row: dict[str, Any]) -> list[str]:
+    """Of a converted network: its time beside the others', and the memory of a call beside a plain network's."""
+    memory = row.get("memory", {})
+    over = f"{_peak(memory['ours']) / _peak(memory['plain']):.2f}" if {"ours", "plain"} <= set(memory) else "-"
+    others = [_versus(row, label) for label in ("loop", "separate", "adapter")]
+    return [_time(row["times"]["ours"]), _over(row, "plain"), *others, over]
+
+
+def _taps_cells(row: dict[str, Any]) -> list[str]:
+    """Of the variants of TAPS: all the memory that a training holds."""
+    peaks = {label: _peak(memory) for label, memory in row.get("memory", {}).items()}
+    found = [mebibytes(peaks[x]) if x in peaks else "-" for x in ("ours", "sequential", "plain", "separate")]
+    ratio = f"{peaks['ours'] / peaks['sequential']:.2f}" if {"ours", "sequential"} <= set(peaks) else "-"
+    return [*found, ratio]
+
+
 def _off_by(row: dict[str, Any], label: str) -> str:
     """How far the update of a peer is from ours, over its length."""
     found = row.get("check", {}).get("others", {}).get(label)
@@ -245,6 +279,8 @@ def columns(row: dict[str, Any]) -> tuple[str, ...]:
         return WEIGHTS_COLUMNS
     if row["suite"] == "conv":
         return CONV_COLUMNS
+    if row["suite"] == "models":
+        return TAPS_COLUMNS if row["op"] == TAPS_MEMORY else MODEL_COLUMNS
     return GPU_COLUMNS if _on_gpu(row) else COLUMNS
 
 
@@ -277,6 +313,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         return [name, *per_step, _over(row, "sum")]
     if columns(row) in (WEIGHTS_COLUMNS, CALL_COLUMNS):
         return [name, *_method_cells(row)]
+    if row["suite"] == "models":
+        return [name, *(_taps_cells(row) if row["op"] == TAPS_MEMORY else _model_cells(row))]
     time = _time(row["times"]["ours"])
     if row["suite"] == "conv":
         return [
@@ -458,6 +496,16 @@ def _note(header: tuple[str, ...], suite: str) -> str:
             "Per-task weights. The floor is one shared layer in the same run, and the bytes of the deltas in use (one "
             "read forward, two reads and one write with the backward pass) at the copy rate:"
         )
+    if header == MODEL_COLUMNS:
+        return (
+            "Converted networks on a batch that mixes tasks: training steps (forward, backward, SGD with momentum) and "
+            "forward passes in evaluation mode:"
+        )
+    if header == TAPS_COLUMNS:
+        return (
+            "All that a training of TAPS holds, by its variants: weights, gradients, momentum and activations (the "
+            "memory-efficient joint variant trains the plain network, then runs the sequential one):"
+        )
     return "Gradient surgery, and steps of several losses on the same samples:"
 
 
@@ -498,6 +546,11 @@ def page(suite: str, runs: Sequence[dict[str, Any]], results_dir: Path, docs: Pa
         f"# {title}",
         "Drawn by `make docs-tables` from the committed results. [What each figure is, and how it is made](index.md).",
     ]
+    if not any(suite in results["suites"] for results in runs):
+        parts.append(
+            "No results of this suite are committed so far. What it compares is written down "
+            f"[beside it](index.md#suites); `fastmtl bench --suite {suite}` runs it on your machine."
+        )
     for results in runs:
         if suite in results["suites"]:
             files = [results_dir / f"{results['slug']}-{name}.png" for name in plotted]

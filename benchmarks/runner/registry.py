@@ -15,11 +15,14 @@ SUITES: dict[str, str] = {
     "methods": "fastmtl.benchmarks.suites.methods",
     "step": "fastmtl.benchmarks.suites.step",
     "conv": "fastmtl.benchmarks.suites.conv",
+    "models": "fastmtl.benchmarks.suites.models",
 }
 # the op of rows of suite `step` in which every sample of a batch has one task
 TASK_STEP = "one-task-per-sample step"
 # ops of rows of suite `step` on weights that are reused: their time, and the accuracy that they lead to
 REUSE, REUSE_ACCURACY = "training steps that reuse weights", "accuracy of reused weights"
+# the op of rows of suite `models` on the memory that TAPS needs in its variants
+TAPS_MEMORY = "memory of TAPS"
 # end of the op of rows of suite `methods` that are a whole `method(grads)`
 WHOLE_CALL = "(grads)"
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.benchmarks.baselines import conv as baselines
 from fastmtl.benchmarks.runner.registry import Candidate, Case, Check
+from fastmtl.benchmarks.suites import conv_low_rank
 from fastmtl.benchmarks.suites.conv_check import Oracle, largest
 from fastmtl.benchmarks.suites.conv_parts import batch_norm_case, plan_case, scale_shift_case, weight_grad_case
 from fastmtl.benchmarks.suites.conv_shapes import LAYERS, Batch, Spec
@@ -295,4 +296,5 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         plan_case(32, (256,)),
         plan_case(32, (256, 197)),
     ]
+    found += conv_low_rank.cases(gpu)
     return [case for case in found if case.quick or not quick]

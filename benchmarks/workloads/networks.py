@@ -17,17 +17,25 @@ OBSERVED, ACTIONS = 39, 4
 
 
 class ResidualBlock(nn.Module):
-    """ResNet's basic block with group normalisation: two 3x3 convolutions and a way around them."""
+    """ResNet's basic block: two 3x3 convolutions and a way around them.
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    With group norms and biases, or with batch norms and without biases, as it was published.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int, batch_norms: bool = False) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1)
-        self.norm1 = nn.GroupNorm(8, channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1)
-        self.norm2 = nn.GroupNorm(8, channels)
+
+        def norm() -> nn.Module:
+            return nn.BatchNorm2d(channels) if batch_norms else nn.GroupNorm(8, channels)
+
+        bias = not batch_norms
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=bias)
+        self.norm1 = norm()
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=bias)
+        self.norm2 = norm()
         self.around: nn.Module = nn.Identity()
         if stride != 1 or channels_in != channels:
-            self.around = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride), nn.GroupNorm(8, channels))
+            self.around = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=bias), norm())
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
@@ -55,20 +63,74 @@ class ResNet(nn.Module):
         return self.classifier(self.features(pictures))
 
 
+class PublishedResNet(nn.Module):
+    """ResNet-18 as it was published: a 7x7 stem and a pool, batch norms, convolutions without biases.
+
+    `width` 64 is its own, 32 is half of it.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        ]  # fmt: skip
+        before = width
+        for stage in range(4):
+            for block in range(2):
+                stride = 2 if stage and block == 0 else 1
+                layers.append(ResidualBlock(before, width << stage, stride, batch_norms=True))
+                before = width << stage
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Linear(before, CLASSES)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.classifier(self.features(pictures))
+
+
+class EncoderLayer(nn.Module):
+    """An encoder layer that normalises first, with an `nn.Linear` for each projection, as libraries of models have it.
+
+    These are what adapters are put on.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        q, k, v = (p(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.query, self.key, self.value))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def fused_layer(width: int, heads: int) -> nn.Module:
+    """torch's own encoder layer, whose attention has one weight for query, key and value."""
+    return nn.TransformerEncoderLayer(
+        width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+
+
 class ViT(nn.Module):
     """Vision transformer: patches, a class token, position embeddings, encoder layers that normalise first."""
 
-    def __init__(self, side: int = 32, patch: int = 4, width: int = 128, depth: int = 6, heads: int = 4) -> None:
+    def __init__(
+        self,
+        side: int = 32,
+        patch: int = 4,
+        width: int = 128,
+        depth: int = 6,
+        heads: int = 4,
+        layer: Callable[[int, int], nn.Module] = fused_layer,
+    ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, patch, patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.zeros(1, (side // patch) ** 2 + 1, width))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(layer(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, CLASSES)
 
@@ -127,7 +189,7 @@ class Workload:
                     if p.ndim == 1 or not p.any():
                         p.add_(0.1 * torch.randn_like(p))
                 for module in model.modules():
-                    if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                    if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.BatchNorm2d):
                         module.weight.copy_(1 + 0.2 * torch.randn_like(module.weight))
         return model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from fastmtl.distributed.dtensors import refuse_dtensors
 from fastmtl.parameters import Params, read_params
 from fastmtl.surgery.result import Surgery
 from fastmtl.task_gradients.passes import run_passes
-from fastmtl.task_gradients.reach import Reach, names_of, reach, read_losses
+from fastmtl.task_gradients.reach import Losses, Reach, names_of, reach, read_losses
 from fastmtl.task_gradients.sharing import check_within, sparse_shared, split_shared
-
-Losses: TypeAlias = Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None]
 
 LOOKAHEAD = "lookahead"
 FIRST_ORDER = "first order"

@@ -23,6 +23,16 @@ class GradientRows(NamedTuple):
     def bank(self) -> Tensor | None:
         return self.tensors[0] if self.tensors and not self.index else None
 
+    def by_param(self) -> list[dict[int, Tensor]]:
+        """For each parameter with a gradient, in order, its gradients by task: those that are there. A bank is one
+        parameter."""
+        if self.bank is not None:
+            return [dict(enumerate(self.bank.unbind(0)))]
+        found: dict[int, dict[int, Tensor]] = {i: {} for i in present_params(self.index, self.num_params)}
+        for x, k in zip(self.tensors, self.index, strict=True):
+            found[k % self.num_params][k // self.num_params] = x
+        return list(found.values())
+
 
 def accumulate_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """dtype of a Gram matrix: float64 if any gradient is float64, else float32."""

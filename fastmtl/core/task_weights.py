@@ -152,6 +152,76 @@ class TaskConvCall(NamedTuple):
         return cls(weights, batch, Geometry.of(*geometry) if geometry else STILL, bias)
 
 
+class LowRankDeltas(NamedTuple):
+    """The deltas `s_t B_t A_t` of all tasks, as `task_lora` passes them on.
+
+    `A` and `B` are one `[T, r, Cin]` and one `[T, Cout, r]` tensor (`tasks` is then empty), or `[r_t, Cin]` and
+    `[Cout, r_t]` tensors of the tasks in `tasks`; empty: no task has a delta.
+    """
+
+    A: Sequence[Tensor]
+    B: Sequence[Tensor]
+    tasks: Sequence[int]
+    scaling: Tensor | None  # s, [T]; None: all ones
+
+    @property
+    def stacked(self) -> bool:
+        return len(self.A) == 1 and not self.tasks
+
+    def by_task(self, num_tasks: int) -> list[tuple[Tensor, Tensor] | None]:
+        """Each task's A and B, as views."""
+        if self.stacked:
+            return list(zip(self.A[0].unbind(0), self.B[0].unbind(0), strict=True))
+        found: list[tuple[Tensor, Tensor] | None] = [None] * num_tasks
+        for t, a, b in zip(self.tasks, self.A, self.B, strict=True):
+            found[t] = a, b
+        return found
+
+
+class TaskLoraCall(NamedTuple):
+    """All that a linear layer with low-rank deltas is told beside x; its gradients are told the same."""
+
+    weight: Tensor | None
+    deltas: LowRankDeltas
+    batch: SortedBatch
+    bias: Tensor | None  # [Cout], or [T, Cout]: one per task
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor | None,
+        A: Sequence[Tensor],
+        B: Sequence[Tensor],
+        delta_tasks: Sequence[int],
+        scaling: Tensor | None,
+        bias: Tensor | None,
+        order: Tensor,
+        offsets: Tensor,
+    ) -> TaskLoraCall:
+        """From a schema's arguments, in their order."""
+        return cls(weight, LowRankDeltas(A, B, delta_tasks, scaling), SortedBatch(order, offsets), bias)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of one weight: `[Cout, Cin]`."""
+        if self.weight is not None:
+            return self.weight.shape[0], self.weight.shape[1]
+        return self.deltas.B[0].shape[-2], self.deltas.A[0].shape[-1]
+
+
+def empty_lora_gradients(
+    x: Tensor, call: TaskLoraCall, wanted: Sequence[bool], wanted_a: Sequence[int], wanted_b: Sequence[int]
+) -> list[Tensor]:
+    """Memory for what the backward of `task_lora` returns: x, weight, A, B, scaling, bias, of these the wanted ones."""
+    out = []
+    if wanted[0]:
+        out.append(torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    likes = [call.weight] if wanted[1] else []
+    likes += [*(call.deltas.A[k] for k in wanted_a), *(call.deltas.B[k] for k in wanted_b)]
+    likes += [p for want, p in zip(wanted[2:], (call.deltas.scaling, call.bias), strict=True) if want]
+    return out + [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in likes if p is not None]
+
+
 def empty_gradients(
     x: Tensor,
     call: TaskConvCall,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastmtl.methods.gram_method import GramMethod, Preferences
+from fastmtl.methods.arguments import Argument, TaskNumbersArgument, choice
+from fastmtl.methods.gram_method import GramMethod
 
 SCALES = ("min", "median", "rmse")
 REDUCTIONS = ("mean", "sum")
@@ -18,10 +19,12 @@ class AlignedMTL(GramMethod):
         scale: to which squared singular value, of those that are not zero, all are brought: the least (`"min"`), the
             lower `"median"`, or their mean (`"rmse"`).
         reduction: `"mean"` or `"sum"` over the present tasks, where no preferences are given.
-        preferences: T numbers from 0, what each task counts, in place of the reduction's 1/n or 1.
+        preferences: what each task counts, in place of the reduction's 1/n or 1: T numbers from 0 in the order of the
+            tasks, or a mapping from the name of each task.
 
     Raises:
-        ValueError: an unknown scale or reduction; preferences that are no such numbers.
+        ValueError: an unknown scale or reduction; preferences that are no such numbers; (when called) those of
+            other tasks.
         TypeError: `preferences` are no numbers.
 
     Source: Senushkin, Patakin, Kuznetsov, Konushin 2023, *Independent Component Alignment for Multi-Task Learning*,
@@ -33,15 +36,18 @@ class AlignedMTL(GramMethod):
     """
 
     _op_name = "alignedmtl"
+    scale = Argument(choice(*SCALES))
+    reduction = Argument(choice(*REDUCTIONS))
 
-    def __init__(self, scale: str = "min", reduction: str = "mean", preferences: Preferences | None = None) -> None:
-        if scale not in SCALES:
-            raise ValueError(f"scale: expected 'min', 'median' or 'rmse', got {scale!r}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-        super().__init__(SCALES.index(scale), REDUCTIONS.index(reduction), preferences=preferences)
-        self.scale = scale
-        self.reduction = reduction
+    def __init__(
+        self, scale: str = "min", reduction: str = "mean", preferences: TaskNumbersArgument | None = None
+    ) -> None:
+        self.scale, self.reduction = scale, reduction
+        super().__init__(preferences)
+
+    @property
+    def _options(self) -> list[float]:
+        return [float(SCALES.index(self.scale)), float(REDUCTIONS.index(self.reduction))]
 
     def __repr__(self) -> str:
-        return f"AlignedMTL({self.scale!r}, {self.reduction!r})"
+        return f"AlignedMTL({self.scale!r}, {self.reduction!r}{self._told})"

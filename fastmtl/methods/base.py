@@ -10,7 +10,16 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.core.gradient_rows import GradientRows, bank_rows, first_of_params
-from fastmtl.ops.gradients.arguments import Grads, check_bank, check_gram, check_present, is_bank, read_lists
+from fastmtl.methods.arguments import check_mapping
+from fastmtl.ops.gradients.arguments import (
+    Grads,
+    check_bank,
+    check_gram,
+    check_gram_values,
+    check_present,
+    is_bank,
+    read_lists,
+)
 from fastmtl.ops.gradients.combine import with_absent
 
 # what a method may need beside the Gram matrix, in words for an error
@@ -29,7 +38,7 @@ class Seen(NamedTuple):
     """What a surgery hands a method beside the Gram matrix. Tensors are on the device of the Gram matrix.
 
     Attributes:
-        names: of the T tasks. State is kept by them.
+        names: of the T tasks, no two of which are equal. State is kept by them.
         present: which tasks take part; `[T]` bool where the device alone knows.
         losses: `[T]` float64, without the loss scale, 0 for absent tasks; with several ranks their mean over the ranks,
             as of the gradients. None unless the method needs them.
@@ -54,6 +63,17 @@ class Seen(NamedTuple):
     def mask(self, device: torch.device) -> Tensor | None:
         """`present` as a `[T]` bool tensor on that device; None if all are present. Nothing waits for the host."""
         return self.present if isinstance(self.present, Tensor) else _on_device(self.present, device)
+
+
+def check_names(seen: Seen) -> None:
+    """Raises TypeError where it is no `Seen`, or has names that are no strings; ValueError where two tasks have one."""
+    if not isinstance(seen, Seen):
+        raise TypeError(f"seen: expected a methods.Seen, got {type(seen).__name__}")
+    for name in seen.names:
+        if not isinstance(name, str):
+            raise TypeError(f"seen: expected strings as names of the tasks, got {type(name).__name__}")
+    if len(set(seen.names)) != len(seen.names):
+        raise ValueError(f"seen: expected different names of the tasks, got {list(seen.names)}")
 
 
 def seen_by_position(num_tasks: int, present: Tensor | None = None) -> Seen:
@@ -86,7 +106,8 @@ class Method:
                 not in the problem; what `gram` holds in their rows and columns is not looked at. None: all.
 
         Returns:
-            `[T]` float64, on the device of `gram`.
+            `[T]` float64, on the device of `gram`. Where no task is present all weights are 0, and what the method
+            keeps stays as it is.
 
         Raises:
             TypeError: dtypes other than the above; a method that needs more than a Gram matrix.
@@ -129,8 +150,9 @@ class Method:
         """The whole method on these task gradients, of a method that needs them (or is faster with them).
 
         Args:
-            rows: the T task gradients, multiplied by `seen.loss_scale`. Those of tasks that are not present are
-                missing, or have any value. With several ranks that have columns of their own there may be none at all.
+            rows: the T task gradients, multiplied by `seen.loss_scale` (`rows.by_param()` has them by parameter and
+                task). Those of tasks that are not present are missing, or have any value. With several ranks that have
+                columns of their own there may be none at all.
             out: memory for the update, one tensor for each parameter that has a gradient, in order: of its shape,
                 dtype and dense layout. It may be the memory of the first of that parameter's task gradients, and of no
                 other. What is written is multiplied by `seen.loss_scale`, as the rows are.
@@ -139,6 +161,8 @@ class Method:
             The `[T, T]` Gram matrix of the rows, or of what the method keeps in their place (running averages); and the
             weights `[T]` float64 with which their sum is the update, or None if the update is no such sum.
         """
+        if "gradients" in self.needs:
+            raise self._lacks("update(rows, out, seen)")
         raise TypeError(f"method {type(self).__name__}: has no update of its own, but weights")
 
     def __call__(self, grads: Grads) -> Tensor | list[Tensor | None]:
@@ -161,9 +185,15 @@ class Method:
         """Takes over what `state_dict` returned.
 
         Raises:
-            ValueError: not the state of such a method.
+            TypeError, ValueError: not the state of such a method. Nothing has changed then.
         """
-        if state:
+        self.check_state(state)
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises TypeError or ValueError where `load_state_dict` would not take this, and changes nothing: a method
+        around another one asks it before either loads. A subclass that keeps something overrides it."""
+        check_mapping(state, "state")
+        if state and type(self).load_state_dict is Method.load_state_dict:
             raise ValueError(f"state: {type(self).__name__} keeps none, got {', '.join(map(str, state))}")
 
     def reset(self) -> None:
@@ -176,40 +206,54 @@ class Method:
 
     def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
         """`[T, T]` float64 with zeros for absent tasks -> `[T]` float64; absent entries are overwritten."""
-        raise NotImplementedError
+        raise self._lacks("_weights(gram, present)")
 
     def _read(self, gram: Tensor, present: Tensor | None) -> Tensor:
         """`gram` in float64 with zeros for absent tasks, checked."""
         check_gram(gram)
         m = gram.to(torch.float64)
+        if present is not None:
+            check_present(present, gram)
+        check_gram_values(gram, present)
         if present is None:
             return m
-        check_present(present, gram)
         return torch.where(present[:, None] & present, m, 0.0)
 
     def _check_seen(self, gram: Tensor, seen: Seen) -> None:
+        """Raises where this is not what `weigh` takes."""
         check_gram(gram)
-        name, num_tasks = type(self).__name__, gram.shape[0]
+        if "gradients" in self.needs:
+            name = type(self).__name__
+            raise TypeError(f"method {name}: has no weights of a Gram matrix, but makes its update of the gradients")
+        self._check_handed(seen, gram.shape[0], "in the Gram matrix", gram.device)
+
+    def _check_handed(self, seen: Seen, num_tasks: int, where: str, device: torch.device | None = None) -> None:
+        """Raises where `seen` is not of these tasks, or lacks what the method needs. device: None is any."""
+        check_names(seen)
         if len(seen.names) != num_tasks or len(seen.present) != num_tasks:
             raise ValueError(
-                f"seen: expected {num_tasks} tasks as in the Gram matrix, got {len(seen.names)} names and "
+                f"seen: expected {num_tasks} tasks as {where}, got {len(seen.names)} names and "
                 f"{len(seen.present)} in present"
             )
-        if "gradients" in self.needs:
-            raise TypeError(f"method {name}: has no weights of a Gram matrix, but makes its update of the gradients")
         for need, x, shape in (
             ("losses", seen.losses, (num_tasks,)),
             ("second_batch", seen.second, (num_tasks, num_tasks)),
         ):
             if need not in self.needs:
                 continue
+            name = f"seen: method {type(self).__name__}"
             if x is None:
-                raise ValueError(f"seen: method {name} needs {NEEDS[need]}")
-            if x.shape != shape or x.device != gram.device:
+                raise ValueError(f"{name} needs {NEEDS[need]}")
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name}: expected {NEEDS[need]} as a tensor, got {type(x).__name__}")
+            if x.shape != shape or (device is not None and x.device != device):
+                on = "" if device is None else f" on {device}"
                 raise ValueError(
-                    f"seen: method {name}: expected {NEEDS[need]} as {list(shape)} on {gram.device}, got "
-                    f"{list(x.shape)} on {x.device}"
+                    f"{name}: expected {NEEDS[need]} as {list(shape)}{on}, got {list(x.shape)} on {x.device}"
                 )
+
+    def _lacks(self, what: str) -> NotImplementedError:
+        return NotImplementedError(f"method {type(self).__name__}: has no {what}, which a subclass implements")
 
     def _needs_more(self) -> TypeError:
         name = type(self).__name__
@@ -240,6 +284,17 @@ class Method:
 Weighting: TypeAlias = Method | Callable[[Tensor], Tensor]
 
 
+def check_inner_state(method: Weighting, state: Mapping[str, Any], who: str) -> None:
+    """Raises where this is not the state of the method that `who` is around; changes nothing."""
+    if isinstance(method, Method):
+        method.check_state(state)
+        return
+    check_mapping(state, f"state: {who}: method")
+    if state:
+        got = ", ".join(map(str, state))
+        raise ValueError(f"state: {who}: expected none of {name_of(method)}, a callable, which keeps none, got {got}")
+
+
 def needs_of(method: Weighting) -> frozenset[str]:
     """What a method needs beside the Gram matrix; a callable needs nothing."""
     return method.needs if isinstance(method, Method) else frozenset()
@@ -256,31 +311,34 @@ def weights_of(method: Weighting, gram: Tensor, seen: Seen) -> Tensor:
     """Weights `[T]` float64 of the tasks, 0 for absent ones, from a `Method` or any callable `[T, T] -> [T]`.
 
     A callable sees the Gram matrix of the present tasks only, so that the host must know them. What comes back is
-    checked.
+    checked. Where the host knows that no task is present the method is not asked: all weights are 0.
 
     Raises:
         TypeError: not a floating-point tensor.
-        ValueError: the wrong length or device; no task present.
+        ValueError: the wrong length or device.
     """
     num_tasks = gram.shape[0]
     if isinstance(method, Method):
         if not isinstance(seen.present, Tensor) and not any(seen.present):
-            raise ValueError("present: expected at least one task, got none")
+            return gram.new_zeros(num_tasks, dtype=torch.float64)
         w = method.weigh(gram, seen)
         _check_weights(method, w, num_tasks, gram.device)
         return w.to(torch.float64)
     present = seen.present.tolist() if isinstance(seen.present, Tensor) else seen.present
     tasks = [t for t, here in enumerate(present) if here]
+    out = gram.new_zeros(num_tasks, dtype=torch.float64)
     if not tasks:
-        raise ValueError("present: expected at least one task, got none")
+        return out
     if len(tasks) == num_tasks:
+        check_gram_values(gram)
         w = method(gram)
         _check_weights(method, w, num_tasks, gram.device)
         return w.to(torch.float64)
     # a list of rows, and not an index: indexing with a Python list copies it to the device, and waits
-    w = method(torch.stack([torch.stack([gram[s, t] for t in tasks]) for s in tasks]))
+    part = torch.stack([torch.stack([gram[s, t] for t in tasks]) for s in tasks])
+    check_gram_values(part)
+    w = method(part)
     _check_weights(method, w, len(tasks), gram.device)
-    out = torch.zeros(num_tasks, dtype=torch.float64, device=gram.device)
     for k, t in enumerate(tasks):
         out[t] = w[k]
     return out
@@ -290,10 +348,15 @@ def group_weights_of(method: Weighting, grams: Tensor, seen: Sequence[Seen]) -> 
     """`weights_of` for each of L groups: `[L, T]` float64. Raises what that does."""
     if not isinstance(method, Method):
         return torch.stack([weights_of(method, m, x) for m, x in zip(grams.unbind(0), seen, strict=True)])
+    present = seen[0].present
+    if not isinstance(present, Tensor) and not any(present):
+        return grams.new_zeros(grams.shape[:2], dtype=torch.float64)
     w = method.weigh_groups(grams, seen)
     if not isinstance(w, Tensor) or w.shape != grams.shape[:2] or w.device != grams.device:
         got = f"{list(w.shape)} on {w.device}" if isinstance(w, Tensor) else type(w).__name__
-        raise ValueError(f"method {method!r}: expected weights {list(grams.shape[:2])} on {grams.device}, got {got}")
+        raise ValueError(
+            f"method {name_of(method)}: expected weights {list(grams.shape[:2])} on {grams.device}, got {got}"
+        )
     return w.to(torch.float64)
 
 
@@ -308,8 +371,13 @@ def _on_device(present: Sequence[bool], device: torch.device) -> Tensor | None:
     return mask
 
 
+def name_of(method: Weighting) -> str:
+    """What errors call a method: a function by its name."""
+    return repr(method) if isinstance(method, Method) else getattr(method, "__qualname__", repr(method))
+
+
 def _check_weights(method: Weighting, weights: Tensor, count: int, device: torch.device) -> None:
-    who = f"method {method!r}"
+    who = f"method {name_of(method)}"
     if not isinstance(weights, Tensor):
         raise TypeError(f"{who}: expected a tensor of {count} weights, got {type(weights).__name__}")
     if not weights.is_floating_point():

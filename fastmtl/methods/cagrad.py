@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastmtl.methods.arguments import Argument, number
 from fastmtl.methods.gram_method import GramMethod
 
 
@@ -16,6 +17,7 @@ class CAGrad(GramMethod):
         c: radius of the ball in lengths of the mean gradient, from 0 (the mean itself).
 
     Raises:
+        TypeError: c is no number.
         ValueError: c is negative or not finite.
 
     Source: Liu, Liu, Jin, Stone, Liu 2021, *Conflict-Averse Gradient Descent for Multi-task Learning*, equation 3; the
@@ -27,10 +29,15 @@ class CAGrad(GramMethod):
     """
 
     _op_name = "cagrad"
+    c = Argument(number(least=0.0))
 
     def __init__(self, c: float = 0.5) -> None:
-        super().__init__(c)
         self.c = c
+        super().__init__()
+
+    @property
+    def _options(self) -> list[float]:
+        return [self.c]
 
     def __repr__(self) -> str:
         return f"CAGrad(c={self.c!r})"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastmtl.methods.gram_method import GramMethod, Preferences
+from fastmtl.methods.arguments import TaskNumbersArgument
+from fastmtl.methods.gram_method import GramMethod
 
 
 class ConFIG(GramMethod):
@@ -12,10 +13,11 @@ class ConFIG(GramMethod):
     solution is zero (two opposite gradients alone), all weights are 0.
 
     Args:
-        preferences: T numbers from 0, to which the cosines are in proportion; None: all equal.
+        preferences: to what the cosines are in proportion: T numbers from 0 in the order of the tasks, or a mapping
+            from the name of each task; None: all equal.
 
     Raises:
-        TypeError, ValueError: `preferences` are no such numbers.
+        TypeError, ValueError: `preferences` are no such numbers; (when called) those of other tasks.
 
     Source: Liu, Chu, Thuerey 2025, *ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks*,
     equations 2 and 3.
@@ -27,8 +29,8 @@ class ConFIG(GramMethod):
 
     _op_name = "config"
 
-    def __init__(self, preferences: Preferences | None = None) -> None:
-        super().__init__(preferences=preferences)
+    def __init__(self, preferences: TaskNumbersArgument | None = None) -> None:
+        super().__init__(preferences)
 
     def __repr__(self) -> str:
-        return "ConFIG()" if self.preferences is None else f"ConFIG({self.preferences.tolist()})"
+        return "ConFIG()" if self._preferences is None else f"ConFIG({self._preferences!r})"

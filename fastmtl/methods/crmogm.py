@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.methods.base import Method, Seen, Weighting, needs_of, seen_by_position, weights_of
+from fastmtl.methods.arguments import Argument, check_mapping, number
+from fastmtl.methods.base import Method, Seen, Weighting, check_inner_state, needs_of, seen_by_position, weights_of
 from fastmtl.methods.every import Every
 from fastmtl.methods.gram_method import GramMethod
 from fastmtl.methods.names import get
@@ -28,7 +29,8 @@ class CRMOGM(Method):
             towards 1 as the learning rate falls: set the attribute.
 
     Raises:
-        TypeError: `method` is no method, or one that makes its update of the gradients themselves.
+        TypeError: `method` is no method, or one that makes its update of the gradients themselves; `momentum` is no
+            number.
         ValueError: `momentum` out of range.
 
     `needs` what the method needs. State: the average, by task name, and the method's own. A task's first weight is
@@ -46,6 +48,8 @@ class CRMOGM(Method):
         tensor([0.3500, 0.6500], dtype=torch.float64)
     """
 
+    momentum = Argument(number(least=0.0, below=1.0))
+
     def __init__(self, method: str | Weighting, momentum: float = 0.9) -> None:
         method = get(method)
         if isinstance(method, Every):
@@ -61,14 +65,9 @@ class CRMOGM(Method):
         self._state = NamedState(average=Field(1, math.nan))
 
     @property
-    def momentum(self) -> float:
-        return self._momentum
-
-    @momentum.setter
-    def momentum(self, momentum: float) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum: expected a number from 0 to below 1, got {momentum!r}")
-        self._momentum = float(momentum)
+    def by_group(self) -> bool:  # type: ignore[override]
+        """As of the method."""
+        return not isinstance(self.method, Method) or self.method.by_group
 
     def weights(self, gram: Tensor, *, present: Tensor | None = None) -> Tensor:
         check_gram(gram)
@@ -84,7 +83,7 @@ class CRMOGM(Method):
         (average,) = self._state.lend(seen.names, gram.device)
         with torch.no_grad():
             if isinstance(method, GramMethod) and method.is_the_op:
-                w = method.averaged_weights(gram.detach(), average, self.momentum, present)  # in one launch
+                w = method.averaged_weights(gram.detach(), average, self.momentum, present, seen.names)  # one launch
             else:
                 new = weights_of(method, gram, seen)
                 w = method_step_op(
@@ -105,11 +104,20 @@ class CRMOGM(Method):
         return {"average": self._state.state_dict(), "method": inner}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if set(state) != {"average", "method"}:
-            raise ValueError(f"state: expected that of CRMOGM, average and method, got {', '.join(map(str, state))}")
+        """Takes over what `state_dict` returned.
+
+        Raises:
+            TypeError, ValueError: not the state of such a method. Nothing has changed then.
+        """
+        self.check_state(state)
         if isinstance(self.method, Method):
             self.method.load_state_dict(state["method"])
         self._state.load_state_dict(state["average"], "CRMOGM")
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_mapping(state, "state", ["average", "method"], "CRMOGM")
+        self._state.check(state["average"], "CRMOGM")
+        check_inner_state(self.method, state["method"], "CRMOGM")
 
     def reset(self) -> None:
         self._state.reset()

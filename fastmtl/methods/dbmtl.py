@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.gradient_rows import GradientRows
+from fastmtl.methods.arguments import Argument, number
 from fastmtl.methods.base import Seen
 from fastmtl.methods.held import as_lists, combine_held, scale_of
 from fastmtl.methods.running_method import RunningMethod, decayed, where_present
@@ -29,6 +29,7 @@ class DBMTL(RunningMethod):
         eps: what is added to a loss before its logarithm is taken, from 0.
 
     Raises:
+        TypeError: an argument that is no number.
         ValueError: an argument out of range.
 
     `needs` the losses and the gradients. A loss below `-eps`, one of 0 without `eps` and one that is not finite have no
@@ -52,21 +53,18 @@ class DBMTL(RunningMethod):
 
     needs: ClassVar[frozenset[str]] = frozenset({"losses", "gradients"})
     _holds = "averages"
+    beta = Argument(number(least=0.0, below=1.0))
+    beta_sigma = Argument(number(least=0.0))
+    eps = Argument(number(least=0.0))
 
     def __init__(self, beta: float = 0.9, beta_sigma: float = 0.0, eps: float = 1e-8) -> None:
-        if not 0 <= beta < 1:
-            raise ValueError(f"beta: expected a number from 0 to below 1, got {beta!r}")
-        if not 0 <= beta_sigma < math.inf:
-            raise ValueError(f"beta_sigma: expected a number from 0, got {beta_sigma!r}")
-        if not 0 <= eps < math.inf:
-            raise ValueError(f"eps: expected a number from 0, got {eps!r}")
         super().__init__(step=Field(0, 0.0))
-        self.beta, self.beta_sigma, self.eps = float(beta), float(beta_sigma), float(eps)
+        self.beta, self.beta_sigma, self.eps = beta, beta_sigma, eps
 
     def update(self, rows: GradientRows, out: Sequence[Tensor], seen: Seen) -> tuple[Tensor, Tensor]:
-        assert seen.losses is not None
         rows = as_lists(rows)
         device = self._device(rows, seen)
+        assert seen.losses is not None
         present = seen.mask(device)
         scale = scale_of(seen, device)
         step = self._state.read(seen.names, device)["step"] + 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastmtl.methods.gram_method import GramMethod, Preferences
+from fastmtl.methods.arguments import Argument, TaskNumbersArgument, number
+from fastmtl.methods.gram_method import GramMethod
+from fastmtl.ops.gradients.method_weights import LEAST_REG_EPS
 
 
 class DualProj(GramMethod):
@@ -13,12 +15,14 @@ class DualProj(GramMethod):
     its preference as its weight. Where all gradients are zero, the weights are the preferences.
 
     Args:
-        reg_eps: the regularisation, from 1e-8.
-        preferences: T numbers from 0, what each task counts; None: 1/n for each of the n present tasks.
+        reg_eps: the regularisation, from 1e-8. The default is 840 eps of float32. Below one eps of the dtype of the
+            Gram matrix (1.2e-7 in float32) the rounding of its entries counts for more.
+        preferences: what each task counts: T numbers from 0 in the order of the tasks, or a mapping from the name of
+            each task; None: 1/n for each of the n present tasks.
 
     Raises:
-        TypeError: `preferences` are no numbers.
-        ValueError: `reg_eps` below 1e-8; preferences that are no such numbers.
+        TypeError: `reg_eps` or `preferences` are no numbers.
+        ValueError: `reg_eps` below 1e-8; preferences that are no such numbers; (when called) those of other tasks.
 
     Source: Lopez-Paz, Ranzato 2017, *Gradient Episodic Memory for Continual Learning*, equation 11, with every task on
     both sides, as Quinton and Rey 2024 compare it.
@@ -29,10 +33,15 @@ class DualProj(GramMethod):
     """
 
     _op_name = "dualproj"
+    reg_eps = Argument(number(least=LEAST_REG_EPS, hint="preferences go by name, preferences="))
 
-    def __init__(self, reg_eps: float = 1e-4, preferences: Preferences | None = None) -> None:
-        super().__init__(reg_eps, preferences=preferences)
+    def __init__(self, reg_eps: float = 1e-4, preferences: TaskNumbersArgument | None = None) -> None:
         self.reg_eps = reg_eps
+        super().__init__(preferences)
+
+    @property
+    def _options(self) -> list[float]:
+        return [self.reg_eps]
 
     def __repr__(self) -> str:
-        return f"DualProj(reg_eps={self.reg_eps!r})"
+        return f"DualProj(reg_eps={self.reg_eps!r}{self._told})"

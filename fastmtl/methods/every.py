@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.methods.base import Method, Seen, Weighting, needs_of, seen_by_position, weights_of
+from fastmtl.methods.arguments import Argument, check_mapping, count, read_count, read_name
+from fastmtl.methods.base import Method, Seen, Weighting, check_inner_state, needs_of, seen_by_position, weights_of
 from fastmtl.methods.names import get
 
 
@@ -29,11 +30,12 @@ class Every(Method):
 
     Args:
         method: a `Method`, the name of one, or a callable `[T, T] -> [T]`.
-        k: at every how manieth step the method is asked, from 1.
+        k: at every how manieth step the method is asked, from 1. It may be set later: weights that have served for k
+            steps by then are used no more.
 
     Raises:
-        TypeError: `method` is none; `k` is no int; a method that has no weights, since it makes its update of the
-            gradients themselves.
+        TypeError: `method` is none, or an `Every`; `k` is no integer; a method that has no weights, since it makes its
+            update of the gradients themselves.
         ValueError: `k` below 1.
         RuntimeError: (when called, with k > 1) in a CUDA graph's capture: which passes run is decided on the host.
 
@@ -47,12 +49,15 @@ class Every(Method):
         tensor([1., 1.], dtype=torch.float64)
     """
 
+    k = Argument(count(least=1))
+
     def __init__(self, method: str | Weighting, k: int) -> None:
         method = get(method)
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k: expected an int, got {type(k).__name__}")
-        if k < 1:
-            raise ValueError(f"k: expected at least 1, got {k}")
+        if isinstance(method, Every):
+            raise TypeError(
+                f"method: expected one that gives new weights whenever it is asked, got {method!r}: write one Every, "
+                "with the product of both k"
+            )
         self.method, self.needs, self.k = method, needs_of(method), k  # type: ignore[misc]
         if "gradients" in self.needs:
             raise TypeError(
@@ -83,6 +88,8 @@ class Every(Method):
     def due(self, names: Sequence[str], present: Sequence[bool] | Tensor) -> bool:
         """Whether the method must be asked at this step, in which these tasks are present."""
         if self.k == 1 or isinstance(present, Tensor):
+            if self.k == 1:
+                self._kept = {}  # steps are not counted: they would be too old once k grows
             return True
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -138,20 +145,24 @@ class Every(Method):
         """Takes over what `state_dict` returned. The weights go to the device of the gradients at the next step.
 
         Raises:
-            ValueError: not the state of such a method.
+            TypeError, ValueError: not the state of such a method. Nothing has changed then.
         """
-        if set(state) != {"steps", "weights", "method"}:
-            found = ", ".join(map(str, state))
-            raise ValueError(f"state: expected that of Every, steps, weights and method, got {found}")
-        weights = dict(state["weights"])
-        for name, w in weights.items():
-            if not isinstance(w, Tensor) or w.dim() != 0 or not w.is_floating_point():
-                raise ValueError(f"state: Every: expected a floating-point number as the weight of {name!r}, got {w!r}")
+        self.check_state(state)
         if isinstance(self.method, Method):
             self.method.load_state_dict(state["method"])
         self._forget()
-        self._steps = int(state["steps"])
-        self._kept = {str(name): w.detach().to(torch.float64, copy=True) for name, w in weights.items()}
+        self._steps = state["steps"]
+        self._kept = {name: w.detach().to(torch.float64, copy=True) for name, w in state["weights"].items()}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_mapping(state, "state", ["steps", "weights", "method"], "Every")
+        read_count(state["steps"], "state: Every: steps")
+        check_mapping(state["weights"], "state: Every: weights")
+        for name, w in state["weights"].items():
+            read_name(name, "state: Every: weights")
+            if not isinstance(w, Tensor) or w.dim() != 0 or not w.is_floating_point() or not bool(w.isfinite()):
+                raise ValueError(f"state: Every: expected a finite 0-d tensor as the weight of {name!r}, got {w!r}")
+        check_inner_state(self.method, state["method"], "Every")
 
     def reset(self) -> None:
         """The method is asked next time, and begins anew itself."""

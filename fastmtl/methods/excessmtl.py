@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.gradient_rows import GradientRows
+from fastmtl.methods.arguments import Argument, count, number
 from fastmtl.methods.base import Seen
 from fastmtl.methods.held import as_lists, scale_of
 from fastmtl.methods.running_method import RunningMethod, where_present
@@ -32,6 +33,7 @@ class ExcessMTL(RunningMethod):
             paper takes three epochs.
 
     Raises:
+        TypeError: `step_size` is no number, `warmup` no integer.
         ValueError: `step_size` or `warmup` out of range.
 
     `needs` the gradients. TorchJD's `n_warmup_steps` of 1 and more is `warmup`; with 0, its default, it takes the first
@@ -55,14 +57,12 @@ class ExcessMTL(RunningMethod):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
     _holds = "squares"
+    step_size = Argument(number(above=0.0))
+    warmup = Argument(count(least=1))
 
     def __init__(self, step_size: float = 1.0, warmup: int = 1) -> None:
-        if not 0 < step_size < math.inf:
-            raise ValueError(f"step_size: expected a positive number, got {step_size!r}")
-        if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 1:
-            raise ValueError(f"warmup: expected an integer from 1, got {warmup!r}")
         super().__init__(weights=Field(1, math.nan), risks=Field(1, 0.0), steps=Field(1, 0.0))
-        self.step_size, self.warmup = float(step_size), warmup
+        self.step_size, self.warmup = step_size, warmup
 
     def update(self, rows: GradientRows, out: Sequence[Tensor], seen: Seen) -> tuple[Tensor, Tensor]:
         rows = as_lists(rows)

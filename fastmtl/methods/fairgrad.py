@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastmtl.methods.arguments import Argument, number
 from fastmtl.methods.gram_method import GramMethod
 
 
@@ -17,6 +18,7 @@ class FairGrad(GramMethod):
         alpha: how fair, from 0.1 to 100.
 
     Raises:
+        TypeError: alpha is no number.
         ValueError: alpha is outside that range.
 
     Source: Ban, Ji 2024, *Fair Resource Allocation in Multi-Task Learning*, the system
@@ -29,10 +31,15 @@ class FairGrad(GramMethod):
     """
 
     _op_name = "fairgrad"
+    alpha = Argument(number(least=0.1, most=100.0))
 
     def __init__(self, alpha: float = 1.0) -> None:
-        super().__init__(alpha)
         self.alpha = alpha
+        super().__init__()
+
+    @property
+    def _options(self) -> list[float]:
+        return [self.alpha]
 
     def __repr__(self) -> str:
         return f"FairGrad(alpha={self.alpha!r})"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fastmtl.core.gradient_rows import GradientRows
+from fastmtl.methods.arguments import TaskNumbers, TaskNumbersArgument
 from fastmtl.methods.base import Method, Seen, as_it_is
 from fastmtl.methods.held import as_lists, device_of
 from fastmtl.ops.gradients.graddrop import advance, graddrop_into
@@ -23,15 +23,15 @@ class GradDrop(Method):
     values, else the negative ones. Where all agree, nothing is dropped.
 
     Args:
-        leak: T numbers from 0 to 1, in the order of the tasks: what part of a task's gradient passes where it is
-            dropped. None: nothing.
+        leak: what part of a task's gradient passes where it is dropped: T numbers from 0 to 1 in the order of the
+            tasks, or a mapping from names of tasks, 0 for those that it lacks. None: nothing.
         generator: source of the random numbers, as for `fastmtl.ops.random_order`: a `torch.Generator`, or a state made
             by `fastmtl.ops.order_state`; None: torch's default CPU generator. Equal seeds draw the same on every
             device.
 
     Raises:
-        TypeError: `generator` is no generator or state, `leak` no tensor or sequence of numbers.
-        ValueError: a leak outside 0 to 1; (when called) one of another number of tasks.
+        TypeError: `generator` is no generator or state, `leak` no numbers.
+        ValueError: a leak outside 0 to 1; (when called) one of other tasks.
 
     `needs` the gradients. The paper's monotone function of the share (`f` of TorchJD) is the identity, its default. The
     Gram matrix that a `Surgery` shows takes a read of the gradients of its own. With a mean over ranks all draw the
@@ -47,21 +47,30 @@ class GradDrop(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
 
-    def __init__(self, leak: Tensor | Sequence[float] | None = None, *, generator: Randomness | None = None) -> None:
+    def __init__(self, leak: TaskNumbersArgument | None = None, *, generator: Randomness | None = None) -> None:
         check_generator(generator)
-        self.leak = None if leak is None else _read_leak(leak)
+        self.leak = leak
         self.generator = generator
 
+    @property
+    def leak(self) -> Tensor | dict[str, float] | None:
+        """`[T]` float64, a dict from names of tasks, or None."""
+        return None if self._leak is None else self._leak.value
+
+    @leak.setter
+    def leak(self, leak: TaskNumbersArgument | None) -> None:
+        self._leak = None if leak is None else TaskNumbers(leak, "leak", rest=0.0, most=1.0)
+
+    @property
+    def by_group(self) -> bool:  # type: ignore[override]
+        """Whether it goes without names of tasks, which are others in each group."""
+        return self._leak is None or not self._leak.by_name
+
     def update(self, rows: GradientRows, out: Sequence[Tensor], seen: Seen) -> tuple[Tensor, None]:
+        self._check_handed(seen, rows.num_tasks, "in the gradients")
         kept = self.generator.device if isinstance(self.generator, Tensor) else None
         device = device_of(rows, seen, kept)
-        leak = self.leak
-        if leak is not None:
-            if len(leak) != rows.num_tasks:
-                raise ValueError(f"leak: expected {rows.num_tasks} numbers, one for each task, got {len(leak)}")
-            if leak.device != device:
-                # kept there: a copy at each call would wait for the device
-                leak = self.leak = leak.to(device)
+        leak = None if self._leak is None else self._leak.of(seen.names, device)
         gram = seen.total(gram_rows(as_lists(rows)))
         own = traceable_source(self.generator, device)
         source = shared_source(own, device, None if seen.first is as_it_is else seen.first)
@@ -71,15 +80,4 @@ class GradDrop(Method):
         return gram, None
 
     def __repr__(self) -> str:
-        return "GradDrop()" if self.leak is None else f"GradDrop(leak={self.leak.tolist()})"
-
-
-def _read_leak(leak: Tensor | Sequence[float]) -> Tensor:
-    if not isinstance(leak, (Tensor, Sequence)) or isinstance(leak, (str, bytes)):
-        raise TypeError(f"leak: expected T numbers, got {type(leak).__name__}")
-    found = torch.as_tensor(leak, dtype=torch.float64).detach().clone()
-    if found.dim() != 1 or found.numel() == 0:
-        raise ValueError(f"leak: expected T numbers, got shape {list(found.shape)}")
-    if not bool(((found >= 0) & (found <= 1)).all()):
-        raise ValueError(f"leak: expected numbers from 0 to 1, got {found.tolist()}")
-    return found
+        return "GradDrop()" if self._leak is None else f"GradDrop(leak={self._leak!r})"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastmtl.methods.arguments import Argument, choice, number
 from fastmtl.methods.base import Seen
 from fastmtl.methods.state import Field, FusedMethod
-from fastmtl.ops.gradients.gradvac import check_beta, check_update, gradvac_step_op
+from fastmtl.ops.gradients.gradvac import UPDATES, gradvac_step_op
 from fastmtl.ops.gradients.order import Draw, Randomness, check_generator, check_no_generator, traceable_source
 from fastmtl.ops.gradients.pcgrad import REDUCTIONS
 
@@ -46,6 +47,10 @@ class GradVac(FusedMethod):
                 [-0.2500,  0.0000]], dtype=torch.float64)
     """
 
+    beta = Argument(number(least=0.0, most=1.0))
+    reduction = Argument(choice(*REDUCTIONS))
+    target_update = Argument(choice(*UPDATES), "update")
+
     def __init__(
         self,
         beta: float = 0.01,
@@ -56,16 +61,12 @@ class GradVac(FusedMethod):
         generator: Randomness | None = None,
     ) -> None:
         super().__init__(targets=Field(2, 0.0))
-        check_beta(beta)
-        check_update(update)
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
         check_generator(generator)
         if order is not None:
             check_no_generator(generator)
             if not isinstance(order, Tensor):
                 raise TypeError(f"order: expected a tensor or None, got {type(order).__name__}")
-        self.beta = float(beta)
+        self.beta = beta
         self.reduction = reduction
         self.target_update = update
         self.order = order

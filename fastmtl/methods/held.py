@@ -57,15 +57,24 @@ class HeldGradients:
     def state_dict(self) -> dict[str, list[Tensor | None]]:
         return {name: [None if x is None else x.clone() for x in row] for name, row in self._rows.items()}
 
-    def load_state_dict(self, state: Any, who: str) -> None:
+    def check(self, state: Any, who: str) -> None:
+        """Raises ValueError where this is not what `state_dict` returned; `who` is whose, for the error."""
         good = isinstance(state, Mapping) and all(
             isinstance(name, str)
             and isinstance(row, Sequence)
+            and not isinstance(row, str)
             and all(x is None or (isinstance(x, Tensor) and x.is_floating_point()) for x in row)
             for name, row in state.items()
         )
         if not good:
-            raise ValueError(f"state: {who}: expected a list of tensors for the name of each task")
+            raise ValueError(f"state: {who}: expected a list of tensors for the name of each task, got {_told(state)}")
+        if len({len(row) for row in state.values()}) > 1:
+            counts = ", ".join(f"{len(row)} of {name!r}" for name, row in state.items())
+            raise ValueError(f"state: {who}: expected as many tensors of each task, got {counts}")
+
+    def load_state_dict(self, state: Any, who: str) -> None:
+        """Takes over what `state_dict` returned. Raises what `check` does; nothing has changed then."""
+        self.check(state, who)
         kept = {}
         for name, row in state.items():
             before = self._rows.get(name, [])
@@ -81,6 +90,12 @@ class HeldGradients:
             for x in row:
                 if x is not None:
                     x.zero_()
+
+
+def _told(state: Any) -> str:
+    if not isinstance(state, Mapping):
+        return type(state).__name__
+    return "{" + ", ".join(f"{name!r}: {type(row).__name__}" for name, row in state.items()) + "}"
 
 
 def _fits(held: Sequence[Tensor | None], first: Mapping[int, Tensor], num_params: int) -> bool:

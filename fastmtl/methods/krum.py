@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-
+from fastmtl.methods.arguments import Argument, count, read_flag
 from fastmtl.methods.gram_method import GramMethod
 
 
@@ -20,7 +19,7 @@ class Krum(GramMethod):
         squared: sum squared distances, as the paper does; False: distances, as TorchJD does.
 
     Raises:
-        TypeError: `byzantine` or `selected` is no integer.
+        TypeError: `byzantine` or `selected` is no integer, `squared` no bool.
         ValueError: a number below those above; (when called) fewer tasks than selected, or than byzantine + 3 with a
             positive byzantine.
 
@@ -34,12 +33,17 @@ class Krum(GramMethod):
     """
 
     _op_name = "krum"
+    byzantine = Argument(count())
+    selected = Argument(count(least=1))
+    squared = Argument(read_flag)
 
     def __init__(self, byzantine: int = 0, selected: int = 1, *, squared: bool = True) -> None:
-        self.byzantine = _integer(byzantine, "byzantine")
-        self.selected = _integer(selected, "selected")
-        self.squared = bool(squared)
-        super().__init__(self.byzantine, self.selected, self.squared)
+        self.byzantine, self.selected, self.squared = byzantine, selected, squared
+        super().__init__()
+
+    @property
+    def _options(self) -> list[float]:
+        return [float(self.byzantine), float(self.selected), float(self.squared)]
 
     def _check_tasks(self, num_tasks: int) -> None:
         least = max(self.byzantine + 3 if self.byzantine > 0 else 1, self.selected)
@@ -48,12 +52,3 @@ class Krum(GramMethod):
 
     def __repr__(self) -> str:
         return f"Krum(byzantine={self.byzantine!r}, selected={self.selected!r}, squared={self.squared!r})"
-
-
-def _integer(value: int, argument: str) -> int:
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise TypeError(f"{argument}: expected an integer, got {type(value).__name__}")

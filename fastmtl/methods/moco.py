@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.gradient_rows import GradientRows
+from fastmtl.methods.arguments import Argument, choice, number
 from fastmtl.methods.base import Seen
 from fastmtl.methods.held import as_lists, combine_held, scale_of
 from fastmtl.methods.running_method import RunningMethod, decayed, where_present
 from fastmtl.methods.simplex import project_on_simplex
 from fastmtl.methods.state import Field
 from fastmtl.ops.gradients.average_gradients import average_gradients_of
-
-_PROJECTIONS = ("simplex", "softmax")
 
 
 class MoCo(RunningMethod):
@@ -38,6 +37,7 @@ class MoCo(RunningMethod):
         projection: P: `"simplex"`, the nearest point (the paper), or `"softmax"`, which LibMTL takes.
 
     Raises:
+        TypeError: an argument that is no number.
         ValueError: an argument out of range.
 
     `needs` the gradients. The averages and their Gram matrix are made in one pass, so that lambda's step sees the new
@@ -60,6 +60,12 @@ class MoCo(RunningMethod):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
     _holds = "averages"
+    beta = Argument(number(above=0.0, most=1.0))
+    beta_sigma = Argument(number(least=0.0))
+    gamma = Argument(number(above=0.0))
+    gamma_sigma = Argument(number(least=0.0))
+    rho = Argument(number(least=0.0))
+    projection = Argument(choice("simplex", "softmax"))
 
     def __init__(
         self,
@@ -71,18 +77,9 @@ class MoCo(RunningMethod):
         *,
         projection: str = "simplex",
     ) -> None:
-        if not 0 < beta <= 1:
-            raise ValueError(f"beta: expected a number above 0 to 1, got {beta!r}")
-        if not 0 < gamma < math.inf:
-            raise ValueError(f"gamma: expected a positive number, got {gamma!r}")
-        for name, value in (("beta_sigma", beta_sigma), ("gamma_sigma", gamma_sigma), ("rho", rho)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}: expected a number from 0, got {value!r}")
-        if projection not in _PROJECTIONS:
-            raise ValueError(f"projection: expected 'simplex' or 'softmax', got {projection!r}")
         super().__init__(step=Field(0, 0.0), weights=Field(1, math.nan))
-        self.beta, self.beta_sigma = float(beta), float(beta_sigma)
-        self.gamma, self.gamma_sigma, self.rho = float(gamma), float(gamma_sigma), float(rho)
+        self.beta, self.beta_sigma = beta, beta_sigma
+        self.gamma, self.gamma_sigma, self.rho = gamma, gamma_sigma, rho
         self.projection = projection
 
     def update(self, rows: GradientRows, out: Sequence[Tensor], seen: Seen) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fastmtl.methods.arguments import Argument, number
 from fastmtl.methods.base import Seen
 from fastmtl.methods.state import Field, FusedMethod
 from fastmtl.ops.gradients.method_step import method_step_op
@@ -26,6 +27,7 @@ class MoDo(FusedMethod):
         rho: what draws lambda to equal weights, from 0.
 
     Raises:
+        TypeError: `gamma` or `rho` is no number.
         ValueError: `gamma` or `rho` out of range.
 
     `needs` a second batch: `backward(losses, second_losses=...)`, or a second bank (`GradientBank.apply(second=...)`).
@@ -46,14 +48,13 @@ class MoDo(FusedMethod):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"second_batch"})
+    gamma = Argument(number(above=0.0))
+    rho = Argument(number(least=0.0))
 
     def __init__(self, gamma: float = 1e-3, rho: float = 0.1) -> None:
-        if not 0 < gamma < math.inf:
-            raise ValueError(f"gamma: expected a positive number, got {gamma!r}")
-        if not 0 <= rho < math.inf:
-            raise ValueError(f"rho: expected a number from 0, got {rho!r}")
-        super().__init__(weights=Field(1, math.nan))
-        self.gamma, self.rho = float(gamma), float(rho)
+        # the name of the paper, and no other method's
+        super().__init__(**{"lambda": Field(1, math.nan)})
+        self.gamma, self.rho = gamma, rho
 
     def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
         assert seen.second is not None

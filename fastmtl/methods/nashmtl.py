@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastmtl.methods.arguments import Argument, number, optional
 from fastmtl.methods.gram_method import GramMethod
 
 
@@ -16,7 +17,8 @@ class NashMTL(GramMethod):
         max_norm: the length that the update has at most; None: any.
 
     Raises:
-        ValueError: `max_norm` is not positive.
+        TypeError: `max_norm` is no number.
+        ValueError: `max_norm` is not positive, or not finite.
 
     Source: Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik, Fetaya 2022, *Multi-Task Learning as a
     Bargaining Game*, claim 3.1 (`G G^T a = 1 / a`), solved by Newton's method and not by a sequence of approximations.
@@ -27,12 +29,15 @@ class NashMTL(GramMethod):
     """
 
     _op_name = "nashmtl"
+    max_norm = Argument(optional(number(above=0.0)))
 
     def __init__(self, max_norm: float | None = None) -> None:
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm: expected a positive number or None, got {max_norm!r}")
-        super().__init__(0.0 if max_norm is None else max_norm)
         self.max_norm = max_norm
+        super().__init__()
+
+    @property
+    def _options(self) -> list[float]:
+        return [0.0 if self.max_norm is None else self.max_norm]
 
     def __repr__(self) -> str:
         return f"NashMTL(max_norm={self.max_norm!r})"

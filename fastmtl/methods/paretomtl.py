@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.gradient_rows import MAX_TASKS
+from fastmtl.methods.arguments import Argument, count, optional, read_count, read_tensor
 from fastmtl.methods.base import Seen
 from fastmtl.methods.state import Field, FusedMethod
 from fastmtl.ops.gradients.method_step import method_step_op
@@ -57,45 +58,48 @@ class ParetoMTL(FusedMethod):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"losses"})
+    max_start_steps = Argument(optional(count()))
 
     def __init__(self, preferences: PreferenceVectors, index: int, *, max_start_steps: int | None = None) -> None:
-        vectors = _read_vectors(preferences)
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise TypeError(f"index: expected an int, got {type(index).__name__}")
-        if not 0 <= index < len(vectors):
-            raise ValueError(f"index: expected 0..{len(vectors) - 1}, got {index}")
-        if max_start_steps is not None and (isinstance(max_start_steps, bool) or not isinstance(max_start_steps, int)):
-            raise TypeError(f"max_start_steps: expected an int or None, got {type(max_start_steps).__name__}")
-        if max_start_steps is not None and max_start_steps < 0:
-            raise ValueError(f"max_start_steps: expected a number from 0, got {max_start_steps}")
         super().__init__(started=Field(0, 0.0), start_steps=Field(0, 0.0))
-        self.preferences, self.index, self.max_start_steps = vectors, index, max_start_steps
-        most = math.inf if max_start_steps is None else float(max_start_steps)
-        self._options = [float(index), most]
+        self._vectors = _read_vectors(preferences)
+        self.index, self.max_start_steps = index, max_start_steps
+
+    @property
+    def preferences(self) -> Tensor:
+        """`[K, T]` float64, of length 1."""
+        return self._vectors
+
+    @property
+    def index(self) -> int:
+        return self._index
+
+    @index.setter
+    def index(self, index: int) -> None:
+        self._index = read_count(index, "index", most=len(self._vectors) - 1)
 
     def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
-        num_tasks = self.preferences.shape[1]
+        num_tasks = self._vectors.shape[1]
         if len(gram) != num_tasks:
             raise ValueError(f"preferences: expected vectors of {len(gram)} tasks, got {num_tasks}")
         # kept there: a copy at each call would wait for the device
-        self.preferences = self.preferences.to(gram.device)
+        self._vectors = self._vectors.to(gram.device)
+        options = [float(self.index), math.inf if self.max_start_steps is None else float(self.max_start_steps)]
         kept = self._state.lend(seen.names, gram.device)
         w = method_step_op(
-            gram, "paretomtl", self._options, *kept, present=present, per_task=seen.losses, vectors=self.preferences
+            gram, "paretomtl", options, *kept, present=present, per_task=seen.losses, vectors=self._vectors
         )
         self._state.take_back(seen.names, kept)
         return w
 
     def __repr__(self) -> str:
-        count, num_tasks = self.preferences.shape
+        count, num_tasks = self._vectors.shape
         return f"ParetoMTL({count} vectors of {num_tasks} tasks, index={self.index})"
 
 
 def _read_vectors(preferences: PreferenceVectors) -> Tensor:
     """`[K, T]` float64 vectors of length 1, checked."""
-    if not isinstance(preferences, (Tensor, Sequence)) or isinstance(preferences, (str, bytes)):
-        raise TypeError(f"preferences: expected K vectors of T numbers, got {type(preferences).__name__}")
-    found = torch.as_tensor(preferences, dtype=torch.float64).detach().clone()
+    found = read_tensor(preferences, "preferences", "K vectors of T numbers")
     if found.dim() != 2 or found.numel() == 0:
         raise ValueError(f"preferences: expected K vectors of T numbers, [K, T], got shape {list(found.shape)}")
     if sum(found.shape) > MAX_TASKS:

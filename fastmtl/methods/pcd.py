@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from fastmtl.methods.arguments import Argument, TaskNumbers, check_task_names, number, optional, read_name, read_number
 from fastmtl.methods.base import Seen
 from fastmtl.methods.state import Field, FusedMethod
 from fastmtl.ops.gradients.method_step import method_step_op
@@ -34,7 +33,7 @@ class PCD(FusedMethod):
 
     Raises:
         TypeError: something else than numbers and names.
-        ValueError: numbers other than the above; (when called) no task is called `primary`.
+        ValueError: numbers other than the above; (when called) no task is called `primary`, or as a name in `tau`.
 
     Source: *Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical Multi-Objective
     Optimization*, arXiv 2606.29521. The solver: Goldfarb, Idnani 1983, *A Numerically Stable Dual Method for Solving
@@ -45,10 +44,14 @@ class PCD(FusedMethod):
         tensor([1.1547, 0.5774], dtype=torch.float64)
     """
 
+    beta = Argument(number(least=0.0, below=1.0))
+    eps = Argument(number(least=0.0))
+    primary = Argument(optional(read_name))
+
     @property
     def by_group(self) -> bool:  # type: ignore[override]
         """Whether it goes without names of tasks, which are others in each group."""
-        return self.primary is None and not isinstance(self.tau, dict)
+        return self.primary is None and self._taus is None
 
     def __init__(
         self,
@@ -60,54 +63,32 @@ class PCD(FusedMethod):
     ) -> None:
         # the averages are `squares / counted`
         super().__init__(squares=Field(1, 0.0), counted=Field(1, 0.0))
+        self.tau, self.beta, self.eps, self.primary = tau, beta, eps, primary
+
+    @property
+    def tau(self) -> float | dict[str, float]:
+        return self._tau if self._taus is None else self._taus.value
+
+    @tau.setter
+    def tau(self, tau: float | Mapping[str, float]) -> None:
         if isinstance(tau, Mapping):
-            self.tau: float | dict[str, float] = {
-                _name(name): _number(x, f"tau[{name!r}]", most=1.0) for name, x in tau.items()
-            }
+            self._taus: TaskNumbers | None = TaskNumbers(tau, "tau", rest=0.0, most=1.0)
+            self._tau = 0.0
         else:
-            self.tau = _number(tau, "tau", most=1.0)
-        self.beta = _number(beta, "beta", most=1.0)
-        if self.beta == 1.0:
-            raise ValueError(f"beta: expected a number from 0, below 1, got {beta!r}")
-        self.eps = _number(eps, "eps", most=math.inf)
-        self.primary = None if primary is None else _name(primary)
-        self._taus: tuple[list[str], Tensor] | None = None  # of the tasks seen last
+            self._tau = read_number(tau, "tau", least=0.0, most=1.0)
+            self._taus = None
 
     def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
         names = list(seen.names)
-        if self.primary is not None and self.primary not in names:
-            raise ValueError(f"primary: expected one of {', '.join(names)}, got {self.primary!r}")
+        if self.primary is not None:
+            check_task_names([self.primary], "primary", names)
         primary = 0 if self.primary is None else names.index(self.primary)
-        tau, taus = self.tau, None
-        if not isinstance(tau, float):
-            tau, taus = 0.0, self._tau_of(tau, names, gram.device)
-        options = [float(primary), tau, self.beta, self.eps]
+        taus = None if self._taus is None else self._taus.of(names, gram.device)
+        options = [float(primary), self._tau, self.beta, self.eps]
         kept = self._state.lend(names, gram.device)
         w = method_step_op(gram, "pcd", options, *kept, present=present, per_task=taus)
         self._state.take_back(names, kept)
         return w
 
-    def _tau_of(self, tau: dict[str, float], names: list[str], device: torch.device) -> Tensor:
-        """`[T]` float64. Kept: a copy at each call would wait for the device."""
-        if self._taus is None or self._taus[0] != names or self._taus[1].device != device:
-            taus = [tau.get(name, 0.0) for name in names]
-            self._taus = names, torch.tensor(taus, dtype=torch.float64).to(device)
-        return self._taus[1]
-
     def __repr__(self) -> str:
         return f"PCD(tau={self.tau!r}, beta={self.beta!r}, eps={self.eps!r}, primary={self.primary!r})"
-
-
-def _number(value: float, argument: str, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{argument}: expected a number, got {type(value).__name__}")
-    if not 0 <= value <= most or value == math.inf:
-        upper = "" if most == math.inf else f" to {most:g}"
-        raise ValueError(f"{argument}: expected a number from 0{upper}, got {value!r}")
-    return float(value)
-
-
-def _name(value: str) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"primary, tau: expected the name of a task, got {type(value).__name__}")
-    return value

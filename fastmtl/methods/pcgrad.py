@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.core.gradient_rows import GradientRows
+from fastmtl.methods.arguments import Argument, choice, read_flag
 from fastmtl.methods.base import Method, Seen
-from fastmtl.ops.gradients.arguments import Grads, check_order
+from fastmtl.ops.gradients.arguments import Grads, check_gram_values, check_order
 from fastmtl.ops.gradients.order import (
     Draw,
     Randomness,
@@ -38,7 +39,7 @@ class PCGrad(Method):
 
     Raises:
         ValueError: an unknown reduction; an order together with a generator.
-        TypeError: `order` is no tensor, `generator` no generator or state.
+        TypeError: `order` is no tensor, `generator` no generator or state, `include_self` no bool.
         TypeError, ValueError: (when called) an order or a state that does not fit the gradients.
 
     Source: Yu et al. 2020, *Gradient Surgery for Multi-Task Learning*, Algorithm 1.
@@ -49,6 +50,9 @@ class PCGrad(Method):
         tensor([1.5000, 1.5000], dtype=torch.float64)
     """
 
+    reduction = Argument(choice(*REDUCTIONS))
+    include_self = Argument(read_flag)
+
     def __init__(
         self,
         reduction: str = "sum",
@@ -57,8 +61,6 @@ class PCGrad(Method):
         generator: Randomness | None = None,
         include_self: bool = False,
     ) -> None:
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
         check_generator(generator)
         if order is not None:
             check_no_generator(generator)
@@ -94,8 +96,9 @@ class PCGrad(Method):
         present, own = seen[0].present, type(self)
         if isinstance(present, Tensor) or (own.weigh, own.weights, own._weights) != _WEIGHTS:
             return super().weigh_groups(grams, seen)
-        for x in seen:
-            self._check_seen(grams[0], x)
+        for m, x in zip(grams.unbind(0), seen, strict=True):
+            self._check_seen(m, x)
+            check_gram_values(m, x.mask(m.device))
         source, mask = Draw(0, None), seen[0].mask(grams.device)
         if mask is not None:
             grams = torch.where(mask[:, None] & mask, grams, 0.0)
@@ -125,7 +128,7 @@ class PCGrad(Method):
         )
 
     def __repr__(self) -> str:
-        return f"PCGrad({self.reduction!r})"
+        return f"PCGrad({self.reduction!r}{', include_self=True' if self.include_self else ''})"
 
 
 # how this class has its weights; one derived from it may have its own

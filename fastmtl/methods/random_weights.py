@@ -14,6 +14,9 @@ class RandomWeights(Method):
     Args:
         generator: source of randomness, on the device of the gradients; None: torch's default generator there.
 
+    Raises:
+        TypeError: `generator` is no `torch.Generator`.
+
     Source: Lin, Ye, Zhang, Tsang 2022, *Reasonable Effectiveness of Random Weighting: A Litmus Test for
     Multi-Task Learning*, with the normal distribution; applied to gradients (RGW in the paper).
 
@@ -24,6 +27,8 @@ class RandomWeights(Method):
     """
 
     def __init__(self, *, generator: torch.Generator | None = None) -> None:
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
         self.generator = generator
 
     def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:

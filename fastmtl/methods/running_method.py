@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.gradient_rows import GradientRows
+from fastmtl.methods.arguments import check_mapping
 from fastmtl.methods.base import Seen
 from fastmtl.methods.held import HeldGradients, device_of
 from fastmtl.methods.state import Field, StatefulMethod
@@ -35,20 +36,31 @@ class RunningMethod(StatefulMethod):
         return {"numbers": numbers, self._holds: self._held.state_dict()} if numbers else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check_state(state)
         who = type(self).__name__
         if not state:
             state = {"numbers": {}, self._holds: {}}
-        if set(state) != {"numbers", self._holds}:
-            got = ", ".join(map(str, state))
-            raise ValueError(f"state: expected that of {who}, numbers and {self._holds}, got {got}")
         self._state.load_state_dict(state["numbers"], who)
         self._held.load_state_dict(state[self._holds], who)
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        who = type(self).__name__
+        check_mapping(state, f"state: {who}")
+        if not state:
+            return
+        check_mapping(state, "state", ["numbers", self._holds], who)
+        self._state.check(state["numbers"], who)
+        self._held.check(state[self._holds], who)
+        known = state["numbers"].get("names", [])
+        if other := [name for name in state[self._holds] if name not in known]:
+            raise ValueError(f"state: {who}: expected {self._holds} of the tasks {list(known)}, got {other}")
 
     def reset(self) -> None:
         super().reset()
         self._held.reset()
 
     def _device(self, rows: GradientRows, seen: Seen) -> torch.device:
+        self._check_handed(seen, rows.num_tasks, "in the gradients")
         return device_of(rows, seen, self._state.device)
 
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastmtl.methods.arguments import Argument, TaskNumbers, TaskNumbersArgument, count, number, read_preferences
 from fastmtl.methods.base import Seen
-from fastmtl.methods.gram_method import Preferences, read_preferences
 from fastmtl.methods.state import Field, FusedMethod
 from fastmtl.ops.gradients.method_step import method_step_op
-from fastmtl.ops.gradients.method_weights import check_method
+from fastmtl.ops.gradients.method_weights import MOST_STEPS
 
 
 class SDMGrad(FusedMethod):
@@ -32,12 +32,12 @@ class SDMGrad(FusedMethod):
         momentum: of the steps, from 0, below 1; it starts anew at each call.
         steps: how many at each call, from 1 to 10000.
         lambda_: how far the update is drawn to the preferred direction, from 0.
-        preferences: T numbers from 0, the shares of g_0; None, or where those of all present tasks are 0: the mean of
-            the present gradients.
+        preferences: the shares of g_0: T numbers from 0 in the order of the tasks, or a mapping from the name of each
+            task; None, or where those of all present tasks are 0: the mean of the present gradients.
 
     Raises:
-        TypeError: `preferences` are no numbers.
-        ValueError: numbers other than the above; (when called) no second batch.
+        TypeError: something else than numbers.
+        ValueError: numbers other than the above; (when called) no second batch, preferences of other tasks.
 
     Source: Xiao, Ban, Ji 2023, *Direction-oriented Multi-objective Learning: Simple and Provable Stochastic
     Algorithms*. Momentum and the scale s are of the authors' implementation, which TorchJD and LibMTL follow.
@@ -50,6 +50,10 @@ class SDMGrad(FusedMethod):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"second_batch"})
+    lr = Argument(number(above=0.0))
+    momentum = Argument(number(least=0.0, below=1.0))
+    steps = Argument(count(least=1, most=MOST_STEPS))
+    lambda_ = Argument(number(least=0.0))
 
     def __init__(
         self,
@@ -57,27 +61,36 @@ class SDMGrad(FusedMethod):
         momentum: float = 0.5,
         steps: int = 20,
         lambda_: float = 0.3,
-        preferences: Preferences | None = None,
+        preferences: TaskNumbersArgument | None = None,
     ) -> None:
         super().__init__(weights=Field(1, torch.nan))
-        self._options = [float(lr), float(momentum), float(steps), float(lambda_)]
-        check_method("sdmgrad", self._options, preferences is not None)
         self.lr, self.momentum, self.steps, self.lambda_ = lr, momentum, steps, lambda_
-        self.preferences = None if preferences is None else read_preferences(preferences)
+        self.preferences = preferences
+
+    @property
+    def preferences(self) -> Tensor | dict[str, float] | None:
+        """`[T]` float64, a dict from names of tasks, or None."""
+        return None if self._preferences is None else self._preferences.value
+
+    @preferences.setter
+    def preferences(self, preferences: TaskNumbersArgument | None) -> None:
+        self._preferences: TaskNumbers | None = read_preferences(preferences)
+
+    @property
+    def by_group(self) -> bool:  # type: ignore[override]
+        """Whether it goes without names of tasks, which are others in each group."""
+        return self._preferences is None or not self._preferences.by_name
 
     def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
         assert seen.second is not None
-        if self.preferences is not None:
-            # kept there: a copy at each call would wait for the device
-            self.preferences = self.preferences.to(gram.device)
-            if self.preferences.shape != gram.shape[:1]:
-                raise ValueError(f"preferences: expected shape [{len(gram)}], got {list(self.preferences.shape)}")
+        preferences = None if self._preferences is None else self._preferences.of(seen.names, gram.device)
+        options = [self.lr, self.momentum, float(self.steps), self.lambda_]
         kept = self._state.lend(seen.names, gram.device)
-        w = method_step_op(
-            seen.second, "sdmgrad", self._options, *kept, present=present, preferences=self.preferences, also=gram
-        )
+        w = method_step_op(seen.second, "sdmgrad", options, *kept, present=present, preferences=preferences, also=gram)
         self._state.take_back(seen.names, kept)
         return w
 
     def __repr__(self) -> str:
-        return f"SDMGrad(lr={self.lr!r}, momentum={self.momentum!r}, steps={self.steps!r}, lambda_={self.lambda_!r})"
+        told = "" if self._preferences is None else f", preferences={self._preferences!r}"
+        numbers = f"lr={self.lr!r}, momentum={self.momentum!r}, steps={self.steps!r}, lambda_={self.lambda_!r}"
+        return f"SDMGrad({numbers}{told})"

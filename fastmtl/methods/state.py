@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastmtl.methods.arguments import check_mapping
 from fastmtl.methods.base import Method, Seen, seen_by_position
-from fastmtl.ops.gradients.arguments import check_gram, check_present
+from fastmtl.ops.gradients.arguments import check_gram, check_gram_values, check_present
 
 
 class Field(NamedTuple):
@@ -123,23 +125,35 @@ class NamedState:
             return {}
         return {"names": list(self.names), **{key: value.clone() for key, value in self._values.items()}}
 
-    def load_state_dict(self, state: Mapping[str, Any], who: str) -> None:
-        """Takes over what `state_dict` returned; `who` is whose, for an error."""
+    def check(self, state: Mapping[str, Any], who: str) -> None:
+        """Raises TypeError or ValueError where this is not what `state_dict` returned; who: whose, for the error."""
+        check_mapping(state, f"state: {who}")
         if not state:
-            self.names, self._values = [], {}
             return
-        if set(state) != {"names", *self._fields}:
-            raise ValueError(
-                f"state: expected that of {who}, names, {', '.join(self._fields)}, got {', '.join(map(str, state))}"
-            )
-        names = list(state["names"])
-        if len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"state: {who}: expected different names of tasks, got {names}")
+        check_mapping(state, "state", ["names", *self._fields], who)
+        names = state["names"]
+        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(x, str) for x in names):
+            raise ValueError(f"state: {who}: expected a list of names of tasks, got {names!r}")
+        if len(set(names)) != len(names):
+            raise ValueError(f"state: {who}: expected different names of tasks, got {list(names)}")
         for key, field in self._fields.items():
             value, shape = state[key], (len(names),) * field.dims
             if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
                 got = f"{value.dtype} of {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"state: {who}: expected {key} of shape {list(shape)}, floating point, got {got}")
+            good = value.isfinite()
+            if math.isnan(field.initial):
+                good = good | value.isnan()  # a task that was never present
+            if not bool(good.all()):
+                raise ValueError(f"state: {who}: expected finite numbers as {key}, got {value.tolist()}")
+
+    def load_state_dict(self, state: Mapping[str, Any], who: str) -> None:
+        """Takes over what `state_dict` returned. Raises what `check` does; nothing has changed then."""
+        self.check(state, who)
+        if not state:
+            self.names, self._values = [], {}
+            return
+        names = list(state["names"])
         same = names == self.names
         for key in self._fields:
             if same and key in self._values:
@@ -215,7 +229,7 @@ class StatefulMethod(Method):
     def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
         """`[T, T]` float64 with zeros for absent tasks -> `[T]` float64; absent entries are overwritten. `present` is
         `seen.mask`."""
-        raise NotImplementedError
+        raise self._lacks("_weigh(gram, seen, present)")
 
     def state_dict(self) -> dict[str, Any]:
         """The names of the tasks that were ever seen, and tensors with an entry for each; empty before the first step.
@@ -226,9 +240,13 @@ class StatefulMethod(Method):
         """Takes over what `state_dict` returned. Tensors go to the device of the gradients at the next step.
 
         Raises:
-            ValueError: not the state of such a method.
+            TypeError, ValueError: not the state of such a method. Nothing has changed then.
         """
+        self.check_state(state)
         self._state.load_state_dict(state, type(self).__name__)
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        self._state.check(state, type(self).__name__)
 
     def reset(self) -> None:
         """All is as before the first step."""
@@ -249,6 +267,7 @@ class FusedMethod(StatefulMethod):
         check_gram(gram)
         if present is not None:
             check_present(present, gram)
+        check_gram_values(gram, present)
         return gram
 
     def _weigh_present(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastmtl.core.gradient_rows import GradientRows
+from fastmtl.methods.arguments import Argument, count
 from fastmtl.methods.base import Method, Seen
 from fastmtl.methods.held import as_lists, device_of
 from fastmtl.ops.gradients.gram import gram_rows
@@ -40,15 +41,13 @@ class TrimmedMean(Method):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    trim = Argument(count())
 
     def __init__(self, trim: int) -> None:
-        if not isinstance(trim, int) or isinstance(trim, bool):
-            raise TypeError(f"trim: expected an integer, got {type(trim).__name__}")
-        if trim < 0:
-            raise ValueError(f"trim: expected an integer from 0, got {trim}")
         self.trim = trim
 
     def update(self, rows: GradientRows, out: Sequence[Tensor], seen: Seen) -> tuple[Tensor, None]:
+        self._check_handed(seen, rows.num_tasks, "in the gradients")
         count = len(seen.present) if isinstance(seen.present, Tensor) else sum(seen.present)
         if count <= 2 * self.trim and rows.tensors:
             raise ValueError(

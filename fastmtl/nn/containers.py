@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmtl.core.task_weights import SortedBatch, TaskPlan
 from fastmtl.parameters import mark_per_task
 
 Tasks = int | Sequence[str]
@@ -111,6 +112,48 @@ class TaskBuffers(nn.Module):
         return _one_line(self._buffers.values())
 
 
+class TaskModules(nn.ModuleDict):
+    """Modules of single tasks, by the task's name: an `nn.ModuleDict` that keeps them out of gradient surgery.
+
+    Their parameters are marked as by `fastmtl.mark_per_task`, and stay marked as those of `TaskParameters` do.
+
+    Raises:
+        TypeError: a name that is not a str, a value that is no module.
+        ValueError: a name that is empty, has a dot, or is an attribute of `nn.ParameterDict`.
+
+    Example:
+        >>> heads = TaskModules({"left": torch.nn.Linear(4, 2), "right": torch.nn.Linear(4, 3)})
+        >>> list(heads)
+        ['left', 'right']
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module] | None = None) -> None:
+        super().__init__(modules)
+        # once the children have been read, too
+        self.register_load_state_dict_post_hook(_mark_loaded)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        check_name(name)
+        super().add_module(name, module)
+        self._mark()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TaskModules:
+        super()._apply(fn, recurse)
+        self._mark()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()
+
+    def _mark(self) -> None:
+        mark_per_task(self)
+
+
+def _mark_loaded(module: nn.Module, _: Any) -> None:
+    mark_per_task(module)
+
+
 def _one_line(tensors: Any) -> str:
     found = list(tensors)
     shapes = list(dict.fromkeys(str(list(x.shape)) for x in found))
@@ -118,7 +161,12 @@ def _one_line(tensors: Any) -> str:
 
 
 # a name of one of these would hide it
-_TAKEN = frozenset(dir(nn.ParameterDict())) | frozenset(dir(TaskParameters)) | frozenset(dir(TaskBuffers()))
+_TAKEN = (
+    frozenset(dir(nn.ParameterDict()))
+    | frozenset(dir(TaskParameters))
+    | frozenset(dir(TaskBuffers()))
+    | frozenset(dir(nn.ModuleDict()))
+)
 
 
 def check_name(name: Any) -> None:
@@ -157,3 +205,23 @@ def present_rows(params: TaskParameters | TaskBuffers, names: Sequence[str], off
         bounds = offsets.tolist()
         rows = [p if bounds[t + 1] > bounds[t] else p.detach() for t, p in enumerate(rows)]
     return rows
+
+
+def segments(plan: TaskPlan) -> Iterator[tuple[int, Tensor]]:
+    """Each task that has samples, with their flat positions. Waits for the device."""
+    return SortedBatch(plan.order, plan.offsets).segments()
+
+
+def known_ids(plan: TaskPlan) -> tuple[Tensor, Tensor]:
+    """Which samples have a task, and each sample's task; 0 where it has none, as a GPU cannot say without waiting."""
+    ids = plan.task_ids
+    known = (ids >= 0) & (ids < plan.offsets.shape[0] - 1)
+    return known, torch.where(known, ids, 0)
+
+
+def rows_of_samples(table: Tensor, plan: TaskPlan) -> Tensor:
+    """Each sample's row of a `[T, ...]` table; NaN for a sample of no task, as the ops have it."""
+    if table.device.type == "cpu":
+        return table[plan.task_ids]
+    known, ids = known_ids(plan)
+    return torch.where(known.view(*ids.shape, *(1,) * (table.dim() - 1)), table[ids], torch.nan)

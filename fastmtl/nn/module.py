@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -69,6 +70,10 @@ class TaskModule(nn.Module):
         if not self.changed(task):
             return 0
         return sum(x.numel() for x in self.part(task).values())
+
+    def plain_size(self) -> int:
+        """How many numbers the plain layer has that this one has not: where each task has a copy of its own."""
+        return 0
 
     # --- tasks
 
@@ -158,15 +163,84 @@ class TaskModule(nn.Module):
             if name in held:
                 del held[name]
 
+    # --- a part from elsewhere
+
+    def unused(self, task: int | str) -> frozenset[str]:
+        """Names in `part(task)` of tensors that change nothing at present. Waits for the device."""
+        self.task_name(task)
+        return frozenset()
+
+    def expected_part(self, part: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """The names and shapes that a task's part has; where they differ by task, they are read from `part`."""
+        return {name: tuple(x.shape) for name, x in self.part(self.tasks[0]).items()}
+
+    def check_part(self, part: Mapping[str, Tensor], where: str) -> None:
+        """Raises if `part` is none that a task of this layer can have.
+
+        Args:
+            part: tensors by their names in the layer; those that change nothing may be missing.
+            where: how errors call the layer.
+
+        Raises:
+            ValueError: a tensor that is missing, that nobody expects, or of another shape.
+        """
+        expected = self.expected_part(part)
+        for name, x in part.items():
+            if name not in expected:
+                raise ValueError(f"{where}: expected {', '.join(expected) or 'nothing'}, got {name!r}")
+            if tuple(x.shape) != expected[name]:
+                raise ValueError(f"{where}: expected {name} of shape {list(expected[name])}, got {list(x.shape)}")
+            if x.is_complex():
+                raise ValueError(f"{where}: expected {name} of real numbers, got {x.dtype}")
+        missing = [name for name in expected if name not in part and name not in self.optional(part)]
+        if missing:
+            raise ValueError(f"{where}: expected {', '.join(missing)}, got {', '.join(part) or 'nothing'}")
+
+    def optional(self, part: Mapping[str, Tensor]) -> frozenset[str]:
+        """Names that may be missing in a task's part: tensors that change nothing, and are then zero."""
+        return frozenset()
+
+    def add_part(self, name: str, part: Mapping[str, Tensor]) -> None:
+        """Adds a task with a part that `check_part` has passed."""
+        self.add_task(name)
+        self.set_part(name, part)
+
+    @torch.no_grad()
+    def set_part(self, task: int | str, part: Mapping[str, Tensor]) -> None:
+        """Gives a task the values of a part that `check_part` has passed; a parameter stays the tensor that it is."""
+        name = self.task_name(task)
+        for child, held in self.containers().items():
+            if name not in held:
+                continue
+            given, here = part.get(child), held[name]
+            if given is None:
+                here.zero_()
+            elif given.shape == here.shape:
+                here.copy_(given)
+            elif isinstance(held, TaskParameters):
+                like = torch.empty(given.shape, dtype=here.dtype, device=here.device).copy_(given)
+                held[name] = nn.Parameter(like, requires_grad=here.requires_grad)
+
     # --- for the layers
 
     def _plan(self, x: Tensor, dims: int = 1) -> TaskPlan:
         """The batch sorted by task; `dims`: how many leading dimensions of x the ids may have."""
+        if x.is_nested:
+            raise ValueError(
+                "x: expected a padded batch, got a nested tensor; where nn.TransformerEncoder makes it of a padding "
+                "mask, set its use_nested_tensor = False"
+            )
+        if x.dim() == 0 or dims < 1:
+            raise ValueError(f"x: expected samples in its first dimension, got shape {list(x.shape)}")
         return current_plan(self.tasks, type(self).__name__, x.shape[:dims], x.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._read_plain(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def plain_name(self, child: str) -> str:
+        """What a plain layer calls the tensor that becomes every task's in `child`."""
+        return child
 
     def _read_plain(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Adds to a plain layer's `state_dict` what it has not: tensors of tasks."""
@@ -174,7 +248,7 @@ class TaskModule(nn.Module):
             begin = f"{prefix}{child}."
             if any(key.startswith(begin) for key in state_dict):
                 continue
-            plain = state_dict.pop(prefix + child, None)
+            plain = state_dict.pop(prefix + self.plain_name(child), None)
             for name in self.tasks:
                 if plain is not None:
                     # each task's its own, also where load_state_dict(assign=True) keeps what it is given
@@ -185,6 +259,95 @@ class TaskModule(nn.Module):
     def _repr_of_tasks(self) -> str:
         named = len(self.tasks) <= 8 and self.tasks != tuple(str(t) for t in range(len(self.tasks)))
         return f"tasks={list(self.tasks) if named else len(self.tasks)}"
+
+
+class TaskComposite(nn.Module):
+    """A module made of task layers, which together become one plain module: it has no part of its own.
+
+    The attention of torch is one: four linear layers, whose weights torch keeps in one tensor. Whoever walks a model
+    finds the layers inside (`task_layers`); the methods here do for all of them what those of a `TaskModule` do.
+    """
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks, in the order in which ids count."""
+        return self._inner()[0][1].tasks
+
+    def _inner(self) -> list[tuple[str, TaskModule]]:
+        return [found for name, child in self.named_children() for found in task_layers(child, name)]
+
+    def task_name(self, task: int | str) -> str:
+        """The name of a task given by position or name."""
+        return self._inner()[0][1].task_name(task)
+
+    def merged(self, task: int | str, memo: dict[int, Any] | None = None) -> nn.Module:
+        """The plain module that computes what this one computes for one task, as `TaskModule.merged`."""
+        raise NotImplementedError
+
+    def part(self, task: int | str) -> dict[str, Tensor]:
+        """The tensors of one task, by their names in this module: `"q_proj.delta"` and so on.
+
+        Args:
+            task: position or name.
+
+        Raises:
+            TypeError, ValueError: no such task.
+        """
+        return {f"{path}.{key}": x for path, layer in self._inner() for key, x in layer.part(task).items()}
+
+    def changed(self, task: int | str) -> bool:
+        """Whether the task computes something else than the plain module. Waits for the device."""
+        return any(layer.changed(task) for _, layer in self._inner())
+
+    def added(self, task: int | str) -> int:
+        """How many numbers the task adds to the plain network, once those that change nothing are dropped."""
+        return sum(layer.added(task) for _, layer in self._inner())
+
+    def add_task(self, name: str, like: str | None = None, **options: Any) -> None:
+        """Adds a task behind the others: its id is the number of tasks before. An optimizer must be told of it.
+
+        Args:
+            name: a new name.
+            like: the task whose part is copied; None: the part is what it was at first.
+            options: of the layers' own `add_task`, as `rank`.
+
+        Raises:
+            TypeError, ValueError: not a name, or one that is taken; no such task to copy.
+        """
+        for _, layer in self._inner():
+            layer.check_new_task(name, like)
+        for _, layer in self._inner():
+            layer.add_task(name, like, **options)
+
+    def remove_task(self, task: int | str) -> None:
+        """Removes a task: those behind it move up, so that their ids are one less. An optimizer must be told of it.
+
+        Args:
+            task: position or name.
+
+        Raises:
+            TypeError, ValueError: no such task, or the only one.
+        """
+        name = self.task_name(task)
+        for _, layer in self._inner():
+            layer.remove_task(name)
+
+
+def task_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, TaskModule]]:
+    """Every layer with parts of tasks, once, by its path, in the order in which the model has them."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, TaskModule]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if isinstance(module, TaskModule):
+            yield path, module
+            return
+        for name, child in module.named_children():
+            yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, prefix)
 
 
 def copied(param: Tensor | None, memo: dict[int, Any] | None) -> nn.Parameter | None:

@@ -17,6 +17,7 @@ from fastmtl.ops.gradients.trimmed_mean import trimmed_mean
 from fastmtl.ops.task_weights.task_batch_norm import task_batch_norm
 from fastmtl.ops.task_weights.task_conv2d import task_conv2d, task_conv2d_weight_grad
 from fastmtl.ops.task_weights.task_linear import task_linear, task_linear_weight_grad
+from fastmtl.ops.task_weights.task_lora import task_lora
 from fastmtl.ops.task_weights.task_plan import task_plan
 from fastmtl.ops.task_weights.task_scale_shift import task_scale_shift
 
@@ -39,6 +40,7 @@ __all__ = [
     "task_conv2d_weight_grad",
     "task_linear",
     "task_linear_weight_grad",
+    "task_lora",
     "task_plan",
     "task_scale_shift",
     "trimmed_mean",

@@ -56,7 +56,8 @@ def read_groups(
 
     Raises:
         TypeError: no name, sequence or mapping of parameters.
-        ValueError: an unknown name; no group; a parameter in two groups; layers of what is no module.
+        ValueError: an unknown name; no group; a tensor that is no parameter; a parameter in two
+            groups; layers of what is no module.
     """
     if isinstance(groups, str):
         if groups not in BY_NAME:
@@ -71,18 +72,31 @@ def read_groups(
         return Groups(names, {p: at[name] for p, name in plain.items()}, False)
     if isinstance(groups, Mapping):
         given = {str(name): part for name, part in groups.items()}
+        if len(given) != len(groups):
+            raise ValueError(f"groups: expected different names, got {list(groups)}")
     elif isinstance(groups, Sequence):
         given = {str(i): part for i, part in enumerate(groups)}
     else:
-        raise TypeError(f"groups: expected 'layer', 'tensor' or groups of parameters, got {type(groups).__name__}")
+        raise TypeError(
+            "groups: expected 'layer', 'tensor' or groups of parameters (a list of modules or of lists, or a dict of "
+            f"them), got {type(groups).__name__}"
+        )
     if not given:
         raise ValueError("groups: expected at least one group, got none")
     members: dict[Tensor, int] = {}
-    for i, (name, part) in enumerate(given.items()):
-        for p, shown in rename(
-            read_params(part, f"groups[{name!r}]" if isinstance(groups, Mapping) else f"groups[{i}]")
-        ).items():
+    called = [f"groups[{name!r}]" if isinstance(groups, Mapping) else f"groups[{i}]" for i, name in enumerate(given)]
+    for i, part in enumerate(given.values()):
+        # a layer without parameters is in no group, and none: `groups=list(model.trunk)` has activations too
+        bare = isinstance(part, nn.Module)
+        for p, shown in rename(read_params(part, called[i], allow_empty=bare)).items():
+            shown = named.get(p, shown)
+            outside = not p.requires_grad or (params is not None and p not in named)
+            if not isinstance(p, nn.Parameter) and outside:  # one that is frozen, or left out, may be in its module
+                raise ValueError(f"{shown}: expected a parameter, got another tensor of shape {list(p.shape)}")
             if members.setdefault(p, i) != i:
-                other = list(given)[members[p]]
-                raise ValueError(f"groups: {describe(p, shown)} is in two of them, {other!r} and {name!r}")
-    return Groups(list(given), members, True)
+                raise ValueError(f"groups: {describe(p, shown)} is in {called[members[p]]} and in {called[i]}")
+    if not members:
+        raise ValueError("groups: expected groups of parameters, got modules without any")
+    filled = sorted(set(members.values()))
+    names = list(given)
+    return Groups([names[i] for i in filled], {p: filled.index(i) for p, i in members.items()}, True)

@@ -26,13 +26,14 @@ class SurgeryOptions(NamedTuple):
         loss_scale: what the losses were multiplied by; None: by nothing.
         ranks: who decides together; None: this process alone.
         groups: of shared parameters that are solved for apart; None: all together.
-        losses: the tasks' losses, with the loss scale, None where absent; None unless the method needs them.
+        losses: the tasks' losses, tensors or numbers, with the loss scale, None where absent; None unless the method
+            needs them.
     """
 
     method: Weighting
     loss_scale: float | Tensor | None = None
     ranks: Ranks | None = None
-    losses: Sequence[Tensor | None] | None = None
+    losses: Sequence[Tensor | float | None] | None = None
     groups: Groups | None = None
 
 
@@ -149,11 +150,17 @@ def _seen(gradients: SurgeryInput, options: SurgeryOptions, second: Tensor | Non
     return seen._replace(first=lambda x: ranks.first_of(x.to(device)), total=total)
 
 
-def _values_of(losses: Sequence[Tensor | None], gradients: SurgeryInput, options: SurgeryOptions) -> Tensor:
+def _values_of(losses: Sequence[Tensor | float | None], gradients: SurgeryInput, options: SurgeryOptions) -> Tensor:
     """`[T]` float64 losses without the loss scale, 0 for absent tasks."""
     device, present = gradients.device, gradients.present
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    values = torch.stack([zero if x is None else x.detach().to(device, torch.float64) for x in losses])
+    found = []
+    for x in losses:
+        if isinstance(x, Tensor):
+            found.append(x.detach().to(device, torch.float64))
+        else:
+            found.append(zero.new_full((), x or 0.0))  # a fill: a copy from the host would wait
+    values = torch.stack(found)
     if options.loss_scale is not None:
         scale = options.loss_scale
         values = values / (scale.to(device, torch.float64) if isinstance(scale, Tensor) else scale)
@@ -229,10 +236,7 @@ def _state_of(method: Method, seen: Sequence[Seen], device: torch.device) -> lis
 
 
 def _weigh_alone(gram: Tensor, gradients: SurgeryInput, seen: Seen | Sequence[Seen], method: Weighting) -> Tensor:
-    present = gradients.present
-    if not isinstance(present, Tensor) and not any(present):
-        weights = torch.zeros(gram.shape[:-1], dtype=torch.float64, device=gram.device)
-    elif isinstance(seen, Seen):
+    if isinstance(seen, Seen):
         weights = methods.weights_of(method, gram, seen)
     else:
         weights = methods.group_weights_of(method, gram, seen)

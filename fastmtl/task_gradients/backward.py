@@ -129,8 +129,8 @@ def backward(
     them where nobody else holds it. Hooks on a parameter run once per pass that reaches it: for each task (with
     `features` once, with `chunk_size` once per chunk, on a batch of gradients). Hooks after accumulation
     (`register_post_accumulate_grad_hook`) run once, when every `.grad` is written. Graphs compiled by inductor with
-    donated buffers refuse a second backward pass: set `torch._functorch.config.donated_buffer = False` before their
-    first call, pass `features=` where the trunk alone is compiled, or use `GradientBank`.
+    donated buffers refuse a second backward pass: import `torch._functorch.config` and set its `donated_buffer = False`
+    before their first call, pass `features=` where the trunk alone is compiled, or use `GradientBank`.
 
     Source: the shared/own split and PCGrad, Yu et al. 2020, Algorithm 1; the gradient of the representation, Sener
     and Koltun 2018, *Multi-Task Learning as Multi-Objective Optimization*, section 3.3.

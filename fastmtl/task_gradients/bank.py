@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from fastmtl.surgery.result import Surgery
 from fastmtl.surgery.solve import SurgeryOptions, solve
 from fastmtl.surgery.task_gradients import Row, TaskGradients
 from fastmtl.task_gradients.rank_means import averaged, of_shards
-from fastmtl.task_gradients.reach import read_loss_scale, read_loss_values
+from fastmtl.task_gradients.reach import LossValues, read_loss_scale, read_loss_values
 from fastmtl.task_gradients.sharing import add_unshared, check_within, sparse_shared, split_shared
 
 _APPLY = "GradientBank.apply"
@@ -163,7 +163,7 @@ class GradientBank:
         method: str | Weighting = "pcgrad",
         *,
         loss_scale: float | Tensor | None = None,
-        losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None] | None = None,
+        losses: LossValues | None = None,
         second: GradientBank | None = None,
     ) -> Surgery:
         """Operates on the collected task gradients, accumulates the result into `.grad`, and empties the bank.
@@ -171,8 +171,8 @@ class GradientBank:
         Args:
             method, loss_scale: as for `fastmtl.backward`.
             losses: for a method that needs them: the tasks' losses, in order, or a dict by name, as their gradients
-                were collected: multiplied by `loss_scale`, where that is given. Scalars on any device, None where
-                absent.
+                were collected: multiplied by `loss_scale`, where that is given. Scalar tensors on any device or
+                numbers, None where absent.
             second: for a method that needs one: another bank of the same parameters and tasks, filled from a second,
                 independent batch. Its gradients enter the method's Gram matrices and nothing else, and it is emptied,
                 too. At most 64 tasks.

@@ -81,8 +81,10 @@ def split_at_features(tasks: Sequence[Tensor | None], names: Sequence[str], feat
         if loss is not None and not arrived >> t & 1:
             raise ValueError(
                 f"features: loss {names[t]!r} does not reach any of them: it was computed from another forward, from "
-                "a copy or a part of the features made earlier or changed in place since, or in one compiled graph "
-                "together with them (compile the trunk and the heads apart)"
+                "a copy or a part of the features made earlier or changed in place since, in one compiled graph "
+                "together with them (compile the trunk and the heads apart), or by one DistributedDataParallel module "
+                "with find_unused_parameters=True, which returns a copy of each output (compute the losses from the "
+                "features that it returned)"
             )
     behind, nested = reach_from(ahead.crossed)
     for edge in nested:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 DONATED = (
     "fastmtl.backward: a compiled model (torch.compile, inductor) overwrites its saved tensors in a backward pass "
-    "(donated buffers), so that a second one can't follow. Set torch._functorch.config.donated_buffer = "
+    "(donated buffers), so that a second one can't follow. Import torch._functorch.config and set its donated_buffer = "
     "False before the model's first call (afterwards it is too late for the graphs that are compiled); or compile "
     "the trunk alone and pass features=, its output, which needs a single pass through it; or use a GradientBank "
     "with a forward per task"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ _JOINS = frozenset({"CatBackward0", "StackBackward0"})
 _PARTS = frozenset({"SelectBackward0", "SliceBackward0", "IndexBackward0", "IndexSelectBackward0"})
 _SPLITS = frozenset({"UnbindBackward0", "SplitBackward0", "SplitWithSizesBackward0", "UnsafeSplitBackward0"})
 
+Losses: TypeAlias = Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None]
+# of those whose gradients were collected already
+LossValues: TypeAlias = Sequence[Tensor | float | None] | Tensor | Mapping[Any, Tensor | float | None]
 Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
 
 
@@ -285,14 +289,14 @@ def _is_row_of_scalars(node: Any, position: int) -> bool:
 
 
 def read_losses(
-    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None],
+    losses: Losses,
     *,
     may_be_absent: bool = False,
     needs_graph: bool = True,
     argument: str = "losses",
 ) -> tuple[list[str], list[Tensor | None]]:
     """Task names and losses, None where absent, checked. `may_be_absent`: all of them may be. `needs_graph`: they
-    are to be differentiated. `argument`: for errors."""
+    are to be differentiated; else numbers serve, too. `argument`: for errors."""
     if isinstance(losses, Tensor):
         if losses.dim() != 1:
             raise ValueError(
@@ -307,7 +311,7 @@ def read_losses(
         if len(set(names)) != len(names):
             raise ValueError(f"{argument}: expected different names, got {names}")
     elif isinstance(losses, Iterable) and not isinstance(losses, (str, bytes)):
-        tasks = list(losses)  # dict.values() and generators too
+        tasks = list(losses)  # dict.values() and generators too; a row of numpy's is one of numbers
         names = [str(t) for t in range(len(tasks))]
     else:
         raise TypeError(f"{argument}: expected a sequence, a 1-D tensor or a dict, got {type(losses).__name__}")
@@ -317,12 +321,13 @@ def read_losses(
         raise ValueError(f"{argument}: expected at most {MAX_TASKS} losses, got {len(tasks)}")
     if not may_be_absent and all(loss is None for loss in tasks):
         raise ValueError(f"{argument}: expected at least one loss, got {len(tasks)} times None")
+    expected = "a scalar tensor" if needs_graph else "a scalar tensor, a number"
     of = "loss" if argument == "losses" else f"{argument}: loss"
     for name, loss in zip(names, tasks, strict=True):
-        if loss is None:
+        if loss is None or (not needs_graph and isinstance(loss, Real) and not isinstance(loss, bool)):
             continue
         if not isinstance(loss, Tensor):
-            raise TypeError(f"{of} {name!r}: expected a scalar tensor or None, got {type(loss).__name__}")
+            raise TypeError(f"{of} {name!r}: expected {expected} or None, got {type(loss).__name__}")
         if not loss.is_floating_point():
             raise TypeError(f"{of} {name!r}: expected a floating-point tensor, got {loss.dtype}")
         if loss.dim() != 0:
@@ -334,12 +339,12 @@ def read_losses(
 
 
 def read_loss_values(
-    losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None] | None,
+    losses: LossValues | None,
     names: Sequence[str],
     present: Sequence[bool] | Tensor,
     method: Weighting,
     call: str,
-) -> list[Tensor | None] | None:
+) -> list[Tensor | float | None] | None:
     """The losses of these tasks, which are known by their gradients alone, for a method that needs them."""
     if losses is None:
         check_needs(method, call, {"losses": "pass losses=, those whose gradients were collected"})

@@ -144,6 +144,31 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         _SIXTEEN_BIT: (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2), Tile(16, 16, 32, 4, 1)),
         _FLOAT32: (Tile(32, 64, 16, 8, 2), Tile(32, 32, 16, 8, 2), Tile(16, 16, 16, 4, 1)),
     },
+    # low-rank deltas: columns are the rank's; of the gradients of A and B, rows are columns of x or of dY
+    "lora_shrink": {
+        _SIXTEEN_BIT: (
+            Tile(64, 64, 64, 4, 3),
+            Tile(64, 32, 64, 4, 3),
+            Tile(64, 16, 64, 4, 4),
+            Tile(32, 32, 64, 4, 4),
+            Tile(32, 16, 64, 4, 4),
+            Tile(16, 16, 128, 4, 4),
+        ),
+        _FLOAT32: (Tile(64, 32, 32, 4, 3), Tile(64, 16, 32, 4, 3), Tile(32, 16, 32, 4, 3), Tile(16, 16, 64, 4, 3)),
+    },
+    "lora_expand": {
+        _SIXTEEN_BIT: (Tile(64, 128, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2), Tile(16, 64, 32, 4, 2)),
+        _FLOAT32: (Tile(64, 64, 16, 4, 2), Tile(32, 64, 16, 4, 2), Tile(16, 64, 16, 4, 2)),
+    },
+    "lora_wgrad": {
+        _SIXTEEN_BIT: (
+            Tile(128, 64, 64, 4, 3),
+            Tile(128, 32, 64, 4, 3),
+            Tile(128, 16, 64, 4, 3),
+            Tile(64, 16, 64, 4, 4),
+        ),
+        _FLOAT32: (Tile(64, 32, 32, 4, 3), Tile(64, 16, 32, 4, 3), Tile(32, 16, 32, 4, 3)),
+    },
 }
 
 # The models of time below count in products of one processor: about 2100 in a clock of an H100 in 16 bits.
@@ -415,6 +440,38 @@ def pick_split_rows(tiles: int, rows: int, depth: int, operand: Tensor) -> int:
         return split
     splits = max(1, device_limits(operand.device).sms * BIAS_BLOCKS_PER_SM // max(tiles, 1))
     return _cdiv(max(_cdiv(rows, splits), WGRAD_MIN_SPLIT_ROWS), depth) * depth
+
+
+def pick_lora_wgrad(
+    columns: int, width: int, num_tasks: int, parts: int, rows: int, operand: Tensor
+) -> tuple[Tile, int]:
+    """Tile of the gradient of A or B, and the rows of a piece of a task; 0: a block takes a whole task.
+
+    Args:
+        columns: of x or of the incoming gradient.
+        width: the largest rank, filled up.
+        num_tasks, parts, rows, operand: as in `pick_wgrad`.
+    """
+    limits = device_limits(operand.device)
+
+    def blocks(tile: Tile) -> int:
+        return _cdiv(columns, tile.rows) * _cdiv(width, tile.cols)
+
+    def cost(tile: Tile) -> int:
+        return blocks(tile) * (tile.rows * tile.cols + LOAD_COST * (tile.rows + tile.cols))
+
+    tile = forced("lora_wgrad") or min(tiles_of("lora_wgrad", operand.dtype, limits.hopper), key=cost)
+    tile = _fitting(tile, limits.shared, operand.dtype.itemsize)
+    mode, split_rows = forced("mode"), forced("split_rows")
+    if mode == "walk" or (mode is None and split_rows is None and blocks(tile) * parts >= limits.sms):
+        return tile, 0
+    if split_rows is None:
+        # as many pieces as it takes to fill the device, and one more for each task, which is half full on average
+        pieces = max(1, min(_cdiv(limits.sms * WGRAD_WAVES[1], blocks(tile)), MAX_PIECES))
+        split_rows = _cdiv(max(_cdiv(rows, pieces), WGRAD_MIN_SPLIT_ROWS), tile.depth) * tile.depth
+        if mode is None and split_rows >= _cdiv(rows, parts) * 2:
+            return tile, 0
+    return tile, split_rows
 
 
 def pick_schedule(rows_per_task: int, channels_contiguous: bool) -> str:

@@ -62,7 +62,7 @@ def test_case_names_are_unique():
 def test_collect_filters_and_refuses():
     only = registry.collect(["surgery"], CPU, quick=True, pattern="coefficients")
     assert {case.op for case in only} == {"pcgrad_coefficients"}
-    with pytest.raises(ValueError, match="expected one of surgery, methods, step, conv, got 'speed'"):
+    with pytest.raises(ValueError, match="expected one of surgery, methods, step, conv, models, got 'speed'"):
         registry.collect(["speed"], CPU)
 
 

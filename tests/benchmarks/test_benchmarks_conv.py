@@ -13,7 +13,7 @@ from fastmtl.benchmarks.baselines import conv as conv_baselines
 from fastmtl.benchmarks.report import plots, report
 from fastmtl.benchmarks.runner import registry
 from fastmtl.benchmarks.runner.runner import Runner, Settings
-from fastmtl.benchmarks.suites import conv, conv_parts
+from fastmtl.benchmarks.suites import conv, conv_low_rank, conv_parts
 from fastmtl.benchmarks.suites.conv_shapes import LAYERS, Layer, Spec, gate_values, random_ids
 from fastmtl.ops import TaskPlan
 
@@ -52,6 +52,14 @@ PARTS = [
         conv_parts.batch_norm_case(3, 7, 4, 5, F32, direction=direction, layout=layout, sort=sort)
         for direction in ("forward", "both")
         for layout, sort in (("channels_last", False), ("NCHW", True))
+    ),
+    *(
+        conv_low_rank.lora_case(conv_low_rank.LoraSpec(MATRIX, 3, 7, **options))
+        for options in (
+            {"ranks": (3,)},
+            {"ranks": (2, 4), "direction": "forward", "sort": True},
+            {"ranks": (2, 4, 1), "packed": True, "train_weight": True},
+        )
     ),
     conv_parts.plan_case(4, (30,)),
     conv_parts.plan_case(4, (6, 5)),
@@ -229,7 +237,9 @@ def test_what_the_suite_has(device):
         "ours",
         "shared",
         "plain",
+        "dense",
         *conv_baselines.BASELINES,
+        *conv_low_rank.BASELINES,
     }
     quick = conv.cases(torch.device(device), quick=True)
     assert 5 <= len(quick) <= 20 and all(case.quick for case in quick)

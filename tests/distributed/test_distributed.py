@@ -405,6 +405,7 @@ def test_refuses_where_it_cannot_know(results, size):
         assert found.pop("grads"), "something was written"
         outside = found.pop("outside")
         assert outside.startswith("RuntimeError: fastmtl.backward: parameter '1.weight' of shape [2, 2] is in no Distr")
+        assert "find_unused_parameters=True, which returns a copy of each output" in found.pop("copies")
         assert found.pop("a number").endswith("process_group: expected a process group or None, got int")
         for error in found.values():
             assert _matches(unknown, error)

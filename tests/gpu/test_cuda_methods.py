@@ -88,10 +88,13 @@ def with_state() -> list[methods.Method]:
         methods.CRMOGM(methods.UPGrad(), momentum=0.5),
         methods.CRMOGM(methods.SDMGrad(0.1), momentum=0.5),
         pareto,
+        # none, but numbers by name that are kept on the device
+        methods.UPGrad(preferences={"d": 3.0, "a": 1.0, "b": 2.0, "c": 0.5}),
+        methods.SDMGrad(0.1, preferences={"d": 3.0, "a": 1.0, "b": 2.0, "c": 0.5}),
     ]
 
 
-@pytest.mark.parametrize("which", range(8))
+@pytest.mark.parametrize("which", range(10))
 def test_state_advances_in_a_captured_step(which: int) -> None:
     """Each replay goes on from what the one before it has left, and nothing waits for the host."""
     names = ["a", "b", "c", "d"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import fastmtl
+from fastmtl.ops import task_lora
 
 N, T, CLASSES = 8, 3, 5
 IDS = torch.tensor([0, 2, 1, 1, 0, 2, 2, 0])
@@ -70,6 +71,33 @@ class Lambda(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+
+class LowRank(nn.Module):
+    """`task_lora` with A and B marked per task: of two ranks in lists, or stacked.
+
+    bias: "shared", "per_task", or "derived": one per task, computed from a parameter that all share.
+    """
+
+    def __init__(self, bias: str = "shared", stacked: bool = False, ids: Tensor = IDS) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 6))
+        self.bias = nn.Parameter(torch.randn(*((T, 5) if bias == "per_task" else (5,))))
+        self.kind, self.ids = bias, ids
+        if stacked:
+            self.A, self.B = (nn.Parameter(torch.randn(T, *shape)) for shape in ((2, 6), (5, 2)))
+            fastmtl.mark_per_task([self.A, self.B])
+        else:
+            self.A = nn.ParameterList(torch.randn(r, 6) for r in (2, 1, 3))
+            self.B = nn.ParameterList(torch.randn(5, r) for r in (2, 1, 3))
+            fastmtl.mark_per_task([*self.A, *self.B])
+        self.scaling = fastmtl.mark_per_task(nn.Parameter(torch.randn(T)))
+        if bias == "per_task":
+            fastmtl.mark_per_task(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias.expand(T, 5) * torch.arange(1, T + 1)[:, None] if self.kind == "derived" else self.bias
+        return task_lora(x, self.weight, self.A, self.B, self.ids, scaling=self.scaling, bias=bias)
 
 
 class Residual(nn.Module):

@@ -719,6 +719,7 @@ def refuses_where_it_cannot_know(rank: int, size: int) -> Any:
         "optimizer": error(lambda: fastmtl.optim.PCGrad(optimizer)),
         "outside": error(lambda: fastmtl.backward(losses_of(ddp(x)), outside)),
         "a number": error(lambda: fastmtl.backward(losses_of(ddp(x)), process_group=1)),
+        "copies": error(lambda: by_features(DDP(net(), find_unused_parameters=True), rank, size, "fixed")),
         "grads": all(p.grad is None for m in (model, ddp) for p in m.parameters()),
     }
 

@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import math
@@ -123,8 +124,34 @@ def _flags(cxx: str) -> list[str]:
     return FLAGS if "clang" in Path(cxx).name else [*FLAGS, "-fno-gnu-unique"]
 
 
+@contextlib.contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Of several processes that want a build one makes it, and the others find it."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _units(sources: Sequence[Path], folder: Path) -> list[Path]:
+    """What is compiled as one, so that headers are read and templates made once: the kernels of a dtype with those for
+    groups, the solvers, the driver."""
+    units: dict[str, list[Path]] = {}
+    for source in sources:
+        name = source.stem.removeprefix("kernels_").removeprefix("groups_")
+        units.setdefault("solvers" if name in ("solve", "gradvac", "methods") else name, []).append(source)
+    for name, together in units.items():
+        (folder / f"{name}.cpp").write_text("".join(f'#include "{source}"\n' for source in together))
+    return [folder / f"{name}.cpp" for name in units]
+
+
 def build(how: Build) -> Path:
     """The shared library, compiled if its sources are not those of the last time."""
+    with _alone(how.name):
+        return _build(how)
+
+
+def _build(how: Build) -> Path:
     cxx = compiler()
     assert cxx is not None
     made = how.objects(cxx) if how.objects is not None else []
@@ -138,7 +165,7 @@ def build(how: Build) -> Path:
     work = FOLDER / f"{library.stem}.{os.getpid()}"
     work.mkdir(parents=True)
     # of two definitions of a function in a header the linker takes the first one
-    sources = [*((s, how.more_flags) for s in how.more_sources), *((s, how.flags) for s in how.sources)]
+    sources = [*((s, how.more_flags) for s in how.more_sources), *((s, how.flags) for s in _units(how.sources, work))]
     objects = [work / f"{source.stem}.o" for source, _ in sources]
     compiles = [
         [cxx, *_flags(cxx), *flags, *INCLUDE, "-x", "c++", "-c", str(source), "-o", str(target)]
@@ -164,6 +191,8 @@ def _loaded(how: Build) -> ctypes.CDLL:
         found.host_error.restype = ctypes.c_char_p
     if HOST / "ptx" / "ptx.cpp" in how.more_sources:
         found.ptx_entered.restype = found.ptx_launch.restype = ctypes.c_char_p
+    if HOST / "races.cpp" in how.more_sources:
+        found.races_sites.restype = ctypes.c_char_p
     return found
 
 
@@ -643,6 +672,12 @@ def faulty(fault: int, schedule: int = FORWARD) -> float:
 def ptx_entered() -> list[str]:
     """The kernels of PTX that ran since the last call, by their mangled names."""
     return library().ptx_entered().decode().split()
+
+
+def races_sites() -> set[tuple[str, int]]:
+    """The barriers, fences and atomics that ran since the last call, by the name of their file and their line."""
+    sites = (line.rpartition(":") for line in library().races_sites().decode().splitlines())
+    return {(Path(file).name, int(number)) for file, _, number in sites}
 
 
 def run_ptx(text: str, arguments: Sequence[Tensor], folder: Path, num_threads: int = 32) -> None:

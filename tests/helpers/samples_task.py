@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from cases import generator_of
+from cases_lora import SAMPLE_LORAS
 from cases_task import BF16, F32, F64, LAYOUTS, ConvCase, LinearCase, TaskCase, make_ids
 from torch import Tensor
 
@@ -72,6 +73,27 @@ def _linear_grad_samples(out: Callable[[tuple[int, ...]], Tensor] | None = None)
         samples.append((x, made.grad_out, order, offsets, *last))
     if out is None:
         samples += [(*samples[2], F32), (*samples[0], F64)]
+    return samples
+
+
+def _lora_samples() -> Samples:
+    return [case.op_arguments(case.make().leaves()) for case in SAMPLE_LORAS]
+
+
+def _lora_backward_samples() -> Samples:
+    """As `_backward_samples`."""
+    samples = []
+    for k, case in enumerate(SAMPLE_LORAS):
+        made = case.make()
+        args = case.op_arguments(made)
+        scaled, with_bias = args[5] is not None, made.bias is not None
+        wanted = [
+            [True, made.weight is not None, scaled, with_bias],
+            [True, False, scaled, False],
+            [False, made.weight is not None, False, with_bias],
+        ][k % 3]
+        count = len(args[2])
+        samples.append((made.grad_out, *args, wanted, list(range(count))[k % 2 :], list(range(count))[k % 3 :]))
     return samples
 
 
@@ -181,6 +203,8 @@ TASK_OPCHECK_SAMPLES: dict[str, Callable[[], Samples]] = {
     "task_linear_backward": lambda: _backward_samples(_SAMPLE_LINEARS),
     "task_linear_weight_grad": _linear_grad_samples,
     "task_linear_weight_grad_out": lambda: _linear_grad_samples(_bank_rows),
+    "task_lora": _lora_samples,
+    "task_lora_backward": _lora_backward_samples,
     "task_scale_shift": _scale_samples,
     "task_scale_shift_backward": _scale_backward_samples,
 }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <map>
+#include <set>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -73,7 +74,8 @@ struct State {
   std::string (*describe)(const void*) = offset_of;
   std::string skipped_file;
   int skipped_line = 0;
-  bool equal_writes = false;  // are allowed
+  std::set<std::pair<const char*, int>> sites;  // that ran, by file and line
+  bool equal_writes = false;                    // are allowed
 };
 
 State& state() {
@@ -231,6 +233,7 @@ void warp_barrier() { state().warp_barrier[machine.current / kWarp] = ++state().
 void describe_by(std::string (*describe)(const void*)) { state().describe = describe; }
 
 bool skipped(const char* file, int line) {
+  state().sites.emplace(file, line);
   return line == state().skipped_line && std::string(file).ends_with(state().skipped_file);
 }
 
@@ -241,6 +244,17 @@ extern "C" {
 void races_skip(const char* file, int64_t line) {
   cuda_on_host::races::state().skipped_file = file;
   cuda_on_host::races::state().skipped_line = static_cast<int>(line);
+}
+
+// The barriers, fences and atomics that ran since the last call, as lines of "file:line".
+const char* races_sites() {
+  static std::string found;
+  found.clear();
+  for (const auto& [file, line] : cuda_on_host::races::state().sites) {
+    found += std::string(file) + ":" + std::to_string(line) + "\n";
+  }
+  cuda_on_host::races::state().sites.clear();
+  return found.c_str();
 }
 
 // --- what gcc's -fsanitize=thread calls before each access

@@ -48,7 +48,8 @@ void barrier();  // all threads of the block that are left have come
 void warp_barrier();
 // what an error says of `where`
 void describe_by(std::string (*describe)(const void* where));
-// To see whether faults are found, tests leave out one barrier or fence, or make one atomic relaxed.
+// To see whether faults are found, tests leave out one barrier or fence, or make one atomic relaxed; they ask by
+// `races_sites` which cases run it at all.
 bool skipped(const char* file, int line);
 
 #else

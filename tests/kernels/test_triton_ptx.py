@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import cases
+import cases_lora
 import host_kernels as host
 import pytest
 import torch
 from cases import BankCase, ListCase
+from cases_lora import LoraCase
 from cases_task import (
     BF16,
     F16,
@@ -138,6 +140,21 @@ PACKED = ConvCase(n=5, cin=3, cout=20, size=(6, 7), stride=2, gate="values", bia
 LINEAR = LinearCase(leading=(3, 50), cin=70, cout=36, gate="values", bias="per_task", delta="nones")
 
 
+def check_lora(case: LoraCase, **forced: Any) -> None:
+    """The result and every gradient."""
+    made, want = case.make().leaves(), cases_lora.expected(case)
+    tolerance = SLACK[case.dtype] * cases_lora.tolerance_of(case.dtype)
+    with configs.force(**forced):
+        y = case.run(made)
+        cases_lora.assert_result(case, y, want, tolerance)
+        cases_lora.assert_gradients(case, made, cases_lora.gradients(y, made), want, tolerance=tolerance)
+
+
+# ranks and columns that no tile divides, and that 16 bytes do; several steps of each sum
+LORA = LoraCase(leading=(5, 40), cin=150, cout=70, ranks=(3, 0, 20), num_tasks=3, scaling="values", bias="per_task")
+LORA_EIGHTS = LoraCase(leading=(200,), cin=136, cout=72, factors="stacked", ranks=(8,), scaling="zeros", ids="absent")
+
+
 def check_plan(ids_dtype: torch.dtype, num_ids: int, num_tasks: int) -> None:
     ids = torch.randint(-1, num_tasks + 1, (num_ids,)).to(ids_dtype)
     for x, y in zip(plans.task_plan(ids, num_tasks), task_reference.task_plan(ids, num_tasks), strict=True):
@@ -185,6 +202,10 @@ def _cases() -> Iterator[tuple[str, torch.dtype | None, Callable[[], None]]]:
         yield f"conv-strided-{d}", dtype, bind(check_layer, CONV.but(dtype=dtype, x_layout="contiguous", stride=(2, 1)))
         yield f"conv-packed-walk-{d}", dtype, bind(check_layer, PACKED.but(dtype=dtype), **STAGED)
         yield f"conv-packed-split-{d}", dtype, bind(check_layer, PACKED.but(dtype=dtype), **FUSED)
+        for name, lora in (("odd", LORA), ("eights", LORA_EIGHTS)):
+            yield f"lora-{name}-walk-{d}", dtype, bind(check_lora, lora.but(dtype=dtype), mode="walk")
+            split = {"mode": "split", "split_rows": 64}
+            yield f"lora-{name}-split-{d}", dtype, bind(check_lora, lora.but(dtype=dtype), **split)
         yield f"linear-staged-{d}", dtype, bind(check_layer, LINEAR.but(dtype=dtype), **STAGED)
         yield f"linear-fused-{d}", dtype, bind(check_layer, LINEAR.but(dtype=dtype), **FUSED)
         for name, layout in (("nchw", torch.contiguous_format), ("nhwc", torch.channels_last)):

@@ -487,7 +487,7 @@ def test_bad_arguments() -> None:
         (lambda: MoCo(projection="max"), ValueError, "projection: expected 'simplex' or 'softmax', got 'max'"),
         (lambda: ExcessMTL(0.0), ValueError, "step_size: expected a positive number, got 0.0"),
         (lambda: ExcessMTL(warmup=0), ValueError, "warmup: expected an integer from 1, got 0"),
-        (lambda: ExcessMTL(warmup=1.5), ValueError, "warmup: expected an integer from 1, got 1.5"),
+        (lambda: ExcessMTL(warmup=1.5), TypeError, "warmup: expected an integer, got float"),
     ):
         with pytest.raises(error, match=match):
             call()

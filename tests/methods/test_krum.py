@@ -95,9 +95,9 @@ def test_what_is_not_finite_shows(backend: Backend) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="byzantine: expected a whole number from 0, got -1"):
+    with pytest.raises(ValueError, match="byzantine: expected an integer from 0, got -1"):
         methods.Krum(-1)
-    with pytest.raises(ValueError, match="selected: expected a whole number from 1, got 0"):
+    with pytest.raises(ValueError, match="selected: expected an integer from 1, got 0"):
         methods.Krum(1, 0)
     with pytest.raises(TypeError, match="byzantine: expected an integer, got float"):
         methods.Krum(1.0)

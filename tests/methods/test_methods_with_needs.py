@@ -211,7 +211,7 @@ def test_crmogm_saves_the_state_of_the_method_too():
     fresh = methods.CRMOGM(methods.MoDo(0.1), momentum=0.5)
     assert torch.equal(method.weigh(m, seen), fresh.weigh(m, seen))
     assert method.needs == {"second_batch"} and methods.CRMOGM(methods.Sum()).needs == frozenset()
-    with pytest.raises(ValueError, match="expected that of CRMOGM, average and method, got names"):
+    with pytest.raises(ValueError, match="expected that of CRMOGM, average, method, got names"):
         method.load_state_dict({"names": []})
     with pytest.raises(TypeError, match="method CRMOGM: needs the task gradients of a second"):
         method.weights(m)
@@ -405,13 +405,13 @@ def test_paretomtl_refuses():
     ):
         with pytest.raises(kind, match=text):
             methods.ParetoMTL(vectors, 0)
-    with pytest.raises(ValueError, match=r"index: expected 0\.\.4, got 5"):
+    with pytest.raises(ValueError, match=r"index: expected an integer from 0 to 4, got 5"):
         methods.ParetoMTL(CIRCLE, 5)
-    with pytest.raises(TypeError, match="index: expected an int, got float"):
+    with pytest.raises(TypeError, match="index: expected an integer, got float"):
         methods.ParetoMTL(CIRCLE, 1.0)
-    with pytest.raises(ValueError, match="max_start_steps: expected a number from 0, got -1"):
+    with pytest.raises(ValueError, match="max_start_steps: expected an integer from 0, got -1"):
         methods.ParetoMTL(CIRCLE, 1, max_start_steps=-1)
-    with pytest.raises(TypeError, match="max_start_steps: expected an int or None, got float"):
+    with pytest.raises(TypeError, match="max_start_steps: expected an integer, got float"):
         methods.ParetoMTL(CIRCLE, 1, max_start_steps=1.5)
     with pytest.raises(ValueError, match="preferences: expected vectors of 3 tasks, got 2"):
         methods.ParetoMTL(CIRCLE, 1).weigh(torch.eye(3), everywhere(3, losses=torch.ones(3, dtype=F64)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fastmtl
 from fastmtl import methods, ops
 from fastmtl.analysis import first_order_affinity
+from fastmtl.methods.state import StatefulMethod
 
 
 def net() -> nn.ModuleDict:
@@ -70,16 +71,83 @@ def test_an_average_of_reused_weights() -> None:
         methods.CRMOGM(methods.Every(methods.MGDA(), 4))
 
 
+def test_reused_weights_of_reused_weights() -> None:
+    with pytest.raises(TypeError, match=r"got Every\(MGDA\(\), 4\): write one Every, with the product of both k"):
+        methods.Every(methods.Every(methods.MGDA(), 4), 2)
+
+
+def test_a_method_of_ones_own_that_lacks_its_half() -> None:
+    class Plain(methods.Method):
+        pass
+
+    class WithState(StatefulMethod):
+        pass
+
+    class Whole(methods.Method):
+        needs = frozenset({"gradients"})
+
+    model = net()
+    for kind, text in (
+        (Plain, r"method Plain: has no _weights\(gram, present\), which a subclass implements"),
+        (WithState, r"method WithState: has no _weigh\(gram, seen, present\), which a subclass implements"),
+        (Whole, r"method Whole: has no update\(rows, out, seen\), which a subclass implements"),
+    ):
+        with pytest.raises(NotImplementedError, match=text):
+            fastmtl.backward(losses(model), model, method=kind())
+    assert all(p.grad is None for p in model.parameters())
+
+
+GRAMIAN = [kind for kind in methods.names.CLASSES if not kind().needs]
+
+
+@pytest.mark.parametrize("kind", GRAMIAN, ids=lambda kind: kind.__name__)
+def test_a_derived_method_is_asked_for_its_own_weights(kind: type[methods.Method]) -> None:
+    """By hand, in a step, in groups and in other methods; `super()` is what its base has."""
+    own = "_weigh" if issubclass(kind, StatefulMethod) else "_weights"
+
+    class Doubled(kind):  # type: ignore[misc, valid-type]
+        pass
+
+    setattr(Doubled, own, lambda self, *given: 2 * getattr(super(Doubled, self), own)(*given))
+    gram, here = torch.tensor([[2.0, -1.0, 0.5], [-1.0, 1.0, 0.0], [0.5, 0.0, 3.0]]), torch.tensor([True, False, True])
+    for present in (None, here):
+        torch.manual_seed(0)
+        want = 2 * kind().weights(gram, present=present)
+        torch.manual_seed(0)
+        assert torch.equal(Doubled().weights(gram, present=present), want)
+    model = net()
+    for options in ({}, {"groups": "layer"}):
+        torch.manual_seed(0)
+        want = 2 * fastmtl.backward(losses(model), model, method=kind(), **options).weights
+        torch.manual_seed(0)
+        found = fastmtl.backward(losses(model), model, method=Doubled(), **options).weights
+        torch.testing.assert_close(found, want)
+    seen = methods.Seen(["0", "1", "2"], [True] * 3)
+    torch.manual_seed(0)
+    want = 2 * kind().weigh(gram, seen)
+    torch.manual_seed(0)
+    torch.testing.assert_close(methods.CRMOGM(Doubled(), 0.0).weigh(gram, seen), want)
+
+
+def test_a_function_is_called_by_its_name() -> None:
+    def halves(gram: Tensor) -> list[float]:
+        return [0.5] * len(gram)
+
+    model = net()
+    with pytest.raises(TypeError, match=r"^method test_a_function.*halves: expected a tensor of 3 weights, got list$"):
+        fastmtl.backward(losses(model), model, method=halves)  # type: ignore[arg-type]
+
+
 def test_options_that_are_no_numbers() -> None:
-    with pytest.raises(TypeError, match="UPGrad: expected numbers, got list; preferences go by name"):
+    with pytest.raises(TypeError, match="reg_eps: expected a number, got list; preferences go by name, preferences="):
         methods.UPGrad([1.0, 1.0])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="CAGrad: expected numbers, got str"):
+    with pytest.raises(TypeError, match="c: expected a number, got str"):
         methods.CAGrad("a")  # type: ignore[arg-type]
 
 
 def test_preferences_of_another_length() -> None:
     seen = methods.Seen(["a", "b", "c"], [True] * 3, second=torch.eye(3, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"preferences: expected shape \[3\], got \[2\]"):
+    with pytest.raises(ValueError, match=r"preferences: expected 3 numbers, one for each task, got 2"):
         methods.SDMGrad(preferences=[1.0, 2.0]).weigh(torch.eye(3), seen)
 
 

@@ -193,7 +193,7 @@ def test_bad_arguments() -> None:
         methods.PCD([0.1])
     with pytest.raises(ValueError, match=r"tau\['a'\]: expected a number from 0 to 1, got -1"):
         methods.PCD({"a": -1.0})
-    with pytest.raises(ValueError, match="beta: expected a number from 0, below 1, got 1"):
+    with pytest.raises(ValueError, match="beta: expected a number from 0 to below 1, got 1"):
         methods.PCD(0.1, 1.0)
     with pytest.raises(ValueError, match="eps: expected a number from 0, got -1"):
         methods.PCD(eps=-1.0)

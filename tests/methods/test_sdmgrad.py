@@ -137,6 +137,15 @@ def test_state_is_saved_and_loaded(backend: Backend) -> None:
     assert torch.equal(method.weigh(g @ g.mT, seen_of(g @ other.mT)), fresh) and not torch.equal(fresh, expected)
 
 
+def test_a_step_that_overflows_shows_and_is_not_kept(backend: Backend) -> None:
+    """Its weights were zeros, and these were kept."""
+    method, one = methods.MoDo(gamma=1e10), torch.eye(2, dtype=F64)
+    before = method.weigh(one, seen_of(one))
+    second = torch.tensor([[1e200, -1e308], [1e308, 1e200]], dtype=F64)
+    assert method.weigh(one, seen_of(second)).isnan().all()
+    assert torch.equal(method.state_dict()["weights"], before)
+
+
 def test_what_is_not_finite_shows_and_is_not_kept(backend: Backend) -> None:
     method = methods.SDMGrad()
     g, other = two_batches(3)
@@ -183,9 +192,9 @@ def test_backward_hands_it_two_batches() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="lr: expected a positive number, got 0"):
         methods.SDMGrad(0.0)
-    with pytest.raises(ValueError, match="momentum: expected a number from 0, below 1, got 1"):
+    with pytest.raises(ValueError, match="momentum: expected a number from 0 to below 1, got 1"):
         methods.SDMGrad(momentum=1.0)
-    with pytest.raises(ValueError, match="steps: expected a whole number from 1 to 10000, got 0"):
+    with pytest.raises(ValueError, match="steps: expected an integer from 1 to 10000, got 0"):
         methods.SDMGrad(steps=0)
     with pytest.raises(ValueError, match="lambda_: expected a number from 0, got -1"):
         methods.SDMGrad(lambda_=-1.0)

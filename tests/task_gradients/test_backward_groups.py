@@ -323,6 +323,18 @@ def test_what_is_not_finite_stays_in_its_group():
     assert finite == [True, True, True, False]
 
 
+def test_layers_without_parameters_are_no_groups():
+    """`list(model.trunk)` has activations too."""
+    net, x = make()
+    surgery = fastmtl.backward(net.losses(x), net, method=PCGRAD, groups=list(net.trunk))
+    found = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    assert surgery.groups == tuple(str(i) for i, layer in enumerate(net.trunk) if any(True for _ in layer.parameters()))
+    assert len(surgery.groups) < len(net.trunk)
+    fastmtl.backward(net.losses(x), net, method=PCGRAD, groups="layer")
+    assert all(torch.equal(g, p.grad) for g, p in zip(found, net.parameters(), strict=True))
+
+
 def test_bad_groups():
     net, x = make()
     h = net.trunk(x)
@@ -334,16 +346,25 @@ def test_bad_groups():
 
     for groups, error, match in (
         ("layers", ValueError, "expected 'layer', 'tensor' or groups of parameters, got 'layers'"),
-        (3, TypeError, "expected 'layer', 'tensor' or groups of parameters, got int"),
+        (3, TypeError, "expected 'layer', 'tensor' or groups of parameters .*, got int"),
         ([], ValueError, "at least one group, got none"),
         (
             [net.trunk[0]],
             ValueError,
             r"parameter 'trunk.2.weight' of shape \[6, 6\] is shared, and in none of the groups",
         ),
-        ([net.trunk, [w]], ValueError, r"of shape \[6, 4\] is in two of them, '0' and '1'"),
-        ({"a": net.trunk, "b": [w]}, ValueError, "is in two of them, 'a' and 'b'"),
+        (
+            [net.trunk, [w]],
+            ValueError,
+            r"groups: parameter 'trunk.0.weight' .* in groups\[0\] and in groups\[1\]",
+        ),
+        ({"a": net.trunk, "b": [w]}, ValueError, r"'trunk.0.weight' .* is in groups\['a'\] and in groups\['b'\]"),
         ([net.trunk, []], ValueError, r"groups\[1\]: expected at least one parameter"),
+        ([net.trunk, [torch.ones(3)]], ValueError, r"groups\[1\]\[0\]: expected a parameter, got another tensor"),
+        ([net.trunk, [x.requires_grad_()]], ValueError, r"groups\[1\]\[0\]: expected a parameter, got another tensor"),
+        ({1: net.trunk, "1": net.heads}, ValueError, r"groups: expected different names, got \[1, '1'\]"),
+        ([nn.Tanh(), nn.ReLU()], ValueError, "groups: expected groups of parameters, got modules without any"),
+        (net.trunk.children(), TypeError, r"a list of modules or of lists, or a dict of them.*, got generator"),
         ([net.trunk, 3], TypeError, r"groups\[1\]: expected a module or an iterable of parameters, got int"),
     ):
         refuses(call(groups), error, match, net)

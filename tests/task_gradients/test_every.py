@@ -703,10 +703,10 @@ def test_called_on_gradients():
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ((methods.Sum(), 0), ValueError, "k: expected at least 1, got 0"),
-        ((methods.Sum(), -3), ValueError, "k: expected at least 1, got -3"),
-        ((methods.Sum(), 2.0), TypeError, "k: expected an int, got float"),
-        ((methods.Sum(), True), TypeError, "k: expected an int, got bool"),
+        ((methods.Sum(), 0), ValueError, "k: expected an integer from 1, got 0"),
+        ((methods.Sum(), -3), ValueError, "k: expected an integer from 1, got -3"),
+        ((methods.Sum(), 2.0), TypeError, "k: expected an integer, got float"),
+        ((methods.Sum(), True), TypeError, "k: expected an integer, got bool"),
         ((methods.Sum, 2), TypeError, "got the class Sum"),
         (("nothing", 2), ValueError, "method: expected one of .* got 'nothing'"),
         ((3, 2), TypeError, "got int"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -299,7 +300,16 @@ def test_a_bank_takes_losses_and_a_second_bank(net, x, other):
     method = Recorder("losses", "second_batch")
     losses = [4 * loss for loss in net.losses(x)]
     second = filled(net, other, scale=4.0)
-    for given in (losses, dict(zip("cba", losses[::-1], strict=True)), torch.stack(losses)):
+    numbers = [float(loss.detach()) for loss in losses]
+    by_name = dict(zip("cba", losses[::-1], strict=True))
+    for given in (
+        losses,
+        by_name,
+        torch.stack(losses),
+        numbers,
+        np.array(numbers, np.float32),
+        {**by_name, "a": numbers[0]},
+    ):
         net.zero_grad()
         method.reset()
         bank = filled(net, x, scale=4.0)
@@ -340,7 +350,7 @@ def test_what_a_bank_refuses(net, x):
         ({"losses": losses[:2], "second": second}, ValueError, r"losses: expected those of .* \['a', 'b', 'c'\], got"),
         ({"losses": {"a": losses[0]}, "second": second}, ValueError, r"losses: expected those .* got \['a'\]"),
         ({"losses": [*losses[:2], None], "second": second}, ValueError, "losses: expected a loss of task 'c'"),
-        ({"losses": [1.0] * 3, "second": second}, TypeError, "expected a scalar tensor or None, got float"),
+        ({"losses": [True] * 3, "second": second}, TypeError, "expected a scalar tensor, a number or None, got bool"),
         ({"losses": losses, "second": bank}, ValueError, "second: expected another bank"),
         ({"losses": losses, "second": 1}, TypeError, "second: expected a GradientBank or None, got int"),
         ({"losses": losses, "second": foreign}, ValueError, "second: expected a bank of the same parameters"),

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
-import types
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases_one_pass import IDS, MODELS, N, T, assert_rows, cross_entropy, expected_rows, make, of, one_pass_bank
+from cases_one_pass import (
+    IDS,
+    MODELS,
+    LowRank,
+    N,
+    T,
+    assert_rows,
+    cross_entropy,
+    expected_rows,
+    make,
+    of,
+    one_pass_bank,
+)
 from torch import Tensor, nn
 
 import fastmtl
-from fastmtl.task_gradients.one_pass.layers import task_norm
-from fastmtl.task_gradients.one_pass.sample_axis import PerSample
-from fastmtl.task_gradients.one_pass.task_ids import TaskIds
-from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 
 ORDER = torch.tensor([[0, 1, 2], [2, 1, 0], [1, 0, 2]])
 pcgrad = fastmtl.methods.PCGrad(order=ORDER)
@@ -350,6 +357,27 @@ def test_task_layers(per_task_bias: bool, memory: str) -> None:
         torch.testing.assert_close(g, h)
 
 
+@pytest.mark.parametrize("memory", ["bank", "stream"])
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("bias", ["shared", "per_task", "derived"])
+def test_low_rank_deltas(bias: str, stacked: bool, memory: str) -> None:
+    """W and a bias that all tasks share are in the bank; A, B, scalings and biases of tasks are not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LowRank(bias, stacked), nn.Tanh(), nn.Flatten(), nn.Linear(20, 5)).double()
+    x = torch.randn(N, 4, 6, dtype=torch.float64)
+    losses = cross_entropy(model(x))
+    want = _by_backward(model, [losses[of(t)].sum() for t in range(T)])
+    model.zero_grad()
+    with fastmtl.one_pass(model, IDS, T, memory=memory) as bank:
+        cross_entropy(model(x)).sum().backward()
+    in_bank = {id(p) for p in bank.params}
+    held = {n for n, p in model[0].named_parameters() if id(p) in in_bank}
+    assert held == ({"weight"} if bias == "per_task" else {"weight", "bias"})
+    bank.apply(pcgrad)
+    for g, h in zip(_grads(model), want, strict=True):
+        torch.testing.assert_close(g, h)
+
+
 class SharedAffine(nn.Module):
     """Statistics by task, and a scale and a shift that all tasks share."""
 
@@ -398,6 +426,16 @@ def test_batch_norm_by_task(kind: str, memory: str) -> None:
         torch.testing.assert_close(g, h)
 
 
+def test_low_rank_factors_in_the_bank_are_refused() -> None:
+    model, x = LowRank().double(), _x()
+    model.A[1] = nn.Parameter(model.A[1].detach().clone())
+    with (
+        pytest.raises(ValueError, match=r"task_lora.*what belongs to single tasks is in the bank"),
+        fastmtl.one_pass(model, IDS, T),
+    ):
+        cross_entropy(model(x)).sum().backward()
+
+
 def test_batch_norm_by_other_tasks_is_refused() -> None:
     torch.manual_seed(0)
     model = _normed(fastmtl.nn.TaskBatchNorm2d(4, T))
@@ -409,7 +447,7 @@ def test_batch_norm_by_other_tasks_is_refused() -> None:
         return bank
 
     mixed = IDS.roll(1)
-    with pytest.raises(ValueError, match=r"(?s)batch norm in training mode.*TaskBatchNorm2d"):
+    with pytest.raises(ValueError, match="batch norm by task takes its statistics over samples of several tasks"):
         step(mixed)
     step(mixed, mixing="partition")
     # the names of the tasks may be others, as long as no statistics are of two
@@ -417,30 +455,6 @@ def test_batch_norm_by_other_tasks_is_refused() -> None:
     # given statistics are of no sample
     model.eval()
     step(mixed)
-
-
-def test_where_nobody_may_wait_statistics_of_several_tasks_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: the guard of a batch norm by task, without its check on the host."""
-    ids = TaskIds(IDS, T, ("ids",))
-    x = torch.randn(N, 2, 3, dtype=torch.float64)
-
-    def run(plan_ids: Tensor, partition: bool) -> tuple[Tensor, Tensor, Tensor]:
-        tracker = types.SimpleNamespace(
-            partition=partition, axis_of=lambda _: PerSample(0, ids), run=lambda func, args, kwargs: func(*args)
-        )
-        plan = fastmtl.ops.task_plan(plan_ids, T)
-        args = [x, [], [], [], [], plan.order, plan.offsets, 1e-5]
-        call = TorchCall(task_norm.NAME, torch.ops.fastmtl.task_batch_norm.default, args, {}, tracker.axis_of)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            return task_norm.run_task_norm(tracker, call)
-
-    for out in run(IDS, False):
-        assert out.isfinite().all()
-    for out in run(IDS.roll(1), False):
-        assert out.isnan().all()
-    for out in run(IDS.roll(1), True):
-        assert out.isfinite().all()
 
 
 def test_partition_accepts_batch_statistics() -> None:

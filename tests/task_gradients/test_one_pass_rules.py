@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmtl.ops import task_batch_norm, task_conv2d, task_linear, task_lora, task_plan, task_scale_shift
 from fastmtl.task_gradients.one_pass.sample_axis import (
     Constant,
     MixedSamples,
@@ -99,6 +100,8 @@ def _weight(*shape: int) -> Tensor:
 
 # op, shape (the samples have size N), the axes that may carry them, and what is known of the result
 LABELS = torch.tensor([0, 1, 2, 0])
+OF_TASKS = torch.tensor([1, 0, 0, 1])
+PLAN = task_plan(OF_TASKS, 2)
 TOKENS = LABELS.repeat(5)
 CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], type[SampleAxis]]] = {
     "relu": (torch.relu, (4, 3), (0,), PerSample),
@@ -138,6 +141,37 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], typ
     "repeat front": (lambda x: x.repeat(3, 1, 1), (4, 3), (0,), PerSample),
     "tile": (lambda x: x.tile(3), (4, 3), (0,), PerSample),
     "repeat_interleave": (lambda x: x.repeat_interleave(2, 0), (4, 3), (0,), PerSample),
+    "repeat_interleave of ids": (lambda x: x.repeat_interleave(3), (4,), (0,), PerSample),
+    "repeat_interleave flat": (lambda x: x.repeat_interleave(3), (4, 2), (0,), Unknown),
+    "task_linear": (
+        lambda x: task_linear(x, _weight(5, 3), [_weight(5, 3), None], OF_TASKS), (4, 2, 3), (0,), PerSample
+    ),
+    "task_linear by samples": (
+        lambda x: task_linear(x, None, x[:, None].expand(-1, 2, -1) * 1, torch.arange(4)), (4, 3), (0,), Unknown
+    ),
+    "task_linear of others": (
+        lambda x: task_linear(_weight(4, 3), None, x[:, None].expand(-1, 2, -1) * 1, torch.arange(4)), (4, 3), (0,),
+        Unknown,
+    ),
+    "task_linear turned": (lambda x: task_linear(x, None, _weight(2, 5, 3), PLAN), (4, 4, 3), (1,), Unknown),
+    "task_conv2d": (
+        lambda x: task_conv2d(x, None, _weight(2, 5, 3, 2, 2), OF_TASKS), (4, 3, 3, 3), (0,), PerSample
+    ),
+    "task_lora": (
+        lambda x: task_lora(x, _weight(5, 3), _weight(2, 2, 3), _weight(2, 5, 2), OF_TASKS), (4, 3), (0,), PerSample
+    ),
+    "task_scale_shift": (
+        lambda x: task_scale_shift(x, _weight(2, 3), _weight(2, 3), OF_TASKS), (4, 3, 2), (0,), PerSample
+    ),
+    "task_batch_norm, eval": (
+        lambda x: task_batch_norm(
+            x, OF_TASKS, running_mean=_weight(2, 3), running_var=_weight(2, 3), training=False
+        ), (4, 3, 2), (0,), PerSample,
+    ),
+    # in these tests each sample is its own task
+    "task_batch_norm": (
+        lambda x: task_batch_norm(x, torch.arange(4), _weight(4, 3), training=True), (4, 3, 2), (0,), PerSample
+    ),
     "repeat_interleave other": (lambda x: x.repeat_interleave(2, 1), (4, 3), (0,), PerSample),
     "sum": (lambda x: x.sum(), (4, 3), (0, ), SampleSum),
     "sum samples": (lambda x: x.sum(0), (4, 3), (0,), SampleSum),

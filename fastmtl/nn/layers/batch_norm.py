@@ -163,6 +163,14 @@ class TaskBatchNorm2d(TaskModule):
             for child, held in self.containers().items()
         )
 
+    def added(self, task: int | str) -> int:
+        if not self.changed(task):
+            return 0
+        return sum(x.numel() for child, x in self.part(task).items() if child != "num_batches_tracked")
+
+    def plain_size(self) -> int:
+        return sum(self._first(child).numel() for child in self.containers() if child in _PARAMETERS)
+
     def merged(self, task: int | str, memo: dict[int, Any] | None = None) -> nn.BatchNorm2d:
         name = self.task_name(task)
         options = self.eps, self.momentum, self.affine, self.track_running_stats

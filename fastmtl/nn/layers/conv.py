@@ -135,14 +135,17 @@ class TaskConv2d(TaskLayer):
         if self.rank is None:
             return task_conv2d(x, self.weight if self.shared else None, **self._of_tasks(plan), **geometry)
         assert self.A is not None and self.B is not None
+        if self.gate is not None:
+            # a closed gate must hide what is behind it, also a NaN, and still get a gradient: the dense delta's op does
+            halves = [(getattr(self.A, name), getattr(self.B, name), name) for name in self.tasks]
+            delta = [self._product(*half) * self.scaling for half in halves]
+            gate, bias = self._gates(plan), self._biases(plan)
+            return task_conv2d(x, self.weight, delta, plan, gate=gate, bias=bias, **geometry)
         down = equal_ranks([getattr(self.A, name) for name in self.tasks], 0)
         up = equal_ranks([getattr(self.B, name) for name in self.tasks], 1)
         y = task_conv2d(x, self.weight, None, plan, bias=self._biases(plan), **geometry)
         low = task_conv2d(task_conv2d(x, None, down, plan, **geometry), None, up, plan)
-        scaling = self._scalings(plan)
-        if isinstance(scaling, Tensor):
-            scaling = scaling[plan.task_ids].view(-1, 1, 1, 1).to(low.dtype)
-        return y + (low if scaling is None else low * scaling)
+        return y + (low if self.scaling == 1 else low * self.scaling)
 
     def _shapes_of_rank(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, *self._shape[1:]), (self._shape[0], rank, 1, 1)

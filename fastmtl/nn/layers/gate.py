@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 
 class TapsGate(nn.Module):
@@ -45,6 +48,42 @@ class TapsGate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold:g}, start={self.start:g}"
+
+
+class _ScaledByGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return torch.where(gate == 0, 0, x * gate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, gate = ctx.saved_tensors
+        of_x = torch.where(gate == 0, 0, grad * gate) if ctx.needs_input_grad[0] else None
+        return of_x, (grad * x).sum_to_size(gate.shape) if ctx.needs_input_grad[1] else None
+
+
+def scaled_by_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """`x * gate`; where a gate is exactly 0, x is not read, and gets no gradient other than zero.
+
+    Args:
+        x: of any shape.
+        gate: broadcasts to x. Its gradient is that of the product, also where it is 0.
+    """
+    if not torch.compiler.is_compiling() and has_torch_function_variadic(x, gate):
+        # a mode (one_pass follows a batch by one) sees this call, and not what an autograd.Function does
+        return handle_torch_function(scaled_by_gate, (x, gate), x, gate)
+    if (
+        gate.dim() == 0
+        and gate.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and float(gate.detach()) != 0
+    ):
+        return x * gate
+    if torch.overrides.has_torch_function((x, gate)):
+        # one_pass sees a function by its name, and none that is an autograd.Function
+        return torch.overrides.handle_torch_function(scaled_by_gate, (x, gate), x, gate)
+    return _ScaledByGate.apply(x, gate)
 
 
 def finite(value: float, argument: str) -> float:

@@ -14,7 +14,7 @@ from fastmtl.nn.layers.weights import Rank, TaskLayer, check_plain, low_rank_lin
 from fastmtl.ops import task_linear
 
 
-def _must_run(layer: nn.Module, args: Any) -> None:
+def must_run(layer: nn.Module, args: Any) -> None:
     """A hook that does nothing: torch's fused Transformer layers read `weight` past a forward that has none."""
 
 
@@ -73,7 +73,7 @@ class TaskLinear(TaskLayer):
             per_task_bias=per_task_bias, device=device, dtype=dtype,
         )  # fmt: skip
         self.in_features, self.out_features = in_features, out_features
-        self.register_forward_pre_hook(_must_run)
+        self.register_forward_pre_hook(must_run)
 
     @classmethod
     def from_layer(cls, layer: nn.Linear, tasks: Tasks, **options: Any) -> TaskLinear:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +12,10 @@ from torch import Tensor, nn
 
 from fastmtl.core.task_weights import TaskPlan
 from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
+from fastmtl.nn.layers.linear import must_run
+from fastmtl.nn.layers.scale_shift import scale_shift_of_last
 from fastmtl.nn.layers.weights import check_plain
 from fastmtl.nn.module import TaskModule, as_parameter
-from fastmtl.ops import task_scale_shift
 
 
 class _TaskNorm(TaskModule):
@@ -20,6 +23,9 @@ class _TaskNorm(TaskModule):
 
     weight: TaskParameters | None
     bias: TaskParameters | None
+    # the norm of a library that this one was made of, if its class is its own; in a tuple, so that it is no child
+    _library: tuple[nn.Module, ...] = ()
+    channels_first = False
 
     def __init__(
         self, shape: int | list[int] | tuple[int, ...] | torch.Size, tasks: Tasks, eps: float | None, affine: bool,
@@ -31,6 +37,7 @@ class _TaskNorm(TaskModule):
         # what a new task begins with: the values of the plain layer
         self.register_buffer("_scale", torch.ones(self.normalized_shape, device=device, dtype=dtype), persistent=False)
         self.register_buffer("_shift", torch.zeros_like(self._scale), persistent=False)
+        self.register_forward_pre_hook(must_run)
         self.register_module("weight", TaskParameters() if affine else None)
         self.register_module("bias", TaskParameters() if affine and bias else None)
         self._start_tasks()
@@ -42,8 +49,8 @@ class _TaskNorm(TaskModule):
 
     def _take(self, layer: nn.Module) -> Any:
         for buffer, param in (("_scale", layer._parameters["weight"]), ("_shift", layer._parameters.get("bias"))):
-            if param is not None:
-                setattr(self, buffer, param.detach().clone())
+            # without a shift of its own it has one of zeros, where the scale is
+            setattr(self, buffer, torch.zeros_like(self._scale) if param is None else param.detach().clone())
         for name in self.tasks:
             self._start(name)
         return self.train(layer.training)
@@ -56,6 +63,9 @@ class _TaskNorm(TaskModule):
                     buffer.copy_(plain)
         super()._read_plain(state_dict, prefix)
 
+    def plain_size(self) -> int:
+        return sum(x.numel() for x in self.part(self.tasks[0]).values())
+
     @torch.no_grad()
     def changed(self, task: int | str) -> bool:
         name = self.task_name(task)
@@ -66,10 +76,21 @@ class _TaskNorm(TaskModule):
 
     def _merge_into(self, plain: nn.Module, task: int | str) -> Any:
         name = self.task_name(task)
+        if self._library:
+            plain = copy.deepcopy(self._library[0])
         for child, held in (("weight", self.weight), ("bias", self.bias)):
             if held is not None:
                 setattr(plain, child, as_parameter(held[name]))
         return plain.train(self.training)
+
+    def _is_library(self, layer: nn.Module, channels_first: bool) -> None:
+        self._library, self.channels_first = (copy.deepcopy(layer),), channels_first
+
+    def _normed(self, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.channels_first:
+            x = x.movedim(1, -1)
+        y = self._patched(norm(x), self._plan(x, self._leading(x)))
+        return y.movedim(-1, 1) if self.channels_first else y
 
     def _patched(self, y: Tensor, plan: TaskPlan) -> Tensor:
         """Scale and shift by task; the ids have the shape of leading dimensions of y."""
@@ -81,11 +102,7 @@ class _TaskNorm(TaskModule):
             shift = torch.zeros_like(scale)
         else:
             shift = torch.stack(present_rows(self.bias, self.tasks, plan.offsets)).view(-1, channels)
-        if plan.task_ids.dim() == 1:
-            rows = y.reshape(y.shape[0], -1, channels).movedim(-1, 1)
-            return task_scale_shift(rows, scale, shift, plan).movedim(1, -1).reshape(y.shape)
-        rows = y.reshape(plan.task_ids.numel(), -1, channels).movedim(-1, 1)
-        return task_scale_shift(rows, scale, shift, plan.task_ids.reshape(-1)).movedim(1, -1).reshape(y.shape)
+        return scale_shift_of_last(y, scale, shift, plan)
 
     def _leading(self, x: Tensor) -> int:
         return max(1, x.dim() - len(self.normalized_shape))
@@ -141,15 +158,20 @@ class TaskLayerNorm(_TaskNorm):
         """The same layer, with a copy of its scale and shift for each task.
 
         Args:
-            layer: an `nn.LayerNorm`.
+            layer: an `nn.LayerNorm`, or one of a class of its own that is seen to compute the same, over the last
+                dimensions or over the channels of pictures (as ConvNeXt's).
             tasks: as for the class.
 
         Raises:
-            TypeError: another layer, or one with a forward of its own.
+            TypeError: another layer, or one that computes something else.
             ValueError: no scale to have by task; a weight that is computed, hooks, or what the class raises.
         """
-        check_plain(layer, nn.LayerNorm, "forward")
+        if not isinstance(layer, nn.LayerNorm):
+            raise TypeError(f"layer: expected nn.LayerNorm, got {type(layer).__name__}")
+        check_plain(layer, nn.LayerNorm)
         made = cls(layer.normalized_shape, tasks, layer.eps, True, layer.bias is not None, device="meta")
+        if type(layer).forward is not nn.LayerNorm.forward:
+            made._is_library(layer, _seen(layer, layer.normalized_shape, layer.eps, F.layer_norm))
         return made._take(layer)
 
     def merged(self, task: int | str, memo: dict[int, Any] | None = None) -> nn.LayerNorm:
@@ -159,8 +181,7 @@ class TaskLayerNorm(_TaskNorm):
         return self._merge_into(plain, task)
 
     def forward(self, x: Tensor) -> Tensor:
-        plan = self._plan(x, self._leading(x))
-        return self._patched(F.layer_norm(x, self.normalized_shape, eps=self.eps), plan)
+        return self._normed(x, lambda x: F.layer_norm(x, self.normalized_shape, eps=self.eps))
 
 
 class TaskRMSNorm(_TaskNorm):
@@ -206,20 +227,70 @@ class TaskRMSNorm(_TaskNorm):
         """The same layer, with a copy of its scale for each task.
 
         Args:
-            layer: an `nn.RMSNorm`.
+            layer: an `nn.RMSNorm`, or one of a library (Llama's, for instance) that has a `weight` and is seen to
+                compute the same.
             tasks: as for the class.
 
         Raises:
-            TypeError: another layer, or one with a forward of its own.
+            TypeError: another layer, or one that computes something else (Gemma's, which scales by `1 + weight`).
             ValueError: no scale to have by task; a weight that is computed, hooks, or what the class raises.
         """
-        check_plain(layer, nn.RMSNorm, "forward")
-        return cls(layer.normalized_shape, tasks, layer.eps, True, device="meta")._take(layer)
+        if not is_rms_norm(layer):
+            raise TypeError(f"layer: expected nn.RMSNorm, got {type(layer).__name__}")
+        check_plain(layer, nn.Module)
+        if type(layer) is nn.RMSNorm:
+            return cls(layer.normalized_shape, tasks, layer.eps, True, device="meta")._take(layer)
+        eps = getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
+        made = cls(layer.weight.shape, tasks, eps, True, device="meta")
+        made._is_library(layer, _seen(layer, tuple(layer.weight.shape), eps, _rms_norm))
+        return made._take(layer)
 
     def merged(self, task: int | str, memo: dict[int, Any] | None = None) -> nn.RMSNorm:
         plain = nn.RMSNorm(self.normalized_shape, self.eps, self.elementwise_affine, device="meta")
         return self._merge_into(plain, task)
 
     def forward(self, x: Tensor) -> Tensor:
-        plan = self._plan(x, self._leading(x))
-        return self._patched(F.rms_norm(x, self.normalized_shape, eps=self.eps), plan)
+        return self._normed(x, lambda x: F.rms_norm(x, self.normalized_shape, eps=self.eps))
+
+
+def is_rms_norm(layer: nn.Module) -> bool:
+    """`nn.RMSNorm`, or a class of a library that is called one and has a weight."""
+    if isinstance(layer, nn.RMSNorm):
+        return True
+    weight = layer._parameters.get("weight")
+    return type(layer).__name__.endswith("RMSNorm") and weight is not None and set(layer._parameters) <= {"weight"}
+
+
+def _rms_norm(x: Tensor, shape: Any, weight: Tensor, bias: None, eps: float | None) -> Tensor:
+    return F.rms_norm(x, shape, weight, eps)
+
+
+@torch.no_grad()
+def _seen(layer: nn.Module, shape: Any, eps: float | None, norm: Callable[..., Tensor]) -> bool:
+    """Whether a layer norms channels first; it is run on numbers, and must compute what torch's norm computes.
+
+    Raises:
+        TypeError: it computes something else, or can't be run.
+    """
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    assert weight is not None
+    channels = weight.numel()
+    trial = copy.deepcopy(layer).double()
+    trial.weight.copy_(torch.linspace(0.5, 1.5, channels).view_as(weight))
+    if bias is not None:
+        trial.bias.copy_(torch.linspace(-1, 1, channels).view_as(weight))
+    own = trial._parameters.get("bias")
+    for first in (False, True) if len(shape) == 1 else (False,):
+        x = torch.sin(torch.arange(6 * channels, dtype=torch.float64, device=weight.device)) * 3
+        x = x.view(2, 3, 1, channels).movedim(-1, 1) if first else x.view(2, 3, *shape)
+        rows = x.movedim(1, -1) if first else x
+        expected = norm(rows, shape, trial.weight, own, eps)
+        try:
+            found = trial(x)
+        except Exception:
+            continue
+        found = found.movedim(1, -1) if first else found
+        # some norms compute in float32 whatever they are given
+        if found.shape == expected.shape and torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-4):
+            return first
+    raise TypeError(f"layer: expected what torch's norm computes, got {type(layer).__name__}, which computes another")

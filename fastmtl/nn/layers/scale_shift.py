@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmtl.core.task_weights import TaskPlan
 from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
 from fastmtl.nn.module import TaskModule
 from fastmtl.ops import task_scale_shift
+from fastmtl.ops.task_weights.arguments import check_leading
 
 
 class TaskScaleShift(TaskModule):
@@ -84,3 +87,20 @@ class TaskScaleShift(TaskModule):
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}, {self._repr_of_tasks()}"
+
+
+def scale_shift_of_last(x: Tensor, scale: Tensor, shift: Tensor, plan: TaskPlan) -> Tensor:
+    """`task_scale_shift` of the last dimensions, as many as have C elements; ids have the shape of leading ones.
+
+    Args:
+        x: `[N, ..., C]`.
+        scale: `[T, C]`, as is `shift`.
+        shift: see `scale`.
+        plan: of ids `[N]` or `[N, L]`.
+    """
+    check_leading(plan, x.shape)
+    channels, ids = scale.shape[1], plan.task_ids
+    rows = x.reshape(ids.numel(), math.prod(x.shape[ids.dim() :]) // channels, channels).movedim(-1, 1)
+    return (
+        task_scale_shift(rows, scale, shift, plan if ids.dim() == 1 else ids.reshape(-1)).movedim(1, -1).view(x.shape)
+    )

@@ -14,14 +14,14 @@ from fastmtl.core.task_weights import TaskPlan, TaskWeights
 from fastmtl.nn.containers import TaskParameters, Tasks, check_name, present_rows
 from fastmtl.nn.layers.gate import TapsGate, finite
 from fastmtl.nn.module import TaskModule, as_parameter, copied
-from fastmtl.ops import task_linear
+from fastmtl.ops import task_lora
 from fastmtl.ops.task_weights import reference
 
 _Layer = TypeVar("_Layer", bound="TaskLayer")
 Rank = int | Mapping[str, int]
 
 # of a plain layer: what runs beside its forward, and would not run any more
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def check_plain(layer: Any, kind: type[nn.Module], *methods: str, weight: bool = True) -> None:
@@ -37,7 +37,7 @@ def check_plain(layer: Any, kind: type[nn.Module], *methods: str, weight: bool =
             "layer: expected a plain parameter 'weight', got one that is computed (weight_norm, parametrizations), or "
             "not initialised"
         )
-    if any(getattr(layer, hooks) for hooks in _HOOKS):
+    if any(getattr(layer, hooks) for hooks in HOOKS):
         raise ValueError("layer: expected no hooks, since they would be lost, got some; remove them first")
 
 
@@ -117,12 +117,16 @@ class TaskLayer(TaskModule):
             weight = torch.empty_like(weight)
             bias = None if self.task_bias is None else torch.empty_like(self.task_bias[self.tasks[0]])
         with torch.no_grad():
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-            if bias is not None:
-                bound = 1 / math.sqrt(max(1, weight.numel() // max(1, weight.shape[self._out_dim])))
-                nn.init.uniform_(bias, -bound, bound)
+            self._reset_plain(weight, bias)
             for name in self.tasks:
                 self._reset_task(name, weight, bias)
+
+    def _reset_plain(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Fills what a plain layer has, as that layer does."""
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        if bias is not None:
+            bound = 1 / math.sqrt(max(1, weight.numel() // max(1, weight.shape[self._out_dim])))
+            nn.init.uniform_(bias, -bound, bound)
 
     def _reset_task(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
         if not self.shared:
@@ -177,8 +181,8 @@ class TaskLayer(TaskModule):
 
     def _take(self: _Layer, layer: nn.Module) -> _Layer:
         """Makes the parameters of a plain layer the shared ones, or each task's first."""
-        weight, bias = layer.weight, layer.bias
-        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+        weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+        assert weight is not None
         if self.shared:
             self.weight, self.bias = weight, bias
         else:
@@ -312,16 +316,45 @@ class TaskLayer(TaskModule):
             found += self.task_bias[name].numel()
         return found
 
+    def plain_name(self, child: str) -> str:
+        return child if self.shared else {"delta": "weight", "task_bias": "bias"}.get(child, child)
+
+    def plain_size(self) -> int:
+        return 0 if self.shared else sum(x.numel() for x in self.part(self.tasks[0]).values())
+
+    @torch.no_grad()
+    def unused(self, task: int | str) -> frozenset[str]:
+        name = self.task_name(task)
+        if not self.shared or self._delta_counts(name):
+            return frozenset()
+        gate = self._gate_of(name)
+        closed = gate is not None and float(gate) == 0
+        return frozenset(("delta", "A", "B")) & frozenset(self.part(name)) if closed else frozenset()
+
+    def expected_part(self, part: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        expected = super().expected_part(part)
+        if self.A is not None and "A" in part and part["A"].dim() > 0 and len(part["A"]) > 0:
+            down, up = self._shapes_of_rank(len(part["A"]))
+            expected.update(A=tuple(down), B=tuple(up))
+        return expected
+
+    def optional(self, part: Mapping[str, Tensor]) -> frozenset[str]:
+        return frozenset(("delta", "A", "B")) if "gate" in part else frozenset()
+
+    def add_part(self, name: str, part: Mapping[str, Tensor]) -> None:
+        self.add_task(name, rank=len(part["A"]) if "A" in part else None)
+        self.set_part(name, part)
+
+    def set_part(self, task: int | str, part: Mapping[str, Tensor]) -> None:
+        super().set_part(task, part)
+        if self.rank is not None and "A" in part:
+            self.rank[self.task_name(task)] = len(part["A"])
+
     def _merge_into(self, plain: nn.Module, task: int | str, memo: dict[int, Any] | None) -> nn.Module:
         """Gives a plain layer the weight and bias of one task."""
         name = self.task_name(task)
+        plain.weight = self._merged_weight(name, memo)
         with torch.no_grad():
-            if self.shared and not self._delta_counts(name):
-                if self.A is not None and self.B is not None and self._gate_of(name) is None:
-                    self._product(self.A[name], self.B[name], name)  # halves that do not fit are no zero delta
-                plain.weight = copied(self.weight, memo)
-            else:
-                plain.weight = as_parameter(self.effective_weight(name))
             if self.task_bias is None:
                 plain.bias = copied(self.bias, memo)
             else:
@@ -329,6 +362,24 @@ class TaskLayer(TaskModule):
                 assert bias is not None
                 plain.bias = as_parameter(bias)
         return plain.train(self.training)
+
+    @torch.no_grad()
+    def _merged_weight(self, name: str, memo: dict[Any, Any] | None) -> nn.Parameter:
+        """The task's weight, as one parameter for all layers that have it in common."""
+        memo = {} if memo is None else memo
+        if self.shared and not self._delta_counts(name):
+            if self.A is not None and self.B is not None and self._gate_of(name) is None:
+                self._product(self.A[name], self.B[name], name)  # halves that do not fit are no zero delta
+            found = copied(self.weight, memo)
+        else:
+            held = self.delta if self.delta is not None else self.B
+            assert held is not None
+            key = ("merged", id(self._parameters.get("weight")), id(held[name]))
+            if key not in memo:
+                memo[key] = as_parameter(self.effective_weight(name))
+            found = memo[key]
+        assert isinstance(found, nn.Parameter)
+        return found
 
     # --- for forward
 
@@ -368,9 +419,9 @@ class TaskLayer(TaskModule):
         values = [float(g) for g in gates]
         return all(v == 0 for v in values) if self.taps is None else all(v < at for v in values)
 
-    def _repr_of_layer(self) -> str:
+    def _repr_of_layer(self, may_have_bias: bool = True) -> str:
         text = ", " + self._repr_of_tasks()
-        if self.bias is None and (self.shared or self.task_bias is None):
+        if may_have_bias and self.bias is None and (self.shared or self.task_bias is None):
             text += ", bias=False"
         if not self.shared:
             text += ", shared=False"
@@ -413,21 +464,17 @@ def product_of_halves(down: Tensor, up: Tensor, weight: Tensor, task: str) -> Te
             f"task {task!r}: expected a low-rank delta whose halves fit, got A {list(down.shape)} and "
             f"B {list(up.shape)} for a weight {list(weight.shape)}"
         )
-    return (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+    # in the dtype of the parameters: what autocast casts is the input alone
+    with torch.autocast(up.device.type, enabled=False):
+        return (up.flatten(1) @ down.flatten(1)).view(weight.shape)
 
 
 def low_rank_linear(layer: TaskLayer, x: Tensor, plan: TaskPlan, weight: Tensor) -> Tensor:
     """`x W^T + s_t (x A_t^T) B_t^T`, W `[Cout, Cin]`."""
     assert layer.A is not None and layer.B is not None
-    down = equal_ranks([getattr(layer.A, name) for name in layer.tasks], 0)
-    up = equal_ranks([getattr(layer.B, name) for name in layer.tasks], 1)
-    y = task_linear(x, weight, None, plan, bias=layer._biases(plan))
-    low = task_linear(task_linear(x, None, down, plan), None, up, plan)
-    scaling = layer._scalings(plan)
-    if isinstance(scaling, Tensor):
-        ids = plan.task_ids
-        scaling = scaling[ids].view(*ids.shape, *(1,) * (x.dim() - ids.dim())).to(low.dtype)
-    return y + (low if scaling is None else low * scaling)
+    down = [getattr(layer.A, name) for name in layer.tasks]
+    up = [getattr(layer.B, name) for name in layer.tasks]
+    return task_lora(x, weight, down, up, plan, scaling=layer._scalings(plan), bias=layer._biases(plan))
 
 
 def equal_ranks(halves: Sequence[Tensor], dim: int) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fastmtl.core.dispatch import checking
 from fastmtl.core.gradient_rows import MAX_TASKS, GradientRows, bank_rows
 from fastmtl.core.tensors import FLOAT_DTYPES
 
@@ -47,6 +48,34 @@ def check_gram(gram: Tensor, argument: str = "gram") -> None:
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"{argument}: expected a square [T, T] matrix, got shape {list(gram.shape)}")
     check_num_tasks(gram.shape[0], argument)
+
+
+def check_gram_values(gram: Tensor, present: Tensor | None = None) -> None:
+    """With `FASTMTL_CHECK=1`, raises ValueError where no present tasks' gradients have this Gram matrix; that waits for
+    the device. A matrix that is not finite passes: its weights are NaN."""
+    if not checking():
+        return
+    m = gram.detach().to("cpu", torch.float64)
+    if present is not None:
+        here = present.cpu()
+        m = m[here][:, here]
+    if m.numel() == 0 or not m.isfinite().all():
+        return
+    eps = torch.finfo(gram.dtype).eps
+    # beyond rounding: each entry may be off by some roundings of the lengths that it is of
+    lengths = m.diagonal().clamp(min=0).sqrt()
+    off = (m - m.mT).abs() - 64 * eps * lengths[:, None] * lengths
+    if (off > 0).any():
+        i, j = divmod(int(off.argmax()), len(m))
+        raise ValueError(f"gram: expected a symmetric matrix, got {float(m[i, j]):g} and {float(m[j, i]):g} for a pair")
+    scale = torch.where(lengths > 0, 1 / lengths, 0.0)
+    values = torch.linalg.eigvalsh(0.5 * (m + m.mT) * scale[:, None] * scale)
+    if (m.diagonal() < 0).any():
+        got = f"negative eigenvalues: {float(m.diagonal().min()):g} on its diagonal"
+        raise ValueError(f"gram: expected a Gram matrix, got one with {got}")
+    if values[0] < -64 * eps * len(m):
+        got = f"negative eigenvalues: {float(values[0]):g} among those of its cosines"
+        raise ValueError(f"gram: expected a Gram matrix, got one with {got}")
 
 
 def check_order(order: Tensor, num_tasks: int, device: torch.device | None) -> None:

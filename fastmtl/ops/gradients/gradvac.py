@@ -10,7 +10,14 @@ from torch import Tensor
 from fastmtl.core.dispatch import choose
 from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops.gradients import reference
-from fastmtl.ops.gradients.arguments import check_gram, check_order, check_order_values, check_present, kernel_matrix
+from fastmtl.ops.gradients.arguments import (
+    check_gram,
+    check_gram_values,
+    check_order,
+    check_order_values,
+    check_present,
+    kernel_matrix,
+)
 
 UPDATES = ("always", "triggered")
 
@@ -47,7 +54,7 @@ def gradvac_coefficients(
         TypeError: dtypes other than the above.
         ValueError: shapes or devices that do not agree, a beta or an update other than the above, values of `order` out
             of range (checked on the CPU; on a GPU such an entry makes row i NaN, since it can't be seen without waiting
-            for the device).
+            for the device); with `FASTMTL_CHECK=1`, which waits for a GPU, a matrix that is no Gram matrix.
 
     Not differentiable: the coefficients are constants to autograd. Source: Wang, Tsvetkov, Firat, Cao 2021, *Gradient
     Vaccine: Investigating and Improving Multi-task Optimization in Massively Multilingual Models*, Algorithm 1.
@@ -63,6 +70,7 @@ def gradvac_coefficients(
                 [-0.2500,  0.0000]], dtype=torch.float64)
     """
     _check(gram, order, targets, beta, update)
+    check_gram_values(gram)
     return gradvac_coefficients_op(gram.detach(), order, targets.detach(), float(beta), update)
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmtl.core.dispatch import checking, choose
+from fastmtl.core.dispatch import choose
 from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops.gradients import reference
-from fastmtl.ops.gradients.arguments import check_gram, check_present, kernel_matrix
-from fastmtl.ops.gradients.method_weights import NUMBERS, OF_TWO_BATCHES, OPTIONS, check_values
+from fastmtl.ops.gradients.arguments import check_gram, check_gram_values, check_present, kernel_matrix
+from fastmtl.ops.gradients.method_weights import NUMBERS, OF_TWO_BATCHES, OPTIONS
 
 # as `solvers::Kind` numbers them
 _NUMBERS = NUMBERS | {"paretomtl": len(NUMBERS), "given": len(NUMBERS) + 1}
@@ -87,8 +87,8 @@ def _method_step(
     vectors: Tensor | None = None,
 ) -> Tensor:
     _check(gram, method, options, kept, present)
-    if checking() and method not in OF_TWO_BATCHES:
-        check_values(gram, present)
+    if method not in OF_TWO_BATCHES:
+        check_gram_values(gram, present)
     implementation = choose("method_step", gram.device.type, _IMPLEMENTATIONS)
     return implementation(
         gram, method, options, kept, counted, average, momentum, present, preferences, per_task, also, vectors

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmtl.core.dispatch import checking, choose
+from fastmtl.core.dispatch import choose
 from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops.gradients import reference
-from fastmtl.ops.gradients.arguments import check_gram, check_present, kernel_matrix
+from fastmtl.ops.gradients.arguments import check_gram, check_gram_values, check_present, kernel_matrix
 
 # method: the number of a solver in csrc/common/solvers/methods.h. rounding: the relative error of an entry of `gram`.
 # gram, out: `[T, T]` and `[T]`, or `[L, T, T]` and `[L, T]`: L problems that have the rest in common.
@@ -61,12 +61,12 @@ OPTIONS: dict[str, tuple[_Option, ...]] = {
     ),
     "sdmgrad": (
         _Option("lr", lambda x: 0 < x < math.inf, "a positive number"),
-        _Option("momentum", lambda x: 0 <= x < 1, "a number from 0, below 1"),
+        _Option("momentum", lambda x: 0 <= x < 1, "a number from 0 to below 1"),
         _Option("steps", lambda x: 1 <= x <= MOST_STEPS and x == x // 1, f"a whole number from 1 to {MOST_STEPS}"),
         _Option("lambda_", lambda x: 0 <= x < math.inf, "a number from 0"),
     ),
     "modo": (
-        _Option("gamma", lambda x: 0 < x < math.inf, "a number above 0"),
+        _Option("gamma", lambda x: 0 < x < math.inf, "a positive number"),
         _Option("rho", lambda x: 0 <= x < math.inf, "a number from 0"),
     ),
 }
@@ -124,29 +124,9 @@ def method_weights(
         tensor([0.2000, 0.8000], dtype=torch.float64)
     """
     check_method_arguments(gram, method, options, present, preferences, per_task)
-    if checking() and method not in OF_TWO_BATCHES:
-        check_values(gram, present)
+    if method not in OF_TWO_BATCHES:
+        check_gram_values(gram, present)
     return method_weights_op(gram.detach(), method, options, present, preferences, per_task)
-
-
-def check_values(gram: Tensor, present: Tensor | None) -> None:
-    """Raises ValueError where no gradients have this Gram matrix; waits for the device."""
-    m = gram.detach().to("cpu", torch.float64)
-    if present is not None:
-        here = present.cpu()
-        m = m[here][:, here]
-    if m.numel() == 0 or not m.isfinite().all():
-        return
-    eps = torch.finfo(gram.dtype).eps
-    # beyond rounding: each entry may be off by some roundings of the lengths that it is of
-    lengths = m.diagonal().clamp(min=0).sqrt()
-    allowed = 64 * eps * lengths[:, None] * lengths
-    if ((m - m.mT).abs() > allowed).any():
-        raise ValueError("gram: expected a symmetric matrix")
-    scale = torch.where(lengths > 0, 1 / lengths, 0.0)
-    values = torch.linalg.eigvalsh(0.5 * (m + m.mT) * scale[:, None] * scale)
-    if (m.diagonal() < 0).any() or values[0] < -64 * eps * len(m):
-        raise ValueError("gram: expected a Gram matrix, got one with negative eigenvalues")
 
 
 def check_method(method: str, options: Sequence[float], has_preferences: bool) -> None:
@@ -240,9 +220,9 @@ def method_weights_groups(
     """`method_weights` of L Gram matrices `[L, T, T]` at once, `[L, T]`: one launch. The other arguments are those of
     each. Not recorded, no public op: what a surgery with groups calls."""
     check_method_arguments(grams[0], method, options, present, preferences)
-    if checking() and method not in OF_TWO_BATCHES:
+    if method not in OF_TWO_BATCHES:
         for m in grams.unbind(0):
-            check_values(m, present)
+            check_gram_values(m, present)
     implementation = choose("method_weights", grams.device.type, _GROUPS)
     return implementation(grams.detach(), method, options, present, preferences, None)
 

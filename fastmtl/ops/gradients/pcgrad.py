@@ -16,6 +16,7 @@ from fastmtl.ops.gradients.arguments import (
     Grads,
     check_bank,
     check_gram,
+    check_gram_values,
     check_order,
     check_order_values,
     is_bank,
@@ -89,7 +90,8 @@ def pcgrad_coefficients(gram: Tensor, order: Tensor, *, include_self: bool = Fal
     Raises:
         TypeError: dtypes other than the above.
         ValueError: shapes that do not agree, values out of range (checked on the CPU; on a GPU such an entry
-            makes row i NaN, since it can't be seen without waiting for the device).
+            makes row i NaN, since it can't be seen without waiting for the device); with `FASTMTL_CHECK=1`, which waits
+            for a GPU, a matrix that is no Gram matrix.
 
     Differentiable in `gram`. Source: Yu et al. 2020, *Gradient Surgery for Multi-Task Learning*, Algorithm 1.
 
@@ -101,6 +103,7 @@ def pcgrad_coefficients(gram: Tensor, order: Tensor, *, include_self: bool = Fal
     """
     check_gram(gram)
     check_order(order, gram.shape[0], gram.device)
+    check_gram_values(gram)
     return coefficients_op(gram, order, include_self)
 
 

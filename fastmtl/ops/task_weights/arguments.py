@@ -8,10 +8,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastmtl.core.task_weights import TaskPlan, TaskWeights
+from fastmtl.core.task_weights import LowRankDeltas, TaskPlan, TaskWeights
 from fastmtl.core.tensors import FLOAT_DTYPES
 
 Delta: TypeAlias = "Tensor | Sequence[Tensor | None] | torch.nn.ParameterList | None"
+# of `task_lora`, which multiplies each task's delta
+Scaling: TypeAlias = "Tensor | float | Sequence[float] | None"
 Pair: TypeAlias = int | Sequence[int]
 
 # a grid has at most 65535 programs along y and z, where the kernels have one for each task and, where rows are split,
@@ -111,6 +113,132 @@ def read_weights(
             raise ValueError(f"gate: expected shape [T], got {list(gate.shape)}")
         tasks["gate"] = gate.shape[0]
     return TaskWeights(weight, [d for _, d in held], positions, gate), tasks
+
+
+def read_low_rank(
+    x: Tensor, weight: Tensor | None, A: Delta, B: Delta, scaling: Scaling
+) -> tuple[LowRankDeltas, tuple[int, int], dict[str, int]]:
+    """The low-rank deltas, checked against each other, the weight and x, with a scaling that is a tensor as it is; the
+    shape `[Cout, Cin]` of a weight; and the number of tasks by the argument that tells it.
+
+    Raises:
+        TypeError, ValueError: as `task_lora`.
+    """
+    tasks: dict[str, int] = {}
+    if weight is not None:
+        check_companion(weight, "weight", x)
+        if weight.dim() != 2:
+            raise ValueError(f"weight: expected shape [Cout, Cin], got {list(weight.shape)}")
+    held_a, positions = _read_factors(x, "A", A, "[r, Cin]", "[T, r, Cin]", tasks)
+    held_b, positions_b = _read_factors(x, "B", B, "[Cout, r]", "[T, Cout, r]", tasks)
+    for name, given, other, beside in (("A", A, B, "B"), ("B", B, A, "A")):
+        if (given is None) != (other is None):
+            if given is None:
+                raise ValueError(f"{name}: expected the factors that {beside} is to be multiplied with, got None")
+        elif isinstance(given, Tensor) and not isinstance(other, Tensor):
+            raise TypeError(f"{beside}: expected one [T, ...] tensor as {name}, got {type(other).__name__}")
+    agreed_tasks(tasks)
+    if positions != positions_b:
+        t = min(set(positions) ^ set(positions_b))
+        expected, got = ("a tensor", "None") if t in positions else ("None", "a tensor")
+        raise ValueError(f"B[{t}]: expected {expected} as A[{t}], got {got}")
+    if weight is None and not held_a:
+        raise ValueError("weight, A, B: expected a weight or the factors of at least one task, got none")
+    held = [*held_a, *held_b]
+    num_out, num_in = weight.shape if weight is not None else (held_b[0][1].shape[-2], held_a[0][1].shape[-1])
+    for name, w in held:
+        if w.dtype != held[0][1].dtype:
+            raise TypeError(f"{name}: expected {held[0][1].dtype} as {held[0][0]}, got {w.dtype}")
+    for (name_a, a), (name_b, b) in zip(held_a, held_b, strict=True):
+        rank, lead = a.shape[-2], list(a.shape[:-2])
+        if a.shape[-1] != num_in:
+            raise ValueError(f"{name_a}: expected shape {[*lead, rank, num_in]}, got {list(a.shape)}")
+        if b.shape[-2:] != (num_out, rank):
+            raise ValueError(f"{name_b}: expected shape {[*lead, num_out, rank]}, got {list(b.shape)}")
+        if rank == 0:
+            raise ValueError(f"{name_a}: expected a rank of at least 1, got shape {list(a.shape)}")
+    _check_scaling(x, scaling, tasks)
+    kept = scaling if isinstance(scaling, Tensor) else None
+    return (
+        LowRankDeltas([a for _, a in held_a], [b for _, b in held_b], positions, kept),
+        (num_out, num_in),
+        tasks,
+    )
+
+
+def _read_factors(
+    x: Tensor, argument: str, given: Any, shape: str, stacked: str, tasks: dict[str, int]
+) -> tuple[list[tuple[str, Tensor]], list[int]]:
+    """`A` or `B` of `task_lora`: the tensors with their names, and whose they are."""
+    if given is None:
+        return [], []
+    if isinstance(given, Tensor):
+        check_companion(given, argument, x)
+        if given.dim() != 3:
+            raise ValueError(f"{argument}: expected shape {stacked}, got {list(given.shape)}")
+        tasks[argument] = given.shape[0]
+        return [(argument, given)], []
+    if isinstance(given, torch.nn.ParameterList):
+        given = list(given)
+    if isinstance(given, (str, bytes, dict)) or not isinstance(given, Sequence):
+        raise TypeError(
+            f"{argument}: expected a {stacked} tensor, a list of T tensors and Nones, or None, "
+            f"got {type(given).__name__}"
+        )
+    held, positions = [], []
+    for t, w in enumerate(given):
+        if w is None:
+            continue
+        if not isinstance(w, Tensor):
+            raise TypeError(f"{argument}[{t}]: expected a tensor or None, got {type(w).__name__}")
+        check_companion(w, f"{argument}[{t}]", x)
+        if w.dim() != 2:
+            raise ValueError(f"{argument}[{t}]: expected shape {shape}, got {list(w.shape)}")
+        held.append((f"{argument}[{t}]", w))
+        positions.append(t)
+    tasks[argument] = len(given)
+    return held, positions
+
+
+def _check_scaling(x: Tensor, scaling: Any, tasks: dict[str, int]) -> None:
+    if scaling is None or _is_number(scaling):
+        return
+    if isinstance(scaling, Tensor):
+        check_companion(scaling, "scaling", x)
+        if scaling.dim() != 1:
+            raise ValueError(f"scaling: expected shape [T], got {list(scaling.shape)}")
+    else:
+        if isinstance(scaling, (str, bytes, dict)) or not isinstance(scaling, Sequence):
+            raise TypeError(
+                "scaling: expected a number, a [T] tensor, a sequence of T numbers or None, "
+                f"got {type(scaling).__name__}"
+            )
+        for t, s in enumerate(scaling):
+            if not _is_number(s):
+                raise TypeError(f"scaling[{t}]: expected a number, got {type(s).__name__}")
+    tasks["scaling"] = len(scaling)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def scaling_tensor(x: Tensor, scaling: Scaling, num_tasks: int) -> Tensor | None:
+    """s as `[T]`, or None for ones. What is no tensor yet is written where x lies, without a copy from the host."""
+    if scaling is None or isinstance(scaling, Tensor):
+        return scaling
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    values = [float(s) for s in scaling] if isinstance(scaling, Sequence) else [float(scaling)] * num_tasks
+    if all(s == 1 for s in values):
+        return None
+    runs: list[tuple[float, int]] = []
+    for s in values:
+        if runs and runs[-1][0] == s:
+            runs[-1] = s, runs[-1][1] + 1
+        else:
+            runs.append((s, 1))
+    parts = [torch.full((count,), s, dtype=dtype, device=x.device) for s, count in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def check_bias(x: Tensor, bias: Tensor | None, num_out: int, tasks: dict[str, int]) -> None:

@@ -75,13 +75,13 @@ def define_layer(
         x, weight, gate, bias, order, offsets, *delta = ctx.saved_tensors
         needs = ctx.needs_input_grad
         wanted = [needs[0], needs[1], needs[4], needs[5]]
-        wanted_delta = _wanted_deltas(needs[2], delta, ctx.delta_tasks, offsets)
+        wanted_delta = wanted_deltas(needs[2], delta, ctx.delta_tasks, offsets)
         found = backward_op(
             grad_out, x, weight, delta, ctx.delta_tasks, gate, bias, order, offsets, *ctx.geometry, wanted, wanted_delta
         )
         grad_x, grad_weight, grad_delta, grad_gate, grad_bias = _by_argument(found, wanted, wanted_delta, len(delta))
         rest = [None] * (2 + len(ctx.geometry))
-        return grad_x, grad_weight, grad_delta, _no_gradient(ctx.delta_tasks), grad_gate, grad_bias, *rest
+        return grad_x, grad_weight, grad_delta, no_gradient(ctx.delta_tasks), grad_gate, grad_bias, *rest
 
     def setup_backward(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
         grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets, *rest = inputs
@@ -128,12 +128,12 @@ def _by_argument(
     return x, weight, deltas, gate, bias
 
 
-def _no_gradient(positions: Sequence[int]) -> list[Tensor] | None:
+def no_gradient(positions: Sequence[int]) -> list[Tensor] | None:
     """What a formula returns for a list of ints: torch takes an empty one for a list of tensors."""
     return None if positions else []
 
 
-def _wanted_deltas(needs: Any, delta: Sequence[Tensor], delta_tasks: Sequence[int], offsets: Tensor) -> list[int]:
+def wanted_deltas(needs: Any, delta: Sequence[Tensor], delta_tasks: Sequence[int], offsets: Tensor) -> list[int]:
     """Positions in `delta` whose gradient is wanted. On the CPU a task of a list that has no sample gets none."""
     found = [k for k in range(len(delta)) if needs[k]]
     if delta_tasks and offsets.device.type == "cpu" and type(offsets) is Tensor and not torch.compiler.is_compiling():

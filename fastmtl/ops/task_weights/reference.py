@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights
+from fastmtl.core.task_weights import STILL, Geometry, SortedBatch, TaskConvCall, TaskLoraCall, TaskWeights
 from fastmtl.core.tensors import memory_format
 from fastmtl.ops.task_weights.precision import is_misread, widen
 
@@ -191,6 +192,89 @@ def task_linear_weight_grad_out(
 ) -> None:
     """`task_linear_weight_grad` into `out`, `[T, Cout, Cin]` of any strides; a linear layer has one geometry."""
     out.copy_(task_linear_weight_grad(x, grad_out, batch, out.dtype))
+
+
+def _is_closed(scaling: Tensor | None, task: int) -> bool:
+    return scaling is not None and bool(scaling[task] == 0) and not _recorded(scaling)
+
+
+def _with_dense_deltas(x: Tensor, lora: TaskLoraCall) -> TaskConvCall:
+    """The layer with each `B_t A_t` in full; without those of closed tasks."""
+    weight, deltas, batch, bias = lora
+    dtypes = [w.dtype for w in (weight, *deltas.A[:1], x) if w is not None]
+    promoted = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    dense, tasks = [], []
+    for t, pair in enumerate(deltas.by_task(batch.num_tasks)):
+        if pair is not None and not _is_closed(deltas.scaling, t):
+            a, b = (w.to(promoted) for w in pair)
+            dense.append(b @ a)
+            tasks.append(t)
+    base = torch.zeros(lora.shape, dtype=promoted, device=x.device) if weight is None else weight
+    return TaskConvCall(TaskWeights(base, dense, tasks, deltas.scaling), batch, STILL, bias)
+
+
+def task_lora(x: Tensor, lora: TaskLoraCall) -> Tensor:
+    """`task_linear` with the deltas `B_t A_t`; samples of no task are NaN."""
+    return task_linear(x, _with_dense_deltas(x, lora))
+
+
+def task_lora_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    lora: TaskLoraCall,
+    wanted: Sequence[bool],
+    wanted_a: Sequence[int],
+    wanted_b: Sequence[int],
+) -> list[Tensor]:
+    """The gradients of x, weight, `A[k]` for k in `wanted_a`, `B[k]` in `wanted_b`, scaling, bias: the wanted ones.
+
+    With dW_eff[t] as in `task_conv2d_backward`: dA_t = s_t B_t^T dW_eff[t], dB_t = s_t dW_eff[t] A_t^T, ds_t =
+    <dW_eff[t], B_t A_t>. Plain differentiable torch: the second derivative is that of this function.
+    """
+    weight, deltas, batch, bias = lora
+    call, num_tasks, n = _with_dense_deltas(x, lora), batch.num_tasks, batch.order.shape[0]
+    pairs, scaling = deltas.by_task(num_tasks), deltas.scaling
+    promoted = torch.promote_types(call.weights.like.dtype, torch.promote_types(x.dtype, torch.float32))
+    given, inputs, grads = x, _samples(widen(x), n), _samples(widen(grad_out), n)
+    grad_x = torch.full_like(inputs, torch.nan)
+    zero = torch.zeros(lora.shape, dtype=promoted, device=x.device)
+    grad_eff: dict[int, Tensor] = {}
+    grad_bias = [zero.new_zeros(zero.shape[0])] * num_tasks
+    for t, rows in batch.segments():
+        part, own = grads[rows], inputs[rows]
+        grad_x = grad_x.index_copy(0, rows, part @ effective_weight(call.weights, t, inputs.dtype, num_tasks))
+        grad_eff[t] = (part.flatten(0, 1).mT @ own.flatten(0, 1)).to(promoted)
+        grad_bias[t] = part.to(promoted).sum((0, 1))
+
+    def gradient(which: int, task: int, like: Tensor) -> Tensor:
+        if task not in grad_eff or _is_closed(scaling, task):
+            return torch.zeros_like(like, memory_format=torch.contiguous_format)
+        a, b = (w.to(promoted) for w in pairs[task])
+        grad = b.mT @ grad_eff[task] if which == 0 else grad_eff[task] @ a.mT
+        return (grad if scaling is None else scaling[task].to(promoted) * grad).to(like.dtype)
+
+    out = []
+    if wanted[0]:
+        out.append(grad_x.to(given.dtype).reshape(given.shape))
+    if wanted[1] and weight is not None:
+        out.append(sum(grad_eff.values(), zero).to(weight.dtype))
+    for which, held, positions in ((0, deltas.A, wanted_a), (1, deltas.B, wanted_b)):
+        for k in positions:
+            if deltas.stacked:
+                out.append(torch.stack([gradient(which, t, held[k][t]) for t in range(num_tasks)]))
+            else:
+                out.append(gradient(which, deltas.tasks[k], held[k]))
+    if wanted[2] and scaling is not None:
+        # also where it is closed; a task without samples has none
+        terms = [zero.sum()] * num_tasks
+        for t in [t for t in grad_eff if pairs[t] is not None]:
+            a, b = (w.to(promoted) for w in pairs[t])
+            terms[t] = (grad_eff[t] * (b @ a)).sum()
+        out.append(torch.stack(terms).to(scaling.dtype))
+    if wanted[3] and bias is not None:
+        total = torch.stack(grad_bias)
+        out.append((total if bias.dim() == 2 else total.sum(0)).to(bias.dtype))
+    return out
 
 
 def _rows_of_tasks(table: Tensor, task_ids: Tensor, dims: int) -> Tensor:

@@ -24,7 +24,7 @@ from fastmtl.task_gradients.one_pass.batch import Batch, Collected, TaskRows, ad
 from fastmtl.task_gradients.one_pass.sample_axis import SAMPLE_SUM, Constant, PerSample
 from fastmtl.task_gradients.one_pass.stream import StreamedGradients
 from fastmtl.task_gradients.one_pass.tracker import Tracker
-from fastmtl.task_gradients.reach import read_loss_scale, read_loss_values
+from fastmtl.task_gradients.reach import LossValues, read_loss_scale, read_loss_values
 
 _APPLY = "OnePassBank.apply"
 
@@ -181,7 +181,7 @@ class OnePassBank:
         method: str | Weighting = "pcgrad",
         *,
         loss_scale: float | Tensor | None = None,
-        losses: Sequence[Tensor | None] | Tensor | Mapping[Any, Tensor | None] | None = None,
+        losses: LossValues | None = None,
     ) -> Surgery:
         """Operates on the rows, accumulates the result into `.grad`, and empties the bank.
 
@@ -190,7 +190,8 @@ class OnePassBank:
         Args:
             method, loss_scale: as for `fastmtl.backward`.
             losses: for a method that needs them: each task's part of the one loss that was differentiated, in order, or
-                a dict by name; multiplied by `loss_scale`, where that is given. Scalars, None where absent.
+                a dict by name; multiplied by `loss_scale`, where that is given. Scalar tensors or numbers, None where
+                absent.
 
         Returns:
             A `Surgery`, as `fastmtl.backward`. A task without samples is absent; where the ids lie on a device,
@@ -227,7 +228,8 @@ class OnePassBank:
             if options.losses is not None and self._loss_reduction == "mean":
                 # their mean over the ranks is the mean over all samples then
                 losses = [
-                    x if x is None else x.detach() * share for x, share in zip(options.losses, shares, strict=True)
+                    x if x is None else (x.detach() if isinstance(x, Tensor) else x) * share
+                    for x, share in zip(options.losses, shares, strict=True)
                 ]
                 options = options._replace(losses=losses)
         gradients = (

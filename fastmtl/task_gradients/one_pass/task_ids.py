@@ -59,6 +59,13 @@ class TaskIds:
             self._plans[outer, inner] = made
         return made
 
+    def meets_others(self, outer: int, inner: int, order: Tensor, offsets: Tensor) -> Tensor:
+        """`[]` bool: whether a segment of another plan of `outer x n x inner` elements has those of several rows."""
+        ids, _, _ = self.plan(outer, inner)
+        known, position = ids[order], torch.arange(order.shape[0], device=order.device)
+        begins = offsets[torch.searchsorted(offsets[1:], position, right=True)]
+        return (known != known[begins]).any()
+
     def take(self, index: Any, key: Any) -> TaskIds:
         """Those that an index of the first axis picks; `key` tells this index from others."""
         return TaskIds(self.ids[index], self.num_rows, (*self.key, key), parent=self)

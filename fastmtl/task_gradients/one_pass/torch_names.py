@@ -57,6 +57,12 @@ PLAIN = frozenset(
     """)
 )
 
+# in the formulas of our ops, where what they were given meets the gradients of what they returned
+BACKWARDS = frozenset(
+    f"{op}_backward.default"
+    for op in ("task_conv2d", "task_linear", "task_lora", "task_scale_shift", "task_batch_norm")
+)
+
 # draw random numbers
 RANDOM = frozenset(
     _words("""
@@ -81,7 +87,7 @@ POINTWISE = frozenset(
     threshold trunc where xlogy dropout native_dropout alpha_dropout bernoulli zeros_like ones_like full_like
     rand_like randn_like empty_like bucketize polygamma zero requires_grad_ pin_memory data.get real.get alias
     view_as_real lift_fresh fake_quantize_per_tensor_affine quantize_per_tensor dequantize _to_copy normal
-    uniform
+    uniform scaled_by_gate
     """)
 )
 

@@ -18,8 +18,6 @@ from fastmtl.task_gradients.one_pass.autograd.rows import STACKED
 from fastmtl.task_gradients.one_pass.layers.broadcast import copied, lift
 from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Unproven, Weight
 from fastmtl.task_gradients.one_pass.layers.registry import run_layer
-from fastmtl.task_gradients.one_pass.layers.task_norm import NAME as TASK_NORM
-from fastmtl.task_gradients.one_pass.layers.task_norm import run_task_norm
 from fastmtl.task_gradients.one_pass.overrides import without_override
 from fastmtl.task_gradients.one_pass.rules.registry import axes_of_result, is_known
 from fastmtl.task_gradients.one_pass.sample_axis import (
@@ -41,9 +39,9 @@ from fastmtl.task_gradients.one_pass.sample_axis import (
     unpacked,
 )
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
-from fastmtl.task_gradients.one_pass.tensors import nested, replaced, versions
+from fastmtl.task_gradients.one_pass.tensors import SameTensor, nested, replaced, versions
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
-from fastmtl.task_gradients.one_pass.torch_names import PLAIN, RANDOM, in_python, name_of, writes
+from fastmtl.task_gradients.one_pass.torch_names import BACKWARDS, PLAIN, RANDOM, in_python, name_of, writes
 
 # where a constant beside parameters may be a batch
 _TAKES_DATA = frozenset(
@@ -95,6 +93,8 @@ class Tracker(TorchFunctionMode):
         self.uses: dict[Tensor, int] = {}
         self.running = False  # a backward pass
         self.seen = False  # a tensor from outside carried samples
+        self.poisons: list[Tensor] = []  # 0-d, NaN where the device saw what the host would have refused
+        self._of_one_task: dict[Any, bool] = {}  # plans of which each segment has samples of one task
         self._marked: list[weakref.ref[Tensor]] = []
         self._open: set[Any] = set()  # functions in Python whose calls are being followed one by one
         self._unbound: dict[Tensor, tuple[Tensor, ...]] = {}
@@ -253,12 +253,37 @@ class Tracker(TorchFunctionMode):
             )
         self.mixed = True
 
+    def meet_task_statistics(self, y: Tensor, axis: PerSample, order: Tensor, offsets: Tensor) -> Tensor:
+        if self.partition:
+            return y
+        compiling = torch.compiler.is_compiling()
+        key = (SameTensor(order), axis.task_ids.key, axis.outer, axis.inner)
+        if not compiling and key in self._of_one_task:
+            return y
+        mixed = axis.task_ids.meets_others(axis.outer, axis.inner, order, offsets)
+        if compiling or mixed.device.type != "cpu":
+            # the host can't see it without waiting
+            poison = torch.where(mixed, torch.nan, 0.0)
+            if compiling:
+                return y + poison.to(y.dtype)
+            self.poisons.append(poison)
+        elif mixed:
+            raise ValueError(
+                "one_pass: a batch norm by task takes its statistics over samples of several tasks of one_pass, so "
+                "that 'the gradient of one task's loss' is ambiguous: `fastmtl.nn.tasks` and one_pass were given "
+                "different ids, or some are -1 (of no task). Ways out: the same ids; statistics in eval mode; or "
+                "mixing='partition', which takes each sample's part of the gradient for its task's (see "
+                "docs/one-pass.md)"
+            )
+        self._of_one_task[key] = True
+        return y
+
     # --- calls
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
-        if name in PLAIN or self.off:
+        if name in PLAIN or name in BACKWARDS or self.off:
             return func(*args, **kwargs)
         if "axis" in kwargs or "keepdims" in kwargs:  # numpy's names
             kwargs = {_OWN_NAMES.get(k, k): v for k, v in kwargs.items()}
@@ -358,11 +383,15 @@ class Tracker(TorchFunctionMode):
                 self._open.discard(func)
             return out, [self.axis_of(x) for x in nested(out)]
         training = name == "batch_norm" and call.argument(5, "training", False)
-        out = run_task_norm(self, call) if name == TASK_NORM else self.run(func, args, kwargs)
+        out = self.run(func, args, kwargs)
         if training and any(x.requires_grad for x in nested(out)):
             self.meet_shared_statistics()
         if training:
             call = call._replace(args=args[:5], kwargs={**kwargs, "training": False})
+        if name == "task_batch_norm.default" and not args[3] and out[0].requires_grad:
+            axis = self.axis_of(args[0])
+            if isinstance(axis, PerSample):
+                out = (self.meet_task_statistics(out[0], axis, *args[5:7]), *out[1:])
         if name in _SHAPES and writes(func):
             return out, Unknown(f"{name}_ changes the shape of a tensor in place")
         axes = axes_of_result(call.returned(out))

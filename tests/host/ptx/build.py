@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import os
@@ -130,6 +131,7 @@ def objects(sources: Sequence[str], arch: int, faulty: str | None, cxx: str) -> 
                 one.touch()
             made += found
     for one in (*folder.iterdir(), *FOLDER.glob("*.*")):
-        if one.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
-            one.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # what another process is making, which now has its own name
+            if one.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
+                one.unlink()
     return made

@@ -16,11 +16,12 @@ from fastmtl.task_gradients.one_pass.layers.protocol import (
     Weight,
     first_sample_axis,
     follow_one,
+    from_parameters,
     plan_of,
     sample_axis,
     weight_of,
 )
-from fastmtl.task_gradients.one_pass.sample_axis import PerSample, SampleAxis
+from fastmtl.task_gradients.one_pass.sample_axis import CONSTANT, PerSample, SampleAxis
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 
 
@@ -36,7 +37,7 @@ def _same_dtype(x: Tensor, *weights: Weight) -> bool:
     return all(w.value is None or w.value.dtype == x.dtype for w in weights)
 
 
-def affine_after(
+def _affine_after(
     tracker: LayerTracker, y: Tensor, axis: PerSample, w: Tensor | None, b: Tensor | None, channels: bool = False
 ) -> Followed:
     """`y * w + b` by broadcasting, for norms that are not taken apart in one piece; w, b along dimension 1 or last."""
@@ -61,7 +62,7 @@ def _layer_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
     x = _in_float32(x)
     weight, bias = weight_of(tracker, w), weight_of(tracker, b)
     if not _same_dtype(x, weight, bias):
-        return affine_after(tracker, F.layer_norm(x, shape, None, None, eps), axis, w, b)
+        return _affine_after(tracker, F.layer_norm(x, shape, None, None, eps), axis, w, b)
     ids, _, _ = plan_of(x, axis)
     y = LayerNormByTask.apply(
         x, weight.value, bias.value, ids, axis.axis, shape, eps, weight.form, bias.form, axis.task_ids.num_rows,
@@ -77,7 +78,7 @@ def _rms_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
     shape = [shape] if isinstance(shape, int) else list(shape)
     if axis.axis >= x.dim() - len(shape):
         raise Unproven("a norm over the axis of the samples")
-    return affine_after(tracker, torch.rms_norm(x, shape, None, eps), axis, w, None)
+    return _affine_after(tracker, torch.rms_norm(x, shape, None, eps), axis, w, None)
 
 
 def _group_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
@@ -87,7 +88,7 @@ def _group_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
     x = _in_float32(x)
     weight, bias = weight_of(tracker, w), weight_of(tracker, b)
     if not _same_dtype(x, weight, bias):
-        return affine_after(tracker, F.group_norm(x, groups, None, None, eps), axis, w, b, channels=True)
+        return _affine_after(tracker, F.group_norm(x, groups, None, None, eps), axis, w, b, channels=True)
     ids, _, _ = axis.task_ids.plan(axis.outer, axis.inner)
     y = GroupNormByTask.apply(
         x, weight.value, bias.value, ids, groups, eps, weight.form, bias.form, axis.task_ids.num_rows,
@@ -103,7 +104,7 @@ def _instance_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
             ((5, "use_input_stats", True), (6, "momentum", 0.1), (7, "eps", 1e-5))]  # fmt: skip
     axis = first_sample_axis(tracker, x)
     y = F.instance_norm(x, mean, var, None, None, *rest)
-    return affine_after(tracker, y, axis, w, b, channels=True)
+    return _affine_after(tracker, y, axis, w, b, channels=True)
 
 
 def _batch_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
@@ -118,7 +119,7 @@ def _batch_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
     weight, bias = weight_of(tracker, w), weight_of(tracker, b)
     if not _same_dtype(x, weight, bias):
         y = F.batch_norm(x, mean, var, None, None, training, momentum, eps)
-        return affine_after(tracker, y, axis, w, b, channels=True)
+        return _affine_after(tracker, y, axis, w, b, channels=True)
     ids, _, _ = axis.task_ids.plan(axis.outer, axis.inner)
     y = BatchNormByTask.apply(
         x, weight.value, bias.value, ids, (mean, var), training, momentum, eps, weight.form, bias.form,
@@ -127,10 +128,29 @@ def _batch_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
     return y, axis
 
 
+def _task_batch_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
+    """A scale or a shift that all tasks share, behind statistics by task."""
+    x, w, b, mean, var, order, offsets, eps = call.args
+    axis = first_sample_axis(tracker, x)
+    shared = [bool(p) and from_parameters(tracker, p[0]) for p in (w, b)]
+    if any(len(p) > 1 or p[0].dim() > 1 for p, here in zip((w, b), shared, strict=True) if here):
+        raise Unproven("what belongs to single tasks is in the bank")
+    if shared == [True, False] and b:
+        raise Unproven("a shift that is not in the bank, behind a scale that is")
+    kept = [[] if here else p for p, here in zip((w, b), shared, strict=True)]
+    y, *statistics = call.func(x, *kept, mean, var, order, offsets, eps)
+    if not mean:
+        y = tracker.meet_task_statistics(y, axis, order, offsets)
+    w, b = (p[0] if here else None for p, here in zip((w, b), shared, strict=True))
+    y, known = _affine_after(tracker, y, axis, w, b, channels=True)
+    return (y, *statistics), [known, CONSTANT, CONSTANT]
+
+
 LAYERS: dict[str, Layer] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
     "instance_norm": _instance_norm,
     "batch_norm": _batch_norm,
+    "task_batch_norm.default": _task_batch_norm,
 }

@@ -61,8 +61,6 @@ class LayerTracker(Protocol):
     """What a layer may ask of the tracker. Inside `with tracker:` every torch call comes back to it."""
 
     task_ids: TaskIds
-    # whether it was accepted that statistics are taken over samples of several tasks
-    partition: bool
 
     def axis_of(self, x: Tensor) -> SampleAxis:
         """What is known of a tensor."""
@@ -90,6 +88,14 @@ class LayerTracker(Protocol):
 
     def meet_shared_statistics(self) -> None:
         """Called where statistics are taken over samples of all tasks; raises unless that was accepted."""
+        ...
+
+    def meet_task_statistics(self, y: Tensor, axis: PerSample, order: Tensor, offsets: Tensor) -> Tensor:
+        """Called where statistics are taken over each segment of a layer's own plan, with the layer's result.
+
+        Raises unless no segment has samples of several tasks, or that was accepted. Where the host can't see it, it
+        sees to it that the update is NaN then, in a compiled graph by the result that it returns.
+        """
         ...
 
     def __enter__(self) -> Any: ...

@@ -10,7 +10,6 @@ from fastmtl.task_gradients.one_pass.layers import (
     linear,
     norms,
     task_layer,
-    task_norm,
 )
 from fastmtl.task_gradients.one_pass.layers.broadcast import BROADCASTS, broadcast
 from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Layer, LayerTracker, Unproven
@@ -25,7 +24,6 @@ LAYERS: dict[str, Layer] = {
     **activations.LAYERS,
     **attention.LAYERS,
     **task_layer.LAYERS,
-    **task_norm.LAYERS,
 }
 
 

@@ -1,6 +1,9 @@
-"""`torch.ops.fastmtl.task_conv2d` and `task_linear`: the weight and the bias that all tasks share."""
+"""`torch.ops.fastmtl.task_conv2d`, `task_linear` and `task_lora`: the weight and the bias that all tasks share."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +15,7 @@ from fastmtl.task_gradients.one_pass.layers.protocol import (
     Layer,
     LayerTracker,
     Unproven,
+    carries_samples,
     first_sample_axis,
     from_parameters,
     weight_of,
@@ -21,24 +25,63 @@ from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 
 
 def _task_layer(tracker: LayerTracker, call: TorchCall) -> Followed:
-    """The op runs as it is; only its shared weight gets rows, deltas and gates keep their own gradients."""
-    x, w, delta, delta_tasks, gate, b, *rest = call.args
+    """`W + s_t Delta_t`."""
+    x, w, delta, delta_tasks, gate, b, order, offsets, *geometry = call.args
+
+    def run(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return call.func(x, weight, delta, delta_tasks, gate, bias, order, offsets, *geometry)
+
+    return _shared(tracker, run, x, w, b, (*delta, gate), (order, offsets), tuple(geometry))
+
+
+def _task_lora(tracker: LayerTracker, call: TorchCall) -> Followed:
+    """`W + s_t B_t A_t`."""
+    x, w, A, B, delta_tasks, scaling, b, order, offsets = call.args
+
+    def run(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return call.func(x, weight, A, B, delta_tasks, scaling, bias, order, offsets)
+
+    return _shared(tracker, run, x, w, b, (*A, *B, scaling), (order, offsets))
+
+
+def _shared(
+    tracker: LayerTracker,
+    run: Callable[[Tensor | None, Tensor | None], Tensor],
+    x: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    of_tasks: Sequence[Tensor | None],
+    plan: tuple[Tensor, Tensor],
+    geometry: tuple[Any, ...] = (),
+) -> Followed:
+    """The op runs as it is; only its shared weight and bias get rows, what is of single tasks keeps its own gradients.
+
+    Args:
+        run: the op, from the weight and bias that it is to see.
+        x, w, b: what it was called with.
+        of_tasks: the arguments that belong to single tasks.
+        plan: order and offsets of the layer.
+        geometry: of a convolution.
+    """
     axis = first_sample_axis(tracker, x)
-    if any(from_parameters(tracker, p) for p in (*delta, gate) if p is not None):
+    if any(from_parameters(tracker, p) for p in of_tasks if p is not None):
         raise Unproven("what belongs to single tasks is in the bank")
+    if any(carries_samples(tracker, p) and p.requires_grad and not p.is_leaf for p in of_tasks if p is not None):
+        raise Unproven("what belongs to tasks was computed from samples")
     added = None
     if b is not None and b.dim() > 1 and from_parameters(tracker, b):
-        added = _picked(tracker, b, axis, *rest[:2])
+        added = _picked(tracker, b, axis, *plan)
         b = None
     weight, bias = weight_of(tracker, w), weight_of(tracker, b)
-    y = call.func(x, weight.value, delta, delta_tasks, gate, bias.value, *rest)
-    plan = axis.task_ids.plan(axis.outer, axis.inner)
+    y = run(*(p.value if p.value is None or not p.form else p.value.detach() for p in (weight, bias)))
+    # of a parameter that is not in the bank, the op gives the gradient
+    plain = (p.value if p.value is None or p.form else p.value.detach() for p in (weight, bias))
     y = SharedByTask.apply(
-        y, x.detach(), weight.value, bias.value, *plan, tuple(rest[2:]) or None, weight.form, bias.form,
-        *weight.targets, *bias.targets,
+        y, x.detach(), *plain, *axis.task_ids.plan(axis.outer, axis.inner), geometry or None,
+        weight.form, bias.form, *weight.targets, *bias.targets,
     )  # fmt: skip
     if added is not None:
-        spread = (-1, added.shape[1], *(1,) * (y.dim() - 2)) if len(rest) > 2 else (len(y), *(1,) * (y.dim() - 2), -1)
+        spread = (-1, added.shape[1], *(1,) * (y.dim() - 2)) if geometry else (len(y), *(1,) * (y.dim() - 2), -1)
         y = y + added.reshape(spread).to(y.dtype)
     return y, axis
 
@@ -51,4 +94,8 @@ def _picked(tracker: LayerTracker, bias: Tensor, axis: PerSample, order: Tensor,
     return looked_up(tracker, bias, index)[0]
 
 
-LAYERS: dict[str, Layer] = {"task_conv2d.default": _task_layer, "task_linear.default": _task_layer}
+LAYERS: dict[str, Layer] = {
+    "task_conv2d.default": _task_layer,
+    "task_linear.default": _task_layer,
+    "task_lora.default": _task_lora,
+}

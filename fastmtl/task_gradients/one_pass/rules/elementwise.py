@@ -26,5 +26,7 @@ def _same(call: TorchCall) -> Axes:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(POINTWISE, pointwise),
+    # of fastmtl.nn
+    "scaled_by_gate": pointwise,
     **dict.fromkeys(("_assert", "_assert_async", "set_", "retain_grad", "resize_as"), _same),
 }

@@ -58,20 +58,39 @@ def _recurrent(call: TorchCall) -> Axes:
     return [axis, *[axis.at(1)] * (len(nested(call.out)) - 1)]
 
 
-def _task_plan(call: TorchCall) -> Axes:
-    return CONSTANT
+def _task_op(call: TorchCall) -> Axes:
+    """Layers with parts of tasks: x carries the samples, whatever the layer's own plan says of their tasks."""
+    x, *others = call.tensors()
+    axis = call.axis_of(x)
+    for p in others:
+        # from outside, a tensor of as many tasks as there are samples is taken for one of samples
+        if call.carries_samples(p) and p.requires_grad and not p.is_leaf:
+            return Unknown(f"{call.name}, in which what belongs to tasks was computed from samples")
+    if not isinstance(axis, PerSample):
+        return Unknown(f"{call.name} of a tensor without samples, and samples among its other arguments")
+    if axis.axis != 0:
+        return Unknown(f"{call.name} takes samples along axis 0, but they lie along axis {axis.axis}")
+    return axis
 
 
 def _task_batch_norm(call: TorchCall) -> Axes:
-    """Statistics are those of samples of one task (`layers/task_norm.py` sees to it), and hand no gradient on."""
-    axis = first_axis(call)
+    """With statistics of the batch: the tracker sees to it that they are those of one task's samples."""
+    axis = _task_op(call)
+    assert not isinstance(axis, list)
     return [axis, CONSTANT, CONSTANT]
+
+
+def _task_plan(call: TorchCall) -> Axes:
+    return CONSTANT
 
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(SPATIAL, _spatial),
     **dict.fromkeys(BATCH_FIRST, _batch_first),
-    **dict.fromkeys(("task_conv2d.default", "task_linear.default", "task_scale_shift.default"), _batch_first),
+    **dict.fromkeys(
+        ("task_conv2d.default", "task_linear.default", "task_lora.default", "task_scale_shift.default"), _task_op
+    ),
+    "task_batch_norm.default": _task_batch_norm,
     **dict.fromkeys(
         (
             "conv1d",
@@ -88,6 +107,5 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), _layer_norm),
     **dict.fromkeys(("lstm", "gru", "rnn"), _recurrent),
     "batch_norm": _batch_norm,
-    "task_batch_norm.default": _task_batch_norm,
     "task_plan.default": _task_plan,
 }

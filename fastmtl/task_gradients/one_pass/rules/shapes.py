@@ -149,6 +149,8 @@ def _repeat(call: TorchCall) -> Axes:
 
 def _repeat_interleave(call: TorchCall) -> Axes:
     times, dim = call.argument(1, "repeats"), call.argument(2, "dim")
+    if dim is None and call.first().dim() == 1:
+        dim = 0
     if not isinstance(times, int) or dim is None:
         return Unknown("repeat_interleave by a tensor, or without dim, can't be followed")
     axis = input_axis(call)

@@ -1,0 +1,205 @@
+"""A task's parts on their own: taken out, kept in a small file, put into a model without touching the others."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.nn.containers import check_name
+from fastmtl.nn.models.merge import name_of_task, task_names
+from fastmtl.nn.module import TaskModule, task_layers
+
+VERSION = 1
+# behind these names stand the version, what the layers are, and what their shared weights are about
+_VERSION, _LAYERS, _BASE = "fastmtl.version", "fastmtl.layers", "fastmtl.base"
+# how far the sums of `_base` may be off, in standard deviations of the weights: 16 bits move them by some 0.005
+_ABOUT_THE_SAME = 0.05
+# between a layer's path and the name of a tensor in it; paths and names have none
+_SEP = "/"
+
+
+@torch.no_grad()
+def extract(model: nn.Module, task: int | str, *, unused: bool = False) -> dict[str, Tensor]:
+    """One task's parts of all layers, to be saved as a small file and put into another copy of the model.
+
+    Save it with `torch.save(state, "birds.pt")`, or `safetensors.torch.save_file(state, "birds.safetensors")`.
+
+    Args:
+        model: with layers of `fastmtl.nn`.
+        task: position or name.
+        unused: whether tensors that change nothing (deltas behind closed gates) are in it, too; they are zero after
+            `insert` otherwise.
+
+    Returns:
+        Copies of the tensors, by layer and name, and three small ones that tell `insert` what they belong to. The
+        task's name is not in them.
+
+    Raises:
+        TypeError, ValueError: no such task; no layers with parts of tasks.
+
+    Example:
+        >>> model = convert(torch.nn.Linear(4, 2), ["left", "right"], "dense")
+        >>> sorted(extract(model, "left"))
+        ['/delta', 'fastmtl.base', 'fastmtl.layers', 'fastmtl.version']
+    """
+    name = name_of_task(model, task)
+    state = {
+        _VERSION: torch.tensor(VERSION),
+        _LAYERS: _fingerprint(model),
+        _BASE: _base(model),
+    }
+    for path, layer in task_layers(model):
+        left_out = frozenset() if unused else layer.unused(name)
+        for part, x in layer.part(name).items():
+            if part not in left_out:
+                state[f"{path}{_SEP}{part}"] = x.detach().clone(memory_format=torch.contiguous_format)
+    return state
+
+
+def insert(
+    model: nn.Module, task: str, state: Mapping[str, Tensor] | str | os.PathLike[str], *, check_base: bool = True
+) -> None:
+    """Puts one task's parts into a model: as a new task, or in the place of one of the same name.
+
+    All is checked before anything is changed. A new task comes behind the others, and an optimizer must be told of it.
+    No other task's tensors are touched.
+
+    Args:
+        model: with the same layers as the one that the parts come from.
+        task: the name that the task has here.
+        state: what `extract` gave, or the path of a file that holds it: `.safetensors`, or what `torch.save` wrote,
+            which is read with `weights_only=True`, so that no code in it runs.
+        check_base: whether the shared weights must be about the same as those that the parts belong to. Switch it off
+            where they have been trained on since.
+
+    Raises:
+        TypeError: no name; a state that is none.
+        ValueError: a state that is truncated, of another version, of a model with other layers or (with `check_base`)
+            other shared weights; tensors that are missing, not expected or of another shape.
+        FileNotFoundError: no such file.
+
+    Example:
+        >>> model = convert(torch.nn.Linear(4, 2), ["left", "right"], "dense")
+        >>> insert(model, "up", extract(model, "left"))
+        >>> task_names(model)
+        ('left', 'right', 'up')
+    """
+    names = task_names(model)
+    if isinstance(state, (str, os.PathLike)):
+        state = _read(Path(state))
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: expected what extract returns, or a path, got {type(state).__name__}")
+    layers = list(task_layers(model))
+    if isinstance(task, str) and task not in names:
+        check_name(task)
+    elif not isinstance(task, str):
+        raise TypeError(f"task: expected a name, got {type(task).__name__}")
+    parts = _parts(model, state, check_base)
+    for path, layer in layers:
+        layer.check_part(parts[path], f"state: layer {path!r}")
+    for path, layer in layers:
+        if task in names:
+            layer.set_part(task, parts[path])
+        else:
+            layer.add_part(task, parts[path])
+
+
+def _parts(model: nn.Module, state: Mapping[str, Tensor], check_base: bool) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer, once the rest of a state says that they belong here."""
+    for key, x in state.items():
+        if not isinstance(key, str) or not isinstance(x, Tensor):
+            raise ValueError(f"state: expected tensors by name, got {type(x).__name__} at {key!r}")
+    missing = [key for key in (_VERSION, _LAYERS, _BASE) if key not in state]
+    if missing:
+        raise ValueError(f"state: expected what extract returns, got nothing at {', '.join(map(repr, missing))}")
+    version = state[_VERSION]
+    if version.numel() != 1 or version.is_floating_point() or version.is_complex() or int(version) != VERSION:
+        got = int(version) if version.numel() == 1 and not version.is_complex() else list(version.shape)
+        raise ValueError(f"state: expected version {VERSION}, got {got}")
+    parts: dict[str, dict[str, Tensor]] = {path: {} for path, _ in task_layers(model)}
+    for key, x in state.items():
+        if key in (_VERSION, _LAYERS, _BASE):
+            continue
+        path, sep, part = key.rpartition(_SEP)
+        if not sep or path not in parts:
+            raise ValueError(f"state: expected the layers of this model, got one of another, {key!r}")
+        parts[path][part] = x
+    here, there = _fingerprint(model), state[_LAYERS]
+    if not (there.shape == here.shape and bool((there.cpu() == here).all())):
+        raise ValueError("state: expected a task of a model with the same layers, got one of another model")
+    base, theirs = _base(model), state[_BASE]
+    if theirs.shape != base.shape or not theirs.is_floating_point():
+        raise ValueError(f"state: expected {_BASE} of shape {list(base.shape)}, got {list(theirs.shape)}")
+    if check_base:
+        spread = base[:, 4].clamp_min(torch.finfo(torch.float32).tiny)
+        off = ((theirs.cpu().double() - base).abs().amax(1) / spread).nan_to_num(nan=float("inf"))
+        for (path, _), distance in zip(task_layers(model), off.tolist(), strict=True):
+            if distance > _ABOUT_THE_SAME:
+                raise ValueError(
+                    f"state: expected a task that belongs to these shared weights, got one of others (layer {path!r}); "
+                    "check_base=False if they have been trained on since"
+                )
+    return parts
+
+
+def _shared(layer: TaskModule) -> list[tuple[str, Tensor]]:
+    own = {id(x) for task in layer.tasks for x in layer.part(task).values()}
+    return [(name, p) for name, p in layer.named_parameters() if id(p) not in own]
+
+
+def _fingerprint(model: nn.Module) -> Tensor:
+    """Which layers there are, of which kind and of which shapes, as 32 numbers."""
+    text = []
+    for path, layer in task_layers(model):
+        own = sorted(name for name in layer.part(layer.tasks[0]))
+        text.append(f"{path} {type(layer).__name__} {own} {[(name, list(p.shape)) for name, p in _shared(layer)]}")
+    return torch.frombuffer(bytearray(hashlib.sha256("\n".join(text).encode()).digest()), dtype=torch.uint8).clone()
+
+
+@torch.no_grad()
+def _base(model: nn.Module) -> Tensor:
+    """What each layer's shared parameters are about, `[L, 5]` float64: four projections on fixed waves, in units of a
+    sum of independent numbers, and the standard deviation. Rounding to 16 bits moves them little, other weights much.
+    """
+    rows = []
+    for _, layer in task_layers(model):
+        values = [p.detach().double().flatten().cpu() for _, p in _shared(layer)]
+        x = torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
+        if len(x) == 0:
+            rows.append(torch.zeros(5, dtype=torch.float64))
+            continue
+        at = torch.arange(len(x), dtype=torch.float64)
+        waves = [float(torch.sin(at * pace + 0.5) @ x) / len(x) ** 0.5 for pace in (0.7, 1.3, 1.9, 2.6)]
+        rows.append(torch.tensor([*waves, float(x.std(correction=0))], dtype=torch.float64))
+    return torch.stack(rows)
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    """A file's tensors; no code in it is run."""
+    if not path.exists():
+        raise FileNotFoundError(f"state: expected a file, got {str(path)!r}, which does not exist")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ImportError("state: a .safetensors file needs the package safetensors") from error
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise ValueError(f"state: expected a file of safetensors, got {str(path)!r}: {error}") from error
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch's text names what the file wanted to run
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"state: expected a file of tensors, whole and without code, got {str(path)!r}: {why}"
+        ) from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"state: expected a file with what extract returns, got {type(found).__name__}")
+    return found

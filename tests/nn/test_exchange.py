@@ -1,0 +1,230 @@
+"""A task's parts as a file: `extract` and `insert`, and files that are none."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from task_models import IDS, NAMES, ResNet, move
+from torch import Tensor, nn
+
+from fastmtl.nn import TaskHeads, convert, extract, insert, merge, task_names, tasks
+from fastmtl.nn.module import task_layers
+
+KINDS = ("taps", "dense", "lora", "patch", "separate", "modulator", "hypergrid")
+X = torch.linspace(-2, 2, 4 * 3 * 8 * 8).view(4, 3, 8, 8)
+
+
+def made(kind: str = "taps", seed: int = 0, **options: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return convert(ResNet().eval(), NAMES, kind, **options)
+
+
+def trained(kind: str = "taps", **options: Any) -> nn.Module:
+    model = made(kind, **options)
+    move(model)
+    return model
+
+
+def saved(state: dict[str, Tensor], folder: Path, ending: str) -> Path:
+    path = folder / f"task.{ending}"
+    if ending == "safetensors":
+        pytest.importorskip("safetensors.torch", reason="safetensors is not installed").save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_goes_through_a_file_into_another_copy(kind: str, ending: str, tmp_path: Path) -> None:
+    source, target = trained(kind), made(kind)
+    with tasks("sketch"):
+        expected = source(X)
+    before = {path: {name: layer.part(name) for name in NAMES} for path, layer in task_layers(target)}
+    kept = {key: x.clone() for key, x in target.state_dict().items()}
+    path = saved(extract(source, "sketch"), tmp_path, ending)
+    insert(target, "cartoon", path)
+    assert task_names(target) == (*NAMES, "cartoon")
+    with tasks("cartoon"):
+        torch.testing.assert_close(target(X), expected)
+    # nobody else was touched: the very tensors, and their values
+    for where, layer in task_layers(target):
+        for name in NAMES:
+            assert all(x is before[where][name][part] for part, x in layer.part(name).items())
+    assert all(torch.equal(target.state_dict()[key], x) for key, x in kept.items())
+    # over a task that is there: its tensors stay, their values are new
+    insert(target, "photo", path)
+    assert task_names(target) == (*NAMES, "cartoon")
+    with tasks("photo"):
+        torch.testing.assert_close(target(X), expected)
+    for where, layer in task_layers(target):
+        assert all(x is before[where]["photo"][part] for part, x in layer.part("photo").items())
+
+
+def test_what_is_closed_is_left_out() -> None:
+    model = trained()
+    nn.init.zeros_(model.conv1.gate["sketch"])
+    nn.init.ones_(model.fc.gate["sketch"])
+    state = extract(model, "sketch")
+    assert "conv1/delta" not in state and "conv1/gate" in state and "fc/delta" in state
+    assert "conv1/delta" in extract(model, "sketch", unused=True)
+    target = made()
+    insert(target, "sketch", state)
+    assert torch.equal(target.conv1.delta["sketch"], torch.zeros_like(model.conv1.delta["sketch"]))
+    with tasks("sketch"):
+        torch.testing.assert_close(target(X), model(X))
+
+
+def test_ranks_come_with_the_task() -> None:
+    source = trained("lora", rank=5)
+    target = made("lora", rank=2)
+    insert(target, "cartoon", extract(source, "photo"))
+    insert(target, "photo", extract(source, "photo"))
+    assert target.fc.rank == {"photo": 5, "sketch": 2, "clipart": 2, "cartoon": 5}
+    with tasks("photo"):
+        expected = source(X)
+    for name in ("cartoon", "photo"):
+        with tasks(name):
+            torch.testing.assert_close(target(X), expected)
+    move(target)
+    with tasks(IDS):
+        mixed = target(X)
+    torch.testing.assert_close(merge(target, "photo")(X)[IDS == 0], mixed[IDS == 0], atol=1e-5, rtol=1e-4)
+
+
+def test_heads_of_another_size() -> None:
+    def model(sizes: dict[str, int]) -> nn.Module:
+        net = made("dense", where="conv1")
+        torch.manual_seed(3)
+        net.fc = TaskHeads(16, sizes)
+        return net
+
+    source = model({"photo": 5, "sketch": 3, "clipart": 4})
+    target = model({"photo": 5, "sketch": 3, "clipart": 4})
+    move(source)
+    insert(target, "cartoon", extract(source, "clipart"))
+    assert target.fc.heads["cartoon"].out_features == 4
+    with tasks("cartoon"):
+        found = target(X)[3]
+    with tasks("clipart"):
+        torch.testing.assert_close(found, source(X)[2])
+
+
+def test_into_a_model_of_another_precision() -> None:
+    source, target = trained(), made().to(torch.bfloat16)
+    insert(target, "cartoon", extract(source, "photo"))
+    assert target.conv1.delta["cartoon"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda s: s.pop("fastmtl.version"), "got nothing at 'fastmtl.version'"),
+        (lambda s: s.clear(), "got nothing at 'fastmtl.version', 'fastmtl.layers', 'fastmtl.base'"),
+        (lambda s: s.update({"fastmtl.version": torch.tensor(2)}), "expected version 1, got 2"),
+        (lambda s: s.update({"fastmtl.version": torch.tensor(1.5)}), "expected version 1"),
+        (lambda s: s.update({"fastmtl.version": torch.ones(3)}), r"expected version 1, got \[3\]"),
+        (lambda s: s.update({"fastmtl.layers": torch.zeros(32, dtype=torch.uint8)}), "got one of another model"),
+        (lambda s: s.update({"fastmtl.layers": torch.zeros(3)}), "got one of another model"),
+        (lambda s: s.update({"fastmtl.base": torch.zeros(3)}), "expected fastmtl.base of shape"),
+        (lambda s: s["fastmtl.base"].fill_(float("nan")), "got one of others"),
+        (lambda s: s["fastmtl.base"].add_(1.0), r"got one of others \(layer 'conv1'\); check_base=False"),
+        (lambda s: s.pop("fc/delta"), None),
+        (lambda s: s.pop("fc/gate"), "layer 'fc': expected gate"),
+        (lambda s: s.pop("bn1/weight"), "layer 'bn1': expected weight"),
+        (lambda s: s.update({"fc/delta": torch.zeros(2)}), r"expected delta of shape \[5, 16\], got \[2\]"),
+        (lambda s: s.update({"fc/delta": torch.zeros(5, 16, dtype=torch.complex64)}), "of real numbers"),
+        (lambda s: s.update({"fc/evil": torch.zeros(2)}), "layer 'fc': expected delta, gate, got 'evil'"),
+        (lambda s: s.update({"fd/delta": torch.zeros(2)}), "the layers of this model, got one of another, 'fd/delta'"),
+        (lambda s: s.update({"fc": torch.zeros(2)}), "got one of another, 'fc'"),
+        (lambda s: s.update({"fc/delta": "text"}), "expected tensors by name, got str at 'fc/delta'"),
+        (lambda s: s.update({3: torch.zeros(2)}), "expected tensors by name, got Tensor at 3"),
+    ],
+)
+def test_a_state_that_is_none_changes_nothing(change: Any, text: str | None) -> None:
+    model = trained()
+    state = extract(model, "photo")
+    change(state)
+    kept = {key: x.clone() for key, x in model.state_dict().items()}
+    if text is None:
+        insert(model, "cartoon", state)  # a delta behind an open gate that is missing is a delta of zero
+        return
+    for name in ("cartoon", "photo"):
+        with pytest.raises(ValueError, match=text):
+            insert(model, name, state)
+    assert task_names(model) == NAMES
+    assert model.state_dict().keys() == kept.keys()
+    assert all(torch.equal(model.state_dict()[key], x) for key, x in kept.items())
+
+
+def test_other_shared_weights_are_seen() -> None:
+    state, other = extract(trained(), "photo"), made(seed=1)
+    with pytest.raises(ValueError, match="expected a task that belongs to these shared weights"):
+        insert(other, "cartoon", state)
+    assert task_names(other) == NAMES
+    insert(other, "cartoon", state, check_base=False)
+    # rounding is no other weight
+    insert(made().to(torch.bfloat16), "cartoon", state)
+    insert(made().to(torch.float16), "cartoon", state)
+
+
+def test_another_model_is_seen() -> None:
+    state = extract(trained("dense"), "photo")
+    for other in (made("taps"), made("lora"), made("dense", where="fc")):
+        with pytest.raises(ValueError, match="state: expected"):
+            insert(other, "cartoon", state)
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(Hostile.folder),)
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_files_that_are_none(ending: str, tmp_path: Path) -> None:
+    model = trained()
+    path = saved(extract(model, "photo"), tmp_path, ending)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:10], b"", b"\x00" * 64, b"text"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"state: expected a file .*task\."):
+            insert(model, "cartoon", path)
+    with pytest.raises(FileNotFoundError, match=r"state: expected a file, got '.*nothing"):
+        insert(model, "cartoon", tmp_path / f"nothing.{ending}")
+    assert task_names(model) == NAMES
+
+
+def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
+    Hostile.folder = tmp_path / "was_run"
+    model = trained()
+    for write in (lambda p: torch.save({"x": Hostile()}, p), lambda p: p.write_bytes(pickle.dumps(Hostile()))):
+        path = tmp_path / "hostile.pt"
+        write(path)
+        with pytest.raises(ValueError, match="whole and without code"):
+            insert(model, "cartoon", path)
+        with pytest.raises(ValueError, match="state: expected a file of safetensors"):
+            insert(model, "cartoon", path.rename(tmp_path / "hostile.safetensors"))
+    assert not Hostile.folder.exists()
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="a file with what extract returns, got list"):
+        insert(model, "cartoon", tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: extract(made(), "x"), ValueError, "expected one of photo, sketch, clipart, got 'x'"),
+        (lambda: extract(ResNet(), 0), ValueError, "expected layers with parts of tasks"),
+        (lambda: insert(made(), 3, {}), TypeError, "task: expected a name, got int"),
+        (lambda: insert(made(), "a.b", {}), ValueError, "names without dots"),
+        (lambda: insert(made(), "a", 3), TypeError, "state: expected what extract returns, or a path, got int"),
+    ],
+)
+def test_bad_arguments(call: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        call()
