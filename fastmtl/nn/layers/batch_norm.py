@@ -152,16 +152,24 @@ class TaskBatchNorm2d(TaskModule):
         if x.dim() != 4 or x.shape[1] != self.num_features:
             raise ValueError(f"x: expected shape [N, {self.num_features}, H, W], got {list(x.shape)}")
         plan = self._plan(x)
+        training = self.training or self.running_mean is None
+        options: dict[str, Any] = {"training": training, "momentum": self.momentum, "eps": self.eps}
         given: dict[str, Any] = {}
+        if not (training or torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.device.type == "cpu":
+            # one table of each kind: the op would look at each of 4 T tensors, for longer than a small layer takes
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                held = getattr(self, name)
+                if held is not None:
+                    given[name] = torch.stack(held.of_tasks(self.tasks))
+            return task_batch_norm(x, plan, **given, **options)
         if self.weight is not None and self.bias is not None:
             given["weight"] = present_rows(self.weight, self.tasks, plan.offsets)
             given["bias"] = present_rows(self.bias, self.tasks, plan.offsets)
         if self.running_mean is not None:
             for name in _STATISTICS:
                 held = getattr(self, name)
-                given[name] = [getattr(held, task) for task in self.tasks]
-        training = self.training or self.running_mean is None
-        return task_batch_norm(x, plan, **given, training=training, momentum=self.momentum, eps=self.eps)
+                given[name] = held.of_tasks(self.tasks)
+        return task_batch_norm(x, plan, **given, **options)
 
     def extra_repr(self) -> str:
         return (
