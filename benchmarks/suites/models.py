@@ -23,9 +23,10 @@ from fastmtl.ops import TaskPlan, task_plan
 
 TASKS = (2, 8, 32)
 SCALING = 0.5
-# how far outputs and gradients may be from those of a plain network for each task: see `difference`. A GPU's
-# convolutions round to TF32 by default, and by another algorithm for each batch size
-TOLERANCE = {"cpu": 1e-5, "cuda": 5e-3}
+# how far outputs and gradients may be from those of a plain network for each task: see `difference`. Batch norms of a
+# few pixels and samples of one task multiply rounding errors: a tiny ResNet was 1e-5 off. A GPU's convolutions round to
+# TF32 by default, and by another algorithm for each batch size
+TOLERANCE = {"cpu": 1e-4, "cuda": 5e-3}
 
 Labels = Literal["ours", "plain", "loop", "separate", "adapter"]
 

@@ -17,7 +17,7 @@ from fastmtl.benchmarks.suites import models
 from fastmtl.benchmarks.workloads.networks import EncoderLayer, PublishedResNet, ViT, Workload, fused_layer
 
 CPU = torch.device("cpu")
-RESNET = Workload("tiny ResNet", lambda: PublishedResNet(8), (3, 64, 64), batch=9)
+RESNET = Workload("tiny ResNet", lambda: PublishedResNet(8), (3, 64, 64), batch=7)
 VIT = Workload("tiny ViT", lambda: ViT(8, 4, 32, 2, 2, EncoderLayer), (3, 8, 8), batch=9)
 SPECS = {
     "taps": models.Spec(RESNET, models.TAPS, 3, True),
@@ -56,7 +56,7 @@ def test_every_candidate_gives_the_same_outputs_and_gradients(name):
         here = workshop(one)
         for label in one.labels:
             found = here.verify(label, call_of(one, label))
-            assert found.passed and found.tolerance == 1e-5, (label, found)
+            assert found.passed and found.tolerance == 1e-4, (label, found)
 
 
 @pytest.mark.parametrize("spec", [SPECS["taps"], SPECS["taps on a ViT"]], ids=["ResNet", "ViT"])
@@ -135,9 +135,8 @@ def test_steps_train_each_network_and_no_other():
     moved = {name for name, p in here.trainees["ours"].model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name, p in here.trainees["ours"].model.named_parameters() if p.requires_grad}
     # the start is nobody's
-    assert all(
-        torch.equal(p, q) for p, q in zip(here.base.parameters(), models.converted(spec).parameters(), strict=False)
-    )
+    again = models.converted(spec)
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in here.base.named_parameters())
 
 
 def test_adapters_are_low_rank_layers():
@@ -166,13 +165,9 @@ def test_both_encoder_layers_compute_the_same():
     ours, fused = EncoderLayer(8, 2), fused_layer(8, 2)
     attention = fused.self_attn
     with torch.no_grad():
-        for layer, w, b in zip(
-            (ours.query, ours.key, ours.value),
-            attention.in_proj_weight.chunk(3),
-            attention.in_proj_bias.chunk(3),
-            strict=False,
-        ):
-            layer.weight.copy_(w), layer.bias.copy_(b)
+        parts = zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True)
+        for layer, (w, b) in zip((ours.query, ours.key, ours.value), parts, strict=True):
+            layer.load_state_dict({"weight": w, "bias": b})
         for layer, other in (
             (ours.out, attention.out_proj), (ours.up, fused.linear1), (ours.down, fused.linear2),
             (ours.norm1, fused.norm1), (ours.norm2, fused.norm2),
@@ -208,7 +203,7 @@ def test_the_suite_has_every_kind_and_number_of_tasks(device):
     assert all(case.quick and case.params["T"] == 8 for case in quick) and 5 <= len(quick) <= 8
 
 
-@pytest.mark.parametrize("name", ["lora", "taps"])
+@pytest.mark.parametrize("name", ["lora", "taps on a ViT"])
 def test_a_case_gives_a_row(name, runner):
     row = json.loads(json.dumps(runner.run_case(models.model_case(SPECS[name]))))
     assert row["status"] == "ok", row
@@ -218,7 +213,7 @@ def test_a_case_gives_a_row(name, runner):
     assert set(row["memory"]) == labels and all(entry["allocated_bytes"] > 0 for entry in row["memory"].values())
     cells = report.cells(row)
     assert len(cells) == len(report.columns(row)) == len(report.MODEL_COLUMNS)
-    assert cells[5] == ("-" if name == "taps" else f"{row['speedup']['adapter']:.3g}x")
+    assert cells[5] == ("-" if name != "lora" else f"{row['speedup']['adapter']:.3g}x")
 
 
 def test_a_wrong_result_is_not_timed(runner):
@@ -232,21 +227,22 @@ def test_a_wrong_result_is_not_timed(runner):
 
 def test_the_memory_of_a_training_holds_weights_gradients_and_momentum(runner):
     """Per task of the joint variant a delta, its gradient and its momentum, beside those of the shared weights."""
-    row = runner.run_case(models.memory_case(RESNET, 3))
+    row = runner.run_case(models.memory_case(VIT, 3))
     assert row["status"] == "ok", row
     peak = {label: entry["allocated_bytes"] for label, entry in row["memory"].items()}
     with torch.device("meta"):
-        network = 4 * sum(p.numel() for p in PublishedResNet(8).parameters())
-    # beside activations, which are alike: 4 copies of three numbers for each weight; 1 and a frozen one
-    assert 7 * network < peak["ours"] - peak["sequential"] < 9 * network
-    assert 5.5 * network < peak["separate"] - peak["plain"] < 8 * network
+        network = 4 * sum(p.numel() for p in VIT.build().parameters())
+    # activations are alike, or fewer of T networks; three numbers for each weight that trains, of four that are trained
+    # (shared and three deltas) beside one of two; and of three beside one
+    assert 7 * network < peak["ours"] - peak["sequential"] < 9.5 * network
+    assert 4 * network < peak["separate"] - peak["plain"] < 7 * network
     cells = report.cells(row)
     assert len(cells) == len(report.columns(row)) == len(report.TAPS_COLUMNS)
     assert cells[5] == f"{peak['ours'] / peak['sequential']:.2f}"
 
 
 def test_the_memory_of_a_wrong_training_is_not_shown(runner):
-    case = models.memory_case(RESNET, 3)
+    case = models.memory_case(VIT, 3)
     wrong = [doubled(c) if c.label == "plain" else c for c in case.candidates]
     row = runner.run_case(replace(case, candidates=tuple(wrong)))
     assert "wrong result" in row["times"]["plain"]["failed"] and "plain" not in row["memory"]

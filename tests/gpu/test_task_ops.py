@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -34,6 +35,7 @@ import fastmtl
 from fastmtl.core import dispatch
 from fastmtl.core.task_weights import Geometry, SortedBatch
 from fastmtl.ops import (
+    task_batch_norm,
     task_conv2d,
     task_conv2d_weight_grad,
     task_linear,
@@ -220,6 +222,98 @@ def test_scale_shift(shape: tuple[int, ...], layout: str, dtype: torch.dtype, ta
     ]
     for actual, one, magnitude in zip((y, *grads), exact, sizes, strict=True):
         cases.assert_within(actual, one, bound(magnitude, one, 2e-6, actual.dtype))
+
+
+NORM_SHAPES = ((70, 33), (24, 64, 14, 14), (24, 64, 7, 7), (40, 256, 28, 28), (12, 3, 65, 67))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("one_launch", [True, False], ids=["one launch", "pieces"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=cases.short)
+def test_batch_norm(
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    one_launch: bool,
+    training: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Values, gradients and running statistics in place, of both forms of the kernels."""
+    monkeypatch.setattr(
+        dispatch.triton_kernels("task_weights.task_batch_norm"), "ONE_LAUNCH_ELEMENTS", 1 << 40 if one_launch else 0
+    )
+    num_tasks, channels = 4, shape[1]
+    ids = make_ids("absent", shape[:1], num_tasks)
+    x, g = (torch.randn(shape).to(dtype) * 2 + offset for offset in (1, 0))
+    if layout == "channels_last":
+        x, g = (y.movedim(1, -1).contiguous().movedim(-1, 1) for y in (x, g))
+    weight, bias, mean, var = ([torch.randn(channels) for _ in range(num_tasks)] for _ in range(4))
+    var = [v.square() + 0.5 for v in var]
+    leaves = [on_device(p).requires_grad_() for p in (x, *weight, *bias)]
+    kept = [[on_device(p.clone()) for p in params] for params in (mean, var)]
+    counts = [torch.zeros((), dtype=torch.int64, device=DEVICE) for _ in range(num_tasks)]
+    with fastmtl.use_backend("triton"):
+        y = task_batch_norm(
+            leaves[0], ids.to(DEVICE), leaves[1 : 1 + num_tasks], leaves[1 + num_tasks :], *kept,
+            training=training, num_batches_tracked=counts,
+        )  # fmt: skip
+        grads = torch.autograd.grad(y, leaves, on_device(g))
+    batch = SortedBatch(*reference.task_plan(ids, num_tasks))
+    doubled = [[p.double() for p in params] for params in (weight, bias, mean, var)]
+    given = ([], []) if training else doubled[2:]
+    exact, *used = reference.task_batch_norm(x.double(), *doubled[:2], *given, batch, 1e-5)
+    back = reference.task_batch_norm_backward(
+        g.double(), x.double(), doubled[0], *used, batch, training, 1e-5, [True] * 3
+    )
+    for actual, one in zip((y, *grads), (exact, back[0], *back[1], *back[2]), strict=True):
+        unit = cases.unit_roundoff(actual.dtype)
+        cases.assert_within(actual, one, 1.001 * unit * one.abs() + 2e-5 * one.abs().max().clamp(min=1.0))
+    tracked = [torch.zeros((), dtype=torch.int64) for _ in range(num_tasks)]
+    if training:
+        values = math.prod(shape[2:])
+        reference.task_batch_norm_update(*used, batch.offsets, values, 0.1, *doubled[2:], tracked)
+    for actual, one in zip((*kept[0], *kept[1]), (*doubled[2], *doubled[3]), strict=True):
+        cases.assert_within(actual, one, 1e-5 * (1 + one.abs()))
+    assert [int(n) for n in counts] == [int(n) for n in tracked]
+
+
+def test_batch_norm_of_a_single_value_is_nan(triton_backend: None) -> None:
+    ids = torch.tensor([0, 1, 0], device=DEVICE)
+    mean, var = torch.zeros(2, 5, device=DEVICE), torch.ones(2, 5, device=DEVICE)
+    y = task_batch_norm(torch.randn(3, 5, device=DEVICE), ids, None, None, mean, var, training=True)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+    assert not mean[1].any() and bool((var[1] == 1).all()) and mean[0].any()
+
+
+def test_batch_norm_in_a_captured_step(triton_backend: None) -> None:
+    """Statistics move at each replay; lists of parameters and statistics have tables of their own in the graph."""
+    x = torch.randn(12, 16, 9, 9, device=DEVICE, requires_grad=True)
+    ids = torch.randint(3, (12,), device=DEVICE)
+    params = [torch.randn(16, device=DEVICE, requires_grad=True) for _ in range(6)]
+
+    def start() -> list[list[Tensor]]:
+        return [[torch.full((16,), float(k), device=DEVICE) for _ in range(3)] for k in range(2)]
+
+    def step(kept: list[list[Tensor]]) -> list[Tensor]:
+        y = task_batch_norm(x, ids, params[:3], params[3:], *kept, training=True)
+        return [y, *torch.autograd.grad(y, [x, *params], torch.ones_like(y))]
+
+    eager, kept = start(), start()
+    expected = [step(eager) for _ in range(3)][-1]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(start())
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(kept)
+    for _ in range(3):
+        graph.replay()
+    assert_same_bits(found, expected)
+    assert_same_bits([*kept[0], *kept[1]], [*eager[0], *eager[1]])
 
 
 # --- a step of a network: plan, convolution, scale and shift, linear layer, forward and backward

@@ -250,6 +250,17 @@ class OneTable(TaskEmbedding):
         return y + self._from_one_table(x, plan).to(y.dtype)
 
 
+class Positions(nn.Module):
+    """An embedding of positions, whose numbers all samples have in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.table = nn.Linear(6, 6), TaskEmbedding(5, 6, NAMES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.inner(x) + self.table(torch.arange(x.shape[1])[None])).relu()
+
+
 def _any_head() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 4))
 
@@ -268,6 +279,7 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "embedding, one table": (
         lambda: nn.Sequential(OneTable(11, 6, NAMES, 0, gate=TapsGate()), nn.Linear(6, 4)), TOKENS
     ),
+    "embedding of positions": (Positions, LINES),
     "heads": (lambda: nn.Sequential(nn.Linear(6, 6), TaskHeads(6, dict.fromkeys(NAMES, 4))), ROWS),
     "heads, padded": (
         lambda: nn.Sequential(

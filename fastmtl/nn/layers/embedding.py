@@ -132,8 +132,8 @@ class TaskEmbedding(TaskLayer):
             raise ValueError("x: expected shape [N, ...], got []")
         plan = self._plan(x, x.dim())
         if x.shape[0] == 1 and plan.task_ids.dim() == 1:
-            # the numbers of all samples, as of positions
-            x = x.expand(plan.task_ids.shape[0], *x.shape[1:])
+            # the numbers of all samples, as of positions; added to, and not expanded, so that one_pass sees the samples
+            x = x + torch.zeros_like(plan.task_ids, dtype=x.dtype).view(-1, *(1,) * (x.dim() - 1))
         check_leading(plan, x.shape)
         try:
             return self._looked_up(x, plan)
