@@ -52,6 +52,10 @@ class TaskParameters(nn.ParameterDict):
         super().__setstate__(state)
         self._mark()
 
+    def of_tasks(self, names: Sequence[str]) -> list[Tensor]:
+        """Those of some tasks, in the order of `names`."""
+        return _of_tasks(self, self._parameters, names)
+
     def extra_repr(self) -> str:
         # one line for all tasks: a network has dozens of such layers
         return _one_line(self.values())
@@ -108,6 +112,10 @@ class TaskBuffers(nn.Module):
     def __len__(self) -> int:
         return len(self._buffers)
 
+    def of_tasks(self, names: Sequence[str]) -> list[Tensor]:
+        """Those of some tasks, in the order of `names`."""
+        return _of_tasks(self, self._buffers, names)
+
     def extra_repr(self) -> str:
         return _one_line(self._buffers.values())
 
@@ -160,6 +168,13 @@ def _one_line(tensors: Any) -> str:
     return f"{len(found)} x {' or '.join(shapes)}" if shapes else ""
 
 
+def _of_tasks(held: nn.Module, own: Mapping[str, Tensor | None], names: Sequence[str]) -> list[Tensor]:
+    # past nn.Module's getattr, which is slow for dozens of tasks; a graph being traced asks the module as ever, and one
+    # that is parametrised has no entry
+    found = [None if torch.compiler.is_compiling() else own.get(name) for name in names]
+    return [getattr(held, name) if x is None else x for name, x in zip(names, found, strict=True)]
+
+
 # a name of one of these would hide it
 _TAKEN = (
     frozenset(dir(nn.ParameterDict()))
@@ -199,9 +214,8 @@ def present_rows(params: TaskParameters | TaskBuffers, names: Sequence[str], off
 
     A task without samples then gets no gradient, as its delta gets none.
     """
-    # not params[name]: twice the time, and there may be dozens of tasks
-    rows = [getattr(params, name) for name in names]
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+    rows = params.of_tasks(names)
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and torch.is_grad_enabled():
         bounds = offsets.tolist()
         rows = [p if bounds[t + 1] > bounds[t] else p.detach() for t, p in enumerate(rows)]
     return rows

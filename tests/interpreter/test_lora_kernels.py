@@ -218,8 +218,9 @@ def test_launches(seen: list[Seen]) -> None:
     case = LoraCase(leading=(6, 4), cin=16, cout=16, ranks=(4,))
     made = case.make().leaves()
     made.weight.requires_grad_(False)
+    plan = TaskPlan(made.task_ids, *reference.task_plan(made.task_ids, case.num_tasks))
     with configs.force(**WALK):
-        y = case.run(made)
+        y = case.run(made, plan)
         first = [each.name for each in seen if each.name != "pointer_table_kernel"]
         assert first == ["task_lora_shrink_kernel", "task_lora_expand_kernel"]
         seen.clear()

@@ -169,6 +169,15 @@ def test_what_was_set_acts_as_if_given():
         assert torch.equal(method.weights(gram), made.weights(gram))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["CAGrad", "UPGrad", "GradVac"])
+def test_weights_in_one_graph(name: str):
+    """Attributes that are checked when they are set do not break a graph of `torch.compile`."""
+    gram = torch.tensor([[2.0, -1.0], [-1.0, 1.0]])
+    compiled = torch.compile(MAKE[name]().weights, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(gram), MAKE[name]().weights(gram))
+
+
 def test_an_argument_that_was_never_set():
     class Scaled(Method):
         factor = Argument(choice("a"))

@@ -354,6 +354,20 @@ def test_added_and_removed_tasks(name: str) -> None:
         layer.remove_task("sketch")
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "heads" not in name])
+def test_reset_makes_all_tasks_alike(name: str) -> None:
+    """In the same parameters, as a model that was made without memory needs it."""
+    case, layer, x = made(name)
+    before, y = dict(layer.named_parameters()), call(case, layer, x, "photo")
+    layer.reset_parameters()
+    assert all(p is before[key] for key, p in layer.named_parameters())
+    found = [call(case, layer, x, task) for task in NAMES]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert found[0].isfinite().all() and not torch.equal(found[0], y)
+    if not any(word in name for word in ("separate", "depthwise", "no_bias")):
+        assert not any(layer.changed(task) for task in NAMES)
+
+
 @ALL
 def test_a_task_that_cannot_be_added_changes_nothing(name: str) -> None:
     layer = CASES[name].make()

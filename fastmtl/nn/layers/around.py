@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 import torch
@@ -58,6 +59,23 @@ class AroundPlain(TaskModule):
             TypeError, ValueError: as the class.
         """
         return cls(layer, tasks, **options)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As the plain layer for `weight` and `bias`; what belongs to tasks is what it was at first."""
+        if self.kind == "Conv1D":
+            nn.init.normal_(self.weight, std=0.02)
+            bound = 0.0
+        else:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+            bound = 1 / math.sqrt(self.weight[0].numel())
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        for name in self.tasks:
+            self._reset_task(name)
+
+    def _reset_task(self, name: str) -> None:
+        raise NotImplementedError
 
     def _sizes(self) -> tuple[int, int]:
         """Channels or columns of the result, and of the input."""

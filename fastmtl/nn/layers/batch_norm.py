@@ -186,22 +186,21 @@ class TaskBatchNorm2d(TaskModule):
         if x.dim() != 4 or x.shape[1] != self.num_features:
             raise ValueError(f"x: expected shape [N, {self.num_features}, H, W], got {list(x.shape)}")
         plan = self._plan(x)
-        return task_batch_norm(
-            x,
-            plan,
-            self._in_order(self.weight),
-            self._in_order(self.bias),
-            self._in_order(self.running_mean),
-            self._in_order(self.running_var),
-            training=self.training or not self.track_running_stats,
-            momentum=self.momentum,
-            eps=self.eps,
-            num_batches_tracked=self._in_order(self.num_batches_tracked),
-        )
+        training = self.training or not self.track_running_stats
+        options: dict[str, Any] = {"training": training, "momentum": self.momentum, "eps": self.eps}
+        names = ("weight", "bias", "running_mean", "running_var")
+        given: dict[str, Any] = {name: self._in_order(getattr(self, name)) for name in names}
+        if training:
+            return task_batch_norm(
+                x, plan, **given, num_batches_tracked=self._in_order(self.num_batches_tracked), **options
+            )
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.device.type == "cpu":
+            # one table of each kind: the op would look at each of 4 T tensors, for longer than a small layer takes
+            given = {name: None if held is None else torch.stack(held) for name, held in given.items()}
+        return task_batch_norm(x, plan, **given, **options)
 
     def _in_order(self, held: TaskParameters | TaskBuffers | None) -> list[Tensor] | None:
-        # not held[name]: twice the time, and there may be dozens of tasks
-        return None if held is None else [getattr(held, name) for name in self.tasks]
+        return None if held is None else held.of_tasks(self.tasks)
 
     def extra_repr(self) -> str:
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "

@@ -63,6 +63,10 @@ class TaskHyperGrid(AroundPlain):
         self.row[name] = nn.Parameter(self.weight.new_zeros(self.grid[0]))
         self.column[name] = nn.Parameter(self.weight.new_zeros(self.grid[1]))
 
+    def _reset_task(self, name: str) -> None:
+        self.row[name].zero_()
+        self.column[name].zero_()
+
     def effective_weight(self, task: int | str) -> Tensor:
         """The shared weight, scaled as the task has it; differentiable.
 

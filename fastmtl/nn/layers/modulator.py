@@ -65,6 +65,10 @@ class TaskModulator(AroundPlain):
         self.v[name] = nn.Parameter(torch.eye(size, **where))
         self.g[name] = nn.Parameter(torch.ones(size, **where))
 
+    def _reset_task(self, name: str) -> None:
+        nn.init.eye_(self.v[name])
+        self.g[name].fill_(1)
+
     def modulator(self, task: int | str) -> Tensor:
         """The task's `[Cout, Cout]` matrix `M_t`, differentiable.
 

@@ -47,6 +47,15 @@ class _TaskNorm(TaskModule):
             if held is not None:
                 held[name] = nn.Parameter(value.detach().clone())
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As the plain layer, for each task: scales of 1 and shifts of 0."""
+        self._scale.fill_(1)
+        self._shift.zero_()
+        for held, value in ((self.weight, self._scale), (self.bias, self._shift)):
+            for param in [] if held is None else held.values():
+                param.copy_(value)
+
     def _take(self, layer: nn.Module) -> Any:
         for buffer, param in (("_scale", layer._parameters["weight"]), ("_shift", layer._parameters.get("bias"))):
             # without a shift of its own it has one of zeros, where the scale is

@@ -61,6 +61,13 @@ class TaskScaleShift(TaskModule):
         self.shift[name] = nn.Parameter(torch.zeros(self.num_channels, **where))
 
     @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Scales of 1 and shifts of 0."""
+        for name in self.tasks:
+            self.scale[name].fill_(1)
+            self.shift[name].zero_()
+
+    @torch.no_grad()
     def changed(self, task: int | str) -> bool:
         name = self.task_name(task)
         return bool((self.scale[name] != 1).any() or (self.shift[name] != 0).any())

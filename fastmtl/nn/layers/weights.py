@@ -386,7 +386,7 @@ class TaskLayer(TaskModule):
     def _of_tasks(self, plan: TaskPlan) -> dict[str, Any]:
         """Ids, delta, gate and bias as the ops take them."""
         assert self.delta is not None
-        deltas = [getattr(self.delta, name) for name in self.tasks]
+        deltas = self.delta.of_tasks(self.tasks)
         return {"task_ids": plan, "delta": deltas, "gate": self._gates(plan), "bias": self._biases(plan)}
 
     def _gates(self, plan: TaskPlan) -> Tensor | None:
@@ -412,12 +412,14 @@ class TaskLayer(TaskModule):
         """Whether the host knows, without waiting, that no delta is read and none needs a gradient."""
         if self.gate is None or self.task_bias is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        gates = [getattr(self.gate, name) for name in self.tasks]
+        gates = self.gate.of_tasks(self.tasks)
         if gates[0].device.type != "cpu":
             return False
-        at = 0.0 if self.taps is None else self.taps.threshold
-        values = [float(g) for g in gates]
-        return all(v == 0 for v in values) if self.taps is None else all(v < at for v in values)
+        # the first open gate ends it
+        if self.taps is None:
+            return all(g.item() == 0 for g in gates)
+        at = self.taps.threshold
+        return all(g.item() < at for g in gates)
 
     def _repr_of_layer(self, may_have_bias: bool = True) -> str:
         text = ", " + self._repr_of_tasks()

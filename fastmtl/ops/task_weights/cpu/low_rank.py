@@ -2,7 +2,7 @@
 
 A part goes through both factors of its task before the next one begins, and what comes out is added where W has left
 its result. Rows that lie side by side are multiplied where they are, others are copied together first. W with each part
-in turn, while its rows are in cache, took 3 to 17% longer: each product arranges W anew.
+in turn, while its rows are in cache, took longer in every case tried: each product arranges W anew.
 """
 
 from __future__ import annotations
