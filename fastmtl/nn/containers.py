@@ -171,7 +171,9 @@ def _one_line(tensors: Any) -> str:
 def _of_tasks(held: nn.Module, own: Mapping[str, Tensor | None], names: Sequence[str]) -> list[Tensor]:
     # past nn.Module's getattr, which is slow for dozens of tasks; a graph being traced asks the module as ever, and one
     # that is parametrised has no entry
-    found = [None if torch.compiler.is_compiling() else own.get(name) for name in names]
+    if torch.compiler.is_compiling():
+        return [getattr(held, name) for name in names]
+    found = [own.get(name) for name in names]
     return [getattr(held, name) if x is None else x for name, x in zip(names, found, strict=True)]
 
 
