@@ -232,8 +232,8 @@ def test_the_memory_of_a_training_holds_weights_gradients_and_momentum(runner):
     peak = {label: entry["allocated_bytes"] for label, entry in row["memory"].items()}
     with torch.device("meta"):
         network = 4 * sum(p.numel() for p in VIT.build().parameters())
-    # of a layer's weight 12 tensors (shared and three deltas, each with its gradient and momentum) beside 4, of what has no
-    # delta 3 beside 1; of T networks 9 beside 3, and fewer activations at a time
+    # of a layer's weight 12 tensors (shared and three deltas, each with its gradient and momentum) beside 4, of what
+    # has no delta 3 beside 1; of T networks 9 beside 3, and fewer activations at a time
     assert 6 * network < peak["ours"] - peak["sequential"] < 8 * network
     assert 4 * network < peak["separate"] - peak["plain"] < 6 * network
     cells = report.cells(row)
