@@ -107,7 +107,7 @@ if wanted surgery; then
 fi
 if wanted rates; then SHOW=60 stage rates 90 "$python" -m fastmtl.benchmarks.gpu.surgery_check rates --backend cuda; fi
 if wanted task; then
-  SHOW=40 stage task 180 "${pytest[@]}" -m "not slow" tests/gpu/test_task_ops.py tests/gpu/test_task_lora.py tests/gpu/test_one_pass_steps.py
+  SHOW=40 stage task 180 "${pytest[@]}" -m "not slow" tests/gpu/test_task_ops.py tests/gpu/test_low_rank_ops.py tests/gpu/test_one_pass_steps.py
 fi
 if wanted triton; then
   SHOW=25 stage triton 200 "${pytest[@]}" -m "not slow" -k triton tests/gpu/test_cuda_*.py tests/gpu/test_surgery_steps.py
