@@ -67,9 +67,11 @@ class TaskModule(nn.Module):
 
     def added(self, task: int | str) -> int:
         """How many numbers the task adds to the plain network, once those that change nothing are dropped."""
-        if not self.changed(task):
-            return 0
-        return sum(x.numel() for x in self.part(task).values())
+        return sum(x.numel() for x in self.kept(task).values())
+
+    def kept(self, task: int | str) -> dict[str, Tensor]:
+        """Of `part(task)`, what must be kept beside the plain network: not what changes nothing."""
+        return self.part(task) if self.changed(task) else {}
 
     def plain_size(self) -> int:
         """How many numbers the plain layer has that this one has not: where each task has a copy of its own."""
@@ -169,6 +171,10 @@ class TaskModule(nn.Module):
         """Names in `part(task)` of tensors that change nothing at present. Waits for the device."""
         self.task_name(task)
         return frozenset()
+
+    def meaning(self) -> str:
+        """What a part's numbers depend on beside the shared parameters: layers that swap parts must agree in it."""
+        return ""
 
     def expected_part(self, part: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """The names and shapes that a task's part has; where they differ by task, they are read from `part`."""

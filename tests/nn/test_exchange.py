@@ -228,3 +228,14 @@ def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
 def test_bad_arguments(call: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize(
+    ("kind", "there", "here"),
+    [("lora", {"scaling": 2.0}, {"scaling": 1.0}), ("taps", {"threshold": 0.1}, {"threshold": 0.5, "start": 0.6})],
+)
+def test_a_part_that_would_mean_something_else_is_refused(kind: str, there: Any, here: Any) -> None:
+    state = extract(made(kind, where="fc", **there), "sketch")
+    with pytest.raises(ValueError, match="another model"):
+        insert(made(kind, where="fc", **here), "new", state)
+    insert(made(kind, where="fc", **there), "new", state)

@@ -212,3 +212,10 @@ def test_line_scale(kind: str) -> None:
 def test_bad_arguments(call: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         call()
+
+
+def test_a_new_separate_layer_keeps_the_memory_order() -> None:
+    plain = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
+    model = convert(nn.Sequential(plain), ["left", "right"], "separate")
+    add_task(model, "new")
+    assert model[0].delta["new"].is_contiguous(memory_format=torch.channels_last)

@@ -98,3 +98,20 @@ def test_bad_arguments() -> None:
         heatmap(3)
     with pytest.raises(ValueError, match="expected layers with parts of tasks"):
         layer_report(ResNet())
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_what_tied_layers_have_in_common_counts_once() -> None:
+    model = convert(Tied(), ["left", "right"], "dense", where=["embed", "head"])
+    nn.init.ones_(model.embed.delta["left"])
+    report = layer_report(model)
+    assert report.changed["left"] == (True, True)
+    assert report.base == 28 and report.added == {"left": (28, 0), "right": (0, 0)}
+    separate = layer_report(convert(Tied(), ["left", "right"], "separate", where=["embed", "head"]))
+    assert separate.base == 28 and separate.added == {"left": (28, 0), "right": (28, 0)}

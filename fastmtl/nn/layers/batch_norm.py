@@ -163,10 +163,8 @@ class TaskBatchNorm2d(TaskModule):
             for child, held in self.containers().items()
         )
 
-    def added(self, task: int | str) -> int:
-        if not self.changed(task):
-            return 0
-        return sum(x.numel() for child, x in self.part(task).items() if child != "num_batches_tracked")
+    def kept(self, task: int | str) -> dict[str, Tensor]:
+        return {child: x for child, x in super().kept(task).items() if child != "num_batches_tracked"}
 
     def plain_size(self) -> int:
         return sum(self._first(child).numel() for child in self.containers() if child in _PARAMETERS)

@@ -107,9 +107,9 @@ class TaskModulator(AroundPlain):
         mixing = self.modulator(task)
         return not torch.equal(mixing, torch.eye(len(mixing), dtype=mixing.dtype, device=mixing.device))
 
-    def added(self, task: int | str) -> int:
+    def kept(self, task: int | str) -> dict[str, Tensor]:
         # g goes into the matrix
-        return self.v[self.task_name(task)].numel() if self.changed(task) else 0
+        return {"v": self.v[self.task_name(task)]} if self.changed(task) else {}
 
     def merged(self, task: int | str, memo: dict[int, Any] | None = None) -> nn.Module:
         """The plain layer with the weight `M_t W`; of a grouped convolution one without groups, if the task is changed.

@@ -174,7 +174,9 @@ class TaskLayer(TaskModule):
         if "_begin" in self.__dict__:
             return self._begin
         assert self.delta is not None
-        weight = torch.stack([self.delta[t].detach() for t in self.tasks]).mean(0)
+        mean = torch.stack([self.delta[t].detach() for t in self.tasks]).mean(0)
+        # in the memory order of the others, which stack does not keep
+        weight = torch.empty_like(self.delta[self.tasks[0]]).copy_(mean)
         if self.task_bias is None:
             return weight, weight
         return weight, torch.stack([self.task_bias[t].detach() for t in self.tasks]).mean(0)
@@ -305,16 +307,20 @@ class TaskLayer(TaskModule):
         return held is not None and bool((held[name] != 0).any())
 
     @torch.no_grad()
-    def added(self, task: int | str) -> int:
+    def kept(self, task: int | str) -> dict[str, Tensor]:
         name = self.task_name(task)
+        part = self.part(name)
         if not self.shared:
-            return sum(x.numel() for x in self.part(name).values())
-        found = 0
-        if self._delta_counts(name):
-            found += sum(held[name].numel() for held in (self.delta, self.A, self.B) if held is not None)
-        if self.task_bias is not None and bool((self.task_bias[name] != 0).any()):
-            found += self.task_bias[name].numel()
+            return part
+        of_delta = ("delta", "A", "B") if self._delta_counts(name) else ()
+        found = {child: part[child] for child in of_delta if child in part}
+        if "task_bias" in part and bool((part["task_bias"] != 0).any()):
+            found["task_bias"] = part["task_bias"]
         return found
+
+    def meaning(self) -> str:
+        text = "" if self.scaling == 1 else f"scaling={self.scaling!r}"
+        return text if self.taps is None else f"{text} threshold={self.taps.threshold!r}"
 
     def plain_name(self, child: str) -> str:
         return child if self.shared else {"delta": "weight", "task_bias": "bias"}.get(child, child)

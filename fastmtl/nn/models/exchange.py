@@ -153,11 +153,12 @@ def _shared(layer: TaskModule) -> list[tuple[str, Tensor]]:
 
 
 def _fingerprint(model: nn.Module) -> Tensor:
-    """Which layers there are, of which kind and of which shapes, as 32 numbers."""
+    """Which layers there are, of which kind and shapes, and what a part means in them, as 32 numbers."""
     text = []
     for path, layer in task_layers(model):
         own = sorted(name for name in layer.part(layer.tasks[0]))
-        text.append(f"{path} {type(layer).__name__} {own} {[(name, list(p.shape)) for name, p in _shared(layer)]}")
+        shapes = [(name, list(p.shape)) for name, p in _shared(layer)]
+        text.append(f"{path} {type(layer).__name__} {own} {shapes} {layer.meaning()}".rstrip())
     return torch.frombuffer(bytearray(hashlib.sha256("\n".join(text).encode()).digest()), dtype=torch.uint8).clone()
 
 

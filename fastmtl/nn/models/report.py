@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastmtl.nn.models.merge import task_names
 from fastmtl.nn.module import task_layers
@@ -93,11 +94,24 @@ def layer_report(model: nn.Module) -> LayerReport:
     names = task_names(model)
     layers = list(task_layers(model))
     changed = {name: tuple(layer.changed(name) for _, layer in layers) for name in names}
-    added = {name: tuple(layer.added(name) for _, layer in layers) for name in names}
-    base = sum(p.numel() for p in model.parameters() if not is_per_task(p)) + sum(
-        layer.plain_size() for _, layer in layers
-    )
+    # layers with tied weights have parts in common, which count where they are first
+    added = {}
+    for name in names:
+        seen: set[int] = set()
+        added[name] = tuple(_not_seen(layer.kept(name), seen) for _, layer in layers)
+    base, seen = sum(p.numel() for p in model.parameters() if not is_per_task(p)), set()
+    for _, layer in layers:
+        part = layer.part(names[0])
+        twice = sum(x.numel() for x in part.values()) - _not_seen(part, seen)
+        base += max(0, layer.plain_size() - twice)
     return LayerReport(names, tuple(path for path, _ in layers), changed, added, base)
+
+
+def _not_seen(part: Mapping[str, Tensor], seen: set[int]) -> int:
+    """How many numbers a part has in tensors that are not in `seen`, which then has them."""
+    new = [x for x in part.values() if id(x) not in seen]
+    seen.update(map(id, new))
+    return sum(x.numel() for x in new)
 
 
 def heatmap(report: LayerReport, path: str | None = None) -> Any:
