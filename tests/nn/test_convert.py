@@ -285,6 +285,12 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         "which matches other modules alone|expected.*got '0', a Conv1d",
     ),
     "where of another type": (lambda: convert(ResNet(), 2, where=3), TypeError, "where: expected a name, a.*got int"),
+    "a layer itself": (
+        lambda: convert(ResNet(), 2, where=nn.Linear(2, 2)), TypeError, "where: .*got Linear .*its name",
+    ),
+    "a layer in a list": (
+        lambda: convert(ResNet(), 2, where=["fc", nn.Linear(2, 2)]), TypeError, "where: .*got Linear .*its name",
+    ),
     "type of no module": (lambda: convert(ResNet(), 2, where=int), TypeError, "a type of nn.Module, got int"),
     "empty name": (lambda: convert(ResNet(), 2, where=""), ValueError, "where: expected a name, got an empty one"),
     "empty list": (lambda: convert(ResNet(), 2, where=[]), ValueError, "where: expected at least one"),

@@ -20,11 +20,13 @@ from fastmtl.nn import (
     TaskEmbedding,
     TaskHeads,
     TaskHyperGrid,
+    TaskLayerNorm,
     TaskLinear,
     TaskModulator,
     TaskModule,
     TaskModules,
     TaskMultiheadAttention,
+    TaskRMSNorm,
     TaskScaleShift,
     context,
     convert,
@@ -1134,3 +1136,14 @@ def test_refuses_inputs(layer: nn.Module, x: Tensor, error: type[Exception], mat
 def test_an_input_without_samples_in_front() -> None:
     with tasks("0"), pytest.raises(ValueError, match=r"x: expected samples in its first dimension, got shape \[4\]"):
         TaskLinear(4, 2, 2)(torch.randn(4))
+
+
+@pytest.mark.parametrize("norm", [TaskLayerNorm(4, NAMES), TaskRMSNorm(4, NAMES)], ids=["layer_norm", "rms_norm"])
+def test_norms_refuse_a_sample_without_a_batch(norm: TaskLayerNorm | TaskRMSNorm) -> None:
+    with (
+        pytest.raises(ValueError, match=r"x: expected samples in its first dimension, got shape \[4\]"),
+        tasks("photo"),
+    ):
+        norm(torch.randn(4))
+    with tasks("photo"):
+        assert norm(torch.randn(1, 4)).shape == (1, 4)

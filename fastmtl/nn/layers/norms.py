@@ -114,7 +114,7 @@ class _TaskNorm(TaskModule):
         return scale_shift_of_last(y, scale, shift, plan)
 
     def _leading(self, x: Tensor) -> int:
-        return max(1, x.dim() - len(self.normalized_shape))
+        return x.dim() - len(self.normalized_shape)
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, eps={self.eps}, {self._repr_of_tasks()}"

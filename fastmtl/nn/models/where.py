@@ -111,12 +111,13 @@ def check_where(where: object, inside: bool = False) -> None:
         if not issubclass(where, nn.Module):
             raise TypeError(f"where: expected a type of nn.Module, got {where.__name__}")
         return
-    if callable(where):
+    # a layer is callable, too, but no predicate
+    if callable(where) and not isinstance(where, nn.Module):
         return
-    if inside or not isinstance(where, Sequence):
+    if inside or isinstance(where, nn.Module) or not isinstance(where, Sequence):
         raise TypeError(
             f"where: expected a name, a type of nn.Module, a predicate, or a sequence of these, got "
-            f"{type(where).__name__}"
+            f"{type(where).__name__}" + (" (a layer itself; its name is meant)" if isinstance(where, nn.Module) else "")
         )
     if not where:
         raise ValueError("where: expected at least one name, type or predicate, got none")
