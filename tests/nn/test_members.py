@@ -13,6 +13,7 @@ from fastmtl.nn import (
     add_task,
     convert,
     freeze_task,
+    layer_report,
     line_scale,
     merge,
     param_groups,
@@ -219,3 +220,41 @@ def test_a_new_separate_layer_keeps_the_memory_order() -> None:
     model = convert(nn.Sequential(plain), ["left", "right"], "separate")
     add_task(model, "new")
     assert model[0].delta["new"].is_contiguous(memory_format=torch.channels_last)
+
+
+def norms_of_two_kinds() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LayerNorm(144), nn.Linear(144, 8), nn.RMSNorm(8)
+    )
+    move_plain(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def move_plain(model: nn.Module) -> None:
+    for x in (*model.parameters(), *model.buffers()):
+        if x.is_floating_point():
+            x.add_(0.1 * torch.rand(x.shape))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_checkpoint_knows_what_new_tasks_begin_with(assign: bool) -> None:
+    plain = norms_of_two_kinds()
+    expected = plain(X)
+    model = convert(plain, NAMES, "separate", [nn.BatchNorm2d, nn.LayerNorm, nn.RMSNorm])
+    move(model, 0.1)
+    fresh = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LayerNorm(144), nn.Linear(144, 8), nn.RMSNorm(8)
+    )
+    other = convert(fresh.eval(), NAMES, "separate", [nn.BatchNorm2d, nn.LayerNorm, nn.RMSNorm])
+    other.load_state_dict(model.state_dict(), assign=assign)
+    for one in (model, other):
+        add_task(one, "fresh")
+        with tasks("fresh"):
+            torch.testing.assert_close(one(X), expected)
+    assert layer_report(other).to_dict() == layer_report(model).to_dict()
+    assert layer_report(other).to_dict()["tasks"]["fresh"]["changed"] == []
+    # in memory of its own
+    first = {x.data_ptr() for name, x in other.named_buffers() if "first_" in name}
+    assert first.isdisjoint(p.data_ptr() for p in other.parameters())

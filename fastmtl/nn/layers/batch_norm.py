@@ -8,16 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.nn.containers import TaskBuffers, TaskParameters, Tasks
+from fastmtl.nn.layers.norm import TaskNorm
 from fastmtl.nn.layers.weights import check_plain
-from fastmtl.nn.module import TaskModule, as_parameter
 from fastmtl.ops import task_batch_norm
 
-# what a plain layer has as parameters and as buffers, and tasks have under the same names
-_PARAMETERS = ("weight", "bias")
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+# of a layer without statistics or samples so far
+_FRESH = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
 
 
-class TaskBatchNorm2d(TaskModule):
+class TaskBatchNorm2d(TaskNorm):
     """`nn.BatchNorm2d` in which each task's samples are normalised on their own, t as `fastmtl.nn.tasks` tells it.
 
     In training sample b is normalised by the mean and variance of the samples of its task in the batch, and the running
@@ -75,33 +74,23 @@ class TaskBatchNorm2d(TaskModule):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(tasks)
         if isinstance(num_features, bool) or not isinstance(num_features, int):
             raise TypeError(f"num_features: expected an int, got {type(num_features).__name__}")
         if num_features < 1:
             raise ValueError(f"num_features: expected at least 1, got {num_features}")
+        ones = torch.ones(num_features, device=device, dtype=dtype)
+        parameters = {"weight": ones if affine else None, "bias": torch.zeros_like(ones) if affine and bias else None}
+        buffers = {}
+        if track_running_stats:
+            count = torch.zeros((), dtype=torch.int64, device=device)
+            buffers = {
+                "running_mean": torch.zeros_like(ones), "running_var": ones.clone(), "num_batches_tracked": count
+            }  # fmt: skip
+        super().__init__(tasks, parameters, buffers)
+        for name in () if track_running_stats else _FRESH:
+            self.register_module(name, None)
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
-        # what a new task begins with: the values of the plain layer
-        ones = torch.ones(num_features, device=device, dtype=dtype)
-        first = (ones, torch.zeros_like(ones), torch.zeros_like(ones), ones.clone())
-        for name, value in zip((*_PARAMETERS, *_BUFFERS), (*first, torch.tensor(0, device=device)), strict=True):
-            self.register_buffer(f"_first_{name}", value, persistent=False)
-        self.register_module("weight", TaskParameters() if affine else None)
-        self.register_module("bias", TaskParameters() if affine and bias else None)
-        for name in _BUFFERS:
-            self.register_module(name, TaskBuffers() if track_running_stats else None)
-        self._start_tasks()
-
-    def _start(self, name: str) -> None:
-        for child, held in self.containers().items():
-            value = self._first(child).detach().clone()
-            held[name] = nn.Parameter(value) if isinstance(held, TaskParameters) else value
-
-    def _first(self, child: str) -> Tensor:
-        value = getattr(self, f"_first_{child}")
-        assert isinstance(value, Tensor)
-        return value
 
     @classmethod
     def from_layer(cls, layer: nn.BatchNorm2d, tasks: Tasks) -> TaskBatchNorm2d:
@@ -118,67 +107,22 @@ class TaskBatchNorm2d(TaskModule):
         check_plain(layer, nn.BatchNorm2d, "forward", "_check_input_dim", weight=getattr(layer, "affine", False))
         options = layer.eps, layer.momentum, layer.affine, layer.track_running_stats
         made = cls(layer.num_features, tasks, *options, bias=layer.bias is not None, device="meta")
-        held = {**layer._parameters, **layer._buffers}
-        like = next((x for x in held.values() if x is not None), torch.empty(0))
-        made.to_empty(device=like.device)
-        for child in (*_PARAMETERS, *_BUFFERS):
-            value, first = held.get(child), made._first(child)
-            if value is None:
-                value = torch.ones_like(first) if child in ("weight", "running_var") else torch.zeros_like(first)
-            setattr(made, f"_first_{child}", value.detach().clone())
-        for name in made.tasks:
-            made._start(name)
-        return made.train(layer.training)
+        return made._take(layer)
 
     def reset_running_stats(self) -> None:
-        """Means of zero, variances of one and no batches seen, for every task."""
-        for child in _BUFFERS:
-            held = getattr(self, child)
-            for name in self.tasks if held is not None else ():
-                held[name].fill_(1 if child == "running_var" else 0)
+        """Means of zero, variances of one and no batches seen, for every task and those to come."""
+        self._refill(_FRESH)
 
     def reset_parameters(self) -> None:
         """As `reset_running_stats`, with scales of one and shifts of zero."""
-        self.reset_running_stats()
-        with torch.no_grad():
-            for child in _PARAMETERS:
-                held = getattr(self, child)
-                for name in self.tasks if held is not None else ():
-                    held[name].fill_(1 if child == "weight" else 0)
-
-    def _read_plain(self, state_dict: dict[str, Any], prefix: str) -> None:
-        for child in self.containers():
-            plain, first = state_dict.get(prefix + child), self._first(child)
-            if plain is not None and plain.shape == first.shape:
-                with torch.no_grad():
-                    first.copy_(plain)
-        super()._read_plain(state_dict, prefix)
-
-    @torch.no_grad()
-    def changed(self, task: int | str) -> bool:
-        name = self.task_name(task)
-        return any(
-            child != "num_batches_tracked"
-            and not torch.equal(held[name].to(self._first(child).dtype), self._first(child))
-            for child, held in self.containers().items()
-        )
-
-    def kept(self, task: int | str) -> dict[str, Tensor]:
-        return {child: x for child, x in super().kept(task).items() if child != "num_batches_tracked"}
-
-    def plain_size(self) -> int:
-        return sum(self._first(child).numel() for child in self.containers() if child in _PARAMETERS)
+        self._refill({**_FRESH, "weight": 1, "bias": 0})
 
     def merged(self, task: int | str, memo: dict[int, Any] | None = None) -> nn.BatchNorm2d:
-        name = self.task_name(task)
         options = self.eps, self.momentum, self.affine, self.track_running_stats
         plain = nn.BatchNorm2d(self.num_features, *options, device="meta")
         if self.bias is None:
             plain.register_parameter("bias", None)
-        for child, held in self.containers().items():
-            own = as_parameter(held[name]) if isinstance(held, TaskParameters) else held[name].detach().clone()
-            setattr(plain, child, own)
-        return plain.train(self.training)
+        return self._merge_into(plain, task)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.num_features:

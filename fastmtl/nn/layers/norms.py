@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from fastmtl.core.task_weights import TaskPlan
 from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
 from fastmtl.nn.layers.linear import must_run
+from fastmtl.nn.layers.norm import TaskNorm
 from fastmtl.nn.layers.scale_shift import scale_shift_of_last
 from fastmtl.nn.layers.weights import check_plain
-from fastmtl.nn.module import TaskModule, as_parameter
 
 
-class _TaskNorm(TaskModule):
+class _ScaledByTask(TaskNorm):
     """Scale and shift of the last dimensions, one of each per task, behind a norm without them."""
 
     weight: TaskParameters | None
@@ -31,66 +32,19 @@ class _TaskNorm(TaskModule):
         self, shape: int | list[int] | tuple[int, ...] | torch.Size, tasks: Tasks, eps: float | None, affine: bool,
         bias: bool, device: Any, dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
-        super().__init__(tasks)
-        self.normalized_shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        self.eps, self.elementwise_affine = eps, affine
-        # what a new task begins with: the values of the plain layer
-        self.register_buffer("_scale", torch.ones(self.normalized_shape, device=device, dtype=dtype), persistent=False)
-        self.register_buffer("_shift", torch.zeros_like(self._scale), persistent=False)
+        size = (shape,) if isinstance(shape, int) else tuple(shape)
+        ones = torch.ones(size, device=device, dtype=dtype) if affine else None
+        shift = torch.zeros_like(ones) if ones is not None and bias else None
+        super().__init__(tasks, {"weight": ones, "bias": shift}, {})
+        self.normalized_shape, self.eps, self.elementwise_affine = size, eps, affine
         self.register_forward_pre_hook(must_run)
-        self.register_module("weight", TaskParameters() if affine else None)
-        self.register_module("bias", TaskParameters() if affine and bias else None)
-        self._start_tasks()
 
-    def _start(self, name: str) -> None:
-        for held, value in ((self.weight, self._scale), (self.bias, self._shift)):
-            if held is not None:
-                held[name] = nn.Parameter(value.detach().clone())
-
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As the plain layer, for each task: scales of 1 and shifts of 0."""
-        self._scale.fill_(1)
-        self._shift.zero_()
-        for held, value in ((self.weight, self._scale), (self.bias, self._shift)):
-            for param in [] if held is None else held.values():
-                param.copy_(value)
-
-    def _take(self, layer: nn.Module) -> Any:
-        for buffer, param in (("_scale", layer._parameters["weight"]), ("_shift", layer._parameters.get("bias"))):
-            # without a shift of its own it has one of zeros, where the scale is
-            setattr(self, buffer, torch.zeros_like(self._scale) if param is None else param.detach().clone())
-        for name in self.tasks:
-            self._start(name)
-        return self.train(layer.training)
-
-    def _read_plain(self, state_dict: dict[str, Any], prefix: str) -> None:
-        for child, buffer in (("weight", self._scale), ("bias", self._shift)):
-            plain = state_dict.get(prefix + child)
-            if plain is not None and plain.shape == buffer.shape:
-                with torch.no_grad():
-                    buffer.copy_(plain)
-        super()._read_plain(state_dict, prefix)
-
-    def plain_size(self) -> int:
-        return sum(x.numel() for x in self.part(self.tasks[0]).values())
-
-    @torch.no_grad()
-    def changed(self, task: int | str) -> bool:
-        name = self.task_name(task)
-        return any(
-            held is not None and not torch.equal(held[name].to(value.dtype), value)
-            for held, value in ((self.weight, self._scale), (self.bias, self._shift))
-        )
+        """As the plain layer, for each task and those to come: scales of 1 and shifts of 0."""
+        self._refill({"weight": 1, "bias": 0})
 
     def _merge_into(self, plain: nn.Module, task: int | str) -> Any:
-        name = self.task_name(task)
-        if self._library:
-            plain = copy.deepcopy(self._library[0])
-        for child, held in (("weight", self.weight), ("bias", self.bias)):
-            if held is not None:
-                setattr(plain, child, as_parameter(held[name]))
-        return plain.train(self.training)
+        return super()._merge_into(copy.deepcopy(self._library[0]) if self._library else plain, task)
 
     def _is_library(self, layer: nn.Module, channels_first: bool) -> None:
         self._library, self.channels_first = (copy.deepcopy(layer),), channels_first
@@ -105,7 +59,7 @@ class _TaskNorm(TaskModule):
         """Scale and shift by task; the ids have the shape of leading dimensions of y."""
         if self.weight is None:
             return y
-        channels = self._scale.numel()
+        channels = math.prod(self.normalized_shape)
         scale = torch.stack(present_rows(self.weight, self.tasks, plan.offsets)).view(-1, channels)
         if self.bias is None:
             shift = torch.zeros_like(scale)
@@ -120,7 +74,7 @@ class _TaskNorm(TaskModule):
         return f"{self.normalized_shape}, eps={self.eps}, {self._repr_of_tasks()}"
 
 
-class TaskLayerNorm(_TaskNorm):
+class TaskLayerNorm(_ScaledByTask):
     """`nn.LayerNorm` in which sample b is scaled and shifted by its task's own `weight[t]` and `bias[t]`.
 
     Args:
@@ -193,7 +147,7 @@ class TaskLayerNorm(_TaskNorm):
         return self._normed(x, lambda x: F.layer_norm(x, self.normalized_shape, eps=self.eps))
 
 
-class TaskRMSNorm(_TaskNorm):
+class TaskRMSNorm(_ScaledByTask):
     """`nn.RMSNorm` in which sample b is scaled by its task's own `weight[t]`.
 
     Args:
@@ -263,11 +217,13 @@ class TaskRMSNorm(_TaskNorm):
 
 
 def is_rms_norm(layer: nn.Module) -> bool:
-    """`nn.RMSNorm`, or a class of a library that is called one and has a weight."""
+    """`nn.RMSNorm`, or a class of a library that looks like one: what it computes is not known yet."""
     if isinstance(layer, nn.RMSNorm):
         return True
     weight = layer._parameters.get("weight")
-    return type(layer).__name__.endswith("RMSNorm") and weight is not None and set(layer._parameters) <= {"weight"}
+    # T5 calls its own a layer norm
+    called_so = type(layer).__name__.endswith("RMSNorm") or hasattr(layer, "variance_epsilon")
+    return called_so and weight is not None and set(layer._parameters) == {"weight"}
 
 
 def _rms_norm(x: Tensor, shape: Any, weight: Tensor, bias: None, eps: float | None) -> Tensor:
