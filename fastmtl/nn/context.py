@@ -23,10 +23,11 @@ class tasks:
     """Tells every layer of `fastmtl.nn` that runs inside the `with` block the tasks of its batch.
 
     It holds for the whole process, in every thread. The innermost block counts; the outer one holds again
-    when it ends, whatever ends it. The batch is sorted once per number of tasks and block. What a forward pass has seen
-    is saved for its backward pass, which may run after the block; a checkpoint that recomputes its forward then must
-    know the tasks again: see `checkpoint_contexts`. Under `torch.compile` the sort is part of the graph, unless a
-    `TaskPlan` is given; new ids don't compile again.
+    when it ends, whatever ends it. The batch is sorted once per number of tasks and block, and again where ids are
+    rewritten in place (but for ids that were made in inference mode, which must stay as they are). What a forward pass
+    has seen is saved for its backward pass, which may run after the block; a checkpoint that recomputes its forward
+    then must know the tasks again: see `checkpoint_contexts`. Under `torch.compile` the sort is part of the graph,
+    unless a `TaskPlan` is given; new ids don't compile again.
 
     Args:
         task_ids: `[N]` int32 or int64, the task of each sample, from 0 to T - 1; `[N, L]` for packed sequences in
@@ -101,7 +102,8 @@ class tasks:
             return _plan_of(ids, times, names, device)
         key: tuple[Any, ...] = (len(names), times)
         if isinstance(ids, Tensor):
-            # ids may be rewritten in place; and what is sorted while a CUDA graph is captured has no values yet
+            # ids may be rewritten in place (those made in inference mode do not tell); and what is sorted while a CUDA
+            # graph is captured has no values yet
             version = 0 if ids.is_inference() else ids._version
             key = *key, version, ids.is_cuda and torch.cuda.is_current_stream_capturing()
         else:

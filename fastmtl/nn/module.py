@@ -47,7 +47,7 @@ class TaskModule(nn.Module):
 
     def _start(self, name: str) -> None:
         """Makes the tensors of a new task, as they are at first."""
-        raise NotImplementedError
+        raise lacks(self, "_start")
 
     def merged(self, task: int | str, memo: dict[int, Any] | None = None) -> nn.Module:
         """The plain layer that computes what this one computes for one task, with tensors of its own.
@@ -59,11 +59,11 @@ class TaskModule(nn.Module):
         Raises:
             TypeError, ValueError: no such task; a low-rank delta whose halves do not fit.
         """
-        raise NotImplementedError
+        raise lacks(self, "merged")
 
     def changed(self, task: int | str) -> bool:
         """Whether the task computes something else than the plain layer. Waits for the device."""
-        raise NotImplementedError
+        raise lacks(self, "changed")
 
     def added(self, task: int | str) -> int:
         """How many numbers the task adds to the plain network, once those that change nothing are dropped."""
@@ -288,7 +288,7 @@ class TaskComposite(nn.Module):
 
     def merged(self, task: int | str, memo: dict[int, Any] | None = None) -> nn.Module:
         """The plain module that computes what this one computes for one task, as `TaskModule.merged`."""
-        raise NotImplementedError
+        raise lacks(self, "merged")
 
     def part(self, task: int | str) -> dict[str, Tensor]:
         """The tensors of one task, by their names in this module: `"q_proj.delta"` and so on.
@@ -337,6 +337,11 @@ class TaskComposite(nn.Module):
         name = self.task_name(task)
         for _, layer in self._inner():
             layer.remove_task(name)
+
+
+def lacks(layer: nn.Module, method: str) -> NotImplementedError:
+    """What is raised for a method that every kind of layer has to have."""
+    return NotImplementedError(f"layer {type(layer).__name__}: has no {method}, which a class of its own implements")
 
 
 def task_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, TaskModule]]:

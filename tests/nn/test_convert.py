@@ -252,6 +252,17 @@ def test_nothing_is_changed_if_anything_is_refused() -> None:
 
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "no module": (lambda: convert(3, 2), TypeError, "model: expected a module, got int"),
+    "scripted": (
+        lambda: convert(torch.jit.script(nn.Sequential(nn.Linear(2, 2))), 2), TypeError,
+        "model: expected a module in Python, got a scripted one",
+    ),
+    "compiled": (
+        lambda: convert(torch.compile(ResNet()), 2), ValueError,
+        "model: expected one that is not compiled yet, got 'OptimizedModule'; compile what convert returns",
+    ),
+    "a part compiled": (
+        lambda: convert(nn.Sequential(torch.compile(nn.Linear(2, 2))), 2), ValueError, "not compiled yet, got '0'",
+    ),
     "no kind": (lambda: convert(ResNet(), 2, "tapas"), ValueError, "kind: expected one of taps, dense.*got 'tapas'"),
     "kind of another type": (lambda: convert(ResNet(), 2, 3), TypeError, "kind: expected a str, got int"),
     "option": (lambda: convert(ResNet(), 2, "dense", rank=3), TypeError, "options: expected gate, per_task.*'rank'"),
@@ -544,6 +555,34 @@ class Own(TaskModule):
 
     def merged(self, task: int | str, memo: Any = None) -> nn.Module:
         return nn.Identity()
+
+
+def test_a_layer_of_ones_own_that_lacks_something_says_what() -> None:
+    class Half(TaskModule):
+        def _start(self, name: str) -> None:
+            pass
+
+    half = Half(NAMES)
+    half._start_tasks()
+    for method in ("merged", "changed"):
+        with pytest.raises(
+            NotImplementedError, match=f"layer Half: has no {method}, which a class of its own implements"
+        ):
+            getattr(half, method)("photo")
+    with pytest.raises(NotImplementedError, match="layer TaskModule: has no _start"):
+        TaskModule(NAMES)._start_tasks()
+
+
+def test_t5_has_rms_norms() -> None:
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5", reason="transformers is not installed")
+    norm = t5.T5LayerNorm(8)
+    nn.init.uniform_(norm.weight)
+    x = torch.randn(4, 3, 8)
+    expected = norm(x)
+    model = convert(nn.Sequential(norm), NAMES, "patch")
+    with tasks(IDS):
+        torch.testing.assert_close(model(x), expected)
+    assert type(merge(model, "photo")[0]) is t5.T5LayerNorm
 
 
 def test_a_layer_of_ones_own() -> None:

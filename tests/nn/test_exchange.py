@@ -173,6 +173,17 @@ def test_other_shared_weights_are_seen() -> None:
     insert(made().to(torch.float16), "cartoon", state)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_that_are_all_alike_are_no_others_once_they_are_rounded(dtype: torch.dtype) -> None:
+    model = convert(nn.Linear(3, 4, bias=False), NAMES, "dense")
+    nn.init.constant_(model.weight, 0.1)
+    state = extract(model, "photo")
+    insert(model.to(dtype), "cartoon", state)
+    nn.init.constant_(model.weight, 0.2)
+    with pytest.raises(ValueError, match="expected a task that belongs to these shared weights"):
+        insert(model, "more", state)
+
+
 def test_another_model_is_seen() -> None:
     state = extract(trained("dense"), "photo")
     for other in (made("taps"), made("lora"), made("dense", where="fc")):

@@ -16,6 +16,7 @@ from cases_task import BF16, F16, F32, F64, assert_dense, assert_own_memory, bou
 from conftest import Backend
 from torch import Tensor
 
+from fastmtl.core.task_weights import SortedBatch
 from fastmtl.ops import task_linear, task_lora, task_plan
 from fastmtl.ops.task_weights import precision
 from fastmtl.ops.task_weights.cpu import low_rank
@@ -374,6 +375,17 @@ def test_number_of_threads(case: LoraCase, backend: Backend, threads: None) -> N
         y = case.run(made)
         table.assert_result(case, y, want)
         table.assert_gradients(case, made, table.gradients(y, made), want)
+
+
+def test_sums_of_a_long_batch_do_not_depend_on_the_number_of_threads(threads: None) -> None:
+    """Sums are rounded part by part: the parts of a batch are the same for any number of threads."""
+    plan = task_plan(torch.arange(70000).remainder(7).lt(3).long(), 2)
+    parts = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        walk = low_rank.Walk(SortedBatch(plan.order, plan.offsets), 1, 1280)
+        parts.append([(p.task, p.first, p.end, None if p.positions is None else p.positions.tolist()) for p in walk])
+    assert parts[0] == parts[1] == parts[2] and len(parts[0]) > 4
 
 
 @pytest.mark.parametrize("case", FEW_LORA_CASES, ids=str)

@@ -13,7 +13,7 @@ from fastmtl.nn.containers import Tasks
 from fastmtl.nn.layers.conv1d import conv1d_class
 from fastmtl.nn.layers.linear import must_run
 from fastmtl.nn.layers.weights import check_plain
-from fastmtl.nn.module import TaskModule, as_parameter, copied
+from fastmtl.nn.module import TaskModule, as_parameter, copied, lacks
 from fastmtl.ops.task_weights.arguments import check_companion, check_input
 from fastmtl.ops.task_weights.precision import cast_by_autocast
 
@@ -75,7 +75,7 @@ class AroundPlain(TaskModule):
             self._reset_task(name)
 
     def _reset_task(self, name: str) -> None:
-        raise NotImplementedError
+        raise lacks(self, "_reset_task")
 
     def _sizes(self) -> tuple[int, int]:
         """Channels or columns of the result, and of the input."""

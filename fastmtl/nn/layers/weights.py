@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from fastmtl.core.task_weights import TaskPlan, TaskWeights
 from fastmtl.nn.containers import TaskParameters, Tasks, check_name, present_rows
 from fastmtl.nn.layers.gate import TapsGate, finite
-from fastmtl.nn.module import TaskModule, as_parameter, copied
+from fastmtl.nn.module import TaskModule, as_parameter, copied, lacks
 from fastmtl.ops import task_lora
 from fastmtl.ops.task_weights import reference
 
@@ -147,7 +146,7 @@ class TaskLayer(TaskModule):
 
     def _shapes_of_rank(self, rank: int) -> tuple[Sequence[int], Sequence[int]]:
         """Of `A` and `B`."""
-        raise NotImplementedError
+        raise lacks(self, "_shapes_of_rank")
 
     def _start(self, name: str) -> None:
         like, bias = self._first()
@@ -462,7 +461,7 @@ def read_rank(rank: Any, names: Sequence[str]) -> dict[str, int]:
         check_name(name)
     if set(found) != set(names):
         raise ValueError(f"rank: expected one for each of {', '.join(names)}, got {', '.join(map(str, found))}")
-    return copy.copy(found)
+    return found
 
 
 def product_of_halves(down: Tensor, up: Tensor, weight: Tensor, task: str) -> Tensor:
@@ -480,8 +479,7 @@ def product_of_halves(down: Tensor, up: Tensor, weight: Tensor, task: str) -> Te
 def low_rank_linear(layer: TaskLayer, x: Tensor, plan: TaskPlan, weight: Tensor) -> Tensor:
     """`x W^T + s_t (x A_t^T) B_t^T`, W `[Cout, Cin]`."""
     assert layer.A is not None and layer.B is not None
-    down = [getattr(layer.A, name) for name in layer.tasks]
-    up = [getattr(layer.B, name) for name in layer.tasks]
+    down, up = (held.of_tasks(layer.tasks) for held in (layer.A, layer.B))
     return task_lora(x, weight, down, up, plan, scaling=layer._scalings(plan), bias=layer._biases(plan))
 
 

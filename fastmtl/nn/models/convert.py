@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastmtl.nn.containers import Tasks, read_names
@@ -20,7 +21,7 @@ from fastmtl.nn.models.where import (
     read_counted,
 )
 from fastmtl.nn.module import TaskComposite, TaskModule, task_layers
-from fastmtl.parameters import is_per_task
+from fastmtl.parameters import compiled_module, is_per_task
 
 # what layers with the same weight have in common
 _OF_THE_WEIGHT = ("delta", "A", "B", "gate")
@@ -73,10 +74,10 @@ def convert(
         `model`, or the new layer if it is a single layer.
 
     Raises:
-        TypeError: no module; options or a `where` that the kind does not know.
-        ValueError: an unknown kind; nothing that can be converted; a layer that is converted already; other tasks than
-            those of an earlier call; a layer whose weight is computed, that has hooks, or a forward of its own; layers
-            in a Transformer of torch with `batch_first=False`, but for its attention.
+        TypeError: no module, or a scripted one; options or a `where` that the kind does not know.
+        ValueError: a compiled model; an unknown kind; nothing that can be converted; a layer that is converted already;
+            other tasks than those of an earlier call; a layer whose weight is computed, that has hooks, or a forward of
+            its own; layers in a Transformer of torch with `batch_first=False`, but for its attention.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
@@ -88,6 +89,13 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError("model: expected a module in Python, got a scripted one; script the merged network")
+    compiled = compiled_module(model)
+    if compiled is not None:
+        raise ValueError(
+            f"model: expected one that is not compiled yet, got {compiled!r}; compile what convert returns"
+        )
     names = read_names(tasks)
     if not isinstance(kind, str):
         raise TypeError(f"kind: expected a str, got {type(kind).__name__}")

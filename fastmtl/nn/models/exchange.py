@@ -17,7 +17,8 @@ from fastmtl.nn.module import TaskModule, task_layers
 VERSION = 1
 # behind these names stand the version, what the layers are, and what their shared weights are about
 _VERSION, _LAYERS, _BASE = "fastmtl.version", "fastmtl.layers", "fastmtl.base"
-# how far the sums of `_base` may be off, in standard deviations of the weights: 16 bits move them by some 0.005
+# how far the sums of `_base` may be off, in units of the root of the weights' mean square: 16 bits move them by some
+# 0.005
 _ABOUT_THE_SAME = 0.05
 # between a layer's path and the name of a tensor in it; paths and names have none
 _SEP = "/"
@@ -136,8 +137,8 @@ def _parts(model: nn.Module, state: Mapping[str, Tensor], check_base: bool) -> d
     if theirs.shape != base.shape or not theirs.is_floating_point():
         raise ValueError(f"state: expected {_BASE} of shape {list(base.shape)}, got {list(theirs.shape)}")
     if check_base:
-        spread = base[:, 4].clamp_min(torch.finfo(torch.float32).tiny)
-        off = ((theirs.cpu().double() - base).abs().amax(1) / spread).nan_to_num(nan=float("inf"))
+        size = base[:, 4].clamp_min(torch.finfo(torch.float32).tiny)
+        off = ((theirs.cpu().double() - base).abs().amax(1) / size).nan_to_num(nan=float("inf"))
         for (path, _), distance in zip(task_layers(model), off.tolist(), strict=True):
             if distance > _ABOUT_THE_SAME:
                 raise ValueError(
@@ -165,7 +166,8 @@ def _fingerprint(model: nn.Module) -> Tensor:
 @torch.no_grad()
 def _base(model: nn.Module) -> Tensor:
     """What each layer's shared parameters are about, `[L, 5]` float64: four projections on fixed waves, in units of a
-    sum of independent numbers, and the standard deviation. Rounding to 16 bits moves them little, other weights much.
+    sum of independent numbers, and the root of the mean square. Rounding to 16 bits moves them little, other weights
+    much.
     """
     rows = []
     for _, layer in task_layers(model):
@@ -176,7 +178,7 @@ def _base(model: nn.Module) -> Tensor:
             continue
         at = torch.arange(len(x), dtype=torch.float64)
         waves = [float(torch.sin(at * pace + 0.5) @ x) / len(x) ** 0.5 for pace in (0.7, 1.3, 1.9, 2.6)]
-        rows.append(torch.tensor([*waves, float(x.std(correction=0))], dtype=torch.float64))
+        rows.append(torch.tensor([*waves, float(x.square().mean().sqrt())], dtype=torch.float64))
     return torch.stack(rows)
 
 

@@ -23,8 +23,8 @@ from fastmtl.ops.task_weights.precision import widen
 # rows from which on a product is as fast as one of more rows: fewer that lie side by side are copied together with
 # others of their task
 FULL_SPEED_ROWS = 64
-# bytes of input and output rows of a part for each thread
-PART_BYTES = 4 << 20
+# bytes of input and output rows of a part; whatever the number of threads, as sums are added up part by part
+PART_BYTES = 8 << 20
 
 
 class Part(NamedTuple):
@@ -94,7 +94,7 @@ class Walk:
         bounds, order = batch.offsets.tolist(), batch.order.numpy()
         self._segments = [Segment(t, order[a:b]) for t, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b]
         self._per_sample = per_sample
-        most = max(PART_BYTES * torch.get_num_threads() // row_bytes, FULL_SPEED_ROWS)
+        most = max(PART_BYTES // row_bytes, FULL_SPEED_ROWS)
         self._most_samples = max(1, most // per_sample)
 
     def __iter__(self) -> Iterator[Part]:
