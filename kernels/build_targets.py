@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from fastmtl.kernels.common.build_target import BuildTarget
 from fastmtl.kernels.gradients import elementwise_launchers, launchers
 from fastmtl.kernels.task_weights import (
+    batch_norm_launchers,
     conv_build_targets,
     lora_build_targets,
-    task_batch_norm,
     task_plan,
     task_scale_shift,
 )
@@ -22,7 +22,7 @@ def build_targets() -> Iterator[BuildTarget]:
         lora_build_targets,
         task_plan,
         task_scale_shift,
-        task_batch_norm,
+        batch_norm_launchers,
         launchers,
         elementwise_launchers,
     ):

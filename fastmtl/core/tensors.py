@@ -30,6 +30,20 @@ def is_channels_last(x: Tensor) -> bool:
     return True
 
 
+def has_rows(x: Tensor) -> bool | None:
+    """Whether the channels of a pixel of `[N, C, ...]` lie side by side; False: pixels of a channel; None: neither."""
+    if x.movedim(1, -1).is_contiguous():
+        return True
+    return False if x.is_contiguous() else None
+
+
+def laid_out(x: Tensor, rows: bool) -> Tensor:
+    """x with the channels of a pixel side by side, or the pixels of a channel; a copy where it lies otherwise."""
+    if has_rows(x) == rows:
+        return x
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if rows else x.contiguous()
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 

@@ -23,7 +23,7 @@ if not dispatch.interpreting():
     pytest.skip("needs TRITON_INTERPRET=1, set before Triton is imported", allow_module_level=True)
 pytest.importorskip("triton")
 
-from fastmtl.kernels.task_weights import task_batch_norm as kernels
+from fastmtl.kernels.task_weights import batch_norm_launchers as kernels
 
 # of one rounding to the dtype; the interpreter cuts bfloat16 off instead of rounding: 2^-8 on a GPU
 UNIT = {F32: 2.0**-24, BF16: 2.0**-7, F16: 2.0**-11}

@@ -203,7 +203,7 @@ def _check_counts(offsets: Tensor, values: int) -> None:
 
 
 def _triton(x, weight, bias, mean, var, batch, eps) -> tuple[Tensor, Tensor, Tensor]:
-    return triton_kernels("task_weights.task_batch_norm").batch_norm(x, weight, bias, mean, var, batch, eps)
+    return triton_kernels("task_weights.batch_norm_launchers").batch_norm(x, weight, bias, mean, var, batch, eps)
 
 
 _FORWARD = {"cpu": batch_norm_cpu.batch_norm, "triton": _triton, "reference": reference.task_batch_norm}
@@ -231,7 +231,7 @@ def _fake(x, weight, bias, mean, var, order, offsets, eps) -> tuple[Tensor, Tens
 
 
 def _triton_backward(grad_out, x, weight, mean, var, batch, of_batch, eps, wanted) -> list[Tensor]:
-    return triton_kernels("task_weights.task_batch_norm").batch_norm_backward(
+    return triton_kernels("task_weights.batch_norm_launchers").batch_norm_backward(
         grad_out, x, weight, mean, var, batch, of_batch, eps, wanted
     )
 
@@ -345,7 +345,7 @@ task_batch_norm_backward_op = define_op(
 
 
 def _triton_update(*args: Any) -> None:
-    triton_kernels("task_weights.task_batch_norm").batch_norm_update(*args)
+    triton_kernels("task_weights.batch_norm_launchers").batch_norm_update(*args)
 
 
 _UPDATE = {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmtl.core.schemas import define_kernel
 from fastmtl.core.task_weights import SortedBatch
+from fastmtl.core.tensors import has_rows, laid_out
 from fastmtl.ops.task_weights import reference
 from fastmtl.ops.task_weights.reference import rows_of_tasks
 
@@ -25,20 +26,6 @@ _update_kernel = define_kernel(
     "_task_batch_norm_update(Tensor mean, Tensor var, Tensor offsets, int values, float? momentum, "
     "Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor(c!)[] num_batches_tracked) -> ()"
 )
-
-
-def _has_rows(x: Tensor) -> bool | None:
-    """Whether the channels of a pixel lie side by side, as in channels_last; False: its pixels do; None: neither."""
-    if x.movedim(1, -1).is_contiguous():
-        return True
-    return False if x.is_contiguous() else None
-
-
-def _laid_out(x: Tensor, rows: bool) -> Tensor:
-    """x, copied where it lies in another order."""
-    if _has_rows(x) == rows:
-        return x
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if rows else x.contiguous()
 
 
 def _table(params: Sequence[Tensor], num_tasks: int, dtype: torch.dtype) -> Tensor | None:
@@ -68,9 +55,9 @@ def batch_norm(
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y, means, variances
-    rows = bool(_has_rows(x))
-    source = _laid_out(x, rows)
-    target = y if _has_rows(y) == rows else torch.empty_like(source)
+    rows = bool(has_rows(x))
+    source = laid_out(x, rows)
+    target = y if has_rows(y) == rows else torch.empty_like(source)
     _kernel(source, w, b, *_sorted(batch), rows, of_batch, eps, means, variances, target)
     return (y if target is y else y.copy_(target)), means, variances
 
@@ -95,13 +82,13 @@ def batch_norm_backward(
     grad_x = torch.empty_like(x) if wanted[0] else None
     tables = [torch.zeros(mean.shape, dtype=mean.dtype) for _ in "wb"]
     if x.numel():
-        rows = bool(_has_rows(x))
-        source = _laid_out(x, rows)
+        rows = bool(has_rows(x))
+        source = laid_out(x, rows)
         target = grad_x
-        if grad_x is not None and _has_rows(grad_x) != rows:
+        if grad_x is not None and has_rows(grad_x) != rows:
             target = torch.empty_like(source)
         _backward_kernel(
-            _laid_out(grad_out, rows), source, _table(weight, batch.num_tasks, mean.dtype), mean.contiguous(),
+            laid_out(grad_out, rows), source, _table(weight, batch.num_tasks, mean.dtype), mean.contiguous(),
             var.contiguous(), *_sorted(batch), rows, of_batch, eps, wanted[1] or wanted[2], target, *tables,
         )  # fmt: skip
         if grad_x is not None and target is not None and target is not grad_x:
