@@ -209,17 +209,40 @@ class TaskLoraCall(NamedTuple):
         return self.deltas.B[0].shape[-2], self.deltas.A[0].shape[-1]
 
 
-def empty_lora_gradients(
-    x: Tensor, call: TaskLoraCall, wanted: Sequence[bool], wanted_a: Sequence[int], wanted_b: Sequence[int]
-) -> list[Tensor]:
-    """Memory for what the backward of `task_lora` returns: x, weight, A, B, scaling, bias, of these the wanted ones."""
-    out = []
-    if wanted[0]:
-        out.append(torch.empty(x.shape, dtype=x.dtype, device=x.device))
-    likes = [call.weight] if wanted[1] else []
-    likes += [*(call.deltas.A[k] for k in wanted_a), *(call.deltas.B[k] for k in wanted_b)]
-    likes += [p for want, p in zip(wanted[2:], (call.deltas.scaling, call.bias), strict=True) if want]
-    return out + [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in likes if p is not None]
+class LoraGradients(NamedTuple):
+    """What the backward of `task_lora` returns; None, or an empty list, for what is not wanted."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    A: Sequence[Tensor]
+    B: Sequence[Tensor]
+    scaling: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def empty(
+        cls, x: Tensor, call: TaskLoraCall, wanted: Sequence[bool], wanted_a: Sequence[int], wanted_b: Sequence[int]
+    ) -> LoraGradients:
+        """Memory for those that are wanted of x, weight, scaling and bias, and for A and B at the wanted positions."""
+
+        def like(p: Tensor | None, want: bool = True) -> Tensor | None:
+            return torch.empty(p.shape, dtype=p.dtype, device=p.device) if want and p is not None else None
+
+        deltas = call.deltas
+        of_a, of_b = ([like(held[k]) for k in ks] for held, ks in ((deltas.A, wanted_a), (deltas.B, wanted_b)))
+        of_x, of_weight, of_scaling, of_bias = (
+            like(p, want) for p, want in zip((x, call.weight, deltas.scaling, call.bias), wanted, strict=True)
+        )
+        return cls(of_x, of_weight, of_a, of_b, of_scaling, of_bias)
+
+    def listed(self) -> list[Tensor]:
+        """As a schema returns them: in this order, without those that are not wanted."""
+        found = (self.x, self.weight, *self.A, *self.B, self.scaling, self.bias)
+        return [g for g in found if g is not None]
+
+    def zero_(self) -> list[Tensor]:
+        """`listed`, all zero."""
+        return [g.zero_() for g in self.listed()]
 
 
 def empty_gradients(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl.core.task_weights import STILL, TaskLoraCall, empty_lora_gradients
+from fastmtl.core.task_weights import STILL, LoraGradients, TaskLoraCall
 from fastmtl.kernels.common.launches import (
     Prepared,
     in_interpreter,
@@ -202,18 +202,11 @@ def lora_backward(
     wanted_b: Sequence[int],
 ) -> list[Tensor]:
     """The gradients of x, weight, A, B, scaling and bias, of these the wanted ones; as the reference gives them."""
-    weight, deltas, _, bias = call
-    out = empty_lora_gradients(x, call, wanted, wanted_a, wanted_b)
+    weight, deltas, _, _ = call
+    out = LoraGradients.empty(x, call, wanted, wanted_a, wanted_b)
     if grad_out.numel() == 0 or x.numel() == 0:
-        for g in out:
-            g.zero_()
-        return out
-    left = iter(out)
-    grad_x = next(left) if wanted[0] else None
-    grad_weight = next(left) if wanted[1] and weight is not None else None
-    grad_a, grad_b = ([next(left) for _ in positions] for positions in (wanted_a, wanted_b))
-    grad_scaling = next(left) if wanted[2] and deltas.scaling is not None else None
-    grad_bias = next(left) if wanted[3] and bias is not None else None
+        return out.zero_()
+    grad_x, grad_weight, grad_a, grad_b, grad_scaling, grad_bias = out
 
     x, grad_out = x.contiguous(), grad_out.contiguous()
     layer = Layer.of(x, call)
@@ -250,7 +243,7 @@ def lora_backward(
     if grad_bias is not None:
         batch = layer.batch if grad_bias.dim() == 2 else layer.batch.together()
         _bias_grad(_pictures(grad_out, layer), batch, grad_bias)
-    return out
+    return out.listed()
 
 
 def _pictures(x: Tensor, layer: Layer) -> Tensor:

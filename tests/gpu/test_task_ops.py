@@ -242,7 +242,9 @@ def test_batch_norm(
 ) -> None:
     """Values, gradients and running statistics in place, of both forms of the kernels."""
     monkeypatch.setattr(
-        dispatch.triton_kernels("task_weights.batch_norm_launchers"), "ONE_LAUNCH_ELEMENTS", 1 << 40 if one_launch else 0
+        dispatch.triton_kernels("task_weights.batch_norm_launchers"),
+        "ONE_LAUNCH_ELEMENTS",
+        1 << 40 if one_launch else 0,
     )
     num_tasks, channels = 4, shape[1]
     ids = make_ids("absent", shape[:1], num_tasks)

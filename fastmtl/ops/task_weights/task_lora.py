@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmtl.core.dispatch import choose, triton_kernels
 from fastmtl.core.schemas import define_op
-from fastmtl.core.task_weights import TaskLoraCall, TaskPlan, empty_lora_gradients
+from fastmtl.core.task_weights import LoraGradients, TaskLoraCall, TaskPlan
 from fastmtl.ops.task_weights import reference
 from fastmtl.ops.task_weights.arguments import (
     Delta,
@@ -142,7 +142,7 @@ def _run_backward(grad_out: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
 
 def _fake_backward(grad_out: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     *spelled, wanted, wanted_a, wanted_b = rest
-    return empty_lora_gradients(x, TaskLoraCall.of(*spelled), wanted, wanted_a, wanted_b)
+    return LoraGradients.empty(x, TaskLoraCall.of(*spelled), wanted, wanted_a, wanted_b).listed()
 
 
 # --- derivatives

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmtl.core.task_weights import LowRankDeltas, SortedBatch, TaskLoraCall, empty_lora_gradients
+from fastmtl.core.task_weights import LoraGradients, LowRankDeltas, SortedBatch, TaskLoraCall
 from fastmtl.ops.task_weights.cpu.batch import Segment, _copy_rows
 from fastmtl.ops.task_weights.cpu.memory import fresh
 from fastmtl.ops.task_weights.precision import widen
@@ -162,18 +162,11 @@ def lora_backward(
     wanted_b: Sequence[int],
 ) -> list[Tensor]:
     """`task_lora_backward`; see there."""
-    weight, deltas, batch, bias = call
-    out = empty_lora_gradients(x, call, wanted, wanted_a, wanted_b)
+    weight, deltas, batch, _ = call
+    out = LoraGradients.empty(x, call, wanted, wanted_a, wanted_b)
     if grad_out.numel() == 0 or x.numel() == 0:
-        for g in out:
-            g.zero_()
-        return out
-    left = iter(out)
-    grad_x = next(left) if wanted[0] else None
-    grad_weight = next(left) if wanted[1] and weight is not None else None
-    grad_a, grad_b = ([next(left) for _ in positions] for positions in (wanted_a, wanted_b))
-    grad_scaling = next(left) if wanted[2] and deltas.scaling is not None else None
-    grad_bias = next(left) if wanted[3] and bias is not None else None
+        return out.zero_()
+    grad_x, grad_weight, grad_a, grad_b, grad_scaling, grad_bias = out
 
     count = batch.order.shape[0]
     source, back = Rows(widen(x), count), Rows(widen(grad_out), count)
@@ -207,7 +200,7 @@ def lora_backward(
     sums.finish()
     if made is not grad_x:
         grad_x.copy_(made)
-    return out
+    return out.listed()
 
 
 class Sums:
