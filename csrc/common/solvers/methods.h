@@ -55,8 +55,6 @@ struct Request {
   FASTMTL_HOST_DEVICE int rows(int T) const { return kind == Kind::pareto ? T + pareto.num_vectors : T; }
 };
 
-constexpr double kEpsilon = 2.220446049250313e-16;  // of float64
-
 constexpr int kMatrices = 3;
 constexpr int kArrays = 9;
 
@@ -136,7 +134,7 @@ FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, do
   each(team, n, [&](int i) { worst = smaller(worst, {p.z[i] / std::sqrt(p.m[i][i]), i}); });
   worst = team.least(worst);
   team.sync();
-  Members is_free{};
+  Members is_free{}, joined{};
   is_free.exchange(worst.index);
   for (int round = 0; round < 2 * n + 8; ++round) {
     const int count = is_free.count();
@@ -155,7 +153,6 @@ FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, do
       if (c >= a) p.a[a][c] = a == c ? 1.0 : p.m[p.first[a]][p.first[c]] * p.u[a] * p.u[c];
     });
     const double pivot = solve_definite(team, p.a, p.x, p.y, count, 0.0, INFINITY);
-    if (!(pivot > 1e-6)) return false;
     each(team, count, [&](int a) {
       p.x[a] *= p.u[a];
       p.y[a] *= p.u[a];
@@ -164,7 +161,15 @@ FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, do
     const double across = sum_of(team, count, [&](int a) { return p.y[a]; });  // b . K^-1 1
     const double along = sum_of(team, count, [&](int a) { return p.y[a] * p.z[p.first[a]]; });
     const double inside = across * across - ones * (along - reach * reach);
-    if (!(ones > 0 && inside > 0)) return false;
+    if (!(pivot > 1e-6 && ones > 0 && inside > 0)) {
+      // too many at once: the worst alone
+      if (joined.count() < 2) return false;
+      is_free.exchange(joined);
+      is_free.exchange(worst.index);
+      joined = {};
+      team.sync();
+      continue;
+    }
     const double level = (across + std::sqrt(inside)) / ones;
     each(team, count, [&](int a) { p.w[p.first[a]] = level * p.x[a] - p.y[a]; });
     team.sync();
@@ -186,7 +191,12 @@ FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, do
         const double total = sum_of(team, n, [&](int i) { return p.w[i]; });
         return reach * reach > noise * terms && total > 0;
       }
-      changed = team.members(n, [&](int i) { return under(i) >= 0.5 * most; });
+      joined = changed = team.members(n, [&](int i) { return under(i) >= 0.5 * most; });
+      worst = {INFINITY, n};
+      each(team, n, [&](int i) { worst = smaller(worst, {-under(i), i}); });
+      worst = team.least(worst);
+    } else {
+      joined = {};
     }
     is_free.exchange(changed);
     if (is_free.count() == 0) return false;
@@ -238,7 +248,10 @@ FASTMTL_HOST_DEVICE void cagrad(const Team& team, const Problem& p, double c, do
     const double square = dot(team, p.w, p.x, n), terms = dot(team, p.w, p.y, n);
     const double here = std::log(std::sqrt(std::fmax(square, noise * terms)) / reach) - (evaluation == 0 ? 0.0 : root);
     if (evaluation == 0) {
-      low = std::fmax(here, high - 40.0);
+      // Where no direction serves all tasks, g_w / tau is the same for every tau that is small enough. Rounding spoils
+      // it for the smallest ones, which a large c would ask for.
+      const bool serves_all = square > noise * terms;
+      low = std::fmax(serves_all ? here : here + std::log(std::fmax(c, 1.0)), high - 40.0);
     } else if (evaluation == 1) {
       at_low = here;
       if (!(here > 1e-12)) break;
@@ -323,10 +336,10 @@ FASTMTL_HOST_DEVICE void fair(const Team& team, const Problem& p, double alpha, 
   cosines(team, p, p.b);
   const double power = 1.0 / alpha;
   each(team, p.n, [&](int i) {
-    p.z[i] = p.u[i] > 0 ? std::pow(p.u[i], power - 1.0) : 1.0;
+    p.z[i] = p.u[i] > 0 ? p.u[i] : 1.0;
     p.b[i][i] = 1.0 + p.n * rounding;  // that of a zero gradient too, which is across all others
   });
-  fairness(team, p.b, p.z, p.n, power, p.w, {p.a, p.x, p.y});
+  fairness(team, p.b, p.z, p.n, power, p.w, {p.a, p.x, p.y, p.v});
   double factor = std::pow(p.scale, -1.0 / (1.0 + power));
   if (most > 0) {
     each(team, p.n, [&](int i) { p.x[i] = p.u[i] > 0 ? p.w[i] / p.u[i] : 0.0; });

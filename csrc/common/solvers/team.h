@@ -22,6 +22,8 @@
 
 namespace fastmtl::solvers {
 
+constexpr double kEpsilon = 2.220446049250313e-16;  // of float64
+
 // A matrix as torch has it: float32 or float64, `step` entries from row to row.
 struct Entries {
   const void* data = nullptr;
