@@ -269,17 +269,6 @@ FASTMTL_HOST_DEVICE void cagrad(const Team& team, const Problem& p, double c, do
   });
 }
 
-// The matrix of cosines into `to`, the norms into p.u; a zero gradient has a row of zeros.
-template <class Team>
-FASTMTL_HOST_DEVICE void cosines(const Team& team, const Problem& p, Matrix to) {
-  each(team, p.n, [&](int i) { p.u[i] = p.m[i][i] > 0 ? std::sqrt(p.m[i][i]) : 0.0; });
-  team.sync();
-  each_entry(team, p.n, [&](int i, int k) {
-    to[i][k] = p.u[i] > 0 && p.u[k] > 0 ? (i == k ? 1.0 : p.m[i][k] / (p.u[i] * p.u[k])) : 0.0;
-  });
-  team.sync();
-}
-
 // out = C^+ b, for the matrix C of cosines, which p.b then holds no more. Eigenvalues that rounding may have made count
 // as zero, and so do such parts of b. Where every pivot is far above that, C has none, and b is solved for.
 template <class Team>
@@ -453,7 +442,7 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
   for (double** array : arrays) *array = take(room + 2);
   p.first = reinterpret_cast<int*>(take(room + 2));
   int* tasks = reinterpret_cast<int*>(take(room + 2));
-  const Members here = team.members(T, [&](int t) { return present == nullptr || present[t] != 0; });
+  const Members here = team.members(T, [&](int t) { return takes_part(present, t); });
   const bool of_rows = request.kind == Kind::pareto;
   const ParetoRows rows{request.pareto, T, present};
   bool started = false;
@@ -570,14 +559,14 @@ FASTMTL_HOST_DEVICE void follow(const Team& team, const Request& request, int T,
   if (request.average == nullptr) return;
   team.sync();
   const double bad = sum_of(team, T, [&](int t) {
-    if (present != nullptr && present[t] == 0) return 0.0;
+    if (!takes_part(present, t)) return 0.0;
     const double before = request.average[t];
     if (!std::isnan(before)) out[t] = request.momentum * before + (1.0 - request.momentum) * out[t];
     return std::isfinite(out[t]) ? 0.0 : 1.0;
   });
   if (bad > 0) return;
   each(team, T, [&](int t) {
-    if (present == nullptr || present[t] != 0) request.average[t] = out[t];
+    if (takes_part(present, t)) request.average[t] = out[t];
   });
 }
 
