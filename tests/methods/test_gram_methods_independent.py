@@ -146,7 +146,7 @@ def test_cagrad_of_equal_angles(num_tasks: int, share: float, noise: float, back
 
 
 def turned_off(g: np.ndarray) -> np.ndarray:
-    """The direction nearest to the mean gradient that harms no task: Lawson and Hanson's problem on the unit vectors."""
+    """The direction nearest to the mean gradient that harms no task, by least squares on the unit vectors."""
     v, _ = optimize.nnls(units(g).T, -g.mean(0))
     return g.mean(0) + v @ units(g)
 
