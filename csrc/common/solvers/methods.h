@@ -124,8 +124,8 @@ FASTMTL_HOST_DEVICE void mgda(const Team& team, const Problem& p) {
 // be for the tasks that it is worst for: g_i . d = b_i + (K v)_i >= level, with equality where v_i > 0, and |G^T v| =
 // reach. For given tasks with v_i > 0, v = level K^-1 1 - K^-1 b, and a quadratic equation gives the level. It begins
 // with the task that g_0 is worst for; those that come off worse than the level join, half as badly as the worst at
-// least, and those with a negative v leave. b: in p.z. v: out, in p.w. Whether it came to an end, far enough from what
-// rounding makes unsafe.
+// least (or the worst alone, if there is no such level for all of them), and those with a negative v leave. b: in p.z.
+// v: out, in p.w. Whether it came to an end, far enough from what rounding makes unsafe.
 template <class Team>
 FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, double reach, double noise) {
   const int n = p.n;
@@ -161,42 +161,42 @@ FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, do
     const double across = sum_of(team, count, [&](int a) { return p.y[a]; });  // b . K^-1 1
     const double along = sum_of(team, count, [&](int a) { return p.y[a] * p.z[p.first[a]]; });
     const double inside = across * across - ones * (along - reach * reach);
-    if (!(pivot > 1e-6 && ones > 0 && inside > 0)) {
-      // too many at once: the worst alone
-      if (joined.count() < 2) return false;
-      is_free.exchange(joined);
-      is_free.exchange(worst.index);
-      joined = {};
+    Members changed{};
+    if (pivot > 1e-6 && ones > 0 && inside > 0) {
+      const double level = (across + std::sqrt(inside)) / ones;
+      each(team, count, [&](int a) { p.w[p.first[a]] = level * p.x[a] - p.y[a]; });
       team.sync();
-      continue;
-    }
-    const double level = (across + std::sqrt(inside)) / ones;
-    each(team, count, [&](int a) { p.w[p.first[a]] = level * p.x[a] - p.y[a]; });
-    team.sync();
-    multiply_with_sizes(team, p.m, p.w, n, [&](int i, double product, double size) {
-      p.x[i] = product + p.z[i] - level;
-      p.y[i] = size;
-    });
-    team.sync();
-    Members changed = team.members(n, [&](int i) { return is_free.has(i) && !(p.w[i] > 0); });
-    if (changed.count() == 0) {
-      // how far below the level, in lengths of the task's own gradient
-      auto under = [&](int i) {
-        const double size = std::fabs(p.y[i]) + std::fabs(p.z[i]) + std::fabs(level);
-        return !is_free.has(i) && p.x[i] < -1e-14 * size ? -p.x[i] / std::sqrt(p.m[i][i]) : 0.0;
-      };
-      const double most = largest_of(team, n, under);
-      if (!(most > 0)) {
-        const double terms = sum_of(team, n, [&](int i) { return p.w[i] * p.y[i]; });
-        const double total = sum_of(team, n, [&](int i) { return p.w[i]; });
-        return reach * reach > noise * terms && total > 0;
-      }
-      joined = changed = team.members(n, [&](int i) { return under(i) >= 0.5 * most; });
-      worst = {INFINITY, n};
-      each(team, n, [&](int i) { worst = smaller(worst, {-under(i), i}); });
-      worst = team.least(worst);
-    } else {
+      multiply_with_sizes(team, p.m, p.w, n, [&](int i, double product, double size) {
+        p.x[i] = product + p.z[i] - level;
+        p.y[i] = size;
+      });
+      team.sync();
+      changed = team.members(n, [&](int i) { return is_free.has(i) && !(p.w[i] > 0); });
       joined = {};
+      if (changed.count() == 0) {
+        // how far below the level, in lengths of the task's own gradient
+        auto under = [&](int i) {
+          const double size = std::fabs(p.y[i]) + std::fabs(p.z[i]) + std::fabs(level);
+          return !is_free.has(i) && p.x[i] < -1e-14 * size ? -p.x[i] / std::sqrt(p.m[i][i]) : 0.0;
+        };
+        worst = {INFINITY, n};
+        each(team, n, [&](int i) { worst = smaller(worst, {-under(i), i}); });
+        worst = team.least(worst);
+        const double most = -worst.value;
+        if (!(most > 0)) {
+          const double terms = sum_of(team, n, [&](int i) { return p.w[i] * p.y[i]; });
+          const double total = sum_of(team, n, [&](int i) { return p.w[i]; });
+          return reach * reach > noise * terms && total > 0;
+        }
+        joined = changed = team.members(n, [&](int i) { return under(i) >= 0.5 * most; });
+      }
+    } else if (joined.count() > 1) {
+      // too many at once: the worst of them alone
+      changed = joined;
+      changed.exchange(worst.index);
+      joined = {};
+    } else {
+      return false;
     }
     is_free.exchange(changed);
     if (is_free.count() == 0) return false;
