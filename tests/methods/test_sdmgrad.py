@@ -143,7 +143,7 @@ def test_a_step_that_overflows_shows_and_is_not_kept(backend: Backend) -> None:
     before = method.weigh(one, seen_of(one))
     second = torch.tensor([[1e200, -1e308], [1e308, 1e200]], dtype=F64)
     assert method.weigh(one, seen_of(second)).isnan().all()
-    assert torch.equal(method.state_dict()["weights"], before)
+    assert torch.equal(method.state_dict()["lambda"], before)
 
 
 def test_what_is_not_finite_shows_and_is_not_kept(backend: Backend) -> None:

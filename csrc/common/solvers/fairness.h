@@ -46,10 +46,23 @@ FASTMTL_HOST_DEVICE void fairness(const Team& team, Matrix m, const double* u, i
   const double ray = square > 0 ? std::pow(wanted / square, 1.0 / (1.0 + p)) : 1.0;
   each(team, n, [&](int i) { z[i] *= ray; });
   double last = INFINITY;
+  // what a step that seems to be all that rounding leaves may leave of the equations, in the targets' sizes
+  double left = 0.0;
+  bool may_end = false;
   for (int iteration = 0; iteration < kFairnessIterations; ++iteration) {
     each(team, n, [&](int i) { s.target[i] = fair_target(u[i], z[i], p); });
     team.sync();
-    multiply(team, m, z, n, [&](int i, double product) { s.step[i] = s.target[i] - product; });
+    multiply_with_sizes(team, m, z, n, [&](int i, double product, double size) {
+      s.step[i] = s.target[i] - product;
+      s.sizes[i] = size;
+    });
+    if (may_end) {
+      team.sync();
+      const double off = largest_of(team, n, [&](int i) {
+        return std::fabs(s.step[i]) > n * kEpsilon * s.sizes[i] + left * s.target[i] ? 1.0 : 0.0;
+      });
+      if (off == 0) break;
+    }
     each_entry(team, n, [&](int i, int k) {
       if (k >= i) s.factor[i][k] = m[i][k] + (k == i ? p * s.target[i] / z[i] : 0.0);
     });
@@ -74,23 +87,11 @@ FASTMTL_HOST_DEVICE void fairness(const Team& team, Matrix m, const double* u, i
       z[i] = r > 0 ? std::fmax(jumped, kLeastEntry) : std::fmax(stepped, std::fmin(jumped, alone(i)));
     });
     if (!(moves > 1e-14)) break;
-    if (moves * std::fmin(p, 1.0) < 0.1 && moves > 0.5 * last) {
-      // Newton's steps get smaller faster than that, but for rounding: it is enough if that is all that is left of the
-      // equations, or what steps of this size leave of them
-      if (moves < 1e-6) break;
-      const double left = moves < 1e-2 ? (1.0 + p) * moves * moves : 0.0;
-      team.sync();
-      multiply_with_sizes(team, m, z, n, [&](int i, double product, double size) {
-        s.step[i] = product;
-        s.sizes[i] = size;
-      });
-      team.sync();
-      const double off = largest_of(team, n, [&](int i) {
-        const double target = fair_target(u[i], z[i], p);
-        return std::fabs(target - s.step[i]) > n * kEpsilon * s.sizes[i] + left * target ? 1.0 : 0.0;
-      });
-      if (off == 0) break;
-    }
+    // Newton's steps get smaller faster than that, but for rounding: it is enough if that is all that is left of the
+    // equations, or what steps of this size leave of them
+    may_end = moves * std::fmin(p, 1.0) < 0.1 && moves > 0.5 * last;
+    if (may_end && moves < 1e-6) break;
+    left = moves < 1e-2 ? (1.0 + p) * moves * moves : 0.0;
     last = moves;
   }
 }

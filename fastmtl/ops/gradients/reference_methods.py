@@ -235,9 +235,9 @@ def _cagrad(p: _Problem, c: float) -> Tensor:
     high = -math.log(reach)
     w = _shortest(p.m)
     least = noise * (w @ p.m.abs() @ w).item()
-    square = (w @ p.m @ w).item()
-    low = 0.5 * math.log(max(square, least, 1e-300)) - math.log(reach)
-    if square <= least:  # no direction serves all tasks: any tau that is small enough will do
+    shortest = (w @ p.m @ w).item()
+    low = 0.5 * math.log(max(shortest, least, 1e-300)) - math.log(reach)
+    if shortest <= least:  # no direction serves all tasks: any tau that is small enough will do
         low += math.log(max(c, 1.0))
     low = max(low, high - 40)
     for _ in range(60):  # bisection: below the root |g_w| is the larger one
