@@ -62,6 +62,11 @@ class tasks:
             task_ids = tuple(task_ids)
         elif not isinstance(task_ids, str):
             check_ids(task_ids)
+            # a tensor object of its own: a graph compiled while the caller's was an input of the model, too, would take
+            # that input for the ids ever after
+            task_ids = (
+                TaskPlan(*(x.detach() for x in task_ids)) if isinstance(task_ids, TaskPlan) else task_ids.detach()
+            )
         if not isinstance(repeat, bool):
             raise TypeError(f"repeat: expected a bool, got {type(repeat).__name__}")
         self.task_ids = task_ids

@@ -471,6 +471,25 @@ def test_compiled_with_the_block_inside() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("given", ["ids", "plan"])
+def test_a_compiled_model_that_is_given_ids_itself_takes_its_tasks_from_the_block(given: str) -> None:
+    # the first call has one tensor for both, which the graph must not take for a rule
+    layer, table = filled(TaskLinear(4, 6, NAMES)), torch.randn(3, 6)
+
+    def model(x: Tensor, ids: Tensor) -> Tensor:
+        return layer(x) + table[ids]
+
+    compiled, x, others = torch.compile(model, backend="eager", fullgraph=True), torch.randn(5, 4), IDS.roll(1)
+    for of_block, of_model in ((IDS, IDS), (IDS, others), (others, IDS)):
+        told = of_block
+        if given == "plan":
+            told = fastmtl.ops.task_plan(of_block, 3)
+            of_model = told.task_ids if of_model is of_block else of_model
+        with tasks(told):
+            torch.testing.assert_close(compiled(x, of_model), model(x, of_model))
+
+
 def test_autocast_casts_the_input_only() -> None:
     layer, x = filled(TaskConv2d(4, 6, 3, NAMES, gate=0.5, per_task_bias=True)), torch.randn(5, 4, 7, 6)
     with torch.autocast("cpu", torch.bfloat16), tasks(IDS):
