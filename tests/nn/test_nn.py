@@ -236,7 +236,12 @@ def test_from_layer_refuses(kind: type, layer: Callable, error: type, match: str
         (lambda: TaskLinear(2, 2, ["a"]).effective_weight(1), ValueError, r"task: expected 0\.\.0, got 1"),
         (lambda: TaskLinear(2, 2, ["a"]).effective_bias(None), TypeError, "a position or a name, got NoneType"),
         (lambda: TaskParameters({"pop": torch.ones(1)}), ValueError, "got 'pop'"),
-        (lambda: tasks([0, 1]), TypeError, r"task_ids: expected a tensor or names \(str\), got int in"),
+        (
+            lambda: tasks([0, 1]),
+            TypeError,
+            r"task_ids: expected a tensor of ids, or names \(str\), got a list with int in it; torch\.tensor",
+        ),
+        (lambda: tasks(["a", 1]), TypeError, r"task_ids: expected a tensor of ids, .* got a list with int in it$"),
         (lambda: tasks(torch.ones(2)), TypeError, "task_ids: expected int64 or int32, got torch.float32"),
     ],
 )
