@@ -25,11 +25,15 @@ from fastmtl.nn import (
     TaskLinear,
     TaskModule,
     TaskMultiheadAttention,
+    add_task,
     checkpoint_contexts,
     context,
     convert,
+    extract,
+    insert,
     layer_report,
     merge,
+    remove_task,
     task_names,
     tasks,
 )
@@ -237,6 +241,51 @@ def test_tied_weights_are_converted_once(kind: str) -> None:
         single = merge(model, task)
         assert single[0].weight is single[2].weight
         torch.testing.assert_close(single(x)[t == IDS], mixed[t == IDS])
+
+
+def test_tasks_come_to_tied_layers_and_go_with_the_model() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
+    model[2].weight = model[0].weight
+    model = copy.deepcopy(convert(model, NAMES, "lora"))
+    part = extract(model, "photo")
+    for call in (lambda: model[0].remove_task("photo"), lambda: model[2].add_task("guest")):
+        with pytest.raises(ValueError, match=r"TaskLinear whose A, B another layer has, too; call fastmtl\.nn"):
+            call()
+    assert model[0].tasks == model[2].tasks == NAMES and "guest" not in model[2].rank
+    insert(model, "other", part)
+    add_task(model, "guest", like="photo")
+    remove_task(model, "sketch")
+    want = ("photo", "clipart", "other", "guest")
+    assert model[0].tasks == model[2].tasks == tuple(model[0].B) == want and model[0].B is model[2].B
+    with tasks(torch.arange(4)):
+        assert model(torch.randn(4, 4)).shape == (4, 4)
+    with pytest.raises(ValueError, match="another layer has, too"):
+        model[0].remove_task("photo")
+
+
+@pytest.mark.parametrize("kind", ["taps", "dense", "lora", "patch", "separate", "modulator", "hypergrid"])
+def test_a_network_converted_on_the_meta_device_takes_a_plain_checkpoint(kind: str) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=4))
+
+    plain = make().eval()
+    with torch.device("meta"):
+        model = convert(make(), NAMES, kind).eval()
+    model.load_state_dict(plain.state_dict(), assign=True)
+    here = convert(copy.deepcopy(plain), NAMES, kind)
+    assert not any(x.is_meta for x in model.state_dict().values())
+    for (name, p), (other, q) in zip(model.named_parameters(), here.named_parameters(), strict=True):
+        assert name == other and p.requires_grad == q.requires_grad and is_per_task(p) == is_per_task(q), name
+    x = torch.randn(4, 3, 7, 7)
+    with tasks(IDS):
+        torch.testing.assert_close(model(x), plain(x))
+    # and a checkpoint of its own
+    move(here)
+    with torch.device("meta"):
+        model = convert(make(), NAMES, kind).eval()
+    model.load_state_dict(here.state_dict(), assign=True)
+    with tasks(IDS):
+        torch.testing.assert_close(model(x), here(x))
 
 
 def test_an_embedding_and_the_head_tied_to_it() -> None:

@@ -209,9 +209,11 @@ class TaskLayer(TaskModule):
             rank: of a low-rank delta; None: that of the task to copy, or of the first task.
 
         Raises:
-            TypeError, ValueError: not a name, or one that is taken; no such task to copy; a rank that is none.
+            TypeError, ValueError: not a name, or one that is taken; no such task to copy; a rank that is none;
+                a layer that is tied to another one.
         """
         self.check_new_task(name, like)
+        self._check_untied("add_task")
         if rank is not None and self.rank is None:
             raise ValueError(f"rank: expected None for a dense delta, got {rank!r}")
         if self.rank is not None:
