@@ -30,6 +30,8 @@ class TaskParameters(nn.ParameterDict):
         ['left', 'right']
     """
 
+    _tied = False  # whether several layers have it
+
     def __setitem__(self, key: str, value: Any) -> None:
         check_name(key)
         super().__setitem__(key, value)
@@ -80,6 +82,8 @@ class TaskBuffers(nn.Module):
         >>> list(means)
         ['left', 'right']
     """
+
+    _tied = False  # as of `TaskParameters`
 
     def __init__(self, tensors: dict[str, Tensor] | None = None) -> None:
         super().__init__()

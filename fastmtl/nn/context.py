@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.ops import TaskPlan, task_plan
-from fastmtl.ops.task_weights.arguments import check_ids
+from fastmtl.ops.task_weights.arguments import check_ids, hint_of_ids
 
 # process-wide: the recomputation of a checkpoint runs on autograd's threads
 _entered: list[tasks] = []
@@ -57,11 +57,17 @@ class tasks:
             for name in task_ids:
                 if not isinstance(name, str):
                     raise TypeError(
-                        f"task_ids: expected a tensor or names (str), got {type(name).__name__} in a sequence"
+                        f"task_ids: expected a tensor of ids, or names (str), got a {type(task_ids).__name__} with "
+                        f"{type(name).__name__} in it{hint_of_ids(task_ids)}"
                     )
             task_ids = tuple(task_ids)
         elif not isinstance(task_ids, str):
             check_ids(task_ids)
+            # a tensor object of its own: a graph compiled while the caller's was an input of the model, too, would take
+            # that input for the ids ever after
+            task_ids = (
+                TaskPlan(*(x.detach() for x in task_ids)) if isinstance(task_ids, TaskPlan) else task_ids.detach()
+            )
         if not isinstance(repeat, bool):
             raise TypeError(f"repeat: expected a bool, got {type(repeat).__name__}")
         self.task_ids = task_ids

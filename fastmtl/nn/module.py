@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -128,9 +129,11 @@ class TaskModule(nn.Module):
             like: the task whose part is copied; None: the part is what it was at first (a delta of zero).
 
         Raises:
-            TypeError, ValueError: not a name, or one that is taken; no such task to copy.
+            TypeError, ValueError: not a name, or one that is taken; no such task to copy; a layer that is tied to
+                another one.
         """
         self.check_new_task(name, like)
+        self._check_untied("add_task")
         self._start(name)
         self.tasks = (*self.tasks, name)
         if like is not None:
@@ -152,13 +155,23 @@ class TaskModule(nn.Module):
             task: position or name.
 
         Raises:
-            TypeError, ValueError: no such task, or the only one.
+            TypeError, ValueError: no such task, or the only one; a layer that is tied to another one.
         """
         name = self.task_name(task)
         if len(self.tasks) == 1:
             raise ValueError(f"task: expected one of several tasks, got {name!r}, the only one")
+        self._check_untied("remove_task")
         self._end(name)
         self.tasks = tuple(t for t in self.tasks if t != name)
+
+    def _check_untied(self, method: str) -> None:
+        """Raises where another layer has these very tensors of tasks, and would go on naming other tasks."""
+        tied = [child for child, held in self.containers().items() if held._tied]
+        if tied:
+            raise ValueError(
+                f"layer: expected one whose tensors of tasks are its own, got a {type(self).__name__} whose "
+                f"{', '.join(tied)} another layer has, too; call fastmtl.nn.{method} with the model that both are in"
+            )
 
     def _end(self, name: str) -> None:
         for held in self.containers().values():
@@ -243,6 +256,7 @@ class TaskModule(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._read_plain(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._begin_from_meta(state_dict, prefix)
 
     def plain_name(self, child: str) -> str:
         """What a plain layer calls the tensor that becomes every task's in `child`."""
@@ -261,6 +275,27 @@ class TaskModule(nn.Module):
                     state_dict[begin + name] = plain.detach().clone()
                 elif name in held:
                     state_dict[begin + name] = held[name].detach()
+
+    def _begin_from_meta(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Parts of tasks that have no memory, and that `state_dict` says nothing of, begin beside a loaded weight.
+
+        So a network that was converted on the meta device takes a plain network's `state_dict` by `assign=True`.
+        """
+        if not any(p is not None and not p.is_meta for p in self._parameters.values()):
+            return
+        containers = self.containers()
+        for name in self.tasks:
+            keys = {child: f"{prefix}{child}.{name}" for child, held in containers.items() if name in held}
+            if not any(key in state_dict and state_dict[key].is_meta for key in keys.values()):
+                continue
+            trained = {child: containers[child][name].requires_grad for child in keys}
+            self._start(name)
+            for child, key in keys.items():
+                here = containers[child][name]
+                if isinstance(here, nn.Parameter):
+                    here.requires_grad_(trained[child])
+                if key not in state_dict or state_dict[key].is_meta:
+                    state_dict[key] = here.detach()
 
     def _repr_of_tasks(self) -> str:
         named = len(self.tasks) <= 8 and self.tasks != tuple(str(t) for t in range(len(self.tasks)))
@@ -322,6 +357,7 @@ class TaskComposite(nn.Module):
         """
         for _, layer in self._inner():
             layer.check_new_task(name, like)
+            layer._check_untied("add_task")
         for _, layer in self._inner():
             layer.add_task(name, like, **options)
 
@@ -335,6 +371,8 @@ class TaskComposite(nn.Module):
             TypeError, ValueError: no such task, or the only one.
         """
         name = self.task_name(task)
+        for _, layer in self._inner():
+            layer._check_untied("remove_task")
         for _, layer in self._inner():
             layer.remove_task(name)
 
@@ -359,6 +397,19 @@ def task_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, TaskM
             yield from walk(child, f"{path}.{name}" if path else name)
 
     return walk(model, prefix)
+
+
+@contextlib.contextmanager
+def together(layers: Iterable[TaskModule]) -> Iterator[None]:
+    """Inside, tasks are added to and removed from all layers of a model, tied ones among them, in turn."""
+    tied = {held: True for layer in layers for held in layer.containers().values() if held._tied}
+    try:
+        for held in tied:
+            held._tied = False
+        yield
+    finally:
+        for held in tied:
+            held._tied = True
 
 
 def copied(param: Tensor | None, memo: dict[int, Any] | None) -> nn.Parameter | None:

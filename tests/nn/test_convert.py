@@ -25,11 +25,15 @@ from fastmtl.nn import (
     TaskLinear,
     TaskModule,
     TaskMultiheadAttention,
+    add_task,
     checkpoint_contexts,
     context,
     convert,
+    extract,
+    insert,
     layer_report,
     merge,
+    remove_task,
     task_names,
     tasks,
 )
@@ -154,7 +158,7 @@ def paths(model: nn.Module) -> list[str]:
         ("dense", "bottom:2", ["conv1", "layer1.conv1"]),
         ("dense", "top:1", ["fc"]),
         ("dense", "bottom:0.15", ["conv1", "layer1.conv1", "layer1.conv2"]),
-        ("dense", "bottom:99", ["conv1", "layer1.conv1", "layer1.conv2", "layer2.conv1", "layer2.conv2",
+        ("dense", "bottom:9", ["conv1", "layer1.conv1", "layer1.conv2", "layer2.conv1", "layer2.conv2",
                                 "layer2.downsample.0", "layer3.conv1", "layer3.conv2", "fc"]),
         ("separate", "bottom:2", ["conv1", "bn1", "layer1.conv1", "layer1.bn1"]),
         ("separate", "top:2", ["layer3.conv2", "layer3.bn2", "fc"]),
@@ -181,6 +185,25 @@ def test_calls_compose() -> None:
     with tasks(IDS):
         mixed = model.eval()(x)
     torch.testing.assert_close(merge(model, "sketch")(x)[IDS == 1], mixed[IDS == 1])
+
+
+@pytest.mark.parametrize("kind", ["dense", "hypergrid", "modulator"])
+@torch.no_grad()
+def test_a_deep_network_differs_from_its_merged_one_by_rounding_alone(kind: str) -> None:
+    # whose 17 blocks have depthwise convolutions and narrow ends: float32 shows what they make of rounding
+    tf = pytest.importorskip("transformers", reason="transformers is not installed")
+    plain = tf.MobileNetV2ForImageClassification(tf.MobileNetV2Config(image_size=32, depth_multiplier=0.35))
+    model = convert(plain, NAMES, kind).double()
+    move(model, 0.3)
+    # in training mode, as else numbers are as small as their rounding in an untrained network
+    model.train().classifier.train(False)
+    model.dropout.p = 0.0
+    x = torch.randn(4, 3, 32, 32).double()
+    with tasks("sketch"):
+        expected = copy.deepcopy(model)(x).logits
+    found = merge(model, "sketch")(x).logits
+    assert expected.std() > 0.01
+    torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-11)
 
 
 def test_a_layer_alone_is_converted() -> None:
@@ -218,6 +241,51 @@ def test_tied_weights_are_converted_once(kind: str) -> None:
         single = merge(model, task)
         assert single[0].weight is single[2].weight
         torch.testing.assert_close(single(x)[t == IDS], mixed[t == IDS])
+
+
+def test_tasks_come_to_tied_layers_and_go_with_the_model() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
+    model[2].weight = model[0].weight
+    model = copy.deepcopy(convert(model, NAMES, "lora"))
+    part = extract(model, "photo")
+    for call in (lambda: model[0].remove_task("photo"), lambda: model[2].add_task("guest")):
+        with pytest.raises(ValueError, match=r"TaskLinear whose A, B another layer has, too; call fastmtl\.nn"):
+            call()
+    assert model[0].tasks == model[2].tasks == NAMES and "guest" not in model[2].rank
+    insert(model, "other", part)
+    add_task(model, "guest", like="photo")
+    remove_task(model, "sketch")
+    want = ("photo", "clipart", "other", "guest")
+    assert model[0].tasks == model[2].tasks == tuple(model[0].B) == want and model[0].B is model[2].B
+    with tasks(torch.arange(4)):
+        assert model(torch.randn(4, 4)).shape == (4, 4)
+    with pytest.raises(ValueError, match="another layer has, too"):
+        model[0].remove_task("photo")
+
+
+@pytest.mark.parametrize("kind", ["taps", "dense", "lora", "patch", "separate", "modulator", "hypergrid"])
+def test_a_network_converted_on_the_meta_device_takes_a_plain_checkpoint(kind: str) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=4))
+
+    plain = make().eval()
+    with torch.device("meta"):
+        model = convert(make(), NAMES, kind).eval()
+    model.load_state_dict(plain.state_dict(), assign=True)
+    here = convert(copy.deepcopy(plain), NAMES, kind)
+    assert not any(x.is_meta for x in model.state_dict().values())
+    for (name, p), (other, q) in zip(model.named_parameters(), here.named_parameters(), strict=True):
+        assert name == other and p.requires_grad == q.requires_grad and is_per_task(p) == is_per_task(q), name
+    x = torch.randn(4, 3, 7, 7)
+    with tasks(IDS):
+        torch.testing.assert_close(model(x), plain(x))
+    # and a checkpoint of its own
+    move(here)
+    with torch.device("meta"):
+        model = convert(make(), NAMES, kind).eval()
+    model.load_state_dict(here.state_dict(), assign=True)
+    with tasks(IDS):
+        torch.testing.assert_close(model(x), here(x))
 
 
 def test_an_embedding_and_the_head_tied_to_it() -> None:
@@ -268,6 +336,34 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "option": (lambda: convert(ResNet(), 2, "dense", rank=3), TypeError, "options: expected gate, per_task.*'rank'"),
     "no option": (lambda: convert(ResNet(), 2, "patch", rank=3), TypeError, "options: expected none with kind 'patch'"),
     "joint": (lambda: convert(ResNet(), 2, joint=1), TypeError, "joint: expected a bool or None, got int"),
+    "a rank missing": (
+        lambda: convert(nn.Linear(4, 4), ["a", "b"], "lora", rank={"a": 2}), ValueError,
+        "rank: expected one for each of a, b, got none for 'b'$",
+    ),
+    "a rank of no task": (
+        lambda: convert(nn.Linear(4, 4), ["a", "b"], "lora", rank={"a": 2, "b": 1, "c": 1}), ValueError,
+        "rank: expected one for each of a, b, got one for 'c', no task of the layer$",
+    ),
+    "a rank of another name": (
+        lambda: convert(nn.Linear(4, 4), ["a", "b"], "lora", rank={"a": 2, "c": 1}), ValueError,
+        "got none for 'b' and one for 'c', no task of the layer$",
+    ),
+    "a rank by position": (
+        lambda: convert(nn.Linear(4, 4), 2, "lora", rank={0: 2, 1: 2}), TypeError,
+        r"rank: expected ranks by the names of tasks \(str\), got a key 0",
+    ),
+    "a task's rank": (
+        lambda: convert(nn.Linear(4, 4), ["a", "b"], "lora", rank={"a": 2, "b": 0}), ValueError,
+        r"rank\['b'\]: expected at least 1, got 0",
+    ),
+    "a task's rank, a float": (
+        lambda: convert(nn.Linear(4, 4), ["a", "b"], "lora", rank={"a": 2, "b": 2.0}), TypeError,
+        r"rank\['b'\]: expected an int, got float",
+    ),
+    "ranks in a list": (
+        lambda: convert(nn.Linear(4, 4), 2, "lora", rank=[2, 2]), TypeError,
+        "rank: expected an int, or a dict of one for each task, got list",
+    ),
     "rank": (lambda: convert(ResNet(), 2, "lora", rank=0), ValueError, "rank: expected at least 1, got 0"),
     "names twice": (lambda: convert(ResNet(), ["a", "a"]), ValueError, "tasks: expected different names"),
     "no tasks": (lambda: convert(ResNet(), 0), ValueError, "tasks: expected at least 1, got 0"),
@@ -311,6 +407,13 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "top:1.5": (lambda: convert(ResNet(), 2, where="top:1.5"), ValueError, "where: expected top:2.*'top:1.5'"),
     "share": (
         lambda: convert(ResNet(), 2, where="top:0.0001"), ValueError, "a share that one layer fits in, got 'top:0.0001'"
+    ),
+    "more layers than there are": (
+        lambda: convert(ResNet(), 2, "dense", "bottom:99"), ValueError,
+        "where: expected at most bottom:9, since the kind converts 9 layers of this model, got bottom:99",
+    ),
+    "one more than there are": (
+        lambda: convert(ResNet(), 2, "modulator", "top:10"), ValueError, "where: expected at most top:9, .*got top:10"
     ),
     "counted in a list": (lambda: convert(ResNet(), 2, where=["top:1"]), ValueError, "expected 'top:1' alone"),
     "padding": (

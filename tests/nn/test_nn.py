@@ -236,7 +236,12 @@ def test_from_layer_refuses(kind: type, layer: Callable, error: type, match: str
         (lambda: TaskLinear(2, 2, ["a"]).effective_weight(1), ValueError, r"task: expected 0\.\.0, got 1"),
         (lambda: TaskLinear(2, 2, ["a"]).effective_bias(None), TypeError, "a position or a name, got NoneType"),
         (lambda: TaskParameters({"pop": torch.ones(1)}), ValueError, "got 'pop'"),
-        (lambda: tasks([0, 1]), TypeError, r"task_ids: expected a tensor or names \(str\), got int in"),
+        (
+            lambda: tasks([0, 1]),
+            TypeError,
+            r"task_ids: expected a tensor of ids, or names \(str\), got a list with int in it; torch\.tensor",
+        ),
+        (lambda: tasks(["a", 1]), TypeError, r"task_ids: expected a tensor of ids, .* got a list with int in it$"),
         (lambda: tasks(torch.ones(2)), TypeError, "task_ids: expected int64 or int32, got torch.float32"),
     ],
 )
@@ -469,6 +474,25 @@ def test_compiled_with_the_block_inside() -> None:
         x = picture()
         torch.testing.assert_close(compiled(x, ids), loss(x, ids))
     assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("given", ["ids", "plan"])
+def test_a_compiled_model_that_is_given_ids_itself_takes_its_tasks_from_the_block(given: str) -> None:
+    # the first call has one tensor for both, which the graph must not take for a rule
+    layer, table = filled(TaskLinear(4, 6, NAMES)), torch.randn(3, 6)
+
+    def model(x: Tensor, ids: Tensor) -> Tensor:
+        return layer(x) + table[ids]
+
+    compiled, x, others = torch.compile(model, backend="eager", fullgraph=True), torch.randn(5, 4), IDS.roll(1)
+    for of_block, of_model in ((IDS, IDS), (IDS, others), (others, IDS)):
+        told = of_block
+        if given == "plan":
+            told = fastmtl.ops.task_plan(of_block, 3)
+            of_model = told.task_ids if of_model is of_block else of_model
+        with tasks(told):
+            torch.testing.assert_close(compiled(x, of_model), model(x, of_model))
 
 
 def test_autocast_casts_the_input_only() -> None:

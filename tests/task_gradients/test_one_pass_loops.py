@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -15,6 +16,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 import fastmtl
+from fastmtl.nn import TaskLinear, tasks
+from fastmtl.parameters import is_per_task
+from fastmtl.task_gradients.one_pass.sample_axis import ATTRIBUTE
+from fastmtl.task_gradients.one_pass.tracker import OF_MODEL
 
 COMPILED = ["mlp", "conv, group norm", "layer norm, rms norm", "encoder, norm first", "attention", "conv1d, prelu"]
 
@@ -66,6 +71,69 @@ def test_compiled_with_inductor() -> None:
             for t in range(T)
         ]
         assert_rows(bank, [list(row) for row in want], 1e-5)
+
+
+class _Block(nn.Module):
+    """Layers of a kind of their own, with a buffer as long as the batch."""
+
+    def __init__(self, per_task: bool) -> None:
+        super().__init__()
+        self.inner = TaskLinear(6, 6, T) if per_task else nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.register_buffer("shift", torch.randn(N, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.norm(self.inner(x))) * self.shift
+
+
+class _Blocks(nn.Module):
+    def __init__(self, per_task: bool, broken: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Block(per_task) for _ in range(3))
+        self.broken = broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+            if self.broken:
+                torch._dynamo.graph_break()
+        return x
+
+
+@pytest.mark.parametrize("way", ["each block", "each block, fullgraph", "graph breaks", "a function"])
+@pytest.mark.parametrize("per_task", [False, True], ids=["plain", "by task"])
+def test_one_graph_of_several_layers_gives_each_its_own_rows(per_task: bool, way: str) -> None:
+    # dynamo keeps graphs by the code that they come from, which layers of one class share
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = _Blocks(per_task, way == "graph breaks").double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    x = torch.randn(N, 6, dtype=torch.float64)
+    with tasks(IDS):
+        y = model(x)
+    want = cross_entropy(y).detach()
+    shared = [p for p in model.parameters() if not is_per_task(p)]
+    rows = [torch.autograd.grad(cross_entropy(y)[of(t)].sum(), shared, retain_graph=True) for t in range(T)]
+    run = model
+    if way == "graph breaks":
+        run = torch.compile(model, backend="eager")
+    elif way == "a function":
+        call = torch.compile(lambda block, x: block(x), backend="eager")
+        run = lambda x: functools.reduce(lambda x, block: call(block, x), model.blocks, x)  # noqa: E731
+    else:
+        for block in model.blocks:
+            block.compile(backend="eager", fullgraph="fullgraph" in way and torch.__version__ >= (2, 11))
+    for _ in range(2):
+        with tasks(IDS), fastmtl.one_pass(model, IDS, T) as bank:
+            losses = cross_entropy(run(x))
+            losses.sum().backward()
+        torch.testing.assert_close(losses.detach(), want)
+        assert_rows(bank, [list(row) for row in rows])
+    # and leaves nothing on the model
+    left = {name for x in (*model.parameters(), *model.buffers()) for name in x.__dict__}
+    assert not left & {OF_MODEL, ATTRIBUTE}
 
 
 class _Checkpointed(nn.Module):

@@ -28,7 +28,7 @@ N = 4
 
 def _tracker() -> Tracker:
     ids = torch.arange(N)
-    return Tracker(TaskIds(ids, N, ("batch",)), 0, {}, {}, {}, {}, backward=lambda *a: None)
+    return Tracker(TaskIds(ids, N, ("batch",)), 0, {}, {}, (), backward=lambda *a: None)
 
 
 def _axes(op: Callable[..., Any], x: Tensor, axis: int) -> tuple[list[Tensor], list[SampleAxis]]:

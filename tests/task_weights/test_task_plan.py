@@ -67,7 +67,13 @@ def test_compile(dynamic: bool, backend: Backend, fresh_compiler: None) -> None:
 
 
 BAD: list[tuple[str, Any, Any, type[Exception], str]] = [
-    ("list", [0, 1], 2, TypeError, r"task_ids: expected an int64 or int32 tensor, or a TaskPlan, got list"),
+    (
+        "list",
+        [0, 1],
+        2,
+        TypeError,
+        r"task_ids: expected an int64 or int32 tensor, or a TaskPlan, got list; torch\.tensor\(task_ids\) makes",
+    ),
     ("float", torch.zeros(2), 2, TypeError, r"task_ids: expected int64 or int32, got torch.float32"),
     ("bool", torch.zeros(2, dtype=torch.bool), 2, TypeError, r"task_ids: expected int64 or int32, got torch.bool"),
     ("uint8", torch.zeros(2, dtype=torch.uint8), 2, TypeError, r"task_ids: expected int64 or int32, got torch.uint8"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.core.task_weights import TaskPlan, TaskWeights
-from fastmtl.nn.containers import TaskParameters, Tasks, check_name, present_rows
+from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
 from fastmtl.nn.layers.gate import TapsGate, finite
 from fastmtl.nn.module import TaskModule, as_parameter, copied, lacks
 from fastmtl.ops import task_lora
@@ -209,9 +209,11 @@ class TaskLayer(TaskModule):
             rank: of a low-rank delta; None: that of the task to copy, or of the first task.
 
         Raises:
-            TypeError, ValueError: not a name, or one that is taken; no such task to copy; a rank that is none.
+            TypeError, ValueError: not a name, or one that is taken; no such task to copy; a rank that is none;
+                a layer that is tied to another one.
         """
         self.check_new_task(name, like)
+        self._check_untied("add_task")
         if rank is not None and self.rank is None:
             raise ValueError(f"rank: expected None for a dense delta, got {rank!r}")
         if self.rank is not None:
@@ -451,16 +453,30 @@ def _first_gate(gate: Any) -> float | None:
 
 
 def read_rank(rank: Any, names: Sequence[str]) -> dict[str, int]:
-    """A rank of each task."""
+    """A rank of each task.
+
+    Raises:
+        TypeError: no int, and no dict of such; a key that is no name.
+        ValueError: a rank below 1; a task without one, or a rank of no task.
+    """
+    if isinstance(rank, Mapping):
+        for name in rank:
+            if not isinstance(name, str):
+                raise TypeError(f"rank: expected ranks by the names of tasks (str), got a key {name!r}")
+        missing = [repr(name) for name in names if name not in rank]
+        unknown = [repr(name) for name in rank if name not in names]
+        if missing or unknown:
+            got = [f"none for {', '.join(missing)}"] if missing else []
+            got += [f"one for {', '.join(unknown)}, no task of the layer"] if unknown else []
+            raise ValueError(f"rank: expected one for each of {', '.join(names)}, got {' and '.join(got)}")
     found = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(names, rank)
     for name, r in found.items():
+        argument = f"rank[{name!r}]" if isinstance(rank, Mapping) else "rank"
         if isinstance(r, bool) or not isinstance(r, int):
-            raise TypeError(f"rank: expected an int, got {type(r).__name__}")
+            or_by_task = "" if isinstance(rank, Mapping) else ", or a dict of one for each task"
+            raise TypeError(f"{argument}: expected an int{or_by_task}, got {type(r).__name__}")
         if r < 1:
-            raise ValueError(f"rank: expected at least 1, got {r}")
-        check_name(name)
-    if set(found) != set(names):
-        raise ValueError(f"rank: expected one for each of {', '.join(names)}, got {', '.join(map(str, found))}")
+            raise ValueError(f"{argument}: expected at least 1, got {r}")
     return found
 
 

@@ -273,7 +273,9 @@ def _tie(new: Sequence[tuple[nn.Module, nn.Module]]) -> None:
             first[key] = layer
             continue
         for child in parts:
-            setattr(layer, child, first[key].get_submodule(child))
+            held = first[key].containers()[child]
+            held._tied = True
+            setattr(layer, child, held)
 
 
 def _replaced(model: nn.Module, made: dict[int, nn.Module]) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmtl.nn.containers import check_name
 from fastmtl.nn.models.merge import name_of_task, task_names
-from fastmtl.nn.module import TaskModule, task_layers
+from fastmtl.nn.module import TaskModule, task_layers, together
 
 VERSION = 1
 # behind these names stand the version, what the layers are, and what their shared weights are about
@@ -103,11 +103,12 @@ def insert(
     parts = _parts(model, state, check_base)
     for path, layer in layers:
         layer.check_part(parts[path], f"state: layer {path!r}")
-    for path, layer in layers:
-        if task in names:
-            layer.set_part(task, parts[path])
-        else:
-            layer.add_part(task, parts[path])
+    with together(layer for _, layer in layers):
+        for path, layer in layers:
+            if task in names:
+                layer.set_part(task, parts[path])
+            else:
+                layer.add_part(task, parts[path])
 
 
 def _parts(model: nn.Module, state: Mapping[str, Tensor], check_base: bool) -> dict[str, dict[str, Tensor]]:

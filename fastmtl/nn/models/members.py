@@ -10,7 +10,7 @@ from torch import nn
 from fastmtl.nn.layers.gate import finite
 from fastmtl.nn.layers.heads import TaskHeads
 from fastmtl.nn.models.merge import name_of_task, task_names
-from fastmtl.nn.module import task_layers
+from fastmtl.nn.module import task_layers, together
 from fastmtl.parameters import is_per_task
 
 
@@ -48,11 +48,12 @@ def add_task(model: nn.Module, name: str, like: str | None = None, *, head: int 
             layer.check_new_task(name, None if given else like, **given)
         else:
             layer.check_new_task(name, like)
-    for layer in layers:
-        if isinstance(layer, TaskHeads):
-            layer.add_task(name, None if given else like, **given)
-        else:
-            layer.add_task(name, like)
+    with together(layers):
+        for layer in layers:
+            if isinstance(layer, TaskHeads):
+                layer.add_task(name, None if given else like, **given)
+            else:
+                layer.add_task(name, like)
 
 
 def remove_task(model: nn.Module, task: int | str) -> None:
@@ -76,8 +77,10 @@ def remove_task(model: nn.Module, task: int | str) -> None:
     name = name_of_task(model, task)
     if len(task_names(model)) == 1:
         raise ValueError(f"task: expected one of several tasks, got {name!r}, the only one")
-    for _, layer in task_layers(model):
-        layer.remove_task(name)
+    layers = [layer for _, layer in task_layers(model)]
+    with together(layers):
+        for layer in layers:
+            layer.remove_task(name)
 
 
 def task_parameters(model: nn.Module, task: int | str) -> list[nn.Parameter]:

@@ -137,9 +137,19 @@ def means_exactly(where: Where, place: Place) -> bool:
 
 
 def counted_from(counted: Counted, layers: Sequence[Place], model: nn.Module) -> list[Place]:
-    """The layers at one end, as many as asked for."""
+    """The layers at one end, as many as asked for.
+
+    Raises:
+        ValueError: more layers than there are.
+    """
     ordered = list(layers)[::-1] if counted.top else list(layers)
     if counted.layers is not None:
+        if counted.layers > len(ordered) > 0:
+            end = "top" if counted.top else "bottom"
+            raise ValueError(
+                f"where: expected at most {end}:{len(ordered)}, since the kind converts {len(ordered)} layers of this "
+                f"model, got {end}:{counted.layers}"
+            )
         return ordered[: counted.layers]
     assert counted.share is not None
     room = counted.share * sum(p.numel() for p in model.parameters())

@@ -269,11 +269,20 @@ def check_ids(task_ids: Any, device: torch.device | None = None) -> None:
     if isinstance(task_ids, TaskPlan):
         task_ids = task_ids.task_ids
     if not isinstance(task_ids, Tensor):
-        raise TypeError(f"task_ids: expected an int64 or int32 tensor, or a TaskPlan, got {type(task_ids).__name__}")
+        raise TypeError(
+            f"task_ids: expected an int64 or int32 tensor, or a TaskPlan, got {type(task_ids).__name__}"
+            + hint_of_ids(task_ids)
+        )
     if task_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"task_ids: expected int64 or int32, got {task_ids.dtype}")
     if device is not None and task_ids.device != device:
         raise ValueError(f"task_ids: expected device {device} as x, got {task_ids.device}")
+
+
+def hint_of_ids(task_ids: Any) -> str:
+    """For errors: how ids are made of plain ints."""
+    ints = isinstance(task_ids, (list, tuple)) and len(task_ids) > 0 and all(type(t) is int for t in task_ids)
+    return "; torch.tensor(task_ids) makes ids of ints" if ints else ""
 
 
 def check_leading(task_ids: Tensor | TaskPlan, leading: Sequence[int]) -> None:

@@ -140,11 +140,11 @@ class OnePassBank:
         assert batch is not None
         expected = None if task is None else self.names[position(task, self.names)]
         batch.check_loss(tracker.axis_of(loss))
-        stand_ins = list(batch.rows.values())
+        stand_ins = [held.rows for held in batch.held.values()]
         with tracker.on():
             found = torch.autograd.grad(loss, stand_ins, retain_graph=True, allow_unused=True)
         owner = expected
-        for p, g in zip(batch.rows, found, strict=True):
+        for p, g in zip(batch.held, found, strict=True):
             if g is None:
                 continue
             filled = (g.flatten(1) != 0).any(1).tolist()  # NaN is not zero either

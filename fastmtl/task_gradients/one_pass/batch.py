@@ -29,7 +29,7 @@ from fastmtl.task_gradients.one_pass.sample_axis import (
     Unknown,
 )
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
-from fastmtl.task_gradients.one_pass.tracker import Tracker
+from fastmtl.task_gradients.one_pass.tracker import Held, Tracker
 
 # how far the rows of a step may be from those of T backward passes, when checked
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -145,28 +145,23 @@ class Batch:
         plain = self.options.stream or self.check  # passes that want plain gradients
         self.more_passes = plain or self.options.loop
         token = torch.zeros((), requires_grad=True, device=next(iter(self.params)).device)
-        rows, values, loop = {}, {}, {}
+        self.held: dict[Tensor, Held] = {}
         with torch.enable_grad():
             for p in self.params:
                 receiver = _Receiver(self, p)
-                rows[p] = CollectRows.apply(token, p.detach(), self.num_rows, receiver)
-                setattr(rows[p], RECEIVER, receiver)
-                values[p] = p.detach().requires_grad_() if plain else p.detach()
-                if self.options.loop:
-                    loop[p] = p.detach().requires_grad_()
-        # a compiled graph is guarded by what is in here: nothing that is new in every block
-        constants = dict.fromkeys(self.model.buffers(), True) if isinstance(self.model, nn.Module) else {}
-        self.rows, self.values, self.loop = rows, values, loop
+                rows = CollectRows.apply(token, p.detach(), self.num_rows, receiver)
+                setattr(rows, RECEIVER, receiver)
+                value = p.detach().requires_grad_() if plain else p.detach()
+                self.held[p] = Held(rows, value, p.detach().requires_grad_() if self.options.loop else None)
         self.versions = {p: p._version for p in self.params}
         self.tracker = Tracker(
             self.task_ids,
             self.options.batch_dim,
-            rows,
-            values,
+            self.held,
             self.params,
-            constants,
+            self.model.buffers() if isinstance(self.model, nn.Module) else (),
             partition=self.options.partition,
-            loop=loop if self.options.loop else None,
+            loop=self.options.loop,
             bounded=self.more_passes,
             backward=run_backward,
         )
@@ -180,18 +175,21 @@ class Batch:
         for m, _ in self.wrappers:
             for setting in _OF_DDP:
                 setattr(m, setting, False)
-        for leaf in loop.values():
-            self.tracker.mark(leaf, CONSTANT)
+        for held in self.held.values():
+            if held.leaf is not None:
+                self.tracker.mark(held.leaf, CONSTANT)
         self.received: dict[Tensor, TaskRows] = {}
         self.gram: Tensor | None = None
         self.gram_dtype = torch.float32  # the dtype that the Gram matrix of all rows has
         self.running = False
+        self.tracker.attach()
         self.tracker.__enter__()
         self.entered = True
 
     def leave(self) -> None:
         self.entered = False
         self.tracker.__exit__(None, None, None)
+        self.tracker.detach()
         self.tracker.clear()
         self.tracker.backward = _left  # a cycle less
         for m, settings in self.wrappers:
@@ -332,10 +330,12 @@ class Batch:
 
     # --- passes for plain gradients
 
-    def weighted_gradients(self, scale: Tensor, params: Sequence[Tensor], *, keep: bool = True) -> dict[Tensor, Tensor]:
+    def weighted_gradients(
+        self, scale: Tensor, params: Sequence[Tensor], *, keep: bool = True, of_layers: bool = True
+    ) -> dict[Tensor, Tensor]:
         """Gradients of `params` where every sample's cotangent is multiplied by `scale[its row]`.
 
-        `keep`: the graph, for another pass.
+        `keep`: the graph, for another pass. `of_layers`: what comes from layers that are taken apart, too.
         """
         outputs, cotangents = [], []
         for x, axis, place in self.tracker.boundaries:
@@ -350,8 +350,8 @@ class Batch:
         if not outputs:
             return {}
         # a value may have come from the parameter itself, its stand-in in layers, or that in looped calls
-        leaves = [(p, x) for p in params for x in (p, self.values[p], self.loop.get(p)) if x is not None]
-        leaves = [(p, x) for p, x in leaves if x.requires_grad]
+        given = [(p, (p, self.held[p].value if of_layers else None, self.held[p].leaf)) for p in params]
+        leaves = [(p, x) for p, each in given for x in each if x is not None and x.requires_grad]
         with plain_gradients(), self.tracker.on(), torch.enable_grad():
             found = torch.autograd.grad(
                 outputs, [x for _, x in leaves], cotangents, retain_graph=keep, allow_unused=True
@@ -369,14 +369,11 @@ class Batch:
         """The rows of parameters in layers that are not taken apart, by a pass per task."""
         params = list(self.tracker.looped)
         for p in params:
-            self.loop[p].grad = None
+            leaf = self.held[p].leaf
+            assert leaf is not None
+            leaf.grad = None
         # what layers gave for these parameters is in `received`; only the stand-in of looped calls counts here
-        values = {p: self.values[p] for p in params}
-        self.values.update((p, p.detach()) for p in params)
-        try:
-            passes = [self.weighted_gradients(mask, params) for mask in self._masks()]
-        finally:
-            self.values.update(values)
+        passes = [self.weighted_gradients(mask, params, of_layers=False) for mask in self._masks()]
         for p in params:
             if any(p in found for found in passes):
                 rows = torch.stack([found[p] if p in found else torch.zeros_like(p) for found in passes])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmtl.core.dispatch import checking
 from fastmtl.core.tensors import FLOAT_DTYPES
 from fastmtl.distributed.wrappers import find_ranks
-from fastmtl.ops.task_weights.arguments import check_ids
+from fastmtl.ops.task_weights.arguments import check_ids, hint_of_ids
 from fastmtl.parameters import Params, describe, is_per_task, read_params
 from fastmtl.task_gradients.bank import read_names
 from fastmtl.task_gradients.one_pass.bank import OnePassBank
@@ -177,7 +177,9 @@ def _read_bank_params(model: Params, shared: Params | None) -> dict[Tensor, str]
 
 def _check_task_ids(task_ids: Any, num_tasks: int) -> None:
     if not isinstance(task_ids, Tensor):
-        raise TypeError(f"task_ids: expected an int64 or int32 tensor, got {type(task_ids).__name__}")
+        raise TypeError(
+            f"task_ids: expected an int64 or int32 tensor, got {type(task_ids).__name__}{hint_of_ids(task_ids)}"
+        )
     check_ids(task_ids)
     if task_ids.dim() != 1:
         raise ValueError(f"task_ids: expected shape [N], one task for each sample, got {list(task_ids.shape)}")

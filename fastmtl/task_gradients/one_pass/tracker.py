@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,18 +50,35 @@ _TAKES_DATA = frozenset(
 )
 
 
+# what a tensor of the model is inside the block: the fields of a parameter's `Held`, or () of a constant
+OF_MODEL = "_fastmtl_of_model"
+
+
+class Held(NamedTuple):
+    """What stands for a parameter of the bank.
+
+    Attributes:
+        rows: `[R, ...]` without memory, which receives its rows.
+        value: what layers compute with.
+        leaf: what calls compute with whose rows need a backward pass per task; None: there are no such.
+    """
+
+    rows: Tensor
+    value: Tensor
+    leaf: Tensor | None
+
+
 class Tracker(TorchFunctionMode):
     """Follows the samples of a batch through every torch call inside the block.
 
     Args:
         task_ids: the task of each sample of the batch.
         batch_dim: which dimension of the tensors that come from outside carries them.
-        rows: for each parameter of the bank the stand-in `[R, ...]` that receives its rows.
-        values: for each parameter of the bank the value that layers compute with.
+        held: for each parameter of the bank what stands for it.
         names: for each of them the name that errors give it.
         constants: tensors of the model that are no samples, whatever their size.
         partition: layers that mix samples are accepted.
-        loop: for parameters whose rows need a backward pass per task, a leaf of their own; None: refuse them.
+        loop: parameters whose rows need a backward pass per task are accepted.
         bounded: note where samples flow together, in `boundaries`.
         backward: what `loss.backward()` runs.
     """
@@ -70,19 +87,20 @@ class Tracker(TorchFunctionMode):
         self,
         task_ids: TaskIds,
         batch_dim: int,
-        rows: Mapping[Tensor, Tensor],
-        values: Mapping[Tensor, Tensor],
+        held: Mapping[Tensor, Held],
         names: Mapping[Tensor, str],
-        constants: Mapping[Tensor, bool],
+        constants: Iterable[Tensor],
         *,
         partition: bool = False,
-        loop: Mapping[Tensor, Tensor] | None = None,
+        loop: bool = False,
         bounded: bool = False,
         backward: Callable[..., None],
     ) -> None:
         super().__init__()
         self.task_ids, self.batch_dim = task_ids, batch_dim
-        self.rows, self.values, self.names, self.constants = rows, values, names, constants
+        self.names = names
+        self._of_model: list[tuple[Tensor, tuple[Any, ...]]] = [(x, ()) for x in constants]
+        self._of_model += [(p, tuple(each)) for p, each in held.items()]
         self.partition, self.loop, self.bounded = partition, loop, bounded
         self.backward = backward
         self.off = False
@@ -105,16 +123,47 @@ class Tracker(TorchFunctionMode):
         before, self.off = self.off, not following
         entered = self in torch.overrides._get_current_function_mode_stack()
         try:
-            with contextlib.nullcontext() if entered or not following else self:
+            with contextlib.nullcontext() if entered or not following else self._attached():
                 yield
         finally:
             self.off = before
+
+    @contextlib.contextmanager
+    def _attached(self) -> Iterator[None]:
+        """The mode, after the block has ended."""
+        self.attach()
+        try:
+            with self:
+                yield
+        finally:
+            self.detach()
+
+    # what is known of the model's tensors lies on these tensors: a compiled graph is guarded by the attributes of the
+    # tensors that a call is given, and not by which key of a dictionary of the mode's such a tensor is, so that one
+    # layer's graph would run with another layer's rows
+
+    def attach(self) -> None:
+        """Tells the tensors of the model what they are, from the beginning of the block to its end."""
+        for x, told in self._of_model:
+            setattr(x, OF_MODEL, told)
+
+    def detach(self) -> None:
+        for x, _ in self._of_model:
+            x.__dict__.pop(OF_MODEL, None)
+
+    def held(self, x: Tensor) -> tuple[Any, ...] | None:
+        """The fields of `Held` of a parameter of the bank; of other tensors None."""
+        return getattr(x, OF_MODEL, None) or None
+
+    def _stays(self, x: Tensor) -> bool:
+        """Whether it is a tensor of the model, or another parameter."""
+        return isinstance(x, nn.Parameter) or getattr(x, OF_MODEL, None) is not None
 
     # --- what is known of a tensor
 
     def axis_of(self, x: Tensor) -> SampleAxis:
         """What is known of a tensor."""
-        if x in self.rows:
+        if self.in_bank(x):
             return PARAMETER if torch.is_grad_enabled() else CONSTANT
         found = getattr(x, ATTRIBUTE, None)
         # a tensor that got another graph since is the result of a torch.autograd.Function, whose backward is not seen
@@ -129,11 +178,11 @@ class Tracker(TorchFunctionMode):
 
     def in_bank(self, x: Tensor) -> bool:
         """Whether it is itself one of the bank's parameters."""
-        return x in self.rows
+        return self.held(x) is not None
 
     def _from_outside(self, x: Tensor) -> SampleAxis:
         """Of a tensor that no call inside the block has made."""
-        if isinstance(x, nn.Parameter) or x in self.constants:
+        if self._stays(x):
             return CONSTANT
         if torch.compiler.is_compiling():
             if x.requires_grad:
@@ -152,7 +201,7 @@ class Tracker(TorchFunctionMode):
 
     def mark(self, x: Tensor, axis: SampleAxis) -> None:
         """Says what is known of a tensor that was made or written to."""
-        if isinstance(x, nn.Parameter) or x in self.constants:  # written inside the block: nothing stays on the model
+        if self._stays(x):  # written inside the block: nothing stays on the model
             return
         if isinstance(axis, PerSample):
             size = axis.outer * len(axis.task_ids) * axis.inner
@@ -174,9 +223,11 @@ class Tracker(TorchFunctionMode):
 
     def weight(self, p: Tensor) -> Weight:
         """A parameter of the bank, what was computed from some, or a tensor with its own gradient."""
-        if p in self.rows:
+        held = self.held(p)
+        if held is not None:
+            rows, value, _ = held
             self._use(p)
-            return Weight(self.values[p], STACKED, (self.rows[p],))
+            return Weight(value, STACKED, (rows,))
         if not isinstance(self.axis_of(p), FromParameters):
             return Weight(p, 0, ())
         value = p if self.bounded else p.detach()
@@ -189,11 +240,12 @@ class Tracker(TorchFunctionMode):
 
     def _copies(self, p: Tensor) -> tuple[Tensor, ...]:
         """For each row a copy of a parameter; of what was computed from some, computed again from their copies."""
-        if p in self.rows:
-            found = self._unbound.get(p)
+        held = self.held(p)
+        if held is not None:
+            found = None if torch.compiler.is_compiling() else self._unbound.get(p)
             if found is None:
                 self._use(p)
-                found = self.rows[p].unbind(0)
+                found = held[0].unbind(0)
                 if not torch.compiler.is_compiling():
                     self._unbound[p] = found
             return found
@@ -275,7 +327,8 @@ class Tracker(TorchFunctionMode):
                 "mixing='partition', which takes each sample's part of the gradient for its task's (see "
                 "docs/one-pass.md)"
             )
-        self._of_one_task[key] = True
+        if not compiling:
+            self._of_one_task[key] = True
         return y
 
     # --- calls
@@ -345,7 +398,7 @@ class Tracker(TorchFunctionMode):
             return run_layer(self, call)
         except Unproven as error:
             why = str(error)
-        if self.loop is not None:
+        if self.loop:
             return self._on_loop(call, why)
         raise self._refused(call, why)
 
@@ -363,7 +416,7 @@ class Tracker(TorchFunctionMode):
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The call itself. A tensor that it writes into keeps what was known of it, though it may get a graph now."""
-        first = args[0] if args and isinstance(args[0], Tensor) and args[0] not in self.rows else None
+        first = args[0] if args and isinstance(args[0], Tensor) and not self.in_bank(args[0]) else None
         if first is None:
             return func(*args, **kwargs)
         before = self.axis_of(first)
@@ -466,11 +519,10 @@ class Tracker(TorchFunctionMode):
         found = getattr(x, ATTRIBUTE, None)
         axis = unpacked(*found[1]) if found is not None and found[0] is self.task_ids else CONSTANT
         named = isinstance(axis, Constant) and axis.named
-        return named or x in self.constants or isinstance(x, nn.Parameter)
+        return named or self._stays(x)
 
     def _on_loop(self, call: TorchCall, why: str) -> Followed:
         """A call whose parameters get their rows from a backward pass per task."""
-        assert self.loop is not None
         if not is_known(call.name):
             raise self._refused(call, why, loop=False)
         args, kwargs = replaced(call.args, self._leaf), replaced(call.kwargs, self._leaf)
@@ -483,10 +535,10 @@ class Tracker(TorchFunctionMode):
 
     def _leaf(self, x: Tensor) -> Tensor:
         """A parameter's leaf for such passes, or what was computed from parameters, from theirs."""
-        if x in self.rows:
-            assert self.loop is not None
+        held = self.held(x)
+        if held is not None:
             self.looped[x] = True
-            return self.loop[x]
+            return held[2]
         if isinstance(self.axis_of(x), FromParameters):
             recipe, result = self._recipe_of(x)
             out = recipe.func(*replaced(recipe.args, self._leaf), **replaced(recipe.kwargs, self._leaf))
@@ -542,7 +594,7 @@ class Tracker(TorchFunctionMode):
 
     def _leaves(self, p: Tensor) -> list[Tensor]:
         """The parameters that something was computed from."""
-        if p in self.rows:
+        if self.in_bank(p):
             return [p]
         recipe, _ = self._recipe_of(p)
         sources = [x for x in nested((recipe.args, recipe.kwargs)) if isinstance(self.axis_of(x), FromParameters)]
@@ -556,7 +608,7 @@ class Tracker(TorchFunctionMode):
             "Tensors made inside the block count as constants; bank.samples(x, dim) and bank.constant(x) tell what a "
             "tensor carries"
         )
-        if loop and self.loop is None and is_known(call.name):
+        if loop and not self.loop and is_known(call.name):
             ways += "; fallback='loop' computes such parameters by a backward pass per task"
         ways += "; shared= or fastmtl.mark_per_task leaves a parameter out of the bank"
         return ValueError(
