@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmtl.nn.containers import TaskBuffers, TaskParameters, Tasks
+from fastmtl.nn.context import present_tasks
 from fastmtl.nn.layers.norm import TaskNorm
 from fastmtl.nn.layers.weights import check_plain
 from fastmtl.ops import task_batch_norm
@@ -127,8 +129,14 @@ class TaskBatchNorm2d(TaskNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.num_features:
             raise ValueError(f"x: expected shape [N, {self.num_features}, H, W], got {list(x.shape)}")
-        plan = self._plan(x)
         training = self.training or not self.track_running_stats
+        if not (training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            present = present_tasks(self.tasks, x, 1)
+            if present is not None and len(present) == 1:
+                y = self._of_one_task(x, self.tasks[present[0]])
+                if y is not None:
+                    return y
+        plan = self._plan(x)
         options: dict[str, Any] = {"training": training, "momentum": self.momentum, "eps": self.eps}
         names = ("weight", "bias", "running_mean", "running_var")
         given: dict[str, Any] = {name: self._in_order(getattr(self, name)) for name in names}
@@ -140,6 +148,21 @@ class TaskBatchNorm2d(TaskNorm):
             # one table of each kind: the op would look at each of 4 T tensors, for longer than a small layer takes
             given = {name: None if held is None else torch.stack(held) for name, held in given.items()}
         return task_batch_norm(x, plan, **given, **options)
+
+    def _of_one_task(self, x: Tensor, task: str) -> Tensor | None:
+        """In eval mode, where nothing asks for gradients: torch's batch norm, if it takes these dtypes as the op does."""
+        children = self._modules
+        mean, var, weight, bias = (
+            None if (held := children[name]) is None else held.of_tasks((task,))[0]  # type: ignore[operator]
+            for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        dtype = mean.dtype
+        if dtype != x.dtype and not (dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
+            return None
+        for held in (mean, var, weight, bias):
+            if held is not None and (held.dtype != dtype or held.device != x.device):
+                return None
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
     def _in_order(self, held: TaskParameters | TaskBuffers | None) -> list[Tensor] | None:
         return None if held is None else held.of_tasks(self.tasks)
