@@ -73,6 +73,9 @@ class tasks:
         self.task_ids = task_ids
         self.repeat = repeat
         self._plans: dict[Any, TaskPlan] = {}
+        # the last question that `present` was asked, and its answer: most layers of a network ask the same
+        self._asked: tuple[Any, ...] | None = None
+        self._present: tuple[int, ...] | None = None
 
     def __enter__(self) -> tasks:
         _entered.append(self)
@@ -89,6 +92,7 @@ class tasks:
                 break
         if not any(other is self for other in _entered):
             self._plans.clear()
+            self._asked = None
         _set_current()
 
     def plan(self, names: Sequence[str], leading: Sequence[int], device: torch.device) -> TaskPlan:
@@ -122,11 +126,52 @@ class tasks:
                 plan = self._plans[key] = _plan_of(ids, times, names, device)
         return plan
 
+    def present(self, names: tuple[str, ...], leading: Sequence[int], device: torch.device) -> tuple[int, ...] | None:
+        """Positions of the tasks that have samples, for a layer with these tasks and such an input.
+
+        None: the host does not know them without waiting for the device, or the ids don't fit the input, of which an op
+        then says more. Not for graphs that are being compiled.
+        """
+        ids = self.task_ids
+        held = ids.offsets if isinstance(ids, TaskPlan) else ids
+        if isinstance(held, Tensor):
+            if type(held) is not Tensor or held.device.type != "cpu":
+                return None
+            # as in `plan`: ids may be rewritten in place
+            asked = names, leading, device, 0 if held.is_inference() else held._version
+        else:
+            asked = (names,) if isinstance(ids, str) else (names, leading)
+        if asked != self._asked:
+            self._present = self._find_present(names, leading, device)
+            self._asked = asked
+        return self._present
+
+    def _find_present(
+        self, names: tuple[str, ...], leading: Sequence[int], device: torch.device
+    ) -> tuple[int, ...] | None:
+        ids = self.task_ids
+        if isinstance(ids, str):
+            return (_position(ids, names),)
+        shape = (len(ids),) if not isinstance(ids, (Tensor, TaskPlan)) else tuple(_ids_of(ids).shape)
+        if self._times(shape, leading) == 1 and tuple(leading[: len(shape)]) != shape:
+            return None
+        if not isinstance(ids, (Tensor, TaskPlan)):
+            return tuple(sorted({_position(name, names) for name in ids}))
+        plan = self.plan(names, leading, device)
+        if plan.offsets.device != device or plan.offsets.shape[0] != len(names) + 1:
+            return None
+        bounds = plan.offsets.tolist()
+        return tuple(t for t in range(len(names)) if bounds[t + 1] > bounds[t])
+
     def _times(self, shape: Sequence[int], leading: Sequence[int]) -> int:
         """How many samples of a layer belong to one of the batch."""
         if self.repeat and len(shape) == 1 and shape[0] > 0 and leading[0] % shape[0] == 0:
             return leading[0] // shape[0]
         return 1
+
+
+def _ids_of(ids: Tensor | TaskPlan) -> Tensor:
+    return ids.task_ids if isinstance(ids, TaskPlan) else ids
 
 
 def _plan_of(ids: Tensor | str | tuple[str, ...], times: int, names: Sequence[str], device: torch.device) -> TaskPlan:
@@ -177,6 +222,19 @@ def current_plan(names: Sequence[str], layer: str, leading: Sequence[int], devic
         f"{layer}: the tasks of the batch are not known; call the model inside `with fastmtl.nn.tasks(task_ids):`, or, "
         "for samples of one task, `with fastmtl.nn.tasks(name):`"
     )
+
+
+def present_tasks(names: tuple[str, ...], x: Tensor, dims: int) -> tuple[int, ...] | None:
+    """Positions of the tasks that have samples in the innermost `tasks` block, where the host knows them, or None.
+
+    Args:
+        names: the layer's tasks.
+        x: its input; of a plain `Tensor` alone more than None is said.
+        dims: how many leading dimensions of x the ids may have.
+    """
+    if _current is None or type(x) is not Tensor or not 0 < dims <= x.dim() or x.is_nested:
+        return None
+    return _current.present(names, x.shape[:dims], x.device)
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -12,6 +12,8 @@ constexpr int64_t kNormColumns = 256;
 
 // the mean of a run, and the sum of the squares of what differs from it
 using RunMoments = void (*)(const void* x, int64_t length, double* mean, double* square);
+// scale = weight / sqrt(var + eps) of `length` channels; weight null: ones
+using Scales = void (*)(const void* weight, const void* var, double eps, int64_t length, void* scale);
 // y = (x - mean) * scale + shift
 using RunAffine = void (*)(const void* x, int64_t length, double mean, double scale, double shift, void* y);
 // adds the sums of g and of g * (x - mean)
@@ -40,6 +42,7 @@ struct Norms {  // by DType of x
   RowsAffine rows_affine[4];
   RowsProducts rows_products[4];
   RowsGradient rows_gradient[4];
+  Scales scales[4];
 };
 
 }  // namespace fastmtl::cpu

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmtl.nn.containers import TaskBuffers, TaskParameters, Tasks
+from fastmtl.nn.context import present_tasks
 from fastmtl.nn.layers.norm import TaskNorm
 from fastmtl.nn.layers.weights import check_plain
 from fastmtl.ops import task_batch_norm
+from fastmtl.ops.task_weights.task_batch_norm import task_batch_norm_given
 
 # of a layer without statistics or samples so far
 _FRESH = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
@@ -127,8 +130,12 @@ class TaskBatchNorm2d(TaskNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.num_features:
             raise ValueError(f"x: expected shape [N, {self.num_features}, H, W], got {list(x.shape)}")
-        plan = self._plan(x)
         training = self.training or not self.track_running_stats
+        if not (training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            y = self._evaluated(x)
+            if y is not None:
+                return y
+        plan = self._plan(x)
         options: dict[str, Any] = {"training": training, "momentum": self.momentum, "eps": self.eps}
         names = ("weight", "bias", "running_mean", "running_var")
         given: dict[str, Any] = {name: self._in_order(getattr(self, name)) for name in names}
@@ -136,10 +143,36 @@ class TaskBatchNorm2d(TaskNorm):
             return task_batch_norm(
                 x, plan, **given, num_batches_tracked=self._in_order(self.num_batches_tracked), **options
             )
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.device.type == "cpu":
-            # one table of each kind: the op would look at each of 4 T tensors, for longer than a small layer takes
-            given = {name: None if held is None else torch.stack(held) for name, held in given.items()}
         return task_batch_norm(x, plan, **given, **options)
+
+    def _evaluated(self, x: Tensor) -> Tensor | None:
+        """In eval mode, where nothing asks for gradients: without the op, if a shorter way serves; else None."""
+        present = present_tasks(self.tasks, x, 1)
+        if present is None:
+            return None
+        if len(present) == 1:
+            return self._of_one_task(x, self.tasks[present[0]])
+        given = (self.weight, self.bias, self.running_mean, self.running_var)
+        return task_batch_norm_given(x, self._plan(x), *(self._in_order(held) or () for held in given), self.eps)
+
+    def _of_one_task(self, x: Tensor, task: str) -> Tensor | None:
+        """torch's batch norm, if it takes these dtypes as the op does."""
+        # past nn.Module's getattr, which is slow beside a small layer
+        held = self._modules
+        mean, var = held["running_mean"]._buffers.get(task), held["running_var"]._buffers.get(task)
+        weights, biases = held["weight"], held["bias"]
+        weight = None if weights is None else weights._parameters.get(task)
+        bias = None if biases is None else biases._parameters.get(task)
+        if mean is None or var is None or (weight is None) != (weights is None) or (bias is None) != (biases is None):
+            # one that is parametrised is computed
+            return None
+        dtype = mean.dtype
+        if dtype != x.dtype and not (dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
+            return None
+        for x_of_task in (mean, var, weight, bias):
+            if x_of_task is not None and (x_of_task.dtype != dtype or x_of_task.device != x.device):
+                return None
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
     def _in_order(self, held: TaskParameters | TaskBuffers | None) -> list[Tensor] | None:
         return None if held is None else held.of_tasks(self.tasks)

@@ -83,9 +83,10 @@ class TaskConv1D(TaskLayer):
         return self._merge_into(kind(self.nf, self.nx), task, memo)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_plain(x, x.dim() - 1):
+            weight, bias = self._plain_parameters(x)
+            return F.linear(x, weight.t(), bias)
         plan = self._plan(x, x.dim() - 1)
-        if self._all_closed():
-            return F.linear(x, self.weight.to(x.dtype).t(), None if self.bias is None else self.bias.to(x.dtype))
         if self.rank is None:
             given = self._of_tasks(plan)
             given["delta"] = [d.t() for d in given["delta"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -84,6 +85,12 @@ def scaled_by_gate(x: Tensor, gate: Tensor) -> Tensor:
         # one_pass sees a function by its name, and none that is an autograd.Function
         return torch.overrides.handle_torch_function(scaled_by_gate, (x, gate), x, gate)
     return _ScaledByGate.apply(x, gate)
+
+
+@functools.cache
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """The number that a tensor of some dtype is compared with, when it is compared with `value`."""
+    return torch.tensor(value, dtype=dtype).item()
 
 
 def finite(value: float, argument: str) -> float:

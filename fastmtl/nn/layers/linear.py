@@ -107,9 +107,9 @@ class TaskLinear(TaskLayer):
         return plain
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_plain(x, x.dim() - 1):
+            return F.linear(x, *self._plain_parameters(x))
         plan = self._plan(x, x.dim() - 1)
-        if self._all_closed():
-            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         if self.rank is None:
             return task_linear(x, self.weight if self.shared else None, **self._of_tasks(plan))
         return low_rank_linear(self, x, plan, self.weight)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fastmtl.core.task_weights import TaskPlan, TaskWeights
 from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
-from fastmtl.nn.layers.gate import TapsGate, finite
+from fastmtl.nn.context import present_tasks
+from fastmtl.nn.layers.gate import TapsGate, finite, rounded
 from fastmtl.nn.module import TaskModule, as_parameter, copied, lacks
 from fastmtl.ops import task_lora
 from fastmtl.ops.task_weights import reference
@@ -415,18 +416,43 @@ class TaskLayer(TaskModule):
             return None if self.scaling == 1 else self.scaling
         return gates if self.scaling == 1 else gates * self.scaling
 
-    def _all_closed(self) -> bool:
-        """Whether the host knows, without waiting, that no delta is read and none needs a gradient."""
-        if self.gate is None or self.task_bias is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def _is_plain(self, x: Tensor, dims: int) -> bool:
+        """Whether the host knows, without waiting, that the plain layer is all that this batch needs.
+
+        So it is if nothing asks for gradients and the gates of all tasks that have samples are closed. `dims`: how many
+        leading dimensions of x the ids may have.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return False
-        gates = self.gate.of_tasks(self.tasks)
-        if gates[0].device.type != "cpu":
+        # past nn.Module's getattr, which is slow beside a small layer
+        children = self._modules
+        held = children["gate"]
+        if held is None or children["task_bias"] is not None:
             return False
-        # the first open gate ends it
-        if self.taps is None:
-            return all(g.item() == 0 for g in gates)
-        at = self.taps.threshold
-        return all(g.item() < at for g in gates)
+        present = present_tasks(self.tasks, x, dims)
+        if present is None:
+            return False
+        taps = children.get("taps")
+        if taps is not None and type(taps) is not TapsGate:
+            return False
+        for t in present:
+            gate = held._parameters.get(self.tasks[t])
+            # one that is parametrised is computed; a gate on a GPU would have to be waited for
+            if gate is None or not gate.is_cpu:
+                return False
+            value = gate.item()
+            # not a number closes no gate
+            if not (value == 0 if taps is None else value < rounded(taps.threshold, gate.dtype)):
+                return False
+        return True
+
+    def _plain_parameters(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The shared weight and bias in the dtype of x."""
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        if weight.dtype != x.dtype:
+            return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return weight, bias
 
     def _repr_of_layer(self, may_have_bias: bool = True) -> str:
         text = ", " + self._repr_of_tasks()

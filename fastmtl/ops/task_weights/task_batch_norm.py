@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastmtl.core.dispatch import checking, choose, triton_kernels
+from fastmtl.core.dispatch import checking, choose, forced_backend, triton_kernels, unavailable
 from fastmtl.core.schemas import define_op
 from fastmtl.core.task_weights import SortedBatch, TaskPlan
 from fastmtl.ops.task_weights import reference
@@ -111,6 +111,36 @@ def task_batch_norm(
         share = None if momentum is None else float(momentum)
         task_batch_norm_update_op(mean, var, plan.offsets, values, share, means, variances, tracked)
     return y
+
+
+def task_batch_norm_given(
+    x: Tensor,
+    plan: TaskPlan,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    running_mean: Sequence[Tensor],
+    running_var: Sequence[Tensor],
+    eps: float,
+) -> Tensor | None:
+    """`task_batch_norm` by running statistics, for a layer on the CPU of which nothing asks for gradients; or None.
+
+    A call of the op takes longer than a small layer itself: this one goes straight to the kernel. None: call
+    `task_batch_norm`, which serves all that is left, and says what is wrong. Not for graphs that are being compiled.
+
+    Args:
+        x: `[N, C, H, W]`.
+        plan: of the batch.
+        weight: T tensors `[C]`, or none.
+        bias: T tensors `[C]`, or none.
+        running_mean: T tensors `[C]`.
+        running_var: T tensors `[C]`.
+        eps: added to the variance.
+    """
+    if type(x) is not Tensor or not x.is_cpu or torch._C._functorch.maybe_current_level() is not None:
+        return None
+    if forced_backend() not in (None, "cpu") or unavailable("cpu", "cpu") is not None:
+        return None
+    return batch_norm_cpu.given(x, weight, bias, running_mean, running_var, plan.order, plan.offsets, eps)
 
 
 # --- arguments

@@ -17,6 +17,11 @@ _kernel = define_kernel(
     "_task_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor order, Tensor offsets, bool rows, bool of_batch, "
     "float eps, Tensor(a!) mean, Tensor(b!) var, Tensor(c!) y) -> ()"
 )
+# by the statistics of each task; whether it was done
+_given_kernel = define_kernel(
+    "_task_batch_norm_given(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] mean, Tensor[] var, Tensor order, "
+    "Tensor offsets, float eps, Tensor(a!) y) -> bool"
+)
 _backward_kernel = define_kernel(
     "_task_batch_norm_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor order, "
     "Tensor offsets, bool rows, bool of_batch, float eps, bool sums_wanted, Tensor(a!)? grad_x, "
@@ -60,6 +65,24 @@ def batch_norm(
     target = y if has_rows(y) == rows else torch.empty_like(source)
     _kernel(source, w, b, *_sorted(batch), rows, of_batch, eps, means, variances, target)
     return (y if target is y else y.copy_(target)), means, variances
+
+
+def given(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    var: Sequence[Tensor],
+    order: Tensor,
+    offsets: Tensor,
+    eps: float,
+) -> Tensor | None:
+    """The result alone, by given statistics, of T tensors `[C]` each; None: `batch_norm` must do it.
+
+    Tensors that do not fit, and those that lie otherwise than the kernel reads them, are left to `batch_norm`.
+    """
+    y = torch.empty_like(x)
+    return y if _given_kernel(x, weight, bias, mean, var, order, offsets, eps, y) else None
 
 
 def _sorted(batch: SortedBatch) -> tuple[Tensor, Tensor]:
