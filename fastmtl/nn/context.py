@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -14,20 +15,25 @@ from fastmtl.ops import TaskPlan, task_plan
 from fastmtl.ops.task_weights.arguments import check_ids, hint_of_ids
 
 # process-wide: the recomputation of a checkpoint runs on autograd's threads
-_entered: list[tasks] = []
+# each with the thread that has entered it; None: a compiled graph, which can't tell
+_entered: list[tuple[tasks, int | None]] = []
+_lock = threading.Lock()
 # the innermost one under a name of its own: a compiled graph then does not depend on how many are around it
 _current: tasks | None = None
+# whether blocks of several threads are open: each of these threads then sees its own
+_several = False
 
 
 class tasks:
     """Tells every layer of `fastmtl.nn` that runs inside the `with` block the tasks of its batch.
 
-    It holds for the whole process, in every thread. The innermost block counts; the outer one holds again
-    when it ends, whatever ends it. The batch is sorted once per number of tasks and block, and again where ids are
-    rewritten in place (but for ids that were made in inference mode, which must stay as they are). What a forward pass
-    has seen is saved for its backward pass, which may run after the block; a checkpoint that recomputes its forward
-    then must know the tasks again: see `checkpoint_contexts`. Under `torch.compile` the sort is part of the graph,
-    unless a `TaskPlan` is given; new ids don't compile again.
+    It holds for the whole process, in every thread that has no block of its own. The innermost block counts; the outer
+    one holds again when it ends, whatever ends it. The batch is sorted once per number of tasks and block, and again
+    where ids are rewritten in place (but for ids that were made in inference mode, which must stay as they are). What a
+    forward pass has seen is saved for its backward pass, which may run after the block; a checkpoint that recomputes
+    its forward then must know the tasks again: see `checkpoint_contexts`. Under `torch.compile` the sort is part of the
+    graph, unless a `TaskPlan` is given; new ids don't compile again. Compiled models that several threads run at once
+    need a lock: their graphs know one block for the process.
 
     Args:
         task_ids: `[N]` int32 or int64, the task of each sample, from 0 to T - 1; `[N, L]` for packed sequences in
@@ -73,27 +79,29 @@ class tasks:
         self.task_ids = task_ids
         self.repeat = repeat
         self._plans: dict[Any, TaskPlan] = {}
-        # the last question that `present` was asked, and its answer: most layers of a network ask the same
-        self._asked: tuple[Any, ...] | None = None
-        self._present: tuple[int, ...] | None = None
+        # the last question that `present` was asked, and its answer: most layers of a network ask the same. As one
+        # value: threads may share a block
+        self._answered: tuple[tuple[Any, ...], tuple[int, ...] | None] | None = None
 
     def __enter__(self) -> tasks:
-        _entered.append(self)
-        _set_current()
+        if torch.compiler.is_compiling():
+            _enter(self, None)
+        else:
+            with _lock:
+                _enter(self, threading.get_ident())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # the last entry of this very object: blocks of generators and threads may end out of turn
-        for k in range(len(_entered) - 1, -1, -1):
-            if _entered[k] is self:
-                del _entered[k]
-                break
-        if not any(other is self for other in _entered):
+        if torch.compiler.is_compiling():
+            _leave(self, None)
+        else:
+            with _lock:
+                _leave(self, threading.get_ident())
+        if not any(block is self for block, _ in _entered):
             self._plans.clear()
-            self._asked = None
-        _set_current()
+            self._answered = None
 
     def plan(self, names: Sequence[str], leading: Sequence[int], device: torch.device) -> TaskPlan:
         """The batch sorted by task, for a layer with these tasks whose input has these leading dimensions."""
@@ -141,10 +149,10 @@ class tasks:
             asked = names, leading, device, 0 if held.is_inference() else held._version
         else:
             asked = (names,) if isinstance(ids, str) else (names, leading)
-        if asked != self._asked:
-            self._present = self._find_present(names, leading, device)
-            self._asked = asked
-        return self._present
+        answered = self._answered
+        if answered is None or answered[0] != asked:
+            answered = self._answered = asked, self._find_present(names, leading, device)
+        return answered[1]
 
     def _find_present(
         self, names: tuple[str, ...], leading: Sequence[int], device: torch.device
@@ -194,13 +202,34 @@ def _position(name: str, names: Sequence[str]) -> int:
     return list(names).index(name)
 
 
+def _enter(block: tasks, thread: int | None) -> None:
+    _entered.append((block, thread))
+    _set_current()
+
+
+def _leave(block: tasks, thread: int | None) -> None:
+    """Takes out the last entry of this very object: blocks of generators and threads may end out of turn."""
+    found = [k for k, (other, _) in enumerate(_entered) if other is block]
+    own = [k for k in found if _entered[k][1] == thread]
+    if found:
+        del _entered[(own or found)[-1]]
+    _set_current()
+
+
 def _set_current() -> None:
-    global _current
-    _current = _entered[-1] if _entered else None
+    global _current, _several
+    _current = _entered[-1][0] if _entered else None
+    _several = len(_entered) > 1 and any(thread != _entered[0][1] for _, thread in _entered)
 
 
 def current_tasks() -> tasks | None:
-    """The innermost `tasks` block, or None."""
+    """The innermost `tasks` block of this thread; where it has none, of the process; or None."""
+    if _several and not torch.compiler.is_compiling():
+        own = threading.get_ident()
+        # of a copy: other threads may enter and leave meanwhile
+        for block, thread in reversed(list(_entered)):
+            if thread == own or thread is None:
+                return block
     return _current
 
 
@@ -211,8 +240,9 @@ def current_plan(names: Sequence[str], layer: str, leading: Sequence[int], devic
         RuntimeError: there is none.
         ValueError: a name that is no task of the layer.
     """
-    if _current is not None:
-        return _current.plan(names, leading, device)
+    block = current_tasks()
+    if block is not None:
+        return block.plan(names, leading, device)
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             f"{layer}: a checkpoint recomputes its forward pass outside `with fastmtl.nn.tasks(task_ids):`; call "
@@ -253,5 +283,6 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
         ...     y = checkpoint(layer, torch.ones(2, 2), use_reentrant=False, context_fn=checkpoint_contexts)
         >>> y.sum().backward()
     """
-    seen = nullcontext() if _current is None else tasks(_current.task_ids, repeat=_current.repeat)
+    block = current_tasks()
+    seen = nullcontext() if block is None else tasks(block.task_ids, repeat=block.repeat)
     return nullcontext(), seen

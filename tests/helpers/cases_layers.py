@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +26,9 @@ from fastmtl.nn import (
     TaskMultiheadAttention,
     TaskRMSNorm,
     TaskScaleShift,
+    tasks,
 )
+from fastmtl.parameters import is_per_task
 
 NAMES = ["photo", "sketch", "clipart"]
 IDS = torch.tensor([2, 0, 1, 0, 2])
@@ -329,3 +332,40 @@ def tolerance_of(dtype: torch.dtype, size: float) -> dict[str, float]:
     """Of a result whose largest number is `size`, after a few roundings."""
     unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     return {"rtol": 8 * unit, "atol": 8 * unit * max(size, math.ulp(0.0))}
+
+
+# --- what the tests of layers share
+
+ALL = pytest.mark.parametrize("name", CASES)
+TOKENS = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.tokens])
+MERGED = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.merges])
+PLAIN = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.plain is not None])
+
+
+def made(name: str) -> tuple[LayerCase, nn.Module, Tensor]:
+    case = CASES[name]
+    return case, filled(case.make()), case.x()
+
+
+def call(case: LayerCase, layer: nn.Module, x: Tensor, ids: Any, **options: Any) -> Tensor:
+    with tasks(ids, **options):
+        return case.call(layer, x)
+
+
+def own(layer: nn.Module) -> set[str]:
+    """The names of the parameters that belong to single tasks."""
+    return {name for name, p in layer.named_parameters() if is_per_task(p)}
+
+
+def assert_same_gradients(case: LayerCase, layer: nn.Module, x: Tensor, ids: Tensor, y: Tensor) -> None:
+    expected = by_hand(case, layer, x, ids)
+    torch.testing.assert_close(y, expected)
+    g = torch.randn_like(y)
+    wanted = {"x": x} if x.requires_grad else {}
+    wanted.update(layer.named_parameters())
+    found = torch.autograd.grad(y, list(wanted.values()), g, allow_unused=True)
+    other = torch.autograd.grad(expected, list(wanted.values()), g, allow_unused=True)
+    for key, a, b in zip(wanted, found, other, strict=True):
+        assert (a is None) == (b is None), f"{key}: {a}, {b}"
+        if a is not None:
+            torch.testing.assert_close(a, b, msg=lambda text, key=key: f"{key}: {text}")

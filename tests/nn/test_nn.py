@@ -326,6 +326,31 @@ def test_it_holds_in_other_threads() -> None:
     torch.testing.assert_close(found[0], by_hand(layer, x, IDS))
 
 
+def test_each_thread_sees_its_own_blocks() -> None:
+    layer, x, found = make(), torch.randn(5, 4, dtype=torch.float64), {}
+    meet = threading.Barrier(2, timeout=60)
+
+    def run(name: str, ids: torch.Tensor) -> None:
+        with tasks(ids.flip(0)):
+            with tasks(ids):
+                meet.wait()  # both are in their blocks
+                found[name] = [layer(x)]
+                meet.wait()
+            found[name].append(layer(x))
+            meet.wait()
+
+    threads = [threading.Thread(target=run, args=(name, ids)) for name, ids in (("a", IDS), ("b", IDS.roll(1)))]
+    with tasks(IDS.roll(2)):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        torch.testing.assert_close(layer(x), by_hand(layer, x, IDS.roll(2)))
+    for name, ids in (("a", IDS), ("b", IDS.roll(1))):
+        torch.testing.assert_close(found[name][0], by_hand(layer, x, ids))
+        torch.testing.assert_close(found[name][1], by_hand(layer, x, ids.flip(0)))
+
+
 def test_a_network_sorts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sorted_for = []
     monkeypatch.setattr(context, "task_plan", lambda ids, n: sorted_for.append(n) or fastmtl.ops.task_plan(ids, n))

@@ -353,28 +353,7 @@ def test_nothing_is_recorded_where_nothing_needs_a_gradient(backend: Backend) ->
         assert torch.equal(case.run(leaves), case.run(made))
 
 
-# --- bits, threads, order
-
-
-@pytest.mark.parametrize("case", FEW_LORA_CASES, ids=str)
-def test_same_bits(case: LoraCase, backend: Backend) -> None:
-    made = case.make().leaves()
-    y = case.run(made)
-    first = table.gradients(y, made)
-    for _ in range(2):
-        again = case.run(made)
-        assert torch.equal(again, y) and same(table.gradients(again, made), first)
-
-
-@pytest.mark.parametrize("case", FEW_LORA_CASES, ids=str)
-def test_number_of_threads(case: LoraCase, backend: Backend, threads: None) -> None:
-    want = table.expected(case)
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        made = case.make().leaves()
-        y = case.run(made)
-        table.assert_result(case, y, want)
-        table.assert_gradients(case, made, table.gradients(y, made), want)
+# --- threads, ways to walk
 
 
 def test_sums_of_a_long_batch_do_not_depend_on_the_number_of_threads(threads: None) -> None:
@@ -386,25 +365,6 @@ def test_sums_of_a_long_batch_do_not_depend_on_the_number_of_threads(threads: No
         walk = low_rank.Walk(SortedBatch(plan.order, plan.offsets), 1, 1280)
         parts.append([(p.task, p.first, p.end, None if p.positions is None else p.positions.tolist()) for p in walk])
     assert parts[0] == parts[1] == parts[2] and len(parts[0]) > 4
-
-
-@pytest.mark.parametrize("case", FEW_LORA_CASES, ids=str)
-def test_permuted_batch(case: LoraCase, backend: Backend) -> None:
-    """Another order of the samples is another order of the rows, and the same gradients."""
-    made = case.make().leaves()
-    order = torch.randperm(made.x.shape[0], generator=torch.Generator().manual_seed(1))
-    moved = replace(
-        made,
-        x=made.x.detach()[order].requires_grad_(),
-        task_ids=made.task_ids[order],
-        grad_out=made.grad_out.detach()[order],
-    )
-    want = table.expected(case)
-    y = case.run(moved)
-    table.assert_result(case, y[order.argsort()], want)
-    found = table.gradients(y, moved)
-    found["x"] = found["x"][order.argsort()]
-    table.assert_gradients(case, made, found, want)
 
 
 @pytest.mark.parametrize("part_bytes", [1, 2000, 1 << 30], ids=["single", "some", "whole"])

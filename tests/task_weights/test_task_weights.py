@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from cases import short
-from cases_task import BF16, F16, F32, F64, FEW_CASES, GEOMETRIES, ConvCase, LinearCase, Made, TaskCase
+from cases_task import BF16, F16, F32, F64, GEOMETRIES, ConvCase, LinearCase, Made, TaskCase
 from conftest import Backend
 from torch import Tensor
 
@@ -189,49 +189,6 @@ def test_nothing_is_recorded_where_nothing_needs_a_gradient(layer: TaskCase, bac
         assert not layer.run(leaves).requires_grad
     with torch.inference_mode():
         assert torch.equal(layer.run(leaves), layer.run(made))
-
-
-# --- determinism and order
-
-
-@pytest.mark.parametrize("case", FEW_CASES, ids=str)
-def test_same_bits(case: TaskCase, backend: Backend) -> None:
-    made = case.make().leaves()
-    y = case.run(made)
-    first = table.gradients(y, made)
-    for _ in range(2):
-        again = case.run(made)
-        assert torch.equal(again, y) and same(table.gradients(again, made), first)
-
-
-@pytest.mark.parametrize("case", FEW_CASES, ids=str)
-def test_number_of_threads(case: TaskCase, backend: Backend, threads: None) -> None:
-    want = table.expected(case)
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        made = case.make().leaves()
-        y = case.run(made)
-        table.assert_result(case, y, want)
-        table.assert_gradients(case, made, table.gradients(y, made), want)
-
-
-@pytest.mark.parametrize("case", FEW_CASES, ids=str)
-def test_permuted_batch(case: TaskCase, backend: Backend) -> None:
-    """Another order of the samples is another order of the rows, and the same gradients."""
-    made = case.make().leaves()
-    order = torch.randperm(made.x.shape[0], generator=torch.Generator().manual_seed(1))
-    moved = replace(
-        made,
-        x=made.x.detach()[order].requires_grad_(),
-        task_ids=made.task_ids[order],
-        grad_out=made.grad_out.detach()[order],
-    )
-    want = table.expected(case)
-    y = case.run(moved)
-    table.assert_result(case, y[order.argsort()], want)
-    found = table.gradients(y, moved)
-    found["x"] = found["x"][order.argsort()]
-    table.assert_gradients(case, made, found, want)
 
 
 def without_direct(monkeypatch: pytest.MonkeyPatch) -> None:
