@@ -1,4 +1,4 @@
-"""Evaluation of layers whose gates are closed, and of batch norms by task: every short way gives what the long one does.
+"""Evaluation with closed gates, and of batch norms by task: every short way gives what the long one does.
 
 The long way is that of gradients (`torch.enable_grad`), which asks the ops.
 """
@@ -77,7 +77,7 @@ def test_only_gates_of_tasks_that_are_present_count(k: int, monkeypatch: pytest.
 
 @pytest.mark.parametrize("number", [3, 40])
 def test_gates_open_again(number: int) -> None:
-    """By a step of an optimizer, a state that is loaded, a write past autograd's versions; for few tasks and for many."""
+    """By a step of an optimizer, a loaded state, a write past autograd's versions; for few tasks and for many."""
     names = [f"t{k}" for k in range(number)]
     layer = TaskLinear(3, 2, names, gate=TapsGate(), dtype=F64)
     for name in names:
@@ -290,7 +290,7 @@ def test_batch_norm_otherwise() -> None:
     assert _short(norm, x[:0], IDS[:0]).shape == (0, 4, 3, 5)
     assert _short(norm, x[:0], "photo").shape == (0, 4, 3, 5)
     for told in (IDS, "photo"):
-        with pytest.raises(TypeError, match="expected torch.float32 beside x in torch.float32, got torch.float64"):
+        with pytest.raises(TypeError, match=r"expected torch.float32 beside x in torch.float32, got torch.float64"):
             _short(norm, x.float(), told)
     with pytest.raises(ValueError, match="expected shape"):
         _short(norm, x, IDS[:5])
