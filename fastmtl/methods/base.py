@@ -106,7 +106,8 @@ class Method:
                 not in the problem; what `gram` holds in their rows and columns is not looked at. None: all.
 
         Returns:
-            `[T]` float64, on the device of `gram`.
+            `[T]` float64, on the device of `gram`. Where no task is present all weights are 0, and what the method
+            keeps stays as it is.
 
         Raises:
             TypeError: dtypes other than the above; a method that needs more than a Gram matrix.
@@ -310,23 +311,24 @@ def weights_of(method: Weighting, gram: Tensor, seen: Seen) -> Tensor:
     """Weights `[T]` float64 of the tasks, 0 for absent ones, from a `Method` or any callable `[T, T] -> [T]`.
 
     A callable sees the Gram matrix of the present tasks only, so that the host must know them. What comes back is
-    checked.
+    checked. Where the host knows that no task is present the method is not asked: all weights are 0.
 
     Raises:
         TypeError: not a floating-point tensor.
-        ValueError: the wrong length or device; no task present.
+        ValueError: the wrong length or device.
     """
     num_tasks = gram.shape[0]
     if isinstance(method, Method):
         if not isinstance(seen.present, Tensor) and not any(seen.present):
-            raise ValueError("present: expected at least one task, got none")
+            return gram.new_zeros(num_tasks, dtype=torch.float64)
         w = method.weigh(gram, seen)
         _check_weights(method, w, num_tasks, gram.device)
         return w.to(torch.float64)
     present = seen.present.tolist() if isinstance(seen.present, Tensor) else seen.present
     tasks = [t for t, here in enumerate(present) if here]
+    out = gram.new_zeros(num_tasks, dtype=torch.float64)
     if not tasks:
-        raise ValueError("present: expected at least one task, got none")
+        return out
     if len(tasks) == num_tasks:
         check_gram_values(gram)
         w = method(gram)
@@ -337,7 +339,6 @@ def weights_of(method: Weighting, gram: Tensor, seen: Seen) -> Tensor:
     check_gram_values(part)
     w = method(part)
     _check_weights(method, w, len(tasks), gram.device)
-    out = torch.zeros(num_tasks, dtype=torch.float64, device=gram.device)
     for k, t in enumerate(tasks):
         out[t] = w[k]
     return out
@@ -347,6 +348,9 @@ def group_weights_of(method: Weighting, grams: Tensor, seen: Sequence[Seen]) -> 
     """`weights_of` for each of L groups: `[L, T]` float64. Raises what that does."""
     if not isinstance(method, Method):
         return torch.stack([weights_of(method, m, x) for m, x in zip(grams.unbind(0), seen, strict=True)])
+    present = seen[0].present
+    if not isinstance(present, Tensor) and not any(present):
+        return grams.new_zeros(grams.shape[:2], dtype=torch.float64)
     w = method.weigh_groups(grams, seen)
     if not isinstance(w, Tensor) or w.shape != grams.shape[:2] or w.device != grams.device:
         got = f"{list(w.shape)} on {w.device}" if isinstance(w, Tensor) else type(w).__name__

@@ -236,10 +236,7 @@ def _state_of(method: Method, seen: Sequence[Seen], device: torch.device) -> lis
 
 
 def _weigh_alone(gram: Tensor, gradients: SurgeryInput, seen: Seen | Sequence[Seen], method: Weighting) -> Tensor:
-    present = gradients.present
-    if not isinstance(present, Tensor) and not any(present):
-        weights = torch.zeros(gram.shape[:-1], dtype=torch.float64, device=gram.device)
-    elif isinstance(seen, Seen):
+    if isinstance(seen, Seen):
         weights = methods.weights_of(method, gram, seen)
     else:
         weights = methods.group_weights_of(method, gram, seen)

@@ -417,7 +417,15 @@ def test_method_weights(num_tasks: int, kind: str, method: str) -> None:
         wrong = w - wanted
         # as updates: where gradients cancel the weights are large
         assert wrong @ m @ wrong <= tolerance**2 * (wanted @ m @ wanted).abs() + 1e-24 * m.diagonal().max()
-        assert wrong.abs().max() <= max(tolerance, 1e-6) * wanted.abs().max()
+        compared = torch.ones(num_tasks, dtype=torch.bool)
+        if method == "nashmtl" and kind == "degenerate" and num_tasks > 2:
+            # rounding alone keeps the two opposite gradients' weights finite: they meet their equations, and the others
+            # are compared without them
+            compared[1:3] = False
+            slack = num_tasks * torch.finfo(torch.float64).eps * (m.abs() @ w)
+            assert ((m @ w - 1 / w).abs() <= slack)[~compared].all()
+            assert (wrong.abs() <= 1e-3 * wanted)[~compared].all()
+        assert wrong[compared].abs().max() <= max(tolerance, 1e-6) * wanted[compared].abs().max()
 
 
 def bordered(m: Tensor, dtype: torch.dtype) -> Tensor:

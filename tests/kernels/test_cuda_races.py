@@ -149,6 +149,8 @@ METHOD_CASES: dict[str, Callable[[], None]] = {
     )
     for method in OPTIONS
 }
+# some vectors leave the corral again
+METHOD_CASES["mgda-14-few dimensions-rising"] = functools.partial(weighted, "mgda", 14, "few dimensions", FORWARD)
 # what these keep, and the average of their weights
 METHOD_CASES |= {
     f"{method}-step-{num_tasks}": functools.partial(

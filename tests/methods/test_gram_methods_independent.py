@@ -116,7 +116,17 @@ def cagrad_bound(g: np.ndarray, c: float) -> float:
 @sizes(reference=(1, 2, 5), cpu=(1, 2, 3, 5, 16))
 @pytest.mark.parametrize("c", [0.4, 0.9, 1.5])
 def test_cagrad(kind: str, num_tasks: int, c: float, backend: Backend) -> None:
-    g = gradients(kind, num_tasks)
+    check_cagrad(gradients(kind, num_tasks), c)
+
+
+@sizes(cpu=(64, 128))
+@pytest.mark.parametrize("kind", ["random", "low rank"])
+def test_cagrad_among_many_tasks(kind: str, num_tasks: int, backend: Backend) -> None:
+    check_cagrad(gradients(kind, num_tasks), 0.5)
+
+
+def check_cagrad(g: np.ndarray, c: float) -> None:
+    num_tasks = len(g)
     g0 = g.mean(0)
     length = float(np.linalg.norm(g0))
     d = solved(methods.CAGrad(c), g) @ g
@@ -140,6 +150,29 @@ def test_cagrad_of_equal_angles(num_tasks: int, share: float, noise: float, back
     change = noise * torch.randn(num_tasks, num_tasks, dtype=torch.float64)
     w = methods.CAGrad(0.5).weights(m + change + change.T)
     torch.testing.assert_close(w, torch.full_like(w, 1.5 / num_tasks), rtol=1e-6, atol=0)
+
+
+def turned_off(g: np.ndarray) -> np.ndarray:
+    """The direction nearest to the mean gradient that harms no task, by least squares on the unit vectors."""
+    v, _ = optimize.nnls(units(g).T, -g.mean(0))
+    return g.mean(0) + v @ units(g)
+
+
+@sizes(reference=(4, 8), cpu=(4, 8, 32, 64))
+@pytest.mark.parametrize("c", [2.0, 10.0, 50.0, 1e6])
+@pytest.mark.parametrize("pairs", ["one", "all"])
+def test_cagrad_of_opposites_in_a_large_ball(pairs: str, c: float, num_tasks: int, backend: Backend) -> None:
+    """Where two gradients are opposite no direction serves all tasks, however far it may be from the mean."""
+    g = np.random.default_rng(num_tasks).standard_normal((num_tasks, 2 * num_tasks + 5))
+    if pairs == "one":
+        g[-1] = -g[0]
+    else:
+        g[num_tasks // 2 :] = -1.3 * g[: num_tasks // 2]
+    expected = turned_off(g)
+    assert np.linalg.norm(expected - g.mean(0)) < 0.99 * c * np.linalg.norm(g.mean(0))
+    d = solved(methods.CAGrad(c), g) @ g
+    assert np.linalg.norm(d - expected) < 1e-7 * np.linalg.norm(g.mean(0))
+    assert (units(g) @ d).min() > -1e-7 * np.linalg.norm(g.mean(0))
 
 
 # --- equal projections
@@ -196,6 +229,29 @@ def test_nashmtl_and_fairgrad(kind: str, num_tasks: int, alpha: float, backend: 
     assert (np.abs(m @ a - a ** (-1 / alpha)) <= rounding * np.abs(m) @ a).all()
 
 
+@sizes(reference=(3, 8), cpu=(3, 8, 32))
+@pytest.mark.parametrize("decades", [4, 8])
+@pytest.mark.parametrize("alpha", [0.1, 5.0, 10.0, 20.0, 100.0])
+def test_fairgrad_of_lengths_far_apart(alpha: float, decades: int, num_tasks: int, backend: Backend) -> None:
+    """Some weights are then many orders of magnitude off those of orthogonal gradients, or no float64 holds them."""
+    r = np.random.default_rng([num_tasks, decades])
+    g = 10 ** r.uniform(-decades, decades, (num_tasks, 1)) * r.standard_normal((num_tasks, 2 * num_tasks + 5))
+    m, a = g @ g.T, solved(methods.FairGrad(alpha), g)
+    assert np.isfinite(a).all() and (a >= 0).all()
+    held = a * lengths(g) > 1e-200 * (a * lengths(g)).max()
+    assert held.any() and (alpha >= 20 or held.all())
+    wanted = np.where(held, a, 1.0) ** (-1 / alpha)
+    assert (np.abs(m @ a - wanted) <= 1e-11 * np.abs(m) @ a)[held].all()
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
+def test_fairgrad_of_a_gradient_that_all_but_vanishes(alpha: float, backend: Backend) -> None:
+    g = np.random.default_rng(0).standard_normal((4, 9)) * np.array([[1.0], [1e-38], [1e-60], [1.0]])
+    m, a = g @ g.T, solved(methods.FairGrad(alpha), g)
+    assert np.isfinite(a).all() and (a > 0).all()
+    assert (np.abs(m @ a - a ** (-1 / alpha)) <= 1e-9 * np.abs(m) @ a).all()
+
+
 def test_fairness_is_the_minimum(backend: Backend) -> None:
     """`a'K a / 2 - sum log a` has its minimum where `K a = 1 / a`; looked for without that equation."""
     g = gradients("random", 5) / 50
@@ -232,6 +288,14 @@ def test_alignedmtl(kind: str, num_tasks: int, scale: str, reduction: str, backe
     expected = np.sqrt(to) * left.sum(0) @ right * (1 / num_tasks if reduction == "mean" else 1.0)
     off = np.linalg.norm(w @ g - expected) / np.sqrt(to * num_tasks) * (num_tasks if reduction == "mean" else 1)
     assert off < 1e-12 + 10 * num_tasks * EPS * values.max() / values.min()
+
+
+def test_alignedmtl_of_gradients_that_all_but_vanish(backend: Backend) -> None:
+    """The square of what they have in common with the others is a number of few bits."""
+    g = np.eye(4) + 0.5
+    scales = np.array([1.0, 1e-79, 1e-80, 1e-80])
+    w = methods.AlignedMTL().weights(torch.from_numpy((g @ g.T) * scales[:, None] * scales)).numpy()
+    np.testing.assert_allclose(w, [0.25, 0.0, 0.0, 0.0], atol=1e-12)
 
 
 # --- the cone without conflict

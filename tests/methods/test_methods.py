@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import Backend
 from torch import Tensor
 
 from fastmtl import methods, ops
@@ -220,8 +221,50 @@ def test_solve_checks_what_a_method_returns():
         weights_of(lambda m: torch.ones(3, 1), gram, every)
     with pytest.raises(ValueError, match="meta"):
         weights_of(lambda m: torch.ones(3, device="meta"), gram, every)
-    with pytest.raises(ValueError, match="at least one task"):
-        weights_of("sum", gram, [False] * 3)
+
+
+STATEFUL = {
+    "paretomtl": lambda: methods.ParetoMTL(torch.tensor([[0.2, 0.3, 0.5], [0.5, 0.4, 0.1]]), 1),
+    "crmogm": lambda: methods.CRMOGM(methods.UPGrad(), momentum=0.5),
+    "crmogm of pcgrad": lambda: methods.CRMOGM(methods.PCGrad(), momentum=0.5),
+    "every": lambda: methods.Every(methods.UPGrad(), 2),
+}
+
+
+@pytest.mark.parametrize("who_knows", ["host", "device"])
+@pytest.mark.parametrize("name", [*BY_NAME, *STATEFUL, "a callable"])
+def test_of_no_task_the_weights_are_zero_and_the_state_stays(name: str, who_knows: str, backend: Backend) -> None:
+    if name in EXPORTED and "gradients" in EXPORTED[name].needs:
+        pytest.skip("has no weights of a Gram matrix")
+    method = STATEFUL[name]() if name in STATEFUL else (lambda m: m.diagonal()) if name == "a callable" else None
+    method = methods.get(name) if method is None else method
+    m = ops.gram(conflicting(3))
+    names, losses = ["a", "b", "c"], torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+
+    def weigh(gram: Tensor, present: list[bool]) -> Tensor:
+        given = torch.tensor(present) if who_knows == "device" else present
+        return methods.weights_of(method, gram, methods.Seen(names, given, losses=losses, second=gram))
+
+    def state() -> dict[str, list[float]]:
+        found = method.state_dict() if isinstance(method, methods.Method) and name != "every" else {}
+        found = found.get("average", found)
+        return {key: x.nan_to_num(-1.0).tolist() for key, x in found.items() if isinstance(x, Tensor)}
+
+    for gram in (m, torch.full_like(m, torch.nan)):
+        assert weigh(gram, [False] * 3).tolist() == [0.0] * 3
+    assert weigh(m, [True] * 3).isfinite().all()
+    before = state()
+    assert weigh(m, [False] * 3).tolist() == [0.0] * 3
+    assert state() == before
+    fresh = weigh(m, [True, False, True])
+    assert fresh.isfinite().all() and fresh[1] == 0
+
+
+def test_the_first_phase_of_paretomtl_is_not_over_for_want_of_tasks(backend: Backend) -> None:
+    method = STATEFUL["paretomtl"]()
+    losses = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    method.weigh(torch.eye(3), methods.Seen(["a", "b", "c"], torch.zeros(3, dtype=torch.bool), losses=losses))
+    assert method.state_dict()["started"] == 0
 
 
 def test_a_method_of_ones_own():

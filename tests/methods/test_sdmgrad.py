@@ -137,6 +137,15 @@ def test_state_is_saved_and_loaded(backend: Backend) -> None:
     assert torch.equal(method.weigh(g @ g.mT, seen_of(g @ other.mT)), fresh) and not torch.equal(fresh, expected)
 
 
+def test_a_step_that_overflows_shows_and_is_not_kept(backend: Backend) -> None:
+    """Its weights were zeros, and these were kept."""
+    method, one = methods.MoDo(gamma=1e10), torch.eye(2, dtype=F64)
+    before = method.weigh(one, seen_of(one))
+    second = torch.tensor([[1e200, -1e308], [1e308, 1e200]], dtype=F64)
+    assert method.weigh(one, seen_of(second)).isnan().all()
+    assert torch.equal(method.state_dict()["lambda"], before)
+
+
 def test_what_is_not_finite_shows_and_is_not_kept(backend: Backend) -> None:
     method = methods.SDMGrad()
     g, other = two_batches(3)

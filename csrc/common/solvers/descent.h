@@ -7,12 +7,17 @@ namespace fastmtl::solvers {
 
 // x, moved to the nearest point of the simplex: `max(x - t, 0)` for the t at which they add up to 1. What is not above
 // the t of all that are left is let go, until nothing is (Michelot 1986). All of it in differences from the largest, so
-// that large numbers still add up to 1. Every member looks at all of x, which costs less than to ask the others.
+// that large numbers still add up to 1. Where one is not finite all are NaN. Every member looks at all of x, which
+// costs less than to ask the others.
 template <class Team>
 FASTMTL_HOST_DEVICE void project_on_simplex(const Team& team, double* x, int n) {
   team.sync();
   double largest = -INFINITY, least = -INFINITY;
-  for (int i = 0; i < n; ++i) largest = std::fmax(largest, x[i]);
+  bool finite = true;
+  for (int i = 0; i < n; ++i) {
+    largest = std::fmax(largest, x[i]);
+    finite = finite && std::isfinite(x[i]);
+  }
   for (int count = n + 1;;) {
     double sum = -1.0;
     int left = 0;
@@ -27,7 +32,7 @@ FASTMTL_HOST_DEVICE void project_on_simplex(const Team& team, double* x, int n) 
     least = sum / left;
   }
   team.sync();
-  for (int i = team.rank(); i < n; i += team.size()) x[i] = std::fmax(x[i] - largest - least, 0.0);
+  for (int i = team.rank(); i < n; i += team.size()) x[i] = finite ? std::fmax(x[i] - largest - least, 0.0) : NAN;
 }
 
 // p.m: of two independent batches, g_i . g'_k. p.out: in, the weights to start from; out, those after `steps` steps of

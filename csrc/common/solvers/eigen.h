@@ -11,6 +11,9 @@ struct EigenScratch {
   double *off, *first, *second;
 };
 
+// The square of a column that counts as zero, of a matrix whose entries are at most 1: its inverse would be no float64.
+constexpr double kLeastSquare = 1e-280;
+
 // To tridiagonal form by Householder's reflections, H = 1 - beta v v^T. m: in; out: row k holds v of step k behind its
 // diagonal. diagonal, off: out, of the tridiagonal matrix. rows: out, the product of the reflections, the last one
 // first.
@@ -19,13 +22,14 @@ inline void tridiagonal(Matrix m, Matrix rows, int n, double* diagonal, double* 
     double* v = m[k];
     double square = 0.0;
     for (int i = k + 1; i < n; ++i) square += v[i] * v[i];
-    const double head = v[k + 1], length = std::sqrt(square), moved = head > 0 ? -length : length;
-    const double beta = square > 0 ? 1.0 / (square - moved * head) : 0.0;
     diagonal[k] = v[k];
+    off[k] = betas[k] = 0.0;
+    if (!(square > kLeastSquare)) continue;
+    const double head = v[k + 1], length = std::sqrt(square), moved = head > 0 ? -length : length;
+    const double beta = 1.0 / (square - moved * head);
     off[k] = moved;
     betas[k] = beta;
     v[k + 1] = head - moved;
-    if (beta == 0) continue;
     double along = 0.0;
     for (int i = k + 1; i < n; ++i) {
       double sum = 0.0;

@@ -21,11 +21,6 @@ FASTMTL_HOST_DEVICE inline double cosine(double dot, double left, double right) 
   return left > 0 && right > 0 ? dot / left / right : dot - dot;
 }
 
-// Whether a task takes part; present: [T], or null: all do.
-FASTMTL_HOST_DEVICE inline bool takes_part(const uint8_t* present, int t) {
-  return present == nullptr || present[t] != 0;
-}
-
 // What a visit does to the visiting gradient, in units of its first length.
 struct Turn {
   double step;    // what is added to it, in lengths of the visited gradient

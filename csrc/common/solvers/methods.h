@@ -55,8 +55,6 @@ struct Request {
   FASTMTL_HOST_DEVICE int rows(int T) const { return kind == Kind::pareto ? T + pareto.num_vectors : T; }
 };
 
-constexpr double kEpsilon = 2.220446049250313e-16;  // of float64
-
 constexpr int kMatrices = 3;
 constexpr int kArrays = 9;
 
@@ -126,8 +124,8 @@ FASTMTL_HOST_DEVICE void mgda(const Team& team, const Problem& p) {
 // be for the tasks that it is worst for: g_i . d = b_i + (K v)_i >= level, with equality where v_i > 0, and |G^T v| =
 // reach. For given tasks with v_i > 0, v = level K^-1 1 - K^-1 b, and a quadratic equation gives the level. It begins
 // with the task that g_0 is worst for; those that come off worse than the level join, half as badly as the worst at
-// least, and those with a negative v leave. b: in p.z. v: out, in p.w. Whether it came to an end, far enough from what
-// rounding makes unsafe.
+// least (or the worst alone, if there is no such level for all of them), and those with a negative v leave. b: in p.z.
+// v: out, in p.w. Whether it came to an end, far enough from what rounding makes unsafe.
 template <class Team>
 FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, double reach, double noise) {
   const int n = p.n;
@@ -136,7 +134,7 @@ FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, do
   each(team, n, [&](int i) { worst = smaller(worst, {p.z[i] / std::sqrt(p.m[i][i]), i}); });
   worst = team.least(worst);
   team.sync();
-  Members is_free{};
+  Members is_free{}, joined{};
   is_free.exchange(worst.index);
   for (int round = 0; round < 2 * n + 8; ++round) {
     const int count = is_free.count();
@@ -155,7 +153,6 @@ FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, do
       if (c >= a) p.a[a][c] = a == c ? 1.0 : p.m[p.first[a]][p.first[c]] * p.u[a] * p.u[c];
     });
     const double pivot = solve_definite(team, p.a, p.x, p.y, count, 0.0, INFINITY);
-    if (!(pivot > 1e-6)) return false;
     each(team, count, [&](int a) {
       p.x[a] *= p.u[a];
       p.y[a] *= p.u[a];
@@ -164,29 +161,42 @@ FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, do
     const double across = sum_of(team, count, [&](int a) { return p.y[a]; });  // b . K^-1 1
     const double along = sum_of(team, count, [&](int a) { return p.y[a] * p.z[p.first[a]]; });
     const double inside = across * across - ones * (along - reach * reach);
-    if (!(ones > 0 && inside > 0)) return false;
-    const double level = (across + std::sqrt(inside)) / ones;
-    each(team, count, [&](int a) { p.w[p.first[a]] = level * p.x[a] - p.y[a]; });
-    team.sync();
-    multiply_with_sizes(team, p.m, p.w, n, [&](int i, double product, double size) {
-      p.x[i] = product + p.z[i] - level;
-      p.y[i] = size;
-    });
-    team.sync();
-    Members changed = team.members(n, [&](int i) { return is_free.has(i) && !(p.w[i] > 0); });
-    if (changed.count() == 0) {
-      // how far below the level, in lengths of the task's own gradient
-      auto under = [&](int i) {
-        const double size = std::fabs(p.y[i]) + std::fabs(p.z[i]) + std::fabs(level);
-        return !is_free.has(i) && p.x[i] < -1e-14 * size ? -p.x[i] / std::sqrt(p.m[i][i]) : 0.0;
-      };
-      const double most = largest_of(team, n, under);
-      if (!(most > 0)) {
-        const double terms = sum_of(team, n, [&](int i) { return p.w[i] * p.y[i]; });
-        const double total = sum_of(team, n, [&](int i) { return p.w[i]; });
-        return reach * reach > noise * terms && total > 0;
+    Members changed{};
+    if (pivot > 1e-6 && ones > 0 && inside > 0) {
+      const double level = (across + std::sqrt(inside)) / ones;
+      each(team, count, [&](int a) { p.w[p.first[a]] = level * p.x[a] - p.y[a]; });
+      team.sync();
+      multiply_with_sizes(team, p.m, p.w, n, [&](int i, double product, double size) {
+        p.x[i] = product + p.z[i] - level;
+        p.y[i] = size;
+      });
+      team.sync();
+      changed = team.members(n, [&](int i) { return is_free.has(i) && !(p.w[i] > 0); });
+      joined = {};
+      if (changed.count() == 0) {
+        // how far below the level, in lengths of the task's own gradient
+        auto under = [&](int i) {
+          const double size = std::fabs(p.y[i]) + std::fabs(p.z[i]) + std::fabs(level);
+          return !is_free.has(i) && p.x[i] < -1e-14 * size ? -p.x[i] / std::sqrt(p.m[i][i]) : 0.0;
+        };
+        worst = {INFINITY, n};
+        each(team, n, [&](int i) { worst = smaller(worst, {-under(i), i}); });
+        worst = team.least(worst);
+        const double most = -worst.value;
+        if (!(most > 0)) {
+          const double terms = sum_of(team, n, [&](int i) { return p.w[i] * p.y[i]; });
+          const double total = sum_of(team, n, [&](int i) { return p.w[i]; });
+          return reach * reach > noise * terms && total > 0;
+        }
+        joined = changed = team.members(n, [&](int i) { return under(i) >= 0.5 * most; });
       }
-      changed = team.members(n, [&](int i) { return under(i) >= 0.5 * most; });
+    } else if (joined.count() > 1) {
+      // too many at once: the worst of them alone
+      changed = joined;
+      changed.exchange(worst.index);
+      joined = {};
+    } else {
+      return false;
     }
     is_free.exchange(changed);
     if (is_free.count() == 0) return false;
@@ -238,7 +248,10 @@ FASTMTL_HOST_DEVICE void cagrad(const Team& team, const Problem& p, double c, do
     const double square = dot(team, p.w, p.x, n), terms = dot(team, p.w, p.y, n);
     const double here = std::log(std::sqrt(std::fmax(square, noise * terms)) / reach) - (evaluation == 0 ? 0.0 : root);
     if (evaluation == 0) {
-      low = std::fmax(here, high - 40.0);
+      // Where no direction serves all tasks, g_w / tau is the same for every tau that is small enough. Rounding spoils
+      // it for the smallest ones, which a large c would ask for.
+      const bool serves_all = square > noise * terms;
+      low = std::fmax(serves_all ? here : here + std::log(std::fmax(c, 1.0)), high - 40.0);
     } else if (evaluation == 1) {
       at_low = here;
       if (!(here > 1e-12)) break;
@@ -254,17 +267,6 @@ FASTMTL_HOST_DEVICE void cagrad(const Team& team, const Problem& p, double c, do
   each(team, n, [&](int i) {
     if (p.m[i][i] > 0) p.out[i] = 1.0 / n + p.w[i] / tau;
   });
-}
-
-// The matrix of cosines into `to`, the norms into p.u; a zero gradient has a row of zeros.
-template <class Team>
-FASTMTL_HOST_DEVICE void cosines(const Team& team, const Problem& p, Matrix to) {
-  each(team, p.n, [&](int i) { p.u[i] = p.m[i][i] > 0 ? std::sqrt(p.m[i][i]) : 0.0; });
-  team.sync();
-  each_entry(team, p.n, [&](int i, int k) {
-    to[i][k] = p.u[i] > 0 && p.u[k] > 0 ? (i == k ? 1.0 : p.m[i][k] / (p.u[i] * p.u[k])) : 0.0;
-  });
-  team.sync();
 }
 
 // out = C^+ b, for the matrix C of cosines, which p.b then holds no more. Eigenvalues that rounding may have made count
@@ -323,10 +325,10 @@ FASTMTL_HOST_DEVICE void fair(const Team& team, const Problem& p, double alpha, 
   cosines(team, p, p.b);
   const double power = 1.0 / alpha;
   each(team, p.n, [&](int i) {
-    p.z[i] = p.u[i] > 0 ? std::pow(p.u[i], power - 1.0) : 1.0;
+    p.z[i] = p.u[i] > 0 ? p.u[i] : 1.0;
     p.b[i][i] = 1.0 + p.n * rounding;  // that of a zero gradient too, which is across all others
   });
-  fairness(team, p.b, p.z, p.n, power, p.w, {p.a, p.x, p.y});
+  fairness(team, p.b, p.z, p.n, power, p.w, {p.a, p.x, p.y, p.v});
   double factor = std::pow(p.scale, -1.0 / (1.0 + power));
   if (most > 0) {
     each(team, p.n, [&](int i) { p.x[i] = p.u[i] > 0 ? p.w[i] / p.u[i] : 0.0; });
@@ -440,7 +442,7 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
   for (double** array : arrays) *array = take(room + 2);
   p.first = reinterpret_cast<int*>(take(room + 2));
   int* tasks = reinterpret_cast<int*>(take(room + 2));
-  const Members here = team.members(T, [&](int t) { return present == nullptr || present[t] != 0; });
+  const Members here = team.members(T, [&](int t) { return takes_part(present, t); });
   const bool of_rows = request.kind == Kind::pareto;
   const ParetoRows rows{request.pareto, T, present};
   bool started = false;
@@ -557,14 +559,14 @@ FASTMTL_HOST_DEVICE void follow(const Team& team, const Request& request, int T,
   if (request.average == nullptr) return;
   team.sync();
   const double bad = sum_of(team, T, [&](int t) {
-    if (present != nullptr && present[t] == 0) return 0.0;
+    if (!takes_part(present, t)) return 0.0;
     const double before = request.average[t];
     if (!std::isnan(before)) out[t] = request.momentum * before + (1.0 - request.momentum) * out[t];
     return std::isfinite(out[t]) ? 0.0 : 1.0;
   });
   if (bad > 0) return;
   each(team, T, [&](int t) {
-    if (present == nullptr || present[t] != 0) request.average[t] = out[t];
+    if (takes_part(present, t)) request.average[t] = out[t];
   });
 }
 

@@ -21,7 +21,7 @@ struct ParetoRows {
   int T;
   const uint8_t* present;
 
-  FASTMTL_HOST_DEVICE bool has_task(int t) const { return present == nullptr || present[t] != 0; }
+  FASTMTL_HOST_DEVICE bool has_task(int t) const { return takes_part(present, t); }
   FASTMTL_HOST_DEVICE double at(int row, int t) const {
     if (!has_task(t)) return 0.0;
     if (row < T) return row == t ? 1.0 : 0.0;

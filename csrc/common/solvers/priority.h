@@ -113,11 +113,7 @@ template <class Team, class Problem>
 FASTMTL_HOST_DEVICE void pcd(const Team& team, const Problem& p, int first, double rounding) {
   const int n = p.n;
   if (!(p.m[first][first] > 0)) return;
-  for (int i = team.rank(); i < n; i += team.size()) p.u[i] = p.m[i][i] > 0 ? std::sqrt(p.m[i][i]) : 0.0;
-  team.sync();
-  each_entry(team, n, [&](int i, int k) {
-    p.b[i][k] = p.u[i] > 0 && p.u[k] > 0 ? (i == k ? 1.0 : p.m[i][k] / p.u[i] / p.u[k]) : 0.0;
-  });
+  cosines(team, p, p.b);
   for (int i = team.rank(); i < n; i += team.size()) {
     const bool is_one = i != first && p.u[i] > 0;
     const double least = p.t[i] * (p.weights[i] / p.weights[first]) * (p.u[i] / p.u[first]);

@@ -22,6 +22,8 @@
 
 namespace fastmtl::solvers {
 
+constexpr double kEpsilon = 2.220446049250313e-16;  // of float64
+
 // A matrix as torch has it: float32 or float64, `step` entries from row to row.
 struct Entries {
   const void* data = nullptr;
@@ -38,6 +40,11 @@ struct Entries {
     return {static_cast<const char*>(data) + bytes, step, is_double};
   }
 };
+
+// Whether a task takes part; present: [T], or null: all do.
+FASTMTL_HOST_DEVICE inline bool takes_part(const uint8_t* present, int t) {
+  return present == nullptr || present[t] != 0;
+}
 
 // A number and where it was found; of equal numbers the first.
 struct Found {
@@ -217,6 +224,17 @@ FASTMTL_HOST_DEVICE void multiply_with_sizes(const Team& team, Matrix m, const d
     size = team.across(size);
     if (i < n && team.column() == 0) use(i, product, size);
   }
+}
+
+// Of a problem's Gram matrix p.m: the cosines into `to`, the norms into p.u; a zero gradient has a row of zeros.
+template <class Team, class Problem>
+FASTMTL_HOST_DEVICE void cosines(const Team& team, const Problem& p, Matrix to) {
+  each(team, p.n, [&](int i) { p.u[i] = p.m[i][i] > 0 ? std::sqrt(p.m[i][i]) : 0.0; });
+  team.sync();
+  each_entry(team, p.n, [&](int i, int k) {
+    to[i][k] = p.u[i] > 0 && p.u[k] > 0 ? (i == k ? 1.0 : p.m[i][k] / (p.u[i] * p.u[k])) : 0.0;
+  });
+  team.sync();
 }
 
 }  // namespace fastmtl::solvers

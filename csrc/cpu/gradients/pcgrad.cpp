@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "common/method_arguments.h"
 #include "common/solvers.h"
 #include "cpu/gradients/gram.h"
 #include "cpu/gradients/visits.h"
@@ -35,31 +36,21 @@ void coefficients(const double* m, int T, const int64_t* order, int64_t num_visi
 struct Problem {
   int T;
   const double* gram;
-  const int64_t* order;
-  int64_t num_visits;
+  OrderArguments order;
 };
 
 Problem read_problem(const Tensor& gram, const Tensor& order) {
-  using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.size(0) >= 1 && gram.size(0) <= kMaxTasks &&
-                      dtype_of(gram) == DType::f64 && gram.is_contiguous(),
-                  "fastmtl: the Gram matrix must be a contiguous [T, T] float64 tensor, T from 1 to 128");
-  STD_TORCH_CHECK(order.dim() == 2 && order.size(0) == gram.size(0) && order.scalar_type() == ScalarType::Long &&
-                      order.is_contiguous(),
-                  "fastmtl: the order must be a contiguous [T, K] int64 tensor");
-  return {static_cast<int>(gram.size(0)), static_cast<const double*>(gram.const_data_ptr()),
-          static_cast<const int64_t*>(order.const_data_ptr()), order.size(1)};
+  const int64_t T = read_num_tasks(gram);
+  check_numbers(gram, T * T, "the entries of the Gram matrix");
+  return {static_cast<int>(T), static_cast<const double*>(gram.const_data_ptr()),
+          read_order(order, 0, std::nullopt, T)};
 }
 
-double* square(Tensor& out, int T) {
-  STD_TORCH_CHECK(out.numel() == T * T && dtype_of(out) == DType::f64 && out.is_contiguous(),
-                  "fastmtl: the result must be a contiguous [T, T] float64 tensor");
-  return static_cast<double*>(out.mutable_data_ptr());
-}
+double* square(Tensor& out, int T) { return changed_numbers(out, int64_t{T} * T, "the results"); }
 
 void coefficients_op(Tensor gram, Tensor order, bool include_self, Tensor out) {
   const Problem p = read_problem(gram, order);
-  coefficients(p.gram, p.T, p.order, p.num_visits, include_self, square(out, p.T));
+  coefficients(p.gram, p.T, p.order.visits, p.order.num_visits, include_self, square(out, p.T));
 }
 
 // Gradient with respect to the Gram matrix: the steps of each row are replayed, then undone.
@@ -83,8 +74,8 @@ void coefficients_backward_op(Tensor grad, Tensor gram, Tensor order, bool inclu
       product[t] = m[i * T + t];
       grad_c[t] = grad_rows[i * T + t];
     }
-    for (int64_t k = 0; k < p.num_visits; ++k) {
-      const int64_t j = p.order[i * p.num_visits + k];
+    for (int64_t k = 0; k < p.order.num_visits; ++k) {
+      const int64_t j = p.order.visits[i * p.order.num_visits + k];
       STD_TORCH_CHECK(j >= 0 && j < T, "fastmtl: order entry ", j, " out of range for ", T, " tasks");
       if (j == i && !include_self) continue;
       const double d = product[j], norm = m[j * T + j];

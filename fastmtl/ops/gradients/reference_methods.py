@@ -158,6 +158,8 @@ def _pareto_step(
     w = method_weights(rows @ m @ rows.mT, "mgda", [], torch.cat([started & here, active])) @ rows
     if not bool(m.isfinite().all() & losses.isfinite().all()):
         return torch.where(here, torch.nan, w)
+    if not bool(here.any()):
+        return w
     counted.add_(~started)
     kept.copy_(started)
     return w
@@ -233,7 +235,11 @@ def _cagrad(p: _Problem, c: float) -> Tensor:
     high = -math.log(reach)
     w = _shortest(p.m)
     least = noise * (w @ p.m.abs() @ w).item()
-    low = max(0.5 * math.log(max((w @ p.m @ w).item(), least, 1e-300)) - math.log(reach), high - 40)
+    shortest = (w @ p.m @ w).item()
+    low = 0.5 * math.log(max(shortest, least, 1e-300)) - math.log(reach)
+    if shortest <= least:  # no direction serves all tasks: any tau that is small enough will do
+        low += math.log(max(c, 1.0))
+    low = max(low, high - 40)
     for _ in range(60):  # bisection: below the root |g_w| is the larger one
         middle = 0.5 * (low + high)
         low, high = (middle, high) if excess(middle) > 0 else (low, middle)
@@ -270,22 +276,31 @@ def _fair(p: _Problem, power: float) -> Tensor:
     """The a > 0 with `K a = a^-power`, for the matrix over its scale: Newton's method in z = |g| a."""
     m = p.cosines
     m = m - torch.diag(m.diagonal()) + torch.eye(len(m), dtype=m.dtype) * (1 + len(m) * p.rounding)
-    c = torch.where(p.has_gradient, p.lengths ** (power - 1), 1.0)
-    z = c ** (1 / (1 + power))
+    u = p.lengths
 
-    def potential(z: Tensor) -> Tensor:  # convex, and stationary at the solution
-        gain = z.log() if power == 1 else z ** (1 - power) / (1 - power)
-        return z @ m @ z / 2 - c @ gain
+    def target(z: Tensor) -> Tensor:
+        return (u / z) ** power / u
 
-    for _ in range(200):
-        slope = m @ z - c * z**-power
-        step = torch.linalg.solve(m + torch.diag(power * c * z ** (-power - 1)), -slope)
-        length = min(1.0, 0.9 / max((-step / z).max().item(), 1e-300))
-        if (step / z).abs().max() < 1e-9:
-            return (z + step) / p.lengths
-        while length > 1e-6 and potential(z + length * step) > potential(z) + 1e-4 * length * (slope @ step):
-            length /= 2
-        z = z + length * step
+    alone = u ** ((power - 1) / (power + 1))  # where all are orthogonal; best along that ray
+    square = (alone @ m @ alone).item()
+    z = alone * ((alone * target(alone)).sum() / square) ** (1 / (1 + power)) if square > 0 else alone
+    last = math.inf
+    for iteration in range(200):
+        wanted = target(z)
+        step = torch.linalg.solve(m + torch.diag(power * wanted / z), wanted - m @ z) / z
+        # far from its solution an entry jumps to where it would meet its own equation, M z being as it is
+        far = step.abs() > 3 if iteration < 50 else torch.zeros_like(step, dtype=torch.bool)
+        falls = torch.where(far, 0.0, -step).max().item()
+        length = min(-math.expm1(-math.log1p(power * falls) / power), 0.99) / falls if falls > 0 else 1.0
+        jumped = torch.exp((-(1 - power * step).clamp(min=1e-300).log() / power).clamp(max=600)) * z
+        stepped = z + length * step * z
+        up = torch.maximum(stepped, torch.minimum(jumped, alone))
+        # a solution may have entries that no float64 holds
+        moves = torch.where((z > 1e-280) | (step > 0), step.abs(), 0.0).max().item()
+        z = torch.where(far, torch.where(step < 0, jumped.clamp(min=1e-280), up), stepped)
+        if moves < 1e-14 or (moves < 1e-6 and moves > 0.5 * last):
+            break
+        last = moves
     return z / p.lengths
 
 
@@ -399,7 +414,9 @@ def _pcd(p: _Problem, primary: float, tau: float) -> Tensor:
 
 
 def _on_simplex(v: Tensor) -> Tensor:
-    """The nearest point of the simplex."""
+    """The nearest point of the simplex; NaN where an entry is not finite."""
+    if not bool(v.isfinite().all()):
+        return torch.full_like(v, torch.nan)
     v = v - v.max()
     falling = v.sort(descending=True).values
     excess = (falling.cumsum(0) - 1) / torch.arange(1, len(v) + 1)
