@@ -65,6 +65,7 @@ class Spec:
         num_tasks: T.
         train: a training step (forward, backward, SGD with momentum); else a forward pass in evaluation mode.
         closed: the gates of TAPS are closed, so that nothing but norms differs by task.
+        alone: the whole batch belongs to the first task, and is told so by name; of closed gates in evaluation.
         quick: belongs to the telling few.
     """
 
@@ -74,14 +75,18 @@ class Spec:
     train: bool
     closed: bool = False
     quick: bool = False
+    alone: bool = False
 
     @property
     def name(self) -> str:
         mode = "train" if self.train else "eval"
-        return f"{self.workload.name} {self.kind.name} T={self.num_tasks} {mode}" + (", gates closed" * self.closed)
+        name = f"{self.workload.name} {self.kind.name} T={self.num_tasks} {mode}"
+        return name + ", gates closed" * self.closed + ", one task" * self.alone
 
     @property
     def labels(self) -> tuple[Labels, ...]:
+        if self.alone:
+            return ("ours", "plain")
         return ("ours", "plain", "loop", "separate", *(("adapter",) if self.kind is LORA else ()))
 
 
@@ -118,6 +123,11 @@ class Trainee:
 
 def mixed(trainee: Trainee) -> Tensor:
     with tasks(trainee.plan):
+        return trainee.model(trainee.batch.x)
+
+
+def alone(trainee: Trainee) -> Tensor:
+    with tasks("0"):
         return trainee.model(trainee.batch.x)
 
 
@@ -170,10 +180,17 @@ WAYS: dict[Labels, tuple[Literal["ours", "baseline", "yardstick"], Callable[[Tra
 }
 
 
-def candidates(labels: Sequence[Labels]) -> tuple[Candidate, ...]:
+# ours, where the whole batch belongs to one task
+ALONE: tuple[Literal["ours"], Callable[[Trainee], Tensor], str] = (
+    "ours", partial(whole, alone), "the converted network on the batch, all of one task, told by its name"
+)  # fmt: skip
+
+
+def candidates(labels: Sequence[Labels], of_one_task: bool = False) -> tuple[Candidate, ...]:
+    ways = {**WAYS, "ours": ALONE} if of_one_task else WAYS
     return tuple(
         Candidate(label, partial(step, way), detail, kind)
-        for label, (kind, way, detail) in ((label, WAYS[label]) for label in labels)
+        for label, (kind, way, detail) in ((label, ways[label]) for label in labels)
     )
 
 
@@ -381,6 +398,7 @@ def _params(spec: Spec) -> dict[str, Any]:
         "where": [where for _, where, _ in spec.kind.calls],
         "train": spec.train,
         "gates": "closed" if spec.closed else "open",
+        "tasks of a batch": "one" if spec.alone else "mixed",
     }
 
 
@@ -393,7 +411,7 @@ def model_case(spec: Spec, budget_s: float | None = None) -> Case:
         covers=frozenset(),
         params=_params(spec),
         make=partial(_make, spec),
-        candidates=candidates(spec.labels),
+        candidates=candidates(spec.labels, spec.alone),
         check=check,
         verify=verify,
         prepare=Workshop.prepare,
@@ -534,7 +552,7 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     """The rows; `quick`: a telling few, of smaller networks. On a GPU the networks are whole."""
     few = [
         *(Spec(QUICK_RESNET, TAPS, 8, train, quick=True) for train in (True, False)),
-        Spec(QUICK_RESNET, TAPS, 8, False, closed=True, quick=True),
+        *(Spec(QUICK_RESNET, TAPS, 8, False, closed=True, quick=True, alone=alone) for alone in (False, True)),
         Spec(QUICK_RESNET, SEPARATE, 8, True, quick=True),
         *(Spec(QUICK_VIT, LORA, 8, train, quick=True) for train in (True, False)),
     ]
@@ -548,6 +566,7 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         *(Spec(resnet, TAPS, t, False, closed=True) for t in TASKS),
         *(Spec(resnet, SEPARATE, t, train) for train in (True, False) for t in TASKS),
         *(Spec(vit, LORA, t, train) for train in (True, False) for t in TASKS),
-        Spec(vit, TAPS, 8, False, closed=True),
+        Spec(resnet, TAPS, 8, False, closed=True, alone=True),
+        *(Spec(vit, TAPS, 8, False, closed=True, alone=alone) for alone in (False, True)),
     ]
     return found + [model_case(spec) for spec in specs] + [memory_case(resnet, t) for t in TASKS]

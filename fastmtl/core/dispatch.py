@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 # the backends that an op prefers, best first, by type of device; the reference comes last, and serves all
@@ -169,6 +171,18 @@ def _warn_reference_once() -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def straight_to_cpu() -> bool:
+    """Whether an eager call may go to a kernel of the CPU itself, past its op: nothing must see the op being called.
+
+    Not if another backend is forced, or if a mode, a transform of functions or a trace watches.
+    """
+    if forced_backend() not in (None, "cpu") or unavailable("cpu", "cpu") is not None:
+        return False
+    if torch._C._functorch.maybe_current_level() is not None or torch.jit.is_tracing():
+        return False
+    return torch._C._len_torch_function_stack() == 0 and torch._C._len_torch_dispatch_stack() == 0
 
 
 def checking() -> bool:

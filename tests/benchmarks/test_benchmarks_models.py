@@ -64,6 +64,9 @@ def test_closed_gates_give_what_the_plain_network_gives(spec):
     here = workshop(replace(spec, train=False, closed=True))
     for label in ("ours", "plain", "loop", "separate"):
         assert here.verify(label, call_of(spec, label)).passed, label
+    alone = workshop(replace(spec, train=False, closed=True, alone=True))
+    for candidate in models.candidates(alone.spec.labels, alone.spec.alone):
+        assert alone.verify(candidate.label, candidate.call).passed, candidate.label
     # of open gates the plain network's outputs are others
     opened = workshop(replace(spec, train=False))
     assert here.expected is not None and opened.expected is not None
@@ -198,6 +201,8 @@ def test_the_suite_has_every_kind_and_number_of_tasks(device):
         expected = {"ours", "sequential", "plain", "separate"} if case.op == TAPS_MEMORY else set(models.WAYS)
         if case.params["kind"] != "lora":
             expected.discard("adapter")
+        if case.params.get("tasks of a batch") == "one":
+            expected = {"ours", "plain"}
         assert {c.label for c in case.candidates} == expected and case.ours.label == "ours"
     quick = models.cases(torch.device(device), quick=True)
     assert all(case.quick and case.params["T"] == 8 for case in quick) and 5 <= len(quick) <= 8

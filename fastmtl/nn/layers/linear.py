@@ -73,7 +73,9 @@ class TaskLinear(TaskLayer):
             per_task_bias=per_task_bias, device=device, dtype=dtype,
         )  # fmt: skip
         self.in_features, self.out_features = in_features, out_features
-        self.register_forward_pre_hook(must_run)
+        # of a child, which is never called: torch looks at all modules of a Transformer layer, and a hook of this one
+        # would make each of its calls slower
+        next(iter(self.children())).register_forward_pre_hook(must_run)
 
     @classmethod
     def from_layer(cls, layer: nn.Linear, tasks: Tasks, **options: Any) -> TaskLinear:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastmtl.core.dispatch import straight_to_cpu
 from fastmtl.core.task_weights import TaskPlan, TaskWeights
 from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
 from fastmtl.nn.context import present_tasks
@@ -16,9 +17,13 @@ from fastmtl.nn.layers.gate import TapsGate, finite, rounded
 from fastmtl.nn.module import TaskModule, as_parameter, copied, lacks
 from fastmtl.ops import task_lora
 from fastmtl.ops.task_weights import reference
+from fastmtl.ops.task_weights.cpu.task_plan import all_closed
 
 _Layer = TypeVar("_Layer", bound="TaskLayer")
 Rank = int | Mapping[str, int]
+
+# gates that are read one by one: as fast as a call for all of them
+_FEW = 16
 
 # of a plain layer: what runs beside its forward, and would not run any more
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -435,14 +440,24 @@ class TaskLayer(TaskModule):
         taps = children.get("taps")
         if taps is not None and type(taps) is not TapsGate:
             return False
+        own, names = held._parameters, self.tasks
+        if len(present) > _FEW and straight_to_cpu():
+            gates = [own.get(names[t]) for t in present]
+            if any(g is None or not g.is_cpu or g.dtype != gates[0].dtype for g in gates):
+                return False
+            return all_closed(gates, None if taps is None else rounded(taps.threshold, gates[0].dtype))
+        dtype = limit = None
         for t in present:
-            gate = held._parameters.get(self.tasks[t])
+            gate = own.get(names[t])
             # one that is parametrised is computed; a gate on a GPU would have to be waited for
             if gate is None or not gate.is_cpu:
                 return False
+            if taps is not None and gate.dtype != dtype:
+                dtype = gate.dtype
+                limit = rounded(taps.threshold, dtype)
             value = gate.item()
             # not a number closes no gate
-            if not (value == 0 if taps is None else value < rounded(taps.threshold, gate.dtype)):
+            if not (value == 0 if limit is None else value < limit):
                 return False
         return True
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastmtl.core.dispatch import checking, choose, forced_backend, triton_kernels, unavailable
+from fastmtl.core.dispatch import checking, choose, straight_to_cpu, triton_kernels
 from fastmtl.core.schemas import define_op
 from fastmtl.core.task_weights import SortedBatch, TaskPlan
 from fastmtl.ops.task_weights import reference
@@ -136,9 +136,7 @@ def task_batch_norm_given(
         running_var: T tensors `[C]`.
         eps: added to the variance.
     """
-    if type(x) is not Tensor or not x.is_cpu or torch._C._functorch.maybe_current_level() is not None:
-        return None
-    if forced_backend() not in (None, "cpu") or unavailable("cpu", "cpu") is not None:
+    if type(x) is not Tensor or not x.is_cpu or not straight_to_cpu():
         return None
     return batch_norm_cpu.given(x, weight, bias, running_mean, running_var, plan.order, plan.offsets, eps)
 

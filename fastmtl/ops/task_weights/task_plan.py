@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.core.dispatch import checking, choose, interpreting, triton_kernels
+from fastmtl.core.dispatch import checking, choose, interpreting, straight_to_cpu, triton_kernels
 from fastmtl.core.schemas import define_op
 from fastmtl.core.task_weights import TaskPlan
 from fastmtl.ops.task_weights import reference
 from fastmtl.ops.task_weights.arguments import check_ids
+from fastmtl.ops.task_weights.cpu import task_plan as task_plan_cpu
 
 
 def task_plan(task_ids: Tensor, num_tasks: int) -> TaskPlan:
@@ -39,6 +40,11 @@ def task_plan(task_ids: Tensor, num_tasks: int) -> TaskPlan:
     if task_ids.dim() == 0:
         raise ValueError("task_ids: expected shape [N] or [N, L], got []")
     _check_num_tasks(num_tasks)
+    if not torch.compiler.is_compiling() and type(task_ids) is Tensor and task_ids.is_cpu and straight_to_cpu():
+        found = task_plan_cpu.task_plan(task_ids, num_tasks)
+        if found is not None:
+            return TaskPlan(task_ids, *found)
+    # says what is wrong with ids that are out of range
     order, offsets = task_plan_op(task_ids, num_tasks)
     return TaskPlan(task_ids, order, offsets)
 
