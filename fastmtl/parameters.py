@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TypeAlias, TypeVar
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 Params: TypeAlias = nn.Module | Tensor | Iterable[Tensor]
 _P = TypeVar("_P", nn.Module, Tensor, Iterable[Tensor])
@@ -84,3 +85,15 @@ def compiled_module(module: nn.Module) -> str | None:
         if type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None:
             return name or type(m).__name__
     return None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, of one that is compiled, parallel over ranks or devices, or an average of its weights."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+    while True:
+        if isinstance(module, wrappers):
+            module = module.module
+        elif type(module).__name__ == "OptimizedModule":
+            module = module._orig_mod
+        else:
+            return module

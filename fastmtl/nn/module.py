@@ -262,19 +262,27 @@ class TaskModule(nn.Module):
         """What a plain layer calls the tensor that becomes every task's in `child`."""
         return child
 
+    def plain_children(self) -> frozenset[str]:
+        """The children whose tensors a plain layer has, too, under their `plain_name`; it lacks those of the others."""
+        return frozenset()
+
     def _read_plain(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Adds to a plain layer's `state_dict` what it has not: tensors of tasks."""
-        for child, held in self.containers().items():
-            begin = f"{prefix}{child}."
-            if any(key.startswith(begin) for key in state_dict):
-                continue
+        """Adds to a plain layer's `state_dict` what it has not: tensors of tasks.
+
+        One that has tensors of tasks is no plain layer's: what it lacks is missing.
+        """
+        containers = self.containers()
+        if any(key.startswith(f"{prefix}{child}.") for child in containers for key in state_dict):
+            return
+        needed = self.plain_children()
+        for child, held in containers.items():
             plain = state_dict.pop(prefix + self.plain_name(child), None)
             for name in self.tasks:
                 if plain is not None:
                     # each task's its own, also where load_state_dict(assign=True) keeps what it is given
-                    state_dict[begin + name] = plain.detach().clone()
-                elif name in held:
-                    state_dict[begin + name] = held[name].detach()
+                    state_dict[f"{prefix}{child}.{name}"] = plain.detach().clone()
+                elif name in held and child not in needed:
+                    state_dict[f"{prefix}{child}.{name}"] = held[name].detach()
 
     def _begin_from_meta(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Parts of tasks that have no memory, and that `state_dict` says nothing of, begin beside a loaded weight.

@@ -244,6 +244,24 @@ def test_fairgrad_of_lengths_far_apart(alpha: float, decades: int, num_tasks: in
     assert (np.abs(m @ a - wanted) <= 1e-11 * np.abs(m) @ a)[held].all()
 
 
+@sizes(reference=(8, 33), cpu=(8, 33, 64))
+@pytest.mark.parametrize("decades", [0, 150])
+def test_fairgrad_of_weights_that_no_float64_holds(decades: int, num_tasks: int, backend: Backend) -> None:
+    """Two gradients all but opposite ask for weights of 1e9 and more, beside which others fall to nothing."""
+    for seed in range(4):
+        r = np.random.default_rng([seed, num_tasks])
+        g = r.standard_normal((num_tasks, 2 * num_tasks + 5))
+        g[-1] = -g[0] + 1e-5 * r.standard_normal(2 * num_tasks + 5)
+        if decades:
+            g *= 10 ** r.uniform(-decades, decades, (num_tasks, 1))
+        a = solved(methods.FairGrad(100.0), g)
+        assert np.isfinite(a).all() and (a >= 0).all()
+        if not decades:
+            held = a > 1e-200 * a.max()
+            m, wanted = g @ g.T, np.where(held, a, 1.0) ** -0.01
+            assert held.any() and (np.abs(m @ a - wanted) <= 1e-8 * np.abs(m) @ a)[held].all()
+
+
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
 def test_fairgrad_of_a_gradient_that_all_but_vanishes(alpha: float, backend: Backend) -> None:
     g = np.random.default_rng(0).standard_normal((4, 9)) * np.array([[1.0], [1e-38], [1e-60], [1.0]])

@@ -59,7 +59,8 @@ FASTMTL_HOST_DEVICE void fairness(const Team& team, Matrix m, const double* u, i
     if (may_end) {
       team.sync();
       const double off = largest_of(team, n, [&](int i) {
-        return std::fabs(s.step[i]) > n * kEpsilon * s.sizes[i] + left * s.target[i] ? 1.0 : 0.0;
+        const bool is_held = z[i] <= kLeastEntry && s.step[i] < 0;
+        return !is_held && std::fabs(s.step[i]) > n * kEpsilon * s.sizes[i] + left * s.target[i] ? 1.0 : 0.0;
       });
       if (off == 0) break;
     }
@@ -69,15 +70,17 @@ FASTMTL_HOST_DEVICE void fairness(const Team& team, Matrix m, const double* u, i
     solve_definite(team, s.factor, s.step, nullptr, n, 0.0, INFINITY);
     const double far = iteration < kJumpIterations ? kFarStep : INFINITY;
     auto fall = [&](int i) { return -s.step[i] / z[i]; };
-    const double falls = largest_of(team, n, [&](int i) { return fall(i) > far ? 0.0 : fall(i); });
-    const double moves =
-        largest_of(team, n, [&](int i) { return z[i] > kLeastEntry || fall(i) < 0 ? std::fabs(fall(i)) : 0.0; });
+    // at the least entry there is it stays, and keeps no other back
+    auto is_held = [&](int i) { return z[i] <= kLeastEntry && fall(i) > 0; };
+    const double falls = largest_of(team, n, [&](int i) { return is_held(i) || fall(i) > far ? 0.0 : fall(i); });
+    const double moves = largest_of(team, n, [&](int i) { return is_held(i) ? 0.0 : std::fabs(fall(i)); });
     double length = 1.0;
     if (falls > 0) {
       const double most = p == 1.0 ? falls / (1.0 + falls) : -std::expm1(-std::log1p(p * falls) / p);
       length = std::fmin(most, 0.99) / falls;
     }
     each(team, n, [&](int i) {
+      if (is_held(i)) return;
       const double r = fall(i), stepped = z[i] + length * s.step[i];
       if (!(std::fabs(r) > far)) {
         z[i] = stepped;

@@ -273,7 +273,7 @@ class TaskHeads(TaskModule):
         return plain.requires_grad_(True)
 
     def _read_plain(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """A plain head's `state_dict` becomes every task's; tasks that it does not have stay as they are."""
+        """A plain head's `state_dict` becomes every task's."""
         begin = f"{prefix}heads."
         plain = {
             key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix) and not key.startswith(begin)
@@ -283,9 +283,6 @@ class TaskHeads(TaskModule):
                 continue
             for key, x in plain.items():
                 state_dict[f"{begin}{name}.{key[len(prefix) :]}"] = x.detach().clone()
-            if not plain:
-                for key, x in self.part(name).items():
-                    state_dict[f"{begin}{name}.{key}"] = x.detach()
 
     # --- forward
 

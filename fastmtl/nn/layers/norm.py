@@ -63,6 +63,10 @@ class TaskNorm(TaskModule):
                 for x in (self._first(child), *held.of_tasks(self.tasks)):
                     x.fill_(value_of[child])
 
+    def plain_children(self) -> frozenset[str]:
+        # files of before torch counted batches lack the number
+        return frozenset(self.containers()) - {"num_batches_tracked"}
+
     def _read_plain(self, state_dict: dict[str, Any], prefix: str) -> None:
         for child in self.containers():
             key = prefix + _FIRST + child

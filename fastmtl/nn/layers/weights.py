@@ -332,6 +332,9 @@ class TaskLayer(TaskModule):
     def plain_name(self, child: str) -> str:
         return child if self.shared else {"delta": "weight", "task_bias": "bias"}.get(child, child)
 
+    def plain_children(self) -> frozenset[str]:
+        return frozenset() if self.shared else frozenset(("delta", "task_bias"))
+
     def plain_size(self) -> int:
         return 0 if self.shared else sum(x.numel() for x in self.part(self.tasks[0]).values())
 

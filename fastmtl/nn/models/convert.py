@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,7 +76,8 @@ def convert(
 
     Raises:
         TypeError: no module, or a scripted one; options or a `where` that the kind does not know.
-        ValueError: a compiled model; an unknown kind; nothing that can be converted; a layer that is converted already;
+        ValueError: a compiled model; an unknown kind; nothing that can be converted, or one of several names that
+            matches nothing; a layer that is converted already;
             other tasks than those of an earlier call; a layer whose weight is computed, that has hooks, or a forward of
             its own; layers in a Transformer of torch with `batch_first=False`, but for its attention.
 
@@ -125,7 +127,32 @@ def convert(
         for p in result.parameters():
             if not is_per_task(p):
                 p.requires_grad_(False)
+        _warn_of_statistics(result)
     return result
+
+
+def _warn_of_statistics(model: nn.Module) -> None:
+    """Shared parameters are frozen, but no statistics are: training one task would change what others compute."""
+    inside = {id(m) for _, layer in task_layers(model) for m in layer.modules()}
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if id(module) not in inside
+        and getattr(module, "running_mean", None) is not None
+        and isinstance(module, nn.modules.batchnorm._NormBase)
+    ]
+    if not found:
+        return
+    some = ", ".join(repr(path) for path, _ in found[:3]) + (", ..." if len(found) > 3 else "")
+    # those of two dimensions can be each task's own
+    ways = "keep them in eval mode while a task is trained"
+    if any(type(module) is nn.BatchNorm2d for _, module in found):
+        ways = 'convert those of BatchNorm2d first, by kind "patch" and where=torch.nn.BatchNorm2d, or ' + ways
+    warnings.warn(
+        f"the shared parameters are frozen, but the running statistics of {len(found)} batch norms ({some}) are not: "
+        f"in training mode every task moves them for all; {ways}",
+        stacklevel=3,
+    )
 
 
 def _chosen(model: nn.Module, kind: str, chosen: Kind, where: Where) -> list[tuple[Place, Make]]:
@@ -151,6 +178,11 @@ def _chosen(model: nn.Module, kind: str, chosen: Kind, where: Where) -> list[tup
             meant += [place for place in norms if order[id(place.module)] < last]
         return [(place, _make_of(chosen, place)) for place in meant]
     hits = [place for place in found if matches(where, place)]
+    if where is not None and isinstance(where, Sequence) and not isinstance(where, str) and hits:
+        for one in where:
+            # of types and predicates a caller may name more than a network has
+            if isinstance(one, str) and not any(matches(one, place) for place in found):
+                raise ValueError(f"where: expected each name to match a layer, got {one!r}, which matches nothing")
     for place in hits:
         exact = means_exactly(where, place)
         if isinstance(place.module, (TaskModule, TaskComposite)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastmtl.nn.containers import check_name
 from fastmtl.nn.models.merge import name_of_task, task_names
 from fastmtl.nn.module import TaskModule, task_layers, together
+from fastmtl.parameters import unwrapped
 
 VERSION = 1
 # behind these names stand the version, what the layers are, and what their shared weights are about
@@ -31,7 +32,8 @@ def extract(model: nn.Module, task: int | str, *, unused: bool = False) -> dict[
     Save it with `torch.save(state, "birds.pt")`, or `safetensors.torch.save_file(state, "birds.safetensors")`.
 
     Args:
-        model: with layers of `fastmtl.nn`.
+        model: with layers of `fastmtl.nn`; compiled, in DDP or as an `AveragedModel`, too: the file is that of the
+            model inside.
         task: position or name.
         unused: whether tensors that change nothing (deltas behind closed gates) are in it, too; they are zero after
             `insert` otherwise.
@@ -49,12 +51,13 @@ def extract(model: nn.Module, task: int | str, *, unused: bool = False) -> dict[
         ['/delta', 'fastmtl.base', 'fastmtl.layers', 'fastmtl.version']
     """
     name = name_of_task(model, task)
+    model = unwrapped(model)
     state = {
         _VERSION: torch.tensor(VERSION),
         _LAYERS: _fingerprint(model),
         _BASE: _base(model),
     }
-    for path, layer in task_layers(model):
+    for path, layer in _layers(model):
         left_out = frozenset() if unused else layer.unused(name)
         for part, x in layer.part(name).items():
             if part not in left_out:
@@ -75,13 +78,14 @@ def insert(
         task: the name that the task has here.
         state: what `extract` gave, or the path of a file that holds it: `.safetensors`, or what `torch.save` wrote,
             which is read with `weights_only=True`, so that no code in it runs.
-        check_base: whether the shared weights must be about the same as those that the parts belong to. Switch it off
-            where they have been trained on since.
+        check_base: whether all that tasks share, in the whole model, must be about the same as what the parts belong
+            to: weights, and the statistics of batch norms that are no task's own. Switch it off where they have been
+            trained on since.
 
     Raises:
         TypeError: no name; a state that is none.
         ValueError: a state that is truncated, of another version, of a model with other layers or (with `check_base`)
-            other shared weights; tensors that are missing, not expected or of another shape.
+            other shared weights; tensors that are missing, not expected, of another shape, sparse or without memory.
         FileNotFoundError: no such file.
 
     Example:
@@ -95,7 +99,8 @@ def insert(
         state = _read(Path(state))
     if not isinstance(state, Mapping):
         raise TypeError(f"state: expected what extract returns, or a path, got {type(state).__name__}")
-    layers = list(task_layers(model))
+    model = unwrapped(model)
+    layers = list(_layers(model))
     if isinstance(task, str) and task not in names:
         check_name(task)
     elif not isinstance(task, str):
@@ -116,6 +121,9 @@ def _parts(model: nn.Module, state: Mapping[str, Tensor], check_base: bool) -> d
     for key, x in state.items():
         if not isinstance(key, str) or not isinstance(x, Tensor):
             raise ValueError(f"state: expected tensors by name, got {type(x).__name__} at {key!r}")
+        if x.layout != torch.strided or x.is_meta or x.is_quantized or x.is_nested:
+            kind = "one without memory" if x.is_meta else "a quantized one" if x.is_quantized else f"{x.layout}"
+            raise ValueError(f"state: expected dense tensors, got {kind} at {key!r}")
     missing = [key for key in (_VERSION, _LAYERS, _BASE) if key not in state]
     if missing:
         raise ValueError(f"state: expected what extract returns, got nothing at {', '.join(map(repr, missing))}")
@@ -123,7 +131,7 @@ def _parts(model: nn.Module, state: Mapping[str, Tensor], check_base: bool) -> d
     if version.numel() != 1 or version.is_floating_point() or version.is_complex() or int(version) != VERSION:
         got = int(version) if version.numel() == 1 and not version.is_complex() else list(version.shape)
         raise ValueError(f"state: expected version {VERSION}, got {got}")
-    parts: dict[str, dict[str, Tensor]] = {path: {} for path, _ in task_layers(model)}
+    parts: dict[str, dict[str, Tensor]] = {path: {} for path, _ in _layers(model)}
     for key, x in state.items():
         if key in (_VERSION, _LAYERS, _BASE):
             continue
@@ -134,19 +142,46 @@ def _parts(model: nn.Module, state: Mapping[str, Tensor], check_base: bool) -> d
     here, there = _fingerprint(model), state[_LAYERS]
     if not (there.shape == here.shape and bool((there.cpu() == here).all())):
         raise ValueError("state: expected a task of a model with the same layers, got one of another model")
-    base, theirs = _base(model), state[_BASE]
-    if theirs.shape != base.shape or not theirs.is_floating_point():
-        raise ValueError(f"state: expected {_BASE} of shape {list(base.shape)}, got {list(theirs.shape)}")
+    theirs = state[_BASE]
+    if theirs.dim() != 2 or theirs.shape[1] != 5 or not theirs.is_floating_point():
+        raise ValueError(f"state: expected {_BASE} of shape [L, 5], got {list(theirs.shape)}")
     if check_base:
+        names, base = _names_of_base(model), _base(model)
+        if len(theirs) != len(base):
+            raise ValueError(
+                f"state: expected a task of a model whose shared tensors are these, {len(base)} of them or of their "
+                f"layers, got one with {len(theirs)}; check_base=False if only what lies outside of the layers by task "
+                "was changed"
+            )
         size = base[:, 4].clamp_min(torch.finfo(torch.float32).tiny)
         off = ((theirs.cpu().double() - base).abs().amax(1) / size).nan_to_num(nan=float("inf"))
-        for (path, _), distance in zip(task_layers(model), off.tolist(), strict=True):
+        for name, distance in zip(names, off.tolist(), strict=True):
             if distance > _ABOUT_THE_SAME:
                 raise ValueError(
-                    f"state: expected a task that belongs to these shared weights, got one of others (layer {path!r}); "
+                    f"state: expected a task that belongs to these shared weights, got one of others ({name}); "
                     "check_base=False if they have been trained on since"
                 )
     return parts
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, TaskModule]]:
+    """As `task_layers`, by paths that are the same if a part of the model is compiled."""
+    for path, layer in task_layers(model):
+        yield ".".join(part for part in path.split(".") if part != "_orig_mod"), layer
+
+
+def _outside(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """What is saved of the model beside its layers by task, each tensor once."""
+    inside = {id(m) for _, layer in task_layers(model) for m in layer.modules()}
+    found: dict[int, tuple[str, Tensor]] = {}
+    for path, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        saved = {k: x for k, x in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for name, x in {**module._parameters, **saved}.items():
+            if x is not None and x.is_floating_point():
+                found.setdefault(id(x), (f"{path}.{name}" if path else name, x))
+    return list(found.values())
 
 
 def _shared(layer: TaskModule) -> list[tuple[str, Tensor]]:
@@ -157,30 +192,37 @@ def _shared(layer: TaskModule) -> list[tuple[str, Tensor]]:
 def _fingerprint(model: nn.Module) -> Tensor:
     """Which layers there are, of which kind and shapes, and what a part means in them, as 32 numbers."""
     text = []
-    for path, layer in task_layers(model):
+    for path, layer in _layers(model):
         own = sorted(name for name in layer.part(layer.tasks[0]))
         shapes = [(name, list(p.shape)) for name, p in _shared(layer)]
         text.append(f"{path} {type(layer).__name__} {own} {shapes} {layer.meaning()}".rstrip())
     return torch.frombuffer(bytearray(hashlib.sha256("\n".join(text).encode()).digest()), dtype=torch.uint8).clone()
 
 
+def _names_of_base(model: nn.Module) -> list[str]:
+    return [f"layer {path!r}" for path, _ in _layers(model)] + [repr(name) for name, _ in _outside(model)]
+
+
 @torch.no_grad()
 def _base(model: nn.Module) -> Tensor:
-    """What each layer's shared parameters are about, `[L, 5]` float64: four projections on fixed waves, in units of a
-    sum of independent numbers, and the root of the mean square. Rounding to 16 bits moves them little, other weights
-    much.
+    """What all that tasks share is about, `[L, 5]` float64: a row for the shared parameters of each layer by task, and
+    for each tensor beside them.
     """
-    rows = []
-    for _, layer in task_layers(model):
-        values = [p.detach().double().flatten().cpu() for _, p in _shared(layer)]
-        x = torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
-        if len(x) == 0:
-            rows.append(torch.zeros(5, dtype=torch.float64))
-            continue
-        at = torch.arange(len(x), dtype=torch.float64)
-        waves = [float(torch.sin(at * pace + 0.5) @ x) / len(x) ** 0.5 for pace in (0.7, 1.3, 1.9, 2.6)]
-        rows.append(torch.tensor([*waves, float(x.square().mean().sqrt())], dtype=torch.float64))
-    return torch.stack(rows)
+    rows = [_about([p for _, p in _shared(layer)]) for _, layer in _layers(model)]
+    return torch.stack(rows + [_about([x]) for _, x in _outside(model)])
+
+
+def _about(tensors: list[Tensor]) -> Tensor:
+    """Four projections on fixed waves, in units of a sum of independent numbers, and the root of the mean square.
+    Rounding to 16 bits moves them little, other weights much.
+    """
+    values = [x.detach().double().flatten().cpu() for x in tensors]
+    x = torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
+    if len(x) == 0:
+        return torch.zeros(5, dtype=torch.float64)
+    at = torch.arange(len(x), dtype=torch.float64)
+    waves = [float(torch.sin(at * pace + 0.5) @ x) / len(x) ** 0.5 for pace in (0.7, 1.3, 1.9, 2.6)]
+    return torch.tensor([*waves, float(x.square().mean().sqrt())], dtype=torch.float64)
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

@@ -290,14 +290,15 @@ def _fair(p: _Problem, power: float) -> Tensor:
         step = torch.linalg.solve(m + torch.diag(power * wanted / z), wanted - m @ z) / z
         # far from its solution an entry jumps to where it would meet its own equation, M z being as it is
         far = step.abs() > 3 if iteration < 50 else torch.zeros_like(step, dtype=torch.bool)
-        falls = torch.where(far, 0.0, -step).max().item()
+        # a solution may have entries that no float64 holds: at the least there is they stay
+        held = (z <= 1e-280) & (step < 0)
+        falls = torch.where(far | held, 0.0, -step).max().item()
         length = min(-math.expm1(-math.log1p(power * falls) / power), 0.99) / falls if falls > 0 else 1.0
         jumped = torch.exp((-(1 - power * step).clamp(min=1e-300).log() / power).clamp(max=600)) * z
         stepped = z + length * step * z
         up = torch.maximum(stepped, torch.minimum(jumped, alone))
-        # a solution may have entries that no float64 holds
-        moves = torch.where((z > 1e-280) | (step > 0), step.abs(), 0.0).max().item()
-        z = torch.where(far, torch.where(step < 0, jumped.clamp(min=1e-280), up), stepped)
+        moves = torch.where(held, 0.0, step.abs()).max().item()
+        z = torch.where(held, z, torch.where(far, torch.where(step < 0, jumped.clamp(min=1e-280), up), stepped))
         if moves < 1e-14 or (moves < 1e-6 and moves > 0.5 * last):
             break
         last = moves
