@@ -245,7 +245,7 @@ def test_fairgrad_of_lengths_far_apart(alpha: float, decades: int, num_tasks: in
 
 
 @sizes(reference=(8, 33), cpu=(8, 33, 64))
-@pytest.mark.parametrize("decades", [0, 150])
+@pytest.mark.parametrize("decades", [0, 30])
 def test_fairgrad_of_weights_that_no_float64_holds(decades: int, num_tasks: int, backend: Backend) -> None:
     """Two gradients all but opposite ask for weights of 1e9 and more, beside which others fall to nothing."""
     for seed in range(4):

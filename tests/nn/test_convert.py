@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -721,3 +722,48 @@ def test_sequences_before_the_batch_are_refused() -> None:
         y = converted(source, target)
     for n, task in enumerate(NAMES[t] for t in ids):
         torch.testing.assert_close(y[:, n], merge(converted, task)(source, target)[:, n])
+
+
+# --- what is missing, and what is not frozen
+
+
+def test_a_misspelt_name_among_others_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="'layer9', which matches nothing"):
+        convert(model, 2, "dense", ["0", "layer9"])
+    assert type(model[0]) is nn.Linear
+    convert(model, 2, "dense", ["0", nn.Conv2d])
+
+
+def test_statistics_that_are_not_frozen_are_told_of() -> None:
+    def network() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+    with pytest.warns(UserWarning, match=r"statistics of the norms '1', '4':.*where=torch.nn.BatchNorm2d"):
+        convert(network(), 2, "lora")
+    with pytest.warns(UserWarning, match=r"statistics of the norms '4':.*keep them in eval mode"):
+        convert(network(), 2, "taps")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(network(), 2, "dense")
+        convert(network(), 2, "taps", joint=True)
+
+
+@pytest.mark.parametrize(
+    "kind, missing",
+    [("taps", "0.gate."), ("taps", "0.delta."), ("taps", "1.running_mean."), ("patch", "1.weight."), ("lora", "0.A.")],
+)
+@pytest.mark.filterwarnings("ignore:the shared parameters are frozen")
+def test_what_a_checkpoint_lacks_is_missing(kind: str, missing: str) -> None:
+    def made() -> nn.Module:
+        return convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 2, kind)
+
+    state = made().state_dict()
+    left = {key: x for key, x in state.items() if not key.startswith(missing)}
+    assert len(left) < len(state)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        made().load_state_dict(left)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).state_dict()
+        del plain["1.running_var"]
+        convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 2, "taps").load_state_dict(plain)

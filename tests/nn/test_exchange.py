@@ -250,3 +250,61 @@ def test_a_part_that_would_mean_something_else_is_refused(kind: str, there: Any,
     with pytest.raises(ValueError, match="another model"):
         insert(made(kind, where="fc", **here), "new", state)
     insert(made(kind, where="fc", **there), "new", state)
+
+
+# --- what belongs to a task's file
+
+
+def batch_normed() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(18, 2))
+
+
+@pytest.mark.parametrize("kind, where", [("patch", None), ("separate", "bottom:1"), ("lora", "0"), ("taps", "0")])
+def test_another_network_around_the_layers_by_task_is_seen(kind: str, where: str | None) -> None:
+    model = convert(batch_normed(), NAMES, kind, where)
+    state = extract(model, NAMES[0])
+    with torch.no_grad():
+        model[4].weight.add_(1.0)
+    with pytest.raises(ValueError, match=r"one of others \('4.weight'\)"):
+        insert(model, NAMES[1], state)
+    insert(model, NAMES[1], state, check_base=False)
+
+
+@pytest.mark.filterwarnings("ignore:the shared parameters are frozen")
+def test_shared_statistics_belong_to_a_file() -> None:
+    model = convert(batch_normed(), NAMES, "lora", "0", joint=False)
+    state = extract(model, NAMES[0])
+    model[1].running_var.mul_(3.0)
+    with pytest.raises(ValueError, match=r"one of others \('1.running_var'\)"):
+        insert(model, "new", state)
+    assert "new" not in task_names(model)
+
+
+@pytest.mark.parametrize("bad", ["sparse", "meta"])
+def test_tensors_without_values_change_nothing(bad: str) -> None:
+    model = convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), NAMES, "dense")
+    state = extract(model, NAMES[0])
+    for key in ("1/delta", "fastmtl.base", "fastmtl.version"):
+        x = state[key]
+        wrong = {**state, key: x.to("meta") if bad == "meta" or x.dim() == 0 else x.to_sparse()}
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        for task in ("new", NAMES[0]):
+            with pytest.raises(ValueError, match="expected dense tensors, got"):
+                insert(model, task, wrong)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and len(before) == len(
+            model.state_dict()
+        )
+
+
+def test_files_of_wrapped_models_are_those_of_the_model() -> None:
+    model = convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), NAMES, "dense")
+    with torch.no_grad():
+        model[0].delta[NAMES[0]].normal_()
+    state = extract(model, NAMES[0])
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for wrapped in (average, nn.DataParallel(model), torch.compile(model)):
+        assert sorted(extract(wrapped, NAMES[0])) == sorted(state)
+    insert(average, NAMES[1], state)
+    assert torch.equal(average.module[0].delta[NAMES[1]], model[0].delta[NAMES[0]])
+    model[0] = torch.compile(model[0])
+    assert sorted(extract(model, NAMES[0])) == sorted(state)

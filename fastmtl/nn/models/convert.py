@@ -149,8 +149,8 @@ def _warn_of_statistics(model: nn.Module) -> None:
     if any(type(module) is nn.BatchNorm2d for _, module in found):
         ways = 'convert those of BatchNorm2d first, by kind "patch" and where=torch.nn.BatchNorm2d, or ' + ways
     warnings.warn(
-        f"the shared parameters are frozen, but the running statistics of {len(found)} batch norms ({some}) are not: "
-        f"in training mode every task moves them for all; {ways}",
+        f"the shared parameters are frozen, but not the running statistics of the norms {some}: in training mode every "
+        f"task moves them for all; {ways}",
         stacklevel=3,
     )
 

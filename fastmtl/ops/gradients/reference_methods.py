@@ -287,7 +287,7 @@ def _fair(p: _Problem, power: float) -> Tensor:
     last = math.inf
     for iteration in range(200):
         wanted = target(z)
-        step = torch.linalg.solve(m + torch.diag(power * wanted / z), wanted - m @ z) / z
+        step = torch.linalg.solve(m + torch.diag((power * wanted / z).clamp(max=1e300)), wanted - m @ z) / z
         # far from its solution an entry jumps to where it would meet its own equation, M z being as it is
         far = step.abs() > 3 if iteration < 50 else torch.zeros_like(step, dtype=torch.bool)
         # a solution may have entries that no float64 holds: at the least there is they stay
@@ -411,7 +411,7 @@ def _pcd(p: _Problem, primary: float, tau: float) -> Tensor:
         return w
     square = (1 + 2 * y @ p.cosines[others, first] + y @ c @ y).item()
     w[others] = y / relative
-    return w / math.sqrt(square) if square > n * p.rounding * (1 + y.sum().item()) ** 2 else 0 * w
+    return w / math.sqrt(square) if square > n * p.rounding * float((1 + y.sum()) ** 2) else 0 * w
 
 
 def _on_simplex(v: Tensor) -> Tensor:
