@@ -262,9 +262,10 @@ def present_tasks(names: tuple[str, ...], x: Tensor, dims: int) -> tuple[int, ..
         x: its input; of a plain `Tensor` alone more than None is said.
         dims: how many leading dimensions of x the ids may have.
     """
-    if _current is None or type(x) is not Tensor or not 0 < dims <= x.dim() or x.is_nested:
+    block = current_tasks()
+    if block is None or type(x) is not Tensor or not 0 < dims <= x.dim() or x.is_nested:
         return None
-    return _current.present(names, x.shape[:dims], x.device)
+    return block.present(names, x.shape[:dims], x.device)
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -10,7 +10,7 @@ import torch
 from cases_layers import CASES, IDS, NAMES, by_hand, filled
 from torch import nn
 
-from fastmtl.nn import TaskHeads, tasks
+from fastmtl.nn import TaskBatchNorm2d, TaskConv2d, TaskHeads, tasks
 
 pytestmark = pytest.mark.gpu
 
@@ -67,6 +67,32 @@ def test_never_waits_for_the_host(name: str) -> None:
                 case.call(layer, x).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+def test_evaluation_never_waits_for_the_host(gate: float) -> None:
+    """Without gradients, where layers on the CPU read gates, and batch norms of one task are torch's own."""
+    network = nn.Sequential(TaskConv2d(3, 4, 3, NAMES, gate=gate), TaskBatchNorm2d(4, NAMES)).eval()
+    with torch.no_grad():
+        for t, name in enumerate(NAMES):
+            network[0].delta[name].normal_()
+            network[1].running_mean[name].fill_(float(t))
+    x = torch.randn(5, 3, 6, 6)
+    on_device = copy.deepcopy(network).to(DEVICE)
+    for block in (IDS, "sketch"):
+        with tasks(block), torch.no_grad():
+            expected = network(x)
+        given, told = x.to(DEVICE), block if isinstance(block, str) else block.to(DEVICE)
+        with tasks(told), torch.no_grad():
+            on_device(given)  # kernels are compiled
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with tasks(told), torch.no_grad():
+                found = on_device(given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["embedding_taps", "heads_padded", "attention_dense", "layer_norm"])

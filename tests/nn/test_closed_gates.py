@@ -6,6 +6,7 @@ The long way is that of gradients (`torch.enable_grad`), which asks the ops.
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -323,3 +324,39 @@ def test_a_transformer_layer_still_runs_its_layers() -> None:
     x = torch.randn(6, 5, 8)
     torch.testing.assert_close(_short(model, x, IDS), _long(model, x, IDS))
     assert not torch.allclose(_short(model, x, "photo"), _short(model, x, "sketch"))
+
+
+# --- threads
+
+
+def test_each_thread_asks_for_its_own_tasks() -> None:
+    """Which tasks are present decides between the plain layer and the task op, and which statistics a norm takes."""
+    layer = TaskLinear(4, 3, NAMES, gate=1.0, dtype=torch.float64)
+    norm = TaskBatchNorm2d(3, NAMES, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for t, name in enumerate(NAMES):
+            layer.gate[name].fill_(float(t > 0))  # the first task's is closed
+            layer.delta[name].normal_()
+            norm.running_mean[name].fill_(float(t))
+    x, pictures = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 3, 2, 2, dtype=torch.float64)
+    expected: dict[str, list[torch.Tensor]] = {}
+    for name in NAMES:
+        with tasks(name), torch.no_grad():
+            expected[name] = [layer(x), norm(pictures)]
+    found: dict[str, list[torch.Tensor]] = {}
+    meet = threading.Barrier(len(NAMES), timeout=60)
+
+    def run(name: str) -> None:
+        with tasks(name), torch.no_grad():
+            meet.wait()  # all are in their blocks
+            found[name] = [layer(x), norm(pictures)]
+            meet.wait()
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in NAMES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name in NAMES:
+        for y, of_task in zip(found[name], expected[name], strict=True):
+            torch.testing.assert_close(y, of_task, rtol=0, atol=0)

@@ -77,9 +77,13 @@ def convert(
     Raises:
         TypeError: no module, or a scripted one; options or a `where` that the kind does not know.
         ValueError: a compiled model; an unknown kind; nothing that can be converted, or one of several names that
-            matches nothing; a layer that is converted already;
-            other tasks than those of an earlier call; a layer whose weight is computed, that has hooks, or a forward of
-            its own; layers in a Transformer of torch with `batch_first=False`, but for its attention.
+            matches nothing; a layer that is converted already; other tasks than those of an earlier call; a layer whose
+            weight is computed, that has hooks, or a forward of its own; layers in a Transformer of torch with
+            `batch_first=False`, but for its attention.
+
+    Warns:
+        UserWarning: shared parameters are frozen while norms that tasks share keep running statistics, which training
+            any task moves for all.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())

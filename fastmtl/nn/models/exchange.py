@@ -122,8 +122,9 @@ def _parts(model: nn.Module, state: Mapping[str, Tensor], check_base: bool) -> d
         if not isinstance(key, str) or not isinstance(x, Tensor):
             raise ValueError(f"state: expected tensors by name, got {type(x).__name__} at {key!r}")
         if x.layout != torch.strided or x.is_meta or x.is_quantized or x.is_nested:
-            kind = "one without memory" if x.is_meta else "a quantized one" if x.is_quantized else f"{x.layout}"
-            raise ValueError(f"state: expected dense tensors, got {kind} at {key!r}")
+            got = "no memory" if x.is_meta else "a quantized one" if x.is_quantized else "a nested one"
+            got = got if x.layout == torch.strided else str(x.layout)
+            raise ValueError(f"state: expected dense tensors, got {got} at {key!r}")
     missing = [key for key in (_VERSION, _LAYERS, _BASE) if key not in state]
     if missing:
         raise ValueError(f"state: expected what extract returns, got nothing at {', '.join(map(repr, missing))}")
@@ -149,9 +150,8 @@ def _parts(model: nn.Module, state: Mapping[str, Tensor], check_base: bool) -> d
         names, base = _names_of_base(model), _base(model)
         if len(theirs) != len(base):
             raise ValueError(
-                f"state: expected a task of a model whose shared tensors are these, {len(base)} of them or of their "
-                f"layers, got one with {len(theirs)}; check_base=False if only what lies outside of the layers by task "
-                "was changed"
+                f"state: expected a task of a model that shares {len(base)} layers and tensors, as this one does, got "
+                f"one that shares {len(theirs)}; check_base=False if only what lies outside of layers by task differs"
             )
         size = base[:, 4].clamp_min(torch.finfo(torch.float32).tiny)
         off = ((theirs.cpu().double() - base).abs().amax(1) / size).nan_to_num(nan=float("inf"))
