@@ -8,19 +8,21 @@
 #   surgery    tests of gradient surgery in CUDA C++
 #   rates      bytes per second of each CUDA C++ kernel beside a copy's
 #   triton     tests of gradient surgery in Triton
-#   task       tests of the per-task ops and of one_pass
+#   task       tests of the per-task ops, of the layers and of one_pass
 #   hosttime   time of the host per layer
 #   bench      suite surgery, quick
-#   conv       suite conv, quick
+#   methods    suite methods, quick
+#   conv       suite conv, quick; ROWS: only rows with this text
+#   models     suite models, quick
 #   step       suite step
-#   sanitize   every CUDA kernel under memcheck and racecheck
+#   sanitize   every CUDA kernel under memcheck and racecheck; SANITIZED: of the solvers or the kernels alone
 #   profile    an ncu report of the main kernels
 #   table      the slow tests: Triton on the whole table, more than 2^31 elements
 # Without a part: smoke, surgery, rates, task, triton. All that a run says is in $OUT/log.txt; benchmarks leave their
 # files in $OUT/results.
 set -u
 cd "$(dirname "$0")/../.."
-known="smoke surgery rates triton task hosttime bench conv step sanitize profile table"
+known="smoke surgery rates triton task hosttime bench methods conv models step sanitize profile table"
 parts=("$@")
 [ $# -gt 0 ] || parts=(surgery rates task triton)
 for part in "${parts[@]}"; do
@@ -107,7 +109,8 @@ if wanted surgery; then
 fi
 if wanted rates; then SHOW=60 stage rates 90 "$python" -m fastmtl.benchmarks.gpu.surgery_check rates --backend cuda; fi
 if wanted task; then
-  SHOW=40 stage task 180 "${pytest[@]}" -m "not slow" tests/gpu/test_task_ops.py tests/gpu/test_low_rank_ops.py tests/gpu/test_one_pass_steps.py
+  SHOW=40 stage task 180 "${pytest[@]}" -m "not slow" tests/gpu/test_task_ops.py tests/gpu/test_low_rank_ops.py \
+    tests/gpu/test_nn_layers.py tests/gpu/test_one_pass_steps.py
 fi
 if wanted triton; then
   SHOW=25 stage triton 200 "${pytest[@]}" -m "not slow" -k triton tests/gpu/test_cuda_*.py tests/gpu/test_surgery_steps.py
@@ -117,8 +120,14 @@ if wanted hosttime; then SHOW=20 stage hosttime 60 "$python" -m fastmtl.benchmar
 if wanted bench; then
   SHOW=60 stage bench 310 "$python" -m fastmtl bench --suite surgery --quick --device cuda --out "$out/results"
 fi
+if wanted methods; then
+  SHOW=60 stage methods 200 "$python" -m fastmtl bench --suite methods --quick --device cuda --out "$out/results"
+fi
 if wanted conv; then
-  SHOW=60 stage conv 310 "$python" -m fastmtl bench --suite conv --quick --device cuda --out "$out/results"
+  SHOW=60 stage conv 310 "$python" -m fastmtl bench --suite conv --quick --device cuda --out "$out/results" ${ROWS:+--filter "$ROWS"}
+fi
+if wanted models; then
+  SHOW=60 stage models 200 "$python" -m fastmtl bench --suite models --quick --device cuda --out "$out/results"
 fi
 if wanted step; then SHOW=70 stage step 310 "$python" -m fastmtl bench --suite step --device cuda --out "$out/results"; fi
 
@@ -128,9 +137,11 @@ if wanted sanitize; then
     # of torch's kernels there is nothing to learn; with its cache of memory a kernel that reads past the end of a
     # tensor still reads memory that is the process's own
     options=(--error-exitcode 9 --kernel-regex kns=fastmtl --report-api-errors no)
-    check=("$python" -m fastmtl.benchmarks.gpu.surgery_check kernels --backend cuda)
-    stage memcheck 160 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck "${options[@]}" "${check[@]}"
-    stage racecheck 160 "$sanitizer" --tool racecheck "${options[@]}" "${check[@]}"
+    for what in ${SANITIZED:-solvers kernels}; do
+      check=("$python" -m fastmtl.benchmarks.gpu.surgery_check "$what" --backend cuda)
+      stage "memcheck $what" 160 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck "${options[@]}" "${check[@]}"
+      stage "racecheck $what" 160 "$sanitizer" --tool racecheck "${options[@]}" "${check[@]}"
+    done
   else
     skipped sanitize "compute-sanitizer was not found on the PATH or under CUDA_HOME"
   fi

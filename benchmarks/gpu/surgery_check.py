@@ -1,6 +1,7 @@
 """Gradient surgery's kernels outside of the tests: under a sanitizer, against the copy rate, under a profiler.
 
-python -m fastmtl.benchmarks.gpu.surgery_check kernels    # every kernel of csrc/cuda, small, against the oracle
+python -m fastmtl.benchmarks.gpu.surgery_check kernels    # the kernels that read gradients, small, against the oracle
+python -m fastmtl.benchmarks.gpu.surgery_check solvers    # the methods' weights and groups of parameters, against a CPU
 python -m fastmtl.benchmarks.gpu.surgery_check rates      # bytes per second of each kernel, and of a copy
 python -m fastmtl.benchmarks.gpu.surgery_check profile    # a few calls of the two main kernels, for ncu
 """
@@ -15,14 +16,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastmtl
-from fastmtl import ops
+from fastmtl import methods, ops
 from fastmtl.benchmarks.runner import measure
 from fastmtl.benchmarks.workloads import gradients
 from fastmtl.core import dispatch
 from fastmtl.ops.gradients import reference
+from fastmtl.ops.gradients.method_weights import OPTIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # one or more for every kernel that T chooses, and for every branch of their launches
@@ -31,6 +33,8 @@ TASKS = (2, 4, 8, 13, 20, 40, 60, 100)
 COLUMNS = (2048, 1027, 135_168 + 5)
 # of the largest result
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-3, torch.float16: 6e-4}
+# of weights and of updates by them, which two orders of summation move
+SOLVER_TOLERANCE = 1e-5
 
 
 def _rows(num_tasks: int, num_params: int, dtype: torch.dtype) -> Tensor:
@@ -118,6 +122,73 @@ def check_kernels(device: torch.device, say: Callable[[str], None]) -> int:
     return wrong
 
 
+# --- solvers
+
+# one or more for every solver that T chooses: matrices in registers, in shared memory, in global memory
+SOLVED_TASKS = (1, 2, 8, 16, 17, 33, 64, 65, 128)
+STEPS = 2
+
+
+def _solvers(num_tasks: int) -> Iterator[methods.GramMethod]:
+    """Every method that is solved by a kernel, with one that wraps another and one with preferences by name."""
+    for name in OPTIONS:
+        yield methods.get(name)
+    yield methods.GradVac(0.3, order=ops.random_order(num_tasks, generator=ops.order_state(1)))
+    yield methods.PCGrad(order=ops.random_order(num_tasks, generator=ops.order_state(2)))
+    yield methods.CRMOGM(methods.MGDA(), momentum=0.5)
+    yield methods.UPGrad(preferences={str(t): 1.0 + t for t in range(num_tasks)})
+
+
+def _weighed(method: methods.GramMethod, gram: Tensor, second: Tensor, device: torch.device) -> Tensor:
+    """Weights of a few steps, one after the other; the last task is absent."""
+    num_tasks = len(gram)
+    if getattr(method, "order", None) is not None:
+        method.order = method.order.to(device)
+    present = torch.arange(num_tasks, device=device) < max(num_tasks - 1, 1)
+    seen = methods.Seen([str(t) for t in range(num_tasks)], present, second=second.to(device))
+    return torch.stack([method.weigh(gram.to(device), seen) for _ in range(STEPS)]).cpu()
+
+
+def _grouped_update(num_tasks: int, name: str, device: torch.device) -> Tensor:
+    """The update of a network whose layers are weighed each by itself."""
+    torch.manual_seed(num_tasks)
+    net = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(24, 24), nn.Tanh()))).double().to(device)
+    x = torch.randn(6, 24, dtype=torch.float64).to(device)
+    losses = [(net(x + t) - (-1.0) ** t).square().mean() for t in range(num_tasks)]
+    method: methods.Method = methods.MGDA()
+    if name == "pcgrad":
+        method = methods.PCGrad(order=ops.random_order(num_tasks, generator=ops.order_state(2)).to(device))
+    fastmtl.backward(losses, net, method=method, groups="layer")
+    return torch.cat([p.grad.flatten() for p in net.parameters()]).cpu()
+
+
+def check_solvers(device: torch.device, say: Callable[[str], None]) -> int:
+    """Weights of every method and number of tasks, and updates by groups, against the CPU's; how many are wrong."""
+    results: list[tuple[str, Tensor, Tensor]] = []
+    cpu = torch.device("cpu")
+    for num_tasks in SOLVED_TASKS:
+        bank, other = torch.randn(
+            2, num_tasks, 2 * num_tasks + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(num_tasks)
+        )
+        bank = bank - 0.8 * bank.mean(0)
+        gram, second = bank @ bank.mT, bank @ other.mT
+        for on_device, on_host in zip(_solvers(num_tasks), _solvers(num_tasks), strict=True):
+            found = _weighed(on_device, gram, second, device)
+            results.append((f"{on_host!r} T={num_tasks}", found, _weighed(on_host, gram, second, cpu)))
+    for num_tasks in (3, 16, 40, 70):
+        for name in ("pcgrad", "mgda"):
+            found = _grouped_update(num_tasks, name, device)
+            results.append((f"{name} by layer T={num_tasks}", found, _grouped_update(num_tasks, name, cpu)))
+    wrong = 0
+    for what, found, expected in results:
+        error = _off(found, expected)
+        if not error <= SOLVER_TOLERANCE:
+            wrong += 1
+            say(f"WRONG {what}: {error:.2g} > {SOLVER_TOLERANCE:.2g}")
+    say(f"{len(results)} results, {wrong} wrong")
+    return wrong
+
+
 # --- rates
 
 # T, P, dtype: the rows of the table of targets, and what lies between
@@ -184,14 +255,18 @@ def run_for_a_profiler(device: torch.device) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastmtl.benchmarks.gpu.surgery_check", description=__doc__)
-    parser.add_argument("what", choices=("kernels", "rates", "profile"))
-    parser.add_argument("--device", default="cuda", help="kernels: cpu checks the compiled CPU code in the same way")
+    parser.add_argument("what", choices=("kernels", "solvers", "rates", "profile"))
+    parser.add_argument(
+        "--device", default="cuda", help="kernels, solvers: cpu checks the compiled CPU code in the same way"
+    )
     parser.add_argument("--backend", choices=("cuda", "triton"), help="forces it")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     with fastmtl.use_backend(options.backend) if options.backend else nullcontext():
         if options.what == "kernels":
             return min(check_kernels(device, print), 1)
+        if options.what == "solvers":
+            return min(check_solvers(device, print), 1)
         if options.what == "rates":
             print_rates(device, lambda line: print(line, flush=True), options.backend)
         else:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases_cuda import captured
 from cases_one_pass import IDS, MODELS, T, assert_rows, cross_entropy, expected_rows
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -90,6 +91,29 @@ def test_ids_out_of_range_make_the_update_nan() -> None:
         cross_entropy(model(x)).sum().backward()
     bank.apply("sum")
     assert all(p.grad.isnan().any() for p in model.parameters())
+
+
+def test_batch_norm_by_other_tasks_is_nan_in_a_captured_step() -> None:
+    """The host can't compare the tasks of the statistics with those of the bank there."""
+    torch.manual_seed(0)
+    norm = fastmtl.nn.TaskBatchNorm2d(4, T)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).to(DEVICE)
+    x, ids = torch.randn(8, 3, 5, 5, device=DEVICE), torch.tensor([0, 2, 1, 0, 0, 2, 1, 0], device=DEVICE)
+    of_the_norm = ids.clone()
+
+    def step() -> fastmtl.Surgery:
+        model.zero_grad(set_to_none=False)
+        with fastmtl.nn.tasks(of_the_norm), fastmtl.one_pass(model, ids, T) as bank:
+            cross_entropy(model(x)).sum().backward()
+        return bank.apply("sum")
+
+    graph, _ = captured(step)
+    shared = [p for name, p in model.named_parameters() if not name.startswith("1.")]
+    # the same tasks, the same under other names, statistics over samples of several tasks
+    for told, finite in ((ids, True), ((ids + 1) % T, True), (ids.roll(1), False)):
+        of_the_norm.copy_(told)
+        graph.replay()
+        assert all(bool(p.grad.isfinite().all()) is finite for p in shared), told
 
 
 def test_checkpoints_are_recomputed_on_threads_of_autograd() -> None:
