@@ -173,6 +173,13 @@ class TaskModule(nn.Module):
                 f"{', '.join(tied)} another layer has, too; call fastmtl.nn.{method} with the model that both are in"
             )
 
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """What `save_pretrained` of transformers asks every module for: patterns of names that it may drop from a file,
+        since another layer has these very tensors.
+        """
+        return {f"{child}.": child for child, held in self.containers().items() if held._tied}
+
     def _end(self, name: str) -> None:
         for held in self.containers().values():
             if name in held:

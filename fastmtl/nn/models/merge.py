@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fastmtl.nn.models.plain import forget_contexts, tie_again
 from fastmtl.nn.module import TaskComposite, TaskModule, task_layers
 
 
@@ -19,12 +20,17 @@ def merge(model: nn.Module, task: int | str) -> nn.Module:
 
     Returns:
         A deep copy with plain layers: deltas and gates are multiplied out, the other tasks are gone, and all
-        parameters train. It needs no `tasks` block. Layers that had a weight in common have one, as far as it is the
-        same still.
+        parameters train. It needs no `tasks` block, and `checkpoint_contexts` is gone from its checkpoints. Layers that
+        had a weight in common have one, as far as it is the same still, also where a model of transformers says that
+        it ties them.
 
     Raises:
         TypeError: no module.
         ValueError: no layers with parts of tasks, no such task, a low-rank delta whose halves do not fit.
+
+    Warns:
+        UserWarning: weights that a model of transformers ties, an embedding and the head say, are others of this task,
+            so that they are untied. `save_pretrained` and `from_pretrained` (of transformers 5) keep them so.
 
     Example:
         >>> model = convert(torch.nn.Sequential(torch.nn.Linear(4, 2)), ["left", "right"])
@@ -52,6 +58,8 @@ def merge(model: nn.Module, task: int | str) -> nn.Module:
     for p in plain.parameters():
         if p.is_floating_point():
             p.requires_grad_(True)
+    forget_contexts(plain)
+    tie_again(plain, name)
     return plain
 
 
