@@ -341,11 +341,9 @@ class TaskLayer(TaskModule):
     @torch.no_grad()
     def unused(self, task: int | str) -> frozenset[str]:
         name = self.task_name(task)
-        if not self.shared or self._delta_counts(name):
+        if not self.shared or self.gate is None or self._delta_counts(name):
             return frozenset()
-        gate = self._gate_of(name)
-        closed = gate is not None and float(gate) == 0
-        return frozenset(("delta", "A", "B")) & frozenset(self.part(name)) if closed else frozenset()
+        return frozenset(("delta", "A", "B")) & frozenset(self.part(name))
 
     def expected_part(self, part: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         expected = super().expected_part(part)
@@ -355,7 +353,10 @@ class TaskLayer(TaskModule):
         return expected
 
     def optional(self, part: Mapping[str, Tensor]) -> frozenset[str]:
-        return frozenset(("delta", "A", "B")) if "gate" in part else frozenset()
+        if "gate" not in part:
+            return frozenset()
+        # one half of a low-rank delta without the other is none
+        return frozenset(("delta", "A", "B") if ("A" in part) == ("B" in part) else ("delta",))
 
     def add_part(self, name: str, part: Mapping[str, Tensor]) -> None:
         self.add_task(name, rank=len(part["A"]) if "A" in part else None)
@@ -363,8 +364,13 @@ class TaskLayer(TaskModule):
 
     def set_part(self, task: int | str, part: Mapping[str, Tensor]) -> None:
         super().set_part(task, part)
+        name = self.task_name(task)
         if self.rank is not None and "A" in part:
-            self.rank[self.task_name(task)] = len(part["A"])
+            self.rank[name] = len(part["A"])
+        elif self.A is not None:
+            # two halves of zero would never be trained
+            with torch.no_grad():
+                nn.init.kaiming_uniform_(self.A[name], a=math.sqrt(5))
 
     def _merge_into(self, plain: nn.Module, task: int | str, memo: dict[int, Any] | None) -> nn.Module:
         """Gives a plain layer the weight and bias of one task."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -35,8 +36,9 @@ def extract(model: nn.Module, task: int | str, *, unused: bool = False) -> dict[
         model: with layers of `fastmtl.nn`; compiled, in DDP or as an `AveragedModel`, too: the file is that of the
             model inside.
         task: position or name.
-        unused: whether tensors that change nothing (deltas behind closed gates) are in it, too; they are zero after
-            `insert` otherwise.
+        unused: whether tensors that change nothing (deltas behind closed gates, and deltas of zero that have a gate)
+            are in it, too. Otherwise `insert` begins them anew: dense ones are zero, of those of a low rank `A` is
+            random and `B` zero.
 
     Returns:
         Copies of the tensors, by layer and name, and three small ones that tell `insert` what they belong to. The
@@ -71,7 +73,9 @@ def insert(
     """Puts one task's parts into a model: as a new task, or in the place of one of the same name.
 
     All is checked before anything is changed. A new task comes behind the others, and an optimizer must be told of it.
-    No other task's tensors are touched.
+    A task that is there keeps its parameters, which get other values; but those whose shape is another one, as low-rank
+    deltas of another rank have it, are new parameters, and an optimizer goes on holding the old: make a new one, of
+    `param_groups(model)`. No other task's tensors are touched.
 
     Args:
         model: with the same layers as the one that the parts come from.
@@ -85,7 +89,8 @@ def insert(
     Raises:
         TypeError: no name; a state that is none.
         ValueError: a state that is truncated, of another version, of a model with other layers or (with `check_base`)
-            other shared weights; tensors that are missing, not expected, of another shape, sparse or without memory.
+            other shared weights; tensors that are missing, not expected, of another shape, sparse or without memory; a
+            file that is empty, cut off, a directory, or holds more than tensors (code, a whole model).
         FileNotFoundError: no such file.
 
     Example:
@@ -229,6 +234,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     """A file's tensors; no code in it is run."""
     if not path.exists():
         raise FileNotFoundError(f"state: expected a file, got {str(path)!r}, which does not exist")
+    if path.is_dir():
+        raise ValueError(f"state: expected a file, got {str(path)!r}, which is a directory")
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
@@ -238,14 +245,34 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             return load_file(path)
         except Exception as error:
             raise ValueError(f"state: expected a file of safetensors, got {str(path)!r}: {error}") from error
+    with path.open("rb") as file:
+        # opened here, so that a file that may not be read is no file that is none
+        begin = file.read(9)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch's text names what the file wanted to run
-        why = str(error).partition("\n")[0]
+        # without the cause: torch's text tells the reader to switch off `weights_only`, which runs the code of a file
         raise ValueError(
-            f"state: expected a file of tensors, whole and without code, got {str(path)!r}: {why}"
-        ) from error
+            f"state: expected a file of tensors, whole and without code, got {str(path)!r}, {_why_not(begin, error)}"
+        ) from None
     if not isinstance(found, Mapping):
         raise ValueError(f"state: expected a file with what extract returns, got {type(found).__name__}")
     return found
+
+
+# how torch's reader names what it does not make of a file
+_REFUSED = re.compile(r"\bGLOBAL ([\w.]+)")
+
+
+def _why_not(begin: bytes, error: Exception) -> str:
+    """What a file is that `torch.load` does not read, by its first bytes."""
+    if not begin:
+        return "which is empty"
+    refused = _REFUSED.search(str(error))
+    if refused is not None:
+        return f"which holds more than tensors ({refused[1]}) and is not read; save what extract returns, nothing else"
+    if begin[8:] == b"{":
+        return "which looks like one of safetensors; give it a name that ends in .safetensors"
+    if begin[:2] == b"PK":
+        return "which is cut off or damaged; copy or save it again"
+    return "which torch.save has not written, or which is cut off or damaged"
