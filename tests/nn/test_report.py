@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +79,31 @@ def test_the_picture(tmp_path: Path) -> None:
     assert (tmp_path / "tasks.png").read_bytes()[:4] == b"\x89PNG"
     add_task(model, "cartoon")
     assert heatmap(layer_report(model)).axes[0].images[0].get_array().shape == (4, len(report.layers))
+
+
+@pytest.mark.parametrize("names", [["a"], ["photographs", "pencil sketches", "clip art of the web", "W" * 40], 30])
+@pytest.mark.parametrize("layers", [1, 4, 60, 200])
+def test_the_names_in_the_picture_are_apart_and_inside(names: Any, layers: int) -> None:
+    path = ".".join(["encoder"] * 8)
+    model = nn.Sequential()
+    for k in range(layers):
+        inner = nn.Sequential()
+        inner.add_module("a_layer_with_a_long_name_in_it" if k % 3 else "short", nn.Linear(1, 1))
+        model.add_module(f"{path.replace('.', '_')}_{k}", inner)
+    figure = heatmap(layer_report(convert(model, names, "dense")))
+    renderer = figure.canvas.get_renderer()
+    figure.draw(renderer)
+    axes = figure.axes[0]
+    tasks = [t.get_window_extent(renderer) for t in axes.get_yticklabels()]
+    paths = [t.get_window_extent(renderer) for t in axes.get_xticklabels()]
+    title, label = (t.get_window_extent(renderer) for t in (axes._left_title, axes.xaxis.label))
+    assert axes.get_title(loc="left").startswith("layers that each task has changed")
+    for boxes in (tasks, paths):
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
+    assert not any(a.overlaps(b) for a in tasks for b in paths)
+    assert not any(box.overlaps(other) for box in (*paths, *tasks) for other in (title, label))
+    for box in (*tasks, *paths, title, label):
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
 
 
 def test_what_is_reported_is_what_is_merged() -> None:

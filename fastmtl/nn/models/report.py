@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -138,22 +139,34 @@ def heatmap(report: LayerReport, path: str | None = None) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(5.0, 2 + 0.22 * len(report.layers)), max(2.2, 1.4 + 0.4 * len(report.tasks))))
-    FigureCanvasAgg(figure)
+    figure = Figure()
+    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.imshow(
         [list(map(float, report.changed[name])) for name in report.tasks], cmap="Blues", vmin=0, vmax=1.2, aspect="auto"
     )
-    axes.set_yticks(range(len(report.tasks)), report.tasks)
-    step = max(1, len(report.layers) // 40)
+    # in inches: a column is as wide as its name is high, but where there are hundreds
+    column = max(0.05, min(0.22, 16 / len(report.layers)))
+    step = math.ceil(0.11 / column)
+    axes.set_yticks(range(len(report.tasks)), report.tasks, fontsize=9)
     axes.set_xticks(range(0, len(report.layers), step), report.layers[::step], rotation=90, fontsize=6)
     axes.set_xticks([k - 0.5 for k in range(1, len(report.layers))], minor=True)
     axes.set_yticks([k - 0.5 for k in range(1, len(report.tasks))], minor=True)
     axes.grid(which="minor", color="white", linewidth=1)
     axes.tick_params(which="minor", length=0)
-    axes.set_xlabel("layer, from the bottom to the top")
-    axes.set_title(f"layers that each task has changed; {report.size:.2f}x the size of one network", fontsize=9)
-    figure.tight_layout()
+    axes.set_xlabel("layer, from the bottom to the top", fontsize=9)
+    title = axes.set_title(
+        f"layers that each task has changed; {report.size:.2f}x the size of one network", fontsize=9, loc="left"
+    )
+    # names are as long as they are: the figure grows with them, and not the cells
+    renderer = canvas.get_renderer()
+    left = 0.25 + max(t.get_window_extent(renderer).width for t in axes.get_yticklabels()) / figure.dpi
+    below = 0.45 + max(t.get_window_extent(renderer).height for t in axes.get_xticklabels()) / figure.dpi
+    across = max(column * len(report.layers), title.get_window_extent(renderer).width / figure.dpi)
+    down = max(0.25 * len(report.tasks), 0.5)
+    width, height = left + across + 0.15, below + down + 0.35
+    figure.set_size_inches(width, height)
+    axes.set_position((left / width, below / height, across / width, down / height))
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
