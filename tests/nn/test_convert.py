@@ -750,6 +750,35 @@ def test_statistics_that_are_not_frozen_are_told_of() -> None:
 
 
 @pytest.mark.parametrize(
+    ("layer", "options", "text"),
+    [
+        (lambda: nn.Linear(8, 8), {"rank": 1000}, r"at most 8, .*\('the model'\) can use, got 1000"),
+        (lambda: nn.Sequential(nn.Linear(3, 2), nn.Linear(9, 4)), {}, r"at most 4, .*\('1'\) can use, got 8"),
+        (lambda: nn.Sequential(nn.Conv2d(2, 30, 3)), {"rank": 19}, r"at most 18, .*\('0'\) can use, got 19"),
+        (
+            lambda: nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True)),
+            {"rank": {"a": 4, "b": 9}},
+            r"at most 8, .*\('0.q_proj'\) can use, got 9",
+        ),
+        (lambda: nn.Sequential(nn.Linear(8, 8)), {"rank": 9, "kind": "taps"}, "at most 8, .* got 9"),
+    ],
+)
+def test_a_rank_that_no_layer_can_use_is_told_of(layer: Any, options: Any, text: str) -> None:
+    options = {"kind": "lora", **options}
+    with pytest.warns(UserWarning, match=f"rank: expected {text}"):
+        model = convert(layer(), ["a", "b"], **options)
+    assert all(layer.rank["b"] == len(layer.A["b"]) for _, layer in task_layers(model))  # and taken, as PEFT takes it
+
+
+def test_a_rank_that_some_layer_can_use_is_taken() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), 2, "lora", rank=8)
+        convert(nn.Linear(8, 8), 2, "lora", rank={"0": 1, "1": 8})
+        convert(nn.Linear(1, 1), 2, "dense")
+
+
+@pytest.mark.parametrize(
     "kind, missing",
     [("taps", "0.gate."), ("taps", "0.delta."), ("taps", "1.running_mean."), ("patch", "1.weight."), ("lora", "0.A.")],
 )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastmtl.nn.containers import Tasks, read_names
+from fastmtl.nn.layers.weights import TaskLayer
 from fastmtl.nn.models.kinds import KINDS, Kind, Make, what
 from fastmtl.nn.models.where import (
     Place,
@@ -83,7 +84,7 @@ def convert(
 
     Warns:
         UserWarning: shared parameters are frozen while norms that tasks share keep running statistics, which training
-            any task moves for all.
+            any task moves for all; a rank that is more than any of the layers can use.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
@@ -126,6 +127,7 @@ def convert(
     new = [(place.module, _made(place, make, names, given)) for place, make in meant]
     _tie(new)
     made = {id(old): layer for old, layer in new}
+    _warn_of_rank([(place.path, layer) for (place, _), (_, layer) in zip(meant, new, strict=True)])
     result = _replaced(model, made)
     if chosen_kind.freezes if joint is None else not joint:
         for p in result.parameters():
@@ -157,6 +159,27 @@ def _warn_of_statistics(model: nn.Module) -> None:
         f"task moves them for all; {ways}",
         stacklevel=3,
     )
+
+
+def _warn_of_rank(new: Sequence[tuple[str, nn.Module]]) -> None:
+    """A rank is taken that some layers can't use, a small classifier say; one that none can use is a slip."""
+    useful, path, asked = 0, "", 0
+    for place, module in new:
+        for inside, layer in task_layers(module, place):
+            if not isinstance(layer, TaskLayer) or layer.rank is None:
+                continue
+            assert layer.A is not None and layer.B is not None
+            name = layer.tasks[0]
+            most = min(layer.A[name].numel(), layer.B[name].numel()) // layer.rank[name]
+            asked = max(layer.rank.values())
+            if most > useful:
+                useful, path = most, inside
+    if asked > useful > 0:
+        warnings.warn(
+            f"rank: expected at most {useful}, which is all that the largest layer converted ({path or 'the model'!r}) "
+            f"can use, got {asked}: the rest costs memory and time for nothing; kind 'dense' costs less",
+            stacklevel=3,
+        )
 
 
 def _chosen(model: nn.Module, kind: str, chosen: Kind, where: Where) -> list[tuple[Place, Make]]:
