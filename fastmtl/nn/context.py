@@ -68,6 +68,11 @@ class tasks:
                     )
             task_ids = tuple(task_ids)
         elif not isinstance(task_ids, str):
+            if not isinstance(task_ids, (Tensor, TaskPlan)):
+                raise TypeError(
+                    "task_ids: expected an int64 or int32 tensor with the id of each sample, names, the name of one "
+                    f"task for all samples, or a TaskPlan, got {type(task_ids).__name__}"
+                )
             check_ids(task_ids)
             # a tensor object of its own: a graph compiled while the caller's was an input of the model, too, would take
             # that input for the ids ever after

@@ -365,6 +365,21 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: convert(nn.Linear(4, 4), 2, "lora", rank=[2, 2]), TypeError,
         "rank: expected an int, or a dict of one for each task, got list",
     ),
+    "PEFT's rank": (lambda: convert(ResNet(), 2, "lora", r=2), TypeError, "got 'r'; the rank is rank="),
+    "PEFT's alpha": (
+        lambda: convert(ResNet(), 2, "lora", lora_alpha=2), TypeError, "got 'lora_alpha'; PEFT's alpha / r is scaling="
+    ),
+    "the end of a name": (
+        lambda: convert(ResNet(), 2, where="conv2"), ValueError,
+        r"got 'conv2', which matches nothing; a name means a whole path, and '\*.conv2' all that end so; layers",
+    ),
+    "the end of a name in a list": (
+        lambda: convert(ResNet(), 2, where=["fc", "conv2"]), ValueError,
+        r"got 'conv2', which matches nothing; a name means a whole path, and '\*.conv2'",
+    ),
+    "ids that are one int": (
+        lambda: tasks(2), TypeError, "task_ids: expected an int64 or int32 tensor .*the name of one task.*, got int"
+    ),
     "rank": (lambda: convert(ResNet(), 2, "lora", rank=0), ValueError, "rank: expected at least 1, got 0"),
     "names twice": (lambda: convert(ResNet(), ["a", "a"]), ValueError, "tasks: expected different names"),
     "no tasks": (lambda: convert(ResNet(), 0), ValueError, "tasks: expected at least 1, got 0"),

@@ -25,6 +25,12 @@ from fastmtl.nn.models.where import (
 from fastmtl.nn.module import TaskComposite, TaskModule, task_layers
 from fastmtl.parameters import compiled_module, is_per_task
 
+# what others call an option
+_HINTS = {
+    "r": "; the rank is rank=",
+    **dict.fromkeys(("alpha", "lora_alpha"), "; PEFT's alpha / r is scaling="),
+    **dict.fromkeys(("target_modules", "modules_to_save"), "; which layers are meant is where="),
+}
 # what layers with the same weight have in common
 _OF_THE_WEIGHT = ("delta", "A", "B", "gate")
 
@@ -115,7 +121,7 @@ def convert(
     for name in options:
         if name not in chosen_kind.options:
             known = ", ".join(chosen_kind.options) or "none"
-            raise TypeError(f"options: expected {known} with kind {kind!r}, got {name!r}")
+            raise TypeError(f"options: expected {known} with kind {kind!r}, got {name!r}{_HINTS.get(name, '')}")
     for path, layer in task_layers(model):
         if layer.tasks != names:
             raise ValueError(
@@ -209,7 +215,10 @@ def _chosen(model: nn.Module, kind: str, chosen: Kind, where: Where) -> list[tup
         for one in where:
             # of types and predicates a caller may name more than a network has
             if isinstance(one, str) and not any(matches(one, place) for place in found):
-                raise ValueError(f"where: expected each name to match a layer, got {one!r}, which matches nothing")
+                hint = _way_to_names([one], found)
+                raise ValueError(
+                    f"where: expected each name to match a layer, got {one!r}, which matches nothing{hint}"
+                )
     for place in hits:
         exact = means_exactly(where, place)
         if isinstance(place.module, (TaskModule, TaskComposite)):
@@ -308,7 +317,15 @@ def _nothing(
             f"where: expected a layer that kind {kind!r} converts ({types}), got {told}, which matches other modules "
             f"alone; layers that it converts: {some}"
         )
-    return ValueError(f"where: expected to match a layer, got {told}, which matches nothing; layers: {some}")
+    names = [where] if isinstance(where, str) else where if isinstance(where, (list, tuple)) else []
+    hint = _way_to_names([name for name in names if isinstance(name, str)], found)
+    return ValueError(f"where: expected to match a layer, got {told}, which matches nothing{hint}; layers: {some}")
+
+
+def _way_to_names(names: Sequence[str], found: Sequence[Place]) -> str:
+    """For errors: how the last part of a path, as PEFT takes it, is written here."""
+    ends = [name for name in names if any(place.path.endswith(f".{name}") for place in found)]
+    return f"; a name means a whole path, and {f'*.{ends[0]}'!r} all that end so" if ends else ""
 
 
 def _made(place: Place, make: Make, names: tuple[str, ...], options: dict[str, Any]) -> nn.Module:

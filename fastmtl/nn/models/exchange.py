@@ -163,8 +163,9 @@ def _parts(model: nn.Module, state: Mapping[str, Tensor], check_base: bool) -> d
         for name, distance in zip(names, off.tolist(), strict=True):
             if distance > _ABOUT_THE_SAME:
                 raise ValueError(
-                    f"state: expected a task that belongs to these shared weights, got one of others ({name}); "
-                    "check_base=False if they have been trained on since"
+                    f"state: expected a task that belongs to these shared weights, got one of others ({name}); load "
+                    "those that it was trained with first, or, if these have been trained on since and the task is to "
+                    "go along, check_base=False"
                 )
     return parts
 

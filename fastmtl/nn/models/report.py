@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -115,7 +116,7 @@ def _not_seen(part: Mapping[str, Tensor], seen: set[int]) -> int:
     return sum(x.numel() for x in new)
 
 
-def heatmap(report: LayerReport, path: str | None = None) -> Any:
+def heatmap(report: LayerReport, path: str | os.PathLike[str] | None = None) -> Any:
     """The picture of a report: one row per task, one column per layer, dark where the task has changed it.
 
     Args:
