@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import fastmtl
 from fastmtl import methods, ops
 from fastmtl.benchmarks.runner import measure
+from fastmtl.benchmarks.suites import methods as suite
 from fastmtl.benchmarks.workloads import gradients
 from fastmtl.core import dispatch
 from fastmtl.ops.gradients import reference
@@ -220,7 +221,7 @@ def _seconds(call: Callable[[Any], Any], inputs: Sequence[Any], device: torch.de
 
 
 def print_rates(device: torch.device, say: Callable[[str], None], backend: str | None = None) -> None:
-    """Time and bytes per second of each op, by one backend or by each, over the copy rate."""
+    """Time and bytes per second of each op, by one backend or by each, over the copy rate; time of methods' weights."""
     rates = measure.Rates(device)
     rates.copy()
     copy = measure.summary([rates.copy() for _ in range(20)])["median"]
@@ -246,6 +247,11 @@ def print_rates(device: torch.device, say: Callable[[str], None], backend: str |
                 rate = f"{moved / seconds / 1e12:5.2f} TB/s  {seconds / (moved * copy):.3f} x floor"
                 say(f"{what} {seconds * 1e6:9.1f} us  {rate}")
         del banks
+    for num_tasks in (8, 64, 128):
+        gram = suite.conflicting_problem(num_tasks, device).gram
+        for name in suite.OF_GRAM:
+            seconds = _seconds(suite.weighing(suite.METHODS[name](), num_tasks), [gram] * 10, device)
+            say(f"T={num_tasks:3} weights of {name:10} {seconds * 1e6:9.1f} us")
 
 
 def run_for_a_profiler(device: torch.device) -> None:
