@@ -1,5 +1,5 @@
-"""The snippets of docs/training-loops.md, docs/methods.md and docs/one-pass.md run as they stand there, and train the
-model."""
+"""The snippets of docs/training-loops.md, docs/methods.md, docs/one-pass.md and docs/task-models.md run as they stand
+there; those of the first three train the model."""
 
 from __future__ import annotations
 
@@ -125,3 +125,34 @@ def test_one_pass_snippet() -> None:
         exec(compile(snippet, "one-pass", "exec"), names)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in names["model"].parameters())
     assert names["surgery"].weights.isfinite().all()
+
+
+MODELS = read("task-models.md")
+
+
+@pytest.mark.parametrize("snippet", MODELS, ids=[f"{k}-{first_words(x.strip())}" for k, x in enumerate(MODELS)])
+def test_snippet_of_the_page_on_models(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each for itself, without the ones before it."""
+    if "transformers" in snippet:
+        pytest.importorskip("transformers", reason="transformers is not installed")
+        pytest.importorskip("accelerate", reason="accelerate is not installed")
+    monkeypatch.chdir(tmp_path)  # one writes a file
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "task-models", "exec"), names)
+    trainer = names.get("trainer")
+    if trainer is not None:
+        assert trainer.state.global_step == 4
+        moved = [p for name, p in names["model"].named_parameters() if ".B." in name]
+        assert moved and all(p.any() for p in moved)
+
+
+def test_the_page_on_models_names_every_option() -> None:
+    from fastmtl.nn.models.kinds import KINDS
+
+    text = (DOCS / "task-models.md").read_text()
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (.*?) \| (.*?) \|", text, re.MULTILINE)
+    told = {name: row[1:] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    for kind, of in KINDS.items():
+        for option, usual in of.options.items():
+            kinds, values = told[option]
+            assert f'"{kind}"' in kinds and str(usual) in values, f"{option} of {kind}"
