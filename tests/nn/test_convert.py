@@ -369,6 +369,13 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "PEFT's alpha": (
         lambda: convert(ResNet(), 2, "lora", lora_alpha=2), TypeError, "got 'lora_alpha'; PEFT's alpha / r is scaling="
     ),
+    "PEFT's heads": (
+        lambda: convert(ResNet(), 2, "lora", modules_to_save=["fc"]), TypeError, "got 'modules_to_save'; a call with"
+    ),
+    "a layer of other kinds": (
+        lambda: convert(nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2)), 2, "lora", "0"), ValueError,
+        "got '0', an Embedding; kinds that convert it: 'taps', 'dense', 'separate'",
+    ),
     "the end of a name": (
         lambda: convert(ResNet(), 2, where="conv2"), ValueError,
         r"got 'conv2', which matches nothing; a name means a whole path, and '\*.conv2' all that end so; layers",
@@ -579,6 +586,15 @@ def test_checkpointing() -> None:
         y = checkpoint(block, x, use_reentrant=False, context_fn=checkpoint_contexts)
     y.sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_of_a_wrapped_model_the_one_inside_is_merged(wrap: Any) -> None:
+    case, model = converted("resnet", "dense")
+    move(model)
+    single, expected = merge(wrap(model), "photo"), merge(model, "photo")
+    assert type(single) is ResNet and single.state_dict().keys() == expected.state_dict().keys()
+    assert torch.equal(case.run(single), case.run(expected))
 
 
 def test_a_merged_model_is_exported() -> None:

@@ -29,7 +29,8 @@ from fastmtl.parameters import compiled_module, is_per_task
 _HINTS = {
     "r": "; the rank is rank=",
     **dict.fromkeys(("alpha", "lora_alpha"), "; PEFT's alpha / r is scaling="),
-    **dict.fromkeys(("target_modules", "modules_to_save"), "; which layers are meant is where="),
+    "target_modules": "; which layers are meant is where=",
+    "modules_to_save": '; a call with kind="separate" and their names in where= gives each task such layers of its own',
 }
 # what layers with the same weight have in common
 _OF_THE_WEIGHT = ("delta", "A", "B", "gate")
@@ -228,8 +229,11 @@ def _chosen(model: nn.Module, kind: str, chosen: Kind, where: Where) -> list[tup
                     f"{type(place.module).__name__}; leave it out of one of the calls"
                 )
         elif exact and where is not None and _unknown(chosen, place):
-            got = f"{place.path!r}, a {type(place.module).__name__}"
-            raise ValueError(f"where: expected {_types(chosen)} for kind {kind!r}, got {got}")
+            type_name, name = type(place.module).__name__, what(place.module)
+            got = f"{place.path!r}, {'an' if type_name[0] in 'AEIOU' else 'a'} {type_name}"
+            others = [repr(other) for other, of in KINDS.items() if name in {**of.layers, **of.norms, **of.asked}]
+            hint = f"; kinds that convert it: {', '.join(others)}" if others else ""
+            raise ValueError(f"where: expected {_types(chosen)} for kind {kind!r}, got {got}{hint}")
     named = () if where is None else chosen.asked
     meant = [place for place in hits if place in layers or place in norms or what(place.module) in named]
     if not any(place not in norms for place in meant) and not (where is not None and meant):

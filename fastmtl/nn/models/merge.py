@@ -9,13 +9,15 @@ from torch import nn
 
 from fastmtl.nn.models.plain import forget_contexts, tie_again
 from fastmtl.nn.module import TaskComposite, TaskModule, task_layers
+from fastmtl.parameters import unwrapped
 
 
 def merge(model: nn.Module, task: int | str) -> nn.Module:
     """The plain model that computes what a converted one computes for one task, with no trace of fastmtl.
 
     Args:
-        model: with layers of `fastmtl.nn`; it stays as it is.
+        model: with layers of `fastmtl.nn`; it stays as it is. Of one that is compiled, in DDP or an `AveragedModel`,
+            the model inside is merged.
         task: position or name.
 
     Returns:
@@ -40,6 +42,7 @@ def merge(model: nn.Module, task: int | str) -> nn.Module:
         )
     """
     name = name_of_task(model, task)
+    model = unwrapped(model)
     memo: dict[Any, Any] = {}
     seen: set[int] = set()
 
