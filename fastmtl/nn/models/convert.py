@@ -50,7 +50,8 @@ def convert(
     The model is changed in place: its layers are replaced by those of `fastmtl.nn`, which hold the very parameters
     of the plain ones. It is then called inside `with fastmtl.nn.tasks(task_ids):`, or `with
     fastmtl.nn.tasks("name"):` for a batch of one task. Several calls compose. A `state_dict` of the plain model loads
-    before and after. Nothing is changed if anything is refused.
+    before and after. Nothing is changed if anything is refused. Make the optimizer afterwards, of
+    `param_groups(model)`: one from before does not know the tasks' parameters.
 
     Args:
         model: any module; its layers are found by their types.
@@ -62,7 +63,8 @@ def convert(
               low-rank differences), `scaling=1.0`, `per_task_bias=False`. Wallingford et al. 2022 (TAPS).
             - `"dense"`: a difference. Options: `gate=None`, `per_task_bias=False`.
             - `"lora"`: a difference of a low rank; not in grouped convolutions. Options: `rank=8` (or one for each task
-              by name), `scaling=1.0`, `gate=None`, `per_task_bias=False`. Hu et al. 2022 (LoRA).
+              by name; more than a layer can use is taken, and of no use), `scaling=1.0` (the factor itself: PEFT's
+              `lora_alpha / r`), `gate=None`, `per_task_bias=False`. Hu et al. 2022 (LoRA).
             - `"patch"`: scale, shift and statistics of norms, and depthwise convolutions. Mudrakarta et al. 2019
               (K for the price of 1).
             - `"separate"`: a copy of the whole layer, norms too. Zhang et al. 2021 (Rethinking Hard-Parameter Sharing).

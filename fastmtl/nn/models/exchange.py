@@ -16,6 +16,7 @@ from fastmtl.nn.models.merge import name_of_task, task_names
 from fastmtl.nn.module import TaskModule, task_layers, together
 from fastmtl.parameters import unwrapped
 
+# which of a part's tensors are in a file is no matter of the version: readers fill what `TaskModule.optional` names
 VERSION = 1
 # behind these names stand the version, what the layers are, and what their shared weights are about
 _VERSION, _LAYERS, _BASE = "fastmtl.version", "fastmtl.layers", "fastmtl.base"
