@@ -201,9 +201,9 @@ class TaskModule(nn.Module):
             where: how errors call the layer.
 
         Raises:
-            ValueError: a tensor that is missing, that nobody expects, or of another shape.
+            ValueError: a tensor that is missing, that nobody expects, or of another shape or kind of numbers.
         """
-        expected = self.expected_part(part)
+        expected, here = self.expected_part(part), self.part(self.tasks[0])
         for name, x in part.items():
             if name not in expected:
                 raise ValueError(f"{where}: expected {', '.join(expected) or 'nothing'}, got {name!r}")
@@ -211,6 +211,11 @@ class TaskModule(nn.Module):
                 raise ValueError(f"{where}: expected {name} of shape {list(expected[name])}, got {list(x.shape)}")
             if x.is_complex():
                 raise ValueError(f"{where}: expected {name} of real numbers, got {x.dtype}")
+            # heads may have tensors that the first task's has not
+            own = here.get(name, x)
+            if x.is_floating_point() != own.is_floating_point():
+                kind = "floating-point numbers" if own.is_floating_point() else "integers"
+                raise ValueError(f"{where}: expected {name} of {kind}, got {x.dtype}")
         missing = [name for name in expected if name not in part and name not in self.optional(part)]
         if missing:
             raise ValueError(f"{where}: expected {', '.join(missing)}, got {', '.join(part) or 'nothing'}")

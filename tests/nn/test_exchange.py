@@ -134,11 +134,21 @@ def test_into_a_model_of_another_precision() -> None:
         (lambda s: s.update({"fastmtl.base": torch.zeros(3)}), "expected fastmtl.base of shape"),
         (lambda s: s["fastmtl.base"].fill_(float("nan")), "got one of others"),
         (lambda s: s["fastmtl.base"].add_(1.0), r"got one of others \(layer 'conv1'\); check_base=False"),
-        (lambda s: s.pop("fc/delta"), None),
+        (lambda s: s.pop("fc/delta"), "layer 'fc': expected delta"),  # its gate is open
+        (lambda s: (s.pop("fc/delta"), s["fc/gate"].fill_(float("nan"))), "layer 'fc': expected delta"),
+        (lambda s: (s.pop("fc/delta"), s["fc/gate"].fill_(0.0)), None),
         (lambda s: s.pop("fc/gate"), "layer 'fc': expected gate"),
         (lambda s: s.pop("bn1/weight"), "layer 'bn1': expected weight"),
         (lambda s: s.update({"fc/delta": torch.zeros(2)}), r"expected delta of shape \[5, 16\], got \[2\]"),
         (lambda s: s.update({"fc/delta": torch.zeros(5, 16, dtype=torch.complex64)}), "of real numbers"),
+        (
+            lambda s: s.update({"fc/delta": torch.zeros(5, 16).bool()}),
+            "floating-point numbers, got torch.bool",
+        ),
+        (
+            lambda s: s.update({"bn1/num_batches_tracked": torch.tensor(float("nan"))}),
+            "of integers, got torch.f",
+        ),
         (lambda s: s.update({"fc/evil": torch.zeros(2)}), "layer 'fc': expected delta, gate, got 'evil'"),
         (lambda s: s.update({"fd/delta": torch.zeros(2)}), "the layers of this model, got one of another, 'fd/delta'"),
         (lambda s: s.update({"fc": torch.zeros(2)}), "got one of another, 'fc'"),
@@ -152,7 +162,8 @@ def test_a_state_that_is_none_changes_nothing(change: Any, text: str | None) -> 
     change(state)
     kept = {key: x.clone() for key, x in model.state_dict().items()}
     if text is None:
-        insert(model, "cartoon", state)  # a delta behind an open gate that is missing is a delta of zero
+        insert(model, "cartoon", state)  # a delta behind a closed gate is zero
+        assert not model.fc.delta["cartoon"].any()
         return
     for name in ("cartoon", "photo"):
         with pytest.raises(ValueError, match=text):

@@ -356,8 +356,13 @@ class TaskLayer(TaskModule):
             expected.update(A=tuple(down), B=tuple(up))
         return expected
 
+    @torch.no_grad()
     def optional(self, part: Mapping[str, Tensor]) -> frozenset[str]:
-        return frozenset(("delta", "A", "B")) if "gate" in part else frozenset()
+        # `extract` leaves out what is behind a closed gate; behind an open one a file that lacks it is truncated
+        gate = part.get("gate")
+        if gate is None or float(gate if self.taps is None else self.taps(gate.float())) != 0:
+            return frozenset()
+        return frozenset(("delta", "A", "B"))
 
     def add_part(self, name: str, part: Mapping[str, Tensor]) -> None:
         self.add_task(name, rank=len(part["A"]) if "A" in part else None)
