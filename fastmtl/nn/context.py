@@ -20,8 +20,9 @@ _entered: list[tuple[tasks, int | None]] = []
 _lock = threading.Lock()
 # the innermost one under a name of its own: a compiled graph then does not depend on how many are around it
 _current: tasks | None = None
-# whether blocks of several threads are open: each of these threads then sees its own
-_several = False
+# the same, and whether blocks of several threads are open, each of which then sees its own. As one value: a thread that
+# read the two one after the other could take another thread's block for its own
+_seen: tuple[tasks | None, bool] = None, False
 
 
 class tasks:
@@ -222,20 +223,23 @@ def _leave(block: tasks, thread: int | None) -> None:
 
 
 def _set_current() -> None:
-    global _current, _several
+    global _current, _seen
     _current = _entered[-1][0] if _entered else None
-    _several = len(_entered) > 1 and any(thread != _entered[0][1] for _, thread in _entered)
+    _seen = _current, len(_entered) > 1 and any(thread != _entered[0][1] for _, thread in _entered)
 
 
 def current_tasks() -> tasks | None:
     """The innermost `tasks` block of this thread; where it has none, of the process; or None."""
-    if _several and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return _current
+    innermost, several = _seen
+    if several:
         own = threading.get_ident()
         # of a copy: other threads may enter and leave meanwhile
         for block, thread in reversed(list(_entered)):
             if thread == own or thread is None:
                 return block
-    return _current
+    return innermost
 
 
 def current_plan(names: Sequence[str], layer: str, leading: Sequence[int], device: torch.device) -> TaskPlan:

@@ -204,26 +204,33 @@ class TaskModule(nn.Module):
         """Raises if `part` is none that a task of this layer can have.
 
         Args:
-            part: tensors by their names in the layer; those that change nothing may be missing.
+            part: tensors by their names in the layer; those that change nothing may be left out.
             where: how errors call the layer.
 
         Raises:
-            ValueError: a tensor that is missing, that nobody expects, or of another shape.
+            ValueError: a tensor that is missing, that nobody expects, or of another shape or kind of numbers.
         """
-        expected = self.expected_part(part)
+        expected, here = self.expected_part(part), self.part(self.tasks[0])
         for name, x in part.items():
             if name not in expected:
                 raise ValueError(f"{where}: expected {', '.join(expected) or 'nothing'}, got {name!r}")
+            if left_out(x) and name in self.optional(part):
+                continue
             if tuple(x.shape) != expected[name]:
                 raise ValueError(f"{where}: expected {name} of shape {list(expected[name])}, got {list(x.shape)}")
             if x.is_complex():
                 raise ValueError(f"{where}: expected {name} of real numbers, got {x.dtype}")
+            # heads may have tensors that the first task's has not
+            own = here.get(name, x)
+            if x.is_floating_point() != own.is_floating_point():
+                kind = "floating-point numbers" if own.is_floating_point() else "integers"
+                raise ValueError(f"{where}: expected {name} of {kind}, got {x.dtype}")
         missing = [name for name in expected if name not in part and name not in self.optional(part)]
         if missing:
             raise ValueError(f"{where}: expected {', '.join(missing)}, got {', '.join(part) or 'nothing'}")
 
     def optional(self, part: Mapping[str, Tensor]) -> frozenset[str]:
-        """Names that may be missing in a task's part: tensors that change nothing, and are then zero."""
+        """Names that a task's part may do without: tensors that change nothing, and are then zero."""
         return frozenset()
 
     def add_part(self, name: str, part: Mapping[str, Tensor]) -> None:
@@ -425,6 +432,11 @@ def together(layers: Iterable[TaskModule]) -> Iterator[None]:
     finally:
         for held in tied:
             held._tied = True
+
+
+def left_out(x: Tensor) -> bool:
+    """Whether it stands in a task's part for a tensor that changes nothing."""
+    return tuple(x.shape) == (0,)
 
 
 def copied(param: Tensor | None, memo: dict[int, Any] | None) -> nn.Parameter | None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 import fastmtl
 from fastmtl.core import dispatch
@@ -163,6 +164,85 @@ def test_ids_that_do_not_fit_are_refused() -> None:
         _short(layer, x, task_plan(IDS, 4))
     with pytest.raises(ValueError, match="x: "):
         _short(layer, x[0], "photo")
+
+
+def _closed(kind: str, **options: Any) -> tuple[nn.Module, Tensor]:
+    """A layer whose short way is torch's, and an input that it takes."""
+    if kind == "norm":
+        return TaskBatchNorm2d(3, NAMES, **options).eval(), torch.randn(6, 3, 5, 4)
+    gate = TapsGate(start=0.0)
+    if kind == "linear":
+        return TaskLinear(3, 2, NAMES, gate=gate, **options), torch.randn(6, 3)
+    return TaskConv2d(3, 4, 3, NAMES, padding=(1, 0), gate=gate, **options), torch.randn(6, 3, 5, 4)
+
+
+# what the ops refuse: torch would compute something, or say less
+REFUSED = {
+    "ints": (lambda x: x.mul(4).long(), "x: expected float64, float32, bfloat16 or float16, got torch.int64"),
+    "bools": (lambda x: x > 0, "x: expected float64, float32, bfloat16 or float16, got torch.bool"),
+    "complex": (lambda x: x + 0j, "x: expected float64, float32, bfloat16 or float16, got torch.complex64"),
+    "float64": (lambda x: x.double(), "expected torch.float64 beside x in torch.float64, got torch.float32"),
+    "sparse": (lambda x: x.to_sparse(), "x: expected a dense"),
+    "meta": (lambda x: x.to("meta"), "expected device meta as x, got cpu"),
+    "channels": (lambda x: torch.cat([x, x], 1), r"x: expected .*, got \D*6"),
+}
+
+
+@pytest.mark.parametrize("told", [IDS, "photo"], ids=["mixed", "one"])
+@pytest.mark.parametrize("kind", ["linear", "conv", "norm"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_ops_refuse_is_refused_in_evaluation(name: str, kind: str, told: Any) -> None:
+    change, text = REFUSED[name]
+    layer, x = _closed(kind)
+    _short(layer, x, told)
+    for run in (_long, _short):
+        with pytest.raises((TypeError, ValueError), match=text):
+            run(layer, change(x), told)
+
+
+def test_a_weight_of_16_bits_takes_no_float32() -> None:
+    for kind in ("linear", "conv", "norm"):
+        layer, x = _closed(kind, dtype=torch.bfloat16)
+        for run in (_long, _short):
+            with pytest.raises(TypeError, match=r"expected torch\.float32 beside x in torch\.float32, got torch\.bf"):
+                run(layer, x, IDS)
+
+
+def test_pictures_smaller_than_the_filter_are_refused() -> None:
+    for padding in ((1, 0), "valid", "same"):
+        layer = TaskConv2d(3, 4, 3, NAMES, padding=padding, gate=TapsGate(start=0.0))
+        for size in ((5, 2), (1, 3), (1, 1)):
+            x = torch.randn(6, 3, *size)
+            if padding == "same" or (padding == (1, 0) and size == (1, 3)):
+                torch.testing.assert_close(_short(layer, x, IDS), _long(layer, x, IDS))
+                continue
+            for run in (_long, _short):
+                with pytest.raises(ValueError, match="x: expected at least"):
+                    run(layer, x, IDS)
+
+
+class _Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_shared_weight_that_is_computed(kind: str, name: str) -> None:
+    """Pruned or parametrised, it is no parameter of the layer."""
+    for change in (
+        lambda layer: prune.l1_unstructured(layer, name, amount=1),
+        lambda layer: parametrize.register_parametrization(layer, name, _Twice()),
+    ):
+        layer, x = _closed(kind)
+        for delta in layer.delta.values():
+            nn.init.normal_(delta)
+        before = _short(layer, x, IDS)
+        change(layer)
+        y = _short(layer, x, IDS)
+        assert not torch.allclose(y, before)
+        torch.testing.assert_close(y, _long(layer, x, IDS))
+        torch.testing.assert_close(_short(layer, x, "photo"), _long(layer, x, "photo"))
 
 
 def test_ids_that_are_rewritten_are_read_again() -> None:

@@ -73,7 +73,7 @@ def test_what_is_closed_is_left_out() -> None:
     nn.init.zeros_(model.conv1.gate["sketch"])
     nn.init.ones_(model.fc.gate["sketch"])
     state = extract(model, "sketch")
-    assert "conv1/delta" not in state and "conv1/gate" in state and "fc/delta" in state
+    assert not state["conv1/delta"].numel() and "conv1/gate" in state and state["fc/delta"].numel()
     assert "conv1/delta" in extract(model, "sketch", unused=True)
     target = made()
     insert(target, "sketch", state)
@@ -87,14 +87,16 @@ def test_an_untouched_task_makes_a_small_file(options: Any, tmp_path: Path) -> N
     model, target = made(**options), trained(**options)
     state = extract(model, "sketch")
     halves = {"/A", "/B"} if options else {"/delta"}
-    assert not any(key.endswith(tuple(halves)) for key in state) and "fc/gate" in state
+    assert not any(x.numel() for key, x in state.items() if key.endswith(tuple(halves))) and "fc/gate" in state
     assert halves == {key[2:] for key in extract(model, "sketch", unused=True) if key.startswith("fc/")} - {"/gate"}
     whole = saved(extract(model, "sketch", unused=True), tmp_path, "pt").stat().st_size
     numbers = sum(x.numel() * x.element_size() for x in state.values())
     path = saved(state, tmp_path, "pt")
     # what is left: gates and norms, what tells what the file belongs to, and torch's own for each tensor
     assert numbers < 4000 and path.stat().st_size < whole - sum(
-        x.numel() * x.element_size() for key, x in extract(model, "sketch", unused=True).items() if key not in state
+        x.numel() * x.element_size()
+        for key, x in extract(model, "sketch", unused=True).items()
+        if not state[key].numel()
     )
     with tasks("sketch"):
         expected = model(X)
@@ -195,11 +197,23 @@ def test_into_a_model_of_another_precision() -> None:
             lambda s: s["fastmtl.base"].add_(1.0),
             r"got one of others \(layer 'conv1'\); load .* check_base=False",
         ),
-        (lambda s: s.pop("fc/delta"), None),
+        (lambda s: s.pop("fc/delta"), "layer 'fc': expected delta"),  # its gate is open
+        (lambda s: (s.pop("fc/delta"), s["fc/gate"].fill_(float("nan"))), "layer 'fc': expected delta"),
+        (lambda s: (s.pop("fc/delta"), s["fc/gate"].fill_(0.0)), None),
+        (lambda s: s.update({"fc/delta": torch.zeros(0)}), None),
+        (lambda s: s.update({"fc/gate": torch.zeros(0)}), r"expected gate of shape \[\], got \[0\]"),
         (lambda s: s.pop("fc/gate"), "layer 'fc': expected gate"),
         (lambda s: s.pop("bn1/weight"), "layer 'bn1': expected weight"),
         (lambda s: s.update({"fc/delta": torch.zeros(2)}), r"expected delta of shape \[5, 16\], got \[2\]"),
         (lambda s: s.update({"fc/delta": torch.zeros(5, 16, dtype=torch.complex64)}), "of real numbers"),
+        (
+            lambda s: s.update({"fc/delta": torch.zeros(5, 16).bool()}),
+            "floating-point numbers, got torch.bool",
+        ),
+        (
+            lambda s: s.update({"bn1/num_batches_tracked": torch.tensor(float("nan"))}),
+            "of integers, got torch.f",
+        ),
         (lambda s: s.update({"fc/evil": torch.zeros(2)}), "layer 'fc': expected delta, gate, got 'evil'"),
         (lambda s: s.update({"fd/delta": torch.zeros(2)}), "the layers of this model, got one of another, 'fd/delta'"),
         (lambda s: s.update({"fc": torch.zeros(2)}), "got one of another, 'fc'"),
@@ -213,7 +227,8 @@ def test_a_state_that_is_none_changes_nothing(change: Any, text: str | None) -> 
     change(state)
     kept = {key: x.clone() for key, x in model.state_dict().items()}
     if text is None:
-        insert(model, "cartoon", state)  # a delta behind an open gate that is missing is a delta of zero
+        insert(model, "cartoon", state)  # a delta behind a closed gate is zero
+        assert not model.fc.delta["cartoon"].any()
         return
     for name in ("cartoon", "photo"):
         with pytest.raises(ValueError, match=text):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -349,6 +350,28 @@ def test_each_thread_sees_its_own_blocks() -> None:
     for name, ids in (("a", IDS), ("b", IDS.roll(1))):
         torch.testing.assert_close(found[name][0], by_hand(layer, x, ids))
         torch.testing.assert_close(found[name][1], by_hand(layer, x, ids.flip(0)))
+
+
+def test_a_thread_keeps_its_own_block_while_another_one_enters_and_leaves() -> None:
+    """Threads are switched wherever they can be: a block that is half entered must not be seen."""
+    ended, before = threading.Event(), sys.getswitchinterval()
+
+    def run() -> None:
+        while not ended.is_set():
+            with tasks("sketch"):
+                pass
+
+    other = threading.Thread(target=run)
+    sys.setswitchinterval(1e-6)
+    try:
+        other.start()
+        with tasks("photo") as own:
+            seen = {context.current_tasks() is own for _ in range(200_000)}
+    finally:
+        sys.setswitchinterval(before)
+        ended.set()
+        other.join()
+    assert seen == {True}
 
 
 def test_a_network_sorts_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
+import pickle
 from typing import Any
 
 import pytest
@@ -294,3 +296,46 @@ def test_attention_of_another_model_is_torch_again() -> None:
     torch.testing.assert_close(inside, before)
     torch.testing.assert_close(layer(x), before)
     assert F.relu(x).grad_fn is None
+
+
+# --- what the block tells the model's tensors
+
+
+@pytest.mark.parametrize("first", ["forward", "apply"])
+def test_a_bank_that_streams_is_applied_inside_the_block_of_another(first: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 5)).double(), torch.randn(N, 6).double()
+    rows = _rows(model, cross_entropy(model(x)))
+    with fastmtl.one_pass(model, IDS, T, memory="stream") as streamed:
+        cross_entropy(model(x)).sum().backward()
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        if first == "forward":
+            y = model(x)
+        streamed.apply("sum")
+        if first == "apply":
+            y = model(x)
+        cross_entropy(y).sum().backward()
+    assert_rows(bank, rows)
+    for p, *of_tasks in zip(model.parameters(), *rows, strict=True):
+        torch.testing.assert_close(p.grad, sum(of_tasks))
+    assert not any(OF_MODEL in p.__dict__ for p in model.parameters())
+
+
+def test_a_model_is_copied_and_saved_inside_the_block() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)).double().eval(), torch.randn(N, 6)
+    x = x.double()
+    rows = _rows(model, cross_entropy(model(x)))
+    file = io.BytesIO()
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        loss = cross_entropy(model(x)).sum()
+        torch.save(model, file)
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        loss.backward()
+    assert_rows(bank, rows)
+    file.seek(0)
+    for other in (*copies, torch.load(file, weights_only=False)):
+        torch.testing.assert_close(other(x), model(x))
+        with fastmtl.one_pass(other, IDS, T) as bank:
+            cross_entropy(other(x)).sum().backward()
+        assert_rows(bank, rows)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmtl.core.tensors import FLOAT_DTYPES
 from fastmtl.nn.containers import TaskBuffers, TaskParameters, Tasks
 from fastmtl.nn.context import present_tasks
 from fastmtl.nn.layers.norm import TaskNorm
@@ -147,6 +148,9 @@ class TaskBatchNorm2d(TaskNorm):
 
     def _evaluated(self, x: Tensor) -> Tensor | None:
         """In eval mode, where nothing asks for gradients: without the op, if a shorter way serves; else None."""
+        if x.dtype not in FLOAT_DTYPES or x.layout is not torch.strided:
+            # the op says more
+            return None
         present = present_tasks(self.tasks, x, 1)
         if present is None:
             return None

@@ -128,8 +128,10 @@ class TaskConv2d(TaskLayer):
         return plain
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 4 and self._is_plain(x, 1):
-            return F.conv2d(x, *self._plain_parameters(x), self.stride, self.padding, self.dilation, self.groups)
+        if x.dim() == 4 and self._is_plain(x, 1) and self._spans(x):
+            plain = self._plain_parameters(x, 1, self._shape[1] * self.groups)
+            if plain is not None:
+                return F.conv2d(x, *plain, self.stride, self.padding, self.dilation, self.groups)
         plan = self._plan(x)
         geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
         if self.rank is None:
@@ -146,6 +148,16 @@ class TaskConv2d(TaskLayer):
         y = task_conv2d(x, self.weight, None, plan, bias=self._biases(plan), **geometry)
         low = task_conv2d(task_conv2d(x, None, down, plan, **geometry), None, up, plan)
         return y + (low if self.scaling == 1 else low * self.scaling)
+
+    def _spans(self, x: Tensor) -> bool:
+        """Whether the pictures are as large as the filter, which the op says, else."""
+        if self.padding == "same":
+            return True
+        height, width = (0, 0) if isinstance(self.padding, str) else self.padding
+        _, _, rows, columns = self._shape
+        return x.shape[2] + 2 * height > self.dilation[0] * (rows - 1) and x.shape[3] + 2 * width > self.dilation[1] * (
+            columns - 1
+        )
 
     def _shapes_of_rank(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, *self._shape[1:]), (self._shape[0], rank, 1, 1)

@@ -84,8 +84,9 @@ class TaskConv1D(TaskLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._is_plain(x, x.dim() - 1):
-            weight, bias = self._plain_parameters(x)
-            return F.linear(x, weight.t(), bias)
+            plain = self._plain_parameters(x, -1, self._shape[0])
+            if plain is not None:
+                return F.linear(x, plain[0].t(), plain[1])
         plan = self._plan(x, x.dim() - 1)
         if self.rank is None:
             given = self._of_tasks(plan)

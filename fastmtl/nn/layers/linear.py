@@ -110,7 +110,9 @@ class TaskLinear(TaskLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._is_plain(x, x.dim() - 1):
-            return F.linear(x, *self._plain_parameters(x))
+            plain = self._plain_parameters(x, -1, self._shape[1])
+            if plain is not None:
+                return F.linear(x, *plain)
         plan = self._plan(x, x.dim() - 1)
         if self.rank is None:
             return task_linear(x, self.weight if self.shared else None, **self._of_tasks(plan))

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from fastmtl.core.dispatch import straight_to_cpu
 from fastmtl.core.task_weights import TaskPlan, TaskWeights
+from fastmtl.core.tensors import FLOAT_DTYPES
 from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
 from fastmtl.nn.context import present_tasks
 from fastmtl.nn.layers.gate import TapsGate, finite, rounded
-from fastmtl.nn.module import TaskModule, as_parameter, copied, lacks
+from fastmtl.nn.module import TaskModule, as_parameter, copied, lacks, left_out
 from fastmtl.ops import task_lora
 from fastmtl.ops.task_weights import reference
 from fastmtl.ops.task_weights.cpu.task_plan import all_closed
@@ -106,7 +107,8 @@ class TaskLayer(TaskModule):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            delta = self.__dict__.get("_modules", {}).get("delta") if name == "weight" else None
+            separate = name == "weight" and not self.__dict__.get("shared", True)
+            delta = self._modules.get("delta") if separate else None
             if delta is None or not len(delta):
                 raise
             # code around a layer asks for the dtype, device or shape of its weight
@@ -352,11 +354,18 @@ class TaskLayer(TaskModule):
             expected.update(A=tuple(down), B=tuple(up))
         return expected
 
+    @torch.no_grad()
     def optional(self, part: Mapping[str, Tensor]) -> frozenset[str]:
-        if "gate" not in part:
+        gate = part.get("gate")
+        if self.gate is None or gate is None or gate.numel() != 1 or gate.is_complex():
             return frozenset()
+        closed = float(gate if self.taps is None else self.taps(gate.float())) == 0
+        # behind an open gate a file says that it leaves them out: one that merely lacks them is cut off
+        names = frozenset(
+            n for n in ("delta", "A", "B") if (closed and n not in part) or (n in part and left_out(part[n]))
+        )
         # one half of a low-rank delta without the other is none
-        return frozenset(("delta", "A", "B") if ("A" in part) == ("B" in part) else ("delta",))
+        return names if ("A" in names) == ("B" in names) else names - {"A", "B"}
 
     def add_part(self, name: str, part: Mapping[str, Tensor]) -> None:
         self.add_task(name, rank=len(part["A"]) if "A" in part else None)
@@ -470,13 +479,27 @@ class TaskLayer(TaskModule):
                 return False
         return True
 
-    def _plain_parameters(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The shared weight and bias in the dtype of x."""
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        assert weight is not None
-        if weight.dtype != x.dtype:
-            return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        return weight, bias
+    def _plain_parameters(self, x: Tensor, axis: int, columns: int) -> tuple[Tensor, Tensor | None] | None:
+        """The shared weight and bias in the dtype of x; None: the op must see them, or say what is wrong with x.
+
+        Args:
+            x: the input.
+            axis: its channels or columns.
+            columns: how many of these the weight takes.
+        """
+        own = self._parameters
+        weight = own.get("weight")
+        # one that is parametrised or pruned is computed
+        if weight is None or "bias" not in own:
+            return None
+        bias, dtype = own["bias"], x.dtype
+        if x.shape[axis] != columns or x.layout is not torch.strided or x.device != weight.device:
+            return None
+        if weight.dtype != dtype:
+            if weight.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
+                return None
+            return weight.to(dtype), None if bias is None else bias.to(dtype)
+        return (weight, bias) if dtype in FLOAT_DTYPES else None
 
     def _repr_of_layer(self, may_have_bias: bool = True) -> str:
         text = ", " + self._repr_of_tasks()

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fastmtl.nn.containers import check_name
 from fastmtl.nn.models.merge import name_of_task, task_names
-from fastmtl.nn.module import TaskModule, task_layers, together
+from fastmtl.nn.module import TaskModule, left_out, task_layers, together
 from fastmtl.parameters import unwrapped
 
-# which of a part's tensors are in a file is no matter of the version: readers fill what `TaskModule.optional` names
+# what is left out of a file is no matter of the version: readers fill what `TaskModule.optional` names
 VERSION = 1
 # behind these names stand the version, what the layers are, and what their shared weights are about
 _VERSION, _LAYERS, _BASE = "fastmtl.version", "fastmtl.layers", "fastmtl.base"
@@ -38,8 +38,8 @@ def extract(model: nn.Module, task: int | str, *, unused: bool = False) -> dict[
             model inside.
         task: position or name.
         unused: whether tensors that change nothing (deltas behind closed gates, and deltas of zero that have a gate)
-            are in it, too. Otherwise `insert` begins them anew: dense ones are zero, of those of a low rank `A` is
-            random and `B` zero.
+            are in it, too. Otherwise a tensor without elements stands in their places, and `insert` begins them anew:
+            dense ones are zero, of those of a low rank `A` is random and `B` zero.
 
     Returns:
         Copies of the tensors, by layer and name, and three small ones that tell `insert` what they belong to. The
@@ -61,10 +61,10 @@ def extract(model: nn.Module, task: int | str, *, unused: bool = False) -> dict[
         _BASE: _base(model),
     }
     for path, layer in _layers(model):
-        left_out = frozenset() if unused else layer.unused(name)
+        without = frozenset() if unused else layer.unused(name)
         for part, x in layer.part(name).items():
-            if part not in left_out:
-                state[f"{path}{_SEP}{part}"] = x.detach().clone(memory_format=torch.contiguous_format)
+            kept = x.new_empty(0) if part in without else x.detach().clone(memory_format=torch.contiguous_format)
+            state[f"{path}{_SEP}{part}"] = kept
     return state
 
 
@@ -114,6 +114,7 @@ def insert(
     parts = _parts(model, state, check_base)
     for path, layer in layers:
         layer.check_part(parts[path], f"state: layer {path!r}")
+        parts[path] = {name: x for name, x in parts[path].items() if not left_out(x)}
     with together(layer for _, layer in layers):
         for path, layer in layers:
             if task in names:

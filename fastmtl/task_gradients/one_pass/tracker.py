@@ -68,6 +68,15 @@ class Held(NamedTuple):
     leaf: Tensor | None
 
 
+class _Told(tuple[Any, ...]):
+    """The value of that attribute: what is copied or saved inside the block takes nothing of the block along."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, ()
+
+
 class Tracker(TorchFunctionMode):
     """Follows the samples of a batch through every torch call inside the block.
 
@@ -99,8 +108,8 @@ class Tracker(TorchFunctionMode):
         super().__init__()
         self.task_ids, self.batch_dim = task_ids, batch_dim
         self.names = names
-        self._of_model: list[tuple[Tensor, tuple[Any, ...]]] = [(x, ()) for x in constants]
-        self._of_model += [(p, tuple(each)) for p, each in held.items()]
+        self._of_model = [(x, _Told()) for x in constants] + [(p, _Told(each)) for p, each in held.items()]
+        self._told_before: list[list[Any]] = []
         self.partition, self.loop, self.bounded = partition, loop, bounded
         self.backward = backward
         self.off = False
@@ -144,12 +153,17 @@ class Tracker(TorchFunctionMode):
 
     def attach(self) -> None:
         """Tells the tensors of the model what they are, from the beginning of the block to its end."""
+        self._told_before.append([x.__dict__.get(OF_MODEL) for x, _ in self._of_model])
         for x, told in self._of_model:
             setattr(x, OF_MODEL, told)
 
     def detach(self) -> None:
-        for x, _ in self._of_model:
-            x.__dict__.pop(OF_MODEL, None)
+        """Leaves them as they were: a bank that streams may be applied inside the block of another one."""
+        for (x, _), before in zip(self._of_model, self._told_before.pop(), strict=True):
+            if before is None:
+                x.__dict__.pop(OF_MODEL, None)
+            else:
+                setattr(x, OF_MODEL, before)
 
     def held(self, x: Tensor) -> tuple[Any, ...] | None:
         """The fields of `Held` of a parameter of the bank; of other tensors None."""
