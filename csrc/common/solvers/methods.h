@@ -284,9 +284,9 @@ FASTMTL_HOST_DEVICE void pseudo_solve(const Team& team, const Problem& p, const 
   const double largest = largest_of(team, n, [&](int k) { return p.x[k]; });
   const double length = std::sqrt(dot(team, b, b, n));
   // eigenvectors turn with the rounding of the matrix, and have some of their own
-  const double none = 4.0 * n * std::fmax(rounding, 4.0 * kEpsilon) * length;
+  const double none = std::fmax(4.0 * n, kEntryRoundings) * std::fmax(rounding, 4.0 * kEpsilon) * length;
   multiply(team, p.a, b, n, [&](int k, double along) {
-    const bool is_there = p.x[k] > n * rounding * largest && std::fabs(along) > none;
+    const bool is_there = p.x[k] > none_of(n, rounding) * largest && std::fabs(along) > none;
     p.v[k] = is_there ? along / p.x[k] : 0.0;
   });
   team.sync();
@@ -349,8 +349,17 @@ FASTMTL_HOST_DEVICE void aligned_mtl(const Team& team, const Problem& p, double 
   each_entry(team, n, [&](int i, int k) { p.b[i][k] = p.m[i][k]; });
   team.sync();
   eigen(team, p.b, p.a, n, p.x, {p.y, p.v, p.t});
-  const double least = n * rounding * largest_of(team, n, [&](int k) { return p.x[k]; });
-  const Members kept = team.members(n, [&](int k) { return p.x[k] > least; });
+  const double largest = largest_of(team, n, [&](int k) { return p.x[k]; });
+  each(team, n, [&](int i) { p.z[i] = p.m[i][i] > 0 ? std::sqrt(p.m[i][i]) : 0.0; });
+  team.sync();
+  // no more than entries of these lengths may be off by: a short gradient that is none of the others' is more
+  multiply_with_sizes(team, p.a, p.z, n, [&](int k, double, double size) {
+    const double least =
+        std::fmax(n * rounding * largest, kEntryRoundings * rounding * std::fmin(size * size, largest));
+    p.w[k] = p.x[k] > least ? p.x[k] : 0.0;
+  });
+  team.sync();
+  const Members kept = team.members(n, [&](int k) { return p.w[k] > 0; });
   const int rank = kept.count();
   double scale = 0.0;
   if (mode == 0 || mode == 1) {  // the least, or the lower median, of those that are not zero
@@ -359,16 +368,16 @@ FASTMTL_HOST_DEVICE void aligned_mtl(const Team& team, const Problem& p, double 
     each(team, n, [&](int k) {
       if (!kept.has(k)) return;
       int below = 0;
-      for (int i = 0; i < n; ++i) below += p.x[i] > least && (p.x[i] < p.x[k] || (p.x[i] == p.x[k] && i < k));
+      for (int i = 0; i < n; ++i) below += p.w[i] > 0 && (p.w[i] < p.w[k] || (p.w[i] == p.w[k] && i < k));
       if (below == wanted) at = {-1.0, k};
     });
     at = team.least(at);
-    scale = at.index < n ? p.x[at.index] : 0.0;
+    scale = at.index < n ? p.w[at.index] : 0.0;
   } else {
-    scale = sum_of(team, n, [&](int k) { return kept.has(k) ? p.x[k] : 0.0; }) / (rank > 0 ? rank : 1);
+    scale = sum_of(team, n, [&](int k) { return p.w[k]; }) / (rank > 0 ? rank : 1);
   }
   multiply(team, p.a, p.weights, n,
-           [&](int k, double along) { p.v[k] = p.x[k] > least ? along * std::sqrt(scale / p.x[k]) : 0.0; });
+           [&](int k, double along) { p.v[k] = p.w[k] > 0 ? along * std::sqrt(scale / p.w[k]) : 0.0; });
   team.sync();
   multiply_transposed(team, p.a, p.v, n, [&](int i, double sum) { p.out[i] = sum; });
 }
