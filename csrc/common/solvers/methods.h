@@ -125,9 +125,11 @@ FASTMTL_HOST_DEVICE void mgda(const Team& team, const Problem& p) {
 // reach. For given tasks with v_i > 0, v = level K^-1 1 - K^-1 b, and a quadratic equation gives the level. It begins
 // with the task that g_0 is worst for; those that come off worse than the level join, half as badly as the worst at
 // least (or the worst alone, if there is no such level for all of them), and those with a negative v leave. b: in p.z.
-// v: out, in p.w. Whether it came to an end, far enough from what rounding makes unsafe.
+// v: out, in p.w. least: a pivot of cosines that is not to be trusted. Whether it came to an end, far enough from what
+// rounding makes unsafe.
 template <class Team>
-FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, double reach, double noise) {
+FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, double reach, double noise,
+                                          double least) {
   const int n = p.n;
   if (!(smallest_of(team, n, [&](int i) { return p.m[i][i]; }) > 0)) return false;
   Found worst{INFINITY, n};
@@ -162,7 +164,7 @@ FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, do
     const double along = sum_of(team, count, [&](int a) { return p.y[a] * p.z[p.first[a]]; });
     const double inside = across * across - ones * (along - reach * reach);
     Members changed{};
-    if (pivot > 1e-6 && ones > 0 && inside > 0) {
+    if (pivot > least && ones > 0 && inside > 0) {
       const double level = (across + std::sqrt(inside)) / ones;
       each(team, count, [&](int a) { p.w[p.first[a]] = level * p.x[a] - p.y[a]; });
       team.sync();
@@ -222,7 +224,7 @@ FASTMTL_HOST_DEVICE void cagrad(const Team& team, const Problem& p, double c, do
   const double mean = dot(team, p.x, p.z, n), size = dot(team, p.x, p.y, n);
   if (!(c > 0 && mean > n * rounding * size)) return;  // the mean itself
   const double reach = c * std::sqrt(mean), noise = std::fmax(n * rounding, 1e-12);
-  if (cagrad_on_a_face(team, p, reach, noise)) {
+  if (cagrad_on_a_face(team, p, reach, noise, std::fmin(1e5 * rounding, 1e-6))) {
     each(team, n, [&](int i) { p.out[i] = 1.0 / n + p.w[i]; });
     return;
   }
