@@ -378,8 +378,11 @@ FASTMTL_HOST_DEVICE void aligned_mtl(const Team& team, const Problem& p, double 
   } else {
     scale = sum_of(team, n, [&](int k) { return p.w[k]; }) / (rank > 0 ? rank : 1);
   }
-  multiply(team, p.a, p.weights, n,
-           [&](int k, double along) { p.v[k] = p.w[k] > 0 ? along * std::sqrt(scale / p.w[k]) : 0.0; });
+  // what rounding of the eigenvectors makes of preferences that are across one
+  const double none = 16.0 * n * kEpsilon * std::sqrt(dot(team, p.weights, p.weights, n));
+  multiply(team, p.a, p.weights, n, [&](int k, double along) {
+    p.v[k] = p.w[k] > 0 && std::fabs(along) > none ? along * std::sqrt(scale / p.w[k]) : 0.0;
+  });
   team.sync();
   multiply_transposed(team, p.a, p.v, n, [&](int i, double sum) { p.out[i] = sum; });
 }

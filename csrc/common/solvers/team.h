@@ -28,7 +28,9 @@ constexpr double kEpsilon = 2.220446049250313e-16;  // of float64
 // largest one. An entry is a sum of many products: where the entries of gradients are all alike, all of them are
 // rounded to the same side, and few tasks, too, see 20 roundings of an entry. rounding: one, relative to the entry.
 constexpr double kEntryRoundings = 32.0;
-FASTMTL_HOST_DEVICE inline double none_of(int n, double rounding) { return std::fmax(n, kEntryRoundings) * rounding; }
+FASTMTL_HOST_DEVICE inline double none_of(int n, double rounding) {
+  return std::fmax(1.0 * n, kEntryRoundings) * rounding;
+}
 
 // A matrix as torch has it: float32 or float64, `step` entries from row to row.
 struct Entries {

@@ -326,7 +326,10 @@ def _alignedmtl(p: _Problem, scale: float, reduction: float) -> Tensor:
     kept = values[there]
     to = (kept.min(), kept.median(), kept.mean())[int(scale)]
     factors = torch.where(there, (to / torch.where(there, values, 1.0)).sqrt(), 0.0)
-    return vectors @ (factors * (vectors.mT @ p.preferences))
+    along = vectors.mT @ p.preferences
+    # what rounding of the eigenvectors makes of preferences that are across one
+    across = along.abs() <= 16 * len(values) * EPS * p.preferences.norm()
+    return vectors @ torch.where(across, 0.0, factors * along)
 
 
 def _regularised(p: _Problem, reg_eps: float) -> Tensor:
