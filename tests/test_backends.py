@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import cases
 import cases_cuda
@@ -16,8 +17,10 @@ import torch
 from cases import BankCase
 from conftest import skip_or_fail
 from paths import ROOT
+from torch import Tensor
 
 import fastmtl
+from fastmtl import ops
 from fastmtl.core import dispatch
 from fastmtl.ops import combine, gram, pcgrad, pcgrad_coefficients, pcgrad_project
 
@@ -121,6 +124,31 @@ def test_forced_backend_never_falls_back(name: str, call: object) -> None:
         pytest.raises(RuntimeError, match=rf"fastmtl\.\w+: backend '{name}' is forced but cannot serve this call: \w+"),
     ):
         call()
+
+
+NOTHING: list[list[None]] = [[None, None], [None, None]]
+OF_NOTHING = {
+    "gram": lambda state: gram(NOTHING).tolist() == [[0, 0], [0, 0]],
+    "combine": lambda state: combine(torch.ones(2), NOTHING) == [None, None],
+    "pcgrad": lambda state: pcgrad(NOTHING, generator=state) == [None, None],
+    "pcgrad_project": lambda state: pcgrad_project(NOTHING, generator=state) == NOTHING,
+    "graddrop": lambda state: ops.graddrop(NOTHING, generator=state) == [None, None],
+    "trimmed_mean": lambda state: ops.trimmed_mean(NOTHING, 0) == [None, None],
+    "average_gradients": lambda state: (
+        ops.average_gradients(NOTHING, NOTHING, torch.ones(2), torch.ones(2), gram=True).tolist() == [[0, 0], [0, 0]]
+    ),
+    "excess_risks": lambda state: ops.excess_risks(NOTHING, NOTHING, torch.ones(2)).tolist() == [0, 0],
+}
+
+
+@pytest.mark.parametrize("call", OF_NOTHING.values(), ids=OF_NOTHING)
+@pytest.mark.parametrize("name", [None, *dispatch.BACKENDS])
+def test_without_a_gradient_any_backend_serves(name: str | None, call: Callable[[Tensor], bool]) -> None:
+    """There is no tensor that could lie on the wrong device; the draws of that step are used up all the same."""
+    state = ops.order_state(3)
+    with nullcontext() if name is None else fastmtl.use_backend(name):
+        assert call(state)
+    assert int(state[1]) == (1 if call in (OF_NOTHING[k] for k in ("pcgrad", "pcgrad_project", "graddrop")) else 0)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)

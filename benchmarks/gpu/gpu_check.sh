@@ -115,7 +115,7 @@ fi
 if wanted triton; then
   SHOW=25 stage triton 200 "${pytest[@]}" -m "not slow" -k triton tests/gpu/test_cuda_*.py tests/gpu/test_surgery_steps.py
 fi
-if wanted hosttime; then SHOW=20 stage hosttime 60 "$python" -m fastmtl.benchmarks.gpu.host_time --device cuda; fi
+if wanted hosttime; then SHOW=20 stage hosttime 60 "$python" -m fastmtl.benchmarks.gpu.host_time; fi
 
 if wanted bench; then
   SHOW=60 stage bench 310 "$python" -m fastmtl bench --suite surgery --quick --device cuda --out "$out/results"
@@ -136,7 +136,7 @@ if wanted sanitize; then
   if [ -n "$sanitizer" ]; then
     # of torch's kernels there is nothing to learn; with its cache of memory a kernel that reads past the end of a
     # tensor still reads memory that is the process's own
-    options=(--error-exitcode 9 --kernel-regex kns=fastmtl --report-api-errors no)
+    options=(--error-exitcode 9 --kernel-name kns=fastmtl --report-api-errors no)
     for what in ${SANITIZED:-solvers kernels}; do
       check=("$python" -m fastmtl.benchmarks.gpu.surgery_check "$what" --backend cuda)
       stage "memcheck $what" 160 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck "${options[@]}" "${check[@]}"

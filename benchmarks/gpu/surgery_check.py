@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import fastmtl
 from fastmtl import methods, ops
 from fastmtl.benchmarks.runner import measure
+from fastmtl.benchmarks.suites import methods as suite
 from fastmtl.benchmarks.workloads import gradients
 from fastmtl.core import dispatch
 from fastmtl.ops.gradients import reference
@@ -174,11 +175,15 @@ def check_solvers(device: torch.device, say: Callable[[str], None]) -> int:
         gram, second = bank @ bank.mT, bank @ other.mT
         for on_device, on_host in zip(_solvers(num_tasks), _solvers(num_tasks), strict=True):
             found = _weighed(on_device, gram, second, device)
-            results.append((f"{on_host!r} T={num_tasks}", found, _weighed(on_host, gram, second, cpu)))
+            with fastmtl.use_backend("cpu"):
+                expected = _weighed(on_host, gram, second, cpu)
+            results.append((f"{on_host!r} T={num_tasks}", found, expected))
     for num_tasks in (3, 16, 40, 70):
         for name in ("pcgrad", "mgda"):
             found = _grouped_update(num_tasks, name, device)
-            results.append((f"{name} by layer T={num_tasks}", found, _grouped_update(num_tasks, name, cpu)))
+            with fastmtl.use_backend("cpu"):
+                expected = _grouped_update(num_tasks, name, cpu)
+            results.append((f"{name} by layer T={num_tasks}", found, expected))
     wrong = 0
     for what, found, expected in results:
         error = _off(found, expected)
@@ -216,7 +221,7 @@ def _seconds(call: Callable[[Any], Any], inputs: Sequence[Any], device: torch.de
 
 
 def print_rates(device: torch.device, say: Callable[[str], None], backend: str | None = None) -> None:
-    """Time and bytes per second of each op, by one backend or by each, over the copy rate."""
+    """Time and bytes per second of each op, by one backend or by each, over the copy rate; time of methods' weights."""
     rates = measure.Rates(device)
     rates.copy()
     copy = measure.summary([rates.copy() for _ in range(20)])["median"]
@@ -242,6 +247,11 @@ def print_rates(device: torch.device, say: Callable[[str], None], backend: str |
                 rate = f"{moved / seconds / 1e12:5.2f} TB/s  {seconds / (moved * copy):.3f} x floor"
                 say(f"{what} {seconds * 1e6:9.1f} us  {rate}")
         del banks
+    for num_tasks in (8, 64, 128):
+        gram = suite.conflicting_problem(num_tasks, device).gram
+        for name in suite.OF_GRAM:
+            seconds = _seconds(suite.weighing(suite.METHODS[name](), num_tasks), [gram] * 10, device)
+            say(f"T={num_tasks:3} weights of {name:10} {seconds * 1e6:9.1f} us")
 
 
 def run_for_a_profiler(device: torch.device) -> None:

@@ -75,7 +75,7 @@ def conflicting_problem(num_tasks: int, device: torch.device) -> Problem:
     return Problem(bank @ bank.mT, root, root.float())
 
 
-def _weighing(method: methods.Method, num_tasks: int) -> Callable[[Tensor], Tensor]:
+def weighing(method: methods.Method, num_tasks: int) -> Callable[[Tensor], Tensor]:
     """What makes weights of a Gram matrix: the method, to which the second batch of SDMGrad is the first again."""
     if method.needs != {"second_batch"}:
         return method.weights
@@ -111,7 +111,7 @@ def weights_case(name: str, num_tasks: int, device: torch.device) -> Case:
     make = METHODS[name]
 
     def fresh(method: methods.Method | None = None) -> Callable[[Tensor], Tensor]:
-        return _weighing(method or make(), num_tasks)
+        return weighing(method or make(), num_tasks)
 
     theirs = {peer.label: peer for peer in peer_methods.all_of(name, num_tasks, device, weights=True)}
     ours, plain = fresh(), fresh()
@@ -135,7 +135,7 @@ def weights_case(name: str, num_tasks: int, device: torch.device) -> Case:
         return Check(_distance(found, expected), peer.tolerance, "our method, in the peer's order")
 
     candidates = [
-        Candidate("ours", lambda x: ours(x.gram), f"fastmtl.methods: {make()!r}", "ours"),
+        Candidate("ours", lambda x: ours(x.gram), f"fastmtl.methods: {make()!r}", "ours", graph=True),
         Candidate(
             "plain",
             lambda x: _by_reference(plain, x.gram),
@@ -188,7 +188,7 @@ def coefficients_case(num_tasks: int, device: torch.device) -> Case:
         params={"T": num_tasks, "dtype": "float64"},
         make=partial(conflicting_problem, num_tasks),
         candidates=(
-            Candidate("ours", ours, "fastmtl.ops.gradvac_coefficients", "ours"),
+            Candidate("ours", ours, "fastmtl.ops.gradvac_coefficients", "ours", graph=True),
             Candidate("plain", plain, "the reference: plain torch"),
         ),
         check=check,
@@ -253,7 +253,7 @@ def call_case(name: str, num_tasks: int, num_params: int, device: torch.device) 
         return checked(found, grads, method, peer.tolerance, "our method, in the peer's order")
 
     candidates = [
-        Candidate("ours", lambda grads: ours(grads), f"fastmtl.methods: {ours!r} called", "ours"),
+        Candidate("ours", lambda grads: ours(grads), f"fastmtl.methods: {ours!r} called", "ours", graph=True),
         Candidate("plain", plain, "G @ G.T, the reference's weights, w @ G"),
     ]
     candidates += [_on_gradients(peer, lambda grads: grads) for peer in theirs.values()]
@@ -363,8 +363,8 @@ def pass_case(name: str, num_tasks: int, num_params: int, device: torch.device) 
         return replace(check(x, candidate.call), tolerance=1e-3)
 
     candidates = [
-        Candidate("ours", it.ours, f"fastmtl.ops.{name}", "ours", traffic=it.moved(num_tasks) * row_bytes),
-        Candidate("plain", it.plain, "plain torch on the matrix"),
+        Candidate("ours", it.ours, f"fastmtl.ops.{name}", "ours", it.moved(num_tasks) * row_bytes, graph=True),
+        Candidate("plain", it.plain, "plain torch on the matrix", graph=True),
     ]
     candidates += [_on_gradients(peer, lambda x: x.grads) for peer in theirs.values()]
     return Case(

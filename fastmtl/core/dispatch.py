@@ -129,20 +129,23 @@ def triton_kernels(module: str) -> Any:
 
 def choose(
     op: str,
-    device_type: str,
+    device_type: str | None,
     implementations: Mapping[str, Callable[..., Any]],
     unsupported: Mapping[str, str | None] | None = None,
 ) -> Callable[..., Any]:
     """The implementation of `op` to run for tensors on `device_type`.
 
     Args:
-        op, device_type: for errors, and for what is preferred.
+        op, device_type: for errors, and for what is preferred. None: there is no tensor, so that nothing is computed,
+            and plain torch makes the empty result whatever is forced.
         implementations: by backend.
         unsupported: backend -> why it cannot serve these arguments (None: it can).
 
     Raises:
         RuntimeError: a forced backend has no kernel for this op, this device or these arguments.
     """
+    if device_type is None:
+        return implementations["reference"]
     declined = {} if unsupported is None else unsupported
     forced = forced_backend()
     if forced is not None:

@@ -34,6 +34,11 @@ class GradientRows(NamedTuple):
         return list(found.values())
 
 
+def device_type_of(tensors: Sequence[Tensor]) -> str | None:
+    """Where they lie; None: there is none."""
+    return tensors[0].device.type if tensors else None
+
+
 def accumulate_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """dtype of a Gram matrix: float64 if any gradient is float64, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -23,9 +23,9 @@ def autocast_is_on(device_type: str) -> bool:
     return device_type in _DEVICES_WITH_AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(device_type: str | None) -> contextlib.AbstractContextManager[Any]:
     """Autocast off, where it is on: the ops accumulate in at least float32, whatever region they are called in."""
-    if autocast_is_on(device_type):
+    if device_type is not None and autocast_is_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

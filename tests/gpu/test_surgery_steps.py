@@ -344,7 +344,8 @@ class Step:
                 self.run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # graphs captured on one stream share cuBLAS's workspace, and can't be replayed beside each other
+        with torch.cuda.graph(graph, stream=side):
             surgery = self.run()
         return graph, surgery
 

@@ -300,7 +300,8 @@ def test_batch_norm_in_a_captured_step(triton_backend: None) -> None:
 
     def step(kept: list[list[Tensor]]) -> list[Tensor]:
         y = task_batch_norm(x, ids, params[:3], params[3:], *kept, training=True)
-        return [y, *torch.autograd.grad(y, [x, *params], torch.ones_like(y))]
+        # detached: a graph of autograd that lives on binds the inputs to the stream it was made on
+        return [y.detach(), *torch.autograd.grad(y, [x, *params], torch.ones_like(y))]
 
     eager, kept = start(), start()
     expected = [step(eager) for _ in range(3)][-1]

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.dispatch import choose, triton_kernels
-from fastmtl.core.gradient_rows import GradientRows, accumulate_dtype, bank_rows, first_of_params
+from fastmtl.core.gradient_rows import GradientRows, accumulate_dtype, bank_rows, device_type_of, first_of_params
 from fastmtl.core.schemas import define_kernel, define_op, without_autocast
 from fastmtl.core.tensors import is_dense
 from fastmtl.ops.gradients import reference
 from fastmtl.ops.gradients.arguments import Grads, check_task_numbers, read_rows
-from fastmtl.ops.gradients.columns import device_type_of
 from fastmtl.ops.gradients.combine import mark_written
 
 _kernel = define_kernel(

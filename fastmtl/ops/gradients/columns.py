@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.core.gradient_rows import GradientRows, first_of_params
+from fastmtl.core.gradient_rows import GradientRows, device_type_of, first_of_params
 from fastmtl.core.schemas import without_autocast
 from fastmtl.ops.gradients.arguments import Grads
 from fastmtl.ops.gradients.combine import check_unrecorded, mark_written, read_out_bank, read_out_lists, with_absent
@@ -19,10 +19,6 @@ def empty_columns(tensors: Sequence[Tensor], index: Sequence[int], num_params: i
     if tensors and not index:
         return [tensors[0].new_empty(tensors[0].shape[1:])]
     return [torch.empty_like(x) for x in first_of_params(tensors, index, num_params).values()]
-
-
-def device_type_of(tensors: Sequence[Tensor]) -> str:
-    return tensors[0].device.type if tensors else "cpu"
 
 
 def into_columns(

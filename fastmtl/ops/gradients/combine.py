@@ -14,6 +14,7 @@ from fastmtl.core.gradient_rows import (
     GradientRows,
     accumulate_dtype,
     bank_rows,
+    device_type_of,
     first_of_params,
     present_params,
 )
@@ -156,7 +157,7 @@ _INTO = {"cpu": _into_compiled, "cuda": _into_compiled, "triton": _into_triton, 
 def combine_into(weights: Tensor, rows: GradientRows, out: Sequence[Tensor]) -> None:
     """`combine` into given memory, of the whole bank or of K times the present parameters. Nothing is checked here."""
     with torch.no_grad(), without_autocast(weights.device.type):
-        choose("combine", weights.device.type, _INTO)(weights, rows, out)
+        choose("combine", device_type_of(rows.tensors), _INTO)(weights, rows, out)
     mark_written(out)
 
 
@@ -257,7 +258,7 @@ def _combine(weights: Tensor, grads: Tensor) -> Tensor:
 
 
 def _combine_list(weights: Tensor, tensors: Sequence[Tensor], index: Sequence[int], num_params: int) -> list[Tensor]:
-    return choose("combine", weights.device.type, _LISTS)(weights, tensors, index, num_params)
+    return choose("combine", device_type_of(tensors), _LISTS)(weights, tensors, index, num_params)
 
 
 def _combine_fake(weights: Tensor, grads: Tensor) -> Tensor:

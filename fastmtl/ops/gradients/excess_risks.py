@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.dispatch import choose, triton_kernels
-from fastmtl.core.gradient_rows import GradientRows
+from fastmtl.core.gradient_rows import GradientRows, device_type_of
 from fastmtl.core.schemas import define_kernel, define_op, without_autocast
 from fastmtl.ops.gradients import reference
 from fastmtl.ops.gradients.arguments import Grads, check_task_numbers, read_rows
 from fastmtl.ops.gradients.average_gradients import in_order_of_held, read_held
-from fastmtl.ops.gradients.columns import device_type_of
 from fastmtl.ops.gradients.combine import mark_written
 
 _kernel = define_kernel(

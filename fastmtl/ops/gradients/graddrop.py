@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.dispatch import choose, triton_kernels
-from fastmtl.core.gradient_rows import GradientRows
+from fastmtl.core.gradient_rows import GradientRows, device_type_of
 from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops.gradients import reference
 from fastmtl.ops.gradients.arguments import Grads, check_flags, check_task_numbers, read_rows
-from fastmtl.ops.gradients.columns import columns_of, device_type_of, empty_columns, into_columns
+from fastmtl.ops.gradients.columns import columns_of, empty_columns, into_columns
 from fastmtl.ops.gradients.order import Draw, Randomness, traceable_source
 
 _kernel = define_kernel(

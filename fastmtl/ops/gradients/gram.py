@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.dispatch import choose, triton_kernels
-from fastmtl.core.gradient_rows import GradientRows, accumulate_dtype, bank_rows
+from fastmtl.core.gradient_rows import GradientRows, accumulate_dtype, bank_rows, device_type_of
 from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops.gradients import reference
 from fastmtl.ops.gradients.arguments import Grads, check_bank, is_bank, read_lists
@@ -97,8 +97,7 @@ _LISTS = {
 
 def gram_rows(rows: GradientRows) -> Tensor:
     """The Gram matrix of rows that are known to be right, past the dispatcher: not recorded for autograd."""
-    device_type = rows.tensors[0].device.type if rows.tensors else "cpu"
-    return choose("gram", device_type, _LISTS)(*rows)
+    return choose("gram", device_type_of(rows.tensors), _LISTS)(*rows)
 
 
 def _gram(grads: Tensor) -> Tensor:
@@ -107,8 +106,7 @@ def _gram(grads: Tensor) -> Tensor:
 
 
 def _gram_list(tensors: Sequence[Tensor], index: Sequence[int], num_tasks: int, num_params: int) -> Tensor:
-    device_type = tensors[0].device.type if tensors else "cpu"
-    return choose("gram", device_type, _LISTS)(tensors, index, num_tasks, num_params)
+    return choose("gram", device_type_of(tensors), _LISTS)(tensors, index, num_tasks, num_params)
 
 
 def _gram_fake(grads: Tensor) -> Tensor:

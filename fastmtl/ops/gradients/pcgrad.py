@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.dispatch import choose, triton_kernels
-from fastmtl.core.gradient_rows import GradientRows, bank_rows
+from fastmtl.core.gradient_rows import GradientRows, bank_rows, device_type_of
 from fastmtl.core.schemas import define_kernel, define_op, without_autocast
 from fastmtl.ops.gradients import reference
 from fastmtl.ops.gradients.arguments import (
@@ -226,7 +226,8 @@ def _order_or_source(
     The source is None where the call must go through the op: nothing else can be recorded, compiled or intercepted.
     It costs a second and third pass of the arguments through the dispatcher. `into`: the result goes into given memory.
     """
-    device = rows.tensors[0].device if rows.tensors else torch.device("cpu")
+    # without a tensor it is a state that says where
+    device = rows.tensors[0].device if rows.tensors else getattr(generator, "device", torch.device("cpu"))
     check_generator(generator)
     if order is not None:
         check_order(order, rows.num_tasks, device if rows.tensors else None)
@@ -443,7 +444,7 @@ def pcgrad_rows_into(
     Returns the Gram matrix and the weights: `[T]` float64, 0 for tasks that are not present; or, to `project`, the
     coefficients `[T, T]`.
     """
-    device_type = rows.tensors[0].device.type if rows.tensors else "cpu"
+    device_type = device_type_of(rows.tensors)
     if order is not None:
         check_order_values(order, rows.num_tasks)
     implementation = choose("pcgrad", device_type, _OPERATE)
@@ -569,13 +570,13 @@ def _project(grads: Tensor, order: Tensor, include_self: bool) -> Tensor:
 
 def _pcgrad_list(tensors, index, num_tasks, num_params, order, reduction, include_self) -> list[Tensor]:
     check_order_values(order, num_tasks)
-    implementation = choose("pcgrad", order.device.type, _FUSED["pcgrad_list"])
+    implementation = choose("pcgrad", device_type_of(tensors), _FUSED["pcgrad_list"])
     return implementation(tensors, index, num_tasks, num_params, order, reduction, include_self)
 
 
 def _project_list(tensors, index, num_tasks, num_params, order, include_self) -> list[Tensor]:
     check_order_values(order, num_tasks)
-    implementation = choose("pcgrad_project", order.device.type, _FUSED["pcgrad_project_list"])
+    implementation = choose("pcgrad_project", device_type_of(tensors), _FUSED["pcgrad_project_list"])
     return implementation(tensors, index, num_tasks, num_params, order, include_self)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from fastmtl.core.dispatch import choose, triton_kernels, unavailable
-from fastmtl.core.gradient_rows import GradientRows
+from fastmtl.core.gradient_rows import GradientRows, device_type_of
 from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops.gradients import reference
 from fastmtl.ops.gradients.arguments import Grads, check_flags, read_rows
-from fastmtl.ops.gradients.columns import columns_of, device_type_of, empty_columns, into_columns
+from fastmtl.ops.gradients.columns import columns_of, empty_columns, into_columns
 
 # what every backend has registers for
 ALWAYS_SERVED = 40
@@ -103,7 +103,7 @@ _INTO = {"cpu": _compiled, "triton": _triton, "reference": _reference}
 def _write(rows: GradientRows, trim: int, present: Tensor | None, out: Sequence[Tensor]) -> None:
     device_type = device_type_of(rows.tensors)
     declined = None
-    if trim > ALWAYS_SERVED and unavailable("triton", device_type) is None:
+    if device_type is not None and trim > ALWAYS_SERVED and unavailable("triton", device_type) is None:
         declined = {"triton": triton_kernels("gradients.elementwise_launchers").trimmed_mean_declined(rows, trim)}
     choose("trimmed_mean", device_type, _INTO, declined)(rows, trim, present, out)
 
