@@ -363,19 +363,18 @@ def test_sums_of_a_long_batch_do_not_depend_on_the_number_of_threads(threads: No
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         walk = low_rank.Walk(SortedBatch(plan.order, plan.offsets), 1, 1280)
-        parts.append([(p.task, p.first, p.end, None if p.positions is None else p.positions.tolist()) for p in walk])
+        parts.append(list(walk))
     assert parts[0] == parts[1] == parts[2] and len(parts[0]) > 4
 
 
 @pytest.mark.parametrize("part_bytes", [1, 2000, 1 << 30], ids=["single", "some", "whole"])
-@pytest.mark.parametrize("full_speed_rows", [0, 4, 10**9])
+@pytest.mark.parametrize("sorted_bytes", [0, 500, 10**9])
 @pytest.mark.parametrize("case", [c for c in FEW_LORA_CASES if c.dtype != F64], ids=str)
-def test_every_way_to_walk(
-    case: LoraCase, full_speed_rows: int, part_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The CPU takes rows where they lie or copies them together, many or few at a time; small cases see one way."""
-    monkeypatch.setattr(low_rank, "FULL_SPEED_ROWS", full_speed_rows)
+def test_every_way_to_walk(case: LoraCase, sorted_bytes: int, part_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU takes rows where they lie or sorts them, many or few at a time; small cases see one way."""
+    monkeypatch.setattr(low_rank, "SORTED_BYTES", sorted_bytes)
     monkeypatch.setattr(low_rank, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(low_rank, "FEWEST_ROWS", 1 if part_bytes == 1 else 64)
     for options in ({}, {"x_layout": "sliced", "ids": "runs"}, {"ids": "turns", "grad_layout": "expanded_batch"}):
         varied = case.but(**options)
         made, want = varied.make().leaves(), table.expected(varied)

@@ -1,18 +1,20 @@
 """`task_lora` on the CPU: W on the whole batch, then a walk over parts of it whose rows have one task.
 
 A part goes through both factors of its task before the next one begins, and what comes out is added where W has left
-its result. Rows that lie side by side are multiplied where they are, others are copied together first. W with each part
-in turn, while its rows are in cache, took longer in every case tried: each product arranges W anew.
+its result. Large samples are multiplied where they are; a batch of small ones is copied into the order of its tasks,
+and its result back, so that a task is two products. W with each part in turn, while its rows are in cache, took longer
+in every case tried: each product arranges W anew.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.core.task_weights import LoraGradients, LowRankDeltas, SortedBatch, TaskLoraCall
@@ -20,20 +22,20 @@ from fastmtl.ops.task_weights.cpu.batch import Segment, _copy_rows
 from fastmtl.ops.task_weights.cpu.memory import fresh
 from fastmtl.ops.task_weights.precision import widen
 
-# rows from which on a product is as fast as one of more rows: fewer that lie side by side are copied together with
-# others of their task
-FULL_SPEED_ROWS = 64
+# bytes of a sample's input and output rows, up to which copies of it cost less than products of its own
+SORTED_BYTES = 128 << 10
 # bytes of input and output rows of a part; whatever the number of threads, as sums are added up part by part
 PART_BYTES = 8 << 20
+# rows that a part has at least, however long they are
+FEWEST_ROWS = 64
 
 
 class Part(NamedTuple):
-    """Rows of one task: samples `first` to `end` of the batch, or those at `positions`."""
+    """Samples of one task that lie side by side, in the batch or in the copy of it that is sorted."""
 
     task: int
     first: int
     end: int
-    positions: Tensor | None
 
 
 class Rows:
@@ -45,18 +47,14 @@ class Rows:
         self.samples = flat if flat.stride(1) == 1 or flat.shape[1] <= 1 else flat.contiguous()
         self.per_sample = flat.shape[1] // self.columns
 
-    def take(self, part: Part) -> Tensor:
-        """`[rows, C]`: a view of rows that lie side by side."""
-        if part.positions is None:
-            return self.samples[part.first : part.end].reshape(-1, self.columns)
-        found = torch.empty(part.positions.shape[0], self.samples.shape[1], dtype=self.samples.dtype)
-        _copy_rows(self.samples, part.positions, found, None)
-        return found.view(-1, self.columns)
+    @functools.cached_property
+    def all(self) -> Tensor:
+        """`[N * rows, C]`; a copy where samples lie apart that have several rows."""
+        return self.samples.reshape(-1, self.columns)
 
-    def put(self, part: Part, rows: Tensor) -> None:
-        """What `take` gave, changed, back in its place: nothing to do where that is a view."""
-        if part.positions is not None:
-            _copy_rows(rows.view(-1, self.samples.shape[1]), None, self.samples, part.positions)
+    def of(self, part: Part) -> Tensor:
+        """`[rows, C]`, a view."""
+        return self.all.narrow(0, part.first * self.per_sample, (part.end - part.first) * self.per_sample)
 
 
 class Factors:
@@ -82,32 +80,51 @@ class Factors:
         if self._cast is None or self._cast[0] != task:
             pair = self._pairs[task]
             assert pair is not None
-            a, b = (w.detach().to(self._dtype) for w in pair)
+            a, b = pair
+            if a.dtype != self._dtype:
+                a, b = a.to(self._dtype), b.to(self._dtype)
             self._cast = task, (a, b)
         return self._cast[1]
 
 
 class Walk:
-    """The parts of a batch."""
+    """The parts of a batch, and its rows in the order that they are parts of."""
 
     def __init__(self, batch: SortedBatch, per_sample: int, row_bytes: int) -> None:
-        bounds, order = batch.offsets.tolist(), batch.order.numpy()
-        self._segments = [Segment(t, order[a:b]) for t, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b]
-        self._per_sample = per_sample
-        most = max(PART_BYTES // row_bytes, FULL_SPEED_ROWS)
-        self._most_samples = max(1, most // per_sample)
+        order, bounds = batch.order.numpy(), batch.offsets.tolist()
+        in_order = bool((order[1:] > order[:-1]).all())
+        self._order = None if in_order or per_sample * row_bytes > SORTED_BYTES else batch.order
+        self._runs = [
+            (task, first, end)
+            for task, (a, b) in enumerate(itertools.pairwise(bounds))
+            if a < b
+            for first, end in ([(a, b)] if in_order or self._order is not None else Segment(task, order[a:b]).runs)
+        ]
+        self._most_samples = max(1, max(PART_BYTES // row_bytes, FEWEST_ROWS) // per_sample)
 
     def __iter__(self) -> Iterator[Part]:
-        for task, samples in self._segments:
-            assert task is not None
-            segment = Segment(task, samples)
-            if len(samples) * self._per_sample < FULL_SPEED_ROWS * segment.num_runs and segment.num_runs > 1:
-                for k in range(0, len(samples), self._most_samples):
-                    yield Part(task, 0, 0, torch.from_numpy(np.ascontiguousarray(samples[k : k + self._most_samples])))
-                continue
-            for first, end in segment.runs:
-                for k in range(first, end, self._most_samples):
-                    yield Part(task, k, min(k + self._most_samples, end), None)
+        for task, first, end in self._runs:
+            for k in range(first, end, self._most_samples):
+                yield Part(task, k, min(k + self._most_samples, end))
+
+    def rows(self, x: Tensor, count: int) -> Rows:
+        found = Rows(x, count)
+        if self._order is not None:
+            source, found.samples = found.samples, torch.empty(found.samples.shape, dtype=x.dtype)
+            _copy_rows(source, self._order, found.samples, None)
+        return found
+
+    def target(self, out: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for rows that `finish` brings into `out`: `out` itself, where they belong there as they are."""
+        return out if out.dtype == dtype and self._order is None else _empty(out.shape, dtype)
+
+    def finish(self, made: Tensor, out: Tensor) -> Tensor:
+        if self._order is not None:
+            back = out if out.dtype == made.dtype else _empty(out.shape, made.dtype)
+            count = self._order.shape[0]
+            _copy_rows(made.view(count, -1), None, back.view(count, -1), self._order)
+            made = back
+        return out if made is out else out.copy_(made)
 
 
 def lora(x: Tensor, call: TaskLoraCall) -> Tensor:
@@ -116,27 +133,23 @@ def lora(x: Tensor, call: TaskLoraCall) -> Tensor:
     y = _empty((*x.shape[:-1], call.shape[0]), x.dtype)
     if y.numel() == 0:
         return y
-    source = Rows(widen(x), batch.order.shape[0])
-    dtype = source.samples.dtype
-    made = y if y.dtype == dtype else _empty(y.shape, dtype)
-    target = Rows(made, batch.order.shape[0])
-    walk = Walk(batch, source.per_sample, (source.columns + target.columns) * dtype.itemsize)
+    count = batch.order.shape[0]
+    x = widen(x)
+    dtype, per_sample = x.dtype, y.numel() // (count * y.shape[-1])
+    walk = Walk(batch, per_sample, (x.shape[-1] + y.shape[-1]) * dtype.itemsize)
+    source, made = walk.rows(x, count), walk.target(y, dtype)
+    target = Rows(made, count)
     shared = None if bias is None or bias.dim() == 2 else bias.detach().to(dtype)
     weight = None if weight is None else weight.detach().to(dtype).t()
-    _base(source.samples.reshape(-1, source.columns), weight, shared, made.view(-1, target.columns))
+    _base(source.all, weight, shared, target.all)
     factors = Factors(deltas, batch.num_tasks, dtype)
     for part in walk:
-        is_open, own = factors.is_open(part.task), bias is not None and bias.dim() == 2
-        if not (is_open or own):
-            continue
-        rows = target.take(part)
-        if is_open:
+        if factors.is_open(part.task):
             a, b = factors(part.task)
-            rows.addmm_(source.take(part) @ a.t(), b.t(), alpha=factors.scale(part.task))
-        if own:
-            rows += bias[part.task].detach().to(dtype)
-        target.put(part, rows)
-    return y if made is y else y.copy_(made)
+            target.of(part).addmm_(F.linear(source.of(part), a), b.t(), alpha=factors.scale(part.task))
+        if bias is not None and bias.dim() == 2:
+            target.of(part).add_(bias[part.task].detach().to(dtype))
+    return walk.finish(made, y)
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -169,37 +182,33 @@ def lora_backward(
     grad_x, grad_weight, grad_a, grad_b, grad_scaling, grad_bias = out
 
     count = batch.order.shape[0]
-    source, back = Rows(widen(x), count), Rows(widen(grad_out), count)
-    dtype = back.samples.dtype
+    x, grad_out = widen(x), widen(grad_out)
+    dtype, per_sample = grad_out.dtype, grad_out.numel() // (count * grad_out.shape[-1])
+    walk = Walk(batch, per_sample, (x.shape[-1] + grad_out.shape[-1]) * dtype.itemsize)
+    source, back = walk.rows(x, count), walk.rows(grad_out, count)
     if grad_weight is not None:
-        g, seen = (rows.samples.reshape(-1, rows.columns) for rows in (back, source))
-        grad_weight.copy_(g.t() @ seen)
+        grad_weight.copy_(back.all.t() @ source.all)
     factors = Factors(deltas, batch.num_tasks, dtype)
     sums = Sums(deltas, factors, (grad_a, wanted_a), (grad_b, wanted_b), grad_scaling, grad_bias)
     made, target = None, None
     if grad_x is not None:
-        made = grad_x if grad_x.dtype == dtype else _empty(grad_x.shape, dtype)
+        made = walk.target(grad_x, dtype)
         target = Rows(made, count)
-    walk = Walk(batch, source.per_sample, (source.columns + back.columns) * dtype.itemsize)
-    weight = None if weight is None else weight.detach().to(dtype)
-    if made is not None:
-        _base(back.samples.reshape(-1, back.columns), weight, None, made.view(-1, source.columns))
+        _base(back.all, None if weight is None else weight.detach().to(dtype), None, target.all)
     for part in walk:
         moved = target is not None and factors.is_open(part.task)
         if not (moved or sums.takes(part.task)):
             continue
-        own = back.take(part)
+        own = back.of(part)
         inner = None
         if factors.is_open(part.task) or sums.needs_inner(part.task):
             inner = own @ factors(part.task)[1]
         if moved:
-            rows = target.take(part)
-            rows.addmm_(inner, factors(part.task)[0], alpha=factors.scale(part.task))
-            target.put(part, rows)
+            target.of(part).addmm_(inner, factors(part.task)[0], alpha=factors.scale(part.task))
         sums.add(part, own, inner, source)
     sums.finish()
-    if made is not grad_x:
-        grad_x.copy_(made)
+    if made is not None:
+        walk.finish(made, grad_x)
     return out.listed()
 
 
@@ -247,11 +256,11 @@ class Sums:
         of_scaling = self._scaling is not None and self._factors.exists(part.task)
         if not (of_a or of_b or of_scaling):
             return
-        seen = source.take(part)
+        seen = source.of(part)
         if of_a:
             self._hold("A", inner.t() @ seen)
         if of_b or of_scaling:
-            shrunk = seen @ self._factors(part.task)[0].t()
+            shrunk = F.linear(seen, self._factors(part.task)[0])
             if of_b:
                 self._hold("B", own.t() @ shrunk)
             if of_scaling:
