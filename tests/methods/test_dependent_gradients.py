@@ -8,6 +8,7 @@ import torch
 from conftest import Backend
 
 from fastmtl import methods, ops
+from fastmtl.ops.gradients import reference_methods
 
 KINDS = ("opposite pairs", "one opposite pair", "duplicates", "multiples", "sums", "few dimensions")
 
@@ -92,3 +93,11 @@ def test_alignedmtl_keeps_a_short_gradient_of_its_own(dtype: torch.dtype, backen
     g = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, short]], dtype=dtype)
     w = methods.AlignedMTL().weights(ops.gram(g))
     torch.testing.assert_close(w * 3, torch.tensor([short, short, 1.0], dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_the_reference_solves_what_has_no_inverse() -> None:
+    """As the compiled solvers it raises nothing: the shortest solution, or NaN for what is not finite."""
+    a = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    b = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    torch.testing.assert_close(reference_methods._solve(a, b), b / 2)
+    assert reference_methods._solve(a * torch.nan, b).isnan().all()

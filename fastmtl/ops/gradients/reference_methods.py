@@ -42,6 +42,12 @@ class _Problem(NamedTuple):
         return c - torch.diag(c.diagonal()) + torch.diag(self.has_gradient.to(c.dtype))
 
 
+def _solve(a: Tensor, b: Tensor) -> Tensor:
+    """`a^-1 b`; of a matrix that rounding leaves without an inverse, the shortest solution of least squares."""
+    found, info = torch.linalg.solve_ex(a, b)
+    return torch.linalg.pinv(a) @ b if bool(info != 0) and bool(a.isfinite().all()) else found
+
+
 def method_weights(
     gram: Tensor,
     method: str,
@@ -186,7 +192,7 @@ def _solve_with_bounds(m: Tensor, q: Tensor) -> Tensor:
         while bool(free.any()):
             chosen = free.nonzero()[:, 0]
             goal = torch.zeros_like(y)
-            goal[chosen] = torch.linalg.solve(m[chosen][:, chosen], -q[chosen])
+            goal[chosen] = _solve(m[chosen][:, chosen], -q[chosen])
             negative = free & (goal <= 0)
             if not bool(negative.any()):
                 y = goal
@@ -289,7 +295,7 @@ def _fair(p: _Problem, power: float) -> Tensor:
     last = math.inf
     for iteration in range(200):
         wanted = target(z)
-        step = torch.linalg.solve(m + torch.diag((power * wanted / z).clamp(max=1e300)), wanted - m @ z) / z
+        step = _solve(m + torch.diag((power * wanted / z).clamp(max=1e300)), wanted - m @ z) / z
         # far from its solution an entry jumps to where it would meet its own equation, M z being as it is
         far = step.abs() > 3 if iteration < 50 else torch.zeros_like(step, dtype=torch.bool)
         # a solution may have entries that no float64 holds: at the least there is they stay
@@ -372,7 +378,7 @@ def _least_multipliers(c: Tensor, h: Tensor, dependent: float) -> Tensor | None:
 
     def across(i: int) -> tuple[float, Tensor]:
         """The squared part of vector i across the active ones, and how it is made of these."""
-        rates = torch.linalg.solve(c[active][:, active], c[active, i])
+        rates = _solve(c[active][:, active], c[active, i])
         return (c[i, i] - c[i, active] @ rates).item(), rates
 
     for _ in range(20 * len(h) + 20):
@@ -396,7 +402,7 @@ def _least_multipliers(c: Tensor, h: Tensor, dependent: float) -> Tensor | None:
                 active.append(entering)
             else:
                 y[active.pop(int(steps.argmin()))] = 0.0
-    y[active] = torch.linalg.solve(c[active][:, active], h[active]).clamp(min=0)
+    y[active] = _solve(c[active][:, active], h[active]).clamp(min=0)
     return y
 
 
