@@ -20,7 +20,8 @@ class AlignedMTL(GramMethod):
             lower `"median"`, or their mean (`"rmse"`).
         reduction: `"mean"` or `"sum"` over the present tasks, where no preferences are given.
         preferences: what each task counts, in place of the reduction's 1/n or 1: T numbers from 0 in the order of the
-            tasks, or a mapping from the name of each task.
+            tasks, or a mapping from the name of each task. Where those of all present tasks are 0, the update is zero,
+            as where no task is present.
 
     Raises:
         ValueError: an unknown scale or reduction; preferences that are no such numbers; (when called) those of

@@ -14,7 +14,8 @@ class ConFIG(GramMethod):
 
     Args:
         preferences: to what the cosines are in proportion: T numbers from 0 in the order of the tasks, or a mapping
-            from the name of each task; None: all equal.
+            from the name of each task; None: all equal. Where those of all present tasks are 0, the update is zero, as
+            where no task is present.
 
     Raises:
         TypeError, ValueError: `preferences` are no such numbers; (when called) those of other tasks.

@@ -18,7 +18,8 @@ class DualProj(GramMethod):
         reg_eps: the regularisation, from 1e-8. The default is 840 eps of float32. Below one eps of the dtype of the
             Gram matrix (1.2e-7 in float32) the rounding of its entries counts for more.
         preferences: what each task counts: T numbers from 0 in the order of the tasks, or a mapping from the name of
-            each task; None: 1/n for each of the n present tasks.
+            each task; None: 1/n for each of the n present tasks. Where those of all present tasks are 0, the update is
+            zero, as where no task is present.
 
     Raises:
         TypeError: `reg_eps` or `preferences` are no numbers.

@@ -428,6 +428,36 @@ def test_method_weights(num_tasks: int, kind: str, method: str) -> None:
         assert wrong[compared].abs().max() <= max(tolerance, 1e-6) * wanted[compared].abs().max()
 
 
+@pytest.mark.parametrize("method", [name for name in method_weights.OPTIONS if name not in ("nashmtl", "fairgrad")])
+@pytest.mark.parametrize("kind", ["opposite pairs", "duplicates", "sums", "nearly opposite", "all alike"])
+@pytest.mark.parametrize("num_tasks", [8, 17, 33])
+def test_method_weights_of_dependent_gradients(num_tasks: int, kind: str, method: str) -> None:
+    """The block decides on the rank, and on what rounding has made, as one thread does."""
+    if (reason := dispatch.unavailable("cpu", "cpu")) is not None:
+        skip_or_fail(reason)
+    generator = cases.generator_of(("dependent", num_tasks, kind))
+    bank = torch.randn(num_tasks, 2 * num_tasks + 1, generator=generator, dtype=torch.float64)
+    half = num_tasks // 2
+    if kind == "opposite pairs":
+        bank[half : 2 * half] = -bank[:half]
+    elif kind == "duplicates":
+        bank[half : 2 * half] = bank[:half]
+    elif kind == "sums":
+        bank[-1] = bank[:half].sum(0)
+    elif kind == "nearly opposite":
+        bank[-1] = -bank[0] + 1e-3 * bank[-1]
+    else:
+        bank = bank[:, :1].expand(-1, 1000)
+    m = bank @ bank.mT
+    options = METHOD_OPTIONS.get(method, [])
+    wanted = ops.method_weights(m, method, options)
+    w = host.method_weights(m, list(method_weights.OPTIONS).index(method), options)
+    wrong = w - wanted
+    size = (w.abs() + wanted.abs()) @ m.diagonal().sqrt()
+    assert size > 0 or kind == "opposite pairs"
+    assert wrong @ m @ wrong <= (1e-7 * size) ** 2
+
+
 def bordered(m: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix inside a larger one, as those of two batches lie in theirs."""
     num_tasks = len(m)

@@ -297,6 +297,20 @@ def test_preferences(name: str, backend: Backend) -> None:
     assert cosines[1] > cosines[0]
 
 
+@pytest.mark.parametrize("name", ["config", "alignedmtl", "upgrad", "dualproj"])
+@pytest.mark.parametrize("kind", ["conflicting", "opposite", "zero row"])
+def test_preferences_for_absent_tasks_alone(kind: str, name: str, backend: Backend) -> None:
+    """Nothing that counts is there: no update, as where no task is present; and next to none where little is there."""
+    g = gradients(kind, 5)
+    present = torch.tensor([False, True, True, False, True])
+    counts = torch.tensor([0.7, 0.0, 0.0, 0.3, 0.0], dtype=F64)
+    assert (solved(name, g @ g.mT, present=present, preferences=counts) == 0).all()
+    assert (solved(name, g @ g.mT, present=torch.zeros(5, dtype=torch.bool)) == 0).all()
+    if name != "config":  # whose length is that of the gradients
+        little = torch.where(present, 1e-6, counts)
+        assert solved(name, g @ g.mT, present=present, preferences=little).abs().max() < 1e-4
+
+
 # --- TorchJD
 
 

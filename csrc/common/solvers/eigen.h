@@ -14,9 +14,55 @@ struct EigenScratch {
 // The square of a column that counts as zero, of a matrix whose entries are at most 1: its inverse would be no float64.
 constexpr double kLeastSquare = 1e-280;
 
+// Rows, entry by entry: in registers of 256 bits where the processor has them, to the same bits.
+namespace by_row {
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__CUDACC__)
+#define FASTMTL_EACH_WIDTH(name, parameters, arguments)                                        \
+  __attribute__((target("avx2"))) inline void name##_wide parameters { name##_any arguments; } \
+  inline void name parameters {                                                                \
+    if (__builtin_cpu_supports("avx2")) name##_wide arguments;                                 \
+    else name##_any arguments;                                                                 \
+  }
+#define FASTMTL_ANY_WIDTH __attribute__((always_inline)) inline
+#else
+#define FASTMTL_EACH_WIDTH(name, parameters, arguments) \
+  inline void name parameters { name##_any arguments; }
+#define FASTMTL_ANY_WIDTH inline
+#endif
+
+// x += factor y, from one index up to another.
+FASTMTL_ANY_WIDTH void add_any(double* __restrict__ x, const double* __restrict__ y, double factor, int from, int to) {
+  for (int k = from; k < to; ++k) x[k] += factor * y[k];
+}
+FASTMTL_EACH_WIDTH(add, (double* x, const double* y, double factor, int from, int to), (x, y, factor, from, to))
+
+// x -= a y + b z, from one index up to another.
+FASTMTL_ANY_WIDTH void take_any(double* __restrict__ x, const double* __restrict__ y, double a,
+                                const double* __restrict__ z, double b, int from, int to) {
+  for (int k = from; k < to; ++k) x[k] -= a * y[k] + b * z[k];
+}
+FASTMTL_EACH_WIDTH(take, (double* x, const double* y, double a, const double* z, double b, int from, int to),
+                   (x, y, a, z, b, from, to))
+
+// x and y, n numbers each, turned by an angle.
+FASTMTL_ANY_WIDTH void rotate_any(double* __restrict__ x, double* __restrict__ y, double cosine, double sine, int n) {
+  for (int k = 0; k < n; ++k) {
+    const double a = x[k], c = y[k];
+    x[k] = cosine * a - sine * c;
+    y[k] = sine * a + cosine * c;
+  }
+}
+FASTMTL_EACH_WIDTH(rotate, (double* x, double* y, double cosine, double sine, int n), (x, y, cosine, sine, n))
+
+#undef FASTMTL_ANY_WIDTH
+#undef FASTMTL_EACH_WIDTH
+
+}  // namespace by_row
+
 // To tridiagonal form by Householder's reflections, H = 1 - beta v v^T. m: in; out: row k holds v of step k behind its
 // diagonal. diagonal, off: out, of the tridiagonal matrix. rows: out, the product of the reflections, the last one
-// first.
+// first. Loops run along rows, each entry by itself: a sum along a row would wait for every addition.
 inline void tridiagonal(Matrix m, Matrix rows, int n, double* diagonal, double* off, double* betas, double* product) {
   for (int k = 0; k + 1 < n; ++k) {
     double* v = m[k];
@@ -30,31 +76,34 @@ inline void tridiagonal(Matrix m, Matrix rows, int n, double* diagonal, double* 
     off[k] = moved;
     betas[k] = beta;
     v[k + 1] = head - moved;
+    for (int j = k + 1; j < n; ++j) product[j] = 0.0;
+    for (int i = k + 1; i < n; ++i) by_row::add(product, m[i], v[i], k + 1, n);
     double along = 0.0;
     for (int i = k + 1; i < n; ++i) {
-      double sum = 0.0;
-      for (int j = k + 1; j < n; ++j) sum += m[i][j] * v[j];
-      product[i] = beta * sum;
+      product[i] *= beta;
       along += product[i] * v[i];
     }
     for (int i = k + 1; i < n; ++i) product[i] -= 0.5 * beta * along * v[i];
-    for (int i = k + 1; i < n; ++i)
-      for (int j = k + 1; j < n; ++j) m[i][j] -= v[i] * product[j] + product[i] * v[j];
+    for (int i = k + 1; i < n; ++i) by_row::take(m[i], product, v[i], v, product[i], k + 1, n);
   }
   diagonal[n - 1] = m[n - 1][n - 1];
   off[n - 1] = 0.0;
-  // from the last reflection to the first, so that each meets the block that is no identity yet: row by row
-  for (int i = 0; i < n; ++i) {
-    double* row = rows[i];
-    for (int j = 0; j < n; ++j) row[j] = i == j ? 1.0 : 0.0;
-    for (int k = i; k-- > 0;) {
-      const double* v = m[k];
-      double sum = 0.0;
-      for (int j = k + 1; j < n; ++j) sum += row[j] * v[j];
-      sum *= betas[k];
-      for (int j = k + 1; j < n; ++j) row[j] -= sum * v[j];
-    }
+  // its transpose, from the last reflection to the first, so that each meets the block that is no identity yet
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; ++j) rows[i][j] = i == j ? 1.0 : 0.0;
+  for (int k = n - 1; k-- > 0;) {
+    if (betas[k] == 0) continue;
+    const double* v = m[k];
+    for (int j = k + 1; j < n; ++j) product[j] = 0.0;
+    for (int i = k + 1; i < n; ++i) by_row::add(product, rows[i], v[i], k + 1, n);
+    for (int i = k + 1; i < n; ++i) by_row::add(rows[i], product, -betas[k] * v[i], k + 1, n);
   }
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < i; ++j) {
+      const double x = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = x;
+    }
 }
 
 // By the implicit QL method on the tridiagonal form (Martin and Wilkinson 1968). m: [n, n], lost. values: out, n
@@ -84,12 +133,7 @@ inline void eigen(const Alone&, Matrix m, Matrix vectors, int n, double* values,
         shift = sine * turned;
         d[i + 1] = g + shift;
         g = cosine * turned - b;
-        double *x = vectors[i], *y = vectors[i + 1];
-        for (int k = 0; k < n; ++k) {
-          const double a = x[k], c = y[k];
-          x[k] = cosine * a - sine * c;
-          y[k] = sine * a + cosine * c;
-        }
+        by_row::rotate(vectors[i], vectors[i + 1], cosine, sine, n);
       }
       d[low] -= shift;
       e[low] = g;

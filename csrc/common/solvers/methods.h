@@ -125,9 +125,11 @@ FASTMTL_HOST_DEVICE void mgda(const Team& team, const Problem& p) {
 // reach. For given tasks with v_i > 0, v = level K^-1 1 - K^-1 b, and a quadratic equation gives the level. It begins
 // with the task that g_0 is worst for; those that come off worse than the level join, half as badly as the worst at
 // least (or the worst alone, if there is no such level for all of them), and those with a negative v leave. b: in p.z.
-// v: out, in p.w. Whether it came to an end, far enough from what rounding makes unsafe.
+// v: out, in p.w. least: a pivot of cosines that is not to be trusted. Whether it came to an end, far enough from what
+// rounding makes unsafe.
 template <class Team>
-FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, double reach, double noise) {
+FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, double reach, double noise,
+                                          double least) {
   const int n = p.n;
   if (!(smallest_of(team, n, [&](int i) { return p.m[i][i]; }) > 0)) return false;
   Found worst{INFINITY, n};
@@ -162,7 +164,7 @@ FASTMTL_HOST_DEVICE bool cagrad_on_a_face(const Team& team, const Problem& p, do
     const double along = sum_of(team, count, [&](int a) { return p.y[a] * p.z[p.first[a]]; });
     const double inside = across * across - ones * (along - reach * reach);
     Members changed{};
-    if (pivot > 1e-6 && ones > 0 && inside > 0) {
+    if (pivot > least && ones > 0 && inside > 0) {
       const double level = (across + std::sqrt(inside)) / ones;
       each(team, count, [&](int a) { p.w[p.first[a]] = level * p.x[a] - p.y[a]; });
       team.sync();
@@ -222,7 +224,7 @@ FASTMTL_HOST_DEVICE void cagrad(const Team& team, const Problem& p, double c, do
   const double mean = dot(team, p.x, p.z, n), size = dot(team, p.x, p.y, n);
   if (!(c > 0 && mean > n * rounding * size)) return;  // the mean itself
   const double reach = c * std::sqrt(mean), noise = std::fmax(n * rounding, 1e-12);
-  if (cagrad_on_a_face(team, p, reach, noise)) {
+  if (cagrad_on_a_face(team, p, reach, noise, std::fmin(1e5 * rounding, 1e-6))) {
     each(team, n, [&](int i) { p.out[i] = 1.0 / n + p.w[i]; });
     return;
   }
@@ -284,9 +286,9 @@ FASTMTL_HOST_DEVICE void pseudo_solve(const Team& team, const Problem& p, const 
   const double largest = largest_of(team, n, [&](int k) { return p.x[k]; });
   const double length = std::sqrt(dot(team, b, b, n));
   // eigenvectors turn with the rounding of the matrix, and have some of their own
-  const double none = 4.0 * n * std::fmax(rounding, 4.0 * kEpsilon) * length;
+  const double none = std::fmax(4.0 * n, kEntryRoundings) * std::fmax(rounding, 4.0 * kEpsilon) * length;
   multiply(team, p.a, b, n, [&](int k, double along) {
-    const bool is_there = p.x[k] > n * rounding * largest && std::fabs(along) > none;
+    const bool is_there = p.x[k] > none_of(n, rounding) * largest && std::fabs(along) > none;
     p.v[k] = is_there ? along / p.x[k] : 0.0;
   });
   team.sync();
@@ -349,8 +351,17 @@ FASTMTL_HOST_DEVICE void aligned_mtl(const Team& team, const Problem& p, double 
   each_entry(team, n, [&](int i, int k) { p.b[i][k] = p.m[i][k]; });
   team.sync();
   eigen(team, p.b, p.a, n, p.x, {p.y, p.v, p.t});
-  const double least = n * rounding * largest_of(team, n, [&](int k) { return p.x[k]; });
-  const Members kept = team.members(n, [&](int k) { return p.x[k] > least; });
+  const double largest = largest_of(team, n, [&](int k) { return p.x[k]; });
+  each(team, n, [&](int i) { p.z[i] = p.m[i][i] > 0 ? std::sqrt(p.m[i][i]) : 0.0; });
+  team.sync();
+  // no more than entries of these lengths may be off by: a short gradient that is none of the others' is more
+  multiply_with_sizes(team, p.a, p.z, n, [&](int k, double, double size) {
+    const double least =
+        std::fmax(n * rounding * largest, kEntryRoundings * rounding * std::fmin(size * size, largest));
+    p.w[k] = p.x[k] > least ? p.x[k] : 0.0;
+  });
+  team.sync();
+  const Members kept = team.members(n, [&](int k) { return p.w[k] > 0; });
   const int rank = kept.count();
   double scale = 0.0;
   if (mode == 0 || mode == 1) {  // the least, or the lower median, of those that are not zero
@@ -359,16 +370,19 @@ FASTMTL_HOST_DEVICE void aligned_mtl(const Team& team, const Problem& p, double 
     each(team, n, [&](int k) {
       if (!kept.has(k)) return;
       int below = 0;
-      for (int i = 0; i < n; ++i) below += p.x[i] > least && (p.x[i] < p.x[k] || (p.x[i] == p.x[k] && i < k));
+      for (int i = 0; i < n; ++i) below += p.w[i] > 0 && (p.w[i] < p.w[k] || (p.w[i] == p.w[k] && i < k));
       if (below == wanted) at = {-1.0, k};
     });
     at = team.least(at);
-    scale = at.index < n ? p.x[at.index] : 0.0;
+    scale = at.index < n ? p.w[at.index] : 0.0;
   } else {
-    scale = sum_of(team, n, [&](int k) { return kept.has(k) ? p.x[k] : 0.0; }) / (rank > 0 ? rank : 1);
+    scale = sum_of(team, n, [&](int k) { return p.w[k]; }) / (rank > 0 ? rank : 1);
   }
-  multiply(team, p.a, p.weights, n,
-           [&](int k, double along) { p.v[k] = p.x[k] > least ? along * std::sqrt(scale / p.x[k]) : 0.0; });
+  // what rounding of the eigenvectors makes of preferences that are across one
+  const double none = 16.0 * n * kEpsilon * std::sqrt(dot(team, p.weights, p.weights, n));
+  multiply(team, p.a, p.weights, n, [&](int k, double along) {
+    p.v[k] = p.w[k] > 0 && std::fabs(along) > none ? along * std::sqrt(scale / p.w[k]) : 0.0;
+  });
   team.sync();
   multiply_transposed(team, p.a, p.v, n, [&](int i, double sum) { p.out[i] = sum; });
 }

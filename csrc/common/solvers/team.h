@@ -24,6 +24,14 @@ namespace fastmtl::solvers {
 
 constexpr double kEpsilon = 2.220446049250313e-16;  // of float64
 
+// What rounding of its entries may make of an eigenvalue of n gradients' Gram matrix that is zero, relative to the
+// largest one. An entry is a sum of many products: where the entries of gradients are all alike, all of them are
+// rounded to the same side, and few tasks, too, see 20 roundings of an entry. rounding: one, relative to the entry.
+constexpr double kEntryRoundings = 32.0;
+FASTMTL_HOST_DEVICE inline double none_of(int n, double rounding) {
+  return std::fmax(1.0 * n, kEntryRoundings) * rounding;
+}
+
 // A matrix as torch has it: float32 or float64, `step` entries from row to row.
 struct Entries {
   const void* data = nullptr;

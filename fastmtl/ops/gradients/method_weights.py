@@ -109,7 +109,10 @@ def method_weights(
 
     Returns:
         `[T]` float64, on the device of `gram`. Where an entry of a present task is not finite, the weights of all
-        present tasks are NaN. Eigenvalues count as zero up to `n eps` of the largest, eps of the dtype of `gram`.
+        present tasks are NaN. Eigenvalues count as zero up to `max(n, 32) eps` of the largest, eps of the dtype of
+            `gram` (alignedmtl: up to `n eps`, where the eigenvector is that of gradients so short that rounding of
+            their entries makes no more). Preferences of 0 for all present tasks give them the weight 0, as an absent
+            task has it (sdmgrad: see above; pcd takes positive ones).
 
     Raises:
         TypeError: dtypes other than the above.

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 EPS = torch.finfo(torch.float64).eps
+# of an entry of a Gram matrix, at most: see csrc/common/solvers/team.h
+ENTRY_ROUNDINGS = 32
 
 
 class _Problem(NamedTuple):
@@ -258,8 +260,8 @@ def _pseudo_solve(c: Tensor, b: Tensor, rounding: float) -> Tensor:
     values, vectors = torch.linalg.eigh(c)
     n, along = len(b), vectors.mT @ b
     # eigenvectors turn with the rounding of the matrix, and have some of their own
-    none = 4 * n * max(rounding, 4 * EPS) * b.norm()
-    there = (values > n * rounding * values.max()) & (along.abs() > none)
+    none = max(4 * n, ENTRY_ROUNDINGS) * max(rounding, 4 * EPS) * b.norm()
+    there = (values > max(n, ENTRY_ROUNDINGS) * rounding * values.max()) & (along.abs() > none)
     return vectors @ torch.where(there, along / torch.where(there, values, 1.0), 0.0)
 
 
@@ -323,11 +325,17 @@ def _fairgrad(p: _Problem, alpha: float) -> Tensor:
 
 def _alignedmtl(p: _Problem, scale: float, reduction: float) -> Tensor:
     values, vectors = torch.linalg.eigh(p.m)
-    there = values > len(values) * p.rounding * values.max()
+    # no more than entries of these lengths may be off by: a short gradient that is none of the others' is more
+    sizes = (vectors.mT.abs() @ torch.where(p.has_gradient, p.lengths, 0.0)).square()
+    none = torch.maximum(len(values) * values.max(), ENTRY_ROUNDINGS * sizes.clamp(max=values.max()))
+    there = values > p.rounding * none
     kept = values[there]
     to = (kept.min(), kept.median(), kept.mean())[int(scale)]
     factors = torch.where(there, (to / torch.where(there, values, 1.0)).sqrt(), 0.0)
-    return vectors @ (factors * (vectors.mT @ p.preferences))
+    along = vectors.mT @ p.preferences
+    # what rounding of the eigenvectors makes of preferences that are across one
+    across = along.abs() <= 16 * len(values) * EPS * p.preferences.norm()
+    return vectors @ torch.where(across, 0.0, factors * along)
 
 
 def _regularised(p: _Problem, reg_eps: float) -> Tensor:
