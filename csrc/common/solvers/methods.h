@@ -504,11 +504,13 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
   each(team, p.n, [&](int i) {
     const double* per_task = descends && request.kept != nullptr ? request.kept : request.per_task;
     p.weights[i] = given ? weights[tasks[i]] : even;
-    p.out[i] = keeps_weights && share.part == 0 ? p.weights[i] : 0.0;  // where all gradients are zero
+    // what stays where all gradients are zero; NaN where an entry is not finite, since no method is asked then
+    p.out[i] = keeps_weights && share.part == 0 ? p.weights[i] : 0.0;
     if (descends) {
       p.out[i] = per_task != nullptr ? per_task[tasks[i]] : NAN;
       if (std::isnan(p.out[i])) p.out[i] = 1.0 / p.n;
     }
+    if (!finite) p.out[i] = NAN;
     if (request.kind != Kind::pcd) return;
     p.t[i] = per_task != nullptr ? per_task[tasks[i]] : request.options[1];
     if (request.kept == nullptr) return;
@@ -550,20 +552,20 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
       if (!rows.has_task(t)) return;
       double sum = 0.0;
       for (int i = 0; i < p.n; ++i) sum += p.out[i] * rows.at(tasks[i], t);
-      out[t] = finite ? sum : NAN;
+      out[t] = sum;
     });
     return;
   }
-  each(team, p.n, [&](int i) { out[tasks[i]] = finite ? p.out[i] : NAN; });
+  each(team, p.n, [&](int i) { out[tasks[i]] = p.out[i]; });
   if (!descends || request.kept == nullptr) return;
-  const bool all_finite = finite && sum_of(team, p.n, [&](int i) { return std::isfinite(p.out[i]) ? 0.0 : 1.0; }) == 0;
+  const bool all_finite = sum_of(team, p.n, [&](int i) { return std::isfinite(p.out[i]) ? 0.0 : 1.0; }) == 0;
   each(team, p.n, [&](int i) {
     if (all_finite) request.kept[tasks[i]] = p.out[i];
   });
   if (request.kind != Kind::sdmgrad) return;
   const double more = request.options[3], total = total_of_preferences(team, p);
   each(team, p.n, [&](int i) {
-    if (finite) out[tasks[i]] = (p.out[i] + more * p.weights[i] / total) / (1.0 + more);
+    out[tasks[i]] = (p.out[i] + more * p.weights[i] / total) / (1.0 + more);
   });
 }
 
