@@ -564,9 +564,7 @@ FASTMTL_HOST_DEVICE FASTMTL_INLINE void solve(const Team& team, const Request& r
   });
   if (request.kind != Kind::sdmgrad) return;
   const double more = request.options[3], total = total_of_preferences(team, p);
-  each(team, p.n, [&](int i) {
-    out[tasks[i]] = (p.out[i] + more * p.weights[i] / total) / (1.0 + more);
-  });
+  each(team, p.n, [&](int i) { out[tasks[i]] = (p.out[i] + more * p.weights[i] / total) / (1.0 + more); });
 }
 
 // The running average of weights that `solve` has left in `out`, in their place. Begins with a sync.
