@@ -41,6 +41,8 @@ class Candidate:
         graph: on a GPU, whether it can be captured in a CUDA graph (it never waits for the host).
         unavailable: why it cannot run here, if so.
         builds: its first call compiles for seconds: it is called once before the clock starts.
+        again: calls in a row of which a sample is the mean, after one that is not timed: what a call takes that finds
+            code and data in the caches; 0: a sample follows other candidates, as a step of a training loop does.
     """
 
     label: str
@@ -51,6 +53,7 @@ class Candidate:
     graph: bool = False
     unavailable: str | None = None
     builds: bool = False
+    again: int = 0
 
 
 @dataclass(frozen=True)

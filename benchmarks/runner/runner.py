@@ -221,6 +221,9 @@ class Runner:
             turn[0] += count
             if case.prepare is not None:
                 chosen = [case.prepare(x, candidate.label) for x in chosen]
+            if candidate.again:
+                candidate.call(chosen[0])
+                chosen = chosen[:1] * candidate.again
             return measure.seconds_per_call(candidate.call, chosen, self.device)
 
         return sample

@@ -24,6 +24,8 @@ TASKS = (2, 4, 8, 16, 32, 64, 128)
 # tasks and columns of the whole calls
 CALLS = ((8, 100_000), (8, 1_000_000), (64, 100_000))
 PARAMS = 1000
+# calls in a row, of which the mean is what a call takes with warm caches
+AGAIN = 50
 # how far the update may be from the oracle's, over its length: two ways of solving what is conditioned as these are
 TOLERANCE = 1e-6
 # the same of float32 gradients, of which the oracle is in float64
@@ -114,7 +116,7 @@ def weights_case(name: str, num_tasks: int, device: torch.device) -> Case:
         return weighing(method or make(), num_tasks)
 
     theirs = {peer.label: peer for peer in peer_methods.all_of(name, num_tasks, device, weights=True)}
-    ours, plain = fresh(), fresh()
+    ours, again, plain = fresh(), fresh(), fresh()
 
     def check(x: Problem, call: Callable[[Problem], Tensor]) -> Check:
         # what the timed method keeps from step to step is nothing yet
@@ -136,6 +138,7 @@ def weights_case(name: str, num_tasks: int, device: torch.device) -> Case:
 
     candidates = [
         Candidate("ours", lambda x: ours(x.gram), f"fastmtl.methods: {make()!r}", "ours", graph=True),
+        Candidate("again", lambda x: again(x.gram), f"ours, {AGAIN} calls in a row", "yardstick", again=AGAIN),
         Candidate(
             "plain",
             lambda x: _by_reference(plain, x.gram),

@@ -235,6 +235,27 @@ def test_what_compiles_is_called_once_before_the_clock_starts(runner):
     assert row["status"] == "ok" and len(calls) >= 4
 
 
+def test_calls_in_a_row_share_a_sample(runner, monkeypatch):
+    """All of one set of inputs: one that is not timed, then those whose mean is the sample."""
+    seen, timed = [], []
+    case = surgery.bank_case("gram", 2, 1000)
+    again = registry.Candidate("again", seen.append, "", "yardstick", again=3)
+    stop_watch = measure.seconds_per_call
+
+    def noted(call, arguments, device):
+        before = len(seen)
+        took = stop_watch(call, arguments, device)
+        if call is again.call:
+            timed.append((before, len(seen)))
+        return took
+
+    monkeypatch.setattr(measure, "seconds_per_call", noted)
+    row = runner.run_case(replace(case, candidates=(case.ours, again), memory_of=frozenset(), reps=2))
+    assert row["status"] == "ok" and row["times"]["again"]["reps"] == 2
+    assert timed == [(4 * k + 1, 4 * k + 4) for k in range(len(timed))] and len(seen) == 4 * len(timed) >= 8
+    assert all(seen[k] is seen[k - k % 4] for k in range(len(seen)))
+
+
 @pytest.mark.parametrize(
     ("shapes", "tensors", "numbers"),
     [

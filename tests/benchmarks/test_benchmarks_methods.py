@@ -54,6 +54,7 @@ def test_the_page_says_how_far_a_peer_is_off_and_why_one_has_no_time() -> None:
     cells = dict(zip(report.columns(row), report.cells(row), strict=True))
     assert (cells["vs TorchJD"], cells["TorchJD is off by"]) == ("3x", "8e-02")
     assert (cells["vs LibMTL"], cells["LibMTL is off by"]) == ("failed", "-")
+    assert cells["in a row"] == report.seconds(row["times"]["again"]["median"])
     again = {**row, "case": "mgda T=9"}
     assert "\n\nLibMTL: MGDA ValueError: no (`mgda T=8`, `mgda T=9`).\n\n" in (
         report.section(results_of([row, again]), "methods") + "\n\n"
