@@ -210,8 +210,9 @@ def test_autocast(name: str) -> None:
     x = x.float() if x.is_floating_point() else x
     with torch.autocast("cpu", torch.bfloat16):
         y = call(case, layer, x, IDS)
-    # as in plain torch, embeddings and batch norms keep the dtype that they are given
-    assert y.dtype == (torch.float32 if name.startswith(("embedding", "batch_norm")) else torch.bfloat16)
+    # as in plain torch, embeddings and norms keep the dtype that they are given
+    keep = ("embedding", "batch_norm", "layer_norm", "rms_norm")
+    assert y.dtype == (torch.float32 if name.startswith(keep) else torch.bfloat16)
     expected = by_hand(case, wide, x.double() if x.is_floating_point() else x, IDS)
     size = float(expected.detach().abs().max())
     torch.testing.assert_close(y.double(), expected, **tolerance_of(torch.bfloat16, size))

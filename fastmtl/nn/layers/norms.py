@@ -11,12 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmtl.core.schemas import autocast_is_on, without_autocast
 from fastmtl.core.task_weights import TaskPlan
 from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
 from fastmtl.nn.layers.linear import must_run
 from fastmtl.nn.layers.norm import TaskNorm
 from fastmtl.nn.layers.scale_shift import scale_shift_of_last
 from fastmtl.nn.layers.weights import check_plain
+
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+def _dtype_of(norm: Callable[[Tensor], Tensor], x: Tensor) -> torch.dtype:
+    """What the plain norm of x comes in: autocast widens it on some devices."""
+    if not autocast_is_on(x.device.type):
+        return x.dtype
+    return norm(torch.empty(0, *x.shape[1:], dtype=x.dtype, device=x.device)).dtype
 
 
 class _ScaledByTask(TaskNorm):
@@ -52,7 +63,12 @@ class _ScaledByTask(TaskNorm):
     def _normed(self, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
         if self.channels_first:
             x = x.movedim(1, -1)
-        y = self._patched(norm(x), self._plan(x, self._leading(x)))
+        plan = self._plan(x, self._leading(x))
+        if x.dtype in _NARROW and self.weight is not None:
+            # as the plain layer, rounded once: behind scale and shift
+            y = self._patched(norm(x.float()), plan).to(_dtype_of(norm, x))
+        else:
+            y = self._patched(norm(x), plan)
         return y.movedim(-1, 1) if self.channels_first else y
 
     def _patched(self, y: Tensor, plan: TaskPlan) -> Tensor:
@@ -65,7 +81,11 @@ class _ScaledByTask(TaskNorm):
             shift = torch.zeros_like(scale)
         else:
             shift = torch.stack(present_rows(self.bias, self.tasks, plan.offsets)).view(-1, channels)
-        return scale_shift_of_last(y, scale, shift, plan)
+        if y.dtype == torch.float32 and scale.dtype in _NARROW:
+            scale, shift = scale.float(), shift.float()
+        # in the dtype of the norm, which autocast would narrow
+        with without_autocast(y.device.type):
+            return scale_shift_of_last(y, scale, shift, plan)
 
     def _leading(self, x: Tensor) -> int:
         return x.dim() - len(self.normalized_shape)
