@@ -483,7 +483,7 @@ def _note(header: tuple[str, ...], suite: str) -> str:
     if header == WEIGHTS_COLUMNS:
         return (
             "Weights of a `[T, T]` matrix. All candidates find the caches full of other data, as a step of a training "
-            "loop leaves them; \"in a row\" is ours called again and again. What a peer is off by is the distance of its "
+            'loop leaves them; "in a row" is ours called again and again. What a peer is off by is the distance of its '
             "update from ours, over the length of ours; MGDA stops before it has arrived:"
         )
     if header == CALL_COLUMNS:

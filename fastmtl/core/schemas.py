@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastmtl.core.autograd import register_autograd
+
 # asked once, since torch.compile cannot trace the question before torch 2.12
 _DEVICES_WITH_AUTOCAST = frozenset(
     kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(kind)
@@ -71,10 +73,11 @@ def define_op(
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, _outside_autocast(implementation), "CompositeExplicitAutograd")
+    run = _outside_autocast(implementation)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastmtl::{name}", fake, lib=LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(f"fastmtl::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        register_autograd(LIBRARY, name, run, backward, setup_context)
     PUBLIC_OPS[name] = (implementation, fake)
     return getattr(torch.ops.fastmtl, name).default
 

@@ -50,9 +50,10 @@ struct Filter {
 
 // the rows of the product: pixels of the output, sample by sample
 struct RowMap {
-  const std::vector<int64_t>& samples;
+  const int64_t* samples;
+  int64_t num_samples;
   int64_t height, width;  // of the output
-  int64_t count() const { return static_cast<int64_t>(samples.size()) * height * width; }
+  int64_t count() const { return num_samples * height * width; }
   void find(int64_t m, int64_t* sample, int64_t* h, int64_t* w) const {
     *w = m % width;
     *h = m / width % height;
@@ -118,7 +119,7 @@ void unpack_input(const float* da, const Filter& f, const RowMap& map, const Ima
   const int64_t rows = map.count(), step = rows * kPanel, per_sample = map.height * map.width;
   constexpr int64_t kSlice = 64;  // channels of one sample that one thread adds up
   const int64_t slices = (f.channels + kSlice - 1) / kSlice;
-  over(static_cast<int64_t>(map.samples.size()) * slices, [&](int64_t first, int64_t end) {
+  over(map.num_samples * slices, [&](int64_t first, int64_t end) {
     for (int64_t part = first; part < end; ++part) {
       const int64_t s = part / slices, c0 = part % slices * kSlice, c1 = std::min(c0 + kSlice, f.channels);
       float* base = dx.data + map.samples[s] * dx.stride[0];
@@ -314,70 +315,120 @@ const char* rows_of(const Tensor& w, const Filter& f, Weights* weights) {
   return static_cast<const char*>(w.const_data_ptr());
 }
 
-Weights weights_of(const std::optional<Tensor>& weight, const std::optional<Tensor>& delta, double gate,
-                   const Filter& f) {
-  Weights found;
-  found.gate = static_cast<float>(gate);
-  if (weight.has_value()) found.weight = rows_of(*weight, f, &found);
-  if (delta.has_value()) found.delta = rows_of(*delta, f, &found);
-  STD_TORCH_CHECK(found.rows > 0, "fastmtl: expected a weight or a delta");
-  return found;
+// Segments of a batch, each with samples and a weight of its own: segment k has those from bounds[k] to bounds[k + 1]
+// of `samples`, and `W + gates[k] deltas[k]`, or W alone behind the last delta.
+struct Segments {
+  const std::vector<int64_t>& samples;
+  const std::vector<int64_t>& bounds;
+  const std::vector<Tensor>& deltas;
+  const std::vector<double>& gates;
+  Weights shared;
+
+  Segments(const std::optional<Tensor>& weight, const std::vector<Tensor>& deltas, const std::vector<double>& gates,
+           const std::vector<int64_t>& samples, const std::vector<int64_t>& bounds, const Filter& f, int64_t most)
+      : samples(samples), bounds(bounds), deltas(deltas), gates(gates) {
+    if (weight.has_value()) shared.weight = rows_of(*weight, f, &shared);
+    STD_TORCH_CHECK(!bounds.empty() && bounds.front() == 0 && bounds.back() == static_cast<int64_t>(samples.size()) &&
+                        std::is_sorted(bounds.begin(), bounds.end()) && gates.size() == deltas.size(),
+                    "fastmtl: segments that do not fit");
+    STD_TORCH_CHECK(count() <= deltas.size() || weight.has_value(), "fastmtl: expected a weight or a delta");
+    for (int64_t s : samples) STD_TORCH_CHECK(s >= 0 && s < most, "fastmtl: sample ", s, " of ", most);
+  }
+
+  size_t count() const { return bounds.size() - 1; }
+  RowMap rows(size_t k, const Image& of) const {
+    return {samples.data() + bounds[k], bounds[k + 1] - bounds[k], of.size[2], of.size[3]};
+  }
+  Weights weights(size_t k, const Filter& f, int64_t rows) const {
+    Weights found = shared;
+    if (k < deltas.size()) {
+      found.delta = rows_of(deltas[k], f, &found);
+      found.gate = static_cast<float>(gates[k]);
+      STD_TORCH_CHECK(shared.weight == nullptr || (found.dtype == shared.dtype && found.rows == shared.rows),
+                      "fastmtl: a delta that is not as the weight");
+    }
+    STD_TORCH_CHECK(found.rows == rows, "fastmtl: expected ", rows, " rows of a weight");
+    return found;
+  }
+};
+
+void check_each(const std::vector<int64_t>& of, size_t count, int64_t end, const char* name) {
+  STD_TORCH_CHECK(of.size() == count, "fastmtl: expected ", count, " ", name);
+  for (int64_t k : of) STD_TORCH_CHECK(k >= -1 && k < end, "fastmtl: ", name, " ", k, " of ", end);
 }
 
-void check_samples(const std::vector<int64_t>& samples, int64_t count) {
-  for (int64_t s : samples) STD_TORCH_CHECK(s >= 0 && s < count, "fastmtl: sample ", s, " of ", count);
-}
-
-void forward_op(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> delta, double gate,
-                std::optional<Tensor> bias, const std::vector<int64_t>& samples, const std::vector<int64_t>& geometry,
-                Tensor y) {
+// bias: [K, Cout]; bias_rows: by segment the one that is added, or -1
+void forward_op(Tensor x, std::optional<Tensor> weight, const std::vector<Tensor>& deltas,
+                const std::vector<double>& gates, std::optional<Tensor> bias, const std::vector<int64_t>& bias_rows,
+                const std::vector<int64_t>& samples, const std::vector<int64_t>& bounds,
+                const std::vector<int64_t>& geometry, Tensor y) {
   const Image in = image_of(x, x.const_data_ptr()), out = image_of(y, y.mutable_data_ptr());
-  check_samples(samples, std::min(in.size[0], out.size[0]));
   const Filter f = filter_of(geometry, in.size[1]);
-  const Weights weights = weights_of(weight, delta, gate, f);
-  STD_TORCH_CHECK(weights.rows == out.size[1], "fastmtl: expected ", weights.rows, " channels of output");
-  const float* added = nullptr;
+  const Segments segments(weight, deltas, gates, samples, bounds, f, std::min(in.size[0], out.size[0]));
+  const float* rows = nullptr;
   if (bias.has_value()) {
     STD_TORCH_CHECK(
-        bias->dim() == 1 && bias->is_contiguous() && dtype_of(*bias) == DType::f32 && bias->size(0) == weights.rows,
-        "fastmtl: expected a float32 bias of ", weights.rows);
-    added = static_cast<const float*>(bias->const_data_ptr());
+        bias->dim() == 2 && bias->is_contiguous() && dtype_of(*bias) == DType::f32 && bias->size(1) == out.size[1],
+        "fastmtl: expected a float32 bias of ", out.size[1]);
+    rows = static_cast<const float*>(bias->const_data_ptr());
   }
-  forward(in, f, {samples, out.size[2], out.size[3]}, weights, added, out);
+  check_each(bias_rows, segments.count(), rows ? bias->size(0) : 0, "bias");
+  for (size_t k = 0; k < segments.count(); ++k) {
+    const float* added = bias_rows[k] < 0 ? nullptr : rows + bias_rows[k] * out.size[1];
+    forward(in, f, segments.rows(k, out), segments.weights(k, f, out.size[1]), added, out);
+  }
 }
 
-void backward_op(Tensor grad_out, Tensor x, std::optional<Tensor> weight, std::optional<Tensor> delta, double gate,
-                 const std::vector<int64_t>& samples, const std::vector<int64_t>& geometry,
-                 std::optional<Tensor> grad_x, std::optional<Tensor> grad_weight, bool add,
-                 std::optional<Tensor> grad_delta, std::optional<Tensor> grad_gate) {
+// By segment: whether dx is wanted, and dW with what belongs to it; the place of dDelta in `grad_deltas`, and of the
+// gate's gradient in `grad_gate`, or -1. add: to what dW holds, else the first to write it replaces that.
+void backward_op(Tensor grad_out, Tensor x, std::optional<Tensor> weight, const std::vector<Tensor>& deltas,
+                 const std::vector<double>& gates, const std::vector<int64_t>& samples,
+                 const std::vector<int64_t>& bounds, const std::vector<int64_t>& geometry, std::optional<Tensor> grad_x,
+                 const std::vector<int64_t>& wants_x, std::optional<Tensor> grad_weight, bool add,
+                 const std::vector<int64_t>& wants_weight, const std::vector<Tensor>& grad_deltas,
+                 const std::vector<int64_t>& delta_places, std::optional<Tensor> grad_gate,
+                 const std::vector<int64_t>& gate_places) {
   const Image g = image_of(grad_out, grad_out.const_data_ptr()), in = image_of(x, x.const_data_ptr());
-  check_samples(samples, std::min(in.size[0], g.size[0]));
   const Filter f = filter_of(geometry, in.size[1]);
-  const RowMap map{samples, g.size[2], g.size[3]};
-  const Weights weights = weights_of(weight, delta, gate, f);
-  STD_TORCH_CHECK(weights.rows == g.size[1], "fastmtl: expected ", weights.rows, " channels of gradient");
-  if (grad_x.has_value()) input_gradient(g, f, map, weights, image_of(*grad_x, grad_x->mutable_data_ptr()));
-  if (!grad_weight.has_value() && !grad_delta.has_value() && !grad_gate.has_value()) return;
-  Spread spread;
-  spread.add = add;
-  Weights shape;
-  if (grad_weight.has_value()) {
-    rows_of(*grad_weight, f, &shape);
-    STD_TORCH_CHECK(shape.dtype == DType::f32 && shape.rows == weights.rows, "fastmtl: dW must be float32 rows");
-    spread.weight = static_cast<float*>(grad_weight->mutable_data_ptr());
+  const Segments segments(weight, deltas, gates, samples, bounds, f, std::min(in.size[0], g.size[0]));
+  const size_t count = segments.count();
+  check_each(wants_x, count, grad_x.has_value() ? 2 : 1, "flags of dx");
+  check_each(wants_weight, count, 2, "flags of dW");
+  check_each(delta_places, count, static_cast<int64_t>(grad_deltas.size()), "places of dDelta");
+  check_each(gate_places, count, grad_gate.has_value() ? grad_gate->size(0) : 0, "places of a gate's gradient");
+  float* gate_gradients = nullptr;
+  if (grad_gate.has_value()) {
+    STD_TORCH_CHECK(grad_gate->dim() == 1 && grad_gate->is_contiguous() && dtype_of(*grad_gate) == DType::f32,
+                    "fastmtl: expected float32 gradients of gates");
+    gate_gradients = static_cast<float*>(grad_gate->mutable_data_ptr());
   }
-  if (grad_delta.has_value()) {
-    rows_of(*grad_delta, f, &shape);
-    STD_TORCH_CHECK(shape.dtype == weights.dtype && shape.rows == weights.rows, "fastmtl: dDelta must be as Delta");
-    spread.delta = static_cast<char*>(grad_delta->mutable_data_ptr());
-    advise_huge_pages(spread.delta, weights.rows * weights.length * size_of(weights.dtype));
-  }
-  spread.gate = grad_gate.has_value();
-  STD_TORCH_CHECK(!spread.gate || weights.delta != nullptr, "fastmtl: the gate's gradient needs a delta");
-  const double product = weight_gradient(in, g, f, map, weights, spread);
-  if (spread.gate) {
-    STD_TORCH_CHECK(grad_gate->numel() == 1 && dtype_of(*grad_gate) == DType::f32, "fastmtl: expected one float32");
-    *static_cast<float*>(grad_gate->mutable_data_ptr()) = static_cast<float>(product);
+  Image dx{};
+  if (grad_x.has_value()) dx = image_of(*grad_x, grad_x->mutable_data_ptr());
+  for (size_t k = 0; k < count; ++k) {
+    const RowMap map = segments.rows(k, g);
+    const Weights weights = segments.weights(k, f, g.size[1]);
+    if (wants_x[k] == 1) input_gradient(g, f, map, weights, dx);
+    if (wants_weight[k] != 1) continue;
+    Spread spread;
+    Weights shape;
+    if (grad_weight.has_value()) {
+      rows_of(*grad_weight, f, &shape);
+      STD_TORCH_CHECK(shape.dtype == DType::f32 && shape.rows == weights.rows, "fastmtl: dW must be float32 rows");
+      spread.weight = static_cast<float*>(grad_weight->mutable_data_ptr());
+      spread.add = add;
+      add = true;
+    }
+    if (delta_places[k] >= 0) {
+      const Tensor& grad_delta = grad_deltas[static_cast<size_t>(delta_places[k])];
+      rows_of(grad_delta, f, &shape);
+      STD_TORCH_CHECK(shape.dtype == weights.dtype && shape.rows == weights.rows, "fastmtl: dDelta must be as Delta");
+      spread.delta = static_cast<char*>(grad_delta.mutable_data_ptr());
+      advise_huge_pages(spread.delta, weights.rows * weights.length * size_of(weights.dtype));
+    }
+    spread.gate = gate_places[k] >= 0;
+    STD_TORCH_CHECK(!spread.gate || weights.delta != nullptr, "fastmtl: the gate's gradient needs a delta");
+    const double product = weight_gradient(in, g, f, map, weights, spread);
+    if (spread.gate) gate_gradients[gate_places[k]] = static_cast<float>(product);
   }
 }
 

@@ -12,7 +12,7 @@ from fastmtl.core.task_weights import Geometry, TaskConvCall, TaskWeights
 from fastmtl.ops.task_weights.cpu.batch import Batch, Samples, Segment, cuts
 from fastmtl.ops.task_weights.cpu.collected import Gradients
 from fastmtl.ops.task_weights.cpu.convolution import convolution_backward
-from fastmtl.ops.task_weights.cpu.direct import Direct
+from fastmtl.ops.task_weights.cpu.direct import Direct, Job
 from fastmtl.ops.task_weights.cpu.memory import fresh
 from fastmtl.ops.task_weights.cpu.stage import Stage
 from fastmtl.ops.task_weights.precision import is_misread, widen
@@ -73,19 +73,21 @@ def _walk(
     # the samples whose weight gradient goes into dW alone
     rest = [t for t in batch.present if t not in alone] if grads.weight is not None else []
     done: set[int] = set()
+    jobs: list[Job] = []
     for segment in batch.segments():
         members = [segment.task] if segment.task is not None else [t for t in batch.present if not batch.is_open(t)]
         own = segment.task is not None and segment.task in alone
         joint = segment.task is None and members == rest
         want_x = grad_x is not None
         want_weight = own or (joint and weights.weight is not None)
-        if own and direct.takes_weight_gradient(segment):
-            grads.spread_direct(segment, direct, g, x)
+        few = own and direct.takes_weight_gradient(segment)
+        if few:
             done.add(segment.task)
             want_weight = own = False
-        if grad_x is not None and not want_weight and direct.takes_input_gradient(segment):
-            direct.input_gradient(segment, g, grad_x.x)
-            want_x = False
+        few_x = want_x and not want_weight and direct.takes_input_gradient(segment)
+        if few or few_x:
+            jobs.append(Job(segment, few_x, few))
+        want_x = want_x and not few_x
         if not want_x and not want_weight:
             continue
         w = stage.weight(segment.task)
@@ -111,7 +113,7 @@ def _walk(
         # closed, and only its gate wants to know
         segment = Segment(t, batch.samples([t]))
         if direct.takes_weight_gradient(segment):
-            grads.spread_direct(segment, direct, g, x)
+            jobs.append(Job(segment, False, True))
             continue
         for cut in cuts(segment, sample_bytes, weight_bytes):
             grads.hold(convolution_backward(grad_out.take(cut), source.take(cut), stage.like, geometry, False, True)[1])
@@ -122,6 +124,8 @@ def _walk(
         for cut in cuts(Segment(None, whole), sample_bytes, weight_bytes):
             gw = convolution_backward(grad_out.take(cut), source.take(cut), stage.like, geometry, False, True)[1]
             grads.add_to_weight(gw)
+    if jobs:
+        grads.by_direct(direct, jobs, g, x, None if grad_x is None else grad_x.x)
 
 
 def _bias_gradient(grad_out: Tensor, bias: Tensor, batch: Batch) -> Tensor:

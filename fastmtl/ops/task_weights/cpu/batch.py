@@ -127,8 +127,10 @@ class Samples:
         self.rows = x.as_strided((n, self.width), (x.stride(0) if n > 1 else self.width, 1))
 
     def _dense(self, x: Tensor) -> bool:
-        inner = self.inner
-        return all(x.shape[d] == 1 or x.stride(d) == inner[d - 1] for d in (1, 2, 3))
+        (_, *sizes), (_, *strides) = x.shape, x.stride()
+        if tuple(strides) == self.inner:
+            return True
+        return all(size == 1 or stride == own for size, stride, own in zip(sizes, strides, self.inner, strict=True))
 
     @property
     def sample_bytes(self) -> int:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastmtl.core.task_weights import TaskWeights
 from fastmtl.core.tensors import like_parameter, memory_format
-from fastmtl.ops.task_weights.cpu.batch import Batch, Segment
-from fastmtl.ops.task_weights.cpu.direct import Direct
+from fastmtl.ops.task_weights.cpu.batch import Batch
+from fastmtl.ops.task_weights.cpu.direct import Direct, Job
 from fastmtl.ops.task_weights.cpu.memory import fresh_stack
 
 
@@ -76,20 +76,16 @@ class Gradients:
         else:
             self.weight.add_(grad)
 
-    def spread_direct(self, segment: Segment, direct: Direct, grad_out: Tensor, x: Tensor) -> None:
-        """One task's weight gradient by the direct product, over dW, dDelta_t and the gate as it is made."""
-        task = segment.task
-        assert task is not None
-        direct.weight_gradient(
-            segment,
-            grad_out,
-            x,
-            self.weight,
-            not self._weight_empty,
-            self._target(task) if task in self._wanted else None,
-            None if self.gate is None else self.gate[task : task + 1],
-        )
-        self._weight_empty = self._weight_empty and self.weight is None
+    def by_direct(
+        self, direct: Direct, jobs: Sequence[Job], grad_out: Tensor, x: Tensor, grad_x: Tensor | None
+    ) -> None:
+        """Jobs of the direct product, which spreads a task's weight gradient over dW, dDelta_t and the gate as it is
+        made."""
+        tasks = [job.segment.task for job in jobs if job.wants_weight and job.segment.task is not None]
+        targets = {t: self._target(t) for t in tasks if t in self._wanted}
+        total = self.weight if tasks else None
+        direct.backward(jobs, grad_out, x, grad_x, total, not self._weight_empty, targets, self.gate)
+        self._weight_empty = self._weight_empty and total is None
 
     def _target(self, task: int) -> Tensor:
         """Memory for dDelta_t."""

@@ -1,8 +1,12 @@
-"""The product for segments with few rows, where the weights are what counts: `csrc/cpu/task_weights/task_conv.cpp`."""
+"""The product for segments with few rows, where the weights are what counts: `csrc/cpu/task_weights/task_conv.cpp`.
+
+One call serves all of them: on small layers the way to a kernel takes longer than the kernel.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +17,13 @@ from fastmtl.core.tensors import is_channels_last
 from fastmtl.ops.task_weights.cpu.batch import Batch, Segment
 
 _rows_kernel = define_kernel(
-    "_task_conv2d_rows(Tensor x, Tensor? weight, Tensor? delta, float gate, Tensor? bias, int[] samples, "
-    "int[] geometry, Tensor(a!) y) -> ()"
+    "_task_conv2d_rows(Tensor x, Tensor? weight, Tensor[] deltas, float[] gates, Tensor? bias, int[] bias_rows, "
+    "int[] samples, int[] bounds, int[] geometry, Tensor(a!) y) -> ()"
 )
 _rows_backward_kernel = define_kernel(
-    "_task_conv2d_rows_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor? delta, float gate, int[] samples, "
-    "int[] geometry, Tensor(a!)? grad_x, Tensor(b!)? grad_weight, bool add, Tensor(c!)? grad_delta, "
-    "Tensor(d!)? grad_gate) -> ()"
+    "_task_conv2d_rows_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor[] deltas, float[] gates, "
+    "int[] samples, int[] bounds, int[] geometry, Tensor(a!)? grad_x, int[] wants_x, Tensor(b!)? grad_weight, bool add, "
+    "int[] wants_weight, Tensor(c!)[] grad_deltas, int[] delta_places, Tensor(d!)? grad_gate, int[] gate_places) -> ()"
 )
 
 # a segment of at most so many rows (output pixels) is served; docs/cpu-kernels.md has the figures
@@ -27,6 +31,14 @@ FORWARD_ROWS = 96
 INPUT_GRADIENT_ROWS = 64
 # the weight gradient, by whether x is channels_last: oneDNN is slow for few rows then
 WEIGHT_GRADIENT_ROWS = {True: 256, False: 128}
+
+
+class Job(NamedTuple):
+    """What the direct product is to make of a segment: dx, and the weight gradient of its task."""
+
+    segment: Segment
+    wants_x: bool
+    wants_weight: bool
 
 
 class Direct:
@@ -49,6 +61,7 @@ class Direct:
         if self.serves and weights.weight is not None:
             self.weight = self.rows(weights.weight)
             self.serves = self.weight is not None
+        self._deltas: dict[int, Tensor | None] = {}
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def rows(self, w: Tensor) -> Tensor | None:
@@ -64,12 +77,12 @@ class Direct:
             return rows.view(out, height, width, channels).permute(0, 3, 1, 2)
         return rows.view(out, channels, height, width)
 
-    def _delta(self, task: int | None) -> Tensor | None:
-        if task is None:
-            return None
-        delta = self.batch.deltas[task]
-        assert delta is not None
-        return self.rows(delta)
+    def _delta(self, task: int) -> Tensor | None:
+        if task not in self._deltas:
+            delta = self.batch.deltas[task]
+            assert delta is not None
+            self._deltas[task] = self.rows(delta)
+        return self._deltas[task]
 
     def _takes(self, segment: Segment, limit: int) -> bool:
         """Whether the segment has few rows, a weight at all, and that as rows."""
@@ -86,9 +99,18 @@ class Direct:
     def takes_weight_gradient(self, segment: Segment) -> bool:
         return self._takes(segment, self._weight_gradient_rows)
 
-    def _weights(self, segment: Segment) -> tuple[Tensor | None, Tensor | None, float]:
-        gate = 1.0 if segment.task is None else self.batch.gate(segment.task)
-        return self.weight, self._delta(segment.task), gate
+    def _packed(self, segments: Sequence[Segment]) -> tuple[list[Tensor], list[float], list[int], list[int]]:
+        """Deltas and gates of segments, of which those of a task come first; samples, and where each one's begin."""
+        deltas, gates, samples, bounds = [], [], [], [0]
+        for segment in segments:
+            if segment.task is not None:
+                delta = self._delta(segment.task)
+                assert delta is not None and len(deltas) == len(bounds) - 1
+                deltas.append(delta)
+                gates.append(self.batch.gate(segment.task))
+            samples += segment.samples.tolist()
+            bounds.append(len(samples))
+        return deltas, gates, samples, bounds
 
     def _in_float32(self, x: Tensor, copy: bool = True) -> Tensor:
         if x.dtype == torch.float32:
@@ -103,43 +125,65 @@ class Direct:
             for first, end in segment.runs:
                 out[first:end].copy_(in_float32[first:end])
 
-    def forward(self, segment: Segment, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        """Into the samples of y."""
+    def forward(self, segments: Sequence[Segment], x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """Into their samples of y. bias: of the layer; of several tasks' own, those that share a segment get none."""
         in_float32 = self._in_float32(y, copy=False)
-        bias = None if bias is None else bias.to(torch.float32).contiguous()
-        samples = segment.samples.tolist()
-        _rows_kernel(self._in_float32(x), *self._weights(segment), bias, samples, self.geometry, in_float32)
-        self._put(in_float32, y, segment)
+        rows = [-1] * len(segments)
+        if bias is not None:
+            by_task = bias.dim() == 2
+            rows = [0 if not by_task else -1 if s.task is None else s.task for s in segments]
+            bias = (bias.detach() if by_task else bias.detach()[None]).to(torch.float32).contiguous()
+        deltas, gates, samples, bounds = self._packed(segments)
+        _rows_kernel(
+            self._in_float32(x), self.weight, deltas, gates, bias, rows, samples, bounds, self.geometry, in_float32
+        )
+        for segment in segments:
+            self._put(in_float32, y, segment)
 
-    def input_gradient(self, segment: Segment, grad_out: Tensor, grad_x: Tensor) -> None:
-        """Into the samples of grad_x."""
-        in_float32 = self._in_float32(grad_x, copy=False)
-        # in the place of x, of which the kernel takes the sizes here
-        sides = self._in_float32(grad_out), in_float32
-        none = None, False, None, None
-        samples = segment.samples.tolist()
-        _rows_backward_kernel(*sides, *self._weights(segment), samples, self.geometry, in_float32, *none)
-        self._put(in_float32, grad_x, segment)
-
-    def weight_gradient(
+    def backward(
         self,
-        segment: Segment,
+        jobs: Sequence[Job],
         grad_out: Tensor,
         x: Tensor,
+        grad_x: Tensor | None,
         weight: Tensor | None,
         add: bool,
-        delta: Tensor | None,
+        deltas: Mapping[int, Tensor],
         gate: Tensor | None,
     ) -> None:
-        """Into `weight` (added with `add`), `delta` and one element of the gate's gradient, those that are given."""
-        sides = self._in_float32(grad_out), self._in_float32(x)
-        samples = segment.samples.tolist()
+        """The jobs' dx into their samples of `grad_x`; their tasks' weight gradients into `weight` (added with `add`),
+        that of a task in `deltas` into what stands there, and the gates' into `gate`, those that are given."""
+        jobs = sorted(jobs, key=lambda job: job.segment.task is None)
+        segments = [job.segment for job in jobs]
+        own, gates, samples, bounds = self._packed(segments)
+        dx = None if grad_x is None else self._in_float32(grad_x, copy=False)
         total = None if weight is None else self.rows(weight)
-        own = None if delta is None else self.rows(delta)
-        if delta is not None and own is None:
-            # dDelta_t is wanted in another memory order than the weights have
-            own = torch.empty(delta.shape[0], delta[0].numel(), dtype=delta.dtype)
-        targets = None, total, add, own, gate
-        _rows_backward_kernel(*sides, *self._weights(segment), samples, self.geometry, *targets)
-        if delta is not None and own is not None and own.data_ptr() != delta.data_ptr():
-            delta.copy_(self.as_filter(own, delta.shape))
+        targets: list[Tensor] = []
+        places: list[int] = []
+        elsewhere: list[tuple[Tensor, Tensor]] = []
+        for job in jobs:
+            target = deltas.get(job.segment.task) if job.wants_weight and job.segment.task is not None else None
+            if target is None:
+                places.append(-1)
+                continue
+            rows = self.rows(target)
+            if rows is None:
+                # dDelta_t is wanted in another memory order than the weights have
+                rows = torch.empty(target.shape[0], target[0].numel(), dtype=target.dtype)
+                elsewhere.append((target, rows))
+            places.append(len(targets))
+            targets.append(rows)
+        of_gates = [
+            -1 if gate is None or not job.wants_weight or job.segment.task is None else job.segment.task for job in jobs
+        ]
+        _rows_backward_kernel(
+            self._in_float32(grad_out), self._in_float32(x), self.weight, own, gates, samples, bounds, self.geometry,
+            dx, [int(job.wants_x) for job in jobs], total, add, [int(job.wants_weight) for job in jobs],
+            targets, places, gate, of_gates,
+        )  # fmt: skip
+        if grad_x is not None and dx is not None:
+            for job in jobs:
+                if job.wants_x:
+                    self._put(dx, grad_x, job.segment)
+        for target, rows in elsewhere:
+            target.copy_(self.as_filter(rows, target.shape))

@@ -33,15 +33,18 @@ def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
     source, target = Samples(x, pixelwise=pixelwise), Samples(y, like=x)
     shared_bias = None if bias is None or bias.dim() == 2 else bias.detach().to(x.dtype)
     weight_bytes = shape.numel() * x.element_size()
+    few: list[Segment] = []
+    many: list[Segment] = []
     for segment in batch.segments():
+        (few if direct.takes_forward(segment) else many).append(segment)
+    if few:
+        direct.forward(few, source.x, bias, y)
+        if bias is not None and bias.dim() == 2 and few[-1].task is None:
+            _add_bias(y, bias.detach(), batch, few[-1])
+    for segment in many:
         own_bias = shared_bias
         if bias is not None and bias.dim() == 2 and segment.task is not None:
             own_bias = bias[segment.task].detach().to(x.dtype)
-        if direct.takes_forward(segment):
-            direct.forward(segment, source.x, own_bias, y)
-            if bias is not None and segment.task is None and bias.dim() == 2:
-                _add_bias(y, bias.detach(), batch, segment)
-            continue
         w = stage.weight(segment.task)
         for cut in cuts(segment, source.sample_bytes + target.sample_bytes, weight_bytes):
             if w is None:
