@@ -19,7 +19,6 @@ from fastmtl.nn.layers.norm import TaskNorm
 from fastmtl.nn.layers.scale_shift import scale_shift_of_last
 from fastmtl.nn.layers.weights import check_plain
 
-
 _NARROW = (torch.bfloat16, torch.float16)
 
 
