@@ -23,7 +23,8 @@ _rows_kernel = define_kernel(
 _rows_backward_kernel = define_kernel(
     "_task_conv2d_rows_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor[] deltas, float[] gates, "
     "int[] samples, int[] bounds, int[] geometry, Tensor(a!)? grad_x, int[] wants_x, Tensor(b!)? grad_weight, "
-    "bool add, int[] wants_weight, Tensor(c!)[] grad_deltas, int[] delta_places, Tensor(d!)? grad_gate, int[] gate_places) -> ()"
+    "bool add, int[] wants_weight, Tensor(c!)[] grad_deltas, int[] delta_places, Tensor(d!)? grad_gate, "
+    "int[] gate_places) -> ()"
 )
 
 # a segment of at most so many rows (output pixels) is served; docs/cpu-kernels.md has the figures
