@@ -158,6 +158,8 @@ def read_tensor(values: Any, argument: str, expected: str) -> Tensor:
         return values.detach().to(torch.float64, copy=True)
     if isinstance(values, (str, bytes)) or not (isinstance(values, Sequence) or hasattr(values, "__array__")):
         raise TypeError(f"{argument}: expected {expected}, got {type(values).__name__}")
+    if isinstance(values, Sequence) and any(isinstance(x, bool) for x in values):
+        raise TypeError(f"{argument}: expected {expected}, got {values!r}")
     try:
         return torch.as_tensor(values, dtype=torch.float64).clone()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -51,18 +51,27 @@ class CRMOGM(Method):
     momentum = Argument(number(least=0.0, below=1.0))
 
     def __init__(self, method: str | Weighting, momentum: float = 0.9) -> None:
+        self.method = method
+        self.momentum = momentum
+        self._state = NamedState(average=Field(1, math.nan))
+
+    @property
+    def method(self) -> Weighting:
+        """Whose weights are averaged. One that is set later goes on from the average there is."""
+        return self._method
+
+    @method.setter
+    def method(self, method: str | Weighting) -> None:
         method = get(method)
         if isinstance(method, Every):
             raise TypeError(
                 "method: expected one that is asked at every step, got an Every: write Every(CRMOGM(...), k)"
             )
-        self.method, self.needs = method, needs_of(method)  # type: ignore[misc]
-        if "gradients" in self.needs:
+        if "gradients" in needs_of(method):
             raise TypeError(
                 f"method: expected one with weights, got {method!r}, which makes its update of the gradients"
             )
-        self.momentum = momentum
-        self._state = NamedState(average=Field(1, math.nan))
+        self._method, self.needs = method, needs_of(method)  # type: ignore[misc]
 
     @property
     def by_group(self) -> bool:  # type: ignore[override]

@@ -52,17 +52,26 @@ class Every(Method):
     k = Argument(count(least=1))
 
     def __init__(self, method: str | Weighting, k: int) -> None:
+        self.method, self.k = method, k
+
+    @property
+    def method(self) -> Weighting:
+        """Which is asked. One that is set later is asked at the next step."""
+        return self._method
+
+    @method.setter
+    def method(self, method: str | Weighting) -> None:
         method = get(method)
         if isinstance(method, Every):
             raise TypeError(
                 f"method: expected one that gives new weights whenever it is asked, got {method!r}: write one Every, "
                 "with the product of both k"
             )
-        self.method, self.needs, self.k = method, needs_of(method), k  # type: ignore[misc]
-        if "gradients" in self.needs:
+        if "gradients" in needs_of(method):
             raise TypeError(
                 f"method: expected one with weights, which can be kept, got {method!r}, whose update is no weighted sum"
             )
+        self._method, self.needs = method, needs_of(method)  # type: ignore[misc]
         self._forget()
 
     # --- asking, or not

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fastmtl.methods.arguments import Argument, choice, number
 from fastmtl.methods.base import Seen
+from fastmtl.methods.ordered import OrderedMethod
 from fastmtl.methods.state import Field, FusedMethod
 from fastmtl.ops.gradients.gradvac import UPDATES, gradvac_step_op
-from fastmtl.ops.gradients.order import Draw, Randomness, check_generator, check_no_generator, traceable_source
+from fastmtl.ops.gradients.order import Draw, Randomness, traceable_source
 from fastmtl.ops.gradients.pcgrad import REDUCTIONS
 
 
-class GradVac(FusedMethod):
+class GradVac(FusedMethod, OrderedMethod):
     """Each gradient is turned towards every task with which its cosine is below a target, in random order.
 
     The target of a pair of tasks is the running average of their cosines, 0 at first, so that the first step is
@@ -23,7 +27,7 @@ class GradVac(FusedMethod):
         beta: what the newest cosine counts in a target, from 0 to 1.
         reduction: `"sum"` of the turned gradients (the paper) or their `"mean"` over the present tasks.
         update: `"always"`: every visit moves its target (the paper, TorchJD); `"triggered"`: only one that turns the
-            gradient (LibMTL).
+            gradient (LibMTL). As an attribute it is `target_update`: `update` is a method of every `Method`.
         order: `[T, K]` int32 or int64 visiting order on the device of the gradients: row i lists the tasks that i
             visits, in turn. None: a fresh random one at each call.
         generator: source of the random order, as for `fastmtl.ops.random_order`: a `torch.Generator`, or a state made
@@ -60,24 +64,24 @@ class GradVac(FusedMethod):
         order: Tensor | None = None,
         generator: Randomness | None = None,
     ) -> None:
-        super().__init__(targets=Field(2, 0.0))
-        check_generator(generator)
-        if order is not None:
-            check_no_generator(generator)
-            if not isinstance(order, Tensor):
-                raise TypeError(f"order: expected a tensor or None, got {type(order).__name__}")
-        self.beta = beta
-        self.reduction = reduction
-        self.target_update = update
-        self.order = order
-        self.generator = generator
+        OrderedMethod.__init__(self, order, generator)
+        FusedMethod.__init__(self, targets=Field(2, 0.0))
+        self.beta, self.reduction, self.target_update = beta, reduction, update
 
     def _weigh(self, gram: Tensor, seen: Seen, present: Tensor | None) -> Tensor:
         source = Draw(0, None) if self.order is not None else traceable_source(self.generator, gram.device)
         (targets,) = self._state.lend(seen.names, gram.device)
         w = gradvac_step_op(gram, targets, self.order, *source, present, self.beta, self.target_update, self.reduction)
         self._state.take_back(seen.names, [targets])
-        return w
+        # a single task is compared with nothing
+        return torch.where(gram[0].isfinite(), w, torch.nan) if len(gram) == 1 else w
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "update":
+            raise AttributeError(
+                "GradVac: update is a method; the argument of that name is the attribute target_update"
+            )
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         return f"GradVac(beta={self.beta!r}, reduction={self.reduction!r}, update={self.target_update!r})"

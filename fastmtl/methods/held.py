@@ -109,7 +109,9 @@ def _made(held: Tensor | None, order: Tensor, like: Tensor) -> Tensor:
     """`held` on the device of the gradients and in the memory order of another task's; zeros where there is none."""
     if held is not None and held.device == like.device and same_order(held, order):
         return held
-    made = torch.zeros_like(order, dtype=accumulate_dtype([like.dtype]), device=like.device)
+    # what is kept outlives an inference mode in which it was made
+    with torch.inference_mode(False):
+        made = torch.zeros_like(order, dtype=accumulate_dtype([like.dtype]), device=like.device)
     return made if held is None else made.copy_(held)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 from fastmtl.methods.alignedmtl import AlignedMTL
@@ -85,12 +86,23 @@ def get(method: str | Weighting) -> Weighting:
         raise TypeError(f"method: expected an instance, got the class {method.__name__}: write {method.__name__}()")
     if any(kind.__name__ == "Aggregator" and kind.__module__.startswith("torchjd.") for kind in type(method).__mro__):
         name = type(method).__name__
-        raise TypeError(
-            f"method: TorchJD's {name} takes a Jacobian, not a Gram matrix: pass its weighting, {name}Weighting()"
-        )
+        raise TypeError(f"method: TorchJD's {name} takes a Jacobian, not a Gram matrix: {_instead_of(type(method))}")
     if isinstance(method, Method) or callable(method):
         return method
     raise TypeError(f"method: expected a name, a Method or a callable [T, T] -> [T], got {type(method).__name__}")
+
+
+def _instead_of(aggregator: type) -> str:
+    """What to write for an aggregator of TorchJD: the method of that name, or its weighting of a Gram matrix."""
+    name, package = aggregator.__name__, sys.modules.get("torchjd.aggregation")
+    own = "RandomWeights" if name == "Random" else name
+    ways = [f"write fastmtl.methods.{own}(...)"] if own.lower() in METHODS or own in WITH_ARGUMENTS else []
+    # of the others weightings take the Jacobian too, if there are any; these look at its number of rows alone
+    of_gram = name in ("Constant", "Mean", "Random", "Sum")
+    of_gram = of_gram or any(kind.__name__ == "GramianWeightedAggregator" for kind in aggregator.__mro__)
+    if of_gram and hasattr(package, f"{name}Weighting"):
+        ways.append(f"pass its weighting, {name}Weighting(...)")
+    return ", or ".join(ways) if ways else "pass a callable [T, T] -> [T]"
 
 
 def for_one_call(method: str | Weighting) -> Weighting:

@@ -67,8 +67,17 @@ class ParetoMTL(FusedMethod):
 
     @property
     def preferences(self) -> Tensor:
-        """`[K, T]` float64, of length 1."""
+        """`[K, T]` float64, of length 1. Others that are set later must have the vector of the index."""
         return self._vectors
+
+    @preferences.setter
+    def preferences(self, preferences: PreferenceVectors) -> None:
+        vectors = _read_vectors(preferences)
+        if len(vectors) <= self._index:
+            raise ValueError(
+                f"preferences: expected at least {self._index + 1} vectors for index {self._index}, got {len(vectors)}"
+            )
+        self._vectors = vectors
 
     @property
     def index(self) -> int:

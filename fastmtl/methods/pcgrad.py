@@ -10,13 +10,12 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.methods.arguments import Argument, choice, read_flag
-from fastmtl.methods.base import Method, Seen
+from fastmtl.methods.base import Seen
+from fastmtl.methods.ordered import OrderedMethod
 from fastmtl.ops.gradients.arguments import Grads, check_gram_values, check_order
 from fastmtl.ops.gradients.order import (
     Draw,
     Randomness,
-    check_generator,
-    check_no_generator,
     draw_source,
     is_plain,
     random_order,
@@ -25,7 +24,7 @@ from fastmtl.ops.gradients.order import (
 from fastmtl.ops.gradients.pcgrad import REDUCTIONS, pcgrad_rows_into, pcgrad_weights_groups, weights_op
 
 
-class PCGrad(Method):
+class PCGrad(OrderedMethod):
     """Each gradient is projected onto the normal plane of every task that it conflicts with, in random order.
 
     Args:
@@ -61,15 +60,8 @@ class PCGrad(Method):
         generator: Randomness | None = None,
         include_self: bool = False,
     ) -> None:
-        check_generator(generator)
-        if order is not None:
-            check_no_generator(generator)
-            if not isinstance(order, Tensor):
-                raise TypeError(f"order: expected a tensor or None, got {type(order).__name__}")
-        self.reduction = reduction
-        self.order = order
-        self.generator = generator
-        self.include_self = include_self
+        super().__init__(order, generator)
+        self.reduction, self.include_self = reduction, include_self
 
     def __call__(self, grads: Grads) -> Tensor | list[Tensor | None]:
         return ops.pcgrad(
@@ -79,7 +71,7 @@ class PCGrad(Method):
     def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:
         if present is None and not (gram.requires_grad and torch.is_grad_enabled()):
             source = Draw(0, None) if self.order is not None else traceable_source(self.generator, gram.device)
-            return weights_op(gram, self.order, *source, self.include_self, self.reduction)
+            return _or_nan(weights_op(gram, self.order, *source, self.include_self, self.reduction), gram)
         order = self.order
         if order is None:
             order = ops.random_order(gram.shape[0], generator=self.generator, device=gram.device)
@@ -88,7 +80,7 @@ class PCGrad(Method):
         w = (c if present is None else torch.where(present[:, None], c, 0.0)).sum(0)
         if self.reduction == "mean":
             w = w / (gram.shape[0] if present is None else present.sum())
-        return w
+        return w if present is None else torch.where(gram.isfinite().all(), w, torch.nan)
 
     def weigh_groups(self, grams: Tensor, seen: Sequence[Seen]) -> Tensor:
         """As of `Method`, in one call, with an order for each group: those of so many calls from the same `order_state`
@@ -129,6 +121,11 @@ class PCGrad(Method):
 
     def __repr__(self) -> str:
         return f"PCGrad({self.reduction!r}{', include_self=True' if self.include_self else ''})"
+
+
+def _or_nan(weights: Tensor, gram: Tensor) -> Tensor:
+    """NaN where a single task, which nothing is compared with, has a gradient that is not finite."""
+    return torch.where(gram[0].isfinite(), weights, torch.nan) if len(gram) == 1 else weights
 
 
 # how this class has its weights; one derived from it may have its own

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastmtl.methods.arguments import Argument, optional
 from fastmtl.methods.base import Method
+
+
+def _read_generator(value: Any, argument: str) -> torch.Generator:
+    if not isinstance(value, torch.Generator):
+        raise TypeError(f"{argument}: expected a torch.Generator, got {type(value).__name__}")
+    return value
 
 
 class RandomWeights(Method):
@@ -26,9 +35,9 @@ class RandomWeights(Method):
         True
     """
 
+    generator = Argument(optional(_read_generator))
+
     def __init__(self, *, generator: torch.Generator | None = None) -> None:
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
         self.generator = generator
 
     def _weights(self, gram: Tensor, present: Tensor | None) -> Tensor:

@@ -106,7 +106,9 @@ class NamedState:
         for key, (dims, initial) in self._fields.items():
             value = self._values.get(key)
             if value is None or (new and dims > 0):
-                grown = torch.full((count,) * dims, initial, dtype=torch.float64, device=device)
+                # what is kept outlives an inference mode in which it was made
+                with torch.inference_mode(False):
+                    grown = torch.full((count,) * dims, initial, dtype=torch.float64, device=device)
                 if value is not None and self.names:
                     grown[(slice(len(self.names)),) * dims] = value.to(device)
                 self._values[key] = grown

@@ -93,6 +93,11 @@ OUT_OF_RANGE = [
     ("Krum", "squared", False, 0),
     ("PCGrad", "reduction", "mean", "max"),
     ("PCGrad", "include_self", True, "yes"),
+    ("PCGrad", "order", torch.tensor([[1, 2], [2, 0], [0, 1]]), 3),
+    ("PCGrad", "generator", torch.Generator().manual_seed(5), 3),
+    ("GradVac", "order", torch.tensor([[1, 2], [2, 0], [0, 1]]), "random"),
+    ("GradVac", "generator", torch.Generator().manual_seed(5), 3),
+    ("RandomWeights", "generator", torch.Generator().manual_seed(5), 3),
     ("GradVac", "beta", 0.5, 2.0),
     ("GradVac", "reduction", "mean", "max"),
     ("PCD", "tau", 0.5, 2.0),
@@ -109,7 +114,10 @@ OUT_OF_RANGE = [
     ("MoDo", "rho", 0.0, -1.0),
     ("UPGrad", "preferences", {"0": 1.0, "1": 2.0, "2": 4.0}, {"0": 0.0}),
     ("CRMOGM", "momentum", 0.25, 1.0),
+    ("CRMOGM", "method", "upgrad", "graddrop"),
+    ("Every", "method", "upgrad", "graddrop"),
     ("Every", "k", 1, 0),
+    ("ParetoMTL", "preferences", torch.tensor([[1.0, 0.0, 0.0], [1.0, 2.0, 4.0]]), [[-1.0, 0.0, 1.0]]),
     ("ParetoMTL", "index", 1, 2),
     ("ParetoMTL", "max_start_steps", 0, -1),
     ("MoCo", "beta", 1.0, 0.0),
@@ -153,6 +161,53 @@ def test_an_attribute_can_be_set_and_is_checked(name: str, argument: str, good: 
     # some make no difference to gradients as ordinary as these
     alike = {("Krum", "squared"), ("ExcessMTL", "warmup"), ("PCGrad", "include_self"), ("ParetoMTL", "max_start_steps")}
     assert asked(method) != first or (name, argument) in alike
+
+
+def test_an_order_and_a_generator_exclude_each_other():
+    order, generator = torch.tensor([[1], [0]]), torch.Generator()
+    for method in (methods.PCGrad(order=order), methods.GradVac(order=order)):
+        with pytest.raises(ValueError, match=r"^generator: expected None beside a given order"):
+            method.generator = generator
+        assert method.generator is None
+        method.order, method.generator = None, generator
+        with pytest.raises(ValueError, match=r"^generator: expected None beside a given order"):
+            method.order = order
+        assert method.order is None and method.generator is generator
+
+
+def test_an_argument_that_is_called_as_a_method_is_not_set_in_vain():
+    method = methods.GradVac()
+    with pytest.raises(AttributeError, match="is the attribute target_update"):
+        method.update = "triggered"
+    assert method.target_update == "always" and callable(method.update)
+    with pytest.raises(ValueError, match=r"^update: expected 'always' or 'triggered', got 'z'$"):
+        method.target_update = "z"
+    method.target_update = "triggered"
+    assert "update='triggered'" in repr(method)
+
+
+def test_a_method_that_is_set_is_asked_at_once():
+    gram = torch.tensor([[4.0, 1.0], [1.0, 1.0]])
+    every = methods.Every(lambda gram: gram.new_ones(2), 10)
+    every.weights(gram)
+    every.method = methods.SDMGrad()
+    assert every.needs == {"second_batch"}
+    every.method = "mgda"
+    assert not every.needs and torch.equal(every.weights(gram), methods.MGDA().weights(gram))
+    average = methods.CRMOGM("mgda", momentum=0.5)
+    before = average.weights(gram)
+    average.method = lambda gram: gram.new_ones(2)
+    torch.testing.assert_close(average.weights(gram), 0.5 * before + 0.5)
+    for method in (every, average):
+        with pytest.raises(TypeError, match=r"^method: expected one"):
+            method.method = methods.Every("mgda", 2)
+
+
+def test_other_preference_vectors_must_have_that_of_the_index():
+    method = methods.ParetoMTL([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], 2)
+    with pytest.raises(ValueError, match=r"^preferences: expected at least 3 vectors for index 2, got 1$"):
+        method.preferences = [[1.0, 1.0]]
+    assert len(method.preferences) == 3
 
 
 def test_what_was_set_acts_as_if_given():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 from typing import Any
 
@@ -158,9 +160,27 @@ def test_an_unknown_name() -> None:
 
 def test_an_aggregator_of_torchjd() -> None:
     aggregation = pytest.importorskip("torchjd.aggregation")
-    with pytest.raises(TypeError, match=r"takes a Jacobian, not a Gram matrix: pass its weighting, MGDAWeighting\(\)"):
-        methods.get(aggregation.MGDA())
-    assert callable(methods.get(aggregation.MGDAWeighting()))
+    size = 4
+    made = {"Constant": [torch.ones(size)], "NashMTL": [2], "Krum": [1], "TrimmedMean": [1], "GradVac": []}
+    for name in dir(aggregation):
+        kind = getattr(aggregation, name)
+        if not (isinstance(kind, type) and issubclass(kind, aggregation.Aggregator)) or inspect.isabstract(kind):
+            continue
+        if name in ("GramianWeightedAggregator", "WeightedAggregator"):
+            continue
+        try:
+            aggregator = kind(*made.get(name, []))
+        except (TypeError, ImportError):  # takes arguments of its own, or a package that is not here
+            continue
+        with pytest.raises(TypeError, match=f"TorchJD's {name} takes a Jacobian, not a Gram matrix") as error:
+            methods.get(aggregator)
+        told = str(error.value)
+        for found in re.findall(r"fastmtl\.methods\.(\w+)", told):
+            assert hasattr(methods, found)
+        for found in re.findall(r"its weighting, (\w+)\(", told):
+            weighting = getattr(aggregation, found)(*made.get(name, []))
+            assert methods.get(weighting)(torch.eye(size)).shape == (size,)
+        assert "write fastmtl.methods." in told or "its weighting" in told
 
 
 def test_affinity_of_a_step_that_reused_weights() -> None:
@@ -191,3 +211,33 @@ def test_what_is_no_gram_matrix(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     here = torch.tensor([True, False])
     assert ops.method_weights(indefinite, "mgda", present=here).tolist() == [1.0, 0.0]
     assert ops.method_weights(m * torch.nan, "mgda").isnan().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["pcgrad", "gradvac"])
+def test_a_single_task_that_is_not_finite(name: str, bad: float) -> None:
+    """Nothing is compared with it, and still its weight is NaN."""
+    method = methods.get(name)
+    for dtype in (torch.float32, torch.float64):
+        assert method.weights(torch.tensor([[bad]], dtype=dtype)).isnan().all()
+        gram = torch.eye(3, dtype=dtype)
+        gram[1, 1] = bad
+        assert method.weights(gram, present=torch.tensor([False, True, False]))[1].isnan()
+        assert method.weights(gram, present=torch.tensor([True, False, True])).tolist() == [1.0, 0.0, 1.0]
+    assert method.weights(torch.tensor([[2.0]])).tolist() == [1.0]
+
+
+def test_state_made_in_inference_mode_serves_later() -> None:
+    for method in (methods.MoCo(), methods.ExcessMTL(), methods.DBMTL(), methods.GradVac(), methods.CRMOGM("mgda")):
+        grads = torch.tensor([[1.0, 2.0], [2.0, -1.0]])
+        call = method if method.needs <= {"gradients"} else None
+        if call is None:
+            continue
+        with torch.inference_mode():
+            call(grads)
+        assert call(grads).isfinite().all()
+
+
+def test_bools_are_no_preferences() -> None:
+    with pytest.raises(TypeError, match=r"^preferences: expected T numbers, got \[True, False\]$"):
+        methods.UPGrad(preferences=[True, False])
