@@ -9,10 +9,11 @@ STAMP = $(VENV)/.installed
 # Triton kernels on CPU tensors, one program after another; read when Triton is imported, so in a process of its own
 INTERPRET = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 # Tests in so many processes, each of which takes file after file, so that what a file's tests share is made once; those
-# of the interpreter share nothing. Threads that wait leave the core to the other process.
+# of the interpreter share nothing. Threads that wait leave the core to the other process. No handler for the log:
+# pytest hangs it into every logger of torch, three times a test, and no test reads it.
 PROCESSES ?= 2
-WORKERS = -p no:benchmark -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
-SINGLE = -p no:benchmark -n $(PROCESSES) --dist worksteal
+WORKERS = -p no:benchmark -p no:logging -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+SINGLE = -p no:benchmark -p no:logging -n $(PROCESSES) --dist worksteal
 SHARED = OMP_WAIT_POLICY=passive $(BIN)/python
 # what `make check` reads: every op, methods, task layers, backward, banks and one_pass, the optimizer, docs and imports
 CHECKED = \
