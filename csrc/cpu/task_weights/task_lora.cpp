@@ -59,6 +59,7 @@ struct Factor {
 
 std::vector<Factor> factors_of(const std::vector<Tensor>& held, const std::vector<int64_t>& tasks, int64_t num_tasks) {
   std::vector<Factor> found(static_cast<size_t>(num_tasks));
+  if (held.empty()) return found;
   auto read = [](const Tensor& x, int64_t skip, int64_t first) {
     const DType dtype = dtype_of(x);
     return Factor{static_cast<const char*>(x.const_data_ptr()) + skip * size_of(dtype),
@@ -92,10 +93,13 @@ struct Deltas {
 };
 
 Deltas deltas_of(const std::vector<Tensor>& A, const std::vector<Tensor>& B, const std::vector<int64_t>& tasks,
-                 const std::vector<double>& scaling, int64_t num_tasks, int64_t num_in, int64_t num_out) {
+                 const std::vector<double>& scaling, int64_t num_tasks, int64_t num_in, int64_t num_out, DType dtype) {
   Deltas found{factors_of(A, tasks, num_tasks), factors_of(B, tasks, num_tasks), scaling};
   STD_TORCH_CHECK(scaling.empty() || static_cast<int64_t>(scaling.size()) == num_tasks,
                   "fastmtl: expected a scaling for each of ", num_tasks, " tasks");
+  // a number that is 0 in the dtype of sums closes, too
+  if (dtype != DType::f64)
+    for (double& s : found.scaling) s = static_cast<double>(static_cast<float>(s));
   for (size_t t = 0; t < found.a.size(); ++t) {
     const Factor &a = found.a[t], &b = found.b[t];
     STD_TORCH_CHECK((a.data == nullptr) == (b.data == nullptr) &&
@@ -339,8 +343,7 @@ void backward(const Samples& g, const Samples& x, const std::optional<Samples>& 
           kernel.expand[dtype](reinterpret_cast<void* const*>(rows_out), count, x.columns, tables.a.data(), in,
                                static_cast<int>(rank), u.data(), wide);
         }
-        if (has_a)
-          kernel.collect[dtype](of_x, count, x.columns, u.data(), wide, static_cast<int>(rank), sum.a, in);
+        if (has_a) kernel.collect[dtype](of_x, count, x.columns, u.data(), wide, static_cast<int>(rank), sum.a, in);
         if (sum.b) {
           const int64_t first = has_b ? 0 : rank;
           kernel.collect[dtype](of_g, count, g.columns, z.data() + first, wide,
@@ -355,7 +358,7 @@ void backward(const Samples& g, const Samples& x, const std::optional<Samples>& 
     for (int64_t t = begin; t < end; ++t) {
       const size_t first = static_cast<size_t>(begins[static_cast<size_t>(t)]);
       const size_t last = static_cast<size_t>(begins[static_cast<size_t>(t) + 1]);
-      auto add = [&](S* PartSums<S>::*member, int64_t count) {
+      auto add = [&](S* PartSums<S>::* member, int64_t count) {
         if (first == last || !(sums[first].*member)) return;
         S* to = sums[first].*member;
         for (size_t p = first + 1; p < last; ++p) {
@@ -416,7 +419,7 @@ void task_lora(const Tensor& x_, const std::vector<Tensor>& A, const std::vector
   const Samples x = samples_of(x_, x_.const_data_ptr()), y = samples_of(y_, y_.mutable_data_ptr());
   STD_TORCH_CHECK(x.count == y.count && x.rows == y.rows && x.dtype == y.dtype, "fastmtl: rows that do not fit");
   const Batch batch = batch_of(order, offsets, x.count);
-  const Deltas deltas = deltas_of(A, B, tasks, scaling, batch.num_tasks, x.columns, y.columns);
+  const Deltas deltas = deltas_of(A, B, tasks, scaling, batch.num_tasks, x.columns, y.columns, x.dtype);
   if (bias.has_value())
     STD_TORCH_CHECK(bias->dim() == 2 && bias->size(0) == batch.num_tasks && bias->size(1) == y.columns &&
                         bias->is_contiguous() && dtype_of(*bias) == wide(x.dtype),
@@ -437,7 +440,7 @@ void task_lora_backward(const Tensor& g_, const Tensor& x_, const std::vector<Te
   const Samples x = samples_of(x_, x_.const_data_ptr()), g = samples_of(g_, g_.const_data_ptr());
   STD_TORCH_CHECK(x.count == g.count && x.rows == g.rows && x.dtype == g.dtype, "fastmtl: rows that do not fit");
   const Batch batch = batch_of(order, offsets, x.count);
-  const Deltas deltas = deltas_of(A, B, tasks, scaling, batch.num_tasks, x.columns, g.columns);
+  const Deltas deltas = deltas_of(A, B, tasks, scaling, batch.num_tasks, x.columns, g.columns, x.dtype);
   std::optional<Samples> to;
   if (grad_x.has_value()) {
     to = samples_of(*grad_x, grad_x->mutable_data_ptr());
@@ -450,18 +453,95 @@ void task_lora_backward(const Tensor& g_, const Tensor& x_, const std::vector<Te
                         dtype_of(*grad_scaling) == DType::f64,
                     "fastmtl: expected a float64 for each scaling");
   if (grad_bias.has_value())
-    STD_TORCH_CHECK(grad_bias->is_contiguous() && grad_bias->numel() == batch.num_tasks * g.columns &&
-                        dtype_of(*grad_bias) == sums,
-                    "fastmtl: expected a bias for each task");
+    STD_TORCH_CHECK(
+        grad_bias->is_contiguous() && grad_bias->numel() == batch.num_tasks * g.columns && dtype_of(*grad_bias) == sums,
+        "fastmtl: expected a bias for each task");
   auto run = [&]<class S>(S) {
-    backward<S>(g, x, to, batch, deltas,
-                {targets_of<S>(grad_a, wanted_a, tasks, deltas.a, sums),
-                 targets_of<S>(grad_b, wanted_b, tasks, deltas.b, sums),
-                 grad_scaling.has_value() ? static_cast<double*>(grad_scaling->mutable_data_ptr()) : nullptr,
-                 grad_bias.has_value() ? static_cast<S*>(grad_bias->mutable_data_ptr()) : nullptr});
+    backward<S>(
+        g, x, to, batch, deltas,
+        {targets_of<S>(grad_a, wanted_a, tasks, deltas.a, sums), targets_of<S>(grad_b, wanted_b, tasks, deltas.b, sums),
+         grad_scaling.has_value() ? static_cast<double*>(grad_scaling->mutable_data_ptr()) : nullptr,
+         grad_bias.has_value() ? static_cast<S*>(grad_bias->mutable_data_ptr()) : nullptr});
   };
   if (x.dtype == DType::f64) run(0.0);
   else run(0.0f);
+}
+
+// --- what a call is asked before it runs
+
+bool is_dense_on_cpu(const Tensor& x) {
+  int32_t layout = -1;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
+  return x.device().type() == torch::headeronly::DeviceType::CPU && layout == aoti_torch_layout_strided();
+}
+
+bool is_float(torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+         dtype == ScalarType::Half;
+}
+
+// whether a weight's dtype may stand beside that of x
+bool goes_with(const Tensor& w, const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = x.scalar_type();
+  return is_dense_on_cpu(w) &&
+         (w.scalar_type() == dtype ||
+          (w.scalar_type() == ScalarType::Float && (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half)));
+}
+
+// positions of all of `count` samples by task
+bool is_plan(const Tensor& ids, const Tensor& order, const Tensor& offsets, int64_t num_tasks, int64_t count) {
+  using torch::headeronly::ScalarType;
+  for (const Tensor* x : {&order, &offsets})
+    if (!is_dense_on_cpu(*x) || x->dim() != 1 || !x->is_contiguous() || x->scalar_type() != ScalarType::Long)
+      return false;
+  if (order.numel() != count || ids.numel() != count || offsets.numel() != num_tasks + 1) return false;
+  const auto* bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
+  return bounds[0] == 0 && bounds[num_tasks] == count && std::is_sorted(bounds, bounds + num_tasks + 1);
+}
+
+// whether the arguments of `fastmtl.ops.task_lora` fit: it alone says what does not
+bool task_lora_fits(const Tensor& x, const std::optional<Tensor>& weight, const std::vector<Tensor>& A,
+                    const std::vector<Tensor>& B, const std::vector<int64_t>& tasks, int64_t num_tasks,
+                    const std::optional<Tensor>& scaling, const std::optional<Tensor>& bias, const Tensor& ids,
+                    const Tensor& order, const Tensor& offsets) {
+  if (!is_dense_on_cpu(x) || !is_float(x.scalar_type()) || A.empty() || A.size() != B.size() || num_tasks < 1)
+    return false;
+  for (const std::vector<Tensor>* held : {&A, &B})
+    for (const Tensor& w : *held)
+      if (!goes_with(w, x) || w.scalar_type() != A[0].scalar_type()) return false;
+  const bool stacked = tasks.empty();
+  const int64_t first = stacked ? 1 : 0;
+  if (stacked ? A.size() != 1 : A.size() != tasks.size()) return false;
+  if (A[0].dim() != first + 2 || B[0].dim() != first + 2) return false;
+  const int64_t num_in = A[0].size(first + 1), num_out = B[0].size(first);
+  if (x.dim() < 2 || num_in == 0 || x.size(x.dim() - 1) != num_in) return false;
+  for (size_t k = 0; k < A.size(); ++k) {
+    const auto a = A[k].sizes(), b = B[k].sizes();
+    const auto dims = static_cast<size_t>(first + 2);
+    if (a.size() != dims || b.size() != dims || (stacked && (a[0] != num_tasks || b[0] != num_tasks))) return false;
+    const int64_t rank = a[dims - 2];
+    if (rank < 1 || b[dims - 1] != rank || a[dims - 1] != num_in || b[dims - 2] != num_out) return false;
+  }
+  if (weight.has_value() &&
+      !(goes_with(*weight, x) && weight->dim() == 2 && weight->size(0) == num_out && weight->size(1) == num_in))
+    return false;
+  if (scaling.has_value() && !(goes_with(*scaling, x) && scaling->dim() == 1 && scaling->size(0) == num_tasks))
+    return false;
+  if (bias.has_value()) {
+    const int64_t dims = bias->dim();
+    if (!goes_with(*bias, x) || dims < 1 || dims > 2 || bias->size(dims - 1) != num_out ||
+        (dims == 2 && bias->size(0) != num_tasks))
+      return false;
+  }
+  if (ids.dim() < 1 || ids.dim() >= x.dim()) return false;
+  int64_t count = 1;
+  for (int64_t d = 0; d < ids.dim(); ++d) {
+    if (ids.size(d) != x.size(d)) return false;
+    count *= x.size(d);
+  }
+  return is_plan(ids, order, offsets, num_tasks, count);
 }
 
 }  // namespace
@@ -470,4 +550,9 @@ void task_lora_backward(const Tensor& g_, const Tensor& x_, const std::vector<Te
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("_task_lora", TORCH_BOX(&fastmtl::cpu::task_lora));
   m.impl("_task_lora_backward", TORCH_BOX(&fastmtl::cpu::task_lora_backward));
+}
+
+// for any device and layout, of which it asks
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CompositeExplicitAutograd, m) {
+  m.impl("_task_lora_fits", TORCH_BOX(&fastmtl::cpu::task_lora_fits));
 }

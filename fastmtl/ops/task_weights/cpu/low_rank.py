@@ -9,16 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.core.schemas import define_kernel
 from fastmtl.core.task_weights import LoraGradients, LowRankDeltas, SortedBatch, TaskLoraCall
-from fastmtl.ops.task_weights.cpu.memory import fresh_rows
+from fastmtl.ops.task_weights.cpu.memory import HUGE_BYTES, fresh_rows
 from fastmtl.ops.task_weights.precision import widen
 
 _DELTAS = "Tensor[] A, Tensor[] B, int[] tasks, float[] scaling"
 _kernel = define_kernel(
     f"_task_lora(Tensor x, {_DELTAS}, Tensor? bias, Tensor order, Tensor offsets, Tensor(a!) y) -> ()"
+)
+# whether the arguments of the op are what it asks for; it says what is wrong
+fits = define_kernel(
+    "_task_lora_fits(Tensor x, Tensor? weight, Tensor[] A, Tensor[] B, int[] tasks, int num_tasks, Tensor? scaling, "
+    "Tensor? bias, Tensor ids, Tensor order, Tensor offsets) -> bool"
 )
 _backward_kernel = define_kernel(
     f"_task_lora_backward(Tensor grad_out, Tensor x, {_DELTAS}, Tensor order, Tensor offsets, Tensor(a!)? grad_x, "
@@ -29,8 +35,9 @@ _backward_kernel = define_kernel(
 
 def _samples(x: Tensor, count: int) -> Tensor:
     """`[N, ..., C]` as `[count, rows, C]`; a copy only where its rows are not dense or lie apart within a sample."""
-    x = x.reshape(count, -1, x.shape[-1])
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+    columns = x.shape[-1]
+    x = x.reshape(count, x.numel() // (count * columns), columns)
+    return x if x.stride(2) == 1 or columns == 1 else x.contiguous()
 
 
 def _rows(samples: Tensor) -> Tensor:
@@ -38,8 +45,13 @@ def _rows(samples: Tensor) -> Tensor:
     return samples.reshape(-1, samples.shape[-1])
 
 
-def _spelled_out(deltas: LowRankDeltas) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[int], list[float]]:
-    return deltas.A, deltas.B, deltas.tasks, [] if deltas.scaling is None else deltas.scaling.tolist()
+def _spelled_out(
+    deltas: LowRankDeltas, num_tasks: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[int], Sequence[float]]:
+    A, B, tasks, scaling = deltas
+    if scaling is None:
+        return A, B, tasks, []
+    return A, B, tasks, [scaling] * num_tasks if isinstance(scaling, float) else scaling.tolist()
 
 
 def _plan(batch: SortedBatch) -> tuple[Tensor, Tensor]:
@@ -49,32 +61,39 @@ def _plan(batch: SortedBatch) -> tuple[Tensor, Tensor]:
 def lora(x: Tensor, call: TaskLoraCall) -> Tensor:
     """`task_lora`; see there."""
     weight, deltas, batch, bias = call
-    y = fresh_rows((*x.shape[:-1], call.shape[0]), x.dtype)
-    if y.numel() == 0:
-        return y
+    shape = *x.shape[:-1], call.shape[0]
+    if 0 in shape:
+        return torch.empty(shape, dtype=x.dtype, device="cpu")
+    rounded = x.dtype
     x = widen(x)
-    count, dtype = batch.order.shape[0], x.dtype
-    made = y if y.dtype == dtype else fresh_rows(y.shape, dtype)
-    samples, target = _samples(x, count), made.view(count, -1, y.shape[-1])
+    dtype = x.dtype
     shared = own = None
     if bias is not None and bias.dim() == 2:
         own = bias.to(torch.promote_types(dtype, torch.float32)).contiguous()
     elif bias is not None:
         shared = bias.to(dtype)
-    _base(samples, None if weight is None else weight.to(dtype).t(), shared, target)
+    samples = _samples(x, batch.order.shape[0])
+    y = _product(samples, None if weight is None else weight.to(dtype), shared, shape[-1])
     if deltas.A or own is not None:
-        _kernel(samples, *_spelled_out(deltas), own, *_plan(batch), target)
-    return y if made is y else y.copy_(made)
+        _kernel(samples, *_spelled_out(deltas, batch.num_tasks), own, *_plan(batch), y)
+    y = y.view(shape)
+    return y if dtype == rounded else y.to(rounded)
 
 
-def _base(samples: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
-    """`rows weight + bias`; zeros and the bias without a weight."""
+def _product(samples: Tensor, weight: Tensor | None, bias: Tensor | None, columns: int) -> Tensor:
+    """`x weight^T + bias`, `[N, rows, columns]`, contiguous; zeros and the bias without a weight."""
+    shape, dtype = (*samples.shape[:2], columns), samples.dtype
     if weight is None:
-        out.copy_(bias.expand_as(out)) if bias is not None else out.zero_()
-    elif bias is None:
-        torch.mm(_rows(samples), weight, out=_rows(out))
+        out = fresh_rows(shape, dtype)
+        return out.zero_() if bias is None else out.copy_(bias.expand(shape))
+    if shape[0] * shape[1] * columns * dtype.itemsize < HUGE_BYTES:
+        return F.linear(samples, weight, bias).contiguous()
+    out = fresh_rows(shape, dtype)
+    if bias is None:
+        torch.mm(_rows(samples), weight.t(), out=_rows(out))
     else:
-        torch.addmm(bias, _rows(samples), weight, out=_rows(out))
+        torch.addmm(bias, _rows(samples), weight.t(), out=_rows(out))
+    return out
 
 
 def lora_backward(
@@ -86,50 +105,39 @@ def lora_backward(
     wanted_b: Sequence[int],
 ) -> list[Tensor]:
     """`task_lora_backward`; see there."""
-    weight, deltas, batch, bias = call
-    out = LoraGradients.empty(x, call, wanted, wanted_a, wanted_b)
     if grad_out.numel() == 0 or x.numel() == 0:
-        return out.zero_()
+        return LoraGradients.empty(x, call, wanted, wanted_a, wanted_b).zero_()
+    weight, deltas, batch, bias = call
+    of_x, of_weight, of_scaling, of_bias = wanted
+    rounded = x.dtype
     x, grad_out = widen(x), widen(grad_out)
-    count, dtype = batch.order.shape[0], x.dtype
+    count, num_tasks, dtype = batch.order.shape[0], batch.num_tasks, x.dtype
+    # in which sums are made; each is rounded once, to the dtype of its parameter
     sums = torch.promote_types(dtype, torch.float32)
     samples, back = _samples(x, count), _samples(grad_out, count)
-    if out.weight is not None:
-        product = out.weight if out.weight.dtype == dtype else torch.empty(out.weight.shape, dtype=dtype)
-        torch.mm(_rows(back).t(), _rows(samples), out=product)
-        _put(product, out.weight)
-    made = target = None
-    if out.x is not None:
-        made = out.x if out.x.dtype == dtype else fresh_rows(out.x.shape, dtype)
-        target = made.view(samples.shape)
-        _base(back, None if weight is None else weight.to(dtype), None, target)
-    # in the dtype of the sums, and rounded to that of the parameter alone
-    of_a, of_b = ([_as(g, sums) for g in grads] for grads in (out.A, out.B))
-    of_scaling = None if out.scaling is None else torch.empty(batch.num_tasks, dtype=torch.float64)
-    of_bias = None if out.bias is None else torch.empty(batch.num_tasks, back.shape[-1], dtype=sums)
-    if deltas.A or of_bias is not None:
-        spelled, plan = _spelled_out(deltas), _plan(batch)
-        found = target, of_a, wanted_a, of_b, wanted_b, of_scaling, of_bias
-        _backward_kernel(back, samples, *spelled, *plan, *found)
-    elif of_scaling is not None:
-        of_scaling.zero_()
-    if made is not None:
-        _put(made, out.x)
-    for made_of, grads in ((of_a, out.A), (of_b, out.B)):
-        for g, into in zip(made_of, grads, strict=True):
-            _put(g, into)
-    if of_scaling is not None:
-        _put(of_scaling, out.scaling)
-    if of_bias is not None:
-        _put(of_bias if bias.dim() == 2 else of_bias.sum(0), out.bias)
-    return out.listed()
-
-
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory of a result in another dtype: its own, if it has that dtype."""
-    return x if x.dtype == dtype else torch.empty(x.shape, dtype=dtype)
-
-
-def _put(made: Tensor, out: Tensor | None) -> None:
-    if out is not None and made is not out:
-        out.copy_(made)
+    grad_x = grad_scaling = grad_bias = None
+    if of_x:
+        grad_x = _product(back, None if weight is None else weight.to(dtype).t(), None, x.shape[-1])
+    grad_a, grad_b = (
+        [torch.empty(held[k].shape, dtype=sums, device="cpu") for k in ks]
+        for held, ks in ((deltas.A, wanted_a), (deltas.B, wanted_b))
+    )
+    if of_scaling and deltas.scaling is not None:
+        grad_scaling = torch.empty(num_tasks, dtype=torch.float64, device="cpu")
+    if of_bias and bias is not None:
+        # of each task, also where all share one
+        grad_bias = torch.empty(num_tasks, back.shape[-1], dtype=sums, device="cpu")
+    found = grad_x, grad_a, wanted_a, grad_b, wanted_b, grad_scaling, grad_bias
+    _backward_kernel(back, samples, *_spelled_out(deltas, num_tasks), *_plan(batch), *found)
+    out: list[Tensor] = []
+    if grad_x is not None:
+        out.append(grad_x.view(x.shape).to(rounded))
+    if of_weight and weight is not None:
+        out.append((_rows(back).t() @ _rows(samples)).to(weight.dtype))
+    for grads, held in ((grad_a, deltas.A), (grad_b, deltas.B)):
+        out += [g if g.dtype == held[0].dtype else g.to(held[0].dtype) for g in grads]
+    if grad_scaling is not None:
+        out.append(grad_scaling.to(deltas.scaling.dtype))
+    if grad_bias is not None:
+        out.append((grad_bias if bias.dim() == 2 else grad_bias.sum(0)).to(bias.dtype))
+    return out
