@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
@@ -179,11 +180,12 @@ def _warn_reference_once() -> None:
 def straight_to_cpu() -> bool:
     """Whether an eager call may go to a kernel of the CPU itself, past its op: nothing must see the op being called.
 
-    Not if another backend is forced, or if a mode, a transform of functions or a trace watches.
+    Not if another backend is forced, or if a mode, a transform of functions, a trace or forward-mode differentiation
+    watches.
     """
     if forced_backend() not in (None, "cpu") or unavailable("cpu", "cpu") is not None:
         return False
-    if torch._C._functorch.maybe_current_level() is not None or torch.jit.is_tracing():
+    if torch._C._functorch.maybe_current_level() is not None or torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return False
     return torch._C._len_torch_function_stack() == 0 and torch._C._len_torch_dispatch_stack() == 0
 

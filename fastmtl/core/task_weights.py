@@ -162,7 +162,7 @@ class LowRankDeltas(NamedTuple):
     A: Sequence[Tensor]
     B: Sequence[Tensor]
     tasks: Sequence[int]
-    scaling: Tensor | None  # s, [T]; None: all ones
+    scaling: Tensor | float | None  # s, [T]; None: all ones; a number for all only past the op, on the CPU
 
     @property
     def stacked(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -10,16 +11,19 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+import torch.utils.flop_counter
 from cases import assert_within
 from cases_lora import FEW_LORA_CASES, LORA_CASES, LoraCase, MadeLora
 from cases_task import BF16, F16, F32, F64, assert_dense, assert_own_memory, bound, make_ids
 from conftest import Backend
 from torch import Tensor
 
-from fastmtl.core.task_weights import SortedBatch
+from fastmtl.core.dispatch import use_backend
 from fastmtl.ops import task_linear, task_lora, task_plan
 from fastmtl.ops.task_weights import precision
-from fastmtl.ops.task_weights.cpu import low_rank
+
+# the function hides its module of the same name
+task_lora_module = sys.modules["fastmtl.ops.task_weights.task_lora"]
 
 
 def row_by_row(case: LoraCase, made: MadeLora) -> Tensor:
@@ -357,30 +361,114 @@ def test_nothing_is_recorded_where_nothing_needs_a_gradient(backend: Backend) ->
 
 
 def test_sums_of_a_long_batch_do_not_depend_on_the_number_of_threads(threads: None) -> None:
-    """Sums are rounded part by part: the parts of a batch are the same for any number of threads."""
-    plan = task_plan(torch.arange(70000).remainder(7).lt(3).long(), 2)
-    parts = []
+    """The parts of which sums are added up are the same for any number of threads, and so are the bits."""
+    case = LoraCase(leading=(700, 3), cin=9, cout=33, ranks=(2, 20, 5), scaling="values", bias="per_task", shared=False)
+    made, found = case.make().leaves(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        walk = low_rank.Walk(SortedBatch(plan.order, plan.offsets), 1, 1280)
-        parts.append(list(walk))
-    assert parts[0] == parts[1] == parts[2] and len(parts[0]) > 4
+        y = case.run(made)
+        found.append({"y": y, **table.gradients(y, made)})
+    assert same(found[0], found[1]) and same(found[0], found[2])
 
 
-@pytest.mark.parametrize("part_bytes", [1, 2000, 1 << 30], ids=["single", "some", "whole"])
-@pytest.mark.parametrize("sorted_bytes", [0, 500, 10**9])
+# rows, columns and ranks about the sizes that the CPU's pass takes at a time
+_ODD = [(1, 1, 1), (2, 3, 2), (5, 7, 4), (8, 8, 5), (15, 16, 7), (16, 17, 13), (25, 24, 3), (40, 31, 6)]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize(("cin", "cout", "rank"), _ODD)
+def test_odd_columns_and_ranks(cin: int, cout: int, rank: int, dtype: torch.dtype, backend: Backend) -> None:
+    case = LoraCase(
+        leading=(37,), cin=cin, cout=cout, ranks=(rank, rank + 1), scaling="values", bias="per_task", dtype=dtype
+    )
+    made, want = case.make().leaves(), table.expected(case)
+    y = case.run(made)
+    table.assert_result(case, y, want)
+    table.assert_gradients(case, made, table.gradients(y, made), want)
+
+
+@pytest.mark.parametrize("rows", [31, 32, 33, 127, 128, 129, 260])
+@pytest.mark.parametrize("ids", ["one", "turns", "runs"])
+def test_rows_about_those_of_a_part(ids: str, rows: int, backend: Backend) -> None:
+    """Each task's rows are taken some at a time; the last time there are fewer, and samples may be cut in two."""
+    for leading, ids_dims in (((rows,), 1), ((rows, 3), 1), ((3, rows), 2)):
+        case = LoraCase(leading=leading, ids_dims=ids_dims, ids=ids, ranks=(3, 17, 0), scaling="values", bias="shared")
+        made, want = case.make().leaves(), table.expected(case)
+        y = case.run(made)
+        table.assert_result(case, y, want)
+        table.assert_gradients(case, made, table.gradients(y, made), want)
+
+
+@pytest.mark.parametrize("rank", [16, 64, 130])
+@pytest.mark.parametrize("factors", ["list", "stacked"])
+def test_large_ranks(factors: str, rank: int, backend: Backend) -> None:
+    """Larger ranks than there are columns, with sums of more rows at a time."""
+    case = LoraCase(leading=(300, 5), cin=24, cout=20, ranks=(rank,), factors=factors, scaling="zeros", ids="turns")
+    made, want = case.make().leaves(), table.expected(case)
+    y = case.run(made)
+    table.assert_result(case, y, want)
+    table.assert_gradients(case, made, table.gradients(y, made), want)
+
+
 @pytest.mark.parametrize("case", [c for c in FEW_LORA_CASES if c.dtype != F64], ids=str)
-def test_every_way_to_walk(case: LoraCase, sorted_bytes: int, part_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU takes rows where they lie or sorts them, many or few at a time; small cases see one way."""
-    monkeypatch.setattr(low_rank, "SORTED_BYTES", sorted_bytes)
-    monkeypatch.setattr(low_rank, "PART_BYTES", part_bytes)
-    monkeypatch.setattr(low_rank, "FEWEST_ROWS", 1 if part_bytes == 1 else 64)
+def test_layouts_of_rows(case: LoraCase, backend: Backend) -> None:
+    """Rows are read where they lie, in x and in the gradient."""
     for options in ({}, {"x_layout": "sliced", "ids": "runs"}, {"ids": "turns", "grad_layout": "expanded_batch"}):
         varied = case.but(**options)
         made, want = varied.make().leaves(), table.expected(varied)
         y = varied.run(made)
         table.assert_result(varied, y, want)
         table.assert_gradients(varied, made, table.gradients(y, made), want)
+
+
+# --- past the op
+
+
+def test_plain_tensors_go_past_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU an eager call needs no op; what it cannot see, and what watches, makes it call the op."""
+    called: list[int] = []
+    real = task_lora_module.task_lora_op
+
+    def op(*args: Any) -> Tensor:
+        called.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(task_lora_module, "task_lora_op", op)
+    case = LoraCase(scaling="values", bias="shared")
+    made = case.make().leaves()
+
+    def calls(run: Any) -> int:
+        called.clear()
+        run()
+        return len(called)
+
+    assert calls(lambda: case.run(made)) == 0
+    assert calls(lambda: case.run(made.map(lambda x: x.detach()))) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls(lambda: case.run(made)) == 1
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert calls(lambda: case.run(made)) == 1
+    with use_backend("reference"):
+        assert calls(lambda: case.run(made)) == 1
+
+
+@pytest.mark.parametrize("scaling", [None, "number", "values"])
+@kinds
+def test_the_op_gives_the_same_bits(factors: str, scaling: str | None) -> None:
+    """With and without the op: result, gradients, and gradients of gradients."""
+    case = LoraCase(leading=(6, 3), factors=factors, scaling=scaling, bias="per_task", ranks=(3,))
+    made = case.make().leaves()
+    y = case.run(made)
+    by_op = task_lora_module.task_lora_op(*case.op_arguments(made))
+    assert torch.equal(y, by_op)
+    found, expected = table.gradients(y, made, retain_graph=True), table.gradients(by_op, made, retain_graph=True)
+    assert same(found, expected)
+    again, other = (table.gradients(out, made, create_graph=True) for out in (y, by_op))
+    twice, expected = (
+        table.gradients(sum(g.square().sum() for g in of.values() if g is not None), made, torch.ones(()))
+        for of in (again, other)
+    )
+    assert same(twice, expected)
 
 
 # --- what autograd holds

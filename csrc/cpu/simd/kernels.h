@@ -7,6 +7,7 @@
 
 #include "common/rows.h"
 #include "cpu/simd/elementwise.h"
+#include "cpu/simd/low_rank.h"
 #include "cpu/simd/norms.h"
 #include "cpu/simd/tiles.h"
 
@@ -41,6 +42,7 @@ struct Kernels {
   Tiles tiles;
   Elementwise elementwise;
   Norms norms;
+  LowRank low_rank;
 };
 
 extern const Kernels kPortable;

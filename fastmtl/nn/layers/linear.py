@@ -116,7 +116,9 @@ class TaskLinear(TaskLayer):
         plan = self._plan(x, x.dim() - 1)
         if self.rank is None:
             return task_linear(x, self.weight if self.shared else None, **self._of_tasks(plan))
-        return low_rank_linear(self, x, plan, self.weight)
+        weight = self._parameters.get("weight")
+        # one that is parametrised is computed
+        return low_rank_linear(self, x, plan, self.weight if weight is None else weight)
 
     def _shapes_of_rank(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, self._shape[1]), (self._shape[0], rank)

@@ -421,16 +421,22 @@ class TaskLayer(TaskModule):
         return {"task_ids": plan, "delta": deltas, "gate": self._gates(plan), "bias": self._biases(plan)}
 
     def _gates(self, plan: TaskPlan) -> Tensor | None:
-        if self.gate is None:
+        # past nn.Module's getattr, here and below: it is slow beside a small layer
+        held = self._modules["gate"]
+        if held is None:
             return None
-        gates = torch.stack(present_rows(self.gate, self.tasks, plan.offsets))
+        gates = torch.stack(present_rows(held, self.tasks, plan.offsets))
         return gates if self.taps is None else self.taps(gates)
 
     def _biases(self, plan: TaskPlan) -> Tensor | None:
-        if self.task_bias is None:
-            return self.bias
-        own = torch.stack(present_rows(self.task_bias, self.tasks, plan.offsets))
-        return own if self.bias is None else self.bias + own
+        held, shared = self._modules["task_bias"], self._parameters.get("bias")
+        if shared is None:
+            # there is none, or it is parametrised
+            shared = self.bias
+        if held is None:
+            return shared
+        own = torch.stack(present_rows(held, self.tasks, plan.offsets))
+        return own if shared is None else shared + own
 
     def _scalings(self, plan: TaskPlan) -> Tensor | float | None:
         """Of low-rank deltas: one number, or one for each task that has a gate."""
@@ -567,8 +573,8 @@ def product_of_halves(down: Tensor, up: Tensor, weight: Tensor, task: str) -> Te
 
 def low_rank_linear(layer: TaskLayer, x: Tensor, plan: TaskPlan, weight: Tensor) -> Tensor:
     """`x W^T + s_t (x A_t^T) B_t^T`, W `[Cout, Cin]`."""
-    assert layer.A is not None and layer.B is not None
-    down, up = (held.of_tasks(layer.tasks) for held in (layer.A, layer.B))
+    # past nn.Module's getattr, as in `_gates`
+    down, up = (layer._modules[name].of_tasks(layer.tasks) for name in "AB")
     return task_lora(x, weight, down, up, plan, scaling=layer._scalings(plan), bias=layer._biases(plan))
 
 

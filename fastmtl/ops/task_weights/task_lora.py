@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl.core.dispatch import choose, triton_kernels
-from fastmtl.core.schemas import define_op
-from fastmtl.core.task_weights import LoraGradients, TaskLoraCall, TaskPlan
+from fastmtl.core.dispatch import choose, straight_to_cpu, triton_kernels
+from fastmtl.core.schemas import autocast_is_on, define_op
+from fastmtl.core.task_weights import LoraGradients, LowRankDeltas, SortedBatch, TaskLoraCall, TaskPlan
 from fastmtl.ops.task_weights import reference
 from fastmtl.ops.task_weights.arguments import (
     Delta,
@@ -26,11 +26,12 @@ from fastmtl.ops.task_weights.arguments import (
     triton_declines,
 )
 from fastmtl.ops.task_weights.composed import composed_backward
+from fastmtl.ops.task_weights.cpu.low_rank import fits
 from fastmtl.ops.task_weights.cpu.low_rank import lora as lora_on_cpu
 from fastmtl.ops.task_weights.cpu.low_rank import lora_backward as lora_backward_on_cpu
 from fastmtl.ops.task_weights.operators import no_gradient, wanted_deltas
 from fastmtl.ops.task_weights.precision import cast_by_autocast
-from fastmtl.ops.task_weights.task_plan import read_plan
+from fastmtl.ops.task_weights.task_plan import read_plan, task_plan
 
 
 def task_lora(
@@ -83,6 +84,10 @@ def task_lora(
         >>> task_lora(x, torch.ones(1, 3), A, B, ids, scaling=0.5).flatten()
         tensor([6., 3.])
     """
+    if not torch.compiler.is_compiling():
+        y = _straight(x, weight, A, B, task_ids, scaling, bias)
+        if y is not None:
+            return y
     check_input(x)
     if x.dim() < 2:
         raise ValueError(f"x: expected shape [N, ..., Cin], got {list(x.shape)}")
@@ -156,23 +161,39 @@ def _setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 
 def _derivative(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     x, weight, scaling, bias, order, offsets, *factors = ctx.saved_tensors
-    A, B = factors[: ctx.count], factors[ctx.count :]
-    needs = ctx.needs_input_grad
-    wanted = [needs[0], needs[1], needs[5], needs[6]]
-    wanted_a, wanted_b = (wanted_deltas(needs[k], held, ctx.tasks, offsets) for k, held in ((2, A), (3, B)))
-    found = iter(
-        task_lora_backward_op(
-            grad_out, x, weight, A, B, ctx.tasks, scaling, bias, order, offsets, wanted, wanted_a, wanted_b
-        )
+    call = TaskLoraCall.of(
+        weight, factors[: ctx.count], factors[ctx.count :], ctx.tasks, scaling, bias, order, offsets
     )
+    grad_x, grad_weight, grad_a, grad_b, grad_scaling, grad_bias = _gradients(
+        grad_out, x, call, ctx.needs_input_grad, _by_op
+    )
+    return grad_x, grad_weight, grad_a, grad_b, no_gradient(ctx.tasks), grad_scaling, grad_bias, None, None
+
+
+def _by_op(grad_out: Tensor, x: Tensor, call: TaskLoraCall, *wanted: Any) -> list[Tensor]:
+    weight, (A, B, tasks, scaling), batch, bias = call
+    scaling = scaling_tensor(x, scaling, batch.num_tasks)
+    return task_lora_backward_op(grad_out, x, weight, A, B, tasks, scaling, bias, *batch, *wanted)
+
+
+def _gradients(
+    grad_out: Tensor, x: Tensor, call: TaskLoraCall, needs: Sequence[Any], backward: Callable[..., Sequence[Tensor]]
+) -> tuple[Any, ...]:
+    """Of x, weight, A, B, scaling and bias, None for what is not wanted. `needs`: as the op's arguments are."""
+    deltas, offsets = call.deltas, call.batch.offsets
+    wanted = [needs[0], needs[1], needs[5], needs[6]]
+    wanted_a, wanted_b = (
+        wanted_deltas(needs[k], held, deltas.tasks, offsets) for k, held in ((2, deltas.A), (3, deltas.B))
+    )
+    found = iter(backward(grad_out, x, call, wanted, wanted_a, wanted_b))
     grad_x, grad_weight = (next(found) if want else None for want in wanted[:2])
-    grad_a: list[Tensor | None] = [None] * len(A)
-    grad_b: list[Tensor | None] = [None] * len(B)
+    grad_a: list[Tensor | None] = [None] * len(deltas.A)
+    grad_b: list[Tensor | None] = [None] * len(deltas.B)
     for grads, positions in ((grad_a, wanted_a), (grad_b, wanted_b)):
         for k in positions:
             grads[k] = next(found)
     grad_scaling, grad_bias = (next(found) if want else None for want in wanted[2:])
-    return grad_x, grad_weight, grad_a, grad_b, no_gradient(ctx.tasks), grad_scaling, grad_bias, None, None
+    return grad_x, grad_weight, grad_a, grad_b, grad_scaling, grad_bias
 
 
 def _setup_backward(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
@@ -208,3 +229,98 @@ task_lora_backward_op = define_op(
     backward=_second_derivative,
     setup_context=_setup_backward,
 )
+
+
+# --- past the op, which takes longer than a small layer itself
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def _straight(
+    x: Tensor,
+    weight: Tensor | None,
+    A: Delta,
+    B: Delta,
+    task_ids: Tensor | TaskPlan,
+    scaling: Scaling,
+    bias: Tensor | None,
+) -> Tensor | None:
+    """`task_lora` of plain tensors on the CPU, eager; None: the op must see the call, or say what is wrong with it."""
+    if type(x) not in _PLAIN or not _may_go_straight(x):
+        return None
+    tasks: list[int] = []
+    if isinstance(A, list) and isinstance(B, list) and len(A) == len(B):
+        num_tasks = len(A)
+        tasks = [t for t, a in enumerate(A) if a is not None]
+        if len(tasks) < num_tasks:
+            if [t for t, b in enumerate(B) if b is not None] != tasks:
+                return None
+            A, B = [A[t] for t in tasks], [B[t] for t in tasks]
+        if not tasks:
+            return None
+    elif isinstance(A, Tensor) and isinstance(B, Tensor) and A.dim() == 3:
+        num_tasks, A, B = A.shape[0], [A], [B]
+    else:
+        return None
+    others = [w for w in (weight, bias) if w is not None]
+    of_tasks = None
+    if isinstance(scaling, Tensor):
+        of_tasks = scaling
+        others.append(scaling)
+    elif type(scaling) in (int, float):
+        scaling = float(scaling)
+    elif scaling is not None:
+        return None
+    if not {*map(type, A), *map(type, B), *map(type, others)} <= _PLAIN:
+        return None
+    if not isinstance(task_ids, TaskPlan):
+        if type(task_ids) is not Tensor or not task_ids.is_cpu or task_ids.dim() == 0 or num_tasks == 0:
+            return None
+        task_ids = task_plan(task_ids, num_tasks)
+    ids, order, offsets = task_ids
+    if not fits(x, weight, A, B, tasks, num_tasks, of_tasks, bias, ids, order, offsets):
+        return None
+    if torch.is_grad_enabled() and any(w.requires_grad for w in (x, *others, *A, *B)):
+        return _Straight.apply(len(A), tasks, x, weight, scaling, bias, order, offsets, *A, *B)
+    deltas = LowRankDeltas(A, B, tasks, scaling)
+    return lora_on_cpu(x, TaskLoraCall(weight, deltas, SortedBatch(order, offsets), bias))
+
+
+def _may_go_straight(x: Tensor) -> bool:
+    return x.is_cpu and straight_to_cpu() and not autocast_is_on("cpu")
+
+
+class _Straight(torch.autograd.Function):
+    """The op's forward and backward, with what it leaves of torch's dispatch; of higher derivatives the op's own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        count: int,
+        tasks: list[int],
+        x: Tensor,
+        weight: Tensor | None,
+        scaling: Tensor | float | None,
+        bias: Tensor | None,
+        order: Tensor,
+        offsets: Tensor,
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.count, ctx.tasks = count, tasks
+        of_tasks = scaling if isinstance(scaling, Tensor) else None
+        ctx.number = None if of_tasks is not None else scaling
+        ctx.save_for_backward(x, weight, of_tasks, bias, order, offsets, *factors)
+        deltas = LowRankDeltas(factors[:count], factors[count:], tasks, scaling)
+        return lora_on_cpu(x, TaskLoraCall(weight, deltas, SortedBatch(order, offsets), bias))
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        x, weight, scaling, bias, order, offsets, *factors = ctx.saved_tensors
+        count, needs = ctx.count, ctx.needs_input_grad[2:]
+        scaling = ctx.number if scaling is None else scaling
+        call = TaskLoraCall.of(weight, factors[:count], factors[count:], ctx.tasks, scaling, bias, order, offsets)
+        as_of_op = needs[0], needs[1], needs[6 : 6 + count], needs[6 + count :], None, needs[2], needs[3]
+        straight = not torch.is_grad_enabled() and type(grad_out) is Tensor and _may_go_straight(grad_out)
+        run = lora_backward_on_cpu if straight else _by_op
+        grad_x, grad_weight, grad_a, grad_b, grad_scaling, grad_bias = _gradients(grad_out, x, call, as_of_op, run)
+        return None, None, grad_x, grad_weight, grad_scaling, grad_bias, None, None, *grad_a, *grad_b

@@ -30,3 +30,8 @@ def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
 def fresh_stack(delta: Tensor) -> Tensor:
     """Memory for the gradient of a `[T, ...]` delta, contiguous."""
     return _advised(like_stacked(delta))
+
+
+def fresh_rows(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for rows, contiguous."""
+    return _advised(torch.empty(shape, dtype=dtype, device="cpu"))
