@@ -101,6 +101,7 @@ def _weight(*shape: int) -> Tensor:
 # op, shape (the samples have size N), the axes that may carry them, and what is known of the result
 LABELS = torch.tensor([0, 1, 2, 0])
 OF_TASKS = torch.tensor([1, 0, 0, 1])
+MASK = torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 1], [1, 0, 0]]).bool()
 PLAN = task_plan(OF_TASKS, 2)
 TOKENS = LABELS.repeat(5)
 CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], type[SampleAxis]]] = {
@@ -224,17 +225,24 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], typ
     "chunk samples": (lambda x: torch.cat(x.chunk(2)), (4, 3), (0,), PerSample),
     "unbind": (lambda x: x.unbind(1), (4, 3), (0,), PerSample),
     "iterate": (lambda x: list(x), (3, 4), (1,), PerSample),
-    "iterate over samples": (lambda x: list(x), (4, 3), (0,), Unknown),
-    "unbind samples": (lambda x: x.unbind(0), (4, 3), (0,), Unknown),
+    "iterate over samples": (lambda x: list(x), (4, 3), (0,), PerSample),
+    "unbind samples": (lambda x: x.unbind(0), (4, 3), (0,), PerSample),
     "select": (lambda x: x.select(0, 1), (3, 4), (1,), PerSample),
     "narrow": (lambda x: x.narrow(0, 1, 2), (4, 3), (0,), PerSample),
     "index int": (lambda x: x[:, 0], (4, 3), (0,), PerSample),
     "index last": (lambda x: x[-1], (3, 4), (1,), PerSample),
-    "index sample": (lambda x: x[1], (4, 3), (0,), Unknown),
+    "index sample": (lambda x: x[1], (4, 3), (0,), PerSample),
     "index slice": (lambda x: x[1:], (4, 3), (0,), PerSample),
     "index step": (lambda x: x[::2], (4, 3), (0,), PerSample),
     "index none": (lambda x: x[:, None, :, None], (4, 3), (0,), PerSample),
     "index ellipsis": (lambda x: x[..., 0], (4, 3), (0,), PerSample),
+    "index by a mask over more": (lambda x: x[MASK], (4, 3, 2), (0,), PerSample),
+    "index merged": (lambda x: x.reshape(-1, 2)[MASK.flatten()], (4, 3, 2), (0,), PerSample),
+    "slice merged": (lambda x: x.reshape(-1, 2)[1:7:2], (4, 3, 2), (0,), PerSample),
+    "scatter_add": (lambda x: x.new_zeros(4).scatter_add(0, torch.tensor([2, 0, 1, 3]), x), (4,), (0,), PerSample),
+    "scatter_add joins": (lambda x: x.new_zeros(2).scatter_add(0, OF_TASKS, x), (4,), (0,), Unknown),
+    "embedding of samples": (lambda x: F.embedding(torch.tensor([1, 0, 3, 2]), x), (4, 3), (0,), Unknown),
+    "losses in turn": (lambda x: torch.stack([r.square().sum() for r in x]).sqrt(), (4, 3), (0,), PerSample),
     "index mask": (lambda x: x[torch.tensor([True, False, True, True])], (4, 3), (0,), PerSample),
     "index list": (lambda x: x[[2, 0]], (4, 3), (0,), PerSample),
     "index tensor": (lambda x: x[torch.tensor([3, 3, 0])], (4, 3), (0,), PerSample),
@@ -277,7 +285,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], typ
     "joined and split": (lambda x: (lambda a, b: a * b)(*torch.cat([x, x * 2]).chunk(2)), (4, 3), (0,), PerSample),
     "scatter": (lambda x: torch.zeros_like(x).scatter(1, LABELS[:, None], 1.0) * x, (4, 3), (0,), PerSample),
     "index_add": (lambda x: x.new_zeros(4, 3).index_add(0, PICK, x[PICK] * 2), (4, 3), (0,), PerSample),
-    "index_add of others": (lambda x: x.new_zeros(4, 3).index_add(0, PICK, x[PICK.flip(0)]), (4, 3), (0,), Unknown),
+    "index_add of others": (lambda x: x.new_zeros(4, 3).index_add(0, PICK, x[PICK.flip(0)]), (4, 3), (0,), PerSample),
     "routing": (lambda x: _routed(x), (4, 3), (0,), PerSample),
     "index_select": (lambda x: x.index_select(0, torch.tensor([1, 3])), (4, 3), (0,), PerSample),
     "gather": (lambda x: x.gather(1, torch.zeros(4, 1, dtype=torch.long)), (4, 3), (0,), PerSample),
@@ -351,7 +359,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], typ
     "tril": (lambda x: x.tril(), (4, 3, 3), (0,), PerSample),
     "meshgrid": (lambda x: torch.meshgrid(x, x, indexing="ij"), (4,), (0,), Unknown),
     "nonzero": (lambda x: x.nonzero(), (4, 3), (0,), Constant),
-    "masked_select": (lambda x: x.masked_select(x > 0.4), (4, 3), (0,), Unknown),
+    "masked_select": (lambda x: x.masked_select(MASK), (4, 3), (0,), PerSample),
 }  # fmt: skip
 
 

@@ -240,6 +240,7 @@ class Batch:
                 self._loop()
             if self.check:
                 self._compare()
+        self.tracker.remember_constants()
         rows, self.received = self.received, {}
         if self.options.stream:
             for g in rows.values():

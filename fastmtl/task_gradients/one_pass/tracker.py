@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmtl.parameters import describe
 from fastmtl.task_gradients.one_pass.autograd.ends import Boundary, Place
@@ -39,7 +40,7 @@ from fastmtl.task_gradients.one_pass.sample_axis import (
     unpacked,
 )
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
-from fastmtl.task_gradients.one_pass.tensors import SameTensor, nested, replaced, versions
+from fastmtl.task_gradients.one_pass.tensors import SameTensor, nested, replaced, version, versions
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 from fastmtl.task_gradients.one_pass.torch_names import BACKWARDS, PLAIN, RANDOM, in_python, name_of, writes
 
@@ -52,6 +53,11 @@ _TAKES_DATA = frozenset(
 
 # what a tensor of the model is inside the block: the fields of a parameter's `Held`, or () of a constant
 OF_MODEL = "_fastmtl_of_model"
+
+
+# for the first parameter of a bank: tensors from outside that carried no samples of its earlier batches, and how often
+# each had been written to by then
+_constants_of = WeakIdKeyDictionary()
 
 
 class Held(NamedTuple):
@@ -122,6 +128,10 @@ class Tracker(TorchFunctionMode):
         self.seen = False  # a tensor from outside carried samples
         self.poisons: list[Tensor] = []  # 0-d, NaN where the device saw what the host would have refused
         self._of_one_task: dict[Any, bool] = {}  # plans of which each segment has samples of one task
+        self._constants: list[weakref.ref[Tensor]] = []  # tensors from outside that carry no samples
+        self._constants_before = (
+            _constants_of.setdefault(next(iter(held)), WeakIdKeyDictionary()) if held else WeakIdKeyDictionary()
+        )
         self._marked: list[weakref.ref[Tensor]] = []
         self._open: set[Any] = set()  # functions in Python whose calls are being followed one by one
         self._unbound: dict[Tensor, tuple[Tensor, ...]] = {}
@@ -207,11 +217,27 @@ class Tracker(TorchFunctionMode):
                 f"(a torch.autograd.Function, a scripted module): {type(x.grad_fn).__name__}"
             )
         dim = self.batch_dim + x.dim() if self.batch_dim < 0 else self.batch_dim
-        if 0 <= dim < x.dim() and x.shape[dim] == len(self.task_ids):
-            if not torch.compiler.is_compiling():
-                self.seen = True
-            return PerSample(dim, self.task_ids)
+        if 0 <= dim < x.dim():
+            compiling = torch.compiler.is_compiling()
+            if x.shape[dim] != len(self.task_ids):
+                if not compiling:
+                    self._constants.append(weakref.ref(x))
+                    self.mark(x, CONSTANT)
+                return CONSTANT
+            if compiling or self._constants_before.get(x) != version(x):
+                if not compiling:
+                    self.seen = True
+                return PerSample(dim, self.task_ids)
         return CONSTANT
+
+    def remember_constants(self) -> None:
+        """Tensors from outside that carried no samples of this batch carry none of a batch of another size either, such
+        as the last of an epoch, even if one of their dimensions has its number of samples then."""
+        for ref in self._constants:
+            x = ref()
+            if x is not None:
+                self._constants_before[x] = version(x)
+        self._constants.clear()
 
     def mark(self, x: Tensor, axis: SampleAxis) -> None:
         """Says what is known of a tensor that was made or written to."""
@@ -406,6 +432,8 @@ class Tracker(TorchFunctionMode):
             return func(*args, **kwargs), SAMPLE_SUM
         if not samples:
             return self._on_parameters(call)
+        if not torch.compiler.is_compiling() and self._has_gaps(call):
+            raise self._refused(call, "some positions carry no sample, such as the sums of tasks that are absent")
         if not torch.compiler.is_compiling():
             self._note(call)
         try:
@@ -415,6 +443,10 @@ class Tracker(TorchFunctionMode):
         if self.loop:
             return self._on_loop(call, why)
         raise self._refused(call, why)
+
+    def _has_gaps(self, call: TorchCall) -> bool:
+        axes = map(self.axis_of, call.tensors())
+        return any(isinstance(axis, PerSample) and axis.task_ids.partial for axis in axes)
 
     def check_no_data(self, terms: Sequence[Tensor]) -> None:
         """Raises where a term of the loss is a batch that nobody knows the tasks of."""
@@ -450,6 +482,8 @@ class Tracker(TorchFunctionMode):
                 self._open.discard(func)
             return out, [self.axis_of(x) for x in nested(out)]
         training = name == "batch_norm" and call.argument(5, "training", False)
+        if self.bounded and writes(func) and not training:
+            args, kwargs = self._bound_written(call)
         out = self.run(func, args, kwargs)
         if training and any(x.requires_grad for x in nested(out)):
             self.meet_shared_statistics()
@@ -462,9 +496,28 @@ class Tracker(TorchFunctionMode):
         if name in _SHAPES and writes(func):
             return out, Unknown(f"{name}_ changes the shape of a tensor in place")
         axes = axes_of_result(call.returned(out))
-        if self.bounded and isinstance(axes, (SampleSum, MixedSamples)) and out.requires_grad:
+        if self._sums(axes) and any(x.requires_grad for x in nested(out)) and not writes(func):
             out = func(*replaced(call.args, self.bound), **replaced(call.kwargs, self.bound))
         return out, axes
+
+    def _bound_written(self, call: TorchCall) -> tuple[Any, dict[str, Any]]:
+        """The arguments of a call in place. A copy is written into first, to see whether samples flow together: the
+        call itself can't be made a second time."""
+        args, kwargs, func = call.args, call.kwargs, call.func
+        first, *rest = args
+        if call.name in RANDOM or not isinstance(first, Tensor) or not any(map(call.carries_samples, nested(rest))):
+            return args, kwargs
+        copy = first.clone()
+        self.mark(copy, self.axis_of(first))
+        out = self.run(func, (copy, *rest), kwargs)
+        if not self._sums(axes_of_result(call._replace(args=(copy, *rest)).returned(out))):
+            return args, kwargs
+        return (first, *replaced(rest, self.bound)), replaced(kwargs, self.bound)
+
+    def _sums(self, axes: Axes) -> bool:
+        """Whether samples flow together here, and note must be taken of it."""
+        found = axes if isinstance(axes, list) else [axes]
+        return self.bounded and any(isinstance(axis, (SampleSum, MixedSamples)) for axis in found)
 
     def bound(self, x: Tensor) -> Tensor:
         """A tensor of samples at the place where it flows into a loss."""
