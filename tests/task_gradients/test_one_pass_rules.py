@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.ops import task_batch_norm, task_conv2d, task_linear, task_lora, task_plan, task_scale_shift
+from fastmtl.task_gradients.one_pass.experiments import verdict
+from fastmtl.task_gradients.one_pass.rules import registry
 from fastmtl.task_gradients.one_pass.sample_axis import (
     Constant,
     MixedSamples,
@@ -26,13 +28,13 @@ from fastmtl.task_gradients.one_pass.tracker import Tracker
 N = 4
 
 
-def _tracker() -> Tracker:
+def _tracker(probe: bool) -> Tracker:
     ids = torch.arange(N)
-    return Tracker(TaskIds(ids, N, ("batch",)), 0, {}, {}, (), backward=lambda *a: None)
+    return Tracker(TaskIds(ids, N, ("batch",)), 0, {}, {}, (), probe=probe, backward=lambda *a: None)
 
 
-def _axes(op: Callable[..., Any], x: Tensor, axis: int) -> tuple[list[Tensor], list[SampleAxis]]:
-    tracker = _tracker()
+def _axes(op: Callable[..., Any], x: Tensor, axis: int, probe: bool) -> tuple[list[Tensor], list[SampleAxis]]:
+    tracker = _tracker(probe)
     tracker.mark(x, PerSample(axis, tracker.task_ids))
     with tracker:
         out = op(x)
@@ -40,13 +42,13 @@ def _axes(op: Callable[..., Any], x: Tensor, axis: int) -> tuple[list[Tensor], l
     return found, [tracker.axis_of(t) for t in found]
 
 
-def _check(op: Callable[..., Any], shape: tuple[int, ...], axis: int) -> list[type[SampleAxis]]:
+def _check(op: Callable[..., Any], shape: tuple[int, ...], axis: int, probe: bool = False) -> list[type[SampleAxis]]:
     """What is known of the results, after each was compared with the truth."""
     torch.manual_seed(0)
     data = torch.rand(shape, dtype=torch.float64) + 0.1
     x = data.clone().requires_grad_()
     torch.manual_seed(1)
-    results, axes = _axes(op, x, axis)
+    results, axes = _axes(op, x, axis, probe)
     for k, found in enumerate(axes):
         if isinstance(found, PerSample):
             _check_samples(op, data, axis, k, results[k], found)
@@ -407,3 +409,20 @@ def test_rule(name: str) -> None:
     for axis in axes:
         found = _check(op, shape, axis)
         assert set(found) == {expected}, found
+
+
+# What an experiment can't tell: values outside of what a function takes are refused by it, a sample of which a mask has
+# left nothing takes no part, and that a result is constant, or a number, is not seen.
+_UNTRIED = frozenset(("any", "bce", "broadcast_tensors", "masked_fill", "routing", "argmax"))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in _UNTRIED])
+def test_experiment_in_place_of_the_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a rule knows where the samples are, so does a trial of the call; and what a trial finds is the truth."""
+    op, shape, axes, expected = CASES[name]
+    monkeypatch.setattr(registry, "RULES", {})
+    verdict.forget()
+    for axis in axes:
+        found = _check(op, shape, axis, probe=True)
+        if expected in (PerSample, SampleSum, Constant):
+            assert set(found) == {expected}, found

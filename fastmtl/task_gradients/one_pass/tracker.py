@@ -16,10 +16,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastmtl.parameters import describe
 from fastmtl.task_gradients.one_pass.autograd.ends import Boundary, Place
 from fastmtl.task_gradients.one_pass.autograd.rows import STACKED
+from fastmtl.task_gradients.one_pass.experiments.experiment import Experiments
 from fastmtl.task_gradients.one_pass.layers.broadcast import copied, lift
 from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Unproven, Weight
 from fastmtl.task_gradients.one_pass.layers.registry import run_layer
 from fastmtl.task_gradients.one_pass.overrides import without_override
+from fastmtl.task_gradients.one_pass.report import Report
 from fastmtl.task_gradients.one_pass.rules.registry import axes_of_result, is_known
 from fastmtl.task_gradients.one_pass.sample_axis import (
     ATTRIBUTE,
@@ -94,6 +96,7 @@ class Tracker(TorchFunctionMode):
         constants: tensors of the model that are no samples, whatever their size.
         partition: layers that mix samples are accepted.
         loop: parameters whose rows need a backward pass per task are accepted.
+        probe: what no rule tells is found out by experiment.
         bounded: note where samples flow together, in `boundaries`.
         backward: what `loss.backward()` runs.
     """
@@ -109,6 +112,7 @@ class Tracker(TorchFunctionMode):
         partition: bool = False,
         loop: bool = False,
         bounded: bool = False,
+        probe: bool = False,
         backward: Callable[..., None],
     ) -> None:
         super().__init__()
@@ -117,6 +121,10 @@ class Tracker(TorchFunctionMode):
         self._of_model = [(x, _Told()) for x in constants] + [(p, _Told(each)) for p, each in held.items()]
         self._told_before: list[list[Any]] = []
         self.partition, self.loop, self.bounded = partition, loop, bounded
+        buffers = [x for x, told in self._of_model if not told]
+        self.experiments = Experiments(functools.partial(self.on, False), buffers) if probe else None
+        self.by_rule: dict[str, int] = {}  # how many calls of a function were followed
+        self.by_word: dict[str, int] = {}  # how often the user has told what a tensor carries
         self.backward = backward
         self.off = False
         self.boundaries: list[tuple[Tensor, PerSample, Place]] = []
@@ -182,6 +190,18 @@ class Tracker(TorchFunctionMode):
     def _stays(self, x: Tensor) -> bool:
         """Whether it is a tensor of the model, or another parameter."""
         return isinstance(x, nn.Parameter) or getattr(x, OF_MODEL, None) is not None
+
+    # --- what the rows are known from
+
+    def count_word(self, name: str) -> None:
+        """The user has told what a tensor carries."""
+        if not torch.compiler.is_compiling():
+            self.by_word[name] = self.by_word.get(name, 0) + 1
+
+    def report(self) -> Report:
+        tried = self.experiments
+        verdicts, runs, seconds = ({}, 0, 0.0) if tried is None else (tried.verdicts, tried.runs, tried.seconds)
+        return Report(dict(self.by_rule), dict(verdicts), dict(self.by_word), runs, seconds)
 
     # --- what is known of a tensor
 
@@ -394,8 +414,11 @@ class Tracker(TorchFunctionMode):
         if name == "backward" and func is torch.autograd.backward:
             raise RuntimeError("one_pass: call loss.backward() inside the block, and not torch.autograd.backward")
         out, axes = self.follow(func, args, kwargs)
-        if torch.compiler.is_compiling() and (type(out) is tuple or type(out) is list):
-            out = replaced(out, _fresh)
+        if torch.compiler.is_compiling():
+            if type(out) is tuple or type(out) is list:
+                out = replaced(out, _fresh)
+        elif is_known(name):
+            self.by_rule[name] = self.by_rule.get(name, 0) + 1
         self._hand_on(name, args, out, axes)
         return out
 
@@ -496,6 +519,8 @@ class Tracker(TorchFunctionMode):
         if name in _SHAPES and writes(func):
             return out, Unknown(f"{name}_ changes the shape of a tensor in place")
         axes = axes_of_result(call.returned(out))
+        if self.experiments is not None and not torch.compiler.is_compiling():
+            axes = self.experiments.settle(call.returned(out), axes)
         if self._sums(axes) and any(x.requires_grad for x in nested(out)) and not writes(func):
             out = func(*replaced(call.args, self.bound), **replaced(call.kwargs, self.bound))
         return out, axes
