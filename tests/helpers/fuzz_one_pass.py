@@ -4,10 +4,11 @@ Run it as a script, for as many chains as there is time for::
 
     python tests/helpers/fuzz_one_pass.py --seed 0 --count 1000
 
-A chain begins where a parameter meets samples, and ends in a loss, or in a second parameter and a loss behind it. Either
-it is refused, or its rows must be right. Right means: the loss is a sum of parts of single tasks (its second derivative
-by two tasks' copies of the parameter is zero), and each row is the gradient of that task's copy. Where a second parameter
-meets the end of the chain, each element there must depend on the samples of one task alone, whose copy it gets.
+A chain begins where a parameter meets samples, and ends in a loss, or in a second parameter and a loss behind it.
+Either it is refused, or its rows must be right. Right means: the loss is a sum of parts of single tasks (its second
+derivative by two tasks' copies of the parameter is zero), and each row is the gradient of that task's copy. Where a
+second parameter meets the end of the chain, each element there must depend on the samples of one task alone, whose copy
+it gets.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -192,22 +193,28 @@ def _simple(d: Draw, x: Tensor) -> Step:
             lambda x: x.narrow(dim, k, 1), lambda x: x.select(dim, k), lambda x: x[::2], lambda x: x[..., None, :],
             lambda x: x[part], lambda x: x.masked_select(mask), lambda x: x.repeat_interleave(2, dim),
             lambda x: x.expand(2, *x.shape), lambda x: x.repeat(*[2] * x.dim()), lambda x: x.diagonal(0, a, b),
-            lambda x: x.tril(), lambda x: torch.diag_embed(x), lambda x: F.pad(x, (1, 0)), lambda x: x.unfold(dim, 1, 1),
+            lambda x: x.tril(), lambda x: torch.diag_embed(x), lambda x: F.pad(x, (1, 0)),
+            lambda x: x.unfold(dim, 1, 1),
             lambda x: x.take(torch.arange(x.numel())), lambda x: torch.atleast_3d(x), lambda x: torch.block_diag(x, x),
             lambda x: x.contiguous().as_strided(x.shape, x.contiguous().stride()),
             lambda x: torch.stack(torch.meshgrid(x.flatten(), x.flatten(), indexing="ij")),
-            lambda x: x.sum(dim), lambda x: x.mean(dim, keepdim=True), lambda x: x.amax(dim), lambda x: x.logsumexp(dim),
+            lambda x: x.sum(dim), lambda x: x.mean(dim, keepdim=True), lambda x: x.amax(dim),
+            lambda x: x.logsumexp(dim),
             lambda x: x.var(dim), lambda x: x.norm(dim=dim), lambda x: x.prod(dim), lambda x: x.median(dim).values,
-            lambda x: x.cumsum(dim), lambda x: x.cumprod(dim), lambda x: x.softmax(dim), lambda x: F.log_softmax(x, dim),
+            lambda x: x.cumsum(dim), lambda x: x.cumprod(dim), lambda x: x.softmax(dim),
+            lambda x: F.log_softmax(x, dim),
             lambda x: x.sort(dim).values, lambda x: x.topk(1, dim).values, lambda x: F.normalize(x, dim=dim),
             lambda x: F.layer_norm(x, x.shape[-1:]), lambda x: x.diff(dim=dim), lambda x: torch.trapezoid(x, dim=dim),
             lambda x: x.logcumsumexp(dim), lambda x: x.quantile(0.4, dim), lambda x: x - x.mean(dim, keepdim=True),
-            lambda x: x / (1 + x.square().sum(dim, keepdim=True)), lambda x: x + x.flip(dim), lambda x: x * x.roll(1, dim),
-            lambda x: torch.fft.fft(x, dim=dim).real, lambda x: x.renorm(2, a, 0.7), lambda x: x.sum(), lambda x: x.mean(),
+            lambda x: x / (1 + x.square().sum(dim, keepdim=True)), lambda x: x + x.flip(dim),
+            lambda x: x * x.roll(1, dim),
+            lambda x: torch.fft.fft(x, dim=dim).real, lambda x: x.renorm(2, a, 0.7), lambda x: x.sum(),
+            lambda x: x.mean(),
             lambda x: F.avg_pool1d(x, 2, ceil_mode=True), lambda x: F.max_pool1d(x, 1),
             lambda x: F.cosine_similarity(x, x.exp(), dim=dim), lambda x: x.kthvalue(1, dim).values,
             lambda x: F.group_norm(x, 1), lambda x: F.instance_norm(x), lambda x: F.glu(torch.cat([x, x], dim), dim),
-            lambda x: F.interpolate(x, scale_factor=2), lambda x: x.detach().sign() * x, lambda x: x * x.detach().mean(),
+            lambda x: F.interpolate(x, scale_factor=2), lambda x: x.detach().sign() * x,
+            lambda x: x * x.detach().mean(),
             lambda x: x[x.detach() > 0], lambda x: x * (x.detach() > x.detach().mean()), lambda x: torch.dstack([x, x]),
             lambda x: x.square().mean().sqrt() * x, lambda x: torch.hstack([x, x]), lambda x: torch.cov(x),
             lambda x: x.T, lambda x: x.mT, lambda x: torch.linalg.vector_norm(x, dim=dim), lambda x: x.nan_to_num(),
@@ -324,7 +331,9 @@ def _expected(chain: Chain) -> tuple[bool | None, list[list[Tensor]]]:
             rows = owner.movedim(axis, 0).reshape(end.shape[axis], -1)
             top = rows.amax(1)
             if bool(((rows == top[:, None]) | (rows < 0)).all()):
-                ways.append(top.clamp(min=0).reshape([-1 if k == axis else 1 for k in range(end.dim())]).expand(end.shape))
+                if bool((top < 0).any()):
+                    return None, []  # whose loss it is that such a position gives can't be said
+                ways.append(top.reshape([-1 if k == axis else 1 for k in range(end.dim())]).expand(end.shape))
         if end.dim() == 0 and int(owner) >= 0:
             ways.append(owner)
     found = []
@@ -338,10 +347,9 @@ def _expected(chain: Chain) -> tuple[bool | None, list[list[Tensor]]]:
         loss = chain.loss(value)
         grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         rows = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
-        if not _is_sum(rows, params):
-            return False, []
-        found.append([g.detach() for g in rows])
-    return True, found
+        if _is_sum(rows, params):
+            found.append([g.detach() for g in rows])
+    return bool(found) or not ways, found
 
 
 def _is_sum(rows: list[Tensor], params: list[Tensor]) -> bool:
@@ -408,7 +416,7 @@ def try_chain(seed: int) -> str:
 
 def _error(got: list[Tensor], want: list[Tensor]) -> float:
     size = max(float(w.abs().max()) for w in want)
-    return max(float((g - w).abs().max()) for g, w in zip(got, want, strict=True)) / max(size, 1e-12)
+    return max(float((g - w).abs().max()) for g, w in zip(got, want, strict=True)) / max(size, 1e-3)
 
 
 def run(seed: int, count: int, seconds: float = float("inf")) -> dict[str, list[int]]:

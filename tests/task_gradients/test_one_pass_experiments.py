@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fuzz_one_pass
 import pytest
 import torch
 import torch.nn.functional as F
@@ -341,3 +342,10 @@ def test_check_tells_the_cost(capsys: pytest.CaptureFixture[str]) -> None:
     with fastmtl.one_pass(model, IDS, T, check=True):
         model(x).square().sum(1).sum().backward()
     assert "runs of calls without a rule took" in capsys.readouterr().out
+
+
+def test_random_chains() -> None:
+    """`tests/helpers/fuzz_one_pass.py` runs as many of them as there is time for."""
+    found = fuzz_one_pass.run(1_000_000, 300)
+    assert set(found) <= {"right", "refused", "nothing"}, found
+    assert len(found["right"]) > 60 and len(found["refused"]) > 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from fastmtl.task_gradients.one_pass.experiments.backwards import is_a_sum, reaches_its_own
 from fastmtl.task_gradients.one_pass.experiments.forwards import Layout, layouts_seen, owners_seen
 from fastmtl.task_gradients.one_pass.experiments.trials import SEED, Trials, Unfit, all_equal, close, same
-from fastmtl.task_gradients.one_pass.experiments.values import permuted, samples_at
+from fastmtl.task_gradients.one_pass.experiments.values import other_values, permuted, same_memory, samples_at, varies
 from fastmtl.task_gradients.one_pass.experiments.verdict import (
     NoKey,
     Placed,
@@ -145,10 +146,7 @@ class _Experiment:
             raise Unfit("there is only one sample, so that nothing can be told apart")
         else:
             found = self._layouts(same, seeds)
-            try:
-                self.general = self._layouts(self._other, seeds) == found
-            except Unfit:
-                self.general = False
+            self.general = self._holds_for_others(found, seeds)
         verdicts = [self._verdict(k, layout, random) for k, layout in enumerate(found)]
         if not all_equal(self.trials.run(same), self._base):
             raise Unfit("it keeps a state: run again, it gives something else")
@@ -203,14 +201,32 @@ class _Experiment:
             for k, x in enumerate(first)
         ]
 
-    def _other(self, x: Tensor) -> Tensor:
-        """Other values of a tensor through which no gradient flows: of other samples, or its own in another order."""
+    def _holds_for_others(self, found: Sequence[Layout | str], seeds: Sequence[int]) -> bool:
+        """Whether it is the same with other values of the tensors through which no gradient flows."""
+        others = [x for x in self.trials.tensors if id(x) not in self.victims]
+        if not others:
+            return True
+        if any(not varies(x) for x in others):
+            return False  # there are no other values of which it is known that the call takes them
+        try:
+            return all(
+                self._layouts(functools.partial(self._other, how), seeds) == found
+                for how in ("turned", "moved", "shuffled", "values")
+            )
+        except Unfit:
+            return False
+
+    def _other(self, how: str, x: Tensor) -> Tensor:
+        """Other values of a tensor: those of its samples or elements in another order, or others than there were."""
         axis = self.call.axis_of(x)
+        if how == "values":
+            return other_values(x)
+        n = len(axis.task_ids) if isinstance(axis, PerSample) else x.numel()
+        order = torch.arange(n)
+        order = {"turned": order.flip(0), "moved": order.roll(1)}.get(how, torch.randperm(n, generator=self.generator))
         if isinstance(axis, PerSample):
-            return permuted(x, axis, torch.randperm(len(axis.task_ids), generator=self.generator))
-        flat = x.detach().reshape(-1)
-        order = torch.randperm(flat.shape[0], generator=self.generator).to(x.device)
-        return torch.empty_like(x.detach()).copy_(flat[order].reshape(x.shape))
+            return permuted(x, axis, order)
+        return same_memory(x).copy_(x.detach().reshape(-1)[order.to(x.device)].reshape(x.shape))
 
     def placed_again(self, before: Sequence[Verdict]) -> list[Verdict]:
         """The verdicts of an earlier call, with new ones in the place of those that held for it alone."""

@@ -55,8 +55,9 @@ class Candidates:
 
     def __init__(self, shape: Sequence[int], task_ids: TaskIds) -> None:
         self._task_ids = task_ids
-        n = len(task_ids)
-        self.left = {each: torch.zeros(n, dtype=torch.bool) for each in layouts(shape, n)}
+        found = layouts(shape, len(task_ids))
+        # which positions of the axis were seen to change
+        self.left = {each: torch.zeros(shape[each.axis], dtype=torch.bool) for each in found}
         self.why = "no axis of its result has room for the samples"
 
     def see(self, chosen: Tensor, differs: Tensor) -> None:
@@ -64,15 +65,18 @@ class Candidates:
         differs = differs.cpu()
         for each, seen in list(self.left.items()):
             here = differs.movedim(each.axis, 0).reshape(differs.shape[each.axis], -1).any(1)
-            whose = samples_at(each.of(self._task_ids))[here]
-            if bool((~chosen[whose]).any()):
+            whose = samples_at(each.of(self._task_ids))
+            if bool((here & ~chosen[whose]).any()):
                 del self.left[each]
                 self.why = "it mixes samples: one changes what belongs to others"
             else:
-                seen[whose] = True
+                seen |= here
 
     def verdict(self) -> Layout | str:
-        """The one layout in which every sample was seen to change its part, and no other; or why there is none."""
+        """The one layout in which every sample was seen to change all of its positions; or why there is none.
+
+        A position that no sample changes may be constant, and belong to none.
+        """
         if not self.left:
             return self.why
         full = [each for each, seen in self.left.items() if bool(seen.all())]

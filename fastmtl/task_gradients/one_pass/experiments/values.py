@@ -97,3 +97,20 @@ def poisoned(x: Tensor, here: Tensor, kind: str) -> Tensor:
     else:
         other = torch.full_like(x, complex(float(kind), float(kind)) if x.is_complex() else float(kind))
     return same_memory(x).copy_(torch.where(here.to(x.device), other, x))
+
+
+def varies(x: Tensor) -> bool:
+    """Whether there are other values of `x` that a call takes: of whole numbers those that it has already."""
+    return has_fractions(x) or x.dtype == torch.bool or (x.numel() > 0 and bool(x.min() != x.max()))
+
+
+def other_values(x: Tensor) -> Tensor:
+    """A copy of `x` in which every element is another, and whole numbers stay between the lowest and the highest."""
+    x = x.detach()
+    if x.dtype == torch.bool:
+        other = ~x
+    elif has_fractions(x):
+        other = 2 * x + 1
+    else:
+        other = torch.where(x == x.max(), x.min(), x + 1)
+    return same_memory(x).copy_(other)
