@@ -334,7 +334,10 @@ def read_losses(
             hint = ": squeeze it" if loss.numel() == 1 else ""
             raise ValueError(f"{of} {name!r}: expected a scalar (0 dimensions), got shape {list(loss.shape)}{hint}")
         if needs_graph and not loss.requires_grad:
-            raise ValueError(f"{of} {name!r}: needs no gradient: it was computed without parameters, or detached")
+            raise ValueError(
+                f"{of} {name!r}: needs no gradient: it was computed without parameters, or detached; the loss of a "
+                "task that is absent is None"
+            )
     return names, tasks
 
 

@@ -108,6 +108,7 @@ def test_grad_scaler_steps_or_skips(bad):
         (lambda good: [good[0], torch.stack(good)], ValueError, r"loss '1'.*scalar.*\[3\]"),
         (lambda good: {"a": good[0], "depth": good[1].reshape(1)}, ValueError, r"loss 'depth'.*scalar.*\[1\]"),
         (lambda good: [good[0], good[1].detach()], ValueError, "loss '1': needs no gradient"),
+        (lambda good: [*good, torch.tensor(0.0)], ValueError, "loss '3': .*a task that is absent is None"),
         (lambda good: torch.stack(good).detach(), ValueError, "loss '0': needs no gradient"),
         (lambda good: {"a": good[0], "b": torch.tensor(3)}, TypeError, "loss 'b'.*int64"),
         (lambda good: [good[0] * 1j], TypeError, "loss '0'.*complex64"),

@@ -21,6 +21,7 @@ from fastmtl.surgery.task_gradients import Row, TaskGradients
 from fastmtl.task_gradients.bank import position
 from fastmtl.task_gradients.one_pass.autograd.registry import takes_apart
 from fastmtl.task_gradients.one_pass.batch import Batch, Collected, TaskRows, added
+from fastmtl.task_gradients.one_pass.report import Report
 from fastmtl.task_gradients.one_pass.sample_axis import SAMPLE_SUM, Constant, PerSample
 from fastmtl.task_gradients.one_pass.stream import StreamedGradients
 from fastmtl.task_gradients.one_pass.tracker import Tracker
@@ -81,6 +82,7 @@ class OnePassBank:
             )
         self._check_unseen(x)
         tracker.mark(x, PerSample(dim, tracker.task_ids))
+        tracker.count_word("samples")
         tracker.seen = True
         return x
 
@@ -101,6 +103,7 @@ class OnePassBank:
         if x.requires_grad:
             raise ValueError("x: expected a tensor that needs no gradient")
         tracker.mark(x, Constant(named=True))
+        tracker.count_word("constant")
         return x
 
     def summed(self, loss: Tensor) -> Tensor:
@@ -119,6 +122,7 @@ class OnePassBank:
             raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
         self._check_unseen(loss)
         tracker.mark(loss, SAMPLE_SUM)
+        tracker.count_word("summed")
         return loss
 
     def verify(self, loss: Tensor, task: int | str | None = None) -> None:
@@ -161,6 +165,18 @@ class OnePassBank:
                     )
 
     # --- afterwards
+
+    def report(self) -> Report:
+        """What the rows of the latest block are known from: calls followed by a rule, calls tried, and what you told.
+
+        In a compiled model calls are followed when it is traced, and not counted.
+
+        Raises:
+            RuntimeError: no block has used this bank, or `apply` has emptied it.
+        """
+        if self._batch is None:
+            raise RuntimeError("OnePassBank.report: no block has used this bank, or apply has emptied it")
+        return self._batch.tracker.report()
 
     def row(self, task: int | str) -> list[Tensor | None]:
         """Task t's gradients, aligned with `params`; None: zero, for want of a sample or of a way from the loss to it.

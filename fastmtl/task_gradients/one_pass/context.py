@@ -21,6 +21,7 @@ from fastmtl.task_gradients.sharing import check_within
 _MIXING = ("error", "partition")
 _FALLBACK = ("error", "loop")
 _MEMORY = ("bank", "stream")
+_UNKNOWN = ("probe", "error")
 _REDUCTION = ("sum", "mean")
 
 _CALL = "fastmtl.one_pass"
@@ -54,6 +55,11 @@ class one_pass:
         memory: `"bank"`: T x P; or `"stream"`: the Gram matrix layer by layer as gradients arise, and in `apply` one
             more backward pass with each sample's cotangent scaled by its task's weight. Nothing of size T x P is held,
             there are no rows to look at, and `apply` must be called before the graph is freed.
+        unknown: `"probe"`: a call without a rule, in which no parameter of the bank takes part, is run again with other
+            values for some samples, and followed if what their elements show proves where the samples are; that is
+            remembered for later steps, and costs the first one alone. Such functions run more than once: what they
+            print or write comes several times. `"error"`: nothing is known of the results of such calls. Compiled
+            models are never tried.
         check: compare the first step of this model with T backward passes, and raise where a row differs.
         shared: the parameters (or the module) in the bank. The others keep their ordinary gradient in `.grad`: heads
             belong there, whose gradients would change the norms.
@@ -90,6 +96,7 @@ class one_pass:
         mixing: str = "error",
         fallback: str = "error",
         memory: str = "bank",
+        unknown: str = "probe",
         check: bool = False,
         shared: Params | None = None,
         loss_reduction: str = "sum",
@@ -100,6 +107,7 @@ class one_pass:
             ("mixing", mixing, _MIXING),
             ("fallback", fallback, _FALLBACK),
             ("memory", memory, _MEMORY),
+            ("unknown", unknown, _UNKNOWN),
             ("loss_reduction", loss_reduction, _REDUCTION),
         ):
             if value not in known:
@@ -131,6 +139,7 @@ class one_pass:
             loop=fallback == "loop",
             stream=memory == "stream",
             check=check,
+            probe=unknown == "probe",
             shared_named=shared is not None,
         )
         self._batch = Batch(model, params, names, task_ids, options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
@@ -80,12 +81,33 @@ class PerSample(NamedTuple):
         return PerSample(axis, self.task_ids, self.outer, self.inner)
 
     def agrees(self, other: PerSample) -> bool:
-        """Whether both carry the same samples in the same way, apart from the position of the axis."""
-        return self.task_ids.key == other.task_ids.key and self.outer == other.outer and self.inner == other.inner
+        """Whether each position of the axis belongs to the same task in both, apart from where the axis lies.
+
+        That is so if both carry the same samples in the same way. Other samples of the same tasks are as good, where
+        the host knows the tasks.
+        """
+        if self.task_ids.key == other.task_ids.key:
+            return self.outer == other.outer and self.inner == other.inner
+        if not (self.task_ids.on_host() and other.task_ids.on_host()):
+            return False
+        return torch.equal(self.positions(), other.positions())
+
+    def positions(self) -> Tensor:
+        """The row of the bank that each position of the axis belongs to."""
+        return self.task_ids.plan(self.outer, self.inner)[0]
 
 
 class SampleSum(NamedTuple):
-    """It is a linear sum over samples, such as a loss."""
+    """It is a linear sum over samples, such as a loss.
+
+    Attributes:
+        row: of the bank, to which all these samples belong, where the host knows it: then whatever is computed from it
+            belongs to that row, too. None: they are of several tasks, or nobody knows.
+        num_rows: how many rows there are, if `row` is known.
+    """
+
+    row: int | None = None
+    num_rows: int = 0
 
 
 class MixedSamples(NamedTuple):
@@ -131,7 +153,7 @@ def packed(axis: SampleAxis) -> tuple[int, tuple[Any, ...]]:
     if isinstance(axis, FromParameters):
         return 2, tuple(axis)
     if isinstance(axis, SampleSum):
-        return 3, ()
+        return 3, tuple(axis)
     return (4 if isinstance(axis, MixedSamples) else 5), tuple(axis)
 
 

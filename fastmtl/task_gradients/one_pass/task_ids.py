@@ -21,6 +21,7 @@ class TaskIds:
         plan: order and offsets of `ids` sorted by row, where that is known already.
         parent: the batch that this is a part of.
         parts: what this was joined from.
+        partial: some positions carry no sample: what lies there is constant, and their id means nothing.
     """
 
     def __init__(
@@ -31,18 +32,50 @@ class TaskIds:
         plan: tuple[Tensor, Tensor] | None = None,
         parent: TaskIds | None = None,
         parts: Sequence[TaskIds] = (),
+        partial: bool = False,
     ) -> None:
         self.ids = ids
         self.num_rows = num_rows
         self.key = key
         self.parent = parent
         self.parts = tuple(parts)
+        self.partial = partial
+        self._row: int | None = None
+        self._row_known = False
         self._plans: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         if plan is not None:
             self._plans[1, 1] = (ids, *plan)
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    @staticmethod
+    def of_rows(rows: Tensor, num_rows: int) -> TaskIds:
+        """Positions of which each belongs to a row of the bank that the host knows; below 0: to none."""
+        none = rows < 0
+        partial = bool(none.any())
+        ids = torch.where(none, 0, rows) if partial else rows
+        return TaskIds(ids, num_rows, ("rows", rows.numpy().tobytes()), partial=partial)
+
+    @staticmethod
+    def of_row(row: int, size: int, num_rows: int) -> TaskIds:
+        """Positions that all belong to one row of the bank."""
+        return TaskIds(torch.full((size,), row), num_rows, ("row", row, size))
+
+    def on_host(self) -> bool:
+        """Whether the tasks can be looked at without waiting for a device."""
+        return not torch.compiler.is_compiling() and self.ids.device.type == "cpu"
+
+    def single_row(self) -> int | None:
+        """The row of the bank that all samples belong to; None: there are several, or the host can't know."""
+        if not self.on_host():
+            return None
+        if not self._row_known:
+            self._row_known = True
+            if len(self) and not self.partial:
+                low, high = self.ids.aminmax()
+                self._row = int(low) if int(low) == int(high) else None
+        return self._row
 
     def plan(self, outer: int, inner: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, order and offsets of `outer x n x inner` elements in that order."""
@@ -68,7 +101,7 @@ class TaskIds:
 
     def take(self, index: Any, key: Any) -> TaskIds:
         """Those that an index of the first axis picks; `key` tells this index from others."""
-        return TaskIds(self.ids[index], self.num_rows, (*self.key, key), parent=self)
+        return TaskIds(self.ids[index], self.num_rows, (*self.key, key), parent=self, partial=self.partial)
 
     def part(self, start: int, stop: int) -> TaskIds | None:
         """One of the parts that this was joined from, if it lies there."""
@@ -91,4 +124,5 @@ class TaskIds:
             if parent is not None and end == len(parent):
                 return parent
         key = ("joined", *[p.key for p in parts])
-        return TaskIds(torch.cat([p.ids for p in parts]), parts[0].num_rows, key, parts=parts)
+        partial = any(p.partial for p in parts)
+        return TaskIds(torch.cat([p.ids for p in parts]), parts[0].num_rows, key, parts=parts, partial=partial)

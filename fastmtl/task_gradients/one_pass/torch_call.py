@@ -42,6 +42,10 @@ class TorchCall(NamedTuple):
         """All tensors among the arguments."""
         return nested((self.args, self.kwargs))
 
+    def results(self) -> list[Tensor]:
+        """The tensors among its results, or the one that it has written into."""
+        return [self.args[0]] if self.name == "setitem" else nested(self.out)
+
     def first(self) -> Tensor:
         """The first argument, or the first tensor among those given by name."""
         if self.args and isinstance(self.args[0], Tensor):

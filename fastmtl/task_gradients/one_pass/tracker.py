@@ -11,14 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmtl.parameters import describe
 from fastmtl.task_gradients.one_pass.autograd.ends import Boundary, Place
 from fastmtl.task_gradients.one_pass.autograd.rows import STACKED
+from fastmtl.task_gradients.one_pass.experiments.experiment import Experiments
 from fastmtl.task_gradients.one_pass.layers.broadcast import copied, lift
 from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Unproven, Weight
 from fastmtl.task_gradients.one_pass.layers.registry import run_layer
 from fastmtl.task_gradients.one_pass.overrides import without_override
+from fastmtl.task_gradients.one_pass.report import Report
 from fastmtl.task_gradients.one_pass.rules.registry import axes_of_result, is_known
 from fastmtl.task_gradients.one_pass.sample_axis import (
     ATTRIBUTE,
@@ -39,7 +42,7 @@ from fastmtl.task_gradients.one_pass.sample_axis import (
     unpacked,
 )
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
-from fastmtl.task_gradients.one_pass.tensors import SameTensor, nested, replaced, versions
+from fastmtl.task_gradients.one_pass.tensors import SameTensor, nested, replaced, version, versions
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 from fastmtl.task_gradients.one_pass.torch_names import BACKWARDS, PLAIN, RANDOM, in_python, name_of, writes
 
@@ -52,6 +55,11 @@ _TAKES_DATA = frozenset(
 
 # what a tensor of the model is inside the block: the fields of a parameter's `Held`, or () of a constant
 OF_MODEL = "_fastmtl_of_model"
+
+
+# for the first parameter of a bank: tensors from outside that carried no samples of its earlier batches, and how often
+# each had been written to by then
+_constants_of = WeakIdKeyDictionary()
 
 
 class Held(NamedTuple):
@@ -88,6 +96,7 @@ class Tracker(TorchFunctionMode):
         constants: tensors of the model that are no samples, whatever their size.
         partition: layers that mix samples are accepted.
         loop: parameters whose rows need a backward pass per task are accepted.
+        probe: what no rule tells is found out by experiment.
         bounded: note where samples flow together, in `boundaries`.
         backward: what `loss.backward()` runs.
     """
@@ -103,6 +112,7 @@ class Tracker(TorchFunctionMode):
         partition: bool = False,
         loop: bool = False,
         bounded: bool = False,
+        probe: bool = False,
         backward: Callable[..., None],
     ) -> None:
         super().__init__()
@@ -111,6 +121,10 @@ class Tracker(TorchFunctionMode):
         self._of_model = [(x, _Told()) for x in constants] + [(p, _Told(each)) for p, each in held.items()]
         self._told_before: list[list[Any]] = []
         self.partition, self.loop, self.bounded = partition, loop, bounded
+        buffers = [x for x, told in self._of_model if not told]
+        self.experiments = Experiments(functools.partial(self.on, False), buffers) if probe else None
+        self.by_rule: dict[str, int] = {}  # how many calls of a function were followed
+        self.by_word: dict[str, int] = {}  # how often the user has told what a tensor carries
         self.backward = backward
         self.off = False
         self.boundaries: list[tuple[Tensor, PerSample, Place]] = []
@@ -122,6 +136,10 @@ class Tracker(TorchFunctionMode):
         self.seen = False  # a tensor from outside carried samples
         self.poisons: list[Tensor] = []  # 0-d, NaN where the device saw what the host would have refused
         self._of_one_task: dict[Any, bool] = {}  # plans of which each segment has samples of one task
+        self._constants: list[weakref.ref[Tensor]] = []  # tensors from outside that carry no samples
+        self._constants_before = (
+            _constants_of.setdefault(next(iter(held)), WeakIdKeyDictionary()) if held else WeakIdKeyDictionary()
+        )
         self._marked: list[weakref.ref[Tensor]] = []
         self._open: set[Any] = set()  # functions in Python whose calls are being followed one by one
         self._unbound: dict[Tensor, tuple[Tensor, ...]] = {}
@@ -173,6 +191,18 @@ class Tracker(TorchFunctionMode):
         """Whether it is a tensor of the model, or another parameter."""
         return isinstance(x, nn.Parameter) or getattr(x, OF_MODEL, None) is not None
 
+    # --- what the rows are known from
+
+    def count_word(self, name: str) -> None:
+        """The user has told what a tensor carries."""
+        if not torch.compiler.is_compiling():
+            self.by_word[name] = self.by_word.get(name, 0) + 1
+
+    def report(self) -> Report:
+        tried = self.experiments
+        verdicts, runs, seconds = ({}, 0, 0.0) if tried is None else (tried.verdicts, tried.runs, tried.seconds)
+        return Report(dict(self.by_rule), dict(verdicts), dict(self.by_word), runs, seconds)
+
     # --- what is known of a tensor
 
     def axis_of(self, x: Tensor) -> SampleAxis:
@@ -207,11 +237,27 @@ class Tracker(TorchFunctionMode):
                 f"(a torch.autograd.Function, a scripted module): {type(x.grad_fn).__name__}"
             )
         dim = self.batch_dim + x.dim() if self.batch_dim < 0 else self.batch_dim
-        if 0 <= dim < x.dim() and x.shape[dim] == len(self.task_ids):
-            if not torch.compiler.is_compiling():
-                self.seen = True
-            return PerSample(dim, self.task_ids)
+        if 0 <= dim < x.dim():
+            compiling = torch.compiler.is_compiling()
+            if x.shape[dim] != len(self.task_ids):
+                if not compiling:
+                    self._constants.append(weakref.ref(x))
+                    self.mark(x, CONSTANT)
+                return CONSTANT
+            if compiling or self._constants_before.get(x) != version(x):
+                if not compiling:
+                    self.seen = True
+                return PerSample(dim, self.task_ids)
         return CONSTANT
+
+    def remember_constants(self) -> None:
+        """Tensors from outside that carried no samples of this batch carry none of a batch of another size either, such
+        as the last of an epoch, even if one of their dimensions has its number of samples then."""
+        for ref in self._constants:
+            x = ref()
+            if x is not None:
+                self._constants_before[x] = version(x)
+        self._constants.clear()
 
     def mark(self, x: Tensor, axis: SampleAxis) -> None:
         """Says what is known of a tensor that was made or written to."""
@@ -368,8 +414,11 @@ class Tracker(TorchFunctionMode):
         if name == "backward" and func is torch.autograd.backward:
             raise RuntimeError("one_pass: call loss.backward() inside the block, and not torch.autograd.backward")
         out, axes = self.follow(func, args, kwargs)
-        if torch.compiler.is_compiling() and (type(out) is tuple or type(out) is list):
-            out = replaced(out, _fresh)
+        if torch.compiler.is_compiling():
+            if type(out) is tuple or type(out) is list:
+                out = replaced(out, _fresh)
+        elif is_known(name):
+            self.by_rule[name] = self.by_rule.get(name, 0) + 1
         self._hand_on(name, args, out, axes)
         return out
 
@@ -406,6 +455,8 @@ class Tracker(TorchFunctionMode):
             return func(*args, **kwargs), SAMPLE_SUM
         if not samples:
             return self._on_parameters(call)
+        if not torch.compiler.is_compiling() and self._has_gaps(call):
+            raise self._refused(call, "some positions carry no sample, such as the sums of tasks that are absent")
         if not torch.compiler.is_compiling():
             self._note(call)
         try:
@@ -415,6 +466,10 @@ class Tracker(TorchFunctionMode):
         if self.loop:
             return self._on_loop(call, why)
         raise self._refused(call, why)
+
+    def _has_gaps(self, call: TorchCall) -> bool:
+        axes = map(self.axis_of, call.tensors())
+        return any(isinstance(axis, PerSample) and axis.task_ids.partial for axis in axes)
 
     def check_no_data(self, terms: Sequence[Tensor]) -> None:
         """Raises where a term of the loss is a batch that nobody knows the tasks of."""
@@ -450,6 +505,8 @@ class Tracker(TorchFunctionMode):
                 self._open.discard(func)
             return out, [self.axis_of(x) for x in nested(out)]
         training = name == "batch_norm" and call.argument(5, "training", False)
+        if self.bounded and writes(func) and not training:
+            args, kwargs = self._bound_written(call)
         out = self.run(func, args, kwargs)
         if training and any(x.requires_grad for x in nested(out)):
             self.meet_shared_statistics()
@@ -462,9 +519,30 @@ class Tracker(TorchFunctionMode):
         if name in _SHAPES and writes(func):
             return out, Unknown(f"{name}_ changes the shape of a tensor in place")
         axes = axes_of_result(call.returned(out))
-        if self.bounded and isinstance(axes, (SampleSum, MixedSamples)) and out.requires_grad:
+        if self.experiments is not None and not torch.compiler.is_compiling():
+            axes = self.experiments.settle(call.returned(out), axes)
+        if self._sums(axes) and any(x.requires_grad for x in nested(out)) and not writes(func):
             out = func(*replaced(call.args, self.bound), **replaced(call.kwargs, self.bound))
         return out, axes
+
+    def _bound_written(self, call: TorchCall) -> tuple[Any, dict[str, Any]]:
+        """The arguments of a call in place. A copy is written into first, to see whether samples flow together: the
+        call itself can't be made a second time."""
+        args, kwargs, func = call.args, call.kwargs, call.func
+        first, *rest = args
+        if call.name in RANDOM or not isinstance(first, Tensor) or not any(map(call.carries_samples, nested(rest))):
+            return args, kwargs
+        copy = first.clone()
+        self.mark(copy, self.axis_of(first))
+        out = self.run(func, (copy, *rest), kwargs)
+        if not self._sums(axes_of_result(call._replace(args=(copy, *rest)).returned(out))):
+            return args, kwargs
+        return (first, *replaced(rest, self.bound)), replaced(kwargs, self.bound)
+
+    def _sums(self, axes: Axes) -> bool:
+        """Whether samples flow together here, and note must be taken of it."""
+        found = axes if isinstance(axes, list) else [axes]
+        return self.bounded and any(isinstance(axis, (SampleSum, MixedSamples)) for axis in found)
 
     def bound(self, x: Tensor) -> Tensor:
         """A tensor of samples at the place where it flows into a loss."""

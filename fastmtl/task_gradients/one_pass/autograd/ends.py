@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.task_gradients.one_pass.autograd.rows import unseen
+from fastmtl.task_gradients.one_pass.autograd.rows import in_plain_pass, unseen
 
 
 class CollectRows(torch.autograd.Function):
@@ -32,7 +32,11 @@ class Place:
 
 
 class Boundary(torch.autograd.Function):
-    """Nothing, but a place in the graph."""
+    """Nothing, but a place in the graph.
+
+    In a backward pass from such places, what comes from one behind it ends here: it is in the cotangent that this place
+    has kept, from which that pass begins, too.
+    """
 
     @staticmethod
     def forward(ctx, x, place):
@@ -41,5 +45,7 @@ class Boundary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
+        if in_plain_pass():
+            return None, None
         ctx.place.cotangent = g if ctx.place.cotangent is None else ctx.place.cotangent + g
         return g, None

@@ -29,6 +29,11 @@ def plain_gradients() -> Iterator[None]:
         _plain_gradients[0] = before
 
 
+def in_plain_pass() -> bool:
+    """Whether this is a backward pass for plain gradients."""
+    return _plain_gradients[0]
+
+
 def unseen(compute: Callable[..., Any]) -> Any:
     """The backward of a Function, `compute(ctx, g, *saved)`, whose calls no torch function mode sees.
 

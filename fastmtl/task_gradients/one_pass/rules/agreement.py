@@ -34,7 +34,10 @@ def joined(call: TorchCall, tensors: Sequence[Tensor] | None = None) -> Joined |
         if found is None:
             found = Joined(axis, right)
         elif found.right != right:
-            return Unknown(f"{call.name} joins tensors that carry the samples on different axes")
+            return Unknown(
+                f"{call.name} joins tensors that carry the samples on different axes; one that only has their number "
+                "along batch_dim is told by bank.constant(x)"
+            )
         elif not found.axis.agrees(axis):
             return Unknown(f"{call.name} joins different samples")
     assert found is not None

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.rules.agreement import input_axis, joined
+from fastmtl.task_gradients.one_pass.rules.owners import along, axis_of_owners, in_row
 from fastmtl.task_gradients.one_pass.sample_axis import Axes, Constant, PerSample, SampleAxis, Unknown
+from fastmtl.task_gradients.one_pass.task_ids import TaskIds
 from fastmtl.task_gradients.one_pass.tensors import SameTensor, nested, version
 from fastmtl.task_gradients.one_pass.torch_call import Rule, TorchCall, dims_of
 
@@ -19,7 +21,7 @@ _MERGED = "a part of an axis of samples that are merged with another dimension"
 def index_key(index: Tensor) -> tuple[Any, ...]:
     """Tells two indices apart: by their values where that needs no waiting, else only the same tensor is the same."""
     if index.device.type == "cpu" and not torch.compiler.is_compiling():
-        return "values", index.dtype, *index.tolist()
+        return "values", index.dtype, index.shape, index.detach().numpy().tobytes()
     return "index", SameTensor(index), version(index)
 
 
@@ -51,7 +53,9 @@ def sliced(axis: PerSample, where: slice, length: int) -> PerSample | Unknown:
     if part is not None:
         return axis._replace(task_ids=part)
     if axis.outer != 1 or axis.inner != 1:
-        return Unknown(_MERGED)
+        if not axis.task_ids.on_host():
+            return Unknown(_MERGED)
+        return PerSample(axis.axis, TaskIds.of_rows(axis.positions()[start:stop:step], axis.task_ids.num_rows))
     return axis._replace(task_ids=axis.task_ids.take(slice(start, stop, step), ("slice", start, stop, step)))
 
 
@@ -75,8 +79,16 @@ def _select(call: TorchCall) -> Axes:
         return axis
     dim = dims_of(call.args[0], call.argument(1, "dim"))[0]
     if dim == axis.axis:
-        return Unknown("select takes single samples")
+        index = call.argument(2, "index")
+        return _single(call, axis, index, call.out) if isinstance(index, int) else Unknown("select by a tensor")
     return axis.at(axis.axis - (dim < axis.axis))
+
+
+def _single(call: TorchCall, axis: PerSample, position: int, out: Tensor) -> SampleAxis:
+    """One position of the axis of the samples: all that is there belongs to its task."""
+    if not axis.task_ids.on_host() or axis.task_ids.partial or not out.requires_grad:
+        return Unknown(f"{call.name} takes single samples")
+    return in_row(out, int(axis.positions()[position]), axis.task_ids.num_rows)
 
 
 # --- index tensors
@@ -94,8 +106,23 @@ class _Pick(NamedTuple):
 def _taken(axis: PerSample, index: Tensor, place: int) -> PerSample | Unknown:
     """Samples picked by a mask or by positions, which lie along `place` then."""
     if axis.outer != 1 or axis.inner != 1:
-        return Unknown(_MERGED)
+        if not axis.task_ids.on_host():
+            return Unknown(_MERGED)
+        return PerSample(place, TaskIds.of_rows(axis.positions()[index], axis.task_ids.num_rows))
     return PerSample(place, axis.task_ids.take(index, index_key(index)))
+
+
+def _masked(axis: PerSample, mask: Tensor, first: int, place: int) -> PerSample | Unknown:
+    """Picked by a mask over the axis of the samples and others, which begins at dimension `first`: each keeps its own
+    sample's task."""
+    if torch.compiler.is_compiling():
+        return Unknown("a mask over the axis of the samples and others")
+    position = mask.nonzero()[:, axis.axis - first]
+    key = ("mask", axis.outer, axis.inner, axis.axis - first, index_key(mask))
+    every = axis.task_ids
+    if axis.outer != 1 or axis.inner != 1:
+        every = TaskIds(axis.positions(), every.num_rows, (*every.key, axis.outer, axis.inner), partial=every.partial)
+    return PerSample(place, every.take(position, key))
 
 
 def _index_select(call: TorchCall) -> Axes:
@@ -151,7 +178,9 @@ def getitem(call: TorchCall) -> Axes:
             dim += width
         else:
             if dim == axis.axis:
-                return Unknown("an index that takes single samples")
+                if not isinstance(i, int) or picks or any(isinstance(k, Tensor) for k in items):
+                    return Unknown("an index that takes single samples")
+                return _single(call, axis, i, call.results()[0])
             dim += 1
     if not picks:
         return axis.at(kept.index(axis.axis))
@@ -178,7 +207,9 @@ def _picked(
     if mine[0].width != 1 or _is_mask(own):
         if len(picks) == 1 and own.dim() == 1:
             return _taken(axis, own, place)
-        return Unknown("a mask over the axis of the samples and others")
+        if len(picks) == 1:
+            return _masked(axis, own, mine[0].dim, place)
+        return Unknown("a mask over the axis of the samples, beside other index tensors")
     rows, known = x.shape[axis.axis], call.axis_of(own)
     every = isinstance(known, Constant) and known.arange_length == rows == own.numel()  # sample in turn
     if own.dim() == 1 and all(i.dim() <= 1 for i in tensors):
@@ -262,6 +293,18 @@ def _filled(x: Tensor, index: Any, value: Tensor, axis: PerSample) -> PerSample 
 # --- gather and its inverses
 
 
+def _masked_select(call: TorchCall) -> Axes:
+    x, mask = call.args[0], call.argument(1, "mask")
+    axis = input_axis(call)
+    if isinstance(axis, Unknown) or torch.compiler.is_compiling():
+        return Unknown("masked_select of what carries no samples, or in a compiled model")
+    shape = torch.broadcast_shapes(x.shape, mask.shape)
+    dim = axis.axis + len(shape) - x.dim()
+    if shape[dim] != x.shape[axis.axis]:
+        return Unknown("masked_select of one sample by a mask for several")
+    return _masked(axis.at(dim), mask.expand(shape), 0, 0)
+
+
 def _gather(call: TorchCall) -> Axes:
     x, index = call.args[0], call.argument(2, "index")
     dim = dims_of(x, call.argument(1, "dim"))[0]
@@ -283,9 +326,42 @@ def _scatter(call: TorchCall) -> Axes:
     if isinstance(found, Unknown):
         return found
     axis = x.dim() - found.right
-    if axis == dims_of(x, call.argument(1, "dim"))[0] or index.shape[axis] != x.shape[axis]:
+    dim = dims_of(x, call.argument(1, "dim"))[0]
+    if axis == dim and call.name == "scatter_add":
+        return _collected(call, x, index, call.argument(3, "src"), dim)
+    if axis == dim or index.shape[axis] != x.shape[axis]:
         return Unknown(f"{call.name} along the axis of the samples")
     return found.axis.at(axis)
+
+
+def _collected(call: TorchCall, x: Tensor, index: Tensor, source: Tensor, dim: int) -> PerSample | Unknown:
+    """Sums of samples at places that an index names, along their own axis: such as losses by task.
+
+    Each place belongs to the task of what arrives there, if that is of one task alone.
+    """
+    axis, before = call.axis_of(source), call.axis_of(x)
+    lost = Unknown(f"{call.name} along the axis of the samples")
+    if not isinstance(axis, PerSample) or not axis.task_ids.on_host() or axis.task_ids.partial or axis.axis != dim:
+        return lost
+    if isinstance(before, PerSample) and (before.axis != dim or before.task_ids.partial):
+        return lost
+    rows = along(axis.positions(), source.dim(), dim).expand(source.shape)
+    if index.dim() < source.dim():  # of index_add
+        index = along(index.long(), source.dim(), dim).expand(source.shape)
+    elif index.shape != source.shape:
+        return Unknown(f"{call.name} of a part of its source")
+    low, high = (
+        torch.full(x.shape, -1).scatter_reduce(dim, index, rows, reduce, include_self=False)
+        for reduce in ("amin", "amax")
+    )
+    joins = low != high
+    if isinstance(before, PerSample):
+        own = along(before.positions(), x.dim(), dim).expand(x.shape)
+        joins |= (low >= 0) & (low != own)
+        low = own
+    if bool(joins.any()):
+        return Unknown(f"{call.name} joins samples of different tasks")
+    return axis_of_owners(low, axis.task_ids.num_rows) or Unknown(f"{call.name} leaves samples in no order")
 
 
 def _index_add(call: TorchCall) -> Axes:
@@ -293,20 +369,26 @@ def _index_add(call: TorchCall) -> Axes:
     x, index, source = call.args[0], call.argument(2, "index"), call.argument(3, "source")
     dim, axis, before = dims_of(x, call.argument(1, "dim"))[0], call.axis_of(source), call.axis_of(x)
     other = Unknown(f"{call.name} of something else than what the same index took from the samples")
-    if not isinstance(axis, PerSample) or axis.task_ids.parent is None or axis.axis != dim:
+    if not isinstance(axis, PerSample) or axis.axis != dim:
         return other
     whole = axis.task_ids.parent
-    if axis.task_ids.key != (*whole.key, index_key(index)):
-        return other
-    if isinstance(before, PerSample) and (before.axis != dim or before.task_ids.key != whole.key):
-        return Unknown(f"{call.name} into other samples")
-    return PerSample(dim, whole)
+    known = whole is not None and axis.task_ids.key == (*whole.key, index_key(index)) and len(whole) == x.shape[dim]
+    if isinstance(before, PerSample):
+        known = known and before.axis == dim and before.task_ids.key == whole.key and before.outer * before.inner == 1
+    if known:
+        return PerSample(dim, whole)
+    return _collected(call, x, index, source, dim) if axis.task_ids.on_host() else other
 
 
 def _embedding(call: TorchCall) -> Axes:
     """Of a constant table."""
-    carriers = [axis for axis in map(call.axis_of, call.tensors()) if isinstance(axis, PerSample)]
-    return carriers[0]
+    plain = getattr(call.func, "__module__", None) == "torch.nn.functional"
+    names = ("input", "weight") if plain else ("indices", "weight")
+    index, table = (call.argument(k if plain else 1 - k, n) for k, n in enumerate(names))
+    axis = call.axis_of(index)
+    if call.carries_samples(table) and table.requires_grad:
+        return Unknown("an embedding whose table carries samples")
+    return axis if isinstance(axis, PerSample) else Unknown("an embedding of what carries no samples")
 
 
 RULES: dict[str, Rule] = {
@@ -315,6 +397,7 @@ RULES: dict[str, Rule] = {
     "index_select": _index_select,
     "getitem": getitem,
     "setitem": _setitem,
+    "masked_select": _masked_select,
     "gather": _gather,
     "scatter": _scatter,
     "scatter_add": _scatter,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastmtl.task_gradients.one_pass.rules.agreement import input_axis, joined
 from fastmtl.task_gradients.one_pass.rules.indexing import sliced
+from fastmtl.task_gradients.one_pass.rules.owners import in_row, stacked_rows
 from fastmtl.task_gradients.one_pass.sample_axis import Axes, PerSample, SampleAxis, Unknown
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
 from fastmtl.task_gradients.one_pass.torch_call import Rule, TorchCall, dims_of
@@ -35,7 +36,7 @@ def _stack(call: TorchCall) -> Axes:
     parts, out = list(call.argument(0, "tensors")), call.out
     found = joined(call, parts)
     if isinstance(found, Unknown):
-        return found
+        return stacked_rows(call) or found
     dim = call.argument(1, "dim", 0)
     dim = dim + out.dim() if dim < 0 else dim
     before = parts[0].dim() - found.right
@@ -51,7 +52,10 @@ def _split(call: TorchCall) -> Axes:
     dim = dims_of(x, dim)[0]
     if call.name == "unbind":
         if dim == axis.axis:
-            return Unknown("unbind takes the axis of the samples apart")
+            if not axis.task_ids.on_host() or axis.task_ids.partial or not call.out or not call.out[0].requires_grad:
+                return Unknown("unbind takes the axis of the samples apart")
+            rows = axis.positions().tolist()
+            return [in_row(part, row, axis.task_ids.num_rows) for part, row in zip(call.out, rows, strict=True)]
         return axis.at(axis.axis - (dim < axis.axis))
     if dim != axis.axis:
         return axis

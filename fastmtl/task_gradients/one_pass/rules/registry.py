@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.rules import (
@@ -17,6 +19,7 @@ from fastmtl.task_gradients.one_pass.rules import (
     reductions,
     shapes,
 )
+from fastmtl.task_gradients.one_pass.rules.owners import in_row, stacked_rows
 from fastmtl.task_gradients.one_pass.sample_axis import (
     CONSTANT,
     SAMPLE_SUM,
@@ -53,6 +56,57 @@ _CONSTANT_IF_ALL_ARE = ("new_", "zeros_like", "ones_like", "empty_like", "full_l
 
 def axes_of_result(call: TorchCall) -> Axes:
     """What is known of what `call` returned. None of its arguments is computed from parameters of the bank."""
+    found = _by_rule(call)
+    if _settled(found) or torch.compiler.is_compiling():
+        return found
+    results = call.results()
+    if not any(x.requires_grad for x in results):
+        return found
+    # a gradient flows through some arguments alone: whatever samples the others carry, they are constants beside it.
+    # They may carry none at all, and only have as many elements as there are samples
+    if any(not x.requires_grad and not isinstance(call.axis_of(x), Constant) for x in call.tensors()):
+        call = call._replace(axis_of=functools.partial(_constant_without_gradient, call.axis_of))
+        found = _by_rule(call)
+    row, num_rows = _single_row(call)
+    if row is None or call.name == "setitem":  # the rest of what is written into belongs to others
+        return found
+    axes = found if isinstance(found, list) else [found] * len(results)
+    of_row = [axis if _settled(axis) else in_row(x, row, num_rows) for x, axis in zip(results, axes, strict=True)]
+    return of_row if isinstance(found, list) else of_row[0]
+
+
+def _settled(axes: Axes) -> bool:
+    """Whether there is no more to be found out: it is neither unknown nor has it lost which samples are whose."""
+    if isinstance(axes, list):
+        return all(_settled(axis) for axis in axes)
+    return not isinstance(axes, (MixedSamples, Unknown)) and (not isinstance(axes, SampleSum) or axes.row is not None)
+
+
+def _constant_without_gradient(axis_of: Callable[[Tensor], SampleAxis], x: Tensor) -> SampleAxis:
+    axis = axis_of(x)
+    return axis if x.requires_grad or isinstance(axis, Constant) else CONSTANT
+
+
+def _single_row(call: TorchCall) -> tuple[int | None, int]:
+    """The row of the bank, if all samples in the call belong to one, and how many rows there are."""
+    row, num_rows = None, 0
+    for x in call.tensors():
+        axis = call.axis_of(x)
+        if isinstance(axis, Constant):
+            continue
+        if isinstance(axis, PerSample):
+            here, num_rows = axis.task_ids.single_row(), axis.task_ids.num_rows
+        else:
+            here = None
+            if isinstance(axis, SampleSum):
+                here, num_rows = axis.row, axis.num_rows or num_rows
+        if here is None or (row is not None and here != row):
+            return None, 0
+        row = here
+    return row, num_rows
+
+
+def _by_rule(call: TorchCall) -> Axes:
     name = call.name
     if name == "arange":
         return Constant(arange_length=_arange_length(call.args, call.kwargs))
@@ -109,6 +163,13 @@ _KEEPS_ORDER = frozenset(("getitem", "view", "reshape", "unsqueeze", "to", "long
 def _of_sums(call: TorchCall, with_samples: bool) -> Axes:
     """Of sums over samples, and constants."""
     name, args = call.name, call.args
+    if name == "stack":
+        apart = stacked_rows(call)
+        if apart is not None:
+            return apart
+    if name == "setitem":
+        # an element of what is constant, or the sum of other samples, becomes a sum
+        return MixedSamples("setitem by samples") if with_samples else SAMPLE_SUM
     if with_samples:
         return MixedSamples(f"{name} joins a sum over samples with single ones")
     if name in LINEAR:
