@@ -185,7 +185,11 @@ def straight_to_cpu() -> bool:
     """
     if forced_backend() not in (None, "cpu") or unavailable("cpu", "cpu") is not None:
         return False
-    if torch._C._functorch.maybe_current_level() is not None or torch.jit.is_tracing() or forward_ad._current_level >= 0:
+    if (
+        torch._C._functorch.maybe_current_level() is not None
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+    ):
         return False
     return torch._C._len_torch_function_stack() == 0 and torch._C._len_torch_dispatch_stack() == 0
 

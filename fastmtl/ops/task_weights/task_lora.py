@@ -161,9 +161,7 @@ def _setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 
 def _derivative(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     x, weight, scaling, bias, order, offsets, *factors = ctx.saved_tensors
-    call = TaskLoraCall.of(
-        weight, factors[: ctx.count], factors[ctx.count :], ctx.tasks, scaling, bias, order, offsets
-    )
+    call = TaskLoraCall.of(weight, factors[: ctx.count], factors[ctx.count :], ctx.tasks, scaling, bias, order, offsets)
     grad_x, grad_weight, grad_a, grad_b, grad_scaling, grad_bias = _gradients(
         grad_out, x, call, ctx.needs_input_grad, _by_op
     )
