@@ -38,6 +38,8 @@ NAMES = {
     "TORCH_ERROR_CODE_CHECK",
     "TORCH_TARGET_VERSION",
     "aoti_torch_get_current_cuda_stream",
+    "aoti_torch_get_layout",
+    "aoti_torch_layout_strided",
     "torch::headeronly::DeviceType",
     "torch::headeronly::HeaderOnlyArrayRef",
     "torch::headeronly::ScalarType",
