@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import setuptools
 from setuptools import Extension, find_packages, setup
@@ -184,8 +185,15 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
                     compiled.unlink()
             super().build_extensions()
 
-    # Ninja starts them in this order: what takes longest comes first, so that no core waits for it in the end
-    sources.sort(key=lambda source: (build_rank(source), source))
+        def build_extension(self, ext: Extension) -> None:
+            # setuptools sorts sources by name; ninja starts them as they come here, and none runs alone in the end
+            compile_all = self.compiler.compile
+
+            def longest_first(sources: list[str], *args: Any, **options: Any) -> list[str]:
+                return compile_all(sorted(sources, key=build_rank), *args, **options)
+
+            self.compiler.compile = longest_first
+            super().build_extension(ext)
 
     include = [str(ROOT / "csrc"), pybind11.get_include(), *cpp_extension.include_paths()]
     if cuda_home is not None:
