@@ -148,7 +148,12 @@ def asked(method: Method, steps: int = 3) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "argument", "good", "bad"), OUT_OF_RANGE, ids=lambda x: str(x))
+# the same in every process of a run: some values would show their address
+@pytest.mark.parametrize(
+    ("name", "argument", "good", "bad"),
+    OUT_OF_RANGE,
+    ids=[f"{name}-{argument}-{k}" for k, (name, argument, *_) in enumerate(OUT_OF_RANGE)],
+)
 def test_an_attribute_can_be_set_and_is_checked(name: str, argument: str, good: Any, bad: Any):
     """Set later, it acts as if it had been given at first; refused, it leaves the method as it was."""
     method = MAKE[name]()
