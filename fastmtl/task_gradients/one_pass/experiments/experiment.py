@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastmtl.task_gradients.one_pass.experiments.backwards import is_a_sum, reaches_its_own
 from fastmtl.task_gradients.one_pass.experiments.forwards import Layout, layouts_seen, owners_seen
@@ -41,6 +42,14 @@ from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 _OTHER_SEED = 78
 # ops of other ranks too, which would wait for as many runs of them
 _OF_RANKS = frozenset(("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem"))
+
+
+def _is_traced(call: TorchCall, results: Sequence[Tensor]) -> bool:
+    """Whether tensors have no values: a compiler looks at the call, in the backward pass of a compiled model too."""
+    modes = torch._C._TorchDispatchModeKey
+    if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.FUNCTIONAL, modes.PROXY)):
+        return True
+    return any(x.is_meta or isinstance(x, FakeTensor) for x in (*call.tensors(), *results))
 
 
 class Experiments:
@@ -89,7 +98,7 @@ class Experiments:
     def _verdicts(self, call: TorchCall, results: Sequence[Tensor]) -> list[Verdict] | None:
         """Of each result; None: nothing can be tried."""
         victims = _victims(call)
-        if not results or not victims:
+        if not results or not victims or _is_traced(call, results):
             return None
         flows = any(x.requires_grad for x in call.tensors() if id(x) in victims)
         for x in call.tensors():
