@@ -12,10 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _KEYS = torch._C.DispatchKey
 _PLAIN = (_KEYS.CPU, _KEYS.CUDA)
 _BELOW = torch._C._after_autograd_keyset
+
+
+def _has_tangent(args: Sequence[Any]) -> bool:
+    flat = (y for x in args for y in (x if isinstance(x, (list, tuple)) else (x,)))
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in flat)
 
 
 def register_autograd(
@@ -94,6 +100,8 @@ def register_autograd(
     )
 
     def autograd(keys: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and _has_tangent(args):
+            raise NotImplementedError(f"fastmtl::{name}: has no forward-mode derivative (jvp), use the reverse mode")
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return run(keys, args)
         tensors: list[Tensor] = []
