@@ -1,8 +1,8 @@
-"""How an op is recorded for autograd: what `torch.library.register_autograd` does, at a third of its time.
+"""How an op is recorded for autograd: what `torch.library.register_autograd` does, with less work for the host.
 
 That function describes the arguments of each call by trees, and goes through the dispatcher once more in between. A
 schema says once which arguments are lists of tensors, and plain tensors need no dispatcher to find the implementation.
-Layers of small networks are called thousands of times a second: docs/cpu-kernels.md has the figures.
+Layers of small networks are called thousands of times a second.
 """
 
 from __future__ import annotations
