@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -85,3 +88,151 @@ def test_of_several_results_one_may_go_unused() -> None:
     y[:, 0].square().sum().backward()
     assert x.grad is not None and x.grad[:, 0].abs().sum() > 0 and not x.grad[:, 1:].any()
     assert all(w.grad is not None and w.grad[0] != 0 and not w.grad[1:].any() for w in weight)
+
+
+# --- the ops as functions of what can have a gradient: results as one tensor
+
+Differentiable = tuple[Callable[..., Tensor], list[Tensor]]
+
+
+def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape, dtype=F64, requires_grad=True) for shape in shapes]
+
+
+def scale_shift() -> Differentiable:
+    return lambda x, a, b: ops.task_scale_shift(x, a, b, IDS), leaves((4, 5), (3, 5), (3, 5))
+
+
+def linear() -> Differentiable:
+    inputs = leaves((4, 5), (6, 5), (3,), (3, 6), *[(6, 5)] * 3)
+    return lambda x, w, s, b, *delta: ops.task_linear(x, w, list(delta), IDS, gate=s, bias=b), inputs
+
+
+def conv() -> Differentiable:
+    return lambda x, w, delta: ops.task_conv2d(x, w, delta, IDS, padding=1), leaves(
+        (4, 2, 3, 3), (2, 2, 3, 3), (3, 2, 2, 3, 3)
+    )
+
+
+def lora() -> Differentiable:
+    inputs = leaves((4, 5), (6, 5), *[(2, 5)] * 3, *[(6, 2)] * 3)
+    return lambda x, w, *ab: ops.task_lora(x, w, list(ab[:3]), list(ab[3:]), IDS), inputs
+
+
+def batch_norm() -> Differentiable:
+    inputs = leaves((4, 5, 3), *[(5,)] * 6)
+    return lambda x, *wb: ops.task_batch_norm(x, IDS, list(wb[:3]), list(wb[3:]), training=True), inputs
+
+
+def combine_lists() -> Differentiable:
+    inputs = leaves((2,), (3,), (2,), (3,), (2,))
+    return lambda w, *g: torch.cat(ops.combine(w, [list(g[:2]), list(g[2:])])), inputs
+
+
+EVERY = [scale_shift, linear, conv, lora, batch_norm, combine_lists]
+each_op = pytest.mark.parametrize("make", EVERY, ids=lambda make: make.__name__)
+
+
+@pytest.mark.parametrize("make", [scale_shift, linear, combine_lists], ids=lambda make: make.__name__)
+def test_threads_go_backward_through_one_graph(make: Callable[[], Differentiable]) -> None:
+    op, inputs = make()
+    meet = threading.Barrier(2)
+    apart = False
+
+    def unpack(x: Tensor) -> Tensor:
+        if not apart:
+            meet.wait(60)  # both are inside the formula
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        y = op(*inputs)
+    # each thread wants the gradients of others
+    wanted, cotangent = [inputs, inputs[1:2]], torch.randn_like(y)
+    found: list[Any] = [None, None]
+
+    def backward(k: int) -> None:
+        try:
+            found[k] = torch.autograd.grad(y, wanted[k], cotangent, retain_graph=True)
+        except Exception as error:  # seen below, in the thread of the test
+            found[k] = error
+            meet.abort()
+
+    threads = [threading.Thread(target=backward, args=(k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    apart = True
+    for got, some in zip(found, wanted, strict=True):
+        expected = torch.autograd.grad(y, some, cotangent, retain_graph=True)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@each_op
+def test_nothing_outlives_a_derivative_of_a_derivative(make: Callable[[], Differentiable]) -> None:
+    op, inputs = make()
+    gc.disable()
+    try:
+        y = op(*inputs)
+        grads = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        torch.autograd.grad(sum(g.square().sum() for g in grads), inputs, allow_unused=True)
+        held = [weakref.ref(x) for x in inputs]
+        del y, grads, inputs
+        assert [x() is None for x in held] == [True] * len(held)
+    finally:
+        gc.enable()
+
+
+# --- torch.func
+
+
+def value(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def weighted(*inputs: Tensor) -> Tensor:
+        y = op(*inputs)
+        return (y * torch.arange(1.0, 1 + y.numel(), dtype=F64).view_as(y)).sin().sum()
+
+    return weighted
+
+
+@each_op
+def test_torch_func_grad_is_autograds(make: Callable[[], Differentiable]) -> None:
+    op, inputs = make()
+    every = tuple(range(len(inputs)))
+    expected = torch.autograd.grad(value(op)(*inputs), inputs, create_graph=True)
+    found = torch.func.grad(value(op), every)(*inputs)  # recorded, as the inputs need gradients
+    torch.testing.assert_close(found, expected)
+    second = torch.autograd.grad(sum(g.square().sum() for g in expected), inputs, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(sum(g.square().sum() for g in found), inputs), second)
+
+    def length(*inputs: Tensor) -> Tensor:
+        return sum(g.square().sum() for g in torch.func.grad(value(op), every)(*inputs))
+
+    torch.testing.assert_close(torch.func.grad(length, every)(*(x.detach() for x in inputs)), second)
+
+
+@each_op
+def test_torch_func_vmap_is_a_loop(make: Callable[[], Differentiable]) -> None:
+    op, inputs = make()
+    every = tuple(range(len(inputs)))
+    stacked = [torch.stack([x, -2 * x], dim=-1).detach().requires_grad_() for x in inputs]
+    slices = [[x[..., k] for x in stacked] for k in range(2)]
+    mapped = torch.func.vmap(op, in_dims=-1)(*stacked)
+    expected = torch.stack([op(*each) for each in slices])
+    torch.testing.assert_close(mapped, expected)
+    cotangent = torch.randn_like(mapped)
+    grads = (torch.autograd.grad(y, stacked, cotangent) for y in (mapped, expected))
+    torch.testing.assert_close(next(grads), next(grads))
+    found = torch.func.vmap(torch.func.grad(value(op), every), in_dims=-1, out_dims=-1)(*stacked)
+    one_by_one = [torch.func.grad(value(op), every)(*each) for each in slices]
+    torch.testing.assert_close(found, tuple(torch.stack(gs, -1) for gs in zip(*one_by_one, strict=True)))
+
+
+def test_torch_func_of_ids_that_differ_and_of_jacobians() -> None:
+    op, (x, scale, shift) = scale_shift()
+    ids = torch.stack([IDS, IDS.flip(0)])
+    mapped = torch.func.vmap(lambda i: ops.task_linear(x, None, [scale, shift, scale], i))(ids)
+    torch.testing.assert_close(mapped[1], ops.task_linear(x, None, [scale, shift, scale], ids[1]))
+    jacobian = torch.func.jacrev(op)(x, scale, shift)
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(lambda x: op(x, scale, shift), x))
+    with pytest.raises(NotImplementedError, match=r"^fastmtl::task_linear: vmap needs at least one slice, got 0"):
+        torch.func.vmap(lambda x: ops.task_linear(x, None, scale[:, None], IDS))(torch.ones(0, 4, 5, dtype=F64))

@@ -2,7 +2,7 @@
 
 That function describes the arguments of each call by trees, and goes through the dispatcher once more in between. A
 schema says once which arguments are lists of tensors, and plain tensors need no dispatcher to find the implementation.
-Layers of small networks are called thousands of times a second.
+Layers of small networks are called thousands of times a second. `torch.func.grad` and `torch.func.vmap` work, too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 _KEYS = torch._C.DispatchKey
@@ -24,6 +25,22 @@ def _has_tangent(args: Sequence[Any]) -> bool:
     return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in flat)
 
 
+class _BackwardCall:
+    """What a formula sees of its node: all that `setup_context` left there, and what this call alone is told.
+
+    Several threads may go backward through one node at once, so that nothing is written to the node itself.
+    """
+
+    __slots__ = ("_node", "needs_input_grad")
+
+    def __init__(self, node: Any, needs_input_grad: tuple[Any, ...]) -> None:
+        self._node = node
+        self.needs_input_grad = needs_input_grad
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._node, name)
+
+
 def register_autograd(
     library: torch.library.Library,
     name: str,
@@ -31,7 +48,7 @@ def register_autograd(
     backward: Callable[..., Any],
     setup_context: Callable[..., None] | None,
 ) -> None:
-    """Gives an op its formula.
+    """Gives an op its formula, and a way through `torch.func.vmap`.
 
     Args:
         library: that defines it.
@@ -39,7 +56,7 @@ def register_autograd(
         implementation: for every device; called at once where all tensors are plain ones, and otherwise found by the
             dispatcher (fake tensors, subclasses, modes, function transforms).
         backward: `(ctx, *grads)` to a tuple with a gradient, a list of gradients or None for each argument;
-            `ctx.needs_input_grad` has a bool for each argument, of a list of tensors a list.
+            `ctx.needs_input_grad` has a bool for each argument, of a list of tensors a list. It writes nothing to ctx.
         setup_context: `(ctx, inputs, output)`, which saves what `backward` needs.
     """
     op = getattr(getattr(torch.ops, library.ns), name).default
@@ -56,7 +73,12 @@ def register_autograd(
             return op.redispatch(below, *args)
 
     def forward(ctx: Any, keys: Any, args: tuple[Any, ...], *tensors: Tensor) -> Any:
-        result = run(keys, args)
+        if torch._C._functorch.maybe_current_level() is None:
+            result = run(keys, args)
+        else:
+            # of the transforms around this one, each records for itself
+            with torch.enable_grad():
+                result = run(keys, args)
         if setup_context is not None:
             # the dispatcher leaves out what is a default
             inputs = (*args, *(x.default_value for x in arguments[len(args) :]))
@@ -69,22 +91,19 @@ def register_autograd(
         return tuple(result) if ctx.is_list else result
 
     def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = ctx.needs_input_grad
-        flat = iter(given[2:])
+        counts = ctx.counts
+        flat = iter(ctx.needs_input_grad[2:])
         needs: list[Any] = []
-        for count in ctx.counts:
+        for count in counts:
             if count is None:
                 needs.append(False)
             else:
                 needs.append(next(flat) if count < 0 else [next(flat) for _ in range(count)])
         needs += [False] * (len(arguments) - len(needs))
-        ctx.needs_input_grad = tuple(needs)
-        try:
-            found = backward(ctx, list(grads)) if ctx.is_list else backward(ctx, *grads)
-        finally:
-            ctx.needs_input_grad = given
+        call = _BackwardCall(ctx, tuple(needs))
+        found = backward(call, list(grads)) if ctx.is_list else backward(call, *grads)
         out: list[Tensor | None] = [None, None]
-        for count, grad in zip(ctx.counts, found if isinstance(found, tuple) else (found,), strict=False):
+        for count, grad in zip(counts, found if isinstance(found, tuple) else (found,), strict=False):
             if count is None:
                 continue
             if count < 0:
@@ -110,8 +129,33 @@ def register_autograd(
                 tensors.extend(x)
             elif isinstance(x, Tensor):
                 tensors.append(x)
-        result = node.apply(keys, args, *tensors)
+        if torch._C._functorch.maybe_current_level() is None:
+            result = node.apply(keys, args, *tensors)
+        else:
+            # the transform itself has called this, for the tensors of its own level: nothing is left to transform here
+            with enable_single_level_autograd_function():
+                result = super(torch.autograd.Function, node).apply(keys, args, *tensors)
         return list(result) if result_is_list else result
+
+    def by_slices(info: Any, dims: tuple[Any, ...], *args: Any) -> Any:
+        """The op on each slice in turn, and how its stacked results lie."""
+        if info.batch_size == 0:
+            raise NotImplementedError(f"fastmtl::{name}: vmap needs at least one slice, got 0")
+
+        def part(x: Any, dim: Any, k: int) -> Any:
+            return x if dim is None else x.select(dim, k)
+
+        def slice_of(x: Any, dim: Any, k: int) -> Any:
+            if isinstance(x, (list, tuple)):
+                return [part(y, d, k) for y, d in zip(x, dim, strict=True)]
+            return part(x, dim, k)
+
+        results = [op(*(slice_of(x, d, k) for x, d in zip(args, dims, strict=True))) for k in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = [torch.stack(each) for each in zip(*results, strict=True)]
+        return (stacked, [0] * len(stacked)) if result_is_list else (tuple(stacked), (0,) * len(stacked))
 
     result_is_list = op._schema.returns[0].type.isSubtypeOf(of_tensors)
     library.impl(name, autograd, "Autograd", with_keyset=True)
+    torch.library.register_vmap(op, by_slices, lib=library)

@@ -9,6 +9,18 @@ import torch
 from torch import Tensor
 
 
+def _is_list(x: Any) -> bool:
+    return isinstance(x, (list, tuple)) and (not x or isinstance(x[0], Tensor))
+
+
+def _alias(x: Tensor, need: Any, wanted: list[Tensor]) -> Tensor:
+    if need is not True:
+        return x
+    # a name of its own, so that a path from one argument to another is not counted twice
+    wanted.append(x.view_as(x))
+    return wanted[-1]
+
+
 def composed_backward(
     function: Callable[..., Sequence[Tensor]], args: Sequence[Any], needs: Sequence[Any], grads: Sequence[Tensor]
 ) -> tuple[Any, ...]:
@@ -23,19 +35,18 @@ def composed_backward(
     Returns:
         One gradient (or None) per argument, lists for lists; recorded where autograd records.
     """
+    # no function in here calls itself: as a cycle it would keep these tensors until the next collection of garbage
     wanted: list[Tensor] = []
-
-    def alias(x: Any, need: Any) -> Any:
-        if isinstance(x, Tensor) and need is True:
-            # a name of its own, so that a path from one argument to another is not counted twice
-            wanted.append(x.view_as(x))
-            return wanted[-1]
-        if isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor):
-            return [alias(y, n) for y, n in zip(x, need, strict=True)]
-        return x
-
+    named: list[Any] = []
     with torch.enable_grad():
-        outputs = function(*(alias(x, n) for x, n in zip(args, needs, strict=True)))
+        for x, need in zip(args, needs, strict=True):
+            if isinstance(x, Tensor):
+                named.append(_alias(x, need, wanted))
+            elif x and _is_list(x):
+                named.append([_alias(y, n, wanted) for y, n in zip(x, need, strict=True)])
+            else:
+                named.append(x)
+        outputs = function(*named)
         pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad]
     found: list[Tensor | None] = [None] * len(wanted)
     if pairs and wanted:
@@ -49,12 +60,12 @@ def composed_backward(
             )
         )
     remaining = iter(found)
-
-    def take(x: Any, need: Any) -> Any:
+    out: list[Any] = []
+    for x, need in zip(args, needs, strict=True):
         if isinstance(x, Tensor):
-            return next(remaining) if need is True else None
-        if isinstance(x, (list, tuple)) and (not x or isinstance(x[0], Tensor)):
-            return [take(y, n) for y, n in zip(x, need or [], strict=True)]
-        return None
-
-    return tuple(take(x, n) for x, n in zip(args, needs, strict=True))
+            out.append(next(remaining) if need is True else None)
+        elif _is_list(x):
+            out.append([next(remaining) if n is True else None for n in need or []])
+        else:
+            out.append(None)
+    return tuple(out)

@@ -136,10 +136,17 @@ def no_gradient(positions: Sequence[int]) -> list[Tensor] | None:
 def wanted_deltas(needs: Any, delta: Sequence[Tensor], delta_tasks: Sequence[int], offsets: Tensor) -> list[int]:
     """Positions in `delta` whose gradient is wanted. On the CPU a task of a list that has no sample gets none."""
     found = [k for k in range(len(delta)) if needs[k]]
-    if delta_tasks and offsets.device.type == "cpu" and type(offsets) is Tensor and not torch.compiler.is_compiling():
-        bounds = offsets.tolist()
+    bounds = known_bounds(offsets) if delta_tasks else None
+    if bounds is not None:
         found = [k for k in found if bounds[delta_tasks[k] + 1] > bounds[delta_tasks[k]]]
     return found
+
+
+def known_bounds(offsets: Tensor) -> list[int] | None:
+    """Where each task's samples begin, as a formula may ask: on the CPU, with nothing that records or transforms it."""
+    if offsets.device.type != "cpu" or type(offsets) is not Tensor or torch.compiler.is_compiling():
+        return None
+    return offsets.tolist() if torch._C._functorch.maybe_current_level() is None else None
 
 
 # --- each task's gradient of a shared weight

@@ -16,6 +16,7 @@ from fastmtl.ops.task_weights import reference
 from fastmtl.ops.task_weights.arguments import agreed_tasks, check_companion, check_ids, check_input, triton_declines
 from fastmtl.ops.task_weights.composed import composed_backward
 from fastmtl.ops.task_weights.cpu import batch_norm as batch_norm_cpu
+from fastmtl.ops.task_weights.operators import known_bounds
 from fastmtl.ops.task_weights.task_plan import read_plan
 
 PerTask: TypeAlias = Tensor | Sequence[Tensor] | None
@@ -327,9 +328,8 @@ def _by_parameter(
     if len(kinds) == 1:
         ((dims, dtype),) = kinds
         return [(table if dims == 2 else table.sum(0)).to(dtype)]
-    kept = list(needs)
-    if offsets.device.type == "cpu" and type(offsets) is Tensor and not torch.compiler.is_compiling():
-        bounds = offsets.tolist()
+    kept, bounds = list(needs), known_bounds(offsets)
+    if bounds is not None:
         kept = [need and bounds[t + 1] > bounds[t] for t, need in enumerate(needs)]
     return [row.to(dtype) if keep else None for row, keep, (_, dtype) in zip(table, kept, kinds, strict=True)]
 
