@@ -114,7 +114,7 @@ def _weights_of(shape: tuple[int, ...], names: str) -> list[Bad]:
         return _v(count, *shape, **options)
 
     return [
-        Bad("nothing", {"weight": None, "delta": None}, ValueError, r"weight, delta: expected at least one of them"),
+        Bad("nothing", {"weight": None, "delta": None}, ValueError, r"weight, delta: expected a weight or the delta of"),
         Bad("weight kind", {"weight": 3.0}, TypeError, r"weight: expected a tensor, got float"),
         Bad("weight int", {"weight": w(**INT)}, TypeError, r"weight: expected float64.*got torch.int64"),
         Bad("weight dims", {"weight": w()[0]}, ValueError, rf"weight: expected shape {names}"),
@@ -142,12 +142,8 @@ def _weights_of(shape: tuple[int, ...], names: str) -> list[Bad]:
         Bad("stack dtype", {"delta": stack(3, **F64)}, TypeError, r"delta: expected torch.float32 .*got torch.float64"),
         Bad("stack meta", {"delta": stack(3, **META)}, ValueError, r"delta: expected device cpu as x, got meta"),
         Bad("stack int", {"delta": stack(3, **INT)}, TypeError, r"delta: expected float64.*got torch.int64"),
-        Bad(
-            "none alone", {"weight": None}, ValueError, r"delta\[1\]: expected a tensor, since weight is None, got None"
-        ),
-        Bad(
-            "no task", {"weight": None, "delta": []}, ValueError, r"delta: expected at least one task, since weight is"
-        ),
+        Bad("no task", {"weight": None, "delta": []}, ValueError, r"weight, delta: .* of at least one task, got none"),
+        Bad("none alone", {"weight": None, "delta": [None] * 3}, ValueError, r"weight, delta: .*one task, got none"),
         Bad("gate kind", {"gate": [1.0, 0.0, 1.0]}, TypeError, r"gate: expected a tensor, got list"),
         Bad("gate bool", {"gate": _v(3).bool()}, TypeError, r"gate: expected float64.*got torch.bool"),
         Bad("gate dims", {"gate": _v(3, 1)}, ValueError, r"gate: expected shape \[T\], got \[3, 1\]"),

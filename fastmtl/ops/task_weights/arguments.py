@@ -90,13 +90,8 @@ def read_weights(
             held.append((f"delta[{t}]", d))
             positions.append(t)
         tasks["delta"] = len(delta)
-    if weight is None and delta is None:
-        raise ValueError("weight, delta: expected at least one of them, got None for both")
-    if weight is None and not isinstance(delta, Tensor) and len(positions) < len(delta or ()):
-        missing = next(t for t, d in enumerate(delta or ()) if d is None)
-        raise ValueError(f"delta[{missing}]: expected a tensor, since weight is None, got None")
     if weight is None and not held:
-        raise ValueError("delta: expected at least one task, since weight is None, got none")
+        raise ValueError("weight, delta: expected a weight or the delta of at least one task, got none")
     stacked = isinstance(delta, Tensor)
     like = weight if weight is not None else held[0][1]
     shape = weight.shape if weight is not None else held[0][1].shape[1:] if stacked else held[0][1].shape

@@ -80,11 +80,13 @@ def task_conv2d_backward(
         grad_x = grad_x.index_copy(0, rows, torch.nn.grad.conv2d_input(inputs.shape, w, part, *geometry))
         grad_eff[t] = torch.nn.grad.conv2d_weight(inputs, w.shape, part, *geometry).to(promoted)
         grad_bias[t] = part.to(promoted).sum((0, 2, 3))
+    present = {t for t, _ in batch.segments()}
     grad_delta = []
     for t in range(num_tasks):
-        closed = gate is not None and gate[t] == 0 and not _recorded(gate)
-        scaled = grad_eff[t] if gate is None else gate[t].to(promoted) * grad_eff[t]
-        grad_delta.append(torch.zeros_like(scaled) if closed else scaled)
+        # of a task without samples not even its gate is read
+        unread = t not in present or (gate is not None and gate[t] == 0 and not _recorded(gate))
+        scaled = grad_eff[t] if gate is None or unread else gate[t].to(promoted) * grad_eff[t]
+        grad_delta.append(torch.zeros_like(scaled) if unread else scaled)
     out = []
     if wanted[0]:
         out.append(grad_x.to(given.dtype).contiguous(memory_format=memory_format(given)))
@@ -98,7 +100,6 @@ def task_conv2d_backward(
             out.append(grad_delta[delta_tasks[k]].to(d.dtype).contiguous(memory_format=memory_format(d)))
     if wanted[2] and gate is not None:
         # also where the gate is closed; a task without samples has none
-        present = {t for t, _ in batch.segments()}
         terms = [
             zero.sum() if d is None or t not in present else (grad_eff[t] * d.to(promoted)).sum()
             for t, d in enumerate(deltas)
@@ -213,9 +214,20 @@ def _with_dense_deltas(x: Tensor, lora: TaskLoraCall) -> TaskConvCall:
     return TaskConvCall(TaskWeights(base, dense, tasks, deltas.scaling), batch, STILL, bias)
 
 
+def _without_weight(lora: TaskLoraCall, call: TaskConvCall) -> list[Tensor]:
+    """The samples of each task that has neither W nor an open delta: of these nothing is multiplied."""
+    if lora.weight is not None:
+        return []
+    return [rows for t, rows in lora.batch.segments() if t not in call.weights.delta_tasks]
+
+
 def task_lora(x: Tensor, lora: TaskLoraCall) -> Tensor:
     """`task_linear` with the deltas `B_t A_t`; samples of no task are NaN."""
-    return task_linear(x, _with_dense_deltas(x, lora))
+    call = _with_dense_deltas(x, lora)
+    samples = _samples(x, lora.batch.order.shape[0])
+    for rows in _without_weight(lora, call):
+        samples = samples.index_fill(0, rows, 0)
+    return task_linear(samples, call).reshape(*x.shape[:-1], lora.shape[0])
 
 
 def task_lora_backward(
@@ -245,6 +257,8 @@ def task_lora_backward(
         grad_x = grad_x.index_copy(0, rows, part @ effective_weight(call.weights, t, inputs.dtype, num_tasks))
         grad_eff[t] = (part.flatten(0, 1).mT @ own.flatten(0, 1)).to(promoted)
         grad_bias[t] = part.to(promoted).sum((0, 1))
+    for rows in _without_weight(lora, call):
+        grad_x = grad_x.index_fill(0, rows, 0)
 
     def gradient(which: int, task: int, like: Tensor) -> Tensor:
         if task not in grad_eff or _is_closed(scaling, task):

@@ -56,7 +56,7 @@ def task_conv2d(
         weight: W, `[Cout, Cin / groups, kh, kw]`, shared by all tasks; None: wholly separate weights. In the dtype of
             x, or float32 beside a 16-bit x (added in float32, rounded once).
         delta: one `[T, Cout, Cin / groups, kh, kw]` tensor, or a list of T tensors and Nones (None: that task sees W),
-            or None: every task sees W. In the dtype of `weight`.
+            or None: every task sees W. In the dtype of `weight`. A task that has neither sees zeros.
         task_ids: `[N]` int32 or int64 from 0 to T - 1, in any order; a task may have no sample. Or a `TaskPlan`, so
             that a network sorts its batch once.
         gate: s, `[T]`; None: all ones. A gate that is exactly 0: that Delta is not read, neither forward nor for the
@@ -72,9 +72,8 @@ def task_conv2d(
 
     Raises:
         TypeError: arguments of the wrong kind or dtype.
-        ValueError: shapes, devices or numbers of tasks that do not agree; `weight=None` with `delta=None`; on the
-            CPU an id out of range. On a GPU such a sample's result is NaN; `FASTMTL_CHECK=1` raises there too, and
-            waits.
+        ValueError: shapes, devices or numbers of tasks that do not agree; neither a weight nor a delta; on the CPU an
+            id out of range. On a GPU such a sample's result is NaN; `FASTMTL_CHECK=1` raises there too, and waits.
 
     Differentiable in x, weight, delta, gate and bias, twice (the second derivative through plain torch). On the CPU
     the delta of a task without samples, if it is one of a list, gets no gradient (None). Source: Wallingford et al.

@@ -50,7 +50,7 @@ def task_linear(
         weight: W, `[Cout, Cin]`, shared by all tasks; None: wholly separate weights. In the dtype of x, or float32
             beside a 16-bit x.
         delta: one `[T, Cout, Cin]` tensor, or a list of T tensors and Nones (None: that task sees W), or None. In the
-            dtype of `weight`.
+            dtype of `weight`. A task that has neither sees zeros.
         task_ids: int32 or int64 from 0 to T - 1, in the shape of one or more leading dimensions of x: `[N]`, or
             `[N, L]` for packed sequences. Or a `TaskPlan` of such ids.
         gate: s, `[T]`; None: all ones. What a gate that is exactly 0 means: see `task_conv2d`.

@@ -54,7 +54,8 @@ def task_lora(
         weight: W, `[Cout, Cin]`, shared by all tasks; None: there are the deltas alone, for example beside a layer
             whose weight is quantised. In the dtype of x, or float32 beside a 16-bit x.
         A: one `[T, r, Cin]` tensor, or a list of T tensors `[r_t, Cin]` and Nones (None: that task has no delta), or
-            None (no task has one). In the dtype of x, or float32 beside a 16-bit x, whichever `weight` has.
+            None (no task has one). In the dtype of x, or float32 beside a 16-bit x, whichever `weight` has. Of a task
+            that has neither W nor a delta nothing is multiplied: its result is the bias, or zero.
         B: one `[T, Cout, r]` tensor, or a list of T tensors `[Cout, r_t]` and Nones: of the kind of A and in its dtype.
         task_ids: int32 or int64 from 0 to T - 1, in the shape of one or more leading dimensions of x: `[N]`, or
             `[N, L]` for packed sequences. Or a `TaskPlan` of such ids.

@@ -92,11 +92,6 @@ def _walk(
             continue
         w = stage.weight(segment.task)
         for cut in cuts(segment, sample_bytes, weight_bytes):
-            if w is None:
-                # W is zero: there is only dx to write
-                assert grad_x is not None
-                grad_x.fill(cut)
-                continue
             gx, gw = convolution_backward(grad_out.take(cut), source.take(cut), w, geometry, want_x, want_weight)
             if want_x and grad_x is not None:
                 grad_x.put(cut, gx)

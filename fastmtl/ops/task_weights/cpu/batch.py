@@ -165,10 +165,3 @@ class Samples:
             _copy_rows(source, None, self.rows[cut.first : cut.end], None)
         else:
             _copy_rows(source, None, self.rows, cut.samples)
-
-    def fill(self, cut: Cut) -> None:
-        """Zeros in the samples of the cut."""
-        if cut.samples is None:
-            self.x[cut.first : cut.end].zero_()
-        else:
-            self.x.index_fill_(0, cut.samples, 0)

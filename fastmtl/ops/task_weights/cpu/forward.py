@@ -47,27 +47,23 @@ def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
             own_bias = bias[segment.task].detach().to(x.dtype)
         w = stage.weight(segment.task)
         for cut in cuts(segment, source.sample_bytes + target.sample_bytes, weight_bytes):
-            if w is None:
-                target.fill(cut)
-            else:
-                target.put(cut, F.conv2d(source.take(cut), w, own_bias, *geometry))
-        if bias is not None and (w is None or (segment.task is None and bias.dim() == 2)):
+            target.put(cut, F.conv2d(source.take(cut), w, own_bias, *geometry))
+        if bias is not None and bias.dim() == 2 and segment.task is None:
             _add_bias(y, bias.detach(), batch, segment)
     return result if y is result else result.copy_(y)
 
 
 def _add_bias(y: Tensor, bias: Tensor, batch: Batch, segment: Segment) -> None:
-    """To the samples of a segment of several tasks, each its own."""
-    members = [segment.task] if segment.task is not None else [t for t in batch.present if not batch.is_open(t)]
-    bias = (bias if bias.dim() == 2 else bias[None]).to(y.dtype)
+    """To the samples of the segment of all tasks that see W itself, each its own: `[T, Cout]`."""
+    members = [t for t in batch.present if not batch.is_open(t)]
+    bias = bias.to(y.dtype)
     if len(members) == batch.num_tasks or segment.num_runs > len(members):
         samples = torch.from_numpy(np.concatenate([batch.samples([t]) for t in members]))
         counts = torch.tensor([len(batch.samples([t])) for t in members])
-        tasks = torch.tensor(members).repeat_interleave(counts)
-        rows = bias.index_select(0, tasks if bias.shape[0] > 1 else torch.zeros_like(tasks))
+        rows = bias.index_select(0, torch.tensor(members).repeat_interleave(counts))
         y.index_add_(0, samples, rows[:, :, None, None].expand(-1, -1, *y.shape[2:]))
         return
     for t in members:
-        row = bias[t if bias.shape[0] > 1 else 0][:, None, None]
+        row = bias[t][:, None, None]
         for first, end in Segment(t, batch.samples([t])).runs:
             y[first:end] += row

@@ -21,11 +21,11 @@ class Stage:
         self._promoted = torch.promote_types(weights.like.dtype, dtype)
         self._scratch: Tensor | None = None
 
-    def weight(self, task: int | None) -> Tensor | None:
-        """`W + s_t Delta_t` in the dtype of x, valid until the next call; W for None; None where that is zero."""
+    def weight(self, task: int | None) -> Tensor:
+        """`W + s_t Delta_t` in the dtype of x, valid until the next call; W for None, zeros where there is none."""
         base = self._base
         if task is None:
-            return None if base is None else plain_strides(base.to(self.dtype))
+            return plain_strides(torch.zeros_like(self.like) if base is None else base.to(self.dtype))
         delta, gate = self.batch.deltas[task], self.batch.gate(task)
         assert delta is not None
         delta = delta.detach()
