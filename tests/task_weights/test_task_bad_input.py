@@ -114,7 +114,7 @@ def _weights_of(shape: tuple[int, ...], names: str) -> list[Bad]:
         return _v(count, *shape, **options)
 
     return [
-        Bad("nothing", {"weight": None, "delta": None}, ValueError, r"weight, delta: expected a weight or the delta of"),
+        Bad("nothing", {"weight": None, "delta": None}, ValueError, r"weight, delta: expected a weight or the"),
         Bad("weight kind", {"weight": 3.0}, TypeError, r"weight: expected a tensor, got float"),
         Bad("weight int", {"weight": w(**INT)}, TypeError, r"weight: expected float64.*got torch.int64"),
         Bad("weight dims", {"weight": w()[0]}, ValueError, rf"weight: expected shape {names}"),
