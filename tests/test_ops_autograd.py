@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from fastmtl import ops
 
@@ -181,6 +183,50 @@ def test_nothing_outlives_a_derivative_of_a_derivative(make: Callable[[], Differ
         assert [x() is None for x in held] == [True] * len(held)
     finally:
         gc.enable()
+
+
+@each_op
+def test_saved_tensors_may_be_elsewhere(make: Callable[[], Differentiable], tmp_path: Path) -> None:
+    """On disk, or not saved at all: made again by a checkpoint of either kind."""
+
+    def pack(x: Tensor) -> Path:
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        torch.save(x, path)
+        return path
+
+    op, inputs = make()
+    with torch.autograd.graph.saved_tensors_hooks(pack, torch.load):
+        kept_on_disk = op(*inputs)
+    y = op(*inputs)
+    cotangent = torch.randn_like(y)
+    expected = torch.autograd.grad(y, inputs, cotangent)
+    results = [kept_on_disk, *(checkpoint(op, *inputs, use_reentrant=reentrant) for reentrant in (False, True))]
+    for other in results:
+        for x in inputs:
+            x.grad = None
+        other.backward(cotangent)
+        torch.testing.assert_close([x.grad for x in inputs], list(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", EVERY[:5], ids=lambda make: make.__name__)
+def test_backward_passes_inside_autocast_are_as_outside(make: Callable[[], Differentiable]) -> None:
+    op, inputs = make()
+    inputs = [x.detach().float().requires_grad_() for x in inputs]
+
+    def twice() -> list[tuple[Tensor | None, ...]]:
+        grads = torch.autograd.grad(y, inputs, cotangent, create_graph=True)
+        length = sum(g.square().sum() for g in grads)
+        return [grads, torch.autograd.grad(length, inputs, allow_unused=True)]
+
+    y = op(*inputs)
+    cotangent = torch.randn_like(y)
+    outside = twice()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = twice()
+    for some, others in zip(inside, outside, strict=True):
+        for a, b in zip(some, others, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a, b)
 
 
 # --- torch.func

@@ -44,6 +44,8 @@ def _first_device_type(args: Sequence[Any]) -> str:
 def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(implementation)
     def call(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return implementation(*args)
         with without_autocast(_first_device_type(args)):
             return implementation(*args)
 
@@ -77,7 +79,7 @@ def define_op(
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastmtl::{name}", fake, lib=LIBRARY)
     if backward is not None:
-        register_autograd(LIBRARY, name, run, backward, setup_context)
+        register_autograd(LIBRARY, name, run, _outside_autocast(backward), setup_context)
     PUBLIC_OPS[name] = (implementation, fake)
     return getattr(torch.ops.fastmtl, name).default
 

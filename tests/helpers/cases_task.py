@@ -510,7 +510,7 @@ _CHANGES: list[dict[str, Any]] = [
     *(given(weight_layout=layout, delta="nones") for layout in ("channels_last", "transposed", "sliced", "mixed")),
     *(given(weight_layout="mixed", shared=shared, x_layout="channels_last") for shared in (True, False)),
     *(given(delta=delta, gate="zeros") for delta in ("stacked", "stacked_sliced", "stacked_permuted", "nones")),
-    *(given(delta=delta, shared=False) for delta in ("stacked", "stacked_sliced", "stacked_permuted", "list")),
+    *(given(delta=delta, shared=False) for delta in ("stacked", "stacked_sliced", "stacked_permuted", "list", "nones")),
     *(given(delta=None, gate=gate, bias=bias) for gate in (None, "zeros") for bias in (None, "shared", "per_task")),
     *(given(delta="all_none", gate=gate, bias="per_task") for gate in (None, "values")),
     *(given(gate="closed", delta=delta, bias="per_task") for delta in ("list", "stacked", "nones")),
@@ -564,7 +564,10 @@ LINEAR_CASES += [
         *(given(x_layout=layout, ids="sorted", delta="stacked") for layout in LINEAR_LAYOUTS),
         *(given(grad_layout=layout, bias="per_task") for layout in LINEAR_LAYOUTS),
         *(given(delta=delta, gate="zeros") for delta in ("stacked", "stacked_sliced", "stacked_permuted", "nones")),
-        *(given(delta=delta, shared=False) for delta in ("stacked", "stacked_sliced", "stacked_permuted", "list")),
+        *(
+            given(delta=delta, shared=False)
+            for delta in ("stacked", "stacked_sliced", "stacked_permuted", "list", "nones")
+        ),
         *(given(delta=None, gate=gate, bias=bias) for gate in (None, "zeros") for bias in (None, "shared", "per_task")),
         *(
             given(gate="closed", delta=delta, shared=shared)

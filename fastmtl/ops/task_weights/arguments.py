@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -196,7 +197,10 @@ def _read_factors(
 
 
 def _check_scaling(x: Tensor, scaling: Any, tasks: dict[str, int]) -> None:
-    if scaling is None or _is_number(scaling):
+    if scaling is None:
+        return
+    if _is_number(scaling):
+        _check_size(scaling, "scaling")
         return
     if isinstance(scaling, Tensor):
         check_companion(scaling, "scaling", x)
@@ -211,11 +215,17 @@ def _check_scaling(x: Tensor, scaling: Any, tasks: dict[str, int]) -> None:
         for t, s in enumerate(scaling):
             if not _is_number(s):
                 raise TypeError(f"scaling[{t}]: expected a number, got {type(s).__name__}")
+            _check_size(s, f"scaling[{t}]")
     tasks["scaling"] = len(scaling)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_size(value: float, argument: str) -> None:
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{argument}: expected a number that a float holds, got an int of {value.bit_length()} bits")
 
 
 def scaling_tensor(x: Tensor, scaling: Scaling, num_tasks: int) -> Tensor | None:

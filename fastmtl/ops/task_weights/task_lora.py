@@ -266,7 +266,7 @@ def _straight(
     if isinstance(scaling, Tensor):
         of_tasks = scaling
         others.append(scaling)
-    elif type(scaling) in (int, float):
+    elif type(scaling) is float or (type(scaling) is int and scaling.bit_length() < 64):
         scaling = float(scaling)
     elif scaling is not None:
         return None
