@@ -16,7 +16,9 @@ from fastmtl.ops import task_conv2d, task_conv2d_weight_grad, task_plan
 def effective(made: Made, t: int) -> Tensor:
     """`W + s_t Delta_t`, differentiable, written out."""
     delta = None if made.delta is None else made.delta[t]
-    base = torch.zeros_like(delta) if made.weight is None else made.weight
+    base = made.weight
+    if base is None:
+        base = torch.zeros_like(next(d for d in made.delta if d is not None))
     if delta is None:
         return base
     return base + (delta if made.gate is None else made.gate[t] * delta)

@@ -20,7 +20,7 @@ def row_by_row(case: LinearCase, made: Made) -> Tensor:
         delta = None if made.delta is None else made.delta[t]
         if delta is not None and made.gate is not None:
             delta = made.gate[t] * delta
-        parts = [w for w in (made.weight, delta) if w is not None]
+        parts = [w for w in (made.weight, delta) if w is not None] or [made.x.new_zeros(case.cout, case.cin)]
         bias = made.bias if made.bias is None or made.bias.dim() == 1 else made.bias[t]
         rows.append(F.linear(x, sum(parts[1:], parts[0]), bias))
     return torch.stack(rows).reshape(case.out_shape) if rows else made.x.new_zeros(case.out_shape)
