@@ -685,6 +685,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight dtype": ({"weight": _v(6, 2, **DOUBLE)}, TypeError, r"weight: expected torch.float32 .*float64"),
     "weight meta": ({"weight": _v(6, 2, **META)}, ValueError, r"weight: expected device cpu as x, got meta"),
     "nothing": (_ALONE, ValueError, r"weight, A, B: expected a weight or the factors of at least one task, got none"),
+    "scaling huge": ({"scaling": 10**400}, ValueError, r"scaling: expected a number that a float holds, got an int of"),
+    "scaling huge of one": ({"scaling": [1, 10**400, 1]}, ValueError, r"scaling\[1\]: expected a number that a float"),
     "nothing in lists": (
         {"weight": None, "A": [None] * 3, "B": [None] * 3},
         ValueError,
