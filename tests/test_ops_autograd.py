@@ -131,6 +131,14 @@ def combine_lists() -> Differentiable:
     return lambda w, *g: torch.cat(ops.combine(w, [list(g[:2]), list(g[2:])])), inputs
 
 
+def value(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def weighted(*inputs: Tensor) -> Tensor:
+        y = op(*inputs)
+        return (y * torch.arange(1.0, 1 + y.numel(), dtype=F64).view_as(y)).sin().sum()
+
+    return weighted
+
+
 EVERY = [scale_shift, linear, conv, lora, batch_norm, combine_lists]
 each_op = pytest.mark.parametrize("make", EVERY, ids=lambda make: make.__name__)
 
@@ -229,15 +237,18 @@ def test_backward_passes_inside_autocast_are_as_outside(make: Callable[[], Diffe
             assert a is None or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("make", [linear, batch_norm], ids=lambda make: make.__name__)
+def test_a_compiled_backward_pass(make: Callable[[], Differentiable], fresh_compiler: None) -> None:
+    """Compiled autograd, where the compiler reads the formulas."""
+    op, inputs = make()
+    expected = torch.autograd.grad(value(op)(*inputs), inputs)
+    loss = value(op)(*inputs)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: loss.backward(), backend="aot_eager")()
+    torch.testing.assert_close([x.grad for x in inputs], list(expected))
+
+
 # --- torch.func
-
-
-def value(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def weighted(*inputs: Tensor) -> Tensor:
-        y = op(*inputs)
-        return (y * torch.arange(1.0, 1 + y.numel(), dtype=F64).view_as(y)).sin().sum()
-
-    return weighted
 
 
 @each_op

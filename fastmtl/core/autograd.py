@@ -28,10 +28,9 @@ def _has_tangent(args: Sequence[Any]) -> bool:
 class _BackwardCall:
     """What a formula sees of its node: all that `setup_context` left there, and what this call alone is told.
 
-    Several threads may go backward through one node at once, so that nothing is written to the node itself.
+    Several threads may go backward through one node at once, so that nothing is written to the node itself. Without
+    slots, which the compiler of a backward pass does not find beside `__getattr__` (torch 2.13).
     """
-
-    __slots__ = ("_node", "needs_input_grad")
 
     def __init__(self, node: Any, needs_input_grad: tuple[Any, ...]) -> None:
         self._node = node
