@@ -1,8 +1,9 @@
-// fastmtl._C: what was built. Tensors go through torch's dispatcher only.
+// fastmtl._C: what was built, and the few calls that small layers make past torch's dispatcher.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cpu/simd/kernels.h"
+#include "cpu/task_weights/straight.h"
 #include "cuda/gradients/plan.h"
 
 #define FASTMTL_TEXT_(x) #x
@@ -18,8 +19,24 @@ inline std::vector<std::string> kernels() { return {}; }
 #endif
 }  // namespace fastmtl::cuda
 
+namespace {
+
+// as plain functions of C: pybind11's call takes longer than some of them
+template <auto function>
+PyCFunction fast() {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+PyMethodDef straight_calls[] = {
+    {"all_closed", fast<&fastmtl::cpu::all_closed>(), METH_FASTCALL, nullptr},
+    {"task_batch_norm_given", fast<&fastmtl::cpu::task_batch_norm_given>(), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastmtl.";
+  if (PyModule_AddFunctions(m.ptr(), straight_calls) != 0) throw pybind11::error_already_set();
   m.def(
       "build_info",
       [] {

@@ -16,6 +16,12 @@ using RunMoments = void (*)(const void* x, int64_t length, double* mean, double*
 using Scales = void (*)(const void* weight, const void* var, double eps, int64_t length, void* scale);
 // y = (x - mean) * scale + shift
 using RunAffine = void (*)(const void* x, int64_t length, double mean, double scale, double shift, void* y);
+// the same of `channels` runs of any number of pixels, one behind the other; tables of channels
+using ChannelsAffine = void (*)(const void* x, int64_t channels, int64_t pixels, const void* mean, const void* scale,
+                                const void* shift, void* y);
+// the same of any number of pixels, one behind the other, of any number of channels
+using PixelsAffine = void (*)(const void* x, int64_t pixels, int64_t channels, const void* mean, const void* scale,
+                              const void* shift, void* y);
 // adds the sums of g and of g * (x - mean)
 using RunProducts = void (*)(const void* g, const void* x, int64_t length, double mean, double* sum, double* product);
 // out = g * of_g + (x - mean) * of_x + constant
@@ -43,6 +49,8 @@ struct Norms {  // by DType of x
   RowsProducts rows_products[4];
   RowsGradient rows_gradient[4];
   Scales scales[4];
+  ChannelsAffine channels_affine[4];
+  PixelsAffine pixels_affine[4];
 };
 
 }  // namespace fastmtl::cpu

@@ -7,11 +7,11 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/simd/kernels.h"
 #include "cpu/task_weights/batch.h"
+#include "cpu/task_weights/pictures.h"
 
 namespace fastmtl::cpu {
 namespace {
@@ -22,15 +22,6 @@ constexpr int64_t kMaxChannels = 64;
 // rows of pixels with partial sums of their own, where channels lie side by side
 constexpr int64_t kMinRows = 32, kMaxRows = 256;
 constexpr int64_t kRowElements = 8192;
-
-// x as [N, C, P] or, `rows`, [N, P, C]
-struct Pictures {
-  int64_t samples, channels, pixels;
-  bool rows;
-  DType dtype;
-  int64_t bytes;  // of an element
-  int64_t of_sample() const { return channels * pixels * bytes; }
-};
 
 Pictures pictures_of(const Tensor& x, bool rows) {
   const DType dtype = dtype_of(x);
@@ -227,150 +218,6 @@ void forward(const Tensor& x_, const Pictures& p, const Batch& batch, const S* w
   });
 }
 
-// --- forward by given statistics: nothing is summed, so each sample goes by itself, and is read once
-
-// elements that are worth a thread of their own
-constexpr int64_t kWorth = 32768;
-// shorter runs of pixels are taken side by side, beside numbers that are repeated for each pixel
-constexpr int64_t kShortRun = 8;
-
-// the numbers of tasks, one tensor `[C]` for each; none: they have no such numbers
-using Held = std::vector<Tensor>;
-
-// whether the numbers can be read as they lie
-bool is_readable(const Held& held, const Batch& batch, const Pictures& p) {
-  if (held.empty()) return true;
-  if (static_cast<int64_t>(held.size()) != batch.num_tasks) return false;
-  for (const Tensor& x : held) {
-    if (x.device().type() != torch::headeronly::DeviceType::CPU || x.scalar_type() != held[0].scalar_type() ||
-        x.dim() != 1 || x.size(0) != p.channels || !x.is_contiguous())
-      return false;
-  }
-  using torch::headeronly::ScalarType;
-  const ScalarType dtype = held[0].scalar_type();
-  if (dtype == ScalarType::Float) return p.dtype != DType::f64;
-  const bool known = dtype == ScalarType::Double || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  return known && dtype_of(held[0]) == p.dtype;
-}
-
-template <class S>
-struct Given {
-  const Held &weight, &bias, &mean, &var;
-  double eps;
-};
-
-// a task's numbers as S, in place or widened into `room`
-template <class S>
-const S* numbers(const Held& held, int64_t task, int64_t channels, S* room) {
-  const Tensor& x = held[static_cast<size_t>(task)];
-  const DType dtype = dtype_of(x);
-  if (size_of(dtype) == sizeof(S)) return static_cast<const S*>(x.const_data_ptr());
-  if constexpr (std::is_same_v<S, float>) {
-    const char* from = static_cast<const char*>(x.const_data_ptr());
-    for (int64_t c = 0; c < channels; c += kBlock)
-      kernels().widen[static_cast<int>(dtype)](from + c * size_of(dtype), room + c, std::min(kBlock, channels - c));
-  }
-  return room;
-}
-
-// what one task's samples are normalised by, as they meet it: `columns` numbers of each kind
-template <class S>
-class Columns {
- public:
-  // `each`: every number that often in a row; `rounds`: all of them so often
-  Columns(const Given<S>& given, const Pictures& p, int64_t each, int64_t rounds)
-      : given_(given), p_(p), each_(each), rounds_(rounds), columns_(p.channels * each * rounds) {
-    room_.resize(static_cast<size_t>(4 * p.channels + 3 * columns_));
-  }
-
-  void take(int64_t task) {
-    if (task == task_) return;
-    task_ = task;
-    const int64_t n = p_.channels;
-    S* room = room_.data();
-    const S* var = numbers(given_.var, task, n, room);
-    const S* weight = given_.weight.empty() ? nullptr : numbers(given_.weight, task, n, room + n);
-    // over the numbers that it is made of: each entry is read before it is written
-    kernels().norms.scales[static_cast<int>(p_.dtype)](weight, var, given_.eps, n, room + n);
-    const S* shift = room + 2 * n;
-    if (given_.bias.empty()) std::fill_n(room + 2 * n, n, S(0));
-    else shift = numbers(given_.bias, task, n, room + 2 * n);
-    mean = repeated(numbers(given_.mean, task, n, room + 3 * n), 0);
-    scale = repeated(room + n, 1);
-    this->shift = repeated(shift, 2);
-  }
-
-  const S *mean = nullptr, *scale = nullptr, *shift = nullptr;
-
- private:
-  const S* repeated(const S* from, int64_t kind) {
-    if (columns_ == p_.channels) return from;
-    S* to = room_.data() + 4 * p_.channels + kind * columns_;
-    S* at = to;
-    for (int64_t r = 0; r < rounds_; ++r)
-      for (int64_t c = 0; c < p_.channels; ++c)
-        for (int64_t e = 0; e < each_; ++e) *at++ = from[c];
-    return to;
-  }
-
-  const Given<S>& given_;
-  const Pictures& p_;
-  int64_t each_, rounds_, columns_, task_ = -1;
-  std::vector<S> room_;
-};
-
-// y may lie where x does not; samples of no task are left alone
-template <class S>
-void apply(const char* x, const Pictures& p, const Batch& batch, const Given<S>& given, char* y) {
-  const Norms& kernel = kernels().norms;
-  const int dtype = static_cast<int>(p.dtype);
-  const bool runs = !p.rows && p.pixels > kShortRun;
-  // lines of a sample: runs of a channel, or rows of some pixels, the last of which may be shorter
-  const int64_t together = p.rows ? std::clamp<int64_t>(kNormColumns / p.channels, 1, p.pixels) : p.pixels;
-  const int64_t columns = runs ? p.pixels : p.channels * together;
-  const int64_t lines = runs ? p.channels : (p.pixels + together - 1) / together;
-  const int64_t last = p.channels * p.pixels - (lines - 1) * columns;
-  const int64_t part = std::clamp<int64_t>(kWorth / columns, 1, std::min(lines, kMaxRows));
-  const int64_t parts = (lines + part - 1) / part;
-  const int64_t begin = batch.offsets[0], count = batch.offsets[batch.num_tasks] - begin;
-  const int64_t grain = std::max<int64_t>(1, kWorth / (part * columns));
-  auto some = [&](int64_t first, int64_t end) {
-    Columns<S> own(given, p, p.rows || runs ? 1 : p.pixels, p.rows ? together : 1);
-    int64_t task = 0;
-    for (int64_t k = first; k < end; ++k) {
-      const int64_t at = begin + k / parts, line = k % parts * part, stop = std::min(line + part, lines);
-      while (batch.offsets[task + 1] <= at) ++task;
-      own.take(task);
-      const int64_t place = batch.order[at] * p.of_sample() + line * columns * p.bytes;
-      if (runs) {
-        for (int64_t c = line; c < stop; ++c)
-          for (int64_t b = 0; b < p.pixels; b += kBlock) {
-            const int64_t from = place + ((c - line) * columns + b) * p.bytes;
-            kernel.run_affine[dtype](x + from, std::min(kBlock, p.pixels - b), static_cast<double>(own.mean[c]),
-                                     static_cast<double>(own.scale[c]), static_cast<double>(own.shift[c]), y + from);
-          }
-        continue;
-      }
-      const void* from[kMaxRows];
-      void* to[kMaxRows];
-      for (int64_t r = 0; r < stop - line; ++r) {
-        from[r] = x + place + r * columns * p.bytes;
-        to[r] = y + place + r * columns * p.bytes;
-      }
-      const bool ragged = stop == lines && last < columns;
-      const int whole = static_cast<int>(stop - line) - ragged;
-      auto rows = [&](int skip, int num, int64_t width) {
-        for (int64_t c = 0; c < width && num > 0; c += kNormColumns)
-          kernel.rows_affine[dtype](from + skip, num, c, std::min(kNormColumns, width - c), own.mean + c, own.scale + c,
-                                    own.shift + c, to + skip);
-      };
-      rows(0, whole, columns);
-      rows(whole, ragged, last);
-    }
-  };
-  if (count > 0) torch::stable::parallel_for(0, count * parts, grain, some);
-}
-
 // --- backward
 
 // dx = g * of_g + (x - mean) * of_x + constant
@@ -536,29 +383,6 @@ void batch_norm_backward(const Tensor& grad_out, const Tensor& x, const std::opt
   else run(0.0f);
 }
 
-// whether it was done: not where a tensor lies or is cut otherwise than here, nor where the plan does not fit
-bool batch_norm_given(const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& bias,
-                      const std::vector<Tensor>& mean, const std::vector<Tensor>& var, const Tensor& order,
-                      const Tensor& offsets, double eps, const Tensor& y) {
-  using torch::headeronly::ScalarType;
-  if (x.numel() == 0 || x.dim() != 4 || mean.empty() || var.empty() || order.numel() != x.size(0)) return false;
-  const bool rows = !x.is_contiguous();
-  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  if (rows && !(x.stride(1) == 1 && x.stride(3) == c && x.stride(2) == w * c && x.stride(0) == h * w * c)) return false;
-  for (int64_t d = 0; d < 4; ++d)
-    if (y.stride(d) != x.stride(d)) return false;
-  const Pictures p = pictures_of(x, rows);
-  const Batch batch = batch_of(order, offsets, p.samples);
-  if (batch.offsets[0] != 0 || batch.offsets[batch.num_tasks] != p.samples) return false;
-  for (const Held* held : {&weight, &bias, &mean, &var})
-    if (!is_readable(*held, batch, p)) return false;
-  const char* from = static_cast<const char*>(x.const_data_ptr());
-  char* to = static_cast<char*>(y.mutable_data_ptr());
-  if (p.dtype == DType::f64) apply<double>(from, p, batch, {weight, bias, mean, var, eps}, to);
-  else apply<float>(from, p, batch, {weight, bias, mean, var, eps}, to);
-  return true;
-}
-
 // --- running statistics
 
 // where the numbers of a task lie: in one tensor of all tasks, or in one for each
@@ -622,7 +446,6 @@ void batch_norm_update(const Tensor& mean, const Tensor& var, const Tensor& offs
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("_task_batch_norm", TORCH_BOX(&fastmtl::cpu::batch_norm));
-  m.impl("_task_batch_norm_given", TORCH_BOX(&fastmtl::cpu::batch_norm_given));
   m.impl("_task_batch_norm_backward", TORCH_BOX(&fastmtl::cpu::batch_norm_backward));
   m.impl("_task_batch_norm_update", TORCH_BOX(&fastmtl::cpu::batch_norm_update));
 }

@@ -1,12 +1,11 @@
-// What the host asks of a batch and of gates before a layer runs: each answer takes less than a small layer.
+// A batch sorted by task.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <optional>
 #include <vector>
 
-#include "cpu/simd/kernels.h"
+#include "common/rows.h"
 
 namespace fastmtl::cpu {
 namespace {
@@ -43,29 +42,9 @@ bool task_plan(const Tensor& ids, const Tensor& order, const Tensor& offsets) {
   return sort_by_task(static_cast<const int32_t*>(ids.const_data_ptr()), ids.numel(), tasks, to, bounds);
 }
 
-double number(const Tensor& x) {
-  const DType dtype = dtype_of(x);
-  const void* from = x.const_data_ptr();
-  if (dtype == DType::f64) return *static_cast<const double*>(from);
-  if (dtype == DType::f32) return static_cast<double>(*static_cast<const float*>(from));
-  float wide = 0;
-  kernels().widen[static_cast<int>(dtype)](from, &wide, 1);
-  return static_cast<double>(wide);
-}
-
-// whether all gates are 0, or with a limit all scores below it; not a number is neither
-bool all_closed(const std::vector<Tensor>& gates, const std::optional<double>& limit) {
-  return std::all_of(gates.begin(), gates.end(), [&](const Tensor& gate) {
-    STD_TORCH_CHECK(gate.numel() == 1, "fastmtl: expected a gate of one number, got ", gate.numel());
-    const double value = number(gate);
-    return limit.has_value() ? value < *limit : value == 0;
-  });
-}
-
 }  // namespace
 }  // namespace fastmtl::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("_task_plan", TORCH_BOX(&fastmtl::cpu::task_plan));
-  m.impl("_all_closed", TORCH_BOX(&fastmtl::cpu::all_closed));
 }

@@ -156,15 +156,10 @@ class TaskBatchNorm2d(TaskNorm):
             return None
         if len(present) == 1:
             return self._of_one_task(x, self.tasks[present[0]])
-        held, found = self._modules, []
-        for child in ("weight", "bias", "running_mean", "running_var"):
-            of = held[child]
-            own = {} if of is None else of._buffers if isinstance(of, TaskBuffers) else of._parameters
-            found.append([] if of is None else [own.get(name) for name in self.tasks])
-            if any(p is None for p in found[-1]):
-                # one that is parametrised is computed
-                return None
-        return task_batch_norm_given(x, self._plan(x), *found, self.eps)
+        held = self._modules
+        of = [None if (child := held[name]) is None else child._parameters for name in ("weight", "bias")]
+        means, variances = held["running_mean"]._buffers, held["running_var"]._buffers
+        return task_batch_norm_given(x, self._plan(x), self.tasks, *of, means, variances, self.eps)
 
     def _of_one_task(self, x: Tensor, task: str) -> Tensor | None:
         """torch's batch norm, if it takes these dtypes as the op does."""

@@ -23,9 +23,6 @@ from fastmtl.ops.task_weights.cpu.task_plan import all_closed
 _Layer = TypeVar("_Layer", bound="TaskLayer")
 Rank = int | Mapping[str, int]
 
-# gates that are read one by one: as fast as a call for all of them
-_FEW = 16
-
 # of a plain layer: what runs beside its forward, and would not run any more
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -465,23 +462,20 @@ class TaskLayer(TaskModule):
         if taps is not None and type(taps) is not TapsGate:
             return False
         own, names = held._parameters, self.tasks
-        if len(present) > _FEW and straight_to_cpu():
-            gates = [own.get(names[t]) for t in present]
-            if any(g is None or not g.is_cpu or g.dtype != gates[0].dtype for g in gates):
-                return False
-            return all_closed(gates, None if taps is None else rounded(taps.threshold, gates[0].dtype))
-        dtype = limit = None
+        first = own.get(names[present[0]]) if present else None
+        if first is not None and straight_to_cpu():
+            limit = None if taps is None else rounded(taps.threshold, first.dtype)
+            closed = all_closed(own, names, present, limit)
+            if closed is not None:
+                return closed
         for t in present:
             gate = own.get(names[t])
             # one that is parametrised is computed; a gate on a GPU would have to be waited for
             if gate is None or not gate.is_cpu:
                 return False
-            if taps is not None and gate.dtype != dtype:
-                dtype = gate.dtype
-                limit = rounded(taps.threshold, dtype)
             value = gate.item()
             # not a number closes no gate
-            if not (value == 0 if limit is None else value < limit):
+            if not (value == 0 if taps is None else value < rounded(taps.threshold, gate.dtype)):
                 return False
         return True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -117,10 +117,11 @@ def task_batch_norm(
 def task_batch_norm_given(
     x: Tensor,
     plan: TaskPlan,
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    running_mean: Sequence[Tensor],
-    running_var: Sequence[Tensor],
+    names: tuple[str, ...],
+    weight: Mapping[str, Tensor | None] | None,
+    bias: Mapping[str, Tensor | None] | None,
+    running_mean: Mapping[str, Tensor | None],
+    running_var: Mapping[str, Tensor | None],
     eps: float,
 ) -> Tensor | None:
     """`task_batch_norm` by running statistics, for a layer on the CPU of which nothing asks for gradients; or None.
@@ -131,15 +132,18 @@ def task_batch_norm_given(
     Args:
         x: `[N, C, H, W]`.
         plan: of the batch.
-        weight: T tensors `[C]`, or none.
-        bias: T tensors `[C]`, or none.
-        running_mean: T tensors `[C]`.
-        running_var: T tensors `[C]`.
+        names: of the T tasks.
+        weight: tensors `[C]` by the tasks' names, or None; of tasks that have no samples nothing is read.
+        bias: as `weight`.
+        running_mean: as `weight`, but not None.
+        running_var: as `running_mean`.
         eps: added to the variance.
     """
     if type(x) is not Tensor or not x.is_cpu or not straight_to_cpu():
         return None
-    return batch_norm_cpu.given(x, weight, bias, running_mean, running_var, plan.order, plan.offsets, eps)
+    return batch_norm_cpu.given(
+        x, names, weight, bias, running_mean, running_var, plan.order, plan.offsets, eps
+    )
 
 
 # --- arguments

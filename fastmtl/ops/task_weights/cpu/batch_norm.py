@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from fastmtl.core.dispatch import extension
 from fastmtl.core.schemas import define_kernel
 from fastmtl.core.task_weights import SortedBatch
 from fastmtl.core.tensors import has_rows, laid_out
@@ -16,11 +17,6 @@ from fastmtl.ops.task_weights.reference import rows_of_tasks
 _kernel = define_kernel(
     "_task_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor order, Tensor offsets, bool rows, bool of_batch, "
     "float eps, Tensor(a!) mean, Tensor(b!) var, Tensor(c!) y) -> ()"
-)
-# by the statistics of each task; whether it was done
-_given_kernel = define_kernel(
-    "_task_batch_norm_given(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] mean, Tensor[] var, Tensor order, "
-    "Tensor offsets, float eps, Tensor(a!) y) -> bool"
 )
 _backward_kernel = define_kernel(
     "_task_batch_norm_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor order, "
@@ -69,20 +65,25 @@ def batch_norm(
 
 def given(
     x: Tensor,
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    var: Sequence[Tensor],
+    names: tuple[str, ...],
+    weight: Mapping[str, Tensor | None] | None,
+    bias: Mapping[str, Tensor | None] | None,
+    mean: Mapping[str, Tensor | None],
+    var: Mapping[str, Tensor | None],
     order: Tensor,
     offsets: Tensor,
     eps: float,
 ) -> Tensor | None:
-    """The result alone, by given statistics, of T tensors `[C]` each; None: `batch_norm` must do it.
+    """The result alone, by given statistics, of tensors `[C]` by the tasks' names; None: `batch_norm` must do it.
 
-    Tensors that do not fit, and those that lie otherwise than the kernel reads them, are left to `batch_norm`.
+    What belongs to tasks without samples is not read. Tensors that do not fit, and those that lie otherwise than the
+    kernel reads them, are left to `batch_norm`. Needs the extension.
     """
+    if x.is_neg():
+        return None
     y = torch.empty_like(x)
-    return y if _given_kernel(x, weight, bias, mean, var, order, offsets, eps, y) else None
+    done = extension.task_batch_norm_given(x, y, names, weight, bias, mean, var, order, offsets, eps)
+    return y if done else None
 
 
 def _sorted(batch: SortedBatch) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from fastmtl.core.dispatch import extension
 from fastmtl.core.schemas import define_kernel
 
 # whether all ids are those of a task; else nothing is sorted
 _plan_kernel = define_kernel("_task_plan(Tensor ids, Tensor(a!) order, Tensor(b!) offsets) -> bool")
-# whether all gates are 0, or with a limit all scores below it
-all_closed = define_kernel("_all_closed(Tensor[] gates, float? limit) -> bool")
 
 
 def task_plan(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor] | None:
@@ -18,3 +19,14 @@ def task_plan(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor] | None:
     order = torch.empty(task_ids.numel(), dtype=torch.int64, device="cpu")
     offsets = torch.empty(num_tasks + 1, dtype=torch.int64, device="cpu")
     return (order, offsets) if _plan_kernel(task_ids.contiguous(), order, offsets) else None
+
+
+def all_closed(
+    gates: Mapping[str, Tensor | None], names: tuple[str, ...], present: tuple[int, ...], limit: float | None
+) -> bool | None:
+    """Whether all gates of the tasks that are present are 0, or with a limit all scores below it; not a number is neither.
+
+    None: one can't be read here, because it is parametrised, on another device, or of another dtype than the first.
+    Needs the extension.
+    """
+    return extension.all_closed(gates, names, present, limit)

@@ -1,0 +1,286 @@
+#include "cpu/task_weights/straight.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <exception>
+#include <memory>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/python_tensors.h"
+#include "cpu/simd/kernels.h"
+#include "cpu/task_weights/pictures.h"
+
+namespace fastmtl::cpu {
+namespace {
+
+bool counted(Py_ssize_t count, Py_ssize_t expected) {
+  if (count == expected) return true;
+  PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, count);
+  return false;
+}
+
+double number(const PythonTensor& x) {
+  if (*x.dtype == DType::f64) return *static_cast<const double*>(x.data);
+  if (*x.dtype == DType::f32) return static_cast<double>(*static_cast<const float*>(x.data));
+  float wide = 0;
+  kernels().widen[static_cast<int>(*x.dtype)](x.data, &wide, 1);
+  return static_cast<double>(wide);
+}
+
+// --- batch norm by given statistics: nothing is summed, so each sample goes by itself, and is read once
+
+// elements that are worth a thread of their own
+constexpr int64_t kWorth = 32768;
+// lines of a sample that a thread takes at a time
+constexpr int64_t kMaxLines = 256;
+
+// the numbers of one kind, by task: `[C]` each; null: a task without samples. Empty: tasks have no such numbers
+struct Held {
+  std::vector<const void*> data;
+  DType dtype = DType::f32;
+};
+
+struct Given {
+  Held weight, bias, mean, var;
+  double eps = 0;
+};
+
+// samples in the order of their tasks
+struct Sorted {
+  const int64_t* order;
+  const int64_t* offsets;
+  int64_t num_tasks;
+};
+
+// what one task's samples are normalised by: the numbers of all channels, `rounds` times in a row
+template <class S>
+class Columns {
+ public:
+  Columns(const Given& given, const Pictures& p, int64_t rounds)
+      : given_(given), p_(p), rounds_(rounds), room_(new S[static_cast<size_t>((4 + 3 * rounds) * p.channels)]) {}
+
+  void take(int64_t task) {
+    if (task == task_) return;
+    task_ = task;
+    const int64_t n = p_.channels;
+    S* room = room_.get();
+    const S* var = numbers(given_.var, room);
+    const S* weight = given_.weight.data.empty() ? nullptr : numbers(given_.weight, room + n);
+    // over the numbers that it is made of: each entry is read before it is written
+    kernels().norms.scales[static_cast<int>(p_.dtype)](weight, var, given_.eps, n, room + n);
+    if (given_.bias.data.empty()) std::fill_n(room + 2 * n, n, S(0));
+    mean = repeated(numbers(given_.mean, room + 3 * n), 0);
+    scale = repeated(room + n, 1);
+    shift = repeated(given_.bias.data.empty() ? room + 2 * n : numbers(given_.bias, room + 2 * n), 2);
+  }
+
+  const S *mean = nullptr, *scale = nullptr, *shift = nullptr;
+
+ private:
+  // the task's numbers as S, in place or widened into `room`
+  const S* numbers(const Held& held, S* room) const {
+    const void* data = held.data[static_cast<size_t>(task_)];
+    if (size_of(held.dtype) == sizeof(S)) return static_cast<const S*>(data);
+    if constexpr (std::is_same_v<S, float>) {
+      const char* from = static_cast<const char*>(data);
+      for (int64_t c = 0; c < p_.channels; c += kBlock)
+        kernels().widen[static_cast<int>(held.dtype)](from + c * size_of(held.dtype), room + c,
+                                                      std::min(kBlock, p_.channels - c));
+    }
+    return room;
+  }
+
+  const S* repeated(const S* from, int64_t kind) {
+    if (rounds_ == 1) return from;
+    S* to = room_.get() + (4 + kind * rounds_) * p_.channels;
+    for (int64_t r = 0; r < rounds_; ++r) std::copy_n(from, p_.channels, to + r * p_.channels);
+    return to;
+  }
+
+  const Given& given_;
+  const Pictures& p_;
+  int64_t rounds_, task_ = -1;
+  std::unique_ptr<S[]> room_;
+};
+
+// y lies as x does
+template <class S>
+void normalise(const char* x, const Pictures& p, const Sorted& batch, const Given& given, char* y) {
+  const Norms& kernel = kernels().norms;
+  const int dtype = static_cast<int>(p.dtype);
+  // lines of a sample: channels, or rows of some pixels, the last of which may be shorter
+  const int64_t together = p.rows ? std::clamp<int64_t>(kNormColumns / p.channels, 1, p.pixels) : 1;
+  const int64_t columns = p.rows ? p.channels * together : p.pixels;
+  const int64_t lines = p.rows ? (p.pixels + together - 1) / together : p.channels;
+  const int64_t last = p.channels * p.pixels - (lines - 1) * columns;
+  const int64_t part = std::clamp<int64_t>(kWorth / columns, 1, std::min(lines, kMaxLines));
+  const int64_t parts = (lines + part - 1) / part;
+  const int64_t grain = std::max<int64_t>(1, kWorth / (part * columns));
+  auto some = [&](int64_t first, int64_t end) {
+    Columns<S> own(given, p, together);
+    int64_t task = 0;
+    for (int64_t k = first; k < end; ++k) {
+      const int64_t at = k / parts, line = k % parts * part, stop = std::min(line + part, lines);
+      while (batch.offsets[task + 1] <= at) ++task;
+      own.take(task);
+      const int64_t place = batch.order[at] * p.of_sample() + line * columns * p.bytes;
+      if (!p.rows) {
+        kernel.channels_affine[dtype](x + place, stop - line, columns, own.mean + line, own.scale + line,
+                                      own.shift + line, y + place);
+        continue;
+      }
+      const int64_t whole = stop - line - (stop == lines && last < columns), rest = whole * columns * p.bytes;
+      kernel.pixels_affine[dtype](x + place, whole, columns, own.mean, own.scale, own.shift, y + place);
+      if (line + whole < stop)
+        kernel.pixels_affine[dtype](x + place + rest, 1, last, own.mean, own.scale, own.shift, y + place + rest);
+    }
+  };
+  torch::stable::parallel_for(0, p.samples * parts, grain, some);
+}
+
+// --- their arguments
+
+std::optional<Pictures> pictures_of(const PythonTensor& x, const PythonTensor& y) {
+  if (!x.dtype || x.dtype != y.dtype || x.dims != 4 || y.dims != 4) return std::nullopt;
+  const int64_t n = x.shape[0], c = x.shape[1], h = x.shape[2], w = x.shape[3];
+  if (n * c * h * w == 0 || x.data == y.data) return std::nullopt;
+  auto lies = [&](const PythonTensor& t, int64_t of_channel, int64_t of_row, int64_t of_column) {
+    const int64_t expected[] = {c * h * w, of_channel, of_row, of_column};
+    for (int d = 0; d < 4; ++d)
+      if (t.shape[d] != x.shape[d] || (t.shape[d] > 1 && t.strides[d] != expected[d])) return false;
+    return true;
+  };
+  const bool runs = lies(x, h * w, w, 1) && lies(y, h * w, w, 1);
+  if (!runs && !(lies(x, 1, w * c, c) && lies(y, 1, w * c, c))) return std::nullopt;
+  return Pictures{n, c, h * w, !runs, *x.dtype, size_of(*x.dtype)};
+}
+
+std::optional<Sorted> sorted_of(PyObject* order_, PyObject* offsets_, int64_t num_tasks, int64_t samples) {
+  const std::optional<PythonTensor> order = read_tensor(order_), offsets = read_tensor(offsets_);
+  if (!order || !offsets || !order->is_int64 || !offsets->is_int64 || !order->is_vector(samples) ||
+      !offsets->is_vector(num_tasks + 1))
+    return std::nullopt;
+  const Sorted batch{static_cast<const int64_t*>(order->data), static_cast<const int64_t*>(offsets->data), num_tasks};
+  if (batch.offsets[0] != 0 || batch.offsets[num_tasks] != samples) return std::nullopt;
+  for (int64_t t = 0; t < num_tasks; ++t)
+    if (batch.offsets[t] > batch.offsets[t + 1]) return std::nullopt;
+  for (int64_t i = 0; i < samples; ++i)
+    if (batch.order[i] < 0 || batch.order[i] >= samples) return std::nullopt;
+  return batch;
+}
+
+// a number that is to be negated when it is read has no mark that `read_tensor` sees
+bool is_negated(PyObject* tensor) {
+  PyObject* found = PyObject_CallMethod(tensor, "is_neg", nullptr);
+  const bool negated = found != Py_False;
+  Py_XDECREF(found);
+  PyErr_Clear();
+  return negated;
+}
+
+// Python objects that stay alive meanwhile
+class Kept {
+ public:
+  Kept() = default;
+  Kept(const Kept&) = delete;
+  Kept& operator=(const Kept&) = delete;
+  ~Kept() {
+    for (PyObject* x : kept_) Py_DECREF(x);
+  }
+  void add(PyObject* x) { kept_.push_back(Py_NewRef(x)); }
+
+ private:
+  std::vector<PyObject*> kept_;
+};
+
+// the numbers of the tasks that have samples; whether they can be read as they lie
+bool read_held(PyObject* dict, PyObject* names, const Sorted& batch, const Pictures& p, Kept& kept, Held* held) {
+  if (dict == Py_None) return true;
+  bool first = true;
+  held->data.resize(static_cast<size_t>(batch.num_tasks));
+  for (int64_t t = 0; t < batch.num_tasks; ++t) {
+    if (batch.offsets[t] == batch.offsets[t + 1]) continue;
+    PyObject* tensor = tensor_of(dict, PyTuple_GET_ITEM(names, t));
+    const std::optional<PythonTensor> x = read_tensor(tensor);
+    if (!x || !x->dtype || !x->is_vector(p.channels) || (p.channels == 1 && is_negated(tensor))) return false;
+    if (first) held->dtype = *x->dtype;
+    if (*x->dtype != held->dtype) return false;
+    first = false;
+    held->data[static_cast<size_t>(t)] = x->data;
+    kept.add(tensor);
+  }
+  return held->dtype == DType::f32 ? p.dtype != DType::f64 : held->dtype == p.dtype;
+}
+
+bool run_batch_norm(PyObject* const* args) {
+  PyObject* names = args[2];
+  const std::optional<PythonTensor> x = read_tensor(args[0]), y = read_tensor(args[1]);
+  if (!x || !y || !PyTuple_Check(names) || args[5] == Py_None || args[6] == Py_None) return false;
+  const std::optional<Pictures> p = pictures_of(*x, *y);
+  if (!p) return false;
+  const std::optional<Sorted> batch = sorted_of(args[7], args[8], PyTuple_GET_SIZE(names), p->samples);
+  if (!batch) return false;
+  Kept kept;
+  Given given;
+  Held* const held[] = {&given.weight, &given.bias, &given.mean, &given.var};
+  for (int k = 0; k < 4; ++k)
+    if (!read_held(args[3 + k], names, *batch, *p, kept, held[k])) return false;
+  given.eps = PyFloat_AsDouble(args[9]);
+  if (PyErr_Occurred()) return false;
+  const char* from = static_cast<const char*>(x->data);
+  char* to = static_cast<char*>(y->data);
+  PyThreadState* state = PyEval_SaveThread();
+  std::exception_ptr error;
+  try {
+    if (p->dtype == DType::f64) normalise<double>(from, *p, *batch, given, to);
+    else normalise<float>(from, *p, *batch, given, to);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  PyEval_RestoreThread(state);
+  if (error) std::rethrow_exception(error);
+  return true;
+}
+
+std::optional<bool> are_closed(PyObject* gates, PyObject* names, PyObject* present, PyObject* limit) {
+  if (!PyTuple_Check(names) || !PyTuple_Check(present)) return std::nullopt;
+  const double below = limit == Py_None ? 0 : PyFloat_AsDouble(limit);
+  std::optional<DType> dtype;
+  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(present); ++k) {
+    const Py_ssize_t t = PyLong_AsSsize_t(PyTuple_GET_ITEM(present, k));
+    if (t < 0 || t >= PyTuple_GET_SIZE(names)) return std::nullopt;
+    const std::optional<PythonTensor> gate = read_tensor(tensor_of(gates, PyTuple_GET_ITEM(names, t)));
+    if (!gate || !gate->dtype || gate->dims != 0 || (dtype && dtype != gate->dtype)) return std::nullopt;
+    dtype = gate->dtype;
+    const double value = number(*gate);
+    // not a number closes no gate
+    if (!(limit == Py_None ? value == 0 : value < below)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+PyObject* all_closed(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!counted(count, 4)) return nullptr;
+  const std::optional<bool> closed = are_closed(args[0], args[1], args[2], args[3]);
+  if (PyErr_Occurred()) return nullptr;
+  if (!closed) Py_RETURN_NONE;
+  return PyBool_FromLong(*closed);
+}
+
+PyObject* task_batch_norm_given(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!counted(count, 10)) return nullptr;
+  try {
+    const bool done = run_batch_norm(args);
+    return PyErr_Occurred() ? nullptr : PyBool_FromLong(done);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+}  // namespace fastmtl::cpu
