@@ -27,6 +27,7 @@ PyCFunction fast() {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 PyMethodDef straight_calls[] = {
+    {"has_variable", &fastmtl::cpu::has_variable, METH_O, nullptr},
     {"all_closed", fast<&fastmtl::cpu::all_closed>(), METH_FASTCALL, nullptr},
     {"task_batch_norm_given", fast<&fastmtl::cpu::task_batch_norm_given>(), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},

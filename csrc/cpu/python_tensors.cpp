@@ -1,5 +1,7 @@
 #include "cpu/python_tensors.h"
 
+#include <cstddef>
+
 namespace fastmtl::cpu {
 namespace {
 
@@ -37,9 +39,30 @@ struct Torch {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
   int (*read)(void* tensor, Exported* out) = nullptr;
+  // words of a tensor object at which torch's own tensor lies, and of that at which its storage does; 0: unknown. Only
+  // what is asked for ahead of time hangs on them
+  size_t of_tensor = 0, of_storage = 0;
 };
 
 PyObject* attribute(PyObject* of, const char* name) { return of ? PyObject_GetAttrString(of, name) : nullptr; }
+
+PyObject* called(PyObject* of, const char* method) { return of ? PyObject_CallMethod(of, method, nullptr) : nullptr; }
+
+// the address that torch's own objects tell Python as `_cdata`; 0: none
+uintptr_t address(PyObject* of) {
+  PyObject* number = attribute(of, "_cdata");
+  void* found = number && PyLong_Check(number) ? PyLong_AsVoidPtr(number) : nullptr;
+  Py_XDECREF(number);
+  return reinterpret_cast<uintptr_t>(found);
+}
+
+// the word, of the first few behind a head, that holds an address; 0: none
+size_t word_of(const void* object, uintptr_t wanted) {
+  const auto* words = static_cast<const uintptr_t*>(object);
+  for (size_t k = 1; wanted && k < 4; ++k)
+    if (words[k] == wanted) return k;
+  return 0;
+}
 
 Torch find_torch() {
   Torch found;
@@ -55,6 +78,13 @@ Torch find_torch() {
     found.tensor = reinterpret_cast<PyTypeObject*>(tensor);
     found.parameter = reinterpret_cast<PyTypeObject*>(parameter);
     found.read = table ? table->export_borrowed : nullptr;
+    PyObject* sample = PyObject_CallFunction(tensor, "(i)", 1);
+    PyObject* storage = called(sample, "untyped_storage");
+    const uintptr_t own = address(sample);
+    found.of_tensor = sample ? word_of(sample, own) : 0;
+    found.of_storage = own ? word_of(reinterpret_cast<const void*>(own), address(storage)) : 0;
+    Py_XDECREF(storage);
+    Py_XDECREF(sample);
   }
   PyErr_Clear();
   return found;
@@ -69,29 +99,45 @@ std::optional<DType> float_type(const Element& e) {
   return e.bits == 16 ? std::optional(DType::f16) : std::nullopt;
 }
 
+const Torch& torch() {
+  static const Torch found = find_torch();
+  return found;
+}
+
+bool is_tensor(PyObject* x) { return Py_TYPE(x) == torch().tensor || Py_TYPE(x) == torch().parameter; }
+
 }  // namespace
 
 std::optional<PythonTensor> read_tensor(PyObject* tensor) {
-  static const Torch torch = find_torch();
-  if (!torch.read || !tensor || (Py_TYPE(tensor) != torch.tensor && Py_TYPE(tensor) != torch.parameter))
-    return std::nullopt;
+  if (!torch().read || !is_tensor(tensor)) return std::nullopt;
   Exported x{};
-  if (torch.read(tensor, &x) != 0) {
+  if (torch().read(tensor, &x) != 0) {
     // one that a transform of functions wraps has no memory of its own
     PyErr_Clear();
     return std::nullopt;
   }
   if (x.device.type != kCpu || !x.data || (x.dims > 0 && (!x.shape || !x.strides))) return std::nullopt;
   const bool is_int64 = x.element.code == kInt && x.element.bits == 64 && x.element.lanes == 1;
-  return PythonTensor{static_cast<char*>(x.data) + x.byte_offset, x.dims, x.shape, x.strides, is_int64,
-                      float_type(x.element)};
+  return PythonTensor{
+      static_cast<char*>(x.data) + x.byte_offset, x.dims, x.shape, x.strides, is_int64, float_type(x.element)};
 }
 
-PyObject* tensor_of(PyObject* dict, PyObject* name) {
-  if (!PyDict_Check(dict)) return nullptr;
+PyObject* value_of(PyObject* dict, PyObject* name) {
   PyObject* found = PyDict_GetItemWithError(dict, name);
   if (!found) PyErr_Clear();
   return found;
+}
+
+const void* prefetch_tensor(PyObject* tensor) {
+  if (!torch().of_tensor || !is_tensor(tensor)) return nullptr;
+  const auto* own = reinterpret_cast<const char* const*>(tensor)[torch().of_tensor];
+  for (int line = 0; line < 4; ++line) __builtin_prefetch(own + 64 * line);
+  return own;
+}
+
+void prefetch_storage(const void* tensor) {
+  if (!tensor || !torch().of_storage) return;
+  __builtin_prefetch(static_cast<const char* const*>(tensor)[torch().of_storage]);
 }
 
 }  // namespace fastmtl::cpu

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "common/params.h"
 
@@ -28,7 +29,34 @@ struct PythonTensor {
 // interpreter's lock; leaves no error behind.
 std::optional<PythonTensor> read_tensor(PyObject* tensor);
 
-// A value of a dict of tensors, borrowed; null: it has none under this name, or is no dict.
-PyObject* tensor_of(PyObject* dict, PyObject* name);
+// A value of a dict, borrowed; null: it has none under this name.
+PyObject* value_of(PyObject* dict, PyObject* name);
+
+// Ask for what `read_tensor` will read behind the object: torch's own tensor, which is returned, and that one's
+// storage.
+const void* prefetch_tensor(PyObject* tensor);
+void prefetch_storage(const void* tensor);
+
+// Reads those of some tasks, by their names in a dict: visit(tensor, what it is, position) of each position, in order,
+// until it returns false. Each takes some five lines of memory that a network's other layers have driven out of the
+// cache, so that all are asked for before the first is read. Whether it came to the end.
+template <class Visit>
+bool read_tensors(PyObject* dict, PyObject* names, const std::vector<int64_t>& positions, const Visit& visit) {
+  if (!PyDict_Check(dict)) return false;
+  std::vector<PyObject*> found;
+  found.reserve(positions.size());
+  for (const int64_t t : positions) {
+    found.push_back(value_of(dict, PyTuple_GET_ITEM(names, t)));
+    if (!found.back()) return false;
+    __builtin_prefetch(found.back());
+  }
+  std::vector<const void*> own;
+  own.reserve(positions.size());
+  for (PyObject* tensor : found) own.push_back(prefetch_tensor(tensor));
+  for (const void* tensor : own) prefetch_storage(tensor);
+  for (size_t k = 0; k < found.size(); ++k)
+    if (!visit(found[k], read_tensor(found[k]), positions[k])) return false;
+  return true;
+}
 
 }  // namespace fastmtl::cpu

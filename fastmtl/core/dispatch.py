@@ -183,11 +183,13 @@ def straight_to_cpu() -> bool:
     Not if another backend is forced, or if a mode, a transform of functions, a trace or forward-mode differentiation
     watches.
     """
-    if forced_backend() not in (None, "cpu") or unavailable("cpu", "cpu") is not None:
+    if extension is None:
+        return False
+    if (_forced or extension.has_variable("FASTMTL_BACKEND")) and forced_backend() not in (None, "cpu"):
         return False
     if (
         torch._C._functorch.maybe_current_level() is not None
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or forward_ad._current_level >= 0
     ):
         return False

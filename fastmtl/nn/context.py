@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,18 @@ _current: tasks | None = None
 # the same, and whether blocks of several threads are open, each of which then sees its own. As one value: a thread that
 # read the two one after the other could take another thread's block for its own
 _seen: tuple[tasks | None, bool] = None, False
+
+
+class Present(NamedTuple):
+    """The tasks that have samples.
+
+    Args:
+        positions: among the layer's tasks, rising.
+        plan: of the batch; None: it is not made, since all samples belong to one task.
+    """
+
+    positions: tuple[int, ...]
+    plan: TaskPlan | None
 
 
 class tasks:
@@ -85,9 +97,14 @@ class tasks:
         self.task_ids = task_ids
         self.repeat = repeat
         self._plans: dict[Any, TaskPlan] = {}
+        # what the tasks can be read from, if that lies in the host's memory, and whether it counts its versions (what was
+        # made in inference mode does not)
+        held = task_ids.offsets if isinstance(task_ids, TaskPlan) else task_ids
+        self._held = held if type(held) is Tensor and held.device.type == "cpu" else None
+        self._versioned = self._held is not None and not self._held.is_inference()
         # the last question that `present` was asked, and its answer: most layers of a network ask the same. As one
         # value: threads may share a block
-        self._answered: tuple[tuple[Any, ...], tuple[int, ...] | None] | None = None
+        self._answered: tuple[tuple[Any, ...], Present | None] | None = None
 
     def __enter__(self) -> tasks:
         if torch.compiler.is_compiling():
@@ -140,42 +157,40 @@ class tasks:
                 plan = self._plans[key] = _plan_of(ids, times, names, device)
         return plan
 
-    def present(self, names: tuple[str, ...], leading: Sequence[int], device: torch.device) -> tuple[int, ...] | None:
-        """Positions of the tasks that have samples, for a layer with these tasks and such an input.
+    def present(self, names: tuple[str, ...], leading: Sequence[int], device: torch.device) -> Present | None:
+        """The tasks that have samples, for a layer with these tasks and such an input.
 
         None: the host does not know them without waiting for the device, or the ids don't fit the input, of which an op
         then says more. Not for graphs that are being compiled.
         """
-        ids = self.task_ids
-        held = ids.offsets if isinstance(ids, TaskPlan) else ids
-        if isinstance(held, Tensor):
-            if type(held) is not Tensor or held.device.type != "cpu":
-                return None
+        held = self._held
+        if held is not None:
             # as in `plan`: ids may be rewritten in place
-            asked = names, leading, device, 0 if held.is_inference() else held._version
+            asked: tuple[Any, ...] = names, leading, device, held._version if self._versioned else 0
         else:
-            asked = (names,) if isinstance(ids, str) else (names, leading)
+            ids = self.task_ids
+            if not isinstance(ids, (str, tuple)) or isinstance(ids, TaskPlan):
+                return None
+            asked = (names,) if isinstance(ids, str) else (names, leading, device)
         answered = self._answered
         if answered is None or answered[0] != asked:
             answered = self._answered = asked, self._find_present(names, leading, device)
         return answered[1]
 
-    def _find_present(
-        self, names: tuple[str, ...], leading: Sequence[int], device: torch.device
-    ) -> tuple[int, ...] | None:
+    def _find_present(self, names: tuple[str, ...], leading: Sequence[int], device: torch.device) -> Present | None:
         ids = self.task_ids
         if isinstance(ids, str):
-            return (_position(ids, names),)
+            return Present((_position(ids, names),), None)
         shape = (len(ids),) if not isinstance(ids, (Tensor, TaskPlan)) else tuple(_ids_of(ids).shape)
         if self._times(shape, leading) == 1 and tuple(leading[: len(shape)]) != shape:
             return None
-        if not isinstance(ids, (Tensor, TaskPlan)):
-            return tuple(sorted({_position(name, names) for name in ids}))
         plan = self.plan(names, leading, device)
+        if not isinstance(ids, (Tensor, TaskPlan)):
+            return Present(tuple(sorted({_position(name, names) for name in ids})), plan)
         if plan.offsets.device != device or plan.offsets.shape[0] != len(names) + 1:
             return None
         bounds = plan.offsets.tolist()
-        return tuple(t for t in range(len(names)) if bounds[t + 1] > bounds[t])
+        return Present(tuple(t for t in range(len(names)) if bounds[t + 1] > bounds[t]), plan)
 
     def _times(self, shape: Sequence[int], leading: Sequence[int]) -> int:
         """How many samples of a layer belong to one of the batch."""
@@ -263,15 +278,20 @@ def current_plan(names: Sequence[str], layer: str, leading: Sequence[int], devic
     )
 
 
-def present_tasks(names: tuple[str, ...], x: Tensor, dims: int) -> tuple[int, ...] | None:
-    """Positions of the tasks that have samples in the innermost `tasks` block, where the host knows them, or None.
+def present_tasks(names: tuple[str, ...], x: Tensor, dims: int) -> Present | None:
+    """The tasks that have samples in the innermost `tasks` block, where the host knows them, or None.
 
     Args:
         names: the layer's tasks.
         x: its input; of a plain `Tensor` alone more than None is said.
         dims: how many leading dimensions of x the ids may have.
+
+    Not for graphs that are being compiled.
     """
-    block = current_tasks()
+    # as `current_tasks`, without a call of it in most cases: this runs in every layer
+    block, several = _seen
+    if several:
+        block = current_tasks()
     if block is None or type(x) is not Tensor or not 0 < dims <= x.dim() or x.is_nested:
         return None
     return block.present(names, x.shape[:dims], x.device)

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <optional>
@@ -146,7 +147,7 @@ void normalise(const char* x, const Pictures& p, const Sorted& batch, const Give
 std::optional<Pictures> pictures_of(const PythonTensor& x, const PythonTensor& y) {
   if (!x.dtype || x.dtype != y.dtype || x.dims != 4 || y.dims != 4) return std::nullopt;
   const int64_t n = x.shape[0], c = x.shape[1], h = x.shape[2], w = x.shape[3];
-  if (n * c * h * w == 0 || x.data == y.data) return std::nullopt;
+  if (n * c * h * w == 0) return std::nullopt;
   auto lies = [&](const PythonTensor& t, int64_t of_channel, int64_t of_row, int64_t of_column) {
     const int64_t expected[] = {c * h * w, of_channel, of_row, of_column};
     for (int d = 0; d < 4; ++d)
@@ -197,21 +198,20 @@ class Kept {
 };
 
 // the numbers of the tasks that have samples; whether they can be read as they lie
-bool read_held(PyObject* dict, PyObject* names, const Sorted& batch, const Pictures& p, Kept& kept, Held* held) {
+bool read_held(PyObject* dict, PyObject* names, const std::vector<int64_t>& present, const Pictures& p, Kept& kept,
+               Held* held) {
   if (dict == Py_None) return true;
-  bool first = true;
-  held->data.resize(static_cast<size_t>(batch.num_tasks));
-  for (int64_t t = 0; t < batch.num_tasks; ++t) {
-    if (batch.offsets[t] == batch.offsets[t + 1]) continue;
-    PyObject* tensor = tensor_of(dict, PyTuple_GET_ITEM(names, t));
-    const std::optional<PythonTensor> x = read_tensor(tensor);
+  held->data.resize(static_cast<size_t>(PyTuple_GET_SIZE(names)));
+  auto read = [&](PyObject* tensor, const std::optional<PythonTensor>& x, int64_t t) {
     if (!x || !x->dtype || !x->is_vector(p.channels) || (p.channels == 1 && is_negated(tensor))) return false;
-    if (first) held->dtype = *x->dtype;
-    if (*x->dtype != held->dtype) return false;
-    first = false;
+    if (t == present[0]) held->dtype = *x->dtype;
+    // read next, and not all of it: the rest follows
+    __builtin_prefetch(x->data);
     held->data[static_cast<size_t>(t)] = x->data;
     kept.add(tensor);
-  }
+    return *x->dtype == held->dtype;
+  };
+  if (!read_tensors(dict, names, present, read)) return false;
   return held->dtype == DType::f32 ? p.dtype != DType::f64 : held->dtype == p.dtype;
 }
 
@@ -223,11 +223,14 @@ bool run_batch_norm(PyObject* const* args) {
   if (!p) return false;
   const std::optional<Sorted> batch = sorted_of(args[7], args[8], PyTuple_GET_SIZE(names), p->samples);
   if (!batch) return false;
+  std::vector<int64_t> present;
+  for (int64_t t = 0; t < batch->num_tasks; ++t)
+    if (batch->offsets[t] < batch->offsets[t + 1]) present.push_back(t);
   Kept kept;
   Given given;
   Held* const held[] = {&given.weight, &given.bias, &given.mean, &given.var};
   for (int k = 0; k < 4; ++k)
-    if (!read_held(args[3 + k], names, *batch, *p, kept, held[k])) return false;
+    if (!read_held(args[3 + k], names, present, *p, kept, held[k])) return false;
   given.eps = PyFloat_AsDouble(args[9]);
   if (PyErr_Occurred()) return false;
   const char* from = static_cast<const char*>(x->data);
@@ -245,24 +248,37 @@ bool run_batch_norm(PyObject* const* args) {
   return true;
 }
 
+// whether all are; none: one can't be read
 std::optional<bool> are_closed(PyObject* gates, PyObject* names, PyObject* present, PyObject* limit) {
   if (!PyTuple_Check(names) || !PyTuple_Check(present)) return std::nullopt;
   const double below = limit == Py_None ? 0 : PyFloat_AsDouble(limit);
-  std::optional<DType> dtype;
+  std::vector<int64_t> positions;
   for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(present); ++k) {
-    const Py_ssize_t t = PyLong_AsSsize_t(PyTuple_GET_ITEM(present, k));
-    if (t < 0 || t >= PyTuple_GET_SIZE(names)) return std::nullopt;
-    const std::optional<PythonTensor> gate = read_tensor(tensor_of(gates, PyTuple_GET_ITEM(names, t)));
-    if (!gate || !gate->dtype || gate->dims != 0 || (dtype && dtype != gate->dtype)) return std::nullopt;
-    dtype = gate->dtype;
-    const double value = number(*gate);
-    // not a number closes no gate
-    if (!(limit == Py_None ? value == 0 : value < below)) return false;
+    positions.push_back(PyLong_AsSsize_t(PyTuple_GET_ITEM(present, k)));
+    if (positions.back() < 0 || positions.back() >= PyTuple_GET_SIZE(names)) return std::nullopt;
   }
-  return true;
+  std::optional<DType> dtype;
+  std::vector<PythonTensor> found;
+  const bool read_all = read_tensors(gates, names, positions, [&](PyObject*, const auto& gate, int64_t) {
+    if (!gate || !gate->dtype || gate->dims != 0 || (dtype && dtype != gate->dtype)) return false;
+    dtype = gate->dtype;
+    __builtin_prefetch(gate->data);
+    found.push_back(*gate);
+    return true;
+  });
+  if (!read_all) return std::nullopt;
+  // not a number closes no gate
+  return std::all_of(found.begin(), found.end(), [&](const PythonTensor& gate) {
+    return limit == Py_None ? number(gate) == 0 : number(gate) < below;
+  });
 }
 
 }  // namespace
+
+PyObject* has_variable(PyObject*, PyObject* name) {
+  const char* text = PyUnicode_AsUTF8(name);
+  return text ? PyBool_FromLong(std::getenv(text) != nullptr) : nullptr;
+}
 
 PyObject* all_closed(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!counted(count, 4)) return nullptr;

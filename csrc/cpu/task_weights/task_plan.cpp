@@ -45,6 +45,4 @@ bool task_plan(const Tensor& ids, const Tensor& order, const Tensor& offsets) {
 }  // namespace
 }  // namespace fastmtl::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
-  m.impl("_task_plan", TORCH_BOX(&fastmtl::cpu::task_plan));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) { m.impl("_task_plan", TORCH_BOX(&fastmtl::cpu::task_plan)); }

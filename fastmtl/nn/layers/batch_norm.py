@@ -154,12 +154,13 @@ class TaskBatchNorm2d(TaskNorm):
         present = present_tasks(self.tasks, x, 1)
         if present is None:
             return None
-        if len(present) == 1:
-            return self._of_one_task(x, self.tasks[present[0]])
+        positions, plan = present
+        if len(positions) == 1 or plan is None:
+            return self._of_one_task(x, self.tasks[positions[0]])
         held = self._modules
         of = [None if (child := held[name]) is None else child._parameters for name in ("weight", "bias")]
         means, variances = held["running_mean"]._buffers, held["running_var"]._buffers
-        return task_batch_norm_given(x, self._plan(x), self.tasks, *of, means, variances, self.eps)
+        return task_batch_norm_given(x, plan, self.tasks, *of, means, variances, self.eps)
 
     def _of_one_task(self, x: Tensor, task: str) -> Tensor | None:
         """torch's batch norm, if it takes these dtypes as the op does."""

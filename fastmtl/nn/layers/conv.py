@@ -151,13 +151,14 @@ class TaskConv2d(TaskLayer):
 
     def _spans(self, x: Tensor) -> bool:
         """Whether the pictures are as large as the filter, which the op says, else."""
-        if self.padding == "same":
+        padding = self.padding
+        if padding == "same":
             return True
-        height, width = (0, 0) if isinstance(self.padding, str) else self.padding
+        height, width = (0, 0) if isinstance(padding, str) else padding
         _, _, rows, columns = self._shape
-        return x.shape[2] + 2 * height > self.dilation[0] * (rows - 1) and x.shape[3] + 2 * width > self.dilation[1] * (
-            columns - 1
-        )
+        _, _, h, w = x.shape
+        over_rows, over_columns = self.dilation
+        return h + 2 * height > over_rows * (rows - 1) and w + 2 * width > over_columns * (columns - 1)
 
     def _shapes_of_rank(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, *self._shape[1:]), (self._shape[0], rank, 1, 1)

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastmtl.core.dispatch import straight_to_cpu
 from fastmtl.core.task_weights import TaskPlan, TaskWeights
 from fastmtl.core.tensors import FLOAT_DTYPES
 from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
@@ -461,14 +460,13 @@ class TaskLayer(TaskModule):
         taps = children.get("taps")
         if taps is not None and type(taps) is not TapsGate:
             return False
-        own, names = held._parameters, self.tasks
-        first = own.get(names[present[0]]) if present else None
-        if first is not None and straight_to_cpu():
-            limit = None if taps is None else rounded(taps.threshold, first.dtype)
-            closed = all_closed(own, names, present, limit)
+        own, names, positions = held._parameters, self.tasks, present.positions
+        first = own.get(names[positions[0]]) if positions else None
+        if first is not None:
+            closed = all_closed(own, names, positions, None if taps is None else rounded(taps.threshold, first.dtype))
             if closed is not None:
                 return closed
-        for t in present:
+        for t in positions:
             gate = own.get(names[t])
             # one that is parametrised is computed; a gate on a GPU would have to be waited for
             if gate is None or not gate.is_cpu:
@@ -493,7 +491,10 @@ class TaskLayer(TaskModule):
         if weight is None or "bias" not in own:
             return None
         bias, dtype = own["bias"], x.dtype
-        if x.shape[axis] != columns or x.layout is not torch.strided or x.device != weight.device:
+        if x.shape[axis] != columns or x.layout is not torch.strided:
+            return None
+        # a device is made anew each time that it is asked for
+        if not (x.is_cpu and weight.is_cpu) and x.device != weight.device:
             return None
         if weight.dtype != dtype:
             if weight.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):

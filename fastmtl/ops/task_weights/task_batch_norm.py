@@ -141,9 +141,7 @@ def task_batch_norm_given(
     """
     if type(x) is not Tensor or not x.is_cpu or not straight_to_cpu():
         return None
-    return batch_norm_cpu.given(
-        x, names, weight, bias, running_mean, running_var, plan.order, plan.offsets, eps
-    )
+    return batch_norm_cpu.given(x, names, weight, bias, running_mean, running_var, plan.order, plan.offsets, eps)
 
 
 # --- arguments

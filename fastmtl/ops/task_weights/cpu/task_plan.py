@@ -26,7 +26,7 @@ def all_closed(
 ) -> bool | None:
     """Whether all gates of the tasks that are present are 0, or with a limit all scores below it; not a number is neither.
 
-    None: one can't be read here, because it is parametrised, on another device, or of another dtype than the first.
-    Needs the extension.
+    None: one can't be read here, because it is parametrised, on another device, or of another dtype than the first; or
+    there is no extension.
     """
-    return extension.all_closed(gates, names, present, limit)
+    return None if extension is None else extension.all_closed(gates, names, present, limit)
