@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/python_tensors.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/task_weights/straight.h"
 #include "cuda/gradients/plan.h"
@@ -37,6 +38,7 @@ PyMethodDef straight_calls[] = {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastmtl.";
+  fastmtl::cpu::set_up_tensors();
   if (PyModule_AddFunctions(m.ptr(), straight_calls) != 0) throw pybind11::error_already_set();
   m.def(
       "build_info",

@@ -67,9 +67,9 @@ size_t word_of(const void* object, uintptr_t wanted) {
 Torch find_torch() {
   Torch found;
   // what is found is kept for the life of the process
-  PyObject* torch = PyImport_ImportModule("torch");
-  PyObject* tensor = attribute(torch, "Tensor");
-  PyObject* parameter = attribute(attribute(torch, "nn"), "Parameter");
+  PyObject* module = PyImport_ImportModule("torch");
+  PyObject* tensor = attribute(module, "Tensor");
+  PyObject* parameter = attribute(attribute(module, "nn"), "Parameter");
   PyObject* capsule = attribute(tensor, "__dlpack_c_exchange_api__");
   if (capsule && parameter && PyType_Check(tensor) && PyType_Check(parameter) &&
       PyCapsule_IsValid(capsule, "dlpack_exchange_api")) {
@@ -99,19 +99,28 @@ std::optional<DType> float_type(const Element& e) {
   return e.bits == 16 ? std::optional(DType::f16) : std::nullopt;
 }
 
-const Torch& torch() {
-  static const Torch found = find_torch();
-  return found;
-}
+// written once, while the module is imported: a static of a function would be guarded by a lock that a thread could wait
+// for while it holds the interpreter's
+Torch known;
 
-bool is_tensor(PyObject* x) { return Py_TYPE(x) == torch().tensor || Py_TYPE(x) == torch().parameter; }
+bool is_tensor(PyObject* x) { return Py_TYPE(x) == known.tensor || Py_TYPE(x) == known.parameter; }
 
 }  // namespace
 
+void set_up_tensors() { known = find_torch(); }
+
+bool is_negated(PyObject* tensor) {
+  PyObject* found = called(tensor, "is_neg");
+  const bool negated = found != Py_False;
+  Py_XDECREF(found);
+  PyErr_Clear();
+  return negated;
+}
+
 std::optional<PythonTensor> read_tensor(PyObject* tensor) {
-  if (!torch().read || !is_tensor(tensor)) return std::nullopt;
+  if (!known.read || !is_tensor(tensor)) return std::nullopt;
   Exported x{};
-  if (torch().read(tensor, &x) != 0) {
+  if (known.read(tensor, &x) != 0) {
     // one that a transform of functions wraps has no memory of its own
     PyErr_Clear();
     return std::nullopt;
@@ -129,15 +138,15 @@ PyObject* value_of(PyObject* dict, PyObject* name) {
 }
 
 const void* prefetch_tensor(PyObject* tensor) {
-  if (!torch().of_tensor || !is_tensor(tensor)) return nullptr;
-  const auto* own = reinterpret_cast<const char* const*>(tensor)[torch().of_tensor];
+  if (!known.of_tensor || !is_tensor(tensor)) return nullptr;
+  const auto* own = reinterpret_cast<const char* const*>(tensor)[known.of_tensor];
   for (int line = 0; line < 4; ++line) __builtin_prefetch(own + 64 * line);
   return own;
 }
 
 void prefetch_storage(const void* tensor) {
-  if (!tensor || !torch().of_storage) return;
-  __builtin_prefetch(static_cast<const char* const*>(tensor)[torch().of_storage]);
+  if (!tensor || !known.of_storage) return;
+  __builtin_prefetch(static_cast<const char* const*>(tensor)[known.of_storage]);
 }
 
 }  // namespace fastmtl::cpu

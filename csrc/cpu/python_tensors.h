@@ -25,9 +25,16 @@ struct PythonTensor {
   bool is_vector(int64_t size) const { return dims == 1 && shape[0] == size && (strides[0] == 1 || size <= 1); }
 };
 
+// To be called while the module is imported.
+void set_up_tensors();
+
 // None: it is no plain tensor or parameter, does not lie in memory on the CPU, or torch offers no such table. Needs the
-// interpreter's lock; leaves no error behind.
+// interpreter's lock; leaves no error behind. Of a tensor that `is_negated` the memory holds the negatives.
 std::optional<PythonTensor> read_tensor(PyObject* tensor);
+
+// Whether torch negates the numbers whenever they are read, as it does with the imaginary part of a conjugate. Only
+// views of every other number, and single numbers, are such ones.
+bool is_negated(PyObject* tensor);
 
 // A value of a dict, borrowed; null: it has none under this name.
 PyObject* value_of(PyObject* dict, PyObject* name);

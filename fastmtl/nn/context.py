@@ -97,8 +97,8 @@ class tasks:
         self.task_ids = task_ids
         self.repeat = repeat
         self._plans: dict[Any, TaskPlan] = {}
-        # what the tasks can be read from, if that lies in the host's memory, and whether it counts its versions (what was
-        # made in inference mode does not)
+        # what the tasks can be read from, if that lies in the host's memory, and whether it counts its versions: what
+        # was made in inference mode does not
         held = task_ids.offsets if isinstance(task_ids, TaskPlan) else task_ids
         self._held = held if type(held) is Tensor and held.device.type == "cpu" else None
         self._versioned = self._held is not None and not self._held.is_inference()

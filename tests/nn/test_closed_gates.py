@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -129,6 +130,15 @@ def test_a_score_at_the_threshold_is_open(dtype: torch.dtype, number: int) -> No
         y = _short(layer, x, torch.arange(number))
         assert not torch.equal(y, F.linear(x, layer.weight, layer.bias))
         torch.testing.assert_close(y, _long(layer, x, torch.arange(number)))
+
+
+def test_scores_of_several_dtypes() -> None:
+    layer, x = _conv(), torch.randn(6, 3, 5, 4, dtype=F64)
+    layer.gate["sketch"].data = torch.zeros((), dtype=torch.float32)
+    shared = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    assert torch.equal(_short(layer, x, IDS), shared)
+    layer.gate["sketch"].data.fill_(1.0)
+    assert not torch.equal(_short(layer, x, IDS), shared)
 
 
 def test_tasks_come_and_go() -> None:
@@ -326,12 +336,20 @@ SIZES = [(1, 1, 1), (3, 1, 1), (3, 2, 2), (4, 1, 7), (5, 3, 3), (64, 2, 4), (64,
 TOLERANCES = {F64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
+@pytest.fixture
+def own_level() -> Iterator[None]:
+    """The level of vector instructions is what it was, afterwards."""
+    before = dispatch.extension.cpu_level()
+    yield
+    dispatch.extension.set_cpu_level(before)
+
+
 @needs_extension
 @pytest.mark.parametrize("mixed", [False, True], ids=["of the dtype of x", "float32"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["pixels", "channels"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_batch_norm_in_one_pass(
-    dtype: torch.dtype, layout: torch.memory_format, mixed: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, layout: torch.memory_format, mixed: bool, monkeypatch: pytest.MonkeyPatch, own_level: None
 ) -> None:
     def no_op(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the op was asked")
@@ -343,10 +361,12 @@ def test_batch_norm_in_one_pass(
             norm = _norm(channels, held, **options)
             x = torch.randn(6, channels, h, w).to(dtype).contiguous(memory_format=layout)
             for told, ids in ((IDS, IDS), ("clipart", torch.full((6,), 2))):
-                y = _short(norm, x, told)
-                assert y.dtype == dtype and y.stride() == x.stride()
                 expected = _oracle(norm, x, ids)
-                torch.testing.assert_close(y.double(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype] * 4)
+                for level in dispatch.extension.available_cpu_levels():
+                    dispatch.extension.set_cpu_level(level)
+                    y = _short(norm, x, told)
+                    assert y.dtype == dtype and y.stride() == x.stride()
+                    torch.testing.assert_close(y.double(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype] * 4)
 
 
 @needs_extension
@@ -393,6 +413,59 @@ def test_batch_norm_follows_its_tensors() -> None:
             norm(x)
         norm.eval()
         torch.testing.assert_close(_short(norm, x, told), _oracle(norm, x, ids))
+
+
+def test_batch_norm_after_copies_and_loads() -> None:
+    norm, x = _norm(4, F64), torch.randn(6, 4, 3, 5, dtype=F64)
+    other = copy.deepcopy(norm)
+    with torch.no_grad():
+        for held in other.containers().values():
+            held["photo"].add_(1)
+    for assign in (False, True):
+        loaded = copy.deepcopy(norm)
+        _short(loaded, x, IDS)
+        loaded.load_state_dict(other.state_dict(), assign=assign)
+        torch.testing.assert_close(_short(loaded, x, IDS), _oracle(other, x, IDS))
+    torch.testing.assert_close(_short(norm, x, IDS), _oracle(norm, x, IDS))
+    parametrize.register_parametrization(norm.weight, "photo", _Twice())
+    torch.testing.assert_close(_short(norm, x, IDS), _long(norm, x, IDS))
+
+
+def _negated(values: Tensor) -> Tensor:
+    """The same numbers, in memory that holds their negatives."""
+    found = torch.complex(torch.zeros_like(values), -values).conj().imag
+    assert found.is_neg()
+    return found
+
+
+def test_numbers_that_lie_as_their_negatives() -> None:
+    """As the imaginary part of a conjugate does."""
+    layer, x = _conv(), torch.randn(6, 3, 5, 4, dtype=F64)
+    shared = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    for score in (-0.5, 0.05, 0.5):
+        layer.gate["sketch"].data = _negated(torch.tensor(score, dtype=F64))
+        y = _short(layer, x, IDS)
+        torch.testing.assert_close(y, _long(layer, x, IDS))
+        assert torch.equal(y, shared) == (score < 0.1)
+    for channels in (1, 2):
+        norm, pictures = _norm(channels, F64), torch.randn(6, channels, 3, 5, dtype=F64)
+        expected = _oracle(norm, pictures, IDS)
+        assert channels == 2 or _negated(pictures[:1, :, :1, :1]).is_contiguous()
+        torch.testing.assert_close(_short(norm, _negated(pictures), IDS), expected)
+        norm.running_mean["sketch"] = _negated(norm.running_mean["sketch"])
+        torch.testing.assert_close(_short(norm, pictures, IDS), expected)
+
+
+@needs_extension
+def test_a_backend_that_the_environment_forces(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, x = _norm(4, F64), torch.randn(6, 4, 3, 5, dtype=F64)
+    expected = _short(norm, x, IDS)
+    assert dispatch.straight_to_cpu()
+    monkeypatch.setenv("FASTMTL_BACKEND", "reference")
+    assert not dispatch.straight_to_cpu()
+    torch.testing.assert_close(_short(norm, x, IDS), expected)
+    monkeypatch.setenv("FASTMTL_BACKEND", "cpu")
+    assert dispatch.straight_to_cpu()
 
 
 def test_a_transformer_layer_still_runs_its_layers() -> None:

@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/python_tensors.h"
@@ -173,15 +174,6 @@ std::optional<Sorted> sorted_of(PyObject* order_, PyObject* offsets_, int64_t nu
   return batch;
 }
 
-// a number that is to be negated when it is read has no mark that `read_tensor` sees
-bool is_negated(PyObject* tensor) {
-  PyObject* found = PyObject_CallMethod(tensor, "is_neg", nullptr);
-  const bool negated = found != Py_False;
-  Py_XDECREF(found);
-  PyErr_Clear();
-  return negated;
-}
-
 // Python objects that stay alive meanwhile
 class Kept {
  public:
@@ -258,18 +250,20 @@ std::optional<bool> are_closed(PyObject* gates, PyObject* names, PyObject* prese
     if (positions.back() < 0 || positions.back() >= PyTuple_GET_SIZE(names)) return std::nullopt;
   }
   std::optional<DType> dtype;
-  std::vector<PythonTensor> found;
-  const bool read_all = read_tensors(gates, names, positions, [&](PyObject*, const auto& gate, int64_t) {
+  std::vector<std::pair<PyObject*, PythonTensor>> found;
+  const bool read_all = read_tensors(gates, names, positions, [&](PyObject* tensor, const auto& gate, int64_t) {
     if (!gate || !gate->dtype || gate->dims != 0 || (dtype && dtype != gate->dtype)) return false;
     dtype = gate->dtype;
     __builtin_prefetch(gate->data);
-    found.push_back(*gate);
+    found.emplace_back(tensor, *gate);
     return true;
   });
   if (!read_all) return std::nullopt;
-  // not a number closes no gate
-  return std::all_of(found.begin(), found.end(), [&](const PythonTensor& gate) {
-    return limit == Py_None ? number(gate) == 0 : number(gate) < below;
+  return std::all_of(found.begin(), found.end(), [&](const auto& gate) {
+    const double value = number(gate.second);
+    if (limit == Py_None) return value == 0;
+    // not a number closes no gate
+    return value < below && (-value < below || !is_negated(gate.first));
   });
 }
 

@@ -24,7 +24,9 @@ def task_plan(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor] | None:
 def all_closed(
     gates: Mapping[str, Tensor | None], names: tuple[str, ...], present: tuple[int, ...], limit: float | None
 ) -> bool | None:
-    """Whether all gates of the tasks that are present are 0, or with a limit all scores below it; not a number is neither.
+    """Whether all gates of the tasks that are present are 0, or with a limit all scores below it.
+
+    Not a number is neither.
 
     None: one can't be read here, because it is parametrised, on another device, or of another dtype than the first; or
     there is no extension.
