@@ -99,8 +99,8 @@ std::optional<DType> float_type(const Element& e) {
   return e.bits == 16 ? std::optional(DType::f16) : std::nullopt;
 }
 
-// written once, while the module is imported: a static of a function would be guarded by a lock that a thread could wait
-// for while it holds the interpreter's
+// written once, while the module is imported: a static of a function would be guarded by a lock that a thread could
+// wait for while it holds the interpreter's
 Torch known;
 
 bool is_tensor(PyObject* x) { return Py_TYPE(x) == known.tensor || Py_TYPE(x) == known.parameter; }
