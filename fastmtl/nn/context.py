@@ -98,9 +98,10 @@ class tasks:
         self.repeat = repeat
         self._plans: dict[Any, TaskPlan] = {}
         # what the tasks can be read from, if that lies in the host's memory, and whether it counts its versions: what
-        # was made in inference mode does not
+        # was made in inference mode does not. A graph that is being compiled does not ask
         held = task_ids.offsets if isinstance(task_ids, TaskPlan) else task_ids
-        self._held = held if type(held) is Tensor and held.device.type == "cpu" else None
+        known = not torch.compiler.is_compiling() and type(held) is Tensor and held.device.type == "cpu"
+        self._held = held if known else None
         self._versioned = self._held is not None and not self._held.is_inference()
         # the last question that `present` was asked, and its answer: most layers of a network ask the same. As one
         # value: threads may share a block
