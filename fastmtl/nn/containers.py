@@ -215,18 +215,6 @@ def read_names(tasks: Tasks) -> tuple[str, ...]:
     return tuple(tasks)
 
 
-def present_rows(params: TaskParameters | TaskBuffers, names: Sequence[str], offsets: Tensor) -> list[Tensor]:
-    """Each task's tensor in the order of `names`; one without samples is detached, where the host knows the samples.
-
-    A task without samples then gets no gradient, as its delta gets none.
-    """
-    rows = params.of_tasks(names)
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        bounds = offsets.tolist()
-        rows = [p if bounds[t + 1] > bounds[t] else p.detach() for t, p in enumerate(rows)]
-    return rows
-
-
 def segments(plan: TaskPlan) -> Iterator[tuple[int, Tensor]]:
     """Each task that has samples, with their flat positions. Waits for the device."""
     return SortedBatch(plan.order, plan.offsets).segments()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmtl.core.task_weights import TaskPlan
+from fastmtl.nn.absent import in_graph, in_process_group, in_static_graph, listed, stacked
 from fastmtl.nn.containers import TaskBuffers, TaskParameters, Tasks, check_name, read_names
 from fastmtl.nn.context import current_plan
 
@@ -31,6 +32,8 @@ class TaskModule(nn.Module):
     Raises:
         TypeError, ValueError: tasks that are none; a name with a dot or one that `nn.ParameterDict` uses.
     """
+
+    _zeros = False  # whether what belongs to tasks without samples gets a gradient of zero, and not None
 
     def __init__(self, tasks: Tasks) -> None:
         super().__init__()
@@ -265,7 +268,21 @@ class TaskModule(nn.Module):
             )
         if x.dim() == 0 or dims < 1:
             raise ValueError(f"x: expected samples in its first dimension, got shape {list(x.shape)}")
+        if not torch.compiler.is_compiling() and in_process_group():
+            self.__dict__["_zeros"] = in_static_graph(self._zeros)
         return current_plan(self.tasks, type(self).__name__, x.shape[:dims], x.device)
+
+    def _stacked(self, held: TaskParameters, plan: TaskPlan) -> Tensor:
+        """`[T, ...]`, each task's tensor; one without samples gets no gradient, where the host knows the samples."""
+        return stacked(held, self.tasks, plan.offsets, self._zeros)
+
+    def _listed(self, plan: TaskPlan, *held: TaskParameters | None) -> list[Any]:
+        """Of each of `held` a list of the tasks' tensors, for an op that gives those without samples no gradient."""
+        return listed(held, self.tasks, plan.offsets, self._zeros)
+
+    def _in_graph(self, x: Tensor, absent: Sequence[Tensor]) -> Tensor:
+        """A view of `x` with tensors of tasks without samples in its graph, or `x` itself; see `fastmtl.nn.absent`."""
+        return in_graph(x, absent, self._zeros)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._read_plain(state_dict, prefix)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import absent_tasks
 import distributed_cases as dc
 import pytest
 import torch
@@ -606,6 +607,30 @@ def test_one_pass_of_uneven_parts(results, size, reduction, method, wrap):
                 assert got["grads"][name] is None
             else:
                 torch.testing.assert_close(got["grads"][name], g, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "way", "mode"),
+    [(2, *case) for case in absent_tasks.CASES] + [(4, *case) for case in absent_tasks.ON_FOUR],
+)
+def test_layers_with_parts_of_tasks_that_some_ranks_do_not_have(results, size, way, mode):
+    want = absent_tasks.of_one_process(way, size)
+    # DDP has a gradient for every parameter, unless it looks for those that no rank has used
+    with_zeros = mode == "static_graph" or (mode == "plain" and way != "fastmtl.backward")
+    absent = 0
+    for found in results(size, f"{way}, {mode}"):
+        for number, (grads, expected) in enumerate(zip(found, want, strict=True)):
+            for name, g in expected.items():
+                if g is None and with_zeros:
+                    assert grads[name].count_nonzero() == 0, (number, name)
+                elif g is None:
+                    assert grads[name] is None, (number, name)
+                else:
+                    torch.testing.assert_close(
+                        grads[name], g, rtol=1e-9, atol=1e-11, msg=lambda m, n=name, k=number: f"step {k}: {n}: {m}"
+                    )
+                absent += g is None
+    assert absent
 
 
 def test_ids_out_of_range_on_one_rank_are_nan_on_all(results):

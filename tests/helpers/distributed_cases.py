@@ -14,6 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import absent_tasks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -336,6 +337,9 @@ def case(*sizes: int, name: str | None = None) -> Callable[[Callable[..., Any]],
     return register
 
 
+for _way, _mode in absent_tasks.CASES:
+    _sizes = (2, 4) if (_way, _mode) in absent_tasks.ON_FOUR else (2,)
+    case(*_sizes, name=f"{_way}, {_mode}")(lambda r, n, w=_way, m=_mode: absent_tasks.train(w, m, r, n))
 for _m in METHODS:
     case(name=f"backward {_m}")(lambda r, n, m=_m: by_backward(DDP(net()), r, n, m))
     case(name=f"fully_shard backward {_m}")(lambda r, n, m=_m: by_backward(shard(net()), r, n, m))

@@ -138,8 +138,8 @@ class TaskBatchNorm2d(TaskNorm):
                 return y
         plan = self._plan(x)
         options: dict[str, Any] = {"training": training, "momentum": self.momentum, "eps": self.eps}
-        names = ("weight", "bias", "running_mean", "running_var")
-        given: dict[str, Any] = {name: self._in_order(getattr(self, name)) for name in names}
+        given: dict[str, Any] = {name: self._in_order(getattr(self, name)) for name in ("running_mean", "running_var")}
+        given["weight"], given["bias"] = self._listed(plan, self.weight, self.bias)
         if training:
             return task_batch_norm(
                 x, plan, **given, num_batches_tracked=self._in_order(self.num_batches_tracked), **options
@@ -181,7 +181,7 @@ class TaskBatchNorm2d(TaskNorm):
                 return None
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
-    def _in_order(self, held: TaskParameters | TaskBuffers | None) -> list[Tensor] | None:
+    def _in_order(self, held: TaskBuffers | None) -> list[Tensor] | None:
         return None if held is None else held.of_tasks(self.tasks)
 
     def extra_repr(self) -> str:

@@ -136,15 +136,13 @@ class TaskConv2d(TaskLayer):
         geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
         if self.rank is None:
             return task_conv2d(x, self.weight if self.shared else None, **self._of_tasks(plan), **geometry)
-        assert self.A is not None and self.B is not None
+        down, up = self._listed(plan, self.A, self.B)
         if self.gate is not None:
             # a closed gate must hide what is behind it, also a NaN, and still get a gradient: the dense delta's op does
-            halves = [(getattr(self.A, name), getattr(self.B, name), name) for name in self.tasks]
-            delta = [self._product(*half) * self.scaling for half in halves]
+            delta = [self._product(*half) * self.scaling for half in zip(down, up, self.tasks, strict=True)]
             gate, bias = self._gates(plan), self._biases(plan)
             return task_conv2d(x, self.weight, delta, plan, gate=gate, bias=bias, **geometry)
-        down = equal_ranks([getattr(self.A, name) for name in self.tasks], 0)
-        up = equal_ranks([getattr(self.B, name) for name in self.tasks], 1)
+        down, up = equal_ranks(down, 0), equal_ranks(up, 1)
         y = task_conv2d(x, self.weight, None, plan, bias=self._biases(plan), **geometry)
         low = task_conv2d(task_conv2d(x, None, down, plan, **geometry), None, up, plan)
         return y + (low if self.scaling == 1 else low * self.scaling)

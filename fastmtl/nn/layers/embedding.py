@@ -162,8 +162,14 @@ class TaskEmbedding(TaskLayer):
         assert self.delta is not None
         count, each = plan.task_ids.numel(), math.prod(x.shape[plan.task_ids.dim() :])
         rows, sums, gates = x.reshape(count, each), y.view(count, each, self.embedding_dim), self._gates(plan)
-        for t, at in segments(plan):
-            found = F.embedding(rows[at], getattr(self.delta, self.tasks[t]), self.padding_idx).to(y.dtype)
+        tables, present = self.delta.of_tasks(self.tasks), dict(segments(plan))
+        absent = [table for t, table in enumerate(tables) if t not in present]
+        if not present:
+            own = absent if self.gate is None else [*absent, *self.gate.of_tasks(self.tasks)]
+            sums = sums + self._in_graph(y.new_zeros(()), own)
+        for t, at in present.items():
+            table, absent = self._in_graph(tables[t], absent), []
+            found = F.embedding(rows[at], table, self.padding_idx).to(y.dtype)
             if gates is not None:
                 found = self._without_padding(rows[at], scaled_by_gate(found, gates[t].to(y.dtype)))
             sums.index_add_(0, at, found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmtl.core.task_weights import TaskPlan
+from fastmtl.nn.absent import presence
 from fastmtl.nn.containers import TaskModules, Tasks, known_ids, segments
 from fastmtl.nn.layers.weights import HOOKS, check_plain
 from fastmtl.nn.module import TaskModule
@@ -295,8 +296,11 @@ class TaskHeads(TaskModule):
         if self.output == "list" or (self.output is None and len(set(sizes)) > 1):
             return self._list_of_linear(x, plan, linear)
         most = max(sizes)
-        rows = _present(linear, plan)
+        here = presence(plan.offsets)
+        present = None if here is None else [t for t, has in enumerate(here) if has]
+        rows, absent = _present(linear, present)
         weight = [_padded(w, most, 0) for w, _ in rows]
+        weight[0] = self._in_graph(weight[0], absent)
         bias = None if linear[0].bias is None else torch.stack([_padded(b, most, 0) for _, b in rows])
         y = task_linear(x, None, weight, plan, bias=bias)
         if min(sizes) == most:
@@ -330,9 +334,14 @@ class TaskHeads(TaskModule):
         rows = x.flatten(0, plan.task_ids.dim() - 1)
         at = dict(segments(plan))
         nothing = plan.order[:0]
+        found, absent = _present(heads, None if torch.compiler.is_compiling() else at)
+        # each result alone may be all that is used of them
+        weights = [
+            self._in_graph(w, absent if t in at else list(heads[t].parameters())) for t, (w, _) in enumerate(found)
+        ]
         return [
             F.linear(rows[at.get(t, nothing)], w.to(x.dtype), None if b is None else b.to(x.dtype))
-            for t, (w, b) in enumerate(_present(heads, plan))
+            for t, (w, (_, b)) in enumerate(zip(weights, found, strict=True))
         ]
 
     def _one_after_another(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -347,8 +356,9 @@ class TaskHeads(TaskModule):
                 got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
                 raise ValueError(f"head {self.tasks[t]!r}: expected a tensor of {len(at)} samples, got {got}")
         sizes = self.sizes.values()
+        absent = _absent_parameters([self.heads[name] for name in self.tasks], found)
         if self.output == "list" or (self.output is None and len(set(sizes)) > 1):
-            return [found[t][1] if t in found else x.new_empty(0) for t in range(len(self.tasks))]
+            return [self._beside(found[t][1], absent) if t in found else x.new_empty(0) for t in range(len(self.tasks))]
         if not found:
             raise ValueError(
                 f"x: expected samples, since heads of any kind do not tell their sizes, got {list(x.shape)}"
@@ -364,12 +374,22 @@ class TaskHeads(TaskModule):
                     f"heads give {list(parts[0].shape[1:])} and {list(y.shape[1:])} for a sample, got {self.output!r}"
                 )
         out = parts[0].new_zeros(rows.shape[0], *parts[0].shape[1:])
+        if out.is_floating_point():
+            out = self._in_graph(out, absent)
         for (at, _), y in zip(found.values(), parts, strict=True):
             out = out.index_add(0, at, y)
         if out.device.type != "cpu":
             known = known_ids(plan)[0].view(-1, *(1,) * (out.dim() - 1))
             out = torch.where(known, out, torch.nan)
         return out.unflatten(0, leading)
+
+    def _beside(self, y: Tensor, absent: Sequence[Tensor]) -> Tensor:
+        """`y` with tensors of tasks without samples in its graph, as a sum, since the caller may write into it."""
+        if not y.is_floating_point():
+            return y
+        zero = y.new_full((), -0.0)  # of which the sum with any number is that number
+        held = self._in_graph(zero, absent)
+        return y if held is zero else y + held
 
     def extra_repr(self) -> str:
         text = self._repr_of_tasks()
@@ -394,15 +414,24 @@ def _check_head(module: Any, argument: str) -> None:
         raise ValueError(f"{argument}: expected a plain module, got one with layers that differ by task")
 
 
-def _present(heads: list[nn.Linear], plan: TaskPlan) -> list[tuple[Tensor, Tensor | None]]:
-    """Weight and bias of each head; of a task without samples detached, where the host knows the samples."""
+def _present(
+    heads: Sequence[nn.Linear], present: Collection[int] | None
+) -> tuple[list[tuple[Tensor, Tensor | None]], list[Tensor]]:
+    """Weight and bias of each head, those of tasks without samples detached; and what was detached.
+
+    `present`: the tasks that have samples; None: nobody knows.
+    """
     rows = [(head.weight, head.bias) for head in heads]
-    if plan.offsets.device.type != "cpu" or torch.compiler.is_compiling():
-        return rows
-    present = {t for t, _ in segments(plan)}
+    if present is None:
+        return rows, []
+    absent = _absent_parameters(heads, present)
     return [
         (w, b) if t in present else (w.detach(), None if b is None else b.detach()) for t, (w, b) in enumerate(rows)
-    ]
+    ], absent
+
+
+def _absent_parameters(heads: Sequence[nn.Module], present: Collection[int]) -> list[Tensor]:
+    return [p for t, head in enumerate(heads) if t not in present for p in head.parameters()]
 
 
 def _padded(x: Tensor, size: int, value: float) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
+from fastmtl.nn.containers import TaskParameters, Tasks
 from fastmtl.nn.layers.around import AroundPlain
 from fastmtl.nn.layers.scale_shift import scale_shift_of_last
 from fastmtl.ops import task_scale_shift
@@ -104,8 +104,8 @@ class TaskHyperGrid(AroundPlain):
         x = self._checked(x)
         plan = self._plan(x, self._leading(x))
         sizes = self._sizes()
-        rows = _expanded(torch.stack(present_rows(self.row, self.tasks, plan.offsets)), sizes[0])
-        columns = _expanded(torch.stack(present_rows(self.column, self.tasks, plan.offsets)), sizes[1])
+        rows = _expanded(self._stacked(self.row, plan), sizes[0])
+        columns = _expanded(self._stacked(self.column, plan), sizes[1])
         scale = task_scale_shift if self.kind == "Conv2d" else scale_shift_of_last
         x = scale(x, columns, torch.zeros_like(columns), plan)
         y = scale(self._through_plain(x), rows, torch.zeros_like(rows), plan)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.core.task_weights import TaskPlan
-from fastmtl.nn.containers import TaskParameters, Tasks, present_rows, segments
+from fastmtl.nn.containers import TaskParameters, Tasks, segments
 from fastmtl.nn.layers.around import AroundPlain
 from fastmtl.ops import task_conv2d, task_linear
 
@@ -137,10 +137,13 @@ class TaskModulator(AroundPlain):
 
     def _modulators(self, plan: TaskPlan) -> Tensor | list[Tensor]:
         """Those of all tasks; where the host knows the samples, none is computed for a task without."""
-        v, g = (present_rows(held, self.tasks, plan.offsets) for held in (self.v, self.g))
+        v, g = (held.of_tasks(self.tasks) for held in (self.v, self.g))
         if plan.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
             present = {t for t, _ in segments(plan)}
-            return [_normalised(v[t], g[t]) if t in present else v[t] for t in range(len(v))]
+            return [
+                _normalised(v[t], g[t]) if t in present else self._in_graph(v[t].detach(), (v[t], g[t]))
+                for t in range(len(v))
+            ]
         return _normalised(torch.stack(v), torch.stack(g))
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastmtl.core.schemas import autocast_is_on, without_autocast
 from fastmtl.core.task_weights import TaskPlan
-from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
+from fastmtl.nn.containers import TaskParameters, Tasks
 from fastmtl.nn.layers.linear import must_run
 from fastmtl.nn.layers.norm import TaskNorm
 from fastmtl.nn.layers.scale_shift import scale_shift_of_last
@@ -75,11 +75,8 @@ class _ScaledByTask(TaskNorm):
         if self.weight is None:
             return y
         channels = math.prod(self.normalized_shape)
-        scale = torch.stack(present_rows(self.weight, self.tasks, plan.offsets)).view(-1, channels)
-        if self.bias is None:
-            shift = torch.zeros_like(scale)
-        else:
-            shift = torch.stack(present_rows(self.bias, self.tasks, plan.offsets)).view(-1, channels)
+        scale = self._stacked(self.weight, plan).view(-1, channels)
+        shift = torch.zeros_like(scale) if self.bias is None else self._stacked(self.bias, plan).view(-1, channels)
         if y.dtype == torch.float32 and scale.dtype in _NARROW:
             scale, shift = scale.float(), shift.float()
         # in the dtype of the norm, which autocast would narrow

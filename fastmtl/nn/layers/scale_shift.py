@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.core.task_weights import TaskPlan
-from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
+from fastmtl.nn.containers import TaskParameters, Tasks
 from fastmtl.nn.module import TaskModule
 from fastmtl.ops import task_scale_shift
 from fastmtl.ops.task_weights.arguments import check_leading
@@ -88,8 +88,8 @@ class TaskScaleShift(TaskModule):
 
     def forward(self, x: Tensor) -> Tensor:
         plan = self._plan(x)
-        scale = torch.stack(present_rows(self.scale, self.tasks, plan.offsets))
-        shift = torch.stack(present_rows(self.shift, self.tasks, plan.offsets))
+        scale = self._stacked(self.scale, plan)
+        shift = self._stacked(self.shift, plan)
         return task_scale_shift(x, scale, shift, plan)
 
     def extra_repr(self) -> str:

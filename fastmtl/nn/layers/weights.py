@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmtl.core.task_weights import TaskPlan, TaskWeights
 from fastmtl.core.tensors import FLOAT_DTYPES
-from fastmtl.nn.containers import TaskParameters, Tasks, present_rows
+from fastmtl.nn.containers import TaskParameters, Tasks
 from fastmtl.nn.context import present_tasks
 from fastmtl.nn.layers.gate import TapsGate, finite, rounded
 from fastmtl.nn.module import TaskModule, as_parameter, copied, lacks, left_out
@@ -412,8 +412,7 @@ class TaskLayer(TaskModule):
 
     def _of_tasks(self, plan: TaskPlan) -> dict[str, Any]:
         """Ids, delta, gate and bias as the ops take them."""
-        assert self.delta is not None
-        deltas = self.delta.of_tasks(self.tasks)
+        (deltas,) = self._listed(plan, self._modules["delta"])
         return {"task_ids": plan, "delta": deltas, "gate": self._gates(plan), "bias": self._biases(plan)}
 
     def _gates(self, plan: TaskPlan) -> Tensor | None:
@@ -421,7 +420,7 @@ class TaskLayer(TaskModule):
         held = self._modules["gate"]
         if held is None:
             return None
-        gates = torch.stack(present_rows(held, self.tasks, plan.offsets))
+        gates = self._stacked(held, plan)
         return gates if self.taps is None else self.taps(gates)
 
     def _biases(self, plan: TaskPlan) -> Tensor | None:
@@ -431,7 +430,7 @@ class TaskLayer(TaskModule):
             shared = self.bias
         if held is None:
             return shared
-        own = torch.stack(present_rows(held, self.tasks, plan.offsets))
+        own = self._stacked(held, plan)
         return own if shared is None else shared + own
 
     def _scalings(self, plan: TaskPlan) -> Tensor | float | None:
@@ -569,7 +568,7 @@ def product_of_halves(down: Tensor, up: Tensor, weight: Tensor, task: str) -> Te
 def low_rank_linear(layer: TaskLayer, x: Tensor, plan: TaskPlan, weight: Tensor) -> Tensor:
     """`x W^T + s_t (x A_t^T) B_t^T`, W `[Cout, Cin]`."""
     # past nn.Module's getattr, as in `_gates`
-    down, up = (layer._modules[name].of_tasks(layer.tasks) for name in "AB")
+    down, up = layer._listed(plan, *(layer._modules[name] for name in "AB"))
     return task_lora(x, weight, down, up, plan, scaling=layer._scalings(plan), bias=layer._biases(plan))
 
 
