@@ -268,9 +268,14 @@ class TaskModule(nn.Module):
             )
         if x.dim() == 0 or dims < 1:
             raise ValueError(f"x: expected samples in its first dimension, got shape {list(x.shape)}")
-        if not torch.compiler.is_compiling() and in_process_group():
-            self.__dict__["_zeros"] = in_static_graph(self._zeros)
+        if not torch.compiler.is_compiling():
+            self._see_static_graph()
         return current_plan(self.tasks, type(self).__name__, x.shape[:dims], x.device)
+
+    def _see_static_graph(self) -> None:
+        """To be called in each forward pass, also in one without gradients: a checkpoint's second pass knows by it."""
+        if in_process_group():
+            self.__dict__["_zeros"] = in_static_graph(self._zeros)
 
     def _stacked(self, held: TaskParameters, plan: TaskPlan) -> Tensor:
         """`[T, ...]`, each task's tensor; one without samples gets no gradient, where the host knows the samples."""

@@ -51,6 +51,8 @@ class EveryLayer(nn.Module):
             fnn.TaskLayerNorm(4, NAMES), fnn.TaskRMSNorm(4, NAMES), fnn.TaskHeads(4, dict.fromkeys(NAMES, 2)),
             fnn.TaskHeads(4, sizes, output="padded", fill=0.0), fnn.TaskHeads(4, sizes, output="list"),
             fnn.TaskModulator(nn.Linear(4, 3), NAMES), fnn.TaskHyperGrid(nn.Linear(4, 4), NAMES),
+            # all closed: a pass without gradients runs the plain layer
+            fnn.TaskLinear(4, 3, NAMES, gate=fnn.TapsGate(threshold=9.0)),
         ])  # fmt: skip
         self.pictures = nn.ModuleList([
             fnn.TaskConv2d(1, 2, 2, NAMES), fnn.TaskConv2d(1, 2, 2, NAMES, **both),

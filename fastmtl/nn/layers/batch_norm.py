@@ -151,6 +151,7 @@ class TaskBatchNorm2d(TaskNorm):
         if x.dtype not in FLOAT_DTYPES or x.layout is not torch.strided:
             # the op says more
             return None
+        self._see_static_graph()
         present = present_tasks(self.tasks, x, 1)
         if present is None:
             return None

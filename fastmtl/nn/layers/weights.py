@@ -453,6 +453,7 @@ class TaskLayer(TaskModule):
         held = children["gate"]
         if held is None or children["task_bias"] is not None:
             return False
+        self._see_static_graph()
         present = present_tasks(self.tasks, x, dims)
         if present is None:
             return False
