@@ -6,13 +6,14 @@ not `==`: two of different types can be equal as tuples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
-from fastmtl.task_gradients.one_pass.tensors import versions
+from fastmtl.task_gradients.one_pass.tensors import nested, replaced, versions
 
 ATTRIBUTE = "_fastmtl_sample_axis"
 
@@ -37,13 +38,37 @@ class Recipe:
     Args:
         func: the function that made them.
         args, kwargs: what it was given.
+        axes: of each tensor among these what was known of it then: it may be written to since.
         compiling: inside `torch.compile`, where what is written in place can't be told.
     """
 
-    def __init__(self, func: Any, args: Any, kwargs: Any, *, compiling: bool) -> None:
+    def __init__(self, func: Any, args: Any, kwargs: Any, axes: Sequence[SampleAxis], *, compiling: bool) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
-        self.versions = () if compiling else versions((args, kwargs))
+        self._known = [axis if isinstance(axis, FromParameters) else None for axis in axes]
+        self._versions = () if compiling else versions(self._constants())
         self.copies: list[list[Tensor]] | None = None  # for each row of the bank, the tensors of the result
+
+    def sources(self) -> list[tuple[Tensor, FromParameters]]:
+        """The tensors among the arguments that come from parameters, and how."""
+        tensors = nested((self.args, self.kwargs))
+        return [(x, axis) for x, axis in zip(tensors, self._known, strict=True) if axis is not None]
+
+    def _constants(self) -> list[Tensor]:
+        tensors = nested((self.args, self.kwargs))
+        return [x for x, axis in zip(tensors, self._known, strict=True) if axis is None]
+
+    def still_holds(self) -> bool:
+        """Whether nobody has written to its constants."""
+        return not self._versions or self._versions == versions(self._constants())
+
+    def again(self, values: Sequence[Tensor]) -> Any:
+        """The result from other values of the sources, in their order."""
+        known, given = iter(self._known), iter(values)
+
+        def change(x: Tensor) -> Tensor:
+            return x if next(known) is None else next(given)
+
+        return self.func(*replaced(self.args, change), **replaced(self.kwargs, change))
 
 
 class FromParameters(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -60,3 +61,36 @@ class SameTensor:
 
     def __hash__(self) -> int:
         return id(self.x)
+
+
+class Again:
+    """A function that draws random numbers, so that it draws the same each time: those that come next now.
+
+    Args:
+        func: it.
+        tensors: what it is called with: on their devices it draws.
+    """
+
+    def __init__(self, func: Callable[..., Any], tensors: Iterable[Tensor]) -> None:
+        self.func, self.__name__ = func, getattr(func, "__name__", "")
+        self._devices = sorted({x.device.index for x in tensors if x.device.type == "cuda"})
+        self._states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in self._devices)]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.random.fork_rng(devices=self._devices):  # type: ignore[attr-defined]
+            torch.set_rng_state(self._states[0])
+            for index, state in zip(self._devices, self._states[1:], strict=True):
+                torch.cuda.set_rng_state(state, index)
+            return self.func(*args, **kwargs)
+
+
+class Written:
+    """A function that changes its first argument in place, on a copy of it, which is its result."""
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self.func, self.__name__ = func, getattr(func, "__name__", "")
+
+    def __call__(self, first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        copy = first.clone()
+        self.func(copy, *args, **kwargs)
+        return copy

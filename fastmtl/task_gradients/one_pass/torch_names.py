@@ -67,7 +67,7 @@ BACKWARDS = frozenset(
 RANDOM = frozenset(
     _words("""
     dropout native_dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d
-    rrelu bernoulli normal uniform gumbel_softmax multinomial poisson
+    rrelu bernoulli normal uniform gumbel_softmax multinomial poisson _standard_gamma
     """)
 )
 
@@ -87,7 +87,7 @@ POINTWISE = frozenset(
     threshold trunc where xlogy dropout native_dropout alpha_dropout bernoulli zeros_like ones_like full_like
     rand_like randn_like empty_like bucketize polygamma zero requires_grad_ pin_memory data.get real.get alias
     view_as_real lift_fresh fake_quantize_per_tensor_affine quantize_per_tensor dequantize _to_copy normal
-    uniform scaled_by_gate
+    uniform scaled_by_gate _standard_gamma
     """)
 )
 

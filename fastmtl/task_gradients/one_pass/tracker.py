@@ -42,7 +42,7 @@ from fastmtl.task_gradients.one_pass.sample_axis import (
     unpacked,
 )
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
-from fastmtl.task_gradients.one_pass.tensors import SameTensor, nested, replaced, version, versions
+from fastmtl.task_gradients.one_pass.tensors import Again, SameTensor, Written, nested, replaced, version, versions
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 from fastmtl.task_gradients.one_pass.torch_names import BACKWARDS, PLAIN, RANDOM, in_python, name_of, writes
 
@@ -309,34 +309,28 @@ class Tracker(TorchFunctionMode):
                 if not torch.compiler.is_compiling():
                     self._unbound[p] = found
             return found
-        recipe, result = self._recipe_of(p)
-        if recipe.copies is None:
-            params = [x for x in nested((recipe.args, recipe.kwargs)) if isinstance(self.axis_of(x), FromParameters)]
-            if not torch.compiler.is_compiling() and recipe.versions != versions((recipe.args, recipe.kwargs)):
-                raise RuntimeError(
-                    f"one_pass: what {name_of(recipe.func)} computed from parameters can't be computed again: its "
-                    "arguments were changed in place since"
-                )
-            copies = [self._copies(x) for x in params]
-            made = []
-            for r in range(self.task_ids.num_rows):
-                # by position: tensors are found again in the order in which `nested` lists them
-                here = iter([c[r] for c in copies])
-                change = functools.partial(self._copy_of, here)
-                out = recipe.func(*replaced(recipe.args, change), **replaced(recipe.kwargs, change))
-                made.append(nested(out))
-            recipe.copies = made
-        return tuple(row[result] for row in recipe.copies)
+        return self._copies_by(self._recipe_of(p))
 
-    def _recipe_of(self, p: Tensor) -> tuple[Recipe, int]:
-        """Of what was computed from parameters: how, and which of the results it is."""
+    def _copies_by(self, axis: FromParameters) -> tuple[Tensor, ...]:
+        """As `_copies`, of what was computed like that."""
+        recipe = axis.recipe
+        assert recipe is not None
+        if recipe.copies is None:
+            if not recipe.still_holds():
+                raise RuntimeError(
+                    f"one_pass: what {name_of(recipe.func)} computed from parameters can't be computed again: a "
+                    "constant beside them was changed in place since"
+                )
+            copies = [self._copies(x) if known.recipe is None else self._copies_by(known)
+                      for x, known in recipe.sources()]  # fmt: skip
+            recipe.copies = [nested(recipe.again([c[r] for c in copies])) for r in range(self.task_ids.num_rows)]
+        return tuple(row[axis.result] for row in recipe.copies)
+
+    def _recipe_of(self, p: Tensor) -> FromParameters:
+        """Of what was computed from parameters: how."""
         axis = self.axis_of(p)
         assert isinstance(axis, FromParameters)
-        assert axis.recipe is not None
-        return axis.recipe, axis.result
-
-    def _copy_of(self, copies: Iterator[Tensor], x: Tensor) -> Tensor:
-        return next(copies) if isinstance(self.axis_of(x), FromParameters) else x
+        return axis
 
     def engine(self, *args: Any) -> None:
         """`torch.autograd.backward`; recomputation under checkpointing happens in there, and is followed again."""
@@ -556,16 +550,19 @@ class Tracker(TorchFunctionMode):
     def _on_parameters(self, call: TorchCall) -> Followed:
         """Parameters and constants alone."""
         name, func, args, kwargs = call.name, call.func, call.args, call.kwargs
-        random = name in RANDOM and not _is_identity(call)
-        if random or name in _ATTENTION:
+        random = (name in RANDOM or name in _ATTENTION) and not _is_identity(call)
+        if random:
             found = self._on_copied(call)
             if found is not None:
                 return found
+        again = self._drawn_again(call) if random or name in _RECURRENT or not is_known(name) else func
+        tensors = call.tensors()
+        axes, versions_before = [self.axis_of(x) for x in tensors], versions(tensors)
+        constant = args[0].detach().clone() if writes(func) and isinstance(axes[0], Constant) else None
         out = func(*args, **kwargs)
-        results = nested(out)
+        results = call.returned(out).results()
         data = ""
-        for x in call.tensors():
-            axis = self.axis_of(x)
+        for x, axis in zip(tensors, axes, strict=True):
             if isinstance(axis, FromParameters):
                 data = axis.from_data or data
             elif isinstance(axis, Constant) and x.dim():
@@ -573,20 +570,31 @@ class Tracker(TorchFunctionMode):
                     raise self._refused(call, f"it meets what depends on several samples: {axis.from_samples}")
                 if name in _TAKES_DATA and not self._is_constant(x):
                     data = f"{name} of a tensor of shape {list(x.shape)} that carries no samples"
-        if name == "setitem" and args[0].requires_grad:
-            raise self._refused(call, "a value computed from parameters is written into another tensor")
         if not any(x.requires_grad for x in results):
             return out, CONSTANT
-        if random:
+        if again is None:
             raise self._refused(call, f"{name} draws random numbers, which can't be drawn twice alike")
-        if any(out is x for x in call.tensors()):
-            if not writes(func):  # such as flatten of what is flat
-                return out, self.axis_of(out)
-            raise self._refused(call, f"{name} changes in place what was computed from parameters")
-        recipe = Recipe(func, args, kwargs, compiling=torch.compiler.is_compiling())
-        if isinstance(out, Tensor):
+        compiling = torch.compiler.is_compiling()
+        if writes(func) or (not compiling and versions(tensors) != versions_before):
+            if compiling or name in _SHAPES or not results or results[0] is not args[0]:
+                raise self._refused(call, f"{name} changes in place what was computed from parameters")
+            again, args = Written(again), (args[0] if constant is None else constant, *args[1:])
+        elif any(out is x for x in tensors):  # such as flatten of what is flat
+            return out, self.axis_of(out)
+        recipe = Recipe(again, args, kwargs, axes, compiling=compiling)
+        if isinstance(out, Tensor) or name == "setitem":
             return out, FromParameters(recipe, 0, data)
         return out, [FromParameters(recipe, k, data) for k in range(len(results))]
+
+    def _drawn_again(self, call: TorchCall) -> Callable[..., Any] | None:
+        """The function, so that it draws the same random numbers for each row; None: they can't be drawn again."""
+        tensors = call.tensors()
+        cuda = any(x.device.type == "cuda" for x in tensors)
+        if torch.compiler.is_compiling():
+            return None if call.name in RANDOM else call.func
+        if call.kwargs.get("generator") is not None or (cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        return Again(call.func, tensors)
 
     def _on_copied(self, call: TorchCall) -> Followed | None:
         """What was copied for every sample, such as queries, before a call that is not the same for each row of a bank:
@@ -598,7 +606,11 @@ class Tracker(TorchFunctionMode):
         for x in call.tensors():
             if not isinstance(self.axis_of(x), FromParameters) or x in lifted:
                 continue
-            dims = [d for d in range(x.dim()) if x.shape[d] == n and copied(self, x, d)]
+            dims = [
+                d
+                for d in range(x.dim())
+                if x.shape[d] == n and copied(self.axis_of(x), x, d, PerSample(d, self.task_ids))
+            ]
             if len(dims) == 1:
                 lifted[x] = lift(self, x, x.dim() - dims[0], PerSample(dims[0], self.task_ids))
         if not lifted:
@@ -615,14 +627,18 @@ class Tracker(TorchFunctionMode):
 
     def _on_loop(self, call: TorchCall, why: str) -> Followed:
         """A call whose parameters get their rows from a backward pass per task."""
-        if not is_known(call.name):
-            raise self._refused(call, why, loop=False)
         args, kwargs = replaced(call.args, self._leaf), replaced(call.kwargs, self._leaf)
         out = call.func(*args, **kwargs)
-        axes = axes_of_result(TorchCall(call.name, call.func, args, kwargs, self._axis_beside_leaves, out))
+        # without a graph, in which parameters would count as what carries the gradient, and samples as constants
+        ran = TorchCall(
+            call.name, call.func, args, kwargs, self._axis_beside_leaves, replaced(out, lambda x: x.detach())
+        )
+        axes = axes_of_result(ran)
+        if self.experiments is not None and not torch.compiler.is_compiling():
+            axes = self.experiments.settle(ran, axes)
         for axis in axes if isinstance(axes, list) else [axes]:
             if not isinstance(axis, PerSample):
-                raise self._refused(call, reason(axis) or f"{call.name} sums over the samples", loop=False)
+                raise self._refused(call, f"{why}; {reason(axis) or f'{call.name} sums over the samples'}", loop=False)
         return out, axes
 
     def _leaf(self, x: Tensor) -> Tensor:
@@ -631,11 +647,14 @@ class Tracker(TorchFunctionMode):
         if held is not None:
             self.looped[x] = True
             return held[2]
-        if isinstance(self.axis_of(x), FromParameters):
-            recipe, result = self._recipe_of(x)
-            out = recipe.func(*replaced(recipe.args, self._leaf), **replaced(recipe.kwargs, self._leaf))
-            return nested(out)[result]
-        return x
+        axis = self.axis_of(x)
+        return self._leaf_by(axis) if isinstance(axis, FromParameters) else x
+
+    def _leaf_by(self, axis: FromParameters) -> Tensor:
+        recipe = axis.recipe
+        assert recipe is not None
+        sources = [self._leaf(x) if known.recipe is None else self._leaf_by(known) for x, known in recipe.sources()]
+        return nested(recipe.again(sources))[axis.result]
 
     def _axis_beside_leaves(self, x: Tensor) -> SampleAxis:
         axis = self.axis_of(x)
@@ -686,11 +705,8 @@ class Tracker(TorchFunctionMode):
 
     def _leaves(self, p: Tensor) -> list[Tensor]:
         """The parameters that something was computed from."""
-        if self.in_bank(p):
-            return [p]
-        recipe, _ = self._recipe_of(p)
-        sources = [x for x in nested((recipe.args, recipe.kwargs)) if isinstance(self.axis_of(x), FromParameters)]
-        return [leaf for x in sources for leaf in self._leaves(x)]
+        axis = self.axis_of(p)
+        return _leaves_by(p, axis) if isinstance(axis, FromParameters) else []
 
     def _refused(self, call: TorchCall, why: str, *, loop: bool = True) -> ValueError:
         found = [x for x in call.tensors() if isinstance(self.axis_of(x), FromParameters)]
@@ -700,7 +716,7 @@ class Tracker(TorchFunctionMode):
             "Tensors made inside the block count as constants; bank.samples(x, dim) and bank.constant(x) tell what a "
             "tensor carries"
         )
-        if loop and not self.loop and is_known(call.name):
+        if loop and not self.loop:
             ways += "; fallback='loop' computes such parameters by a backward pass per task"
         ways += "; shared= or fastmtl.mark_per_task leaves a parameter out of the bank"
         return ValueError(
@@ -708,6 +724,7 @@ class Tracker(TorchFunctionMode):
         )
 
 
+_RECURRENT = frozenset(("lstm", "gru", "rnn"))
 _ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward"))
 
 _SHAPES = frozenset(("squeeze", "unsqueeze", "transpose", "t", "resize", "resize_as", "set", "as_strided", "data.set"))
@@ -729,6 +746,12 @@ def _same_graph(x: Tensor, before: Any) -> bool:
     if before is True or before is False or torch.compiler.is_compiling():  # a compiled graph made or takes it
         return before is not False or not x.requires_grad
     return before == _graph(x)
+
+
+def _leaves_by(p: Tensor, axis: FromParameters) -> list[Tensor]:
+    if axis.recipe is None:
+        return [p]
+    return [leaf for x, known in axis.recipe.sources() for leaf in _leaves_by(x, known)]
 
 
 def _is_identity(call: TorchCall) -> bool:

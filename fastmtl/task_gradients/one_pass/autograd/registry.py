@@ -10,10 +10,13 @@ from fastmtl.task_gradients.one_pass.autograd.embeddings import EmbeddingByTask
 from fastmtl.task_gradients.one_pass.autograd.ends import CollectRows
 from fastmtl.task_gradients.one_pass.autograd.linear import LinearByTask
 from fastmtl.task_gradients.one_pass.autograd.norms import BatchNormByTask, GroupNormByTask, LayerNormByTask
+from fastmtl.task_gradients.one_pass.autograd.products import GroupedByTask, ProductByTask
 from fastmtl.task_gradients.one_pass.autograd.task_layer import SharedByTask
 
 FUNCTIONS = (
     LinearByTask,
+    ProductByTask,
+    GroupedByTask,
     ConvByTask,
     SharedByTask,
     EmbeddingByTask,

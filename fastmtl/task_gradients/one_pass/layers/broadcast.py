@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.autograd.broadcast import ExpandByTask, SplitByTask
+from fastmtl.task_gradients.one_pass.equations import equation_of
 from fastmtl.task_gradients.one_pass.layers.protocol import (
     Followed,
     LayerTracker,
@@ -24,7 +28,9 @@ from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 from fastmtl.task_gradients.one_pass.torch_names import POINTWISE, name_of
 
 # broadcast as pointwise functions do
-BROADCASTS = POINTWISE | frozenset(("cat", "stack", "where", "masked_fill", "lerp", "addcmul"))
+BROADCASTS = POINTWISE | frozenset(
+    ("cat", "stack", "where", "masked_fill", "lerp", "addcmul", "cosine_similarity", "pairwise_distance")
+)
 
 
 def broadcast(tracker: LayerTracker, call: TorchCall) -> Followed:
@@ -62,7 +68,7 @@ def lift(tracker: LayerTracker, p: Tensor, right: int, axis: PerSample) -> Tenso
         if value.stride(dim) == 0:
             # expanded by hand: all samples have the same
             return _expanded(tracker, weight.narrowed(dim), dim, ids, axis)
-        if not copied(tracker, p, p.dim() - right):
+        if not copied(tracker.axis_of(p), p, p.dim() - right, axis):
             raise Unproven("its own positions would lie along the axis of the samples")
         out = SplitByTask.apply(value, ids, dim, weight.form, axis.task_ids.num_rows, *weight.targets)
     elif value.shape[dim] == 1:
@@ -83,46 +89,76 @@ def _expanded(tracker: LayerTracker, weight: Weight, dim: int, ids: Tensor, axis
 
 _COPIES = frozenset(("repeat", "tile", "expand", "expand_as", "broadcast_to"))
 # of the rest these keep positions apart, whatever else they are given
-_KEEP = frozenset(("view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "linear", "layer_norm",
-                   "rms_norm", "chunk", "split", "getitem", "softmax", "mT.get"))  # fmt: skip
+_KEEP = frozenset(("view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "layer_norm",
+                   "rms_norm", "chunk", "split", "getitem", "softmax", "mT.get", "contiguous", 
+                   "unflatten", "select", "narrow", "T.get", "movedim"))  # fmt: skip
 
 
-def copied(tracker: LayerTracker, p: Tensor, dim: int) -> bool:
-    """Whether all positions of dimension `dim` hold the same, as after `expand` or `repeat` of a parameter."""
-    known = tracker.axis_of(p)
-    if tracker.in_bank(p) or not isinstance(known, FromParameters) or known.recipe is None:
+def copied(known: SampleAxis, p: Tensor, dim: int, samples: PerSample) -> bool:
+    """Whether no parameter has positions of its own for the samples, as after `expand` or `repeat` of one.
+
+    Args:
+        known: of p, which was computed from parameters.
+        dim: of p, where the samples would lie as `samples` has them along its own axis.
+    """
+    if not isinstance(known, FromParameters) or known.recipe is None:
         return False
-    recipe = known.recipe
+    recipe, outer, inner = known.recipe, samples.outer, samples.inner
     name, args = name_of(recipe.func), recipe.args
-    if name in _COPIES:
-        source = dim - (p.dim() - args[0].dim())
-        return source < 0 or args[0].shape[source] == 1 or copied(tracker, args[0], source)
-    if name in ("embedding", "getitem", "index_select"):
-        return _same_along(nested((args, recipe.kwargs)), p, dim)
-    params = [x for x in nested((args, recipe.kwargs)) if from_parameters(tracker, x)]
+    sources = recipe.sources()
+
+    def all_copied(places: Iterable[tuple[Tensor, int]]) -> bool:
+        return all(copied(axis, x, own, samples) for x, own in places for y, axis in sources if x is y)
+
+    first = args[0] if args and isinstance(args[0], Tensor) else None
+    if name in _COPIES and first is not None:
+        own = dim - (p.dim() - first.dim())
+        if own < 0 or first.shape[own] == 1:
+            return True
+        if first.shape[own] == p.shape[dim]:
+            return all_copied([(first, own)])
+        return inner % first.shape[own] == 0  # one after another, each for one sample
+    if name == "repeat_interleave" and first is not None and first.dim() == p.dim():
+        times = p.shape[dim] // first.shape[dim]
+        return all_copied([(first, dim)]) if times == 1 else times % (len(samples.task_ids) * inner) == 0
+    if name in ("embedding", "getitem", "index_select") and _picks_along(args, recipe.kwargs):
+        return outer * inner == 1 and _same_along(nested((args, recipe.kwargs)), p, dim)
     if name in POINTWISE or name in ("where", "masked_fill"):
         # whatever constants there are, every parameter must be spread, or hold the same
         right = p.dim() - dim
-        spread = [x for x in params if x.dim() >= right and x.shape[-right] != 1]
-        return all(copied(tracker, x, x.dim() - right) for x in spread)
+        return all_copied((x, x.dim() - right) for x, _ in sources if x.dim() >= right and x.shape[-right] != 1)
+    call = TorchCall(name, recipe.func, args, recipe.kwargs, lambda x: CONSTANT, p)
+    product = equation_of(call)
+    if product is not None:
+        equation, operands = product
+        letter = equation.result[dim]
+        pairs = zip(operands, equation.terms, strict=True)
+        return all_copied((x, k) for x, term in pairs if (k := term.find(letter)) >= 0 and x.shape[k] != 1)
     if name not in _KEEP:
         return False
-    for x in params:
-        for own in range(x.dim()):
-            if x.shape[own] != p.shape[dim]:
+    # the samples alone, or merged already with what stands beside them
+    forms = {(1, 1), (outer, inner)}
+    for x, axis in sources:
+        for own, form in itertools.product(range(x.dim()), sorted(forms)):
+            if x.shape[own] != len(samples.task_ids) * form[0] * form[1]:
                 continue
-            alone = functools.partial(_as_samples, x, own, tracker)
-            found = axes_of_result(TorchCall(name, recipe.func, args, recipe.kwargs, alone, p))
+            here = PerSample(own, samples.task_ids, *form)
+            found = axes_of_result(call._replace(axis_of=functools.partial(_as_samples, x, here)))
             if isinstance(found, list):
                 found = found[known.result]
-            if isinstance(found, PerSample) and found.axis == dim and found.outer * found.inner == 1:
-                return copied(tracker, x, own)
+            if isinstance(found, PerSample) and (found.axis, found.outer, found.inner) == (dim, outer, inner):
+                return copied(axis, x, own, here)
     return False
 
 
-def _as_samples(x: Tensor, dim: int, tracker: LayerTracker, y: Tensor) -> SampleAxis:
-    """As if `x` carried the samples along `dim`, and everything else were constant."""
-    return PerSample(dim, tracker.task_ids) if y is x else CONSTANT
+def _picks_along(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether there is an index among the arguments that is a tensor of numbers, and no slice or mask alone."""
+    return any(not x.is_floating_point() and x.dtype != torch.bool for x in nested((args, kwargs)))
+
+
+def _as_samples(x: Tensor, axis: PerSample, y: Tensor) -> SampleAxis:
+    """As if `x` carried the samples like that, and everything else were constant."""
+    return axis if y is x else CONSTANT
 
 
 def _same_along(tensors: Sequence[Tensor], picked: Tensor, dim: int) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.autograd.linear import LinearByTask
-from fastmtl.task_gradients.one_pass.layers.broadcast import lift
+from fastmtl.task_gradients.one_pass.equations import equation_of
+from fastmtl.task_gradients.one_pass.layers.products import by_equation
 from fastmtl.task_gradients.one_pass.layers.protocol import (
     NO_WEIGHT,
     Followed,
@@ -16,14 +19,13 @@ from fastmtl.task_gradients.one_pass.layers.protocol import (
     Weight,
     carries_samples,
     follow_one,
-    from_parameters,
     plan_of,
     sample_axis,
     weight_of,
 )
 from fastmtl.task_gradients.one_pass.sample_axis import PerSample
-from fastmtl.task_gradients.one_pass.tensors import nested
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
+from fastmtl.task_gradients.one_pass.torch_names import writes
 
 
 def _linear(tracker: LayerTracker, call: TorchCall) -> Followed:
@@ -53,21 +55,46 @@ def _apply(x: Tensor, weight: Weight, bias: Weight, axis: PerSample, transposed:
 
 def _addmm(tracker: LayerTracker, call: TorchCall) -> Followed:
     b, x, w = (call.argument(k, n) for k, n in enumerate(("input", "mat1", "mat2")))
-    if call.kwargs.get("alpha", 1) != 1 or call.kwargs.get("beta", 1) != 1:
-        raise Unproven("addmm with alpha or beta")
-    if carries_samples(tracker, x) and not carries_samples(tracker, b) and b.dim() == 1:
+    plain = call.kwargs.get("alpha", 1) == call.kwargs.get("beta", 1) == 1 and b.dim() == 1
+    if plain and carries_samples(tracker, x) and not carries_samples(tracker, b):
         return _affine(tracker, x, w, b, transposed=True)
-    y, axis = _product(tracker, x, w)
-    tracker.mark(y, axis)
-    return tracker.follow(torch.add, (b, y), {})
+    return _added(tracker, call, b, torch.matmul, x, w)
 
 
 def _baddbmm(tracker: LayerTracker, call: TorchCall) -> Followed:
-    if call.kwargs.get("alpha", 1) != 1 or call.kwargs.get("beta", 1) != 1:
-        raise Unproven("baddbmm with alpha or beta")
     b, x, y = (call.argument(k, n) for k, n in enumerate(("input", "batch1", "batch2")))
-    product, _ = follow_one(tracker, torch.matmul, x, y)
-    return tracker.follow(torch.add, (b, product), {})
+    return _added(tracker, call, b, torch.matmul, x, y)
+
+
+def _addbmm(tracker: LayerTracker, call: TorchCall) -> Followed:
+    b, x, y = (call.argument(k, n) for k, n in enumerate(("input", "batch1", "batch2")))
+    return _added(tracker, call, b, torch.einsum, "bij,bjk->ik", x, y)
+
+
+def _addmv(tracker: LayerTracker, call: TorchCall) -> Followed:
+    b, x, v = (call.argument(k, n) for k, n in enumerate(("input", "mat", "vec")))
+    return _added(tracker, call, b, torch.matmul, x, v)
+
+
+def _addr(tracker: LayerTracker, call: TorchCall) -> Followed:
+    b, x, y = (call.argument(k, n) for k, n in enumerate(("input", "vec1", "vec2")))
+    return _added(tracker, call, b, torch.outer, x, y)
+
+
+def _added(tracker: LayerTracker, call: TorchCall, b: Tensor, *product: Any) -> Followed:
+    """`beta b + alpha y`, where y is a product: its function, and what that is called with."""
+    if writes(call.func):
+        raise Unproven("a product that is added in place")
+    func, *args = product
+    alpha, beta = call.kwargs.get("alpha", 1), call.kwargs.get("beta", 1)
+    y, axis = follow_one(tracker, func, *args)
+    if alpha != 1:
+        y, axis = follow_one(tracker, torch.mul, y, alpha)
+    if beta == 0:  # whatever b is
+        return y, axis
+    if beta != 1:
+        b, _ = follow_one(tracker, torch.mul, b, beta)
+    return tracker.follow(torch.add, (b, y), {})
 
 
 def _matmul(tracker: LayerTracker, call: TorchCall) -> Followed:
@@ -92,47 +119,17 @@ def _product(tracker: LayerTracker, a: Tensor, b: Tensor) -> tuple[Tensor, PerSa
         tracker.mark(turned, axis.at(swapped.get(axis.axis, axis.axis)))
         y, found = _affine(tracker, turned, p, None, transposed=False)
         return y.mT, found.at(swapped.get(found.axis, found.axis))
-    right = x.dim() - axis.axis
-    if p.dim() < 3 or right < 3:
-        raise Unproven("a product over the axis of the samples")
-    lifted = lift(tracker, p, right, axis)
-    out = torch.matmul(x, lifted) if left else torch.matmul(lifted, x)
-    return out, axis.at(out.dim() - right)
-
-
-def _einsum(tracker: LayerTracker, call: TorchCall) -> Followed:
-    equation, operands = call.args[0], nested(call.args[1:])
-    if not isinstance(equation, str) or "." in equation or "->" not in equation:
-        raise Unproven("einsum with an ellipsis, or without a result")
-    left, _, result = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    letters: dict[str, PerSample] = {}
-    for term, x in zip(terms, operands, strict=True):
-        axis = tracker.axis_of(x)
-        if isinstance(axis, PerSample):
-            letters[term[axis.axis]] = axis
-    if len(letters) != 1:
-        raise Unproven("einsum of samples along several letters")
-    letter, axis = next(iter(letters.items()))
-    if letter not in result:
-        raise Unproven("einsum sums over the samples")
-    changed = []
-    for k, (term, p) in enumerate(zip(terms, operands, strict=True)):
-        if from_parameters(tracker, p):
-            if letter in term:
-                raise Unproven("a parameter along the letter of the samples")
-            terms[k] = letter + term
-            p = lift(tracker, p, p.dim() + 1, axis)
-        changed.append(p)
-    out = torch.einsum(f"{','.join(terms)}->{result}", *changed)
-    return out, axis.at(result.index(letter))
+    equation, operands = equation_of(TorchCall("matmul", torch.matmul, (a, b), {}, tracker.axis_of))
+    return by_equation(tracker, equation, operands, lambda values: torch.matmul(*values))
 
 
 LAYERS: dict[str, Layer] = {
     "linear": _linear,
     "addmm": _addmm,
     "baddbmm": _baddbmm,
+    "addbmm": _addbmm,
+    "addmv": _addmv,
+    "addr": _addr,
     "matmul": _matmul,
     "rmatmul": _matmul,
-    "einsum": _einsum,
 }

@@ -9,6 +9,7 @@ from fastmtl.task_gradients.one_pass.layers import (
     embeddings,
     linear,
     norms,
+    products,
     task_layer,
 )
 from fastmtl.task_gradients.one_pass.layers.broadcast import BROADCASTS, broadcast
@@ -18,6 +19,7 @@ from fastmtl.task_gradients.one_pass.torch_names import LOSSES
 
 LAYERS: dict[str, Layer] = {
     **linear.LAYERS,
+    **products.LAYERS,
     **conv.LAYERS,
     **embeddings.LAYERS,
     **norms.LAYERS,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastmtl.task_gradients.one_pass.equations import equation_of
 from fastmtl.task_gradients.one_pass.rules.agreement import joined, only_axis
 from fastmtl.task_gradients.one_pass.sample_axis import SAMPLE_SUM, Axes, MixedSamples, PerSample, Unknown
-from fastmtl.task_gradients.one_pass.tensors import nested
 from fastmtl.task_gradients.one_pass.torch_call import Rule, TorchCall
 
 
@@ -63,30 +63,31 @@ def _linear(call: TorchCall) -> Axes:
     return axis
 
 
-def _einsum(call: TorchCall) -> Axes:
-    equation, operands = call.args[0], nested(call.args[1:])
-    if not isinstance(equation, str) or "." in equation:
-        return Unknown("einsum with an ellipsis or in its list form can't be followed")
-    equation = equation.replace(" ", "")
-    left, _, result = equation.partition("->")
-    if "->" not in equation:
-        every = left.replace(",", "")
-        result = "".join(sorted(c for c in set(every) if every.count(c) == 1))
-    letters: dict[str, PerSample] = {}
-    several: list[PerSample] = []
-    for term, x in zip(left.split(","), operands, strict=True):
-        axis = call.axis_of(x)
-        if isinstance(axis, PerSample):
-            letters[term[axis.axis]] = axis
-            several.append(axis)
-    if len(letters) != 1:
-        return MixedSamples("einsum of samples along several letters")
-    letter, axis = next(iter(letters.items()))
-    if not all(each.agrees(axis) for each in several):
-        return Unknown("einsum joins different samples")
-    if letter in result:
-        return axis.at(result.index(letter))
-    return SAMPLE_SUM
+def _by_equation(call: TorchCall) -> Axes:
+    """Of einsum and of products that have no rule of their own."""
+    found = equation_of(call)
+    if found is None:
+        return Unknown(f"{call.name} in this form can't be followed")
+    equation, operands = found
+    carried = [(term[axis.axis], axis) for term, x in zip(equation.terms, operands, strict=True)
+               if isinstance(axis := call.axis_of(x), PerSample)]  # fmt: skip
+    if not carried:
+        return Unknown(f"{call.name} of constants, added to samples")
+    letter, axis = carried[0]
+    if any(other != letter for other, _ in carried):
+        return MixedSamples(f"{call.name} of samples along several letters")
+    if not all(each.agrees(axis) for _, each in carried):
+        return Unknown(f"{call.name} joins different samples")
+    return axis.at(equation.result.index(letter)) if letter in equation.result else SAMPLE_SUM
+
+
+def _grouped(call: TorchCall) -> Axes:
+    """Rows of x, sorted by which matrix multiplies them."""
+    axis = call.axis_of(call.args[0])
+    plain = isinstance(axis, PerSample) and call.args[0].dim() == 2 and call.args[1].dim() == 3
+    if not plain or axis.axis != 0 or call.carries_samples(call.args[1]):
+        return Unknown(f"{call.name} in this form can't be followed")
+    return axis
 
 
 RULES: dict[str, Rule] = {
@@ -94,5 +95,6 @@ RULES: dict[str, Rule] = {
     "addmm": _addmm,
     "baddbmm": _baddbmm,
     "linear": _linear,
-    "einsum": _einsum,
+    "_grouped_mm": _grouped,
+    **dict.fromkeys(("einsum", "tensordot", "inner", "outer", "ger", "bilinear"), _by_equation),
 }
