@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# in a Gram matrix each of these counts as two real numbers
+COMPLEX_DTYPES = (torch.complex128, torch.complex64)
+
+
+def as_real(x: Tensor) -> Tensor:
+    """The real numbers of a complex tensor, two along a new last dimension, in the same memory; others as they are."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def is_dense(x: Tensor) -> bool:

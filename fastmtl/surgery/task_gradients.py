@@ -12,6 +12,7 @@ from torch import Tensor
 from fastmtl.core.gradient_rows import GradientRows, accumulate_dtype, present_params
 from fastmtl.core.memory import can_keep, references_alone
 from fastmtl.core.schemas import without_autocast
+from fastmtl.core.tensors import as_real
 from fastmtl.methods import Method, Seen
 from fastmtl.ops.gradients.combine import combine_into
 from fastmtl.ops.gradients.gram import gram_rows
@@ -88,7 +89,8 @@ class TaskGradients:
         n, num_rows = len(params), max(len(rows), len(names))  # a rank without a loss has none
         # what ops.gram checks is known here: autograd gives every gradient its parameter's shape, dtype and device
         index = [t * n + i for t, row in enumerate(rows) for i, g in enumerate(row) if g is not None]
-        tensors = [g for row in rows for g in row if g is not None]
+        # complex gradients as pairs of real ones, from here until they are written
+        tensors = [as_real(g) for row in rows for g in row if g is not None]
         rows.clear()
         self.names, self.present, self.poison, self.partitioned = names, present, poison, partitioned
         self.device = params[0].device if params else device
@@ -98,7 +100,7 @@ class TaskGradients:
         if num_rows > len(names):
             first = sum(k < len(names) * n for k in index)
             self._gradients = GradientRows(tensors[:first], index[:first], len(names), n)
-        self._params, self._unshared = params, unshared
+        self._params, self._unshared = [as_real(p.detach()) if p.is_complex() else p for p in params], unshared
         self._receivers = params if receivers is None else receivers
         self._references = references
 
@@ -211,7 +213,8 @@ class TaskGradients:
         memory = []
         for i, k in sorted(first.items()):
             p, g = self._params[i], tensors[k]
-            if sys.getrefcount(g) <= alone and can_keep(p, g, kept):
+            # of a complex gradient g is a view, of which nobody else knows
+            if not self._receivers[i].is_complex() and sys.getrefcount(g) <= alone and can_keep(p, g, kept):
                 memory.append(g)
             else:
                 memory.append(torch.empty_like(p, dtype=g.dtype))
@@ -220,7 +223,11 @@ class TaskGradients:
     def _updates(self, columns: list[Tensor]) -> Updates:
         """Lets go of all that it holds: whoever writes an update asks whether others do."""
         with_gradient = present_params(self._gradients.index, len(self._params))
-        updates = [(self._receivers[i], column) for i, column in zip(with_gradient, columns, strict=True)]
+        receivers = [self._receivers[i] for i in with_gradient]
+        updates = [
+            (p, torch.view_as_complex(column) if p.is_complex() else column)
+            for p, column in zip(receivers, columns, strict=True)
+        ]
         updates.extend(self._unshared.items())
         self._gradients.tensors.clear()
         self._unshared.clear()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastmtl.core.tensors import FLOAT_DTYPES
+from fastmtl.core.tensors import COMPLEX_DTYPES, FLOAT_DTYPES
 from fastmtl.parameters import describe, is_per_task
 
 
@@ -23,20 +23,19 @@ def split_shared(
     `in_gram`: their gradients go into a Gram matrix, so that they need a kernel and one device.
 
     Raises:
-        TypeError: complex parameters, or shared ones of a dtype that has no kernel.
+        TypeError: shared parameters of a dtype that has no kernel.
         ValueError: no loss reaches any parameter in `shared`; several devices.
     """
     if shared is not None and not any(p in reached for p in shared) and any(p.requires_grad for p in shared):
         raise ValueError("shared: no loss reaches any of these parameters")
     found = []
     for p, mask in reached.items():
-        if p.is_complex():
-            raise TypeError(f"{describe(p, named[p])}: expected a real parameter, got {p.dtype}")
         if is_per_task(p) or not (mask & (mask - 1) if shared is None else p in shared):
             continue
-        if in_gram and p.dtype not in FLOAT_DTYPES:
+        if in_gram and p.dtype not in (*FLOAT_DTYPES, *COMPLEX_DTYPES):
             raise TypeError(
-                f"{describe(p, named[p])} is shared: expected float64, float32, bfloat16 or float16, got {p.dtype}"
+                f"{describe(p, named[p])} is shared: expected float64, float32, bfloat16, float16, complex128 or "
+                f"complex64, got {p.dtype}: fastmtl.mark_per_task gives it the plain sum of its gradients"
             )
         if in_gram and found and p.device != found[0].device:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fastmtl.core.tensors import as_real
 from fastmtl.distributed.ranks import Ranks
 from fastmtl.task_gradients.passes import DONATED
 from fastmtl.task_gradients.reach import Reach, entries, tasks_of
@@ -96,8 +97,8 @@ def norm_of(gradients: Sequence[Tensor], device: torch.device, ranks: Ranks | No
     """0-d float64 norm of them all; not finite where one of them is not. `ranks`: of whose shards they are."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for g in gradients:
-        values = g if g.layout is torch.strided else g.coalesce().values()
-        kinds.setdefault((g.dtype, g.device), []).append(values)
+        values = as_real(g if g.layout is torch.strided else g.coalesce().values())
+        kinds.setdefault((values.dtype, g.device), []).append(values)
     squares = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
         for (dtype, _), some in kinds.items():

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmtl.core.gradient_rows import GradientRows
 from fastmtl.core.schemas import without_autocast
+from fastmtl.core.tensors import as_real
 from fastmtl.ops.gradients.gram import gram_rows
 from fastmtl.ops.task_weights.task_plan import task_plan_op
 from fastmtl.parameters import Params, describe
@@ -308,7 +309,7 @@ class Batch:
 
     def _add_gram(self, rows: TaskRows) -> None:
         num_tasks = len(self.names)
-        known = {t: row for t in range(num_tasks) if (row := rows[t]) is not None}
+        known = {t: as_real(row) for t in range(num_tasks) if (row := rows[t]) is not None}
         if not known:
             return
         with torch.no_grad(), without_autocast(self.ids.device.type):
@@ -387,15 +388,15 @@ class Batch:
         """The rows against T backward passes."""
         for t, mask in enumerate(self._masks()):
             found = self.weighted_gradients(mask, list(self.params))
-            whole = math.sqrt(sum(float(g.double().norm()) ** 2 for g in found.values()))
+            whole = math.sqrt(sum(float(as_real(g).double().norm()) ** 2 for g in found.values()))
             for p, expected in found.items():
                 got = self.received.get(p)
                 row = None if got is None else got[t]
-                row = torch.zeros_like(expected) if row is None else row
+                row, expected = as_real(torch.zeros_like(expected) if row is None else row), as_real(expected)
                 size, error = expected.double().norm(), (row.double() - expected.double()).norm()
                 # a gradient may be zero but for rounding, as that of a bias of an attention's keys
                 rounding = _ROUNDINGS * torch.finfo(p.dtype).eps * whole
-                if not error <= _TOLERANCE[p.dtype] * size + rounding + torch.finfo(p.dtype).tiny:
+                if not error <= _TOLERANCE[expected.dtype] * size + rounding + torch.finfo(p.dtype).tiny:
                     raise RuntimeError(
                         f"one_pass: row {t} of {describe(p, self.params[p])} differs from a backward pass of that "
                         f"task's loss by {float(error / size):.2g} of its norm: please report this"

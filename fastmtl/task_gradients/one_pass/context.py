@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmtl.core.dispatch import checking
-from fastmtl.core.tensors import FLOAT_DTYPES
+from fastmtl.core.tensors import COMPLEX_DTYPES, FLOAT_DTYPES
 from fastmtl.distributed.wrappers import find_ranks
 from fastmtl.ops.task_weights.arguments import check_ids, hint_of_ids
 from fastmtl.parameters import Params, describe, is_per_task, read_params
@@ -174,12 +174,16 @@ def _read_bank_params(model: Params, shared: Params | None) -> dict[Tensor, str]
                 f"{describe(p, name)}: expected a plain parameter, got {type(p).__name__}; sharded parameters work "
                 "with fastmtl.backward and GradientBank (docs/distributed.md)"
             )
-        if p.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{describe(p, name)}: expected float64, float32, bfloat16 or float16, got {p.dtype}")
+        if p.dtype not in (*FLOAT_DTYPES, *COMPLEX_DTYPES):
+            raise TypeError(
+                f"{describe(p, name)}: expected float64, float32, bfloat16, float16, complex128 or complex64, got "
+                f"{p.dtype}"
+            )
         if p.device != first.device:
             raise ValueError(
                 f"{describe(p, name)} is on {p.device}, but {describe(first, params[first])} is on {first.device}: "
-                "the parameters in one Gram matrix must be on one device"
+                "the parameters in one Gram matrix must be on one device; shared= names those of one, the others keep "
+                "their ordinary gradient"
             )
     return params
 

@@ -22,6 +22,10 @@ class TaskIds:
         parent: the batch that this is a part of.
         parts: what this was joined from.
         partial: some positions carry no sample: what lies there is constant, and their id means nothing.
+
+    Attributes:
+        assumed: the dimension of tensors from outside that is taken for that of the samples, where nothing but its size
+            says that a tensor carries them; else None.
     """
 
     def __init__(
@@ -40,11 +44,18 @@ class TaskIds:
         self.parent = parent
         self.parts = tuple(parts)
         self.partial = partial
+        self.assumed: int | None = None
         self._row: int | None = None
         self._row_known = False
         self._plans: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         if plan is not None:
             self._plans[1, 1] = (ids, *plan)
+
+    def assume(self, dim: int) -> TaskIds:
+        """The same, of tensors whose size along `dim` alone says that they carry the samples."""
+        same = TaskIds(self.ids, self.num_rows, self.key, None, self.parent, self.parts, self.partial)
+        same.assumed, same._plans = dim, self._plans
+        return same
 
     def __len__(self) -> int:
         return self.ids.shape[0]

@@ -117,6 +117,7 @@ class Tracker(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.task_ids, self.batch_dim = task_ids, batch_dim
+        self._assumed = task_ids.assume(batch_dim)
         self.names = names
         self._of_model = [(x, _Told()) for x in constants] + [(p, _Told(each)) for p, each in held.items()]
         self._told_before: list[list[Any]] = []
@@ -247,7 +248,7 @@ class Tracker(TorchFunctionMode):
             if compiling or self._constants_before.get(x) != version(x):
                 if not compiling:
                     self.seen = True
-                return PerSample(dim, self.task_ids)
+                return PerSample(dim, self._assumed)
         return CONSTANT
 
     def remember_constants(self) -> None:
@@ -556,9 +557,10 @@ class Tracker(TorchFunctionMode):
             if found is not None:
                 return found
         again = self._drawn_again(call) if random or name in _RECURRENT or not is_known(name) else func
-        tensors = call.tensors()
-        axes, versions_before = [self.axis_of(x) for x in tensors], versions(tensors)
-        constant = args[0].detach().clone() if writes(func) and isinstance(axes[0], Constant) else None
+        compiling, tensors = torch.compiler.is_compiling(), call.tensors()
+        axes, versions_before = [self.axis_of(x) for x in tensors], () if compiling else versions(tensors)
+        into_constant = not compiling and writes(func) and isinstance(self.axis_of(args[0]), Constant)
+        constant = args[0].detach().clone() if into_constant else None
         out = func(*args, **kwargs)
         results = call.returned(out).results()
         data = ""
@@ -574,7 +576,6 @@ class Tracker(TorchFunctionMode):
             return out, CONSTANT
         if again is None:
             raise self._refused(call, f"{name} draws random numbers, which can't be drawn twice alike")
-        compiling = torch.compiler.is_compiling()
         if writes(func) or (not compiling and versions(tensors) != versions_before):
             if compiling or name in _SHAPES or not results or results[0] is not args[0]:
                 raise self._refused(call, f"{name} changes in place what was computed from parameters")

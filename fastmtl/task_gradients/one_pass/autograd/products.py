@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmtl.core.tensors import as_real
 from fastmtl.ops.task_weights.task_plan import task_plan_op
 from fastmtl.task_gradients.one_pass.autograd.linear import linear_rows
 from fastmtl.task_gradients.one_pass.autograd.rows import deliver, give_rows, receiver_of, unseen, wants
@@ -93,7 +94,7 @@ def _segment_products(x: Tensor, g: Tensor, order: Tensor, offsets: Tensor) -> T
     if not g.is_complex():
         like = g.new_empty(g.shape[-1], x.shape[-1])
         return linear_rows(x, g, order, offsets, like)
-    x, g = (torch.view_as_real(v).movedim(-1, -2).flatten(-2) for v in (x, g))
+    x, g = (as_real(v).movedim(-1, -2).flatten(-2) for v in (x, g))
     parts = linear_rows(x.contiguous(), g.contiguous(), order, offsets, g.new_empty(g.shape[-1], x.shape[-1]))
     (rr, ri), (ir, ii) = (half.chunk(2, -1) for half in parts.chunk(2, -2))
     return torch.complex(rr - ii, ri + ir)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.dispatch import unavailable
-from fastmtl.core.tensors import is_channels_last
+from fastmtl.core.tensors import as_real, is_channels_last
 from fastmtl.ops.task_weights.cpu.memory import HUGE_BYTES
 
 STACKED = -1
@@ -66,6 +66,9 @@ def rows_like(param: Tensor, num_rows: int) -> Tensor:
 
 def sum_by_row(values: Tensor, ids: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
     """`[n, ...] -> [R, ...]`: sums of the rows of equal id, in at least float32, in a fixed order."""
+    if values.is_complex():
+        real = sum_by_row(as_real(values), ids, num_rows, dtype.to_real())
+        return torch.view_as_complex(real) if dtype.is_complex else real[..., 0].contiguous()
     promoted = torch.promote_types(values.dtype, torch.float32)
     flat = values.reshape(values.shape[0], -1).to(promoted)
     if flat.shape[1] == 0 or flat.shape[0] == 0:

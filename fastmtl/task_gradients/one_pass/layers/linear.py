@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.autograd.linear import LinearByTask
@@ -42,7 +43,22 @@ def _affine(
         raise Unproven("samples along the last axis, or a weight that is no matrix")
     if carries_samples(tracker, w):
         raise Unproven("a weight that belongs to samples")
+    if x.is_complex() or w.is_complex():
+        func, name = (torch.matmul, "matmul") if transposed else (F.linear, "linear")
+        y, found = _by_equation(tracker, TorchCall(name, func, (x, w), {}, tracker.axis_of))
+        if b is None:
+            return y, found
+        tracker.mark(y, found)
+        y, _ = follow_one(tracker, torch.add, y, b)
+        return y, found
     return _apply(x, tracker.weight(w), weight_of(tracker, b), axis, transposed)
+
+
+def _by_equation(tracker: LayerTracker, call: TorchCall) -> tuple[Tensor, PerSample]:
+    """A product of the first two arguments."""
+    found = equation_of(call)
+    assert found is not None
+    return by_equation(tracker, *found, lambda values: call.func(*values))
 
 
 def _apply(x: Tensor, weight: Weight, bias: Weight, axis: PerSample, transposed: bool) -> tuple[Tensor, PerSample]:
@@ -108,7 +124,7 @@ def _product(tracker: LayerTracker, a: Tensor, b: Tensor) -> tuple[Tensor, PerSa
     axis, last = sample_axis(tracker, x), x.dim() - 1
     if left and p.dim() == 2:
         return _affine(tracker, x, p, None, transposed=True)
-    if left and p.dim() == 1 and x.dim() >= 2:
+    if left and p.dim() == 1 and x.dim() >= 2 and not x.is_complex() and not p.is_complex():
         if axis.axis == last:
             raise Unproven("a product over the axis of the samples")
         weight = tracker.weight(p).viewed(lambda v: v.reshape(-1, 1))
@@ -119,8 +135,7 @@ def _product(tracker: LayerTracker, a: Tensor, b: Tensor) -> tuple[Tensor, PerSa
         tracker.mark(turned, axis.at(swapped.get(axis.axis, axis.axis)))
         y, found = _affine(tracker, turned, p, None, transposed=False)
         return y.mT, found.at(swapped.get(found.axis, found.axis))
-    equation, operands = equation_of(TorchCall("matmul", torch.matmul, (a, b), {}, tracker.axis_of))
-    return by_equation(tracker, equation, operands, lambda values: torch.matmul(*values))
+    return _by_equation(tracker, TorchCall("matmul", torch.matmul, (a, b), {}, tracker.axis_of))
 
 
 LAYERS: dict[str, Layer] = {

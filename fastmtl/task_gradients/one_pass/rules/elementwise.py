@@ -28,5 +28,5 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(POINTWISE, pointwise),
     # of fastmtl.nn
     "scaled_by_gate": pointwise,
-    **dict.fromkeys(("_assert", "_assert_async", "set_", "retain_grad", "resize_as"), _same),
+    **dict.fromkeys(("_assert", "_assert_async", "set_", "retain_grad", "resize_as", "view_as_real"), _same),
 }

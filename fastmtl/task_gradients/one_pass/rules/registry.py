@@ -32,7 +32,7 @@ from fastmtl.task_gradients.one_pass.sample_axis import (
     Unknown,
 )
 from fastmtl.task_gradients.one_pass.torch_call import Rule, TorchCall
-from fastmtl.task_gradients.one_pass.torch_names import LINEAR
+from fastmtl.task_gradients.one_pass.torch_names import LINEAR, writes
 
 RULES: dict[str, Rule] = {
     **elementwise.RULES,
@@ -61,7 +61,7 @@ def axes_of_result(call: TorchCall) -> Axes:
         return found
     results = call.results()
     if not any(x.requires_grad for x in results):
-        return found
+        return _of_one_batch(call, found)
     # a gradient flows through some arguments alone: whatever samples the others carry, they are constants beside it.
     # They may carry none at all, and only have as many elements as there are samples
     if any(not x.requires_grad and not isinstance(call.axis_of(x), Constant) for x in call.tensors()):
@@ -73,6 +73,44 @@ def axes_of_result(call: TorchCall) -> Axes:
     axes = found if isinstance(found, list) else [found] * len(results)
     of_row = [axis if _settled(axis) else in_row(x, row, num_rows) for x, axis in zip(results, axes, strict=True)]
     return of_row if isinstance(found, list) else of_row[0]
+
+
+def _of_one_batch(call: TorchCall, found: Axes) -> Axes:
+    """Of data whose samples do not agree, where their size alone says of some that they carry any: a mean for each
+    feature, a table of positions, of as many elements as there are samples. The samples of the result must lie where
+    those of tensors from outside do."""
+    carried: dict[int, tuple[Tensor, PerSample]] = {}
+    for x in call.tensors():
+        axis = call.axis_of(x)
+        if isinstance(axis, PerSample):
+            carried[id(x)] = (x, axis)
+    told = [k for k, (x, axis) in carried.items() if axis.task_ids.assumed is None or x.requires_grad]
+    if len(carried) < 2 or len(told) == len(carried) or writes(call.func):
+        return found
+    agreed: list[Axes] = []
+    for kept in [told] if told else [[k] for k in carried]:
+        rest = [k for k in carried if k not in kept]
+        memory = {carried[k][0].untyped_storage().data_ptr() for k in kept}
+        if any(carried[k][0].untyped_storage().data_ptr() in memory for k in rest):
+            continue  # the batch against itself
+        axes = _by_rule(call._replace(axis_of=functools.partial(_constant_if, call.axis_of, frozenset(rest))))
+        results = call.results()
+        pairs = zip(axes if isinstance(axes, list) else [axes] * len(results), results, strict=True)
+        if all(isinstance(axis, PerSample) and (told or _lies_outside(axis, x)) for axis, x in pairs):
+            agreed.append(axes)
+    if not agreed or any(axes != agreed[0] for axes in agreed):
+        return found
+    return agreed[0]
+
+
+def _lies_outside(axis: PerSample, x: Tensor) -> bool:
+    """Whether the samples lie where those of tensors from outside do."""
+    dim = axis.task_ids.assumed
+    return dim is not None and axis.axis == dim % x.dim()
+
+
+def _constant_if(axis_of: Callable[[Tensor], SampleAxis], constant: frozenset[int], x: Tensor) -> SampleAxis:
+    return CONSTANT if id(x) in constant else axis_of(x)
 
 
 def _settled(axes: Axes) -> bool:
