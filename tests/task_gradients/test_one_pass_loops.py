@@ -266,7 +266,7 @@ def test_inside_inference_of_another_model() -> None:
     assert_rows(bank, _rows(model, losses), 1e-5)
 
 
-def test_gradient_reversal_is_named_by_hand() -> None:
+def test_gradient_reversal() -> None:
     class Reverse(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -278,12 +278,19 @@ def test_gradient_reversal_is_named_by_hand() -> None:
 
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 5)).double(), torch.randn(N, 6, dtype=torch.float64)
-    with pytest.raises(ValueError, match="ReverseBackward"), fastmtl.one_pass(model, IDS, T):
+    rows = _rows(model, cross_entropy(model[1](Reverse.apply(model[0](x)))))
+    for reverse in (Reverse.apply, lambda h: Reverse.apply(h)):  # bound before the block, and inside it
+        with fastmtl.one_pass(model, IDS, T) as bank:
+            cross_entropy(model[1](reverse(model[0](x)))).sum().backward()
+        assert_rows(bank, rows)
+    with (
+        pytest.raises(ValueError, match=r"Reverse\.apply can't be followed"),
+        fastmtl.one_pass(model, IDS, T, unknown="error"),
+    ):
         model[1](Reverse.apply(model[0](x)))
-    with fastmtl.one_pass(model, IDS, T) as bank:
-        h = bank.samples(Reverse.apply(model[0](x)), 0)
-        cross_entropy(model[1](h)).sum().backward()
-    assert_rows(bank, _rows(model, cross_entropy(model[1](Reverse.apply(model[0](x))))))
+    with fastmtl.one_pass(model, IDS, T, unknown="error") as bank:
+        cross_entropy(model[1](bank.samples(Reverse.apply(model[0](x)), 0))).sum().backward()
+    assert_rows(bank, rows)
 
 
 def test_attention_of_another_model_is_torch_again() -> None:

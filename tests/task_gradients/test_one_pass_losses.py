@@ -231,29 +231,65 @@ def test_rows_equal_a_backward_pass_per_task(name: str, arguments: dict[str, Any
             torch.testing.assert_close(torch.zeros_like(p) if got is None else got, expected, **close)
 
 
+MEAN, STD, ORDER, TABLE = _data(N), _data(N).abs() + 0.5, torch.randperm(N), _data(N, D)
+NORMALIZED = _data(N, N)
+
+
+@pytest.mark.parametrize(
+    ("data", "prepared"),
+    [
+        (NORMALIZED, lambda x: (x - MEAN) / STD),
+        (NORMALIZED, lambda x: (x - MEAN[None]) / STD.expand_as(x)),
+        (NORMALIZED, lambda x: torch.where(MEAN > 0, x, 0.0) + x.masked_fill(MEAN > 0, 0.0)),
+        (NORMALIZED, lambda x: x[:, ORDER]),
+        (_data(N, N, 2), lambda x: ((x - MEAN.view(1, -1, 1)) / STD[:, None])[..., 0]),
+        (_data(N, N, D), lambda x: (x + TABLE).flatten(1)[:, :N]),
+    ],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_as_many_samples_as_features(data: Tensor, prepared: Callable[[Tensor], Tensor], named: bool) -> None:
+    """A mean for each feature, an order of them, a table of positions: what needs no gradient and does not agree with
+    the batch carries no samples."""
+    net = _linear(width=N)
+    losses = F.cross_entropy(net(prepared(data)), LABELS, reduction="none")
+    with fastmtl.one_pass(net, IDS, T) as bank:
+        x = bank.samples(data) if named else data
+        F.cross_entropy(net(prepared(x)), LABELS, reduction="sum").backward()
+    for t in range(T):
+        want = torch.autograd.grad(losses[t == IDS].sum(), list(net.parameters()), retain_graph=True)
+        for got, expected in zip(bank.row(t), want, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "prepared",
+    [
+        lambda x: x + x.T,
+        lambda x: (x[:, None] - x).norm(dim=-1),
+        lambda x: x @ x.T,
+        lambda x: x @ TABLE @ TABLE.T,
+        lambda x: MEAN.outer(STD) @ x,
+        lambda x: MEAN.diag() @ x,
+    ],
+)
+def test_data_that_may_mix_samples(prepared: Callable[[Tensor], Tensor]) -> None:
+    net = _linear(width=N)
+    match = "meets the samples in linear|meets what depends on several samples"
+    with pytest.raises(ValueError, match=match), fastmtl.one_pass(net, IDS, T):
+        net(prepared(NORMALIZED)).square().sum().backward()
+
+
 def test_a_last_batch_of_as_many_samples_as_features() -> None:
     """What carried no samples of the batch before carries none of a shorter one."""
-    net, mean, std = _linear(width=4), _data(4), _data(4).abs() + 0.5
-
-    def losses(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(net((x - mean) / std), y, reduction="none")
-
-    x, y = _data(N, 4), LABELS
-    few, labels = x[:4], y[:4]
-    told = r"only has their number along batch_dim is told by bank.constant"
-    with pytest.raises(ValueError, match=told), fastmtl.one_pass(net, IDS[:4], T):
-        losses(few, labels)
-    for n in (N, 4):
-        few, labels, ids = x[:n], y[:n], IDS[:n]
-        with fastmtl.one_pass(net, ids, T) as bank:
-            losses(few, labels).sum().backward()
-        for t in range(T):
-            want = torch.autograd.grad(losses(few, labels)[ids == t].sum(), list(net.parameters()))
-            for got, expected in zip(bank.row(t), want, strict=True):
-                torch.testing.assert_close(got, expected)
-    mean.mul_(2)  # no longer what it was
-    with pytest.raises(ValueError, match=told), fastmtl.one_pass(net, IDS[:4], T):
-        losses(few, labels)
+    net, anchors = _linear(), _data(4, D)
+    with fastmtl.one_pass(net, IDS, T):
+        (_losses(net) * anchors.mean()).sum().backward()
+    with pytest.raises(ValueError, match="no tensor with 4"), fastmtl.one_pass(net, IDS[:4], T):
+        net(anchors).sum().backward()
+    anchors.mul_(2)  # no longer what it was
+    with fastmtl.one_pass(net, IDS[:4], T) as bank:
+        net(anchors).sum().backward()
+    assert bank.row(0)[0] is not None
 
 
 @pytest.mark.parametrize(

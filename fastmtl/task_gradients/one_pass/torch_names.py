@@ -86,8 +86,9 @@ POINTWISE = frozenset(
     special_xlog1py special_xlogy special_exp2 special_gammaln sqrt square sub swish tan tanh tanhshrink
     threshold trunc where xlogy dropout native_dropout alpha_dropout bernoulli zeros_like ones_like full_like
     rand_like randn_like empty_like bucketize polygamma zero requires_grad_ pin_memory data.get real.get alias
-    complex polar conj conj_physical resolve_conj resolve_neg imag imag.get lift_fresh fake_quantize_per_tensor_affine quantize_per_tensor dequantize _to_copy normal
-    uniform scaled_by_gate _standard_gamma
+    complex polar conj conj_physical resolve_conj resolve_neg imag imag.get lift_fresh
+    fake_quantize_per_tensor_affine quantize_per_tensor dequantize _to_copy normal uniform scaled_by_gate
+    _standard_gamma
     """)
 )
 

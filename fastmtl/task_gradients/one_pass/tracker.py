@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmtl.parameters import describe
+from fastmtl.task_gradients.one_pass import functions
 from fastmtl.task_gradients.one_pass.autograd.ends import Boundary, Place
 from fastmtl.task_gradients.one_pass.autograd.rows import STACKED
 from fastmtl.task_gradients.one_pass.experiments.experiment import Experiments
@@ -175,9 +176,11 @@ class Tracker(TorchFunctionMode):
         self._told_before.append([x.__dict__.get(OF_MODEL) for x, _ in self._of_model])
         for x, told in self._of_model:
             setattr(x, OF_MODEL, told)
+        functions.show_to(self)
 
     def detach(self) -> None:
         """Leaves them as they were: a bank that streams may be applied inside the block of another one."""
+        functions.hide_from(self)
         for (x, _), before in zip(self._of_model, self._told_before.pop(), strict=True):
             if before is None:
                 x.__dict__.pop(OF_MODEL, None)
@@ -235,7 +238,8 @@ class Tracker(TorchFunctionMode):
         elif x.grad_fn is not None:
             return Unknown(
                 f"a tensor of shape {list(x.shape)} was computed outside the block, or by what torch does not show "
-                f"(a torch.autograd.Function, a scripted module): {type(x.grad_fn).__name__}"
+                f"(a scripted function, torch.func): {type(x.grad_fn).__name__}; x = bank.samples(x, dim) tells which "
+                "dimension carries the samples"
             )
         dim = self.batch_dim + x.dim() if self.batch_dim < 0 else self.batch_dim
         if 0 <= dim < x.dim():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fastmtl.task_gradients.one_pass.experiments.trials import Trials, Unfit, same
+from fastmtl.task_gradients.one_pass.experiments.trials import FAILURES, Trials, Unfit, same
 from fastmtl.task_gradients.one_pass.experiments.values import KINDS, changed, changes, codes, has_fractions, samples_at
 from fastmtl.task_gradients.one_pass.rules.owners import along
 from fastmtl.task_gradients.one_pass.sample_axis import PerSample
@@ -119,7 +119,7 @@ def is_a_sum(
             ran.append(kind)
         except Unfit:
             raise
-        except Exception:
+        except FAILURES:
             # it does not take such values, and others must do
             continue
     return "exchange" in ran and len(ran) > 1

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastmtl.task_gradients.one_pass.experiments.backwards import is_a_sum, reaches_its_own
 from fastmtl.task_gradients.one_pass.experiments.forwards import Layout, layouts_seen, owners_seen
-from fastmtl.task_gradients.one_pass.experiments.trials import SEED, Trials, Unfit, all_equal, close, same
+from fastmtl.task_gradients.one_pass.experiments.trials import FAILURES, SEED, Trials, Unfit, all_equal, close, same
 from fastmtl.task_gradients.one_pass.experiments.values import other_values, permuted, same_memory, samples_at, varies
 from fastmtl.task_gradients.one_pass.experiments.verdict import (
     NoKey,
@@ -173,7 +173,7 @@ class _Experiment:
             again, other = trials.run(same), trials.run(same, seed=_OTHER_SEED)
         except Unfit:
             raise
-        except Exception as error:
+        except FAILURES as error:
             raise Unfit(f"it can't be run again ({type(error).__name__}: {error})") from error
         if not all_equal(self._base, again):
             raise Unfit("run again, it gives something else")
@@ -202,7 +202,7 @@ class _Experiment:
             ]
         except Unfit:
             raise
-        except Exception as error:
+        except FAILURES as error:
             raise Unfit(f"it can't be run on other values ({type(error).__name__}: {error})") from error
         first = runs[0]
         return [
@@ -270,7 +270,7 @@ class _Experiment:
                 return Summed()
         except Unfit:
             raise
-        except Exception as error:
+        except FAILURES as error:
             return Refused(f"its gradients can't be taken again ({type(error).__name__}: {error})")
         return verdict if self.results[k].dim() else Refused("it mixes samples, and is no sum over them", mixes=True)
 
@@ -281,7 +281,7 @@ class _Experiment:
         self.of_these_tasks = True
         try:
             owners = owners_seen(self.trials, self.victims, self.generator, seed=SEED)[k]
-        except Exception as error:
+        except FAILURES as error:
             # values that it does not take: it is refused for what was seen before, if anything was
             why = f"it can't be run on other values ({type(error).__name__}: {error})"
             return Refused(why) if isinstance(before, Placed) else Refused(before, "mixes" in before)
@@ -301,7 +301,7 @@ class _Experiment:
             return reaches_its_own(self.trials, self.victims, k, labels, label_of, self.generator, seed=SEED)
         except Unfit:
             raise
-        except Exception as error:
+        except FAILURES as error:
             return f"its gradients can't be taken again ({type(error).__name__}: {error})"
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmtl.task_gradients.one_pass.experiments.trials import Trials, Unfit, equal, same
+from fastmtl.task_gradients.one_pass.experiments.trials import FAILURES, Trials, Unfit, equal, same
 from fastmtl.task_gradients.one_pass.experiments.values import (
     KINDS,
     Change,
@@ -126,7 +126,7 @@ def layouts_seen(
             ran.append(kind)
         except Unfit:
             raise
-        except Exception as error:
+        except FAILURES as error:
             # it does not take such values, and others must do
             refused = error
     if "exchange" not in ran or len(ran) < min(len(kinds), 2):

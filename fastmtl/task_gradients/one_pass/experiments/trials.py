@@ -13,6 +13,9 @@ from fastmtl.task_gradients.one_pass.torch_names import writes
 
 SEED = 77
 
+# what a call may raise that does not take the values of a trial
+FAILURES = (Exception, SystemExit)
+
 
 class Unfit(Exception):
     """Why a call can't be tried."""

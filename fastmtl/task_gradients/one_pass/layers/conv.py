@@ -32,6 +32,9 @@ def _conv(tracker: LayerTracker, call: TorchCall) -> Followed:
     if axis.axis != 0 or x.dim() != dims + 2:
         raise Unproven(f"samples along axis {axis.axis} of an input of {x.dim()} dimensions, where they must be first")
 
+    if x.is_complex() or w.is_complex():
+        raise Unproven("complex numbers in a convolution")
+
     def many(value: Any) -> list[int]:
         values = [value] if isinstance(value, int) else list(value)
         return values * dims if len(values) == 1 else values

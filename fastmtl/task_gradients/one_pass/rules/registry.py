@@ -77,36 +77,35 @@ def axes_of_result(call: TorchCall) -> Axes:
 
 def _of_one_batch(call: TorchCall, found: Axes) -> Axes:
     """Of data whose samples do not agree, where their size alone says of some that they carry any: a mean for each
-    feature, a table of positions, of as many elements as there are samples. The samples of the result must lie where
-    those of tensors from outside do."""
+    feature, a table of positions, of as many elements as there are samples.
+
+    Whichever of them carries the samples, those of the result must keep their order, and in one case alone lie where
+    those of tensors from outside do; or where the user has named a batch.
+    """
     carried: dict[int, tuple[Tensor, PerSample]] = {}
     for x in call.tensors():
         axis = call.axis_of(x)
         if isinstance(axis, PerSample):
             carried[id(x)] = (x, axis)
     told = [k for k, (x, axis) in carried.items() if axis.task_ids.assumed is None or x.requires_grad]
-    if len(carried) < 2 or len(told) == len(carried) or writes(call.func):
+    results = call.results()
+    if len(carried) < 2 or len(told) == len(carried) or len(results) != 1 or writes(call.func):
         return found
-    agreed: list[Axes] = []
-    for kept in [told] if told else [[k] for k in carried]:
-        rest = [k for k in carried if k not in kept]
-        memory = {carried[k][0].untyped_storage().data_ptr() for k in kept}
-        if any(carried[k][0].untyped_storage().data_ptr() in memory for k in rest):
-            continue  # the batch against itself
-        axes = _by_rule(call._replace(axis_of=functools.partial(_constant_if, call.axis_of, frozenset(rest))))
-        results = call.results()
-        pairs = zip(axes if isinstance(axes, list) else [axes] * len(results), results, strict=True)
-        if all(isinstance(axis, PerSample) and (told or _lies_outside(axis, x)) for axis, x in pairs):
-            agreed.append(axes)
-    if not agreed or any(axes != agreed[0] for axes in agreed):
-        return found
-    return agreed[0]
-
-
-def _lies_outside(axis: PerSample, x: Tensor) -> bool:
-    """Whether the samples lie where those of tensors from outside do."""
-    dim = axis.task_ids.assumed
-    return dim is not None and axis.axis == dim % x.dim()
+    places = [axis.task_ids.assumed for _, axis in carried.values() if axis.task_ids.assumed is not None]
+    batch_dim = places[0] % max(results[0].dim(), 1)
+    key = next(axis.task_ids.key for _, axis in carried.values())
+    memory = {x.untyped_storage().data_ptr() for x, _ in carried.values()}
+    if len(memory) < len(carried):
+        return found  # the batch against itself
+    accepted: list[SampleAxis] = []
+    for kept in ([told] if told else []) + [[k] for k in carried if k not in told]:
+        rest = frozenset(k for k in carried if k not in kept)
+        axis = _by_rule(call._replace(axis_of=functools.partial(_constant_if, call.axis_of, rest)))
+        if not isinstance(axis, PerSample) or axis.task_ids.key != key:
+            return found
+        if kept is told or (not told and axis.axis == batch_dim):
+            accepted.append(axis)
+    return accepted[0] if len(accepted) == 1 else found
 
 
 def _constant_if(axis_of: Callable[[Tensor], SampleAxis], constant: frozenset[int], x: Tensor) -> SampleAxis:

@@ -1,0 +1,57 @@
+"""Shows calls of `torch.autograd.Function` to a tracker, which torch shows to no torch function mode."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch.autograd.function import _SingleLevelFunction
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode_temporarily
+
+# a Function of these is shown as the call that it is a part of
+_NOT_SHOWN = ("fastmtl.", "torch.utils.", "torch._", "torch.autograd.", "torch.nn.")
+
+_trackers: list[TorchFunctionMode] = []
+
+
+class _Applied:
+    """`cls.apply` as it is."""
+
+    def __init__(self, cls: Any) -> None:
+        self.cls, self.__name__ = cls, f"{cls.__name__}.apply"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super(_SingleLevelFunction, self.cls).apply(*args, **kwargs)
+
+
+# one for each class, by which verdicts are remembered
+_applied = functools.lru_cache(maxsize=1024)(_Applied)
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """What `Function.apply` ends in, whatever name it was given before the block."""
+    plain = _applied(cls)
+    if f"{cls.__module__}.".startswith(_NOT_SHOWN) or torch._C._is_torch_function_all_disabled():
+        return plain(*args, **kwargs)
+    if not any(mode in _trackers for mode in _get_current_function_mode_stack()):
+        return plain(*args, **kwargs)
+    with contextlib.ExitStack() as popped:
+        while True:
+            mode = popped.enter_context(_pop_mode_temporarily())
+            if mode in _trackers:  # as torch calls its modes: without itself and those inside it
+                return mode.__torch_function__(plain, (), args, kwargs)
+
+
+def show_to(tracker: TorchFunctionMode) -> None:
+    """From here on, until `hide_from`."""
+    if not _trackers:
+        _SingleLevelFunction.apply = classmethod(_apply)  # type: ignore[assignment,method-assign]
+    _trackers.append(tracker)
+
+
+def hide_from(tracker: TorchFunctionMode) -> None:
+    _trackers.remove(tracker)
+    if not _trackers:
+        del _SingleLevelFunction.apply
