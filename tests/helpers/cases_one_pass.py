@@ -58,9 +58,9 @@ def one_pass_bank(case: Case, model: nn.Module, x: Tensor, ids: Tensor = IDS, **
 def assert_rows(bank: fastmtl.OnePassBank, rows: list[list[Tensor]], tolerance: float = 1e-10) -> None:
     """Each row of each parameter, against the size of the row."""
     for t, row in enumerate(rows):
-        size = math.sqrt(sum(float(g.double().norm()) ** 2 for g in row))
+        size = math.sqrt(sum(float(g.abs().double().norm()) ** 2 for g in row))
         for p, got, want in zip(bank.params, bank.row(t), row, strict=True):
-            error = float(((torch.zeros_like(want) if got is None else got) - want).double().norm())
+            error = float(((torch.zeros_like(want) if got is None else got) - want).abs().double().norm())
             assert error <= tolerance * max(size, 1e-300), (t, tuple(p.shape), error, size)
 
 
@@ -259,6 +259,64 @@ class Mixture(nn.Module):
         return out
 
 
+class Experts(nn.Module):
+    """All experts in one product, their outputs weighted by a gate, on vectors or sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.up_bias = nn.Parameter(torch.randn(3, 6, 4)), nn.Parameter(torch.randn(3, 1, 4))
+        self.down, self.gate = nn.Parameter(torch.randn(3, 4, CLASSES)), nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 6)
+        h = torch.baddbmm(self.up_bias, rows.expand(3, -1, -1), self.up).tanh().permute(1, 0, 2)
+        gates = torch.einsum("...d,dk->...k", rows, self.gate).softmax(-1)
+        y = torch.einsum("nkd,nk,kde->ne", h, gates, self.down)
+        return y.view(*x.shape[:-1], CLASSES).reshape(len(x), -1, CLASSES).mean(1)
+
+
+class RepeatedPositions(nn.Module):
+    """Relative positions that go through layers, are repeated over heads and samples, and multiplied by queries and
+    keys; added to the scores by a table, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(7, 6)
+        self.norm, self.drop, self.act = nn.LayerNorm(6), nn.Dropout(0.2), nn.ReLU(inplace=True)
+        self.query, self.key, self.value = (nn.Linear(6, 6) for _ in range(3))
+        self.table = nn.Embedding(7, 2)
+        self.head = nn.Linear(6, CLASSES)
+        self.register_buffer("distance", torch.arange(4)[:, None] - torch.arange(4) + 3)
+
+    def heads(self, x: Tensor) -> Tensor:  # [n, L, 6] to [2 n, L, 3]
+        return x.view(*x.shape[:2], 2, 3).permute(0, 2, 1, 3).reshape(-1, x.shape[1], 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        q, k, v = (self.heads(layer(x)) for layer in (self.query, self.key, self.value))
+        table = self.act(self.drop(self.norm(self.positions.weight)))[None]
+        keys, queries = (self.heads(layer(table)).repeat(n, 1, 1) for layer in (self.key, self.query))
+        queries /= 3**0.5
+        scores = q @ k.mT + torch.gather(torch.bmm(q, keys.mT), 2, self.distance.expand(2 * n, length, length))
+        scores = scores + torch.gather(torch.bmm(k, queries.mT), 2, self.distance.expand(2 * n, length, length)).mT
+        bias = self.table(self.distance).permute(2, 0, 1).unsqueeze(0).expand(n, -1, -1, -1)
+        scores = scores.view(n, 2, length, length) + bias
+        h = scores.softmax(-1) @ v.view(n, 2, length, 3)
+        return self.head(h.transpose(1, 2).reshape(n, length, 6).mean(1))
+
+
+class Spectrum(nn.Module):
+    """Between two linear layers a complex weight for each frequency."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Linear(6, 8), nn.Parameter(torch.randn(5, dtype=torch.complex128))
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.fft.irfft(torch.fft.rfft(self.first(x)) * self.weight, n=8))
+
+
 def _images() -> Tensor:
     return torch.randn(N, 3, 8, 8, dtype=torch.float64)
 
@@ -362,6 +420,10 @@ MODELS: dict[str, Case] = {
     "queries": Case(Queries, _sequences),
     "policy": Case(Gaussian, _vectors, per_sample=lambda out: out),
     "mixture": Case(Mixture, _vectors),
+    "experts": Case(Experts, _vectors),
+    "experts on sequences": Case(Experts, _sequences),
+    "positions repeated": Case(RepeatedPositions, _sequences),
+    "spectrum": Case(Spectrum, _vectors),
     "lstm": Case(lambda: Recurrent(nn.LSTM), _sequences, arguments={"fallback": "loop"}),
     "gru": Case(lambda: Recurrent(nn.GRU), _sequences, arguments={"fallback": "loop"}),
     "gru cell": Case(lambda: Cells(nn.GRUCell), _sequences, arguments={"fallback": "loop"}),

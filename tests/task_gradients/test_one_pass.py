@@ -89,7 +89,9 @@ def test_streamed_equals_banked(name: str) -> None:
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["mlp", "encoder", "lstm", "attention, crossed", "weight norm"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "encoder", "lstm", "attention, crossed", "weight norm", "positions repeated", "spectrum"]
+)
 def test_check_passes(name: str) -> None:
     case, model, x = make(name)
     assert_rows(one_pass_bank(case, model, x, check=True), expected_rows(case, model, x))
@@ -613,3 +615,120 @@ def test_hooks_of_parameters() -> None:
     assert ran == []
     bank.apply()
     assert ran == ["accumulated"]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"memory": "stream"}, {"check": True}], ids=str)
+def test_random_numbers_drawn_on_parameters(arguments: dict[str, Any]) -> None:
+    """Each row is that of the masks that were drawn, and the generator stands where it would without `one_pass`."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(6, 5).double(), _x()
+
+    def loss() -> Tensor:
+        torch.manual_seed(2)
+        noisy = net.weight * torch.bernoulli(net.weight.detach().sigmoid()) + torch.rand_like(net.weight)
+        w = F.dropout(noisy, 0.4) + F.gumbel_softmax(net.weight, dim=1)
+        latent = net.weight.view(1, 1, 5, 6)
+        w = w + F.scaled_dot_product_attention(latent, latent, latent, dropout_p=0.4).view(5, 6)
+        return cross_entropy(F.linear(x, w, net.bias))
+
+    losses = loss()
+    after = torch.rand(1)
+    with fastmtl.one_pass(net, IDS, T, **arguments) as bank:
+        loss().sum().backward()
+        assert torch.equal(torch.rand(1), after)
+    if "memory" in arguments:
+        bank.apply("sum")
+        want = torch.autograd.grad(losses.sum(), list(net.parameters()))
+        torch.testing.assert_close(_grads(net), list(want))
+        return
+    rows = [torch.autograd.grad(losses[of(t)].sum(), list(net.parameters()), retain_graph=True) for t in range(T)]
+    assert_rows(bank, [list(row) for row in rows])
+
+
+def test_parameters_written_in_place() -> None:
+    """What was made before a value is written into is that of the value before, and what is made after, after."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(6, 5).double(), _x()
+
+    def losses() -> Tensor:
+        w = net.weight * 1
+        before = w * 2
+        w.mul_(3).add_(net.bias[:, None])
+        w[1] = 0.5
+        F.relu(w, inplace=True)
+        padded = torch.zeros(5, 8, dtype=torch.float64)
+        padded[:, 1:7] = net.weight
+        spread = torch.zeros(5, 6, dtype=torch.float64)
+        spread.index_add_(0, torch.tensor([4, 0]), net.weight[:2])
+        return cross_entropy(F.linear(x, before + w + padded[:, 2:] + spread, net.bias))
+
+    want = losses()
+    rows = [torch.autograd.grad(want[of(t)].sum(), list(net.parameters()), retain_graph=True) for t in range(T)]
+    with fastmtl.one_pass(net, IDS, T) as bank:
+        losses().sum().backward()
+    assert_rows(bank, [list(row) for row in rows])
+
+
+def test_complex_parameters_are_pairs_of_real_ones() -> None:
+    """In every way of collecting task gradients, and with whatever stands in `.grad` before."""
+    torch.manual_seed(0)
+    model, x = MODELS["spectrum"].model().double(), _x()
+    real = nn.Parameter(torch.view_as_real(model.weight.detach()).clone())
+
+    def losses(weight: Tensor | None = None) -> list[Tensor]:
+        replaced = {} if weight is None else {"weight": weight}
+        each = cross_entropy(torch.func.functional_call(model, replaced, (x,)))
+        return [each[of(t)].sum() for t in range(T)]
+
+    params = [model.first.weight, real]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    surgery = fastmtl.backward(losses(torch.view_as_complex(real)), params, method=pcgrad, shared=params)
+    assert (surgery.gram - surgery.gram.diag().diag()).min() < 0  # there is something to decide
+    want = [p.grad for p in params]
+
+    def by_bank() -> None:
+        bank = fastmtl.GradientBank(model, T, shared=shared)
+        for t in range(T):
+            with bank.task(t):
+                losses()[t].backward()
+        bank.apply(pcgrad)
+
+    def by_one_pass(**more: Any) -> None:
+        with fastmtl.one_pass(model, IDS, T, shared=shared, **more) as bank:
+            sum(losses()).backward()  # type: ignore[union-attr]
+        bank.apply(pcgrad)
+
+    shared = [model.first.weight, model.weight]
+    for collect in (
+        lambda: fastmtl.backward(losses(), method=pcgrad, shared=shared),
+        by_bank,
+        by_one_pass,
+        lambda: by_one_pass(memory="stream"),
+        lambda: by_one_pass(check=True),
+    ):
+        model.first.weight.grad = torch.ones_like(model.first.weight)
+        model.weight.grad = torch.complex(torch.ones(5), torch.ones(5)).to(torch.complex128)
+        collect()
+        assert model.weight.grad.dtype == torch.complex128
+        torch.testing.assert_close(model.first.weight.grad, want[0])
+        torch.testing.assert_close(torch.view_as_real(model.weight.grad), want[1])
+    # outside the Gram matrix it has its ordinary gradient
+    model.weight.grad = None
+    fastmtl.backward(losses(), method=pcgrad, shared=model.first)
+    torch.testing.assert_close(model.weight.grad, torch.autograd.grad(sum(losses()), model.weight)[0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", [fastmtl.methods.Every("sum", 2), "graddrop", "mean", "cagrad"], ids=str)
+def test_methods_on_complex_parameters(method: Any) -> None:
+    torch.manual_seed(0)
+    model, x = MODELS["spectrum"].model().double(), _x()
+    for _ in range(2):
+        model.zero_grad()
+        each = cross_entropy(model(x))
+        fastmtl.backward([each[of(t)].sum() for t in range(T)], method=method)
+        assert model.weight.grad.dtype == torch.complex128 and bool(model.weight.grad.abs().sum() > 0)
+    if not isinstance(method, str):
+        torch.testing.assert_close(
+            model.weight.grad, torch.autograd.grad(cross_entropy(model(x)).sum(), model.weight)[0]
+        )

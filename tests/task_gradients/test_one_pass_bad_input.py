@@ -53,7 +53,7 @@ def _other_bank() -> fastmtl.OnePassBank:
         ({"model": nn.Linear(2, 2).requires_grad_(False)}, ValueError, "model: .* needs a gradient and is shared"),
         ({"model": fastmtl.mark_per_task(nn.Linear(2, 2))}, ValueError, "model: .* needs a gradient and is shared"),
         ({"model": nn.Linear(2, 2, dtype=torch.complex32)}, TypeError, "'weight' of shape .*expected float64"),
-        ({"model": [torch.ones(2, device=d, requires_grad=True) for d in ("cpu", "meta")]}, ValueError, "shared= names"),
+        ({"model": [torch.ones(2, device=d).requires_grad_() for d in ("cpu", "meta")]}, ValueError, "shared= names"),
         ({"shared": nn.Linear(2, 2)}, ValueError, "shared: parameter 'weight'"),
         ({"bank": _other_bank()}, ValueError, "bank: expected a bank of the same parameters"),
     ],

@@ -230,6 +230,12 @@ def _only_finite(x: Tensor) -> Tensor:
     return x * 2
 
 
+def _leaves_if_not_finite(x: Tensor) -> Tensor:
+    if not bool(x.isfinite().all()):
+        raise SystemExit("expected finite values")
+    return x * 2
+
+
 def _only_these(x: Tensor) -> Tensor:
     if not torch.equal(x.detach(), _only_these.x):  # type: ignore[attr-defined]
         raise ValueError("expected what came first")
@@ -282,11 +288,12 @@ def test_running_statistics_of_the_model_are_put_back() -> None:
 
 def test_functions_that_take_some_values_alone() -> None:
     x = values(N, 3)
-    model = Scaled(_only_finite, x)
-    want = _rows(model(x).square().sum(1).square(), IDS, model.weight)
-    with fastmtl.one_pass(model, IDS, T) as bank:
-        model(x).square().sum(1).square().sum().backward()
-    _assert_rows(bank, want)
+    for function in (_only_finite, _leaves_if_not_finite):
+        model = Scaled(function, x)
+        want = _rows(model(x).square().sum(1).square(), IDS, model.weight)
+        with fastmtl.one_pass(model, IDS, T) as bank:
+            model(x).square().sum(1).square().sum().backward()
+        _assert_rows(bank, want)
     model = Scaled(_only_these, x)
     _only_these.x = (x * model.weight).detach()  # type: ignore[attr-defined]
     match = "can't be run on the values of other samples.*expected what came first"
