@@ -346,3 +346,16 @@ def test_a_model_is_copied_and_saved_inside_the_block() -> None:
         with fastmtl.one_pass(other, IDS, T) as bank:
             cross_entropy(other(x)).sum().backward()
         assert_rows(bank, rows)
+
+
+def test_a_copy_of_a_buffer_is_no_buffer() -> None:
+    """What was copied inside a block may be a batch in a later one."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 5).double(), torch.randn(N, 6, dtype=torch.float64)
+    model.register_buffer("last", x.clone())
+    with fastmtl.one_pass(model, IDS, T):
+        kept = copy.deepcopy(model.last)
+        cross_entropy(model(x + model.last - kept)).sum().backward()
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        cross_entropy(model(kept)).sum().backward()
+    assert_rows(bank, _rows(model, cross_entropy(model(kept))))

@@ -20,9 +20,11 @@ from fastmtl.task_gradients.one_pass.sample_axis import (
     SampleAxis,
     SampleSum,
     Unknown,
+    reason,
 )
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
 from fastmtl.task_gradients.one_pass.tensors import nested
+from fastmtl.task_gradients.one_pass.torch_names import name_of, writes
 from fastmtl.task_gradients.one_pass.tracker import Tracker
 
 N = 4
@@ -216,6 +218,15 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], typ
     "cosine": (lambda x: F.cosine_similarity(x, x * 2, dim=1), (4, 3), (0,), PerSample),
     "roll": (lambda x: x.roll(1, 1), (4, 3), (0,), PerSample),
     "roll samples": (lambda x: x.roll(1, 0), (4, 3), (0,), Unknown),
+    "vstack of vectors": (lambda x: torch.vstack([x[:, 0], x[:, 1]]), (4, 3), (0,), PerSample),
+    "linear of constants": (lambda x: F.linear(_weight(5, 3), x), (4, 3), (0,), PerSample),
+    "gram by linear": (lambda x: F.linear(x, x), (4, 3), (0,), MixedSamples),
+    "conv by samples": (lambda x: F.conv1d(x, x), (4, 2, 6), (0,), Unknown),
+    "bilinear": (lambda x: F.bilinear(x, x, _weight(2, 3, 3)), (4, 3), (0,), PerSample),
+    "tensordot": (lambda x: torch.tensordot(_weight(5, 3), x, dims=([1], [1])), (4, 3), (0,), PerSample),
+    "outer with a constant": (lambda x: torch.outer(_weight(5), x), (4,), (0,), PerSample),
+    "einsum ellipsis": (lambda x: torch.einsum("...d,...d->...", x, x), (4, 2, 3), (0,), PerSample),
+    "view_as_real": (lambda x: torch.view_as_real(torch.complex(x, x * 2)), (4, 3), (0,), PerSample),
     "cat": (lambda x: torch.cat([x, x], 1), (4, 3), (0,), PerSample),
     "cat samples": (lambda x: torch.cat([x, x * 2], 0), (4, 3), (0,), PerSample),
     "cat constant": (lambda x: torch.cat([x, _weight(1, 3)], 0), (4, 3), (0,), Unknown),
@@ -426,3 +437,81 @@ def test_experiment_in_place_of_the_rule(name: str, monkeypatch: pytest.MonkeyPa
         found = _check(op, shape, axis, probe=True)
         if expected in (PerSample, SampleSum, Constant):
             assert set(found) == {expected}, found
+
+
+def _functions() -> dict[str, list[Callable[..., Any]]]:
+    """Functions of torch by the names of their rules."""
+    found: dict[str, list[Callable[..., Any]]] = {}
+    spaces = (torch, F, torch.special, torch.linalg, torch._C._nn, torch.Tensor)
+    for space in spaces:
+        for each in dir(space):
+            function = getattr(space, each, None)
+            if isinstance(function, property) or (hasattr(function, "__objclass__") and not callable(function)):
+                found.setdefault(f"{each}.get", []).append(function.__get__)
+            elif callable(function):
+                found.setdefault(name_of(function), []).append(function)
+    return found
+
+
+FUNCTIONS = _functions()
+OWN = {"scaled_by_gate"}  # of fastmtl.nn, and the ops
+
+
+def test_rules_are_of_functions_that_there_are() -> None:
+    gone = {name for name in registry.RULES if name not in FUNCTIONS and not name.endswith(".default")} - OWN
+    assert not gone
+
+
+# ways to call a function on samples [4, 6] or [4, 2, 6, 6]
+CALLS: tuple[Callable[[Any, Tensor], Any], ...] = (
+    lambda f, x: f(x),
+    lambda f, x: f(x, x * 0.5 + 0.1),
+    lambda f, x: f(x, 2.0),
+    lambda f, x: f(x, 1),
+    lambda f, x: f(x, x, x),
+    lambda f, x: f(x, x > 0.5, 0.3),
+    lambda f, x: f(x > 0.5, x, x * 2),
+    lambda f, x: f([x, x]),
+    lambda f, x: f((x * 5).long(), 2),
+    lambda f, x: f(x, _weight(x.shape[-1], x.shape[-1])),
+    lambda f, x: f(x, [2, 2]),
+)
+SINGLE = [
+    name for name in sorted(registry.RULES) if name in FUNCTIONS and name not in ("cuda", "pin_memory", "rmatmul")
+]
+# its random numbers depend on how many other samples draw; results without a value, whatever the samples are
+_UNSEEN = frozenset(("_standard_gamma", "empty_like", "logdet"))
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_rule_and_experiment_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a function can be called in one of these ways: what its rule knows, the experiment doesn't deny."""
+    for function in FUNCTIONS[name][:1]:
+        if writes(function):
+            continue
+        for call in CALLS:
+            for shape in ((4, 6), (4, 2, 6, 6)):
+                x = (torch.rand(shape, dtype=torch.float64) + 0.1).requires_grad_()
+                try:
+                    if not all(each.numel() for each in nested(call(function, x))):
+                        continue
+                except Exception:  # not in this way
+                    continue
+                _compare(lambda x, c=call, f=function: c(f, x), x, name, monkeypatch)
+
+
+def _compare(op: Callable[..., Any], x: Tensor, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    results, known = _axes(op, x, 0, False)
+    verdict.forget()
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "RULES", {})
+        torch.manual_seed(1)
+        _, tried = _axes(op, x, 0, True)
+    for k, (rule, seen) in enumerate(zip(known, tried, strict=True)):
+        if not isinstance(rule, PerSample) or name in _UNSEEN or not results[k].requires_grad:
+            continue
+        if isinstance(seen, PerSample):
+            assert seen.axis == rule.axis and torch.equal(seen.positions(), rule.positions())
+        else:
+            assert "mixes samples" not in (reason(seen) or ""), (name, rule, seen)

@@ -76,18 +76,18 @@ POINTWISE = frozenset(
     broadcast_tensors copy abs acos acosh add addcdiv addcmul angle asin asinh atan atan2 atanh bitwise_and
     bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clone contiguous copysign cos cosh
     cpu cuda deg2rad detach digamma div rdiv double bfloat16 half float int long bool short char byte to type
-    type_as elu eq erf erfc erfinv exp exp2 expm1 fill float_power floor floor_divide fmax fmin fmod frac ge
-    gelu glu_jvp gt hardshrink hardsigmoid hardswish hardtanh heaviside huber hypot isclose isfinite isinf isnan
+    type_as elu eq erf erfc erfinv exp exp2 expm1 fill floor floor_divide fmax fmin fmod frac ge
+    gelu gt hardshrink hardsigmoid hardswish hardtanh heaviside hypot isclose isfinite isinf isnan
     isneginf isposinf isreal ldexp le leaky_relu lerp lgamma log log10 log1p log2 logaddexp logaddexp2
-    logical_and logical_not logical_or logical_xor logit logsigmoid log_sigmoid lt masked_fill maximum minimum
+    logical_and logical_not logical_or logical_xor logit log_sigmoid lt masked_fill maximum minimum
     mish mul mvlgamma nan_to_num ne neg nextafter positive pow rad2deg real reciprocal relu relu6 remainder
     round rrelu rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign special_entr
     special_erf special_erfc special_erfcx special_expm1 special_log1p special_i0 special_i0e special_ndtr
-    special_xlog1py special_xlogy special_exp2 special_gammaln sqrt square sub swish tan tanh tanhshrink
+    special_xlog1py special_xlogy special_exp2 special_gammaln sqrt square sub tan tanh tanhshrink
     threshold trunc where xlogy dropout native_dropout alpha_dropout bernoulli zeros_like ones_like full_like
-    rand_like randn_like empty_like bucketize polygamma zero requires_grad_ pin_memory data.get real.get alias
-    complex polar conj conj_physical resolve_conj resolve_neg imag imag.get lift_fresh
-    fake_quantize_per_tensor_affine quantize_per_tensor dequantize _to_copy normal uniform scaled_by_gate
+    rand_like randn_like empty_like polygamma zero requires_grad pin_memory data.get real.get
+    complex polar conj conj_physical resolve_conj resolve_neg imag imag.get
+    fake_quantize_per_tensor_affine quantize_per_tensor dequantize normal uniform scaled_by_gate
     _standard_gamma
     """)
 )
@@ -97,7 +97,7 @@ LINEAR = frozenset(
     _words("""
     add sub neg positive clone contiguous to float double half bfloat16 type type_as view reshape flatten
     squeeze unsqueeze expand expand_as broadcast_to transpose t permute movedim sum mean nansum getitem select
-    narrow unbind split chunk stack cat hstack vstack view_as reshape_as atleast_1d alias cpu cuda sum_to_size
+    narrow unbind split chunk stack cat hstack vstack view_as reshape_as atleast_1d cpu cuda sum_to_size
     real.get T.get mT.get masked_select index_select
     """)
 )
@@ -106,10 +106,10 @@ LINEAR = frozenset(
 SPATIAL: dict[str, int] = {}
 for _k, _names in (
     (1, """max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d lp_pool1d max_pool1d_with_indices one_hot
-           multinomial rfft irfft fft ifft"""),
+           multinomial"""),
     (2, """max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d lp_pool2d fractional_max_pool2d tril triu
            max_pool2d_with_indices scaled_dot_product_attention matrix_exp linalg_inv inverse
-           linalg_cholesky linalg_solve linalg_det logdet det fft2 ifft2 rfft2 trace_of_last"""),
+           linalg_cholesky linalg_solve linalg_det logdet det"""),
     (3, """max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d pixel_shuffle pixel_unshuffle
            max_pool3d_with_indices"""),
 ):  # fmt: skip
@@ -119,10 +119,10 @@ for _k, _names in (
 # work on everything behind the first dimension (which is the samples')
 BATCH_FIRST = frozenset(
     _words("""
-    interpolate upsample upsample_nearest upsample_bilinear unfold_im2col fold im2col col2im grid_sample
+    interpolate upsample upsample_nearest upsample_bilinear fold im2col col2im grid_sample
     affine_grid dropout1d dropout2d dropout3d feature_dropout feature_alpha_dropout local_response_norm
     instance_norm gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell group_norm native_group_norm channel_shuffle
-    adaptive_avg_pool1d_batch max_unpool1d max_unpool2d max_unpool3d upsample_nearest1d upsample_nearest2d
+    max_unpool1d max_unpool2d max_unpool3d upsample_nearest1d upsample_nearest2d
     upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa grid_sampler
     """)
@@ -165,7 +165,9 @@ def name_of(func: Any) -> str:
     """One name for a torch function and the tensor method of the same meaning; properties end in `.get` or `.set`."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__"):
-        return func.__self__.__name__ + (".get" if name == "__get__" else ".set")
+        # a property in Python has no name of its own before 3.13
+        owner = func.__self__.fget if isinstance(func.__self__, property) else func.__self__
+        return owner.__name__ + (".get" if name == "__get__" else ".set")
     found = _ALIASES.get(name)
     if found is not None:
         return found

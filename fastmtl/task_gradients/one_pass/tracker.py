@@ -78,12 +78,13 @@ class Held(NamedTuple):
 
 
 class _Told(tuple[Any, ...]):
-    """The value of that attribute: what is copied or saved inside the block takes nothing of the block along."""
+    """The value of that attribute: what is copied or saved inside the block takes nothing of the block along, nor that it
+    is of the model."""
 
     __slots__ = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return tuple, ()
+        return type(None), ()
 
 
 class Tracker(TorchFunctionMode):

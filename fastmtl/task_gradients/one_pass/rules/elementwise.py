@@ -24,9 +24,16 @@ def _same(call: TorchCall) -> Axes:
     return only_axis(call)
 
 
+def _bucketize(call: TorchCall) -> Axes:
+    if any(map(call.carries_samples, call.tensors()[1:])):
+        return Unknown("bucketize by boundaries that carry samples")
+    return only_axis(call)
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(POINTWISE, pointwise),
+    "bucketize": _bucketize,
     # of fastmtl.nn
     "scaled_by_gate": pointwise,
-    **dict.fromkeys(("_assert", "_assert_async", "set_", "retain_grad", "resize_as", "view_as_real"), _same),
+    **dict.fromkeys(("_assert", "_assert_async", "retain_grad", "view_as_real"), _same),
 }

@@ -20,18 +20,29 @@ def _spatial(call: TorchCall) -> Axes:
 
 
 def _batch_first(call: TorchCall) -> Axes:
+    if call.name.endswith("_norm") and _has_weights_of_samples(call):
+        return Unknown(f"{call.name} with weights that were computed from samples")
     return first_axis(call)
+
+
+def _has_weights_of_samples(call: TorchCall) -> bool:
+    """Whether another tensor than the input was computed from samples, and has not their number by chance."""
+    return any(x.requires_grad and call.carries_samples(x) for x in call.tensors()[1:])
 
 
 def _channelwise(call: TorchCall) -> Axes:
     """Convolutions and prelu: behind the samples come the channels."""
     name = call.name
+    if _has_weights_of_samples(call):
+        return Unknown(f"{name} with weights that were computed from samples")
     if name.startswith("conv") and name[-1] == "d" and call.first().dim() == int(name[-2]) + 1:
         return MixedSamples(f"{name} of a single sample takes the axis of the samples for its channels")
     return first_axis(call)
 
 
 def _layer_norm(call: TorchCall) -> Axes:
+    if _has_weights_of_samples(call):
+        return Unknown(f"{call.name} with weights that were computed from samples")
     axis, shape = input_axis(call), call.argument(1, "normalized_shape")
     width = 1 if isinstance(shape, int) else len(shape)
     if isinstance(axis, PerSample) and axis.axis >= call.first().dim() - width:
@@ -40,6 +51,8 @@ def _layer_norm(call: TorchCall) -> Axes:
 
 
 def _batch_norm(call: TorchCall) -> Axes:
+    if _has_weights_of_samples(call):
+        return Unknown(f"{call.name} with weights that were computed from samples")
     axis = first_axis(call)
     if isinstance(axis, PerSample) and call.argument(5, "training", False):
         return MixedSamples(f"{call.name} in training mode takes its statistics over the whole batch")

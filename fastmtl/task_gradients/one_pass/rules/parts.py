@@ -12,6 +12,9 @@ from fastmtl.task_gradients.one_pass.torch_call import Rule, TorchCall, dims_of
 
 def _cat(call: TorchCall) -> Axes:
     out = call.out
+    if call.name == "vstack" and all(x.dim() == 1 for x in call.tensors()):
+        found = joined(call)
+        return found if isinstance(found, Unknown) else found.axis.at(1)
     # empty 1-D tensors are skipped by torch
     parts = [x for x in call.argument(0, "tensors") if x.dim() == out.dim()]
     dim = {"hstack": min(1, out.dim() - 1), "vstack": 0, "dstack": 2}.get(call.name)

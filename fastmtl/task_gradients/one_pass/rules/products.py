@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.equations import equation_of
-from fastmtl.task_gradients.one_pass.rules.agreement import joined, only_axis
+from fastmtl.task_gradients.one_pass.rules.agreement import joined
 from fastmtl.task_gradients.one_pass.sample_axis import SAMPLE_SUM, Axes, MixedSamples, PerSample, Unknown
 from fastmtl.task_gradients.one_pass.torch_call import Rule, TorchCall
 
@@ -57,8 +57,15 @@ def _baddbmm(call: TorchCall) -> Axes:
 
 
 def _linear(call: TorchCall) -> Axes:
-    axis = only_axis(call)
-    if isinstance(axis, PerSample) and axis.axis == call.first().dim() - 1:
+    bias = call.argument(2, "bias")
+    if bias is not None and bias.requires_grad and call.carries_samples(bias):
+        return Unknown(f"{call.name} with a bias that was computed from samples")
+    if call.carries_samples(call.argument(1, "weight")):
+        return _by_equation(call)
+    axis = call.axis_of(call.argument(0, "input"))
+    if not isinstance(axis, PerSample):
+        return Unknown(f"{call.name} of constants, with a bias that carries samples")
+    if axis.axis == call.first().dim() - 1:
         return MixedSamples(f"{call.name} over the axis of the samples")
     return axis
 
