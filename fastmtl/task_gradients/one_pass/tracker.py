@@ -78,8 +78,7 @@ class Held(NamedTuple):
 
 
 class _Told(tuple[Any, ...]):
-    """The value of that attribute: what is copied or saved inside the block takes nothing of the block along, nor that it
-    is of the model."""
+    """The value of that attribute: what is copied or saved inside the block takes nothing of it along."""
 
     __slots__ = ()
 
@@ -400,6 +399,10 @@ class Tracker(TorchFunctionMode):
             return func(*args, **kwargs)
         if "axis" in kwargs or "keepdims" in kwargs:  # numpy's names
             kwargs = {_OWN_NAMES.get(k, k): v for k, v in kwargs.items()}
+        if name == "__deepcopy__":  # its second argument has what was copied so far, and the result then
+            out = func(*args, **kwargs)
+            self.mark(out, self.axis_of(args[0]))
+            return out
         if name == "__iter__":
             func, args, name = torch.unbind, (args[0], 0), "unbind"
             out, axes = self.follow(func, args, {})
