@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 def show_to(tracker: TorchFunctionMode) -> None:
     """From here on, until `hide_from`."""
     if not _trackers:
-        _SingleLevelFunction.apply = classmethod(_apply)  # type: ignore[assignment,method-assign]
+        # dynamo, which runs a Function as it is behind a graph break, is not to trace this
+        seen = sys.modules["torch._dynamo"].disable(_apply) if "torch._dynamo" in sys.modules else _apply
+        _SingleLevelFunction.apply = classmethod(seen)  # type: ignore[assignment,method-assign]
     _trackers.append(tracker)
 
 

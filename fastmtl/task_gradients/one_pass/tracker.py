@@ -599,10 +599,9 @@ class Tracker(TorchFunctionMode):
         """The function, so that it draws the same random numbers for each row; None: they can't be drawn again."""
         tensors = call.tensors()
         cuda = any(x.device.type == "cuda" for x in tensors)
-        if torch.compiler.is_compiling():
-            return None if call.name in RANDOM else call.func
-        if call.kwargs.get("generator") is not None or (cuda and torch.cuda.is_current_stream_capturing()):
-            return None
+        given = call.kwargs.get("generator") is not None
+        if torch.compiler.is_compiling() or given or (cuda and torch.cuda.is_current_stream_capturing()):
+            return None if _draws(call) else call.func
         return Again(call.func, tensors)
 
     def _on_copied(self, call: TorchCall) -> Followed | None:
@@ -761,6 +760,15 @@ def _leaves_by(p: Tensor, axis: FromParameters) -> list[Tensor]:
     if axis.recipe is None:
         return [p]
     return [leaf for x, known in axis.recipe.sources() for leaf in _leaves_by(x, known)]
+
+
+def _draws(call: TorchCall) -> bool:
+    """Whether it is known to draw random numbers."""
+    if call.name == "scaled_dot_product_attention":
+        return bool(call.argument(4, "dropout_p", 0.0))
+    if call.name == "multi_head_attention_forward":
+        return bool(call.argument(10, "dropout_p") and call.argument(13, "training", True))
+    return call.name in RANDOM
 
 
 def _is_identity(call: TorchCall) -> bool:

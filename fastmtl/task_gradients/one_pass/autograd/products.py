@@ -74,8 +74,6 @@ def _rows(
         x = torch.einsum(str(Equation((letters,), "".join([*batch, letter, *beside, *last]))), x)
         return x.reshape(*(math.prod(sizes[c] for c in part) for part in (batch, letter, beside, last)))
 
-    if any(c not in term for c in beside):  # summed over x's single values
-        raise AssertionError(equation)
     a, b = canonical(x, term, summed), canonical(g, equation.result, free)
     rows = torch.stack([_segment_products(*pair, order, offsets) for pair in zip(a, b, strict=True)], 1)
     # [R, batch, free, summed], and the order of p
