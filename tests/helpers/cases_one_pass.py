@@ -125,7 +125,8 @@ class Tokens(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = self.table(tokens)
-        h = torch.cat([self.cls.expand(h.shape[0], -1, -1), h], 1) + self.positions
+        h = torch.cat([self.cls.expand(h.shape[0], -1, -1), h], 1)
+        h = h + self.positions.expand_as(h)
         h = self.encoder(h if self.batch_first else h.transpose(0, 1)) * self.scale
         return self.head(h[:, 0] if self.batch_first else h[0])
 

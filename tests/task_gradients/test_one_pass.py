@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from cases_one_pass import (
     IDS,
     MODELS,
+    Lambda,
     LowRank,
     N,
     T,
@@ -732,3 +734,121 @@ def test_methods_on_complex_parameters(method: Any) -> None:
         torch.testing.assert_close(
             model.weight.grad, torch.autograd.grad(cross_entropy(model(x)).sum(), model.weight)[0]
         )
+
+
+def _filled_by_halves(x: Tensor) -> Tensor:
+    out = x.new_empty(N, 6)
+    out[:, :4].copy_(x)
+    out[:, 4:].copy_(x[:, :2] * 2)
+    return out
+
+
+def _filled_transposed(x: Tensor) -> Tensor:
+    out = x.new_zeros(4, N)
+    out.T.copy_(x)
+    return out.T
+
+
+def _filled_in_one_place(x: Tensor) -> Tensor:
+    out = x.new_zeros(N, N, 4)
+    out[1].copy_(x)
+    return out.transpose(0, 1)
+
+
+def _samples_scaled(x: Tensor) -> Tensor:
+    out = x * 1.0
+    out[:3].mul_(2)
+    out[4].zero_()
+    out.diagonal().add_(1)
+    out[0].contiguous()
+    return out
+
+
+def _filled_in_two_orders(x: Tensor) -> Tensor:
+    out = x.new_zeros(N, N, 4)
+    out[2].copy_(x)
+    out[:, 1].copy_(x)
+    return out
+
+
+def _filled_with_others(x: Tensor) -> Tensor:
+    out = x.new_zeros(N, 4)
+    out[1:].copy_(x[:-1])
+    return out
+
+
+def _one_value_cleared(x: Tensor) -> Tensor:
+    out = x.sum(1)
+    out.select(0, 1).zero_()
+    return out[:, None]
+
+
+@pytest.mark.parametrize("memory", ["bank", "stream"])
+@pytest.mark.parametrize("write", [_filled_by_halves, _filled_transposed, _filled_in_one_place, _samples_scaled])
+def test_written_into_views(write: Callable[[Tensor], Tensor], memory: str) -> None:
+    weight, x = nn.Parameter(torch.randn(4, dtype=torch.float64)), torch.randn(N, 4, dtype=torch.float64)
+    with fastmtl.one_pass([weight], IDS, T, memory=memory) as bank:
+        write(x * weight).square().sum().backward()
+    copies = weight.detach().expand(T, 4).clone().requires_grad_()
+    write(x * copies[IDS]).square().sum().backward()
+    if memory == "bank":
+        torch.testing.assert_close(torch.stack([bank.row(t)[0] for t in range(T)]), copies.grad)
+    bank.apply("sum")
+    torch.testing.assert_close(weight.grad, copies.grad.sum(0))
+
+
+@pytest.mark.parametrize("write", [_filled_in_two_orders, _filled_with_others])
+def test_written_into_views_so_that_samples_lie_otherwise(write: Callable[[Tensor], Tensor]) -> None:
+    weight, x = nn.Parameter(torch.randn(4, dtype=torch.float64)), torch.randn(N, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="wrote into a view"), fastmtl.one_pass([weight], IDS, T):
+        write(x * weight).square().sum().backward()
+
+
+def test_a_stream_and_a_write_into_one_value() -> None:
+    weight, x = nn.Parameter(torch.randn(4, dtype=torch.float64)), torch.randn(N, 4, dtype=torch.float64)
+    told = pytest.raises(ValueError, match="zero writes into a view of a single sample's value")
+    with told, fastmtl.one_pass([weight], IDS, T, memory="stream"):
+        _one_value_cleared(x * weight).square().sum().backward()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_batch_norm_in_evaluation_in_any_memory_order(n: int) -> None:
+    """torch's own backward pass on the CPU takes some pairs of memory orders for the same."""
+    norm, weight = nn.BatchNorm2d(2).double().eval(), nn.Parameter(torch.randn(2, 1, 4, dtype=torch.float64))
+    x, order = torch.randn(n, 2, 1, 4, dtype=torch.float64), torch.randn(4, n, 2, 1, dtype=torch.float64)
+
+    def losses(p: Tensor) -> Tensor:
+        return (norm(x * p) * order.permute(1, 2, 3, 0)).sum((1, 2, 3))
+
+    with fastmtl.one_pass([weight, *norm.parameters()], IDS[:n], T) as bank:
+        losses(weight).sum().backward()
+    scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+    want = x * order.permute(1, 2, 3, 0) * scale[:, None, None]
+    for t in range(T):
+        row = bank.row(t)[0]
+        torch.testing.assert_close(torch.zeros_like(weight) if row is None else row, want[IDS[:n] == t].sum(0))
+
+
+def _patches_merged_and_back(x: Tensor) -> Tensor:
+    """As some networks of pictures take patches for samples: `[N, C, 4, 4]`."""
+    n, c = x.shape[:2]
+    tokens = x.reshape(n * c * 2, 2, 2, 2).transpose(1, 2).reshape(n, c, 4, 4).transpose(1, 2).reshape(n, 4, 4, c)
+    out = tokens.new_zeros(4, n, 4, c)
+    out[:, :, 1:] = tokens.transpose(0, 1)[:, :, 1:]
+    return torch.cumsum(out.permute(1, 3, 0, 2).reshape(-1, c, 2, 8), 1)
+
+
+@pytest.mark.parametrize("memory", ["bank", "stream"])
+def test_a_batch_of_one_sample(memory: str) -> None:
+    """Whatever is done to it, all is its own."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 1), Lambda(_patches_merged_and_back), nn.Conv2d(3, 2, 1), Lambda(torch.linalg.svdvals)
+    ).double()
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    want = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    with fastmtl.one_pass(model, IDS[1:2], T, memory=memory) as bank:
+        model(x).square().sum().backward()
+    if memory == "bank":
+        torch.testing.assert_close(bank.row(2), list(want))
+    bank.apply("sum")
+    torch.testing.assert_close(_grads(model), list(want))

@@ -122,6 +122,11 @@ class PerSample(NamedTuple):
         return self.task_ids.plan(self.outer, self.inner)[0]
 
 
+def whole(axis: PerSample, shape: Sequence[int]) -> PerSample:
+    """Where a batch of one sample lies in a tensor of this shape: all positions of any dimension are its own."""
+    return PerSample(0, axis.task_ids, 1, shape[0])
+
+
 class SampleSum(NamedTuple):
     """It is a linear sum over samples, such as a loss.
 

@@ -41,11 +41,12 @@ from fastmtl.task_gradients.one_pass.sample_axis import (
     packed,
     reason,
     unpacked,
+    whole,
 )
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
 from fastmtl.task_gradients.one_pass.tensors import Again, SameTensor, Written, nested, replaced, version, versions
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
-from fastmtl.task_gradients.one_pass.torch_names import BACKWARDS, PLAIN, RANDOM, in_python, name_of, writes
+from fastmtl.task_gradients.one_pass.torch_names import BACKWARDS, PLAIN, POINTWISE, RANDOM, in_python, name_of, writes
 
 # where a constant beside parameters may be a batch
 _TAKES_DATA = frozenset(
@@ -271,7 +272,8 @@ class Tracker(TorchFunctionMode):
         if isinstance(axis, PerSample):
             size = axis.outer * len(axis.task_ids) * axis.inner
             if not 0 <= axis.axis < x.dim() or x.shape[axis.axis] != size:
-                axis = Unknown("the axis of the samples was lost")
+                one = len(axis.task_ids) == 1 and x.dim() > 0
+                axis = whole(axis, x.shape) if one else Unknown("the axis of the samples was lost")
         setattr(x, ATTRIBUTE, (self.task_ids, packed(axis), _graph(x)))
         if not torch.compiler.is_compiling() and x.grad_fn is None:
             self._marked.append(weakref.ref(x))
@@ -406,11 +408,11 @@ class Tracker(TorchFunctionMode):
         if name == "__iter__":
             func, args, name = torch.unbind, (args[0], 0), "unbind"
             out, axes = self.follow(func, args, {})
-            self._hand_on(name, args, out, axes)
+            self._hand_on(name, args, {}, out, axes)
             return iter(out)
         if name == "grad" and func is torch.autograd.grad:
             out = self.inside(func, args, kwargs)
-            self._hand_on(name, args, out, Unknown("a gradient taken inside the block can't be followed"))
+            self._hand_on(name, args, kwargs, out, Unknown("a gradient taken inside the block can't be followed"))
             return out
         if name == "backward" and func is torch.Tensor.backward:
             return self.backward(*args, **kwargs)
@@ -422,7 +424,7 @@ class Tracker(TorchFunctionMode):
                 out = replaced(out, _fresh)
         elif is_known(name):
             self.by_rule[name] = self.by_rule.get(name, 0) + 1
-        self._hand_on(name, args, out, axes)
+        self._hand_on(name, args, kwargs, out, axes)
         return out
 
     def follow(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Followed:
@@ -492,9 +494,19 @@ class Tracker(TorchFunctionMode):
         if first is None:
             return func(*args, **kwargs)
         before = self.axis_of(first)
+        base = first._base if writes(func) and not torch.compiler.is_compiling() else None
+        of_base = None if base is None else self.axis_of(base)
+        # the view is one of a place in `boundaries`, which torch lets nobody write into
+        if self.bounded and base is not None and isinstance(before, (SampleSum, MixedSamples)):
+            raise ValueError(
+                f"one_pass: {name_of(func)} writes into a view of a single sample's value, which memory='stream' can't "
+                "follow: write x[i] = value, or use torch.where"
+            )
         out = func(*args, **kwargs)
         if out is first or writes(func):
             self.mark(first, before)
+        if base is not None and of_base is not None:
+            self.mark(base, of_base)
         return out
 
     def _on_samples(self, call: TorchCall) -> Followed:
@@ -669,7 +681,7 @@ class Tracker(TorchFunctionMode):
         leaf = isinstance(axis, FromParameters) or (isinstance(axis, Unknown) and x.grad_fn is not None)
         return CONSTANT if leaf else axis
 
-    def _hand_on(self, name: str, args: Any, out: Any, axes: Axes) -> None:
+    def _hand_on(self, name: str, args: Any, kwargs: Any, out: Any, axes: Axes) -> None:
         """Marks the results of a call, and what it wrote to."""
         if name == "setitem":
             assert not isinstance(axes, list)
@@ -684,11 +696,16 @@ class Tracker(TorchFunctionMode):
                 for x in results:
                     self.mark(x, axes)
             written = out if args and out is args[0] else None
-        if isinstance(written, Tensor) and not torch.compiler.is_compiling():
-            self._written(name, written)
+        if isinstance(written, Tensor) and name not in _RETURNS_ITS_ARGUMENT and not torch.compiler.is_compiling():
+            self._written(name, written, nested((args[1:], kwargs)))
 
-    def _written(self, name: str, x: Tensor) -> None:
-        """What is written into a view changes its base."""
+    def _written(self, name: str, x: Tensor, others: Sequence[Tensor]) -> None:
+        """What is written into a view changes its base.
+
+        Args:
+            x: what was written into.
+            others: the other tensors of the call.
+        """
         base = x._base
         if base is None or base is x:
             return
@@ -697,8 +714,16 @@ class Tracker(TorchFunctionMode):
             if isinstance(before, Constant) and before.arange_length is not None:
                 self.mark(base, CONSTANT)  # no longer an arange
             return
-        if isinstance(axis, PerSample) and isinstance(before, PerSample) and axis.task_ids.key == before.task_ids.key:
-            return
+        if name in POINTWISE and all(isinstance(self.axis_of(other), Constant) for other in others):
+            return  # each element is still made of itself alone
+        if isinstance(axis, PerSample):
+            place = _place_in(base, x, axis.axis)
+            if isinstance(before, PerSample) and axis.task_ids.key == before.task_ids.key:
+                if place is None or place == before.axis:
+                    return
+            elif isinstance(before, Constant) and not before.from_samples and place is not None:
+                self.mark(base, axis.at(place))  # memory that is filled part by part
+                return
         self.mark(base, Unknown(f"{name} wrote into a view of it"))
 
     def _note(self, call: TorchCall) -> None:
@@ -735,12 +760,32 @@ class Tracker(TorchFunctionMode):
 _RECURRENT = frozenset(("lstm", "gru", "rnn"))
 _ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward"))
 
+# what they return may be what they were given, though nothing was written
+_RETURNS_ITS_ARGUMENT = frozenset(
+    """contiguous to type type_as float double half bfloat16 reshape flatten view expand squeeze atleast_1d alias
+    cpu cuda requires_grad_""".split()  # noqa: SIM905
+)
+
 _SHAPES = frozenset(("squeeze", "unsqueeze", "transpose", "t", "resize", "resize_as", "set", "as_strided", "data.set"))
 
 _OWN_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 
 # of a sum over samples and of parameters alone these make a sum
 _SUMS = frozenset(("add", "sub", "stack", "cat", "sum"))
+
+
+def _place_in(base: Tensor, view: Tensor, dim: int) -> int | None:
+    """The dimension of a tensor that one of a view of it runs through from beginning to end; None: it can't be told."""
+    size, stride = view.shape[dim], view.stride(dim)
+    if size == 1:  # a batch of one sample, whose is all
+        return dim if base.dim() == view.dim() and base.shape[dim] == 1 else None
+    if not base.is_contiguous():
+        return None
+    for own in range(base.dim()):
+        if base.shape[own] == size and base.stride(own) == stride:
+            first = (view.storage_offset() - base.storage_offset()) // stride % size
+            return own if first == 0 else None
+    return None
 
 
 def _graph(x: Tensor) -> Any:

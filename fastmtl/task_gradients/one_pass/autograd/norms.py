@@ -115,19 +115,37 @@ class BatchNormByTask(torch.autograd.Function):
     def backward(ctx, g, x, w, saved_mean, saved_rstd, ids, mean, var):
         needs = ctx.needs_input_grad
         rows, plain = zip(*(wants(c, need) for c, need in zip(ctx.forms, needs[1:3], strict=True)), strict=True)
-        gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
-            g, x, w, mean, var, saved_mean, saved_rstd, ctx.training, ctx.eps, (needs[0], plain[0], plain[1])
-        )
-        rows_w = rows_b = None
-        if rows[0] or rows[1]:
-            ds, db = _channel_sums(g, x, rows[0])
+        centre = saved_mean if ctx.training else mean
+        scale = saved_rstd if ctx.training else (var + ctx.eps).rsqrt()
+        gx = gw = gb = rows_w = rows_b = None
+        if needs[0] and ctx.training:
+            # in one memory order: torch's kernel on the CPU takes some pairs of two for the same
+            gx, _, _ = torch.ops.aten.native_batch_norm_backward(
+                _in_order_of(x, g), _in_order_of(x, x), w, mean, var, saved_mean, saved_rstd, True, ctx.eps,
+                (True, False, False),
+            )  # fmt: skip
+        elif needs[0]:
+            factor = scale if w is None else scale * w
+            gx = (g * factor.view(-1, *(1,) * (g.dim() - 2))).to(x.dtype)
+        weight, bias = rows[0] or plain[0], rows[1] or plain[1]
+        if weight or bias:
+            ds, db = _channel_sums(g, x, weight)
+            each = (ds - centre * db) * scale if weight else None
             if rows[0]:
-                centre = saved_mean if ctx.training else mean
-                scale = saved_rstd if ctx.training else (var + ctx.eps).rsqrt()
-                rows_w = sum_by_row((ds - centre * db) * scale, ids, ctx.num_rows, w.dtype)
+                rows_w = sum_by_row(each, ids, ctx.num_rows, w.dtype)
+            elif plain[0]:
+                gw = each.sum(0).to(w.dtype)
             if rows[1]:
                 rows_b = sum_by_row(db, ids, ctx.num_rows, ctx.bias_dtype)
+            elif plain[1]:
+                gb = db.sum(0).to(ctx.bias_dtype)
         return (gx, gw, gb, *(None,) * 8, *give_rows(rows_w, ctx.forms[0]), *give_rows(rows_b, ctx.forms[1]))
+
+
+def _in_order_of(x: Tensor, y: Tensor) -> Tensor:
+    """`y`, of the shape of `x`, with its channels last if they are last in `x`, and else contiguous."""
+    last = x.dim() == 4 and is_channels_last(x)
+    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _channel_sums(g: Tensor, x: Tensor, both: bool) -> tuple[Tensor | None, Tensor]:

@@ -112,7 +112,7 @@ class Experiments:
             return [Refused("all ranks take part in it, so that it can't be run again")] * len(results)
         keys = []
         with contextlib.suppress(NoKey):
-            keys = [key_of(call, call.axis_of, constants=constants) for constants in (False, True)]
+            keys = [key_of(call, call.axis_of, victims, very=very) for very in (False, True)]
         before = next((found for key in keys if (found := known(key)) is not None), None)
         if before is not None and not any(isinstance(verdict, Placed) for verdict in before):
             return before
@@ -152,7 +152,9 @@ class _Experiment:
         if not self.one:
             found: list[Layout | str] = ["it joins different samples"] * len(self.results)
         elif len(self.task_ids) < 2:
-            raise Unfit("there is only one sample, so that nothing can be told apart")
+            # all is the one sample's
+            found = [Layout(0, 1, x.shape[0]) if x.dim() else "it is a number" for x in self.results]
+            self.general = True
         else:
             found = self._layouts(same, seeds)
             self.general = self._holds_for_others(found, seeds)
@@ -220,7 +222,7 @@ class _Experiment:
         try:
             return all(
                 self._layouts(functools.partial(self._other, how), seeds) == found
-                for how in ("turned", "moved", "shuffled", "values")
+                for how in ("turned", "moved", "shuffled", "values", "mixed")
             )
         except Unfit:
             return False
@@ -230,6 +232,9 @@ class _Experiment:
         axis = self.call.axis_of(x)
         if how == "values":
             return other_values(x)
+        if how == "mixed":  # of what has one value everywhere, such as a mask of ones, the others are no other order
+            some = torch.rand(x.shape, generator=self.generator) < 0.5
+            return same_memory(x).copy_(torch.where(some.to(x.device), other_values(x), x.detach()))
         n = len(axis.task_ids) if isinstance(axis, PerSample) else x.numel()
         order = torch.arange(n)
         order = {"turned": order.flip(0), "moved": order.roll(1)}.get(how, torch.randperm(n, generator=self.generator))

@@ -57,6 +57,8 @@ def changes(kind: str, n: int, generator: torch.Generator) -> Iterator[Change]:
 def samples_at(axis: PerSample) -> Tensor:
     """Which of the n samples each position of the axis belongs to."""
     n = len(axis.task_ids)
+    if axis.outer == axis.inner == 1:
+        return torch.arange(n)
     return torch.arange(n)[:, None].expand(-1, axis.inner).reshape(-1).repeat(axis.outer)
 
 

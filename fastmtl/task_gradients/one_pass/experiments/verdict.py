@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -63,34 +63,39 @@ class NoKey(Exception):
     """A call has an argument whose value can't be told from others later."""
 
 
-def key_of(call: TorchCall, axis_of: Callable[[Tensor], SampleAxis], *, constants: bool) -> Any:
+def key_of(call: TorchCall, axis_of: Callable[[Tensor], SampleAxis], victims: Collection[int], *, very: bool) -> Any:
     """Tells calls apart of which one verdict may not hold for another.
 
     Args:
-        constants: whether it holds for the very tensors that carry no samples alone.
+        victims: the ids of the tensors whose samples were changed.
+        very: whether it holds for the very tensors beside these alone.
 
     Raises:
         NoKey: an argument is neither a tensor nor a plain value.
     """
     autocast = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
-    return call.func, tuple(autocast), _key(call.args, axis_of, constants), _key(call.kwargs, axis_of, constants)
 
-
-def _key(value: Any, axis_of: Callable[[Tensor], SampleAxis], constants: bool) -> Any:
-    if isinstance(value, Tensor):
-        axis = axis_of(value)
+    def of_tensor(x: Tensor) -> Any:
+        axis = axis_of(x)
         here: tuple[Any, ...] = (type(axis).__name__,)
         if isinstance(axis, PerSample):
             here = (axis.axis, axis.outer, axis.inner, len(axis.task_ids))
-        elif constants:
-            here = (_Same(value),)
-        return (tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad, *here)
+        if very and id(x) not in victims:
+            here = (*here, _Same(x))
+        return (tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad, *here)
+
+    return call.func, tuple(autocast), _key(call.args, of_tensor), _key(call.kwargs, of_tensor)
+
+
+def _key(value: Any, of_tensor: Callable[[Tensor], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return of_tensor(value)
     if isinstance(value, (list, tuple)):
-        return (type(value), *[_key(v, axis_of, constants) for v in value])
+        return (type(value), *[_key(v, of_tensor) for v in value])
     if isinstance(value, dict):
-        return tuple((k, _key(v, axis_of, constants)) for k, v in sorted(value.items()))
+        return tuple((k, _key(v, of_tensor)) for k, v in sorted(value.items()))
     if isinstance(value, slice):
-        return ("slice", *[_key(v, axis_of, constants) for v in (value.start, value.stop, value.step)])
+        return ("slice", *[_key(v, of_tensor) for v in (value.start, value.stop, value.step)])
     if isinstance(value, _PLAIN):
         return (type(value), value)
     raise NoKey(type(value).__name__)

@@ -14,10 +14,12 @@ from fastmtl.task_gradients.one_pass.autograd.broadcast import ExpandByTask, Spl
 from fastmtl.task_gradients.one_pass.equations import equation_of
 from fastmtl.task_gradients.one_pass.layers.protocol import (
     Followed,
+    Layer,
     LayerTracker,
     Unproven,
     Weight,
     carries_samples,
+    follow_one,
     from_parameters,
 )
 from fastmtl.task_gradients.one_pass.rules.agreement import joined
@@ -52,6 +54,17 @@ def broadcast(tracker: LayerTracker, call: TorchCall) -> Followed:
     args, kwargs = replaced(call.args, lifted), replaced(call.kwargs, lifted)
     out = tracker.run(call.func, args, kwargs)
     return out, axes_of_result(call._replace(args=args, kwargs=kwargs, out=out))
+
+
+def _as_other(tracker: LayerTracker, call: TorchCall) -> Followed:
+    """A parameter in the shape of samples, of which nothing else is asked."""
+    p, other = call.args[0], call.argument(1, "other")
+    if not from_parameters(tracker, p) or from_parameters(tracker, other):
+        raise Unproven(f"samples in the shape of a parameter, by {call.name}")
+    return follow_one(tracker, Tensor.expand if call.name == "expand_as" else Tensor.reshape, p, tuple(other.shape))
+
+
+LAYERS: dict[str, Layer] = dict.fromkeys(("expand_as", "view_as", "reshape_as"), _as_other)
 
 
 def lift(tracker: LayerTracker, p: Tensor, right: int, axis: PerSample) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.autograd.rows import STACKED
-from fastmtl.task_gradients.one_pass.sample_axis import Axes, FromParameters, PerSample, SampleAxis, reason
+from fastmtl.task_gradients.one_pass.sample_axis import Axes, FromParameters, PerSample, SampleAxis, reason, whole
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 
@@ -135,7 +135,7 @@ def sample_axis(tracker: LayerTracker, x: Any) -> PerSample:
     axis = tracker.axis_of(x)
     if not isinstance(axis, PerSample):
         raise Unproven(reason(axis) or "its input carries no samples")
-    return axis
+    return whole(axis, x.shape) if axis.axis != 0 and len(axis.task_ids) == 1 else axis
 
 
 def first_sample_axis(tracker: LayerTracker, x: Tensor) -> PerSample:

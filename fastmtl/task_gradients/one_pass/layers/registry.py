@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastmtl.task_gradients.one_pass.layers import (
     activations,
     attention,
+    broadcast,
     conv,
     embeddings,
     linear,
@@ -12,7 +13,6 @@ from fastmtl.task_gradients.one_pass.layers import (
     products,
     task_layer,
 )
-from fastmtl.task_gradients.one_pass.layers.broadcast import BROADCASTS, broadcast
 from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Layer, LayerTracker, Unproven
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 from fastmtl.task_gradients.one_pass.torch_names import LOSSES
@@ -26,6 +26,7 @@ LAYERS: dict[str, Layer] = {
     **activations.LAYERS,
     **attention.LAYERS,
     **task_layer.LAYERS,
+    **broadcast.LAYERS,
 }
 
 
@@ -38,8 +39,8 @@ def run_layer(tracker: LayerTracker, call: TorchCall) -> Followed:
     layer = LAYERS.get(call.name)
     if layer is not None:
         return layer(tracker, call)
-    if call.name in BROADCASTS:
-        return broadcast(tracker, call)
+    if call.name in broadcast.BROADCASTS:
+        return broadcast.broadcast(tracker, call)
     if call.name in LOSSES:
         raise Unproven(
             "an output that carries no samples: was the input made inside the block, or does it carry them along "

@@ -33,6 +33,8 @@ def joined(call: TorchCall, tensors: Sequence[Tensor] | None = None) -> Joined |
         right = x.dim() - axis.axis
         if found is None:
             found = Joined(axis, right)
+        elif len(axis.task_ids) == 1 and axis.task_ids.key == found.axis.task_ids.key:
+            continue  # the one sample of both, wherever it lies
         elif found.right != right:
             return Unknown(
                 f"{call.name} joins tensors that carry the samples on different axes; one that only has their number "

@@ -35,5 +35,6 @@ RULES: dict[str, Rule] = {
     "bucketize": _bucketize,
     # of fastmtl.nn
     "scaled_by_gate": pointwise,
+    # a new last dimension comes behind all others
     **dict.fromkeys(("_assert", "_assert_async", "retain_grad", "view_as_real"), _same),
 }

@@ -12,11 +12,9 @@ from fastmtl.task_gradients.one_pass.torch_call import Rule, TorchCall, dims_of
 
 def _cat(call: TorchCall) -> Axes:
     out = call.out
-    if call.name == "vstack" and all(x.dim() == 1 for x in call.tensors()):
-        found = joined(call)
-        return found if isinstance(found, Unknown) else found.axis.at(1)
-    # empty 1-D tensors are skipped by torch
-    parts = [x for x in call.argument(0, "tensors") if x.dim() == out.dim()]
+    parts = list(call.argument(0, "tensors"))
+    if call.name != "vstack":  # which makes rows of 1-D tensors; cat skips empty ones
+        parts = [x for x in parts if x.dim() == out.dim()]
     dim = {"hstack": min(1, out.dim() - 1), "vstack": 0, "dstack": 2}.get(call.name)
     if dim is None:
         dim = call.argument(1, "dim", call.kwargs.get("axis", 0))
@@ -24,7 +22,7 @@ def _cat(call: TorchCall) -> Axes:
     found = joined(call, parts)
     if not isinstance(found, Unknown) and out.dim() - found.right != dim:
         return found.axis.at(out.dim() - found.right)
-    known = [call.axis_of(x) for x in parts]
+    known = [call.axis_of(x) for x in parts if x.dim() == out.dim()]
     axes = [axis for axis in known if isinstance(axis, PerSample) and axis.axis == dim]
     if len(axes) < len(parts):
         if isinstance(found, Unknown):
