@@ -351,8 +351,26 @@ def test_check_tells_the_cost(capsys: pytest.CaptureFixture[str]) -> None:
     assert "runs of calls without a rule took" in capsys.readouterr().out
 
 
+def test_a_verdict_for_a_mask_of_ones_does_not_hold_for_others() -> None:
+    x, weight = values(N, 3), nn.Parameter(values(3, seed=2))
+    mask = torch.ones(N, 3, dtype=torch.bool)
+
+    def run() -> fastmtl.OnePassBank:
+        with fastmtl.one_pass([weight], IDS, T) as bank:
+            z = x * weight
+            z.masked_scatter(mask.clone(), z * 2).square().sum().backward()
+        return bank
+
+    copies = weight.detach().expand(T, 3).clone().requires_grad_()
+    (x * copies[IDS] * 2).square().sum().backward()
+    _assert_rows(run(), list(copies.grad))
+    mask[::2, 1] = False
+    with pytest.raises(ValueError, match="mixes samples"):
+        run()
+
+
 def test_random_chains() -> None:
     """`tests/helpers/fuzz_one_pass.py` runs as many of them as there is time for."""
     found = fuzz_one_pass.run(1_000_000, 300)
-    assert set(found) <= {"right", "refused", "nothing"}, found
-    assert len(found["right"]) > 60 and len(found["refused"]) > 60
+    assert set(found) <= fuzz_one_pass.FINE, found
+    assert len(found[fuzz_one_pass.RIGHT]) > 60 and len(found[fuzz_one_pass.REFUSED]) > 60
