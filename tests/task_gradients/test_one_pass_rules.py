@@ -226,7 +226,6 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], typ
     "tensordot": (lambda x: torch.tensordot(_weight(5, 3), x, dims=([1], [1])), (4, 3), (0,), PerSample),
     "outer with a constant": (lambda x: torch.outer(_weight(5), x), (4,), (0,), PerSample),
     "einsum ellipsis": (lambda x: torch.einsum("...d,...d->...", x, x), (4, 2, 3), (0,), PerSample),
-    "view_as_real": (lambda x: torch.view_as_real(torch.complex(x, x * 2)), (4, 3), (0,), PerSample),
     "cat": (lambda x: torch.cat([x, x], 1), (4, 3), (0,), PerSample),
     "vstack 1-D": (lambda x: torch.vstack([x, x * 2, _weight(4)]), (4,), (0,), PerSample),
     "vstack samples": (lambda x: torch.vstack([x, x * 2]), (4, 4), (0, 1), PerSample),

@@ -1,0 +1,1 @@
+"""Checks over many models that take longer than a test may."""
