@@ -45,7 +45,7 @@ PAGE = ROOT / "docs/one-pass-models.md"
 STATES = ("wrong", "error", "too slow", "refused", "mixes samples", "right", "not built")
 
 _MEANING = {
-    "mixes samples": "mixes samples, and is refused as it must be",
+    "mixes samples": "that mix samples (refused, as they must be)",
     **{state: state for state in STATES if state != "mixes samples"},
 }
 
@@ -299,8 +299,8 @@ def page(results: dict[str, Any]) -> str:
         "",
         f"{built} of {len(rows)} families could be built small and run"
         + (f" ({known - len(rows)} more were not reached: `--missing`)" if known > len(rows) else "")
-        + ". Of these "
-        + ", ".join(f"{counts[state]}: {_MEANING[state]}" for state in STATES[:-1] if counts[state])
+        + ": "
+        + ", ".join(f"{counts[state]} {_MEANING[state]}" for state in STATES[:-1] if counts[state])
         + f". Runs: {', '.join(f'{n} {state}' for state, n in sorted(runs.items()))}.",
         "",
         "| family | class | came out | why |",
