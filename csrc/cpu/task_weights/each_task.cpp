@@ -6,14 +6,20 @@
 #include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstring>
 #include <exception>
 #include <mutex>
+#include <numeric>
 #include <optional>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/abi.h"
+#include "cpu/task_weights/batch.h"
 
 // torch's own OpenMP runtime, found through libtorch; null where torch was built without one
 extern "C" {
@@ -41,88 +47,193 @@ class OneThread {
   int before_;
 };
 
-// run(k) for k = 0..count-1, in turn to whichever thread is free: the first ones should be the longest
+// run(k) for each of the present tasks, the one with most samples first, in turn on whichever thread is free; with
+// fewer tasks than threads in turn on all threads
 template <typename Run>
-std::vector<Tensor> for_each_task(size_t count, const Run& run) {
-  std::vector<std::optional<Tensor>> found(count);
+void for_each_task(const Batch& batch, const std::vector<int64_t>& present, const Run& run) {
+  std::vector<size_t> longest(present.size());
+  std::iota(longest.begin(), longest.end(), size_t{0});
+  std::stable_sort(longest.begin(), longest.end(),
+                   [&](size_t a, size_t b) { return batch.count(present[a]) > batch.count(present[b]); });
+  if (!omp_set_num_threads || !omp_get_max_threads || present.size() < torch::stable::get_num_threads()) {
+    for (size_t k : longest) run(k);
+    return;
+  }
   std::atomic<size_t> next{0};
   std::exception_ptr error;
   std::mutex guard;
-  if (!omp_set_num_threads || !omp_get_max_threads) {
-    std::vector<Tensor> out;
-    for (size_t k = 0; k < count; ++k) out.push_back(run(k));
-    return out;
-  }
-  torch::stable::parallel_for(0, static_cast<int64_t>(count), 1, [&](int64_t, int64_t) {
+  torch::stable::parallel_for(0, static_cast<int64_t>(present.size()), 1, [&](int64_t, int64_t) {
     try {
       const OneThread alone;
-      for (size_t k = next++; k < count; k = next++) found[k] = run(k);
+      for (size_t k = next++; k < longest.size(); k = next++) run(longest[k]);
     } catch (...) {
       std::lock_guard<std::mutex> lock(guard);
       error = std::current_exception();
     }
   });
   if (error) std::rethrow_exception(error);
-  std::vector<Tensor> out;
-  for (auto& x : found) out.push_back(*x);
-  return out;
 }
 
-// the weight gradients; with `bias` those of the bias behind them, which oneDNN sums on the way
-std::vector<Tensor> convolution_weight_grads(std::vector<Tensor> grad_out, std::vector<Tensor> x, Tensor weight,
+// `[n, c, h, w]` pictures, each without gaps in memory: channels last, or NCHW
+class Pictures {
+ public:
+  // `joined`: the samples of a call are one long picture, where each pixel is seen alone
+  Pictures(Tensor x, bool channels_last, bool joined) : x_(std::move(x)), joined_(joined) {
+    STD_TORCH_CHECK(x_.dim() == 4, "fastmtl: pictures must have four dimensions");
+    channels_ = x_.size(1), height_ = x_.size(2), wide_ = x_.size(3);
+    width_ = channels_ * height_ * wide_;
+    if (channels_last) inner_ = {1, wide_ * channels_, channels_};
+    else inner_ = {height_ * wide_, wide_, 1};
+    for (int d = 0; d < 3; ++d)
+      STD_TORCH_CHECK(x_.size(d + 1) == 1 || x_.stride(d + 1) == inner_[d], "fastmtl: pictures with gaps");
+    stride_ = x_.size(0) > 1 ? x_.stride(0) : width_;
+    STD_TORCH_CHECK(!joined_ || (channels_last && stride_ == width_), "fastmtl: pictures that can't be joined");
+    size_ = size_of(dtype_of(x_));
+  }
+
+  int64_t bytes() const { return width_ * size_; }
+
+  Tensor neighbours(int64_t first, int64_t count) const { return pictures(x_, first * stride_, stride_, count); }
+
+  // copied, into memory that is in the cache when the call reads it
+  Tensor gathered(const int64_t* samples, int64_t count) const {
+    const Tensor rows = torch::stable::new_empty(x_, {count, width_});
+    const char* in = static_cast<const char*>(x_.const_data_ptr());
+    char* out = static_cast<char*>(rows.mutable_data_ptr());
+    for (int64_t k = 0; k < count; ++k)
+      std::memcpy(out + k * bytes(), in + samples[k] * stride_ * size_, static_cast<size_t>(bytes()));
+    return pictures(rows, 0, width_, count);
+  }
+
+ private:
+  Tensor pictures(const Tensor& from, int64_t offset, int64_t stride, int64_t count) const {
+    std::array<int64_t, 4> sizes{count, channels_, height_, wide_};
+    std::array<int64_t, 4> strides{stride, inner_[0], inner_[1], inner_[2]};
+    if (joined_) {
+      const int64_t length = count * height_ * wide_;
+      sizes = {1, channels_, 1, length}, strides = {length * channels_, 1, length * channels_, channels_};
+    }
+    AtenTensorHandle found = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(from.get(), 4, sizes.data(), strides.data(), offset, &found));
+    return Tensor(found);
+  }
+
+  Tensor x_;
+  bool joined_;
+  int64_t channels_, height_, wide_, width_, stride_, size_;
+  std::array<int64_t, 3> inner_;
+};
+
+template <class Value>
+void add_values(const Tensor& sum, const Tensor& x) {
+  Value* out = static_cast<Value*>(sum.mutable_data_ptr());
+  const Value* in = static_cast<const Value*>(x.const_data_ptr());
+  for (int64_t i = 0; i < x.numel(); ++i) out[i] += in[i];
+}
+
+// of results of the same op: the same dense layout
+void add(const Tensor& sum, const Tensor& x) {
+  for (int64_t d = 0; d < sum.dim(); ++d)
+    STD_TORCH_CHECK(sum.stride(d) == x.stride(d), "fastmtl: gradients of different layouts");
+  if (dtype_of(sum) == DType::f64) add_values<double>(sum, x);
+  else add_values<float>(sum, x);
+}
+
+// of each task with samples, in turn, the weight gradient; with `bias` those of the bias behind them, which oneDNN sums
+// on the way. Samples that are no neighbours are gathered, or go in a call for each run of neighbours, where that is
+// cheaper: a call costs as much as `call_bytes` copied. `weight`: of the shape and layout of a gradient
+std::vector<Tensor> convolution_weight_grads(Tensor grad_out, Tensor x, Tensor weight, Tensor order, Tensor offsets,
                                              std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                             std::vector<int64_t> dilation, int64_t groups, bool bias) {
-  STD_TORCH_CHECK(grad_out.size() == x.size(), "fastmtl: gradients and inputs of the same tasks");
+                                             std::vector<int64_t> dilation, int64_t groups, bool bias,
+                                             bool channels_last, bool joined, int64_t call_bytes) {
+  STD_TORCH_CHECK(grad_out.size(0) == x.size(0) && dtype_of(grad_out) == dtype_of(x),
+                  "fastmtl: gradients and inputs that do not fit");
+  const Batch batch = batch_of(order, offsets, x.size(0));
+  const Pictures source(x, channels_last, joined), back(grad_out, channels_last, joined);
+  const bool narrow = wide(dtype_of(x)) != dtype_of(x);  // sums of several calls would be rounded
   const std::vector<int64_t> no_padding(stride.size(), 0);
   const bool asked[] = {false, true, bias};
   const torch::headeronly::HeaderOnlyArrayRef<bool> wanted(asked, 3);
-  std::vector<std::optional<Tensor>> sums(x.size());
-  std::vector<Tensor> out = for_each_task(x.size(), [&](size_t k) {
+  const auto differentiate = [&](const Tensor& g, const Tensor& pictures) {
     std::optional<std::vector<int64_t>> size;
     if (bias) size = std::vector<int64_t>{weight.size(0)};
-    std::array<StableIValue, 11> stack{from(grad_out[k]), from(x[k]),    from(weight),   from(size),
-                                       from(stride),      from(padding), from(dilation), from(false),
-                                       from(no_padding),  from(groups),  from(wanted)};
+    std::array<StableIValue, 11> stack{from(g),          from(pictures), from(weight),   from(size),
+                                       from(stride),     from(padding),  from(dilation), from(false),
+                                       from(no_padding), from(groups),   from(wanted)};
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
     to<Tensor>(stack[0]);  // not asked for, but owned
-    Tensor sum = to<Tensor>(stack[2]);
-    if (bias) sums[k] = sum;
-    return to<Tensor>(stack[1]);
+    Tensor of_weight = to<Tensor>(stack[1]);
+    return std::pair<Tensor, Tensor>(of_weight, to<Tensor>(stack[2]));
+  };
+  std::vector<int64_t> present;
+  for (int64_t t = 0; t < batch.num_tasks; ++t)
+    if (batch.count(t)) present.push_back(t);
+  std::vector<std::optional<Tensor>> grads(present.size()), sums(present.size());
+  for_each_task(batch, present, [&](size_t k) {
+    const int64_t *first = batch.order + batch.offsets[present[k]], *end = first + batch.count(present[k]);
+    const int64_t count = end - first;
+    int64_t runs = 1;
+    for (const int64_t* s = first + 1; s < end; ++s) runs += s[0] != s[-1] + 1;
+    if (runs > 1 && (narrow || (runs - 1) * call_bytes > 2 * count * (source.bytes() + back.bytes()))) {
+      std::tie(grads[k], sums[k]) = differentiate(back.gathered(first, count), source.gathered(first, count));
+      return;
+    }
+    while (first < end) {
+      const int64_t* next = first + 1;
+      while (next < end && *next == next[-1] + 1) ++next;
+      auto [grad, sum] = differentiate(back.neighbours(*first, next - first), source.neighbours(*first, next - first));
+      if (grads[k].has_value()) {
+        add(*grads[k], grad);
+        if (bias) add(*sums[k], sum);
+      } else {
+        grads[k] = grad, sums[k] = sum;
+      }
+      first = next;
+    }
   });
+  std::vector<Tensor> out;
+  for (auto& grad : grads) out.push_back(*grad);
   if (bias)
     for (auto& sum : sums) out.push_back(*sum);
   return out;
 }
 
 // the samples of one task as rows `[m r, C]`: a slice of the batch, or gathered, into a buffer that stays in the cache
-Tensor task_rows(const Tensor& x, const std::optional<Tensor>& order, int64_t first, int64_t count) {
-  Tensor rows = x;
-  if (order.has_value()) {
-    std::array<StableIValue, 3> stack{from(x), from(int64_t{0}),
-                                      from(torch::stable::narrow(const_cast<Tensor&>(*order), 0, first, count))};
+Tensor task_rows(Tensor& x, Tensor& order, const Batch& batch, int64_t task) {
+  const int64_t first = batch.offsets[task], count = batch.count(task), sample = batch.order[first];
+  Tensor rows;
+  if (batch.order[first + count - 1] == sample + count - 1) {
+    rows = torch::stable::narrow(x, 0, sample, count);
+  } else {
+    std::array<StableIValue, 3> stack{from(x), from(int64_t{0}), from(torch::stable::narrow(order, 0, first, count))};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
     rows = to<Tensor>(stack[0]);
-  } else {
-    rows = torch::stable::narrow(const_cast<Tensor&>(x), 0, first, count);
   }
   return torch::stable::view(rows, {count * x.size(1), x.size(2)});
 }
 
-// `grad_out[task]^T x[task]` of contiguous `[n, r, C]`; bounds: first and end of each task, in the order of `order`
-std::vector<Tensor> linear_weight_grads(Tensor grad_out, Tensor x, std::optional<Tensor> order,
-                                        std::vector<int64_t> bounds) {
-  STD_TORCH_CHECK(
-      x.dim() == 3 && grad_out.dim() == 3 && x.is_contiguous() && grad_out.is_contiguous() && bounds.size() % 2 == 0,
-      "fastmtl: rows that do not fit");
-  return for_each_task(bounds.size() / 2, [&](size_t k) {
-    const int64_t first = bounds[2 * k], count = bounds[2 * k + 1] - first;
-    const Tensor back = task_rows(grad_out, order, first, count);
+// of each task with samples, in turn, `grad_out[task]^T x[task]` of contiguous `[n, r, C]`
+std::vector<Tensor> linear_weight_grads(Tensor grad_out, Tensor x, Tensor order, Tensor offsets) {
+  STD_TORCH_CHECK(x.dim() == 3 && grad_out.dim() == 3 && x.is_contiguous() && grad_out.is_contiguous() &&
+                      grad_out.size(0) == x.size(0),
+                  "fastmtl: rows that do not fit");
+  const Batch batch = batch_of(order, offsets, x.size(0));
+  std::vector<int64_t> present;
+  for (int64_t t = 0; t < batch.num_tasks; ++t)
+    if (batch.count(t)) present.push_back(t);
+  std::vector<std::optional<Tensor>> grads(present.size());
+  for_each_task(batch, present, [&](size_t k) {
+    const Tensor back = task_rows(grad_out, order, batch, present[k]);
     std::array<StableIValue, 2> stack{from(torch::stable::transpose(back, 0, 1)),
-                                      from(task_rows(x, order, first, count))};
+                                      from(task_rows(x, order, batch, present[k]))};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
-    return to<Tensor>(stack[0]);
+    grads[k] = to<Tensor>(stack[0]);
   });
+  std::vector<Tensor> out;
+  for (auto& grad : grads) out.push_back(*grad);
+  return out;
 }
 
 }  // namespace

@@ -347,5 +347,5 @@ def weight_grad_parts(
     run = choose("task_conv2d_weight_grad", "cpu", _WEIGHT_GRAD, triton_declines(x, offsets=offsets))
     if run is not weight_grad_on_cpu:
         return None
-    found = list(weight_grads(x, grad_out, SortedBatch(order, offsets), geometry, weight, bias))
+    found = weight_grads(x, grad_out, SortedBatch(order, offsets), geometry, weight, bias)
     return [None if grad is None else grad.to(weight.dtype) for grad, _ in found], [each for _, each in found]

@@ -113,15 +113,15 @@ class Samples:
 
     def __init__(self, x: Tensor, like: Tensor | None = None, *, pixelwise: bool = False) -> None:
         x = x.detach()
-        last = is_channels_last(x if like is None else like)
+        last = self.channels_last = is_channels_last(x if like is None else like)
         n, c, h, w = x.shape
         self.inner = (1, w * c, c) if last else (h * w, w, 1)
         if not self._dense(x):
             x = x.contiguous(memory_format=memory_format(x if like is None else like))
         self.width = c * h * w
         # both sides of a backward call must be long pictures, or none
-        self._joined = pixelwise and last
-        if self._joined and n > 1 and x.stride(0) != self.width:
+        self.joined = pixelwise and last
+        if self.joined and n > 1 and x.stride(0) != self.width:
             x = x.contiguous(memory_format=torch.channels_last)
         self.x = x
         self.rows = x.as_strided((n, self.width), (x.stride(0) if n > 1 else self.width, 1))
@@ -145,7 +145,7 @@ class Samples:
             _copy_rows(self.rows, cut.samples, rows, None)
         count, (_, c, h, w) = rows.shape[0], self.x.shape
         stride = rows.stride(0) if count > 1 else self.width
-        if self._joined:
+        if self.joined:
             length = count * h * w
             return rows.as_strided((1, c, 1, length), (length * c, 1, length * c, c))
         return rows.as_strided((count, c, h, w), (stride, *self.inner))
