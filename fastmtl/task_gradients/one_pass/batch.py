@@ -262,7 +262,7 @@ class Batch:
         """Raises unless it is that of a sum over samples, or of a loss for each."""
         if isinstance(axis, (SampleSum, PerSample)) or (isinstance(axis, MixedSamples) and self.options.partition):
             return
-        if not self.tracker.seen and not self.tracker.met:
+        if not (self.tracker.seen or self.tracker.met or self.tracker.of_all):
             n = len(self.task_ids)
             raise ValueError(
                 f"task_ids: expected the length of the batch, got {n}: no tensor with {n} along dimension "
@@ -323,7 +323,7 @@ class Batch:
         if self.options.shared_named or self.counts is None or sum(c > 0 for c in self.counts) < 2:
             return
         for p, parts in self.tracker.met.items():
-            if any(s is self.task_ids or s.key == self.task_ids.key for s in parts):
+            if id(p) in self.tracker.of_all or any(s.key == self.task_ids.key for s in parts):
                 continue
             seen = torch.cat([s.ids.reshape(-1) for s in parts]).unique().tolist()
             if len(seen) == 1 and seen[0] < len(self.names):
@@ -436,7 +436,7 @@ class _Receiver:
             rows = rows.to(self._param.dtype)
         self._deliveries += 1
         batch = self._batch()
-        self._hand_over(rows, batch is not None and self._deliveries == batch.tracker.uses.get(self._param))
+        self._hand_over(rows, batch is not None and self._deliveries == batch.tracker.uses.get(id(self._param)))
 
     def _hand_over(self, rows: TaskRows, complete: bool) -> None:
         batch = self._batch()

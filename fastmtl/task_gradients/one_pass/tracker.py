@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmtl.parameters import describe
-from fastmtl.task_gradients.one_pass import functions
+from fastmtl.task_gradients.one_pass import functions, short_ways
 from fastmtl.task_gradients.one_pass.autograd.ends import Boundary, Place
 from fastmtl.task_gradients.one_pass.autograd.rows import STACKED
 from fastmtl.task_gradients.one_pass.experiments.experiment import Experiments
@@ -134,7 +134,8 @@ class Tracker(TorchFunctionMode):
         self.mixed = False  # a layer that mixes samples was met, and accepted
         self.looped: dict[Tensor, bool] = {}
         self.met: dict[Tensor, list[TaskIds]] = {}  # which parts of the batch each parameter saw; () all of it
-        self.uses: dict[Tensor, int] = {}
+        self.of_all: set[int] = set()  # ids of parameters that saw the whole batch on a short way
+        self.uses: dict[int, int] = {}  # by the id of a parameter
         self.running = False  # a backward pass
         self.seen = False  # a tensor from outside carried samples
         self.poisons: list[Tensor] = []  # 0-d, NaN where the device saw what the host would have refused
@@ -303,7 +304,12 @@ class Tracker(TorchFunctionMode):
     def _use(self, p: Tensor) -> None:
         """Rows of a parameter arrive from each of its uses; those of a recomputation are no more of them."""
         if not torch.compiler.is_compiling() and not self.running:
-            self.uses[p] = self.uses.get(p, 0) + 1
+            self.uses[id(p)] = self.uses.get(id(p), 0) + 1
+
+    def use(self, p: Tensor) -> None:
+        """A parameter of the bank meets the whole batch on a short way."""
+        self.of_all.add(id(p))
+        self._use(p)
 
     def _copies(self, p: Tensor) -> tuple[Tensor, ...]:
         """For each row a copy of a parameter; of what was computed from some, computed again from their copies."""
@@ -396,8 +402,17 @@ class Tracker(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.off:
+            return func(*args, **kwargs)
+        key = None
+        if not torch.compiler.is_compiling() and not self.bounded:
+            short, found = short_ways.take(self, func, args, kwargs)
+            if short is not None:
+                self.by_rule[short] = self.by_rule.get(short, 0) + 1
+                return found
+            key = found
         name = name_of(func)
-        if name in PLAIN or name in BACKWARDS or self.off:
+        if name in PLAIN or name in BACKWARDS:
             return func(*args, **kwargs)
         if "axis" in kwargs or "keepdims" in kwargs:  # numpy's names
             kwargs = {_OWN_NAMES.get(k, k): v for k, v in kwargs.items()}
@@ -424,6 +439,8 @@ class Tracker(TorchFunctionMode):
                 out = replaced(out, _fresh)
         elif is_known(name):
             self.by_rule[name] = self.by_rule.get(name, 0) + 1
+        if key is not None:
+            short_ways.keep(self, key, out, axes)
         self._hand_on(name, args, kwargs, out, axes)
         return out
 
