@@ -63,6 +63,8 @@ class OnePassBank:
     def samples(self, x: Tensor, dim: int = 0) -> Tensor:
         """Tells that dimension `dim` of `x` carries the samples of the batch, in their order.
 
+        With `sort=True` that is the order of `sorted`.
+
         For tensors whose place can't be seen: inputs with the samples elsewhere than in `batch_dim`, results of a
         `torch.autograd.Function`, a scripted module or a call that is not followed.
 
@@ -75,16 +77,65 @@ class OnePassBank:
                 A parameter of the bank that was used on the way to `x` unseen: its gradient would miss the rows.
         """
         tracker = self._tracker("samples")
-        x, dim = _read_dim(x, dim)
-        if x.shape[dim] != len(tracker.task_ids):
-            raise ValueError(
-                f"dim: expected a dimension of {len(tracker.task_ids)} samples, got {x.shape[dim]} in {list(x.shape)}"
-            )
+        x, dim = _read_samples(x, dim, len(tracker.task_ids))
         self._check_unseen(x)
         tracker.mark(x, PerSample(dim, tracker.task_ids))
         tracker.count_word("samples")
         tracker.seen = True
         return x
+
+    def sorted(self, *tensors: Tensor, dim: int | None = None) -> Any:
+        """Puts a batch in the order of its tasks, of `one_pass(..., sort=True)`: samples of no task come last.
+
+        Each layer then reads a task's samples as they lie, and gathers nothing. All that belongs to the batch goes
+        through here, task ids that the model reads among it. A tensor from outside that was left in its own order
+        raises where it meets the rest; what is made inside the block of Python's numbers is taken for a constant, as
+        ever, and can't be seen to be in another order. Samples of one task keep their order.
+
+        Args:
+            tensors: each with N samples along `dim`.
+            dim: None: `batch_dim`.
+
+        Returns:
+            The tensor in the new order, or a tuple of them; a tensor whose order is right already is returned itself.
+
+        Raises:
+            RuntimeError: outside the block, or of a block without `sort=True`.
+            TypeError, ValueError: no tensor; a dimension that it does not have, or of another size than the batch.
+                A parameter of the bank that was used on the way to it unseen: its gradient would miss the rows.
+
+        Example:
+            >>> net = torch.nn.Linear(4, 1)
+            >>> x, ids = torch.ones(3, 4), torch.tensor([1, 0, 1])
+            >>> with fastmtl.one_pass(net, ids, 2, sort=True) as bank:
+            ...     x, ids = bank.sorted(x, ids)
+            ...     net(x).square().mean().backward()
+            >>> ids
+            tensor([0, 1, 1])
+        """
+        tracker = self._tracker("sorted")
+        batch = self._batch
+        assert batch is not None
+        if not batch.options.sort:
+            raise RuntimeError("OnePassBank.sorted: expected a block of one_pass(..., sort=True)")
+        if not tensors:
+            raise TypeError("tensors: expected at least one")
+        read = [_read_samples(x, batch.options.batch_dim if dim is None else dim, len(batch.ids)) for x in tensors]
+        found = []
+        for x, d in read:
+            axis = tracker.axis_of(x)
+            known = axis.task_ids if isinstance(axis, PerSample) and axis.axis == d else None
+            if known is None:
+                self._check_unseen(x)
+            elif known.key not in (batch.outside.key, batch.task_ids.key):
+                raise ValueError("tensors: expected samples in the order of task_ids, got some in another order")
+            if batch.order is not None and known is not batch.task_ids:
+                with tracker.on(False):
+                    x = x.index_select(d, batch.order)
+            tracker.mark(x, PerSample(d, batch.task_ids))
+            found.append(x)
+        tracker.seen = True
+        return found[0] if len(found) == 1 else tuple(found)
 
     def constant(self, x: Tensor) -> Tensor:
         """Tells that `x` carries no samples, though one of its dimensions has their number.
@@ -403,11 +454,15 @@ class OnePassBank:
         return f"OnePassBank({len(self.params)} parameters, {len(self.names)} tasks, {state})"
 
 
-def _read_dim(x: Any, dim: Any) -> tuple[Tensor, int]:
+def _read_samples(x: Any, dim: Any, num_samples: int) -> tuple[Tensor, int]:
+    """A tensor of as many samples along `dim`, which is made positive."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"dim: expected an int, got {type(dim).__name__}")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim: expected a dimension of a tensor of shape {list(x.shape)}, got {dim}")
-    return x, dim % x.dim()
+    dim %= x.dim()
+    if x.shape[dim] != num_samples:
+        raise ValueError(f"dim: expected a dimension of {num_samples} samples, got {x.shape[dim]} in {list(x.shape)}")
+    return x, dim

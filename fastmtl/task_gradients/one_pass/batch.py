@@ -66,6 +66,7 @@ class BatchOptions(NamedTuple):
         stream: only the Gram matrix is kept (`memory="stream"`).
         check: the rows are compared with T backward passes.
         probe: what no rule tells is found out by experiment (`unknown="probe"`).
+        sort: the batch is in the order of its tasks, but for tensors from outside.
         shared_named: the caller has named the shared parameters.
     """
 
@@ -75,6 +76,7 @@ class BatchOptions(NamedTuple):
     stream: bool
     check: bool
     probe: bool
+    sort: bool
     shared_named: bool
 
 
@@ -139,7 +141,13 @@ class Batch:
         ids = torch.where(ids < 0, num_tasks, ids) if loose else ids
         self.ids = ids
         order, offsets = task_plan_op(ids, self.num_rows)
-        self.task_ids = TaskIds(ids, self.num_rows, ("batch",), (order, offsets))
+        self.outside = self.task_ids = TaskIds(ids, self.num_rows, ("batch",), (order, offsets))
+        self.order: Tensor | None = None  # into which `sorted` puts what comes from outside
+        if options.sort:
+            in_turn = torch.arange(len(order), device=device)
+            if device.type != "cpu" or not torch.equal(order, in_turn):
+                self.order = order
+                self.task_ids = TaskIds(ids[order], self.num_rows, ("sorted",), (in_turn, offsets))
 
     # --- the ends of the block
 
@@ -168,8 +176,9 @@ class Batch:
             bounded=self.more_passes,
             probe=self.options.probe,
             backward=run_backward,
+            outside=self.outside,
         )
-        self.tracker.mark(self.given_ids, PerSample(0, self.task_ids))
+        self.tracker.mark(self.given_ids, PerSample(0, self.outside))
         # parameters in the bank never reach DDP's hooks, which would wait for them: `apply` averages. The other two
         # settings would have DDP hand on its outputs by a function of its own, which can't be followed
         modules = self.model.modules() if isinstance(self.model, nn.Module) else ()

@@ -60,6 +60,9 @@ class one_pass:
             remembered for later steps, and costs the first one alone. Such functions run more than once: what they
             print or write comes several times. `"error"`: nothing is known of the results of such calls. Compiled
             models are never tried.
+        sort: the batch is put in the order of its tasks by `bank.sorted`, so that each task's samples are neighbours
+            and no layer has to gather them. Tensors from outside that do not go through it keep their order, and raise
+            where they meet such as do.
         check: compare the first step of this model with T backward passes, and raise where a row differs.
         shared: the parameters (or the module) in the bank. The others keep their ordinary gradient in `.grad`: heads
             belong there, whose gradients would change the norms.
@@ -97,6 +100,7 @@ class one_pass:
         fallback: str = "error",
         memory: str = "bank",
         unknown: str = "probe",
+        sort: bool = False,
         check: bool = False,
         shared: Params | None = None,
         loss_reduction: str = "sum",
@@ -112,6 +116,8 @@ class one_pass:
         ):
             if value not in known:
                 raise ValueError(f"{argument}: expected {known[0]!r} or {known[1]!r}, got {value!r}")
+        if not isinstance(sort, bool):
+            raise TypeError(f"sort: expected a bool, got {type(sort).__name__}")
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
             raise TypeError(f"batch_dim: expected an int, got {type(batch_dim).__name__}")
         modules = [x if isinstance(x, nn.Module) else None for x in (model, shared)]
@@ -140,6 +146,7 @@ class one_pass:
             stream=memory == "stream",
             check=check,
             probe=unknown == "probe",
+            sort=sort,
             shared_named=shared is not None,
         )
         self._batch = Batch(model, params, names, task_ids, options)

@@ -101,6 +101,7 @@ class Tracker(TorchFunctionMode):
         probe: what no rule tells is found out by experiment.
         bounded: note where samples flow together, in `boundaries`.
         backward: what `loss.backward()` runs.
+        outside: the task of each sample in tensors from outside, which may be in another order; None: they are not.
     """
 
     def __init__(
@@ -116,10 +117,11 @@ class Tracker(TorchFunctionMode):
         bounded: bool = False,
         probe: bool = False,
         backward: Callable[..., None],
+        outside: TaskIds | None = None,
     ) -> None:
         super().__init__()
         self.task_ids, self.batch_dim = task_ids, batch_dim
-        self._assumed = task_ids.assume(batch_dim)
+        self.outside = (task_ids if outside is None else outside).assume(batch_dim)
         self.names = names
         self._of_model = [(x, _Told()) for x in constants] + [(p, _Told(each)) for p, each in held.items()]
         self._told_before: list[list[Any]] = []
@@ -254,7 +256,7 @@ class Tracker(TorchFunctionMode):
             if compiling or self._constants_before.get(x) != version(x):
                 if not compiling:
                     self.seen = True
-                return PerSample(dim, self._assumed)
+                return PerSample(dim, self.outside)
         return CONSTANT
 
     def remember_constants(self) -> None:
@@ -449,10 +451,12 @@ class Tracker(TorchFunctionMode):
         call = TorchCall(name_of(func), func, args, kwargs, self.axis_of)
         parameters = samples = total = False
         unknown = mixed = None
+        orders: set[Any] = set()
         for x in call.tensors():
             axis = self.axis_of(x)
             if isinstance(axis, PerSample):
                 samples = True
+                orders.add(axis.task_ids.key)
             elif isinstance(axis, FromParameters):
                 parameters = True
             elif isinstance(axis, SampleSum):
@@ -461,6 +465,11 @@ class Tracker(TorchFunctionMode):
                 unknown = axis if unknown is None else unknown
             elif isinstance(axis, MixedSamples):
                 mixed = axis if mixed is None else mixed
+        if self.outside.key != self.task_ids.key and {self.outside.key, self.task_ids.key} <= orders:
+            raise ValueError(
+                f"one_pass: {call.name} joins samples in the order of bank.sorted with samples in the order of the "
+                "batch: pass all through bank.sorted, and name what only has their number by bank.constant(x)"
+            )
         if not parameters:
             if samples:
                 return self._on_samples(call)
