@@ -158,12 +158,13 @@ class Batch:
         token = torch.zeros((), requires_grad=True, device=next(iter(self.params)).device)
         self.held: dict[Tensor, Held] = {}
         with torch.enable_grad():
-            for p in self.params:
-                receiver = _Receiver(self, p)
-                rows = CollectRows.apply(token, p.detach(), self.num_rows, receiver)
+            receivers = [_Receiver(self, p) for p in self.params]
+            values = [p.detach() for p in self.params]
+            stand_ins = CollectRows.apply(token, self.num_rows, receivers, *values)
+            for p, value, rows, receiver in zip(self.params, values, stand_ins, receivers, strict=True):
                 setattr(rows, RECEIVER, receiver)
-                value = p.detach().requires_grad_() if plain else p.detach()
-                self.held[p] = Held(rows, value, p.detach().requires_grad_() if self.options.loop else None)
+                leaf = p.detach().requires_grad_() if self.options.loop else None
+                self.held[p] = Held(rows, value.requires_grad_() if plain else value, leaf)
         self.versions = {p: p._version for p in self.params}
         self.tracker = Tracker(
             self.task_ids,

@@ -175,6 +175,11 @@ def keep(tracker: ShortTracker, key: Any, out: Any, axes: Axes) -> None:
         _kept[key] = short
 
 
+def forget() -> None:
+    """Forgets every call."""
+    _kept.clear()
+
+
 def _short(tracker: ShortTracker, axis: SampleAxis) -> _Short | None:
     """An axis without the batch; None: it holds for this one alone."""
     if isinstance(axis, PerSample):

@@ -5,23 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.task_gradients.one_pass.autograd.rows import in_plain_pass, unseen
+from fastmtl.task_gradients.one_pass.autograd.rows import in_plain_pass
 
 
 class CollectRows(torch.autograd.Function):
-    """The stand-in of a parameter for its rows, `[R, ...]` without memory: what arrives there goes to `receiver`."""
+    """The stand-ins of parameters for their rows, `[R, ...]` without memory: what arrives there goes to `receivers`.
+
+    One node for all: the backward pass runs the nodes that were made first last, and so has no use for several.
+    """
 
     @staticmethod
-    def forward(ctx, token, param, num_rows, receiver):
-        ctx.receiver = receiver
-        ctx.set_materialize_grads(False)  # no zeros where all rows went to `receiver` by parts
-        return param.detach().expand(num_rows, *param.shape)
+    def forward(ctx, token, num_rows, receivers, *params):
+        ctx.receivers = receivers
+        ctx.set_materialize_grads(False)  # no zeros where all rows went to a receiver by parts
+        return tuple(p.expand(num_rows, *p.shape) for p in params)
 
-    @unseen
-    def backward(ctx, g):
-        if g is not None:
-            ctx.receiver(g)
-        return None, None, None, None
+    @staticmethod
+    def backward(ctx, *gradients):
+        with torch._C.DisableTorchFunction():
+            for g, receiver in zip(gradients, ctx.receivers, strict=True):
+                if g is not None:
+                    receiver(g)
+        return (None,) * (3 + len(gradients))
 
 
 class Place:
