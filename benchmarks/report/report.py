@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 from fastmtl.benchmarks.report import plots, reuse_table
-from fastmtl.benchmarks.runner.registry import REUSE, REUSE_ACCURACY, TAPS_MEMORY, TASK_STEP, WHOLE_CALL
+from fastmtl.benchmarks.runner.registry import (
+    FIRST_STEP,
+    FOLLOWED,
+    REUSE,
+    REUSE_ACCURACY,
+    TAPS_MEMORY,
+    TASK_STEP,
+    WHOLE_CALL,
+)
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COLUMNS = (
@@ -52,6 +60,7 @@ TASK_COLUMNS = (
     "case",
     "one_pass",
     "x plain step",
+    "with sort=True",
     "vs forward and backward per task",
     "vs T backwards",
     "vs TorchJD",
@@ -87,6 +96,8 @@ TAPS_COLUMNS = (
     "T plain networks",
     "full joint x sequential",
 )
+FOLLOWED_COLUMNS = ("case", "a call inside one_pass", "outside", "following it")
+FIRST_COLUMNS = ("case", "first step", "plain step", "x plain step")
 REUSE_COLUMNS = ("case", "time per step", "plain step", "x plain step")
 # of a row of suite `conv`: what is neither loop
 OTHERS = ("grouped", "vmap", "groupedmm", "adapter", "masked", "gathered", "plain")
@@ -108,7 +119,7 @@ README_CASES = {
     "ResNet-50 layer3 1x1 in fwd+bwd T=8 B=32 float32 sorted": "1x1 convolution of 8 tasks, sorted batch",
 }
 # candidates that are fastmtl too
-OF_FASTMTL = ("per_task_bank", "backward", "streamed")
+OF_FASTMTL = ("per_task_bank", "backward", "streamed", "sorting")
 OTHER_WORDS = {
     "per_task": "forward and backward per task",
     "loop": "loop over tasks",
@@ -207,20 +218,31 @@ def _task_cells(row: dict[str, Any]) -> list[str]:
         over = f"{mebibytes(extra)} ({extra / bank:.2f})"
     if "streamed" in memory and "sum" in memory:
         streamed_memory = f"{_peak(memory['streamed']) / _peak(memory['sum']):.2f}"
-    medians = {label: entry["median"] for label, entry in row["times"].items() if "median" in entry}
-    streamed = f"{medians['streamed'] / medians['sum']:.2f}" if {"streamed", "sum"} <= set(medians) else "-"
-    if streamed == "-" and "failed" in row["times"].get("streamed", {}):
-        streamed = "failed"
     return [
         _time(row["times"]["ours"]),
         _over(row, "sum"),
+        _over_plain_step(row, "sorting"),
         _versus(row, "per"),
         _fastest(row, ("t_backwards", "backward")),
         _versus(row, "torchjd"),
         over,
-        streamed,
+        _over_plain_step(row, "streamed"),
         streamed_memory,
     ]
+
+
+def _over_plain_step(row: dict[str, Any], label: str) -> str:
+    medians = {x: entry["median"] for x, entry in row["times"].items() if "median" in entry}
+    if {label, "sum"} <= set(medians):
+        return f"{medians[label] / medians['sum']:.2f}"
+    return "failed" if "failed" in row["times"].get(label, {}) else "-"
+
+
+def _followed_cells(row: dict[str, Any]) -> list[str]:
+    """Of a call: its time inside the block without the block's own, outside it, and what is left."""
+    times = {label: entry["median"] / row["params"]["calls"] for label, entry in row["times"].items()}
+    inside = times["ours"] - times["block"]
+    return [seconds(inside), seconds(times["plain"]), seconds(inside - times["plain"])]
 
 
 def _model_cells(row: dict[str, Any]) -> list[str]:
@@ -276,6 +298,8 @@ def columns(row: dict[str, Any]) -> tuple[str, ...]:
         return TASK_COLUMNS
     if row["op"] in (REUSE, REUSE_ACCURACY):
         return REUSE_COLUMNS
+    if row["op"] in (FOLLOWED, FIRST_STEP):
+        return FOLLOWED_COLUMNS if row["op"] == FOLLOWED else FIRST_COLUMNS
     if row["suite"] == "methods" and row["op"].endswith(WHOLE_CALL):
         return CALL_COLUMNS
     if row["suite"] == "methods" and "P" not in row["params"]:
@@ -310,6 +334,10 @@ def cells(row: dict[str, Any]) -> list[str]:
         return [name, row["status"].upper(), *["-"] * (len(columns(row)) - 2)]
     if row["op"] == TASK_STEP:
         return [name, *_task_cells(row)]
+    if columns(row) == FOLLOWED_COLUMNS:
+        return [name, *_followed_cells(row)]
+    if columns(row) == FIRST_COLUMNS:
+        return [name, _time(row["times"]["ours"]), _time(row["times"]["sum"]), _over(row, "sum")]
     if columns(row) == REUSE_COLUMNS:
         steps = row["params"]["steps"]
         per_step = [seconds(row["times"][label]["median"] / steps) for label in ("ours", "sum")]
@@ -490,6 +518,10 @@ def _note(header: tuple[str, ...], suite: str) -> str:
         return "The whole of `method(grads)`, on float32 gradients `[T, P]`:"
     if suite == "methods":
         return "Passes over the gradients, element by element:"
+    if header == FOLLOWED_COLUMNS:
+        return "What following a call costs, on tensors so small that all is time of the host (medians, per call):"
+    if header == FIRST_COLUMNS:
+        return "A step for which `one_pass` knows nothing of the model yet, T = 8:"
     if header == TASK_COLUMNS:
         return (
             "Training steps in which every sample has one task, PCGrad over T tasks (forward, gradients, SGD with "

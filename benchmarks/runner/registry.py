@@ -21,6 +21,8 @@ SUITES: dict[str, str] = {
 TASK_STEP = "one-task-per-sample step"
 # ops of rows of suite `step` on weights that are reused: their time, and the accuracy that they lead to
 REUSE, REUSE_ACCURACY = "training steps that reuse weights", "accuracy of reused weights"
+# ops of rows of suite `step` on what `one_pass` costs beside the layers: following a call, and a first step
+FOLLOWED, FIRST_STEP = "calls inside one_pass", "first step of one_pass"
 # the op of rows of suite `models` on the memory that TAPS needs in its variants
 TAPS_MEMORY = "memory of TAPS"
 # end of the op of rows of suite `methods` that are a whole `method(grads)`

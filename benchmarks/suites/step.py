@@ -17,7 +17,7 @@ from fastmtl import methods
 from fastmtl.benchmarks.baselines import peers
 from fastmtl.benchmarks.baselines import surgery as baselines
 from fastmtl.benchmarks.runner.registry import REUSE, Candidate, Case, Check
-from fastmtl.benchmarks.suites import step_accuracy, step_mixed_batches
+from fastmtl.benchmarks.suites import step_accuracy, step_following, step_mixed_batches
 from fastmtl.benchmarks.workloads import digits
 from fastmtl.ops.gradients import reference
 
@@ -352,4 +352,5 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     """The suite: batches of one task per sample, then several losses on the same samples; `quick`: fewer steps."""
     several = [backward_case(QUICK_PASSES if quick else PASSES), training_case(QUICK_STEPS if quick else STEPS)]
     several += [reuse_case(every, QUICK_COURSES if quick else COURSES) for every in EVERY]
-    return [*step_mixed_batches.cases(device, quick), *several, *step_accuracy.cases(quick)]
+    mixed = [*step_mixed_batches.cases(device, quick), *step_following.cases(quick)]
+    return [*mixed, *several, *step_accuracy.cases(quick)]

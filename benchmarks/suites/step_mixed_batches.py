@@ -99,7 +99,10 @@ class Trainee:
 
     def sample_losses(self) -> Tensor:
         """Forward pass of the mixed batch; `[N]`: their sum is the sum of the tasks' mean losses."""
-        return self.workload.losses(self.model(self.batch.x), self.batch.y) * self.batch.weights
+        return self.weighted_losses(self.batch.x, self.batch.y, self.batch.weights)
+
+    def weighted_losses(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        return self.workload.losses(self.model(x), y) * weights
 
     def task_losses(self) -> tuple[Tensor, ...]:
         """Forward pass of the mixed batch, and the T mean losses."""
@@ -120,10 +123,11 @@ def plain_sum(trainee: Trainee) -> None:
     trainee.sample_losses().sum().backward()
 
 
-def one_pass(trainee: Trainee, memory: str = "bank") -> None:
+def one_pass(trainee: Trainee, memory: str = "bank", sort: bool = False) -> None:
     batch = trainee.batch
-    with fastmtl.one_pass(trainee.model, batch.task_ids, len(batch.of_task), memory=memory) as bank:
-        trainee.sample_losses().sum().backward()
+    given = batch.x, batch.y, batch.weights
+    with fastmtl.one_pass(trainee.model, batch.task_ids, len(batch.of_task), memory=memory, sort=sort) as bank:
+        trainee.weighted_losses(*(bank.sorted(*given) if sort else given)).sum().backward()
     bank.apply(trainee.method)
 
 
@@ -203,6 +207,7 @@ def step(method: Callable[[Trainee], None], trainee: Trainee) -> None:
 METHODS: dict[str, tuple[Literal["ours", "baseline", "yardstick"], Callable[[Trainee], None], str]] = {
     "ours": ("ours", one_pass, "fastmtl.one_pass: one forward, one backward"),
     "streamed": ("yardstick", partial(one_pass, memory="stream"), 'fastmtl.one_pass(memory="stream")'),
+    "sorting": ("yardstick", partial(one_pass, sort=True), "fastmtl.one_pass(sort=True)"),
     "per_task": ("baseline", per_task, "a forward and backward per task on its samples, plain torch"),
     "per_task_bank": ("baseline", per_task_bank, "the same with fastmtl.GradientBank"),
     "sum": ("yardstick", plain_sum, "the sum of the losses: no surgery"),
@@ -215,7 +220,7 @@ METHODS: dict[str, tuple[Literal["ours", "baseline", "yardstick"], Callable[[Tra
 
 
 # forward and backward of every sample once or twice, however many tasks there are
-SINGLE_PASS = ("ours", "streamed", "sum", "per_task", "per_task_bank")
+SINGLE_PASS = ("ours", "streamed", "sorting", "sum", "per_task", "per_task_bank")
 FEWEST = 7
 
 

@@ -14,10 +14,11 @@ from fastmtl.benchmarks.report import plots, report
 from fastmtl.benchmarks.runner import measure, registry
 from fastmtl.benchmarks.runner.registry import TASK_STEP
 from fastmtl.benchmarks.runner.runner import Runner, Settings
-from fastmtl.benchmarks.suites import step_mixed_batches
+from fastmtl.benchmarks.suites import step_following, step_mixed_batches
 from fastmtl.benchmarks.workloads import networks
 from fastmtl.benchmarks.workloads.networks import Workload
 from fastmtl.ops.gradients import reference
+from fastmtl.task_gradients.one_pass.experiments import verdict
 
 CPU = torch.device("cpu")
 MLP = Workload("tiny MLP", lambda: networks.mlp(8, 1), (networks.OBSERVED,), batch=14, regression=True)
@@ -303,6 +304,7 @@ def task_row(num_tasks: int, device: str = "cpu", network: str = "small net", **
         "ours": 1.1,
         "sum": 1.0,
         "streamed": 1.9,
+        "sorting": 1.05,
         "per_task": 2.2,
         "per_task_bank": 3.3,
         "t_backwards": 8.8,
@@ -311,7 +313,7 @@ def task_row(num_tasks: int, device: str = "cpu", network: str = "small net", **
         "torchjd_autogram": 5.5,
     }
     peaks = {"ours": 11.0, "sum": 3.0, "streamed": 3.9}
-    slower = {label: s / 1.1 for label, s in seconds.items() if label not in ("ours", "sum", "streamed")}
+    slower = {label: s / 1.1 for label, s in seconds.items() if label not in ("ours", "sum", "streamed", "sorting")}
     row = {
         "suite": "step",
         "case": f"{network} T={num_tasks} shuffled",
@@ -355,6 +357,7 @@ def test_cells_of_a_step_by_tasks():
         "small net T=8 shuffled",
         "1.1 s",
         "1.10",
+        "1.05",
         "2x",
         "7x",
         "5x",
@@ -363,10 +366,35 @@ def test_cells_of_a_step_by_tasks():
         "1.30",
     ]
     row["times"]["streamed"] = {"failed": "no"}
+    del row["times"]["sorting"]
     del row["memory"]["streamed"], row["memory"]["sum"]
     row["speedup"] = {}
     row["times"]["backward"] = row["times"]["t_backwards"] = {"skipped": "left out: long"}
-    assert report.cells(row)[4:] == ["skipped", "5x", "-", "failed", "-"]
+    assert report.cells(row)[3:] == ["-", "2x", "skipped", "5x", "-", "failed", "-"]
+
+
+def test_calls_and_first_steps_are_rows(runner):
+    """Of calls of each kind, and of a first step that makes experiments, which the others don't."""
+    rows = [runner.run_case(step_following.call_case(name, 2)) for name in step_following.CALLED]
+    small = Workload("tiny", lambda: step_following.unruled_vit(VIT), VIT.sample, batch=10)
+    rows.append(runner.run_case(step_following.first_case(small, 3)))
+    assert [row["status"] for row in rows] == ["ok"] * len(rows), rows
+    assert {len(report.cells(row)) for row in rows} == {4}
+    seconds = {"ours": 7e-3, "block": 1e-3, "plain": 2e-3}
+    times = {label: {"median": s} for label, s in seconds.items()}
+    cells = report.cells(rows[0] | {"times": times, "params": {"calls": 1000}})
+    assert cells[1:] == ["6 us", "2 us", "4 us"]
+
+
+def test_a_first_step_tries_what_has_no_rule():
+    model = step_following.unruled_vit(VIT)
+    x, ids = torch.randn(6, *VIT.sample), torch.arange(6) % 3
+    for first in (True, False):
+        if first:
+            verdict.forget()
+        with fastmtl.one_pass(model, ids, 3) as bank:
+            model(x).sum().backward()
+        assert (bank.report().runs > 0) == first
 
 
 def test_a_page_has_each_run_of_its_suite_and_the_newest_first(tmp_path):
