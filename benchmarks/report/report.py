@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastmtl.benchmarks.report import plots, reuse_table
+from fastmtl.benchmarks.report import choice_table, plots, reuse_table
 from fastmtl.benchmarks.runner.registry import (
     FIRST_STEP,
     FOLLOWED,
@@ -645,6 +645,12 @@ def reuse_section(results: dict[str, Any]) -> str:
     return "\n\n".join([origin, reuse_table.caption(rows), _markdown(*reuse_table.table(rows))])
 
 
+def choice_section(results: dict[str, Any]) -> str:
+    """What docs/one-pass.md shows of `one_pass` beside `GradientBank`, and where it was measured."""
+    origin = f"Measured on {results['machine']['device']}, {_run_text(results['suites']['step'])}."
+    return "\n\n".join([origin, choice_table.caption(), _markdown(*choice_table.table(choice_table.rows_of(results)))])
+
+
 def newest_first(folder: Path) -> list[dict[str, Any]]:
     """All results files of a folder, by the date in them (a checkout does not keep the times of files).
 
@@ -671,7 +677,7 @@ def between_markers(text: str, drawn: str, name: str, marks: tuple[str, str] = (
 
 
 def texts(root: Path) -> dict[Path, str]:
-    """README and pages of a checkout, as its committed results make them, and the table of docs/training-loops.md."""
+    """README and pages of a checkout, as its committed results make them, and the tables of two other pages of docs."""
     folder, docs = root / "benchmarks/results", root / "docs/benchmarks"
     runs = newest_first(folder)
     readme = root / "README.md"
@@ -679,6 +685,9 @@ def texts(root: Path) -> dict[Path, str]:
     loops = root / "docs/training-loops.md"
     if trained := next((run for run in runs if reuse_table.rows_of(run)), None):
         drawn[loops] = between_markers(loops.read_text(), reuse_section(trained), loops.name, reuse_table.MARKS)
+    choice = root / "docs/one-pass.md"
+    if measured := next((run for run in runs if choice_table.rows_of(run)), None):
+        drawn[choice] = between_markers(choice.read_text(), choice_section(measured), choice.name, choice_table.MARKS)
     return drawn | {docs / PAGES[suite][0]: page(suite, runs, folder, docs) for suite in PAGES}
 
 
