@@ -14,8 +14,10 @@ from cases_task import BF16, DTYPES, F16, F32, F64, GEOMETRIES, TASK_TOLERANCE, 
 from conftest import Backend
 from torch import Tensor
 
+from fastmtl.core.task_weights import Geometry, SortedBatch
 from fastmtl.ops import task_conv2d_weight_grad, task_linear_weight_grad, task_plan
 from fastmtl.ops.task_weights.cpu import batch
+from fastmtl.ops.task_weights.cpu.weight_grads import weight_grads
 
 
 def run(case: TaskCase, x: Tensor, grad_out: Tensor, ids: Any, **options: Any) -> Tensor:
@@ -139,6 +141,32 @@ def test_both_ways_to_reach_the_samples(case: TaskCase, gather: bool, monkeypatc
     made = case.make()
     found = run(case, made.x, made.grad_out, made.task_ids)
     assert_weight_grad(case, found, made.x, made.grad_out, made.task_ids)
+
+
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_gradients_of_biases(
+    gather: bool, channels_last: bool, num_threads: int, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    """What `one_pass` takes as it is made: with more tasks than threads, and with fewer."""
+    monkeypatch.setattr(batch, "CALL_BYTES", 10**12 if gather else 0)
+    monkeypatch.setattr(batch, "WEIGHT_PASSES", 0)
+    torch.set_num_threads(num_threads)
+    fmt = torch.channels_last if channels_last else torch.contiguous_format
+    x, g = (torch.randn(9, c, 5, 6, dtype=F64).contiguous(memory_format=fmt) for c in (4, 6))
+    ids = torch.tensor([0, 3, 3, 0, 1, 0, 3, 1, 0])  # neighbours and not; none of task 2
+    plan, geometry = task_plan(ids, 4), Geometry((1, 1), (1, 1), (1, 1), 1)
+    for size in (3, 1):
+        padding = (size // 2, size // 2)
+        w = torch.empty(6, 4, size, size, dtype=F64)
+        moves = geometry._replace(padding=padding)
+        found = weight_grads(x, g, SortedBatch(plan.order, plan.offsets), moves, w, bias=True)
+        assert found[2] == (None, None)
+        for t in (0, 1, 3):
+            here = ids == t
+            expected = torch.nn.grad.conv2d_weight(x[here], w.shape, g[here], padding=padding)
+            torch.testing.assert_close(found[t], (expected, g[here].sum((0, 2, 3))), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)

@@ -92,11 +92,16 @@ class Cut(NamedTuple):
     samples: Tensor | None  # positions, if they are to be gathered
 
 
+def call_bytes(weight_bytes: int) -> int:
+    """Bytes that could be copied in the time that one more call costs before it multiplies."""
+    return CALL_BYTES + WEIGHT_PASSES * weight_bytes
+
+
 def cuts(segment: Segment, sample_bytes: int, weight_bytes: int) -> Iterator[Cut]:
     """One cut if the samples are neighbours or cheap to copy, else one per run of neighbours."""
     runs = segment.num_runs
     copied = 2 * sample_bytes * len(segment.samples)
-    if runs > 1 and (runs - 1) * (CALL_BYTES + WEIGHT_PASSES * weight_bytes) > copied:
+    if runs > 1 and (runs - 1) * call_bytes(weight_bytes) > copied:
         yield Cut(0, 0, torch.from_numpy(segment.samples))
         return
     for first, end in segment.runs:

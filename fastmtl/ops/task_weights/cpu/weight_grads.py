@@ -11,7 +11,7 @@ from fastmtl.core.dispatch import unavailable
 from fastmtl.core.schemas import define_kernel
 from fastmtl.core.task_weights import Geometry, SortedBatch
 from fastmtl.core.tensors import memory_format
-from fastmtl.ops.task_weights.cpu.batch import CALL_BYTES, WEIGHT_PASSES, Samples
+from fastmtl.ops.task_weights.cpu.batch import Samples, call_bytes
 from fastmtl.ops.task_weights.precision import is_misread, widen
 
 _convolution_weight_grads = define_kernel(
@@ -62,7 +62,7 @@ def weight_grads(
         bias,
         source.channels_last,
         source.joined,
-        CALL_BYTES + WEIGHT_PASSES * like.nbytes,
+        call_bytes(like.nbytes),
     )
     present = _present(batch.offsets)
     sums = found[len(found) // 2 :] if bias else [None] * len(found)
