@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from cases import assert_within, short
 from cases_task import BF16, DTYPES, F16, F32, F64, GEOMETRIES, TASK_TOLERANCE, ConvCase, LinearCase, TaskCase, bound
-from conftest import Backend
+from conftest import Backend, skip_or_fail
 from torch import Tensor
 
+from fastmtl.core.dispatch import unavailable
 from fastmtl.core.task_weights import Geometry, SortedBatch
 from fastmtl.ops import task_conv2d_weight_grad, task_linear_weight_grad, task_plan
 from fastmtl.ops.task_weights.cpu import batch
@@ -150,6 +151,8 @@ def test_gradients_of_biases(
     gather: bool, channels_last: bool, num_threads: int, monkeypatch: pytest.MonkeyPatch, threads: None
 ) -> None:
     """What `one_pass` takes as it is made: with more tasks than threads, and with fewer."""
+    if (reason := unavailable("cpu", "cpu")) is not None:
+        skip_or_fail(reason)
     monkeypatch.setattr(batch, "CALL_BYTES", 10**12 if gather else 0)
     monkeypatch.setattr(batch, "WEIGHT_PASSES", 0)
     torch.set_num_threads(num_threads)
