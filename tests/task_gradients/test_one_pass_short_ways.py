@@ -25,7 +25,8 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Call:
-    """A call on tensors whose axes are given: `(axis, outer, inner)`, or None of a constant."""
+    """A call on tensors whose axes are given: `(axis, outer, inner)`, with "assumed" behind them where nothing but a size
+    says so; or None of a constant."""
 
     def __init__(
         self,
@@ -51,7 +52,8 @@ class Call:
                 if axis is None:
                     tracker.mark(x, fastmtl.task_gradients.one_pass.sample_axis.CONSTANT)
                 else:
-                    tracker.mark(x, PerSample(axis[0], tracker.task_ids, *axis[1:]))
+                    ids = tracker.outside if len(axis) > 3 else tracker.task_ids
+                    tracker.mark(x, PerSample(axis[0], ids, *axis[1:3]))
                 tensors.append(x)
             with torch.set_grad_enabled(self.grad_mode), tracker:
                 out = self.run(*tensors)
@@ -61,7 +63,8 @@ class Call:
 
 def _described(tracker: Tracker, axis: SampleAxis) -> tuple[Any, ...]:
     fields = tuple(x.key if isinstance(x, TaskIds) else x for x in axis)
-    return type(axis).__name__, *fields
+    assumed = [x.assumed for x in axis if isinstance(x, TaskIds)]
+    return type(axis).__name__, *fields, *assumed
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
@@ -107,6 +110,10 @@ PAIRS = {
         Call(_product, SQUARE, SQUARE, axes=BOTH, grads=(True, False)),
         Call(_product, SQUARE, SQUARE, axes=BOTH, grads=(True, True)),
     ),
+    "what is assumed": (
+        Call(_product, SQUARE, SQUARE, axes=((0, 1, 1, "assumed"), (0, 1, 1)), grads=(True, True)),
+        Call(_product, SQUARE, SQUARE, axes=((0, 1, 1), (0, 1, 1)), grads=(True, True)),
+    ),
     "grad mode": (
         Call(_product, SQUARE, SQUARE, axes=BOTH, grads=(True, False)),
         Call(_product, SQUARE, SQUARE, axes=BOTH, grads=(True, False), grad_mode=False),
@@ -149,7 +156,7 @@ def test_a_known_call_is_not_followed_again(monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError("followed again")
 
     monkeypatch.setattr(Tracker, "follow", follow)
-    assert call.follow(short=True) == expected == [("PerSample", 0, ("batch",), 1, 1)]
+    assert call.follow(short=True) == expected == [("PerSample", 0, ("batch",), 1, 1, None)]
 
 
 class _Layers(nn.Module):

@@ -129,7 +129,7 @@ class OnePassBank:
                 self._check_unseen(x)
             elif known.key not in (batch.outside.key, batch.task_ids.key):
                 raise ValueError("tensors: expected samples in the order of task_ids, got some in another order")
-            if batch.order is not None and known is not batch.task_ids:
+            if batch.order is not None and not (known is not None and known.key == batch.task_ids.key):
                 with tracker.on(False):
                     x = x.index_select(d, batch.order)
             tracker.mark(x, PerSample(d, batch.task_ids))

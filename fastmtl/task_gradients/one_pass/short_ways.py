@@ -38,6 +38,7 @@ class ShortTracker(Protocol):
     """What a short way may ask of the tracker."""
 
     task_ids: TaskIds
+    whole: tuple[TaskIds, ...]
 
     def axis_of(self, x: Tensor) -> SampleAxis:
         """What is known of a tensor."""
@@ -73,8 +74,8 @@ _FROM_SHAPES = (
     )
 )
 
-# of one result: `(axis, outer, inner)` of the batch's samples, or what it is instead
-_Short: TypeAlias = tuple[int, int, int] | SampleAxis
+# of one result: `(axis, outer, inner, which of tracker.whole)` of the batch's samples, or what it is instead
+_Short: TypeAlias = tuple[int, int, int, int] | SampleAxis
 
 _kept: dict[Any, list[_Short]] = {}
 _MOST = 20_000
@@ -130,9 +131,9 @@ def _add_to_key(tracker: ShortTracker, key: list[Any], values: Iterable[Any]) ->
             which, fields = known
             if which == 0:
                 axis, ids, outer, inner = fields
-                if ids is not task_ids:
+                if ids not in tracker.whole:
                     return False
-                key += (axis, outer, inner, x.shape, x.dtype, x.requires_grad)
+                key += (axis, outer, inner, ids is task_ids, x.shape, x.dtype, x.requires_grad)
             elif which == 1 and fields[0] is None and not fields[1]:
                 key += (CONSTANT, x.shape, x.dtype, x.requires_grad)
             else:
@@ -183,7 +184,9 @@ def forget() -> None:
 def _short(tracker: ShortTracker, axis: SampleAxis) -> _Short | None:
     """An axis without the batch; None: it holds for this one alone."""
     if isinstance(axis, PerSample):
-        return (axis.axis, axis.outer, axis.inner) if axis.task_ids is tracker.task_ids else None
+        if axis.task_ids not in tracker.whole:
+            return None
+        return axis.axis, axis.outer, axis.inner, tracker.whole.index(axis.task_ids)
     if isinstance(axis, SampleSum):
         return SAMPLE_SUM if axis.row is None else None
     return CONSTANT if isinstance(axis, Constant) and axis == CONSTANT else None
@@ -193,12 +196,11 @@ def _mark(tracker: ShortTracker, out: Tensor, short: _Short) -> None:
     samples = type(short) is tuple
     node = out.grad_fn
     if node is None:
-        axis = PerSample(short[0], tracker.task_ids, *short[1:]) if samples else short
+        axis = PerSample(short[0], tracker.whole[short[3]], short[1], short[2]) if samples else short
         tracker.mark(out, axis)
         return
-    task_ids = tracker.task_ids
-    known = (0, (short[0], task_ids, short[1], short[2])) if samples else packed(short)
-    setattr(out, ATTRIBUTE, (task_ids, known, node._sequence_nr()))
+    known = (0, (short[0], tracker.whole[short[3]], short[1], short[2])) if samples else packed(short)
+    setattr(out, ATTRIBUTE, (tracker.task_ids, known, node._sequence_nr()))
 
 
 # --- layers whose weights are parameters of the bank
@@ -209,7 +211,7 @@ def _samples(tracker: ShortTracker, x: Any) -> PerSample | None:
     if type(x) is not Tensor:
         return None
     known = _known_of(tracker, x)
-    if known is None or known[0] != 0 or known[1][1] is not tracker.task_ids:
+    if known is None or known[0] != 0 or known[1][1] not in tracker.whole:
         return None
     return PerSample(*known[1])
 
@@ -333,7 +335,7 @@ def take(tracker: ShortTracker, func: Any, args: Any, kwargs: dict[str, Any]) ->
         if found is NotImplemented:
             return None, None
         axis, out = found
-        _mark(tracker, out, (axis.axis, axis.outer, axis.inner))
+        _mark(tracker, out, (axis.axis, axis.outer, axis.inner, tracker.whole.index(axis.task_ids)))
         return layer[0], out
     key = call_key(tracker, func, args, kwargs)
     short = None if key is None else _kept.get(key)

@@ -122,6 +122,8 @@ class Tracker(TorchFunctionMode):
         super().__init__()
         self.task_ids, self.batch_dim = task_ids, batch_dim
         self.outside = (task_ids if outside is None else outside).assume(batch_dim)
+        # of the batch itself: those that are known, and those that the size of a dimension alone says
+        self.whole = (task_ids, self.outside) if self.outside.key == task_ids.key else (task_ids,)
         self.names = names
         self._of_model = [(x, _Told()) for x in constants] + [(p, _Told(each)) for p, each in held.items()]
         self._told_before: list[list[Any]] = []
