@@ -25,8 +25,8 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Call:
-    """A call on tensors whose axes are given: `(axis, outer, inner)`, with "assumed" behind them where nothing but a size
-    says so; or None of a constant."""
+    """A call on tensors whose axes are given: `(axis, outer, inner)`, with "assumed" behind them where nothing but a
+    size says so; or None of a constant."""
 
     def __init__(
         self,
