@@ -33,8 +33,24 @@ void set_up_tensors();
 std::optional<PythonTensor> read_tensor(PyObject* tensor);
 
 // Whether torch negates the numbers whenever they are read, as it does with the imaginary part of a conjugate. Only
-// views of every other number, and single numbers, are such ones.
+// views of every other number, and single numbers, are such ones. Other threads may run meanwhile: what was read before
+// holds no longer, and objects that nobody keeps may be gone.
 bool is_negated(PyObject* tensor);
+
+// Python objects that stay alive meanwhile
+class Kept {
+ public:
+  Kept() = default;
+  Kept(const Kept&) = delete;
+  Kept& operator=(const Kept&) = delete;
+  ~Kept() {
+    for (PyObject* x : kept_) Py_DECREF(x);
+  }
+  void add(PyObject* x) { kept_.push_back(Py_NewRef(x)); }
+
+ private:
+  std::vector<PyObject*> kept_;
+};
 
 // A value of a dict, borrowed; null: it has none under this name.
 PyObject* value_of(PyObject* dict, PyObject* name);
@@ -45,16 +61,18 @@ const void* prefetch_tensor(PyObject* tensor);
 void prefetch_storage(const void* tensor);
 
 // Reads those of some tasks, by their names in a dict: visit(tensor, what it is, position) of each position, in order,
-// until it returns false. Each takes some five lines of memory that a network's other layers have driven out of the
-// cache, so that all are asked for before the first is read. Whether it came to the end.
+// until it returns false; `kept` keeps them. Each takes some five lines of memory that a network's other layers have
+// driven out of the cache, so that all are asked for before the first is read. Whether it came to the end.
 template <class Visit>
-bool read_tensors(PyObject* dict, PyObject* names, const std::vector<int64_t>& positions, const Visit& visit) {
+bool read_tensors(PyObject* dict, PyObject* names, const std::vector<int64_t>& positions, Kept& kept,
+                  const Visit& visit) {
   if (!PyDict_Check(dict)) return false;
   std::vector<PyObject*> found;
   found.reserve(positions.size());
   for (const int64_t t : positions) {
     found.push_back(value_of(dict, PyTuple_GET_ITEM(names, t)));
     if (!found.back()) return false;
+    kept.add(found.back());
     __builtin_prefetch(found.back());
   }
   std::vector<const void*> own;

@@ -20,7 +20,8 @@ _PLAIN = (_KEYS.CPU, _KEYS.CUDA)
 _BELOW = torch._C._after_autograd_keyset
 
 
-def _has_tangent(args: Sequence[Any]) -> bool:
+def has_tangent(args: Sequence[Any]) -> bool:
+    """Whether a tensor, or one of a list, has a derivative of forward mode."""
     flat = (y for x in args for y in (x if isinstance(x, (list, tuple)) else (x,)))
     return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in flat)
 
@@ -118,7 +119,7 @@ def register_autograd(
     )
 
     def autograd(keys: Any, *args: Any) -> Any:
-        if forward_ad._current_level >= 0 and _has_tangent(args):
+        if forward_ad._current_level >= 0 and has_tangent(args):
             raise NotImplementedError(f"fastmtl::{name}: has no forward-mode derivative (jvp), use the reverse mode")
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return run(keys, args)

@@ -180,8 +180,8 @@ def _warn_reference_once() -> None:
 def straight_to_cpu() -> bool:
     """Whether an eager call may go to a kernel of the CPU itself, past its op: nothing must see the op being called.
 
-    Not if another backend is forced, or if a mode, a transform of functions, a trace or forward-mode differentiation
-    watches.
+    Not if another backend is forced, or if a mode, a transform of functions, a trace, a profiler or forward-mode
+    differentiation watches.
     """
     if extension is None:
         return False
@@ -190,6 +190,7 @@ def straight_to_cpu() -> bool:
     if (
         torch._C._functorch.maybe_current_level() is not None
         or torch._C._is_tracing()
+        or torch._C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
     ):
         return False

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastmtl.ops import TaskPlan, task_plan
 from fastmtl.ops.task_weights.arguments import check_ids, hint_of_ids
+from fastmtl.ops.task_weights.operators import known_bounds
 
 # process-wide: the recomputation of a checkpoint runs on autograd's threads
 # each with the thread that has entered it; None: a compiled graph, which can't tell
@@ -190,7 +191,9 @@ class tasks:
             return Present(tuple(sorted({_position(name, names) for name in ids})), plan)
         if plan.offsets.device != device or plan.offsets.shape[0] != len(names) + 1:
             return None
-        bounds = plan.offsets.tolist()
+        bounds = known_bounds(plan.offsets)
+        if bounds is None:
+            return None
         return Present(tuple(t for t in range(len(names)) if bounds[t + 1] > bounds[t]), plan)
 
     def _times(self, shape: Sequence[int], leading: Sequence[int]) -> int:
@@ -294,6 +297,9 @@ def present_tasks(names: tuple[str, ...], x: Tensor, dims: int) -> Present | Non
     if several:
         block = current_tasks()
     if block is None or type(x) is not Tensor or not 0 < dims <= x.dim() or x.is_nested:
+        return None
+    if torch._C._is_tracing():
+        # the trace would hold for these tasks and gates alone
         return None
     return block.present(names, x.shape[:dims], x.device)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 
 import fastmtl
@@ -466,6 +467,90 @@ def test_a_backend_that_the_environment_forces(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(_short(norm, x, IDS), expected)
     monkeypatch.setenv("FASTMTL_BACKEND", "cpu")
     assert dispatch.straight_to_cpu()
+
+
+def test_tensors_that_are_replaced_while_they_are_read() -> None:
+    """As another thread may, whenever torch is asked something in between."""
+    norm, pictures, layer, x = _norm(1, F64), torch.randn(6, 1, 2, 2, dtype=F64), _conv(-0.5), torch.randn(6, 3, 5, 4)
+    expected, shared = _oracle(norm, pictures, IDS), F.conv2d(x.double(), layer.weight, layer.bias, padding=1)
+    held, gates, replaced = norm.running_mean._buffers, layer.gate._parameters, []
+
+    def replace(values: dict[str, Tensor | None], like: Tensor) -> bool:
+        values.update((name, like.clone()) for name in NAMES)
+        replaced.append(values)
+        return False
+
+    held["photo"].is_neg = lambda: replace(held, torch.full((1,), 7.0, dtype=F64))
+    torch.testing.assert_close(_short(norm, pictures, IDS), expected)
+    gates["photo"].is_neg = lambda: replace(gates, torch.ones((), dtype=F64))
+    assert torch.equal(_short(layer, x.double(), IDS), shared)
+    assert replaced == [] if dispatch.extension is None else replaced == [held, gates]
+
+
+@pytest.mark.parametrize("told", [IDS, "photo"], ids=["mixed", "one"])
+@pytest.mark.parametrize("eps", [-1.0, torch.nan, torch.inf, True])
+def test_an_eps_that_the_op_refuses(eps: Any, told: Any) -> None:
+    norm, x = _norm(2, F64), torch.randn(6, 2, 3, 3, dtype=F64)
+    norm.eps = eps
+    for run in (_long, _short):
+        with pytest.raises((TypeError, ValueError), match=r"^eps: expected a .*number"):
+            run(norm, x, told)
+
+
+@pytest.mark.parametrize("told", [IDS, "photo"], ids=["mixed", "one"])
+def test_vmap_over_layers_of_which_some_are_open(told: Any) -> None:
+    layers, x = [_conv(), _conv(1.0)], torch.randn(6, 3, 5, 4, dtype=F64)
+    stacked = torch.func.stack_module_state(layers)
+
+    def run(parameters: Any, buffers: Any) -> Tensor:
+        return torch.func.functional_call(layers[0], (parameters, buffers), x)
+
+    with torch.no_grad(), tasks(told):
+        found = torch.func.vmap(run)(*stacked)
+    torch.testing.assert_close(found, torch.stack([_long(layer, x, told) for layer in layers]))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_vmap_over_ids(grad: bool) -> None:
+    model, x = nn.Sequential(_conv(1.0), _norm(4, F64)).eval(), torch.randn(6, 3, 5, 4, dtype=F64)
+    ids = torch.stack([IDS, IDS.flip(0)])
+
+    def run(ids: Tensor) -> Tensor:
+        with tasks(ids):
+            return model(x)
+
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(torch.func.vmap(run)(ids), torch.stack([run(i) for i in ids]))
+
+
+def test_a_tangent_of_a_closed_gate_is_not_lost() -> None:
+    layer, x = _conv(), torch.randn(6, 3, 5, 4, dtype=F64)
+    with forward_ad.dual_level():
+        y = _short(layer, forward_ad.make_dual(x, x), IDS)
+        torch.testing.assert_close(
+            forward_ad.unpack_dual(y).tangent, F.conv2d(x, layer.weight, padding=1), check_stride=False
+        )
+        layer.gate._parameters["sketch"] = forward_ad.make_dual(torch.zeros((), dtype=F64), torch.ones((), dtype=F64))
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            _short(layer, x, IDS)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_holds_for_gates_that_open() -> None:
+    layer, x = _conv(), torch.randn(6, 3, 5, 4, dtype=F64)
+    with torch.no_grad(), tasks(IDS):
+        traced = torch.jit.trace(layer, (x,), check_trace=False)
+        for score in (0.0, 1.0):
+            for gate in layer.gate.values():
+                gate.fill_(score)
+            torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_a_profiler_sees_the_op() -> None:
+    norm, x = _norm(4, F64), torch.randn(6, 4, 3, 5, dtype=F64)
+    with torch.profiler.profile() as profile:
+        _short(norm, x, IDS)
+    assert "fastmtl::task_batch_norm" in {event.key for event in profile.key_averages()}
 
 
 def test_a_transformer_layer_still_runs_its_layers() -> None:

@@ -174,21 +174,6 @@ std::optional<Sorted> sorted_of(PyObject* order_, PyObject* offsets_, int64_t nu
   return batch;
 }
 
-// Python objects that stay alive meanwhile
-class Kept {
- public:
-  Kept() = default;
-  Kept(const Kept&) = delete;
-  Kept& operator=(const Kept&) = delete;
-  ~Kept() {
-    for (PyObject* x : kept_) Py_DECREF(x);
-  }
-  void add(PyObject* x) { kept_.push_back(Py_NewRef(x)); }
-
- private:
-  std::vector<PyObject*> kept_;
-};
-
 // the numbers of the tasks that have samples; whether they can be read as they lie
 bool read_held(PyObject* dict, PyObject* names, const std::vector<int64_t>& present, const Pictures& p, Kept& kept,
                Held* held) {
@@ -200,10 +185,9 @@ bool read_held(PyObject* dict, PyObject* names, const std::vector<int64_t>& pres
     // read next, and not all of it: the rest follows
     __builtin_prefetch(x->data);
     held->data[static_cast<size_t>(t)] = x->data;
-    kept.add(tensor);
     return *x->dtype == held->dtype;
   };
-  if (!read_tensors(dict, names, present, read)) return false;
+  if (!read_tensors(dict, names, present, kept, read)) return false;
   return held->dtype == DType::f32 ? p.dtype != DType::f64 : held->dtype == p.dtype;
 }
 
@@ -251,7 +235,8 @@ std::optional<bool> are_closed(PyObject* gates, PyObject* names, PyObject* prese
   }
   std::optional<DType> dtype;
   std::vector<std::pair<PyObject*, PythonTensor>> found;
-  const bool read_all = read_tensors(gates, names, positions, [&](PyObject* tensor, const auto& gate, int64_t) {
+  Kept kept;
+  const bool read_all = read_tensors(gates, names, positions, kept, [&](PyObject* tensor, const auto& gate, int64_t) {
     if (!gate || !gate->dtype || gate->dims != 0 || (dtype && dtype != gate->dtype)) return false;
     dtype = gate->dtype;
     __builtin_prefetch(gate->data);
@@ -259,12 +244,16 @@ std::optional<bool> are_closed(PyObject* gates, PyObject* names, PyObject* prese
     return true;
   });
   if (!read_all) return std::nullopt;
-  return std::all_of(found.begin(), found.end(), [&](const auto& gate) {
-    const double value = number(gate.second);
-    if (limit == Py_None) return value == 0;
+  // closed, unless their memory holds the negatives. That is asked when all numbers are read, since other threads, which
+  // may write other ones or free them, run meanwhile
+  std::vector<PyObject*> unsure;
+  for (const auto& [tensor, gate] : found) {
+    const double value = number(gate);
     // not a number closes no gate
-    return value < below && (-value < below || !is_negated(gate.first));
-  });
+    if (!(limit == Py_None ? value == 0 : value < below)) return false;
+    if (limit != Py_None && !(-value < below)) unsure.push_back(tensor);
+  }
+  return std::none_of(unsure.begin(), unsure.end(), is_negated);
 }
 
 }  // namespace

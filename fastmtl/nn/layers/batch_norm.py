@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import torch
@@ -148,7 +149,8 @@ class TaskBatchNorm2d(TaskNorm):
 
     def _evaluated(self, x: Tensor) -> Tensor | None:
         """In eval mode, where nothing asks for gradients: without the op, if a shorter way serves; else None."""
-        if x.dtype not in FLOAT_DTYPES or x.layout is not torch.strided:
+        eps = self.eps
+        if x.dtype not in FLOAT_DTYPES or x.layout is not torch.strided or type(eps) is not float or not 0 <= eps < inf:
             # the op says more
             return None
         self._see_static_graph()
@@ -161,7 +163,7 @@ class TaskBatchNorm2d(TaskNorm):
         held = self._modules
         of = [None if (child := held[name]) is None else child._parameters for name in ("weight", "bias")]
         means, variances = held["running_mean"]._buffers, held["running_var"]._buffers
-        return task_batch_norm_given(x, plan, self.tasks, *of, means, variances, self.eps)
+        return task_batch_norm_given(x, plan, self.tasks, *of, means, variances, eps)
 
     def _of_one_task(self, x: Tensor, task: str) -> Tensor | None:
         """torch's batch norm, if it takes these dtypes as the op does."""

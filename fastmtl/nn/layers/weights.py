@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from fastmtl.core.autograd import has_tangent
 from fastmtl.core.task_weights import TaskPlan, TaskWeights
 from fastmtl.core.tensors import FLOAT_DTYPES
 from fastmtl.nn.containers import TaskParameters, Tasks
@@ -461,6 +463,8 @@ class TaskLayer(TaskModule):
         if taps is not None and type(taps) is not TapsGate:
             return False
         own, names, positions = held._parameters, self.tasks, present.positions
+        if forward_ad._current_level >= 0 and has_tangent([own.get(names[t]) for t in positions]):
+            return False
         first = own.get(names[positions[0]]) if positions else None
         if first is not None:
             closed = all_closed(own, names, positions, None if taps is None else rounded(taps.threshold, first.dtype))
@@ -468,8 +472,9 @@ class TaskLayer(TaskModule):
                 return closed
         for t in positions:
             gate = own.get(names[t])
-            # one that is parametrised is computed; a gate on a GPU would have to be waited for
-            if gate is None or not gate.is_cpu:
+            # one that is parametrised is computed; a gate on a GPU would have to be waited for; of those that vmap has
+            # stacked some may be open
+            if gate is None or not gate.is_cpu or torch._C._functorch.is_functorch_wrapped_tensor(gate):
                 return False
             value = gate.item()
             # not a number closes no gate

@@ -143,10 +143,10 @@ def wanted_deltas(needs: Any, delta: Sequence[Tensor], delta_tasks: Sequence[int
 
 
 def known_bounds(offsets: Tensor) -> list[int] | None:
-    """Where each task's samples begin, as a formula may ask: on the CPU, with nothing that records or transforms it."""
+    """Where each task's samples begin, if it can be read: on the CPU, with nothing that records or transforms it."""
     if offsets.device.type != "cpu" or type(offsets) is not Tensor or torch.compiler.is_compiling():
         return None
-    return offsets.tolist() if torch._C._functorch.maybe_current_level() is None else None
+    return None if torch._C._functorch.is_functorch_wrapped_tensor(offsets) else offsets.tolist()
 
 
 # --- each task's gradient of a shared weight

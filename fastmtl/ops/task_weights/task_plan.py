@@ -11,6 +11,7 @@ from fastmtl.core.task_weights import TaskPlan
 from fastmtl.ops.task_weights import reference
 from fastmtl.ops.task_weights.arguments import check_ids
 from fastmtl.ops.task_weights.cpu import task_plan as task_plan_cpu
+from fastmtl.ops.task_weights.operators import known_bounds
 
 
 def task_plan(task_ids: Tensor, num_tasks: int) -> TaskPlan:
@@ -65,8 +66,8 @@ def read_plan(task_ids: Tensor | TaskPlan, num_tasks: int) -> TaskPlan:
             f"task_ids: expected a plan as `task_plan` makes it, got {plan.order.shape[0]} positions for "
             f"{plan.task_ids.numel()} ids"
         )
-    if plan.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = plan.offsets.tolist()
+    bounds = known_bounds(plan.offsets)
+    if bounds is not None:
         count = plan.order.shape[0]
         # in Triton's interpreter a plan may leave samples out, as one made on a GPU may
         complete = bounds[-1] <= count if interpreting() else bounds[-1] == count
