@@ -244,8 +244,8 @@ std::optional<bool> are_closed(PyObject* gates, PyObject* names, PyObject* prese
     return true;
   });
   if (!read_all) return std::nullopt;
-  // closed, unless their memory holds the negatives. That is asked when all numbers are read, since other threads, which
-  // may write other ones or free them, run meanwhile
+  // closed, unless their memory holds the negatives. That is asked when all numbers are read, since other threads,
+  // which may write other ones or free them, run meanwhile
   std::vector<PyObject*> unsure;
   for (const auto& [tensor, gate] : found) {
     const double value = number(gate);
