@@ -19,14 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastmtl.nn.containers import TaskParameters
+from fastmtl.ops.task_weights.operators import known_bounds
 
 
 def presence(offsets: Tensor) -> list[bool] | None:
     """Which tasks have samples; None where the host can't know without waiting, or no graph is made of it."""
-    if offsets.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return None
-    bounds = offsets.tolist()
-    return [end > begin for begin, end in itertools.pairwise(bounds)]
+    bounds = known_bounds(offsets) if torch.is_grad_enabled() else None
+    return None if bounds is None else [end > begin for begin, end in itertools.pairwise(bounds)]
 
 
 def stacked(held: TaskParameters, names: Sequence[str], offsets: Tensor, zeros: bool) -> Tensor:
