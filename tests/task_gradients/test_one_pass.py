@@ -671,6 +671,23 @@ def test_parameters_written_in_place() -> None:
     assert_rows(bank, [list(row) for row in rows])
 
 
+@pytest.mark.parametrize("shape", [(N, 6), (N, 3, 6), (N, 2, 3, 6)])
+def test_results_of_linear_layers_written_in_place(shape: tuple[int, ...]) -> None:
+    net = _mlp()
+    x = torch.randn(shape, dtype=torch.float64)
+
+    def losses() -> Tensor:
+        h = net[0](x)
+        h /= 3
+        return net[2](F.relu(h, inplace=True)).flatten(1).mul_(2).square().sum(1)
+
+    want = losses()
+    rows = [torch.autograd.grad(want[of(t)].sum(), list(net.parameters()), retain_graph=True) for t in range(T)]
+    with fastmtl.one_pass(net, IDS, T) as bank:
+        losses().sum().backward()
+    assert_rows(bank, [list(row) for row in rows])
+
+
 def test_complex_parameters_are_pairs_of_real_ones() -> None:
     """In every way of collecting task gradients, and with whatever stands in `.grad` before."""
     torch.manual_seed(0)
