@@ -58,6 +58,18 @@ def test_compiled_models_trace_one_graph(name: str) -> None:
     bank.apply("pcgrad")
 
 
+def test_a_stream_through_a_compiled_model_is_refused() -> None:
+    """Its graph has no second backward pass for plain gradients: an update without them would be no update."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(6, 7), nn.GELU(), nn.Linear(7, 5))
+    compiled, x = torch.compile(model, backend="aot_eager"), torch.randn(N, 6)
+    with fastmtl.one_pass(model, IDS, T, memory="stream") as bank:
+        cross_entropy(compiled(x)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"gave parameter '0.weight' .* no gradient, as .* compiled graph"):
+        bank.apply("sum")
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_compiled_with_inductor() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -193,6 +193,7 @@ class Batch:
             if held.leaf is not None:
                 self.tracker.mark(held.leaf, CONSTANT)
         self.received: dict[Tensor, TaskRows] = {}
+        self.in_gram: set[Tensor] = set()  # parameters whose rows were added to `gram`
         self.gram: Tensor | None = None
         self.gram_dtype = torch.float32  # the dtype that the Gram matrix of all rows has
         self.running = False
@@ -257,8 +258,8 @@ class Batch:
         self.tracker.remember_constants()
         rows, self.received = self.received, {}
         if self.options.stream:
-            for g in rows.values():
-                self._add_gram(g)
+            for p, g in rows.items():
+                self._add_gram(p, g)
             rows = {}
         else:
             self.tracker.boundaries.clear()
@@ -313,15 +314,16 @@ class Batch:
             )
         rows = added(self.received.pop(p, None), g)
         if self.options.stream and complete and not self.check and p not in self.tracker.looped:
-            self._add_gram(rows)
+            self._add_gram(p, rows)
         else:
             self.received[p] = rows
 
-    def _add_gram(self, rows: TaskRows) -> None:
+    def _add_gram(self, p: Tensor, rows: TaskRows) -> None:
         num_tasks = len(self.names)
         known = {t: as_real(row) for t in range(num_tasks) if (row := rows[t]) is not None}
         if not known:
             return
+        self.in_gram.add(p)
         with torch.no_grad(), without_autocast(self.ids.device.type):
             part = gram_rows(GradientRows(list(known.values()), list(known), num_tasks, 1))
             self.gram_dtype = part.dtype if self.gram is None else torch.promote_types(self.gram_dtype, part.dtype)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmtl.parameters import describe
 from fastmtl.surgery.accumulate import Updates
 from fastmtl.task_gradients.one_pass.batch import Batch
 
@@ -31,4 +32,11 @@ class StreamedGradients:
     def combine(self, weights: Tensor) -> Updates:
         # samples of no task count as they are
         found = self._batch.weighted_gradients(torch.cat([weights, weights.new_ones(1)]), self._params, keep=False)
+        lost = next((p for p in self._params if p in self._batch.in_gram and p not in found), None)
+        if lost is not None:
+            name = describe(lost, self._batch.params[lost])
+            raise RuntimeError(
+                f"one_pass: memory='stream' takes a second backward pass, which gave {name} no gradient, "
+                "as that of a compiled graph does: use memory='bank', or call the model uncompiled"
+            )
         return list(found.items())
