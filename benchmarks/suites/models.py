@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmtl import use_backend
 from fastmtl.benchmarks.baselines import models as baselines
 from fastmtl.benchmarks.runner import measure
 from fastmtl.benchmarks.runner.registry import TAPS_MEMORY, Candidate, Case, Check
@@ -27,7 +28,7 @@ SCALING = 0.5
 # few pixels and samples of one task multiply rounding errors: a tiny ResNet was 1e-5 off. A GPU's convolutions round to
 # TF32 by default, and by another algorithm for each batch size
 TOLERANCE = {"cpu": 1e-4, "cuda": 5e-3}
-# up to which an error may be rounding: it may be twice what the plain networks are off themselves in float32
+# up to which an error may be rounding: it may be twice what slower ways are off themselves in float32
 MOST_ROUNDING = 1e-2
 
 Labels = Literal["ours", "plain", "loop", "separate", "adapter"]
@@ -332,11 +333,17 @@ class Workshop:
         return float(torch.tensor(errors).max())
 
     def _rounding(self) -> float:
-        """How far the plain networks themselves are off in float32, with few samples of a task in a batch norm."""
+        """How far float32 itself is off: in the plain networks, with few samples of a task in a batch norm, and in the
+        converted one through the ops' plain torch, in which other signs may turn."""
         assert self.expected is not None
         outputs, grads = self._by_plain_networks(torch.float32)
         expected = self.expected[1]
-        return self._off(outputs, ([grads[name] for name in expected], list(expected.values())) if expected else None)
+        off = self._off(outputs, ([grads[name] for name in expected], list(expected.values())) if expected else None)
+        trainee = self.new("ours")
+        with measure.without_tf32(), use_backend("reference"):
+            outputs = whole(mixed, trainee)
+        found = self._gradients("ours", trainee, expected) if self.spec.train else None
+        return max(off, self._off(outputs, found))
 
     def verify(self, label: str, call: Callable[[Trainee], Tensor]) -> Check:
         """The first step of a way; its network goes on from there in the timing."""
