@@ -293,3 +293,24 @@ def test_torch_func_of_ids_that_differ_and_of_jacobians() -> None:
     torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(lambda x: op(x, scale, shift), x))
     with pytest.raises(NotImplementedError, match=r"^fastmtl::task_linear: vmap needs at least one slice, got 0"):
         torch.func.vmap(lambda x: ops.task_linear(x, None, scale[:, None], IDS))(torch.ones(0, 4, 5, dtype=F64))
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+@pytest.mark.parametrize("op", ["task_linear", "task_lora", "task_scale_shift"])
+def test_results_may_be_written_into(op: str, grad: bool) -> None:
+    """As those of `F.linear` may (`nn.ReLU(inplace=True)`), whatever was reshaped inside."""
+    x, weight = torch.randn(4, 5, 3, dtype=F64), torch.randn(2, 3, dtype=F64, requires_grad=True)
+    a, b = [torch.randn(1, 3, dtype=F64) for _ in range(3)], [torch.randn(2, 1, dtype=F64) for _ in range(3)]
+    table = torch.randn(3, 5, dtype=F64)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "task_linear": lambda: ops.task_linear(x, weight, [torch.ones(2, 3, dtype=F64)] * 3, IDS),
+        "task_lora": lambda: ops.task_lora(x, weight, a, b, IDS),
+        "task_scale_shift": lambda: ops.task_scale_shift(x, weight.new_ones(3, 5) * weight.sum(), table, IDS),
+    }
+    found = []
+    for write in (lambda y: y.mul_(y.detach() * 2), lambda y: y * (y.detach() * 2)):
+        with torch.set_grad_enabled(grad):
+            y = calls[op]()
+        y = write(y)
+        found.append([y] if not grad else [y, *torch.autograd.grad(y.sum(), [weight])])
+    assert all(map(torch.equal, *found))

@@ -26,6 +26,19 @@ def has_tangent(args: Sequence[Any]) -> bool:
     return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in flat)
 
 
+def no_view(result: Any) -> Any:
+    """The same memory, of which nobody knows that it was reshaped inside: autograd refuses to write into a view that a
+    formula returns (`nn.ReLU(inplace=True)`)."""
+    if isinstance(result, Tensor):
+        if not result._is_view():
+            return result
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return result.view_as(result)
+    if isinstance(result, list):
+        return [*map(no_view, result)]
+    return tuple(map(no_view, result)) if isinstance(result, tuple) else result
+
+
 class _BackwardCall:
     """What a formula sees of its node: all that `setup_context` left there, and what this call alone is told.
 
@@ -69,7 +82,7 @@ def register_autograd(
         below = keys & _BELOW
         with torch._C._AutoDispatchBelowAutograd():
             if below.remove(_KEYS.ADInplaceOrView).highestPriorityTypeId() in _PLAIN:
-                return implementation(*args)
+                return no_view(implementation(*args))
             return op.redispatch(below, *args)
 
     def forward(ctx: Any, keys: Any, args: tuple[Any, ...], *tensors: Tensor) -> Any:

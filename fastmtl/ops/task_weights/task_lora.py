@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmtl.core.autograd import no_view
 from fastmtl.core.dispatch import choose, straight_to_cpu, triton_kernels
 from fastmtl.core.schemas import autocast_is_on, define_op
 from fastmtl.core.task_weights import LoraGradients, LowRankDeltas, SortedBatch, TaskLoraCall, TaskPlan
@@ -282,7 +283,7 @@ def _straight(
     if torch.is_grad_enabled() and any(w.requires_grad for w in (x, *others, *A, *B)):
         return _Straight.apply(len(A), tasks, x, weight, scaling, bias, order, offsets, *A, *B)
     deltas = LowRankDeltas(A, B, tasks, scaling)
-    return lora_on_cpu(x, TaskLoraCall(weight, deltas, SortedBatch(order, offsets), bias))
+    return no_view(lora_on_cpu(x, TaskLoraCall(weight, deltas, SortedBatch(order, offsets), bias)))
 
 
 def _may_go_straight(x: Tensor) -> bool:
@@ -310,7 +311,7 @@ class _Straight(torch.autograd.Function):
         ctx.number = None if of_tasks is not None else scaling
         ctx.save_for_backward(x, weight, of_tasks, bias, order, offsets, *factors)
         deltas = LowRankDeltas(factors[:count], factors[count:], tasks, scaling)
-        return lora_on_cpu(x, TaskLoraCall(weight, deltas, SortedBatch(order, offsets), bias))
+        return no_view(lora_on_cpu(x, TaskLoraCall(weight, deltas, SortedBatch(order, offsets), bias)))
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
