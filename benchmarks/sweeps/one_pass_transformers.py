@@ -179,10 +179,10 @@ def runs_of(family: str) -> Iterator[dict[str, Any]]:
 
 def _mixes(model: nn.Module, given: dict[str, Tensor], n: int) -> bool:
     """Whether a sample's part of the result depends on other samples: it is another beside others."""
-    out = small_models.result(model(**given), n)
+    out = small_models.result(model, given, n)
     order = torch.arange(n).roll(1)
     order[0] = order[1]
-    other = small_models.result(model(**{name: x[order] for name, x in given.items()}), n)
+    other = small_models.result(model, {name: x[order] for name, x in given.items()}, n)
     return out.shape != other.shape or not torch.allclose(out[order[1:]], other[1:], rtol=1e-9, atol=1e-12)
 
 
@@ -227,7 +227,7 @@ def _set_training(model: nn.Module, training: bool) -> None:
 
 def _losses(model: nn.Module, given: dict[str, Tensor], n: int) -> Tensor:
     torch.default_generator.manual_seed(1)
-    out = small_models.result(model(**given), n).flatten(1)
+    out = small_models.result(model, given, n).flatten(1)
     return (out.tanh() * torch.linspace(0.5, 1.5, out.shape[1], dtype=out.dtype)).square().mean(1)
 
 
@@ -303,16 +303,22 @@ def page(results: dict[str, Any]) -> str:
         + ", ".join(f"{counts[state]} {_MEANING[state]}" for state in STATES[:-1] if counts[state])
         + f". Runs: {', '.join(f'{n} {state}' for state, n in sorted(runs.items()))}.",
         "",
-        "| family | class | came out | why |",
-        "|---|---|---|---|",
+        "| family | class | parameters | came out | why |",
+        "|---|---|---|---|---|",
     ]
     for row in rows:
         if row["state"] not in ("right", "not built"):
-            lines.append(f"| {row['family']} | `{row.get('class', '')}` | {row['state']} | {_cell(row['why'])} |")
-    lines += ["", "## Right", "", ", ".join(row["family"] for row in rows if row["state"] == "right") + "."]
+            lines.append(f"| {_of_model(row)} | {row['state']} | {_cell(row['why'])} |")
+    lines += ["", "## Right", "", "The error is the largest of a row of task gradients, of the length of that row.", ""]
+    lines += ["| family | class | parameters | worst error |", "|---|---|---|---|"]
+    lines += [f"| {_of_model(row)} | {row['worst']:.1e} |" for row in rows if row["state"] == "right"]
     lines += ["", "## Not built", "", "| family | why |", "|---|---|"]
     lines += [f"| {row['family']} | {_cell(row['why'])} |" for row in rows if row["state"] == "not built"]
     return "\n".join(lines) + "\n"
+
+
+def _of_model(row: dict[str, Any]) -> str:
+    return f"{row['family']} | `{row['class']}` | {row['parameters']:,}"
 
 
 def _cell(text: str) -> str:

@@ -18,6 +18,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 HEADS, LENGTH, WIDTH, PICTURE, PATCH, WORDS = 4, 6, 32, 16, 4, 40
+GRID = PICTURE // PATCH
 LARGEST = 4_500_000  # parameters
 
 # which class of a family is taken: the first that there is
@@ -35,7 +36,7 @@ _NUMBERS: dict[str, int] = {
     r"(.*_)?vocab_size(_.*)?|char_vocab_size|entity_vocab_size": WORDS,
     r"(.*_)?(num|n)_(key_value|kv)_heads?|multi_query_group_num|num_key_value_heads": 2,
     r"(.*_)?(num_|n_)?(attention_|attn_|\w+_)?heads?|(encoder|decoder)_attention_heads|nhead": HEADS,
-    r"num_experts_per_tok|top_k|moe_topk|moe_k|num_selected_experts|moe_top_?k": 2,
+    r"num_experts_per_tok(en)?|top_k|moe_topk|moe_k|num_selected_experts|moe_top_?k": 2,
     r"n_group|topk_group|first_k_dense_replace|n_shared_experts|num_shared_experts": 1,
     r"(.*_)?(n_routed|num|num_local|moe_num|n)_experts": HEADS,
     r"(.*_)?(head_dim|d_kv|head_size|d_head|kv_channels|lora_rank|num_mel_bins)": 8,
@@ -74,6 +75,34 @@ _SECTIONS = re.compile("qwen2(_5)?_vl|glm4(6)?v|glm_(image|ocr)|glmga|paddleocr_
 SPECIAL: dict[str, dict[str, Any]] = {
     # every stage halves the picture
     **{name: {"image_size": 64} for name in ("convnext", "convnextv2", "dinov3_convnext")},
+    # a state of 64 for each word, of four heads
+    **{name: {"mamba_n_heads": 4, "mamba_d_head": 16} for name in ("bamba", "granitemoehybrid")},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
+    # half of each head of 8 is turned
+    "glm4v_moe": {"text_config.rope_parameters.mrope_section": [1, 1, 0]},
+    "glm4v_moe_text": {"rope_parameters.mrope_section": [1, 1, 0]},
+    "hgnet_v2": {"stem_channels": [3, 16, 16]},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4},
+    "esm": {"vocab_size": WORDS, "pad_token_id": 1, "mask_token_id": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "bit": {"num_groups": 4},
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": (0, 1, 2, 3)},
+    "glpn": {"image_size": 64},
+    "hiera": {"image_size": (64, 64)},
+    "efficientnet": {
+        **{"in_channels": [WIDTH] + [16] * 6, "out_channels": [16] * 7},
+        **{"width_coefficient": 1.0, "depth_coefficient": 1.0},
+    },
+    "bros": {"dim_bbox_sinusoid_emb_2d": 8, "dim_bbox_sinusoid_emb_1d": 1, "dim_bbox_projection": 8},
+    "esmc": {"num_key_value_heads": HEADS},
+    "audio-spectrogram-transformer": {"max_length": 32},
+    "csm": {"codec_config.upsample_groups": 32},
+    "emu3": {"pad_token_id": 0},
+    "kyutai_speech_to_text": {"audio_pad_token_id": 1},
+    **{name: {"rope_parameters.mrope_section": [1, 1, 1, 1]} for name in ("hunyuan_vl_text",)},
+    "hunyuan_vl": {"text_config.rope_parameters.mrope_section": [1, 1, 1, 1]},
 }
 
 
@@ -187,8 +216,11 @@ def _put(config: Any, name: str, value: Any) -> None:
 def _set(config: Any, place: str, value: Any) -> None:
     *path, last = place.split(".")
     for name in path:
-        config = getattr(config, name)
-    _put(config, last, value)
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    if isinstance(config, dict):
+        config[last] = value
+    else:
+        _put(config, last, value)
 
 
 # --- what a model is given
@@ -209,6 +241,15 @@ def inputs(model: nn.Module, n: int, generator: torch.Generator) -> dict[str, Te
     mask = torch.ones(n, LENGTH, dtype=torch.long)
     mask[n // 2 :, LENGTH - 1] = 0  # the second half of the batch is one word shorter
     given: dict[str, Tensor] = {}
+    for name in ("grid_thw", "image_grid_thw"):
+        if name in asked and "input_ids" not in asked:
+            # patches of all pictures one after another: `result` makes one line of them
+            patch, channels = _number(config, "patch_size", PATCH), _number(config, "num_channels", 3)
+            pixels = channels * _number(config, "temporal_patch_size", 1) * patch * patch
+            shape = (pixels,) if "hidden_states" in asked else (channels, patch, patch)
+            given["hidden_states" if "hidden_states" in asked else "pixel_values"] = values(GRID * GRID, *shape)
+            given[name] = torch.tensor([1, GRID, GRID]).expand(n, 3).clone()
+            return given
     main = getattr(model, "main_input_name", "input_ids")
     if main == "pixel_values" or ("pixel_values" in asked and "input_ids" not in asked):
         size = _number(config, "image_size", PICTURE)
@@ -217,7 +258,10 @@ def inputs(model: nn.Module, n: int, generator: torch.Generator) -> dict[str, Te
     elif main in ("input_values", "input_features"):
         mel = _number(config, "num_mel_bins", 8)
         shape = (64, mel) if _TIME_FIRST.match(config.model_type) else (mel, 64)
-        given[main] = values(*shape) if main == "input_features" else values(2000)
+        if config.model_type == "audio-spectrogram-transformer":
+            given[main] = values(config.max_length, mel)
+        else:
+            given[main] = values(*shape) if main == "input_features" else values(2000)
     elif main == "pixel_values_videos" or ("pixel_values_videos" in asked and "input_ids" not in asked):
         given["pixel_values_videos"] = values(_number(config, "num_frames", 4), 3, PICTURE, PICTURE)
     else:
@@ -251,13 +295,20 @@ def _number(config: Any, name: str, otherwise: int) -> int:
     return otherwise
 
 
-def result(out: Any, n: int) -> Tensor:
-    """What a loss is made of: the first of the results that needs a gradient and has a part for every sample.
+def result(model: nn.Module, given: dict[str, Tensor], n: int) -> Tensor:
+    """What a loss is made of: the first of a model's results that needs a gradient and has a part for every sample.
 
     Raises:
         Unbuildable: there is none.
     """
+    lines = any(name.endswith("grid_thw") for name in given)
+    if lines:
+        given = {name: x if name.endswith("grid_thw") else x.flatten(0, 1) for name, x in given.items()}
+    out = model(**given)
     for x in out.values() if hasattr(out, "values") else out:
-        if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point() and x.dim() and x.shape[0] == n:
-            return x
+        if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point() and x.dim():
+            if x.shape[0] == n:
+                return x
+            if lines and x.shape[0] % n == 0:
+                return x.unflatten(0, (n, -1))
     raise Unbuildable("no result has a part for every sample")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from cases_one_pass import (
     IDS,
     MODELS,
+    Case,
     Lambda,
     LowRank,
     N,
@@ -772,6 +773,13 @@ def _filled_in_one_place(x: Tensor) -> Tensor:
     return out.transpose(0, 1)
 
 
+def _filled_with_nothing(x: Tensor) -> Tensor:
+    out = x.new_empty(N, 4)
+    out[:, :4].copy_(x)
+    out[:, 4:].copy_(x[:, :0].reshape(N, 1, 0).expand(-1, 2, -1)[:, 1])
+    return out
+
+
 def _samples_scaled(x: Tensor) -> Tensor:
     out = x * 1.0
     out[:3].mul_(2)
@@ -801,7 +809,10 @@ def _one_value_cleared(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("memory", ["bank", "stream"])
-@pytest.mark.parametrize("write", [_filled_by_halves, _filled_transposed, _filled_in_one_place, _samples_scaled])
+@pytest.mark.parametrize(
+    "write",
+    [_filled_by_halves, _filled_transposed, _filled_in_one_place, _filled_with_nothing, _samples_scaled],
+)
 def test_written_into_views(write: Callable[[Tensor], Tensor], memory: str) -> None:
     weight, x = nn.Parameter(torch.randn(4, dtype=torch.float64)), torch.randn(N, 4, dtype=torch.float64)
     with fastmtl.one_pass([weight], IDS, T, memory=memory) as bank:
@@ -869,3 +880,82 @@ def test_a_batch_of_one_sample(memory: str) -> None:
         torch.testing.assert_close(bank.row(2), list(want))
     bank.apply("sum")
     torch.testing.assert_close(_grads(model), list(want))
+
+
+def _in_one_line(x: Tensor) -> Tensor:
+    """Each element depends on all before it: `[1, 6, 16]`."""
+    return torch.cumsum(x.flatten(), 0).reshape(1, 6, 16)
+
+
+@pytest.mark.parametrize("memory", ["bank", "stream"])
+def test_all_samples_of_one_task(memory: str) -> None:
+    """They may be mixed as one likes before they meet a parameter again, along any axis."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 1), Lambda(_in_one_line), nn.Conv1d(6, 4, 2), nn.Linear(15, 3), nn.LayerNorm([4, 3]),
+        Lambda(torch.squeeze), nn.Linear(3, 2),
+    ).double()  # fmt: skip
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    want = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    with fastmtl.one_pass(model, torch.tensor([2, 2]), T, memory=memory) as bank:
+        model(x).square().sum().backward()
+    if memory == "bank":
+        torch.testing.assert_close(bank.row(2), list(want))
+    bank.apply("sum")
+    torch.testing.assert_close(_grads(model), list(want))
+
+
+class _Expert(nn.Module):
+    """A layer on those rows of `[n, 6]` that are sent to it: here none."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(6, 6), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.first(x)
+        sent = torch.nonzero(out[:, 0] > 1e9)[:, 0]
+        return out.index_add(0, sent, self.layer(out[sent]))
+
+
+_OF_NONE = {
+    "linear": lambda: nn.Linear(6, 6),
+    "conv": lambda: nn.Sequential(nn.Unflatten(1, (6, 1)), nn.Conv1d(6, 6, 1), nn.Flatten()),
+    "layer norm": lambda: nn.LayerNorm(6),
+    "group norm": lambda: nn.GroupNorm(2, 6),
+    "table": lambda: nn.Sequential(Lambda(lambda x: x[:, 0].long()), nn.Embedding(5, 6)),
+}
+
+
+@pytest.mark.parametrize("name", _OF_NONE)
+def test_a_layer_on_no_samples(name: str) -> None:
+    case = Case(lambda: _Expert(_OF_NONE[name]()).double(), _x)
+    model, x = case.model(), _x()
+    want = expected_rows(case, model, x)
+    assert_rows(one_pass_bank(case, model, x), want)
+
+
+class _Stacked(nn.Module):
+    """A matrix for each word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nwi,wij->nwj", x, self.weight)
+
+
+@pytest.mark.parametrize("memory", ["bank", "stream"])
+@pytest.mark.parametrize("layer", [nn.Linear, _Stacked], ids=["linear", "stacked"])
+def test_the_result_of_a_layer_is_written_into(layer: Callable[..., nn.Module], memory: str) -> None:
+    made = layer(6, 6) if layer is nn.Linear else layer()
+    model = nn.Sequential(made, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(24, 2)).double()
+    x = torch.randn(N, 4, 6, dtype=torch.float64)
+    losses = model(x).square().sum(1)
+    want = [torch.autograd.grad(losses[of(t)].sum(), list(model.parameters()), retain_graph=True) for t in range(T)]
+    with fastmtl.one_pass(model, IDS, T, memory=memory) as bank:
+        model(x).square().sum().backward()
+    if memory == "bank":
+        assert_rows(bank, [list(row) for row in want])
+    bank.apply("sum")
+    torch.testing.assert_close(_grads(model), [sum(each) for each in zip(*want, strict=True)])

@@ -735,7 +735,7 @@ class Tracker(TorchFunctionMode):
             others: the other tensors of the call.
         """
         base = x._base
-        if base is None or base is x:
+        if base is None or base is x or not x.numel():
             return
         axis, before = self.axis_of(x), self.axis_of(base)
         if isinstance(axis, Constant):

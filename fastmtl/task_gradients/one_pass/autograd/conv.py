@@ -18,6 +18,7 @@ from fastmtl.ops.task_weights.task_conv2d import (
 from fastmtl.task_gradients.one_pass.autograd.rows import (
     STACKED,
     Receiver,
+    by_position,
     deliver,
     give_rows,
     receiver_of,
@@ -71,7 +72,7 @@ class ConvByTask(torch.autograd.Function):
             promoted = torch.promote_types(g.dtype, torch.float32)
             each = g.sum(tuple(range(2, g.dim())), dtype=promoted) if g.dim() > 2 else g
             if want_rows:
-                rows_b = sum_by_row(each.reshape(n, -1, each.shape[-1]).sum(1), ids, num_rows, ctx.bias_dtype)
+                rows_b = sum_by_row(by_position(each, n).sum(1), ids, num_rows, ctx.bias_dtype)
             else:
                 gb = each.sum(0).to(ctx.bias_dtype)
         return (gx, gw, gb, *(None,) * 11, *give_rows(rows_w, form_w), *give_rows(rows_b, form_b))

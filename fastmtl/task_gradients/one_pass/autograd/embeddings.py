@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from fastmtl.task_gradients.one_pass.autograd.rows import deliver, give_rows, receiver_of, sum_by_row, unseen, wants
+from fastmtl.task_gradients.one_pass.autograd.rows import (
+    by_position,
+    deliver,
+    give_rows,
+    receiver_of,
+    sum_by_row,
+    unseen,
+    wants,
+)
 
 
 class EmbeddingByTask(torch.autograd.Function):
@@ -24,13 +34,13 @@ class EmbeddingByTask(torch.autograd.Function):
         gw = rows = None
         n = ids.shape[0]
         index = torch.where(index < 0, index + size, index)
-        flat = g.reshape(index.numel(), -1)
+        flat = g.reshape(index.numel(), math.prod(ctx.shape[1:]))
         if ctx.padding >= 0:
             flat = torch.where((index == ctx.padding).reshape(-1, 1), 0.0, flat)
         if want_plain:
             gw = sum_by_row(flat, index.reshape(-1), size, ctx.dtype).reshape(ctx.shape)
         elif want_rows:
-            both = (ids[:, None] * size + index.reshape(n, -1)).reshape(-1)
+            both = (ids[:, None] * size + by_position(index, n, 0)).reshape(-1)
             rows = sum_by_row(flat, both, ctx.num_rows * size, ctx.dtype).reshape(ctx.num_rows, *ctx.shape)
             rows = deliver(ctx.receiver, rows)
         return (gw, *(None,) * 5, *give_rows(rows, ctx.form))

@@ -10,6 +10,7 @@ from fastmtl.ops.task_weights.cpu.weight_grads import linear_weight_grads
 from fastmtl.ops.task_weights.task_linear import task_linear_weight_grad_op, task_linear_weight_grad_out_op
 from fastmtl.task_gradients.one_pass.autograd.rows import (
     Receiver,
+    by_position,
     deliver,
     give_rows,
     receiver_of,
@@ -50,7 +51,7 @@ class LinearByTask(torch.autograd.Function):
             gx = flat.view(x.shape).to(x.dtype)
         want_rows, want_plain = wants(form_w, needs[1])
         if want_rows:
-            x3, g3 = x.to(g.dtype).reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])
+            x3, g3 = by_position(x.to(g.dtype), n), by_position(g, n)
             a, b = (g3, x3) if ctx.transposed else (x3, g3)
             rows_w = deliver_linear_rows(ctx.receiver, a, b, order, offsets, w)
         elif want_plain:
@@ -58,7 +59,7 @@ class LinearByTask(torch.autograd.Function):
             gw = (x2.mT @ g2 if ctx.transposed else g2.mT @ x2).to(w.dtype)
         want_rows, want_plain = wants(form_b, needs[2])
         if want_rows:
-            each = g.reshape(n, -1, g.shape[-1])
+            each = by_position(g, n)
             each = each[:, 0] if each.shape[1] == 1 else each.sum(1, dtype=torch.promote_types(g.dtype, torch.float32))
             rows_b = sum_by_row(each, ids, num_rows, ctx.bias_dtype)
         elif want_plain:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastmtl.core.tensors import is_channels_last
-from fastmtl.task_gradients.one_pass.autograd.rows import give_rows, sum_by_row, unseen, wants
+from fastmtl.task_gradients.one_pass.autograd.rows import by_position, give_rows, sum_by_row, unseen, wants
 
 
 def _one_of_several(y: Tensor) -> Tensor:
@@ -37,10 +39,10 @@ class LayerNormByTask(torch.autograd.Function):
         promoted = torch.promote_types(g.dtype, torch.float32)
         if rows[0]:
             product = ((x.to(promoted) - mean) * rstd).mul_(g)
-            each = product.reshape(n, -1, *ctx.shape).sum(1)
+            each = by_position(product, n, len(ctx.shape)).sum(1)
             rows_w = sum_by_row(each, ids, ctx.num_rows, w.dtype)
         if rows[1]:
-            each = g.reshape(n, -1, *ctx.shape).sum(1, dtype=promoted)
+            each = by_position(g, n, len(ctx.shape)).sum(1, dtype=promoted)
             rows_b = sum_by_row(each, ids, ctx.num_rows, b.dtype)
         return (gx, gw, gb, *(None,) * 7, *give_rows(rows_w, ctx.forms[0]), *give_rows(rows_b, ctx.forms[1]))
 
@@ -54,7 +56,7 @@ class GroupNormByTask(torch.autograd.Function):
         # the CPU alone has a kernel for channels_last
         if x.device.type != "cpu" or not is_channels_last(x):
             x = x.contiguous()
-        size = x.numel() // (n * c)
+        size = math.prod(x.shape[2:])
         y, mean, rstd = torch.native_group_norm(x, w, b, n, c, size, groups, eps)
         y = _one_of_several(y)
         ctx.save_for_backward(x, w, mean, rstd, ids)
@@ -71,7 +73,7 @@ class GroupNormByTask(torch.autograd.Function):
             g = g.contiguous()
         rows_w = rows_b = None
         gx = gw = gb = None
-        if (rows[0] or rows[1]) and g.is_contiguous() and x.is_contiguous():
+        if (rows[0] or rows[1]) and x.numel() and g.is_contiguous() and x.is_contiguous():
             # with samples and channels in one dimension, what torch sums over samples stays apart
             gx, each_w, each_b = torch.ops.aten.native_group_norm_backward(
                 g.view(1, n * c, -1), x.view(1, n * c, -1), mean.view(1, -1), rstd.view(1, -1),

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmtl.core.tensors import as_real
 from fastmtl.ops.task_weights.task_plan import task_plan_op
 from fastmtl.task_gradients.one_pass.autograd.linear import linear_rows
-from fastmtl.task_gradients.one_pass.autograd.rows import deliver, give_rows, receiver_of, unseen, wants
+from fastmtl.task_gradients.one_pass.autograd.rows import deliver, give_rows, no_view, receiver_of, unseen, wants
 from fastmtl.task_gradients.one_pass.equations import Equation, contracted, narrowed, sizes_of_letters
 
 
@@ -28,7 +28,7 @@ class ProductByTask(torch.autograd.Function):
         ctx.save_for_backward(p, ids, order, offsets, *others)
         ctx.equation, ctx.place, ctx.letter, ctx.form = equation, place, letter, form
         ctx.receiver = receiver_of(form, others_and_targets[len(others) :])
-        return y.view_as(y)
+        return no_view(y)
 
     @unseen
     def backward(ctx, g, p, ids, order, offsets, *others):
@@ -107,7 +107,7 @@ class GroupedByTask(torch.autograd.Function):
         ctx.save_for_backward(p, x, ends, ids)
         ctx.form, ctx.num_rows = form, num_rows
         ctx.receiver = receiver_of(form, targets)
-        return y.view_as(y)
+        return no_view(y)
 
     @unseen
     def backward(ctx, g, p, x, ends, ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeGuard
 
@@ -50,6 +51,19 @@ def unseen(compute: Callable[..., Any]) -> Any:
     return staticmethod(backward)
 
 
+def no_view(y: Tensor) -> Tensor:
+    """The same memory as a result of a Function that the model may write into, which torch refuses for views."""
+    return y.view_as(y) if torch.compiler.is_compiling() else torch.ops.aten._unsafe_view(y, y.shape)
+
+
+def by_position(x: Tensor, n: int, last: int = 1) -> Tensor:
+    """`[n, r, ...]` of a tensor whose dimensions but the `last` hold n positions, r times each one after another."""
+    before = x.dim() - last
+    # torch infers no dimension where there are no elements
+    times = -1 if x.numel() else math.prod(x.shape[:before]) // max(n, 1)
+    return x.reshape(n, times, *x.shape[before:])
+
+
 def rows_like(param: Tensor, num_rows: int) -> Tensor:
     """Memory for the rows of a parameter, each in its memory order."""
     shape = (num_rows, *param.shape)
@@ -70,9 +84,9 @@ def sum_by_row(values: Tensor, ids: Tensor, num_rows: int, dtype: torch.dtype) -
         real = sum_by_row(as_real(values), ids, num_rows, dtype.to_real())
         return torch.view_as_complex(real) if dtype.is_complex else real[..., 0].contiguous()
     promoted = torch.promote_types(values.dtype, torch.float32)
-    flat = values.reshape(values.shape[0], -1).to(promoted)
-    if flat.shape[1] == 0 or flat.shape[0] == 0:
+    if not values.numel():
         return torch.zeros((num_rows, *values.shape[1:]), dtype=dtype, device=values.device)
+    flat = values.reshape(values.shape[0], -1).to(promoted)
     # the gradient of a table that the ids look up: sorted first on a GPU, so the same bits come twice
     total = torch.ops.aten.embedding_dense_backward(flat, ids, num_rows, -1, False)
     return total.to(dtype).reshape(num_rows, *values.shape[1:])

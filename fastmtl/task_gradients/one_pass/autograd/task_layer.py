@@ -9,7 +9,15 @@ from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.autograd.conv import deliver_conv_rows
 from fastmtl.task_gradients.one_pass.autograd.linear import deliver_linear_rows
-from fastmtl.task_gradients.one_pass.autograd.rows import give_rows, receiver_of, sum_by_row, unseen, wants
+from fastmtl.task_gradients.one_pass.autograd.rows import (
+    by_position,
+    give_rows,
+    no_view,
+    receiver_of,
+    sum_by_row,
+    unseen,
+    wants,
+)
 
 
 class SharedByTask(torch.autograd.Function):
@@ -23,7 +31,7 @@ class SharedByTask(torch.autograd.Function):
         ctx.save_for_backward(x, w, ids, order, offsets)
         ctx.geometry, ctx.forms, ctx.bias_dtype = geometry, (form_w, form_b), None if b is None else b.dtype
         ctx.receiver = receiver_of(form_w, targets)
-        return y.view_as(y)
+        return no_view(y)
 
     @unseen
     def backward(ctx, g, x, w, ids, order, offsets):
@@ -35,14 +43,14 @@ class SharedByTask(torch.autograd.Function):
             gw = _weight_gradient(x, g, w, ctx.geometry)
         elif want_rows:
             if ctx.geometry is None:
-                x3, g3 = x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])
+                x3, g3 = by_position(x, n), by_position(g, n)
                 rows_w = deliver_linear_rows(ctx.receiver, x3, g3, order, offsets, w)
             else:
                 rows_w, _ = deliver_conv_rows(ctx.receiver, x, g, order, offsets, w, False, *ctx.geometry)
         want_rows, want_plain = wants(form_b, needs[3])
         if want_rows or want_plain:
             channels = g.movedim(1, -1) if ctx.geometry is not None else g
-            each = channels.reshape(n, -1, channels.shape[-1]).sum(1, dtype=torch.promote_types(g.dtype, torch.float32))
+            each = by_position(channels, n).sum(1, dtype=torch.promote_types(g.dtype, torch.float32))
             if want_plain:
                 gb = each.sum(0).to(ctx.bias_dtype)
             else:

@@ -13,6 +13,7 @@ from fastmtl.task_gradients.one_pass.layers import (
     products,
     task_layer,
 )
+from fastmtl.task_gradients.one_pass.layers.one_row import of_one_row
 from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Layer, LayerTracker, Unproven
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 from fastmtl.task_gradients.one_pass.torch_names import LOSSES
@@ -36,6 +37,16 @@ def run_layer(tracker: LayerTracker, call: TorchCall) -> Followed:
     Raises:
         Unproven: no way is known to take the gradients of these parameters apart.
     """
+    try:
+        return _by_layer(tracker, call)
+    except Unproven:
+        found = of_one_row(tracker, call)
+        if found is None:
+            raise
+        return found
+
+
+def _by_layer(tracker: LayerTracker, call: TorchCall) -> Followed:
     layer = LAYERS.get(call.name)
     if layer is not None:
         return layer(tracker, call)

@@ -38,10 +38,10 @@ def _reshaped(
     n = len(axis.task_ids)
     total_outer = math.prod(before[: axis.axis]) * axis.outer
     total_inner = math.prod(before[axis.axis + 1 :]) * axis.inner
-    if total_outer * n * total_inner == 0:
-        return Unknown(f"{name} of an empty tensor can't be followed")
     if list(after[: axis.axis + 1]) == list(before[: axis.axis + 1]):
         return axis
+    if total_outer * n * total_inner == 0:
+        return Unknown(f"{name} of an empty tensor can't be followed")
     if n == 1:
         return _reshaped_one(axis, after)
     # the samples are the stretch of memory order from total_inner on: one dimension must hold it whole
