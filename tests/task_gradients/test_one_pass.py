@@ -959,3 +959,19 @@ def test_the_result_of_a_layer_is_written_into(layer: Callable[..., nn.Module], 
         assert_rows(bank, [list(row) for row in want])
     bank.apply("sum")
     torch.testing.assert_close(_grads(model), [sum(each) for each in zip(*want, strict=True)])
+
+
+def test_parameters_copied_for_every_sample_and_joined() -> None:
+    table = nn.Parameter(torch.randn(2, 3, dtype=torch.float64))
+    x = torch.randn(N, 3, dtype=torch.float64)
+
+    def losses(p: Tensor) -> Tensor:
+        first, second = p[0].expand(N, 3), p[1].repeat(N, 1)
+        wide = torch.cat([first, second], 1) * x.repeat(1, 2)
+        return wide.square().sum(1) + (torch.stack([first, second], 1) * x[:, None]).sin().sum((1, 2))
+
+    with fastmtl.one_pass([table], IDS, T) as bank:
+        losses(table).sum().backward()
+    each = losses(table)
+    for t in range(T):
+        torch.testing.assert_close(bank.row(t)[0], torch.autograd.grad(each[of(t)].sum(), table, retain_graph=True)[0])

@@ -374,3 +374,9 @@ def test_random_chains() -> None:
     found = fuzz_one_pass.run(1_000_000, 300)
     assert set(found) <= fuzz_one_pass.FINE, found
     assert len(found[fuzz_one_pass.RIGHT]) > 60 and len(found[fuzz_one_pass.REFUSED]) > 60
+
+
+@pytest.mark.parametrize("seed", [20617, 23438])
+def test_chains_that_raised_errors(seed: int) -> None:
+    """Experiments run calls under `torch.func.vmap`, whose tensors tell no memory."""
+    assert fuzz_one_pass.try_chain(seed) in fuzz_one_pass.FINE

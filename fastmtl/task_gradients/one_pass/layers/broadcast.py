@@ -141,6 +141,10 @@ def copied(known: SampleAxis, p: Tensor, dim: int, samples: PerSample) -> bool:
         right = p.dim() - dim
         return all_copied((x, x.dim() - right) for x, _ in sources if x.dim() >= right and x.shape[-right] != 1)
     call = TorchCall(name, recipe.func, args, recipe.kwargs, lambda x: CONSTANT, p)
+    if name in ("cat", "stack"):
+        along = call.argument(1, "dim", 0) % p.dim()
+        own = dim - (name == "stack" and dim > along)
+        return dim != along and all_copied((x, own) for x, _ in sources if x.dim() > own)
     product = equation_of(call)
     if product is not None:
         equation, operands = product

@@ -91,6 +91,8 @@ def _of_one_batch(call: TorchCall, found: Axes) -> Axes:
     results = call.results()
     if len(carried) < 2 or len(told) == len(carried) or len(results) != 1 or writes(call.func):
         return found
+    if torch._C._are_functorch_transforms_active():  # its tensors tell no memory
+        return found
     places = [axis.task_ids.assumed for _, axis in carried.values() if axis.task_ids.assumed is not None]
     batch_dim = places[0] % max(results[0].dim(), 1)
     key = next(axis.task_ids.key for _, axis in carried.values())
