@@ -150,6 +150,8 @@ def runs_of(family: str) -> Iterator[dict[str, Any]]:
         model = built.model
         given = small_models.inputs(model, SIZES[0], torch.Generator().manual_seed(0))
         model.eval()
+        if not small_models.result(model, given, SIZES[0]).isfinite().all():
+            raise small_models.Unbuildable("its results are no finite numbers")
         mixes = _mixes(model, given, SIZES[0])
     except small_models.Unbuildable as error:
         yield {"state": "not built", "why": str(error)}

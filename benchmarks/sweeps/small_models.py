@@ -88,6 +88,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": WORDS, "pad_token_id": 1, "mask_token_id": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "bit": {"num_groups": 4},
+    "longcat_flash": {"zero_expert_num": 1},
     # words are padded to a whole number of these
     **{name: {"attention_window": 4} for name in ("led", "longformer")},
     "dpt": {"num_hidden_layers": 4, "backbone_out_indices": (0, 1, 2, 3)},

@@ -975,3 +975,13 @@ def test_parameters_copied_for_every_sample_and_joined() -> None:
     each = losses(table)
     for t in range(T):
         torch.testing.assert_close(bank.row(t)[0], torch.autograd.grad(each[of(t)].sum(), table, retain_graph=True)[0])
+
+
+def test_no_experiments_inside_vmap() -> None:
+    """As models make their masks; its tensors show no values."""
+    weight, x = nn.Parameter(torch.randn(4, dtype=torch.float64)), torch.randn(N, 4, dtype=torch.float64)
+    with fastmtl.one_pass([weight], IDS, T) as bank:
+        mask = torch.func.vmap(lambda row: row.roll(1))(torch.ones(5, N))[0, :4]
+        (x * weight * mask).square().sum().backward()
+    for t in range(T):
+        torch.testing.assert_close(bank.row(t)[0], 2 * weight.detach() * x[of(t)].square().sum(0))
