@@ -350,7 +350,10 @@ def judge(chain: Chain, got: Got | None) -> str:
     least = float("inf")
     for way in ways:
         if way is not None and way.numel() > 1 and chain.meeting.last and way.shape[-1] > 1:  # type: ignore[union-attr]
-            continue  # it sums over the samples
+            # it sums over the samples, which one task's may be
+            if bool((way != way.flatten()[0]).any()):
+                continue
+            way = way.flatten()[:1].reshape((1,) * way.dim())
         try:
             grads, params = _grads(chain, way, True)
         except ValueError:
