@@ -64,6 +64,12 @@ OF_MODEL = "_fastmtl_of_model"
 _constants_of = WeakIdKeyDictionary()
 
 
+def _compiler_runs() -> bool:
+    """Whether a compiler makes its graph of a backward pass inside the block: its calls, on tensors without values, are
+    none of the user's."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 class Held(NamedTuple):
     """What stands for a parameter of the bank.
 
@@ -406,7 +412,7 @@ class Tracker(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.off:
+        if self.off or (not torch.compiler.is_compiling() and _compiler_runs()):
             return func(*args, **kwargs)
         key = None
         if not torch.compiler.is_compiling() and not self.bounded:
