@@ -27,9 +27,11 @@ def has_tangent(args: Sequence[Any]) -> bool:
 
 
 def no_view(result: Any) -> Any:
-    """The same memory, of which nobody knows that it was reshaped inside: autograd refuses to write into a view that a
-    formula returns (`nn.ReLU(inplace=True)`)."""
+    """The same memory, of which nobody knows that it was reshaped inside: torch refuses to write into a view that an
+    `autograd.Function` returns (`nn.ReLU(inplace=True)`). Of lists and tuples, each tensor."""
     if isinstance(result, Tensor):
+        if torch.compiler.is_compiling():  # which traces no guards, and knows no such views
+            return result.view_as(result)
         if not result._is_view():
             return result
         with torch._C._AutoDispatchBelowADInplaceOrView():

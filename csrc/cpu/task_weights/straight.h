@@ -1,4 +1,4 @@
-// What Python calls past torch's dispatcher ; fastmtl/ops/task_weights/cpu says what they take.
+// What Python calls past torch's dispatcher; fastmtl/ops/task_weights/cpu says what they take.
 #pragma once
 
 // must come before any standard header

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmtl.core.autograd import no_view
 from fastmtl.core.tensors import as_real
 from fastmtl.ops.task_weights.task_plan import task_plan_op
 from fastmtl.task_gradients.one_pass.autograd.linear import linear_rows
-from fastmtl.task_gradients.one_pass.autograd.rows import deliver, give_rows, no_view, receiver_of, unseen, wants
+from fastmtl.task_gradients.one_pass.autograd.rows import deliver, give_rows, receiver_of, unseen, wants
 from fastmtl.task_gradients.one_pass.equations import Equation, contracted, narrowed, sizes_of_letters
 
 

@@ -51,11 +51,6 @@ def unseen(compute: Callable[..., Any]) -> Any:
     return staticmethod(backward)
 
 
-def no_view(y: Tensor) -> Tensor:
-    """The same memory as a result of a Function that the model may write into, which torch refuses for views."""
-    return y.view_as(y) if torch.compiler.is_compiling() else torch.ops.aten._unsafe_view(y, y.shape)
-
-
 def by_position(x: Tensor, n: int, last: int = 1) -> Tensor:
     """`[n, r, ...]` of a tensor whose dimensions but the `last` hold n positions, r times each one after another."""
     before = x.dim() - last

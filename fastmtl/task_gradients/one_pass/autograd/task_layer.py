@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmtl.core.autograd import no_view
 from fastmtl.task_gradients.one_pass.autograd.conv import deliver_conv_rows
 from fastmtl.task_gradients.one_pass.autograd.linear import deliver_linear_rows
 from fastmtl.task_gradients.one_pass.autograd.rows import (
     by_position,
     give_rows,
-    no_view,
     receiver_of,
     sum_by_row,
     unseen,
