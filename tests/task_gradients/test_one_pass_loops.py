@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import fastmtl
 from fastmtl.nn import TaskLinear, tasks
 from fastmtl.parameters import is_per_task
+from fastmtl.task_gradients.one_pass.known_tensors import OF_MODEL
 from fastmtl.task_gradients.one_pass.sample_axis import ATTRIBUTE
-from fastmtl.task_gradients.one_pass.tracker import OF_MODEL
 
 COMPILED = ["mlp", "conv, group norm", "layer norm, rms norm", "encoder, norm first", "attention", "conv1d, prelu"]
 

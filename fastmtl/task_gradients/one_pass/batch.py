@@ -19,6 +19,7 @@ from fastmtl.ops.task_weights.task_plan import task_plan_op
 from fastmtl.parameters import Params, describe
 from fastmtl.task_gradients.one_pass.autograd.ends import CollectRows
 from fastmtl.task_gradients.one_pass.autograd.rows import RECEIVER, plain_gradients
+from fastmtl.task_gradients.one_pass.known_tensors import Held
 from fastmtl.task_gradients.one_pass.sample_axis import (
     CONSTANT,
     Constant,
@@ -30,7 +31,7 @@ from fastmtl.task_gradients.one_pass.sample_axis import (
     Unknown,
 )
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
-from fastmtl.task_gradients.one_pass.tracker import Held, Tracker
+from fastmtl.task_gradients.one_pass.tracker import Tracker
 
 # how far the rows of a step may be from those of T backward passes, when checked
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}

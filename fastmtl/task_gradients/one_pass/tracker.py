@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmtl.parameters import describe
 from fastmtl.task_gradients.one_pass import functions, short_ways
 from fastmtl.task_gradients.one_pass.autograd.ends import Boundary, Place
-from fastmtl.task_gradients.one_pass.autograd.rows import STACKED
 from fastmtl.task_gradients.one_pass.experiments.experiment import Experiments
+from fastmtl.task_gradients.one_pass.known_tensors import Held
 from fastmtl.task_gradients.one_pass.layers.broadcast import copied, lift
-from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Unproven, Weight
+from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Unproven
 from fastmtl.task_gradients.one_pass.layers.registry import run_layer
 from fastmtl.task_gradients.one_pass.overrides import without_override
+from fastmtl.task_gradients.one_pass.parameter_rows import ParameterRows
 from fastmtl.task_gradients.one_pass.report import Report
 from fastmtl.task_gradients.one_pass.rules.registry import axes_of_result, is_known
 from fastmtl.task_gradients.one_pass.sample_axis import (
-    ATTRIBUTE,
     CONSTANT,
-    PARAMETER,
     SAMPLE_SUM,
     Axes,
     Constant,
@@ -35,16 +32,12 @@ from fastmtl.task_gradients.one_pass.sample_axis import (
     MixedSamples,
     PerSample,
     Recipe,
-    SampleAxis,
     SampleSum,
     Unknown,
-    packed,
     reason,
-    unpacked,
-    whole,
 )
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
-from fastmtl.task_gradients.one_pass.tensors import Again, SameTensor, Written, nested, replaced, version, versions
+from fastmtl.task_gradients.one_pass.tensors import Again, SameTensor, Written, nested, replaced, versions
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 from fastmtl.task_gradients.one_pass.torch_names import BACKWARDS, PLAIN, POINTWISE, RANDOM, in_python, name_of, writes
 
@@ -55,45 +48,13 @@ _TAKES_DATA = frozenset(
 )
 
 
-# what a tensor of the model is inside the block: the fields of a parameter's `Held`, or () of a constant
-OF_MODEL = "_fastmtl_of_model"
-
-
-# for the first parameter of a bank: tensors from outside that carried no samples of its earlier batches, and how often
-# each had been written to by then
-_constants_of = WeakIdKeyDictionary()
-
-
 def _compiler_runs() -> bool:
     """Whether a compiler makes its graph of a backward pass inside the block: its calls, on tensors without values, are
     none of the user's."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
-class Held(NamedTuple):
-    """What stands for a parameter of the bank.
-
-    Attributes:
-        rows: `[R, ...]` without memory, which receives its rows.
-        value: what layers compute with.
-        leaf: what calls compute with whose rows need a backward pass per task; None: there are no such.
-    """
-
-    rows: Tensor
-    value: Tensor
-    leaf: Tensor | None
-
-
-class _Told(tuple[Any, ...]):
-    """The value of that attribute: what is copied or saved inside the block takes nothing of it along."""
-
-    __slots__ = ()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
-
-
-class Tracker(TorchFunctionMode):
+class Tracker(ParameterRows, TorchFunctionMode):
     """Follows the samples of a batch through every torch call inside the block.
 
     Args:
@@ -125,15 +86,9 @@ class Tracker(TorchFunctionMode):
         backward: Callable[..., None],
         outside: TaskIds | None = None,
     ) -> None:
-        super().__init__()
-        self.task_ids, self.batch_dim = task_ids, batch_dim
-        self.outside = (task_ids if outside is None else outside).assume(batch_dim)
-        # of the batch itself: those that are known, and those that the size of a dimension alone says
-        self.whole = (task_ids, self.outside) if self.outside.key == task_ids.key else (task_ids,)
+        super().__init__(task_ids, batch_dim, held, constants, outside, bounded)
         self.names = names
-        self._of_model = [(x, _Told()) for x in constants] + [(p, _Told(each)) for p, each in held.items()]
-        self._told_before: list[list[Any]] = []
-        self.partition, self.loop, self.bounded = partition, loop, bounded
+        self.partition, self.loop = partition, loop
         buffers = [x for x, told in self._of_model if not told]
         self.experiments = Experiments(functools.partial(self.on, False), buffers) if probe else None
         self.by_rule: dict[str, int] = {}  # how many calls of a function were followed
@@ -142,21 +97,9 @@ class Tracker(TorchFunctionMode):
         self.off = False
         self.boundaries: list[tuple[Tensor, PerSample, Place]] = []
         self.mixed = False  # a layer that mixes samples was met, and accepted
-        self.looped: dict[Tensor, bool] = {}
-        self.met: dict[Tensor, list[TaskIds]] = {}  # which parts of the batch each parameter saw; () all of it
-        self.of_all: set[int] = set()  # ids of parameters that saw the whole batch on a short way
-        self.uses: dict[int, int] = {}  # by the id of a parameter
-        self.running = False  # a backward pass
-        self.seen = False  # a tensor from outside carried samples
         self.poisons: list[Tensor] = []  # 0-d, NaN where the device saw what the host would have refused
         self._of_one_task: dict[Any, bool] = {}  # plans of which each segment has samples of one task
-        self._constants: list[weakref.ref[Tensor]] = []  # tensors from outside that carry no samples
-        self._constants_before = (
-            _constants_of.setdefault(next(iter(held)), WeakIdKeyDictionary()) if held else WeakIdKeyDictionary()
-        )
-        self._marked: list[weakref.ref[Tensor]] = []
         self._open: set[Any] = set()  # functions in Python whose calls are being followed one by one
-        self._unbound: dict[Tensor, tuple[Tensor, ...]] = {}
 
     @contextlib.contextmanager
     def on(self, following: bool = True) -> Iterator[None]:
@@ -179,33 +122,15 @@ class Tracker(TorchFunctionMode):
         finally:
             self.detach()
 
-    # what is known of the model's tensors lies on these tensors: a compiled graph is guarded by the attributes of the
-    # tensors that a call is given, and not by which key of a dictionary of the mode's such a tensor is, so that one
-    # layer's graph would run with another layer's rows
-
     def attach(self) -> None:
-        """Tells the tensors of the model what they are, from the beginning of the block to its end."""
-        self._told_before.append([x.__dict__.get(OF_MODEL) for x, _ in self._of_model])
-        for x, told in self._of_model:
-            setattr(x, OF_MODEL, told)
+        """Begins to follow: the tensors of the model are told what they are, and functions show their calls."""
+        super().attach()
         functions.show_to(self)
 
     def detach(self) -> None:
-        """Leaves them as they were: a bank that streams may be applied inside the block of another one."""
+        """Ends what `attach` began."""
         functions.hide_from(self)
-        for (x, _), before in zip(self._of_model, self._told_before.pop(), strict=True):
-            if before is None:
-                x.__dict__.pop(OF_MODEL, None)
-            else:
-                setattr(x, OF_MODEL, before)
-
-    def held(self, x: Tensor) -> tuple[Any, ...] | None:
-        """The fields of `Held` of a parameter of the bank; of other tensors None."""
-        return getattr(x, OF_MODEL, None) or None
-
-    def _stays(self, x: Tensor) -> bool:
-        """Whether it is a tensor of the model, or another parameter."""
-        return isinstance(x, nn.Parameter) or getattr(x, OF_MODEL, None) is not None
+        super().detach()
 
     # --- what the rows are known from
 
@@ -219,141 +144,7 @@ class Tracker(TorchFunctionMode):
         verdicts, runs, seconds = ({}, 0, 0.0) if tried is None else (tried.verdicts, tried.runs, tried.seconds)
         return Report(dict(self.by_rule), dict(verdicts), dict(self.by_word), runs, seconds)
 
-    # --- what is known of a tensor
-
-    def axis_of(self, x: Tensor) -> SampleAxis:
-        """What is known of a tensor."""
-        if self.in_bank(x):
-            return PARAMETER if torch.is_grad_enabled() else CONSTANT
-        found = getattr(x, ATTRIBUTE, None)
-        # a tensor that got another graph since is the result of a torch.autograd.Function, whose backward is not seen
-        if found is not None and found[0] is self.task_ids and _same_graph(x, found[2]):
-            axis = unpacked(*found[1])
-            if isinstance(axis, (PerSample, Constant, Unknown)) or x.requires_grad:
-                return axis
-            if isinstance(axis, FromParameters):
-                return CONSTANT
-            return Constant(from_samples=reason(axis) or "a number of the whole batch")
-        return self._from_outside(x)
-
-    def in_bank(self, x: Tensor) -> bool:
-        """Whether it is itself one of the bank's parameters."""
-        return self.held(x) is not None
-
-    def _from_outside(self, x: Tensor) -> SampleAxis:
-        """Of a tensor that no call inside the block has made."""
-        if self._stays(x):
-            return CONSTANT
-        if torch.compiler.is_compiling():
-            if x.requires_grad:
-                return Unknown("a call that torch.compile does not show, such as F.pad or a torch.autograd.Function")
-        elif x.grad_fn is not None:
-            return Unknown(
-                f"a tensor of shape {list(x.shape)} was computed outside the block, or by what torch does not show "
-                f"(a scripted function, torch.func): {type(x.grad_fn).__name__}; x = bank.samples(x, dim) tells which "
-                "dimension carries the samples"
-            )
-        dim = self.batch_dim + x.dim() if self.batch_dim < 0 else self.batch_dim
-        if 0 <= dim < x.dim():
-            compiling = torch.compiler.is_compiling()
-            if x.shape[dim] != len(self.task_ids):
-                if not compiling:
-                    self._constants.append(weakref.ref(x))
-                    self.mark(x, CONSTANT)
-                return CONSTANT
-            if compiling or self._constants_before.get(x) != version(x):
-                if not compiling:
-                    self.seen = True
-                return PerSample(dim, self.outside)
-        return CONSTANT
-
-    def remember_constants(self) -> None:
-        """Tensors from outside that carried no samples of this batch carry none of a batch of another size either, such
-        as the last of an epoch, even if one of their dimensions has its number of samples then."""
-        for ref in self._constants:
-            x = ref()
-            if x is not None:
-                self._constants_before[x] = version(x)
-        self._constants.clear()
-
-    def mark(self, x: Tensor, axis: SampleAxis) -> None:
-        """Says what is known of a tensor that was made or written to."""
-        if self._stays(x):  # written inside the block: nothing stays on the model
-            return
-        if isinstance(axis, PerSample):
-            size = axis.outer * len(axis.task_ids) * axis.inner
-            if not 0 <= axis.axis < x.dim() or x.shape[axis.axis] != size:
-                one = len(axis.task_ids) == 1 and x.dim() > 0
-                axis = whole(axis, x.shape) if one else Unknown("the axis of the samples was lost")
-        setattr(x, ATTRIBUTE, (self.task_ids, packed(axis), _graph(x)))
-        if not torch.compiler.is_compiling() and x.grad_fn is None:
-            self._marked.append(weakref.ref(x))
-
-    def clear(self) -> None:
-        """Leaves nothing on tensors that came from outside."""
-        for ref in self._marked:
-            x = ref()
-            if x is not None:
-                x.__dict__.pop(ATTRIBUTE, None)
-        self._marked.clear()
-
     # --- what layers ask for
-
-    def weight(self, p: Tensor) -> Weight:
-        """A parameter of the bank, what was computed from some, or a tensor with its own gradient."""
-        held = self.held(p)
-        if held is not None:
-            rows, value, _ = held
-            self._use(p)
-            return Weight(value, STACKED, (rows,))
-        if not isinstance(self.axis_of(p), FromParameters):
-            return Weight(p, 0, ())
-        value = p if self.bounded else p.detach()
-        return Weight(value, self.task_ids.num_rows, self._copies(p))
-
-    def _use(self, p: Tensor) -> None:
-        """Rows of a parameter arrive from each of its uses; those of a recomputation are no more of them."""
-        if not torch.compiler.is_compiling() and not self.running:
-            self.uses[id(p)] = self.uses.get(id(p), 0) + 1
-
-    def use(self, p: Tensor) -> None:
-        """A parameter of the bank meets the whole batch on a short way."""
-        self.of_all.add(id(p))
-        self._use(p)
-
-    def _copies(self, p: Tensor) -> tuple[Tensor, ...]:
-        """For each row a copy of a parameter; of what was computed from some, computed again from their copies."""
-        held = self.held(p)
-        if held is not None:
-            found = None if torch.compiler.is_compiling() else self._unbound.get(p)
-            if found is None:
-                self._use(p)
-                found = held[0].unbind(0)
-                if not torch.compiler.is_compiling():
-                    self._unbound[p] = found
-            return found
-        return self._copies_by(self._recipe_of(p))
-
-    def _copies_by(self, axis: FromParameters) -> tuple[Tensor, ...]:
-        """As `_copies`, of what was computed like that."""
-        recipe = axis.recipe
-        assert recipe is not None
-        if recipe.copies is None:
-            if not recipe.still_holds():
-                raise RuntimeError(
-                    f"one_pass: what {name_of(recipe.func)} computed from parameters can't be computed again: a "
-                    "constant beside them was changed in place since"
-                )
-            copies = [self._copies(x) if known.recipe is None else self._copies_by(known)
-                      for x, known in recipe.sources()]  # fmt: skip
-            recipe.copies = [nested(recipe.again([c[r] for c in copies])) for r in range(self.task_ids.num_rows)]
-        return tuple(row[axis.result] for row in recipe.copies)
-
-    def _recipe_of(self, p: Tensor) -> FromParameters:
-        """Of what was computed from parameters: how."""
-        axis = self.axis_of(p)
-        assert isinstance(axis, FromParameters)
-        return axis
 
     def engine(self, *args: Any) -> None:
         """`torch.autograd.backward`; recomputation under checkpointing happens in there, and is followed again."""
@@ -672,13 +463,6 @@ class Tracker(TorchFunctionMode):
         args, kwargs = (replaced(given, lambda x: lifted.get(x, x)) for given in (call.args, call.kwargs))
         return self.follow(call.func, args, kwargs)
 
-    def _is_constant(self, x: Tensor) -> bool:
-        """Whether it is known to be no batch: a buffer, a parameter outside the bank, or named by `bank.constant`."""
-        found = getattr(x, ATTRIBUTE, None)
-        axis = unpacked(*found[1]) if found is not None and found[0] is self.task_ids else CONSTANT
-        named = isinstance(axis, Constant) and axis.named
-        return named or self._stays(x)
-
     def _on_loop(self, call: TorchCall, why: str) -> Followed:
         """A call whose parameters get their rows from a backward pass per task."""
         args, kwargs = replaced(call.args, self._leaf), replaced(call.kwargs, self._leaf)
@@ -694,26 +478,6 @@ class Tracker(TorchFunctionMode):
             if not isinstance(axis, PerSample):
                 raise self._refused(call, f"{why}; {reason(axis) or f'{call.name} sums over the samples'}", loop=False)
         return out, axes
-
-    def _leaf(self, x: Tensor) -> Tensor:
-        """A parameter's leaf for such passes, or what was computed from parameters, from theirs."""
-        held = self.held(x)
-        if held is not None:
-            self.looped[x] = True
-            return held[2]
-        axis = self.axis_of(x)
-        return self._leaf_by(axis) if isinstance(axis, FromParameters) else x
-
-    def _leaf_by(self, axis: FromParameters) -> Tensor:
-        recipe = axis.recipe
-        assert recipe is not None
-        sources = [self._leaf(x) if known.recipe is None else self._leaf_by(known) for x, known in recipe.sources()]
-        return nested(recipe.again(sources))[axis.result]
-
-    def _axis_beside_leaves(self, x: Tensor) -> SampleAxis:
-        axis = self.axis_of(x)
-        leaf = isinstance(axis, FromParameters) or (isinstance(axis, Unknown) and x.grad_fn is not None)
-        return CONSTANT if leaf else axis
 
     def _hand_on(self, name: str, args: Any, kwargs: Any, out: Any, axes: Axes) -> None:
         """Marks the results of a call, and what it wrote to."""
@@ -760,21 +524,6 @@ class Tracker(TorchFunctionMode):
                 return
         self.mark(base, Unknown(f"{name} wrote into a view of it"))
 
-    def _note(self, call: TorchCall) -> None:
-        """Which samples the parameters meet here."""
-        tensors = call.tensors()
-        axes = [self.axis_of(x) for x in tensors]
-        parts = [axis.task_ids for axis in axes if isinstance(axis, PerSample)]
-        for x, axis in zip(tensors, axes, strict=True):
-            if isinstance(axis, FromParameters):
-                for leaf in self._leaves(x):
-                    self.met.setdefault(leaf, []).extend(parts)
-
-    def _leaves(self, p: Tensor) -> list[Tensor]:
-        """The parameters that something was computed from."""
-        axis = self.axis_of(p)
-        return _leaves_by(p, axis) if isinstance(axis, FromParameters) else []
-
     def _refused(self, call: TorchCall, why: str, *, loop: bool = True) -> ValueError:
         found = [x for x in call.tensors() if isinstance(self.axis_of(x), FromParameters)]
         leaves = [leaf for x in found for leaf in self._leaves(x)]
@@ -820,25 +569,6 @@ def _place_in(base: Tensor, view: Tensor, dim: int) -> int | None:
             first = (view.storage_offset() - base.storage_offset()) // stride % size
             return own if first == 0 else None
     return None
-
-
-def _graph(x: Tensor) -> Any:
-    """What tells the graphs of a tensor apart, without holding one."""
-    if torch.compiler.is_compiling():
-        return x.requires_grad
-    return None if x.grad_fn is None else x.grad_fn._sequence_nr()
-
-
-def _same_graph(x: Tensor, before: Any) -> bool:
-    if before is True or before is False or torch.compiler.is_compiling():  # a compiled graph made or takes it
-        return before is not False or not x.requires_grad
-    return before == _graph(x)
-
-
-def _leaves_by(p: Tensor, axis: FromParameters) -> list[Tensor]:
-    if axis.recipe is None:
-        return [p]
-    return [leaf for x, known in axis.recipe.sources() for leaf in _leaves_by(x, known)]
 
 
 def _draws(call: TorchCall) -> bool:
