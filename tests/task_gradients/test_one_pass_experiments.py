@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fastmtl
 from fastmtl.task_gradients.one_pass.experiments import verdict
+from fastmtl.task_gradients.one_pass.experiments.values import codes
 
 T = 3
 IDS = torch.tensor([0, 2, 1, 1, 0, 2, 2, 0])
@@ -380,3 +381,11 @@ def test_random_chains() -> None:
 def test_chains_that_raised_errors(seed: int) -> None:
     """Experiments run calls under `torch.func.vmap`, whose tensors tell no memory."""
     assert fuzz_one_pass.try_chain(seed) in fuzz_one_pass.FINE
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 71])
+def test_of_any_two_samples_each_is_changed_without_the_other(n):
+    sets = torch.stack(codes(n, torch.Generator().manual_seed(n)))
+    assert sets.any(0).all()
+    apart = (sets[:, :, None] & ~sets[:, None, :]).any(0)
+    assert apart.fill_diagonal_(True).all()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.experiments.trials import FAILURES, Trials, Unfit, same
 from fastmtl.task_gradients.one_pass.experiments.values import KINDS, changed, changes, codes, has_fractions, samples_at
-from fastmtl.task_gradients.one_pass.rules.owners import along
 from fastmtl.task_gradients.one_pass.sample_axis import PerSample
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
 
@@ -60,7 +59,7 @@ def reaches_its_own(
 
     Args:
         which: of the results.
-        labels: of the shape of the result, or such as broadcast to it; below 0: what belongs to none.
+        labels: such as broadcast to the shape of the result; below 0: what belongs to none.
         label_of: the label of each position of a victim's axis.
     """
     graph = Graph(trials, victims, same, seed=seed)
@@ -79,8 +78,7 @@ def reaches_its_own(
         here = torch.isin(labels.cpu(), some).to(out.device)
         now = graph.gradients(which, torch.where(here, torch.nan, cotangent))
         for k, own, a, b in zip(graph.leaves, mine, base, now, strict=True):
-            rest = along(~torch.isin(own, some), a.dim(), victims[k].axis).to(a.device)
-            if bool((_strays(a, b) & rest).any()):
+            if _strays(a, b, victims[k].axis, ~torch.isin(own, some)):
                 return "it mixes samples: the gradient of one reaches others"
     return ""
 
@@ -113,8 +111,7 @@ def is_a_sum(
                 if other.results[which].shape != out.shape:
                     return False
                 for k, a, b in zip(graph.leaves, base, other.gradients(which, cotangent), strict=True):
-                    rest = along(~change.chosen[samples_at(victims[k])], a.dim(), victims[k].axis).to(a.device)
-                    if bool((_strays(a, b) & rest).any()):
+                    if _strays(a, b, victims[k].axis, ~change.chosen[samples_at(victims[k])]):
                         return False
             ran.append(kind)
         except Unfit:
@@ -125,13 +122,21 @@ def is_a_sum(
     return "exchange" in ran and len(ran) > 1
 
 
-def _strays(a: Tensor, b: Tensor) -> Tensor:
-    """Where two gradients differ by more than rounding; what is not finite in one must be the same in the other."""
+def _strays(a: Tensor, b: Tensor, axis: int, rest: Tensor) -> bool:
+    """Whether two gradients differ by more than rounding at some of these positions; what is not finite in one must be
+    the same in the other.
+
+    Args:
+        rest: `[n]` bool, the positions along the axis.
+    """
+    at = rest.nonzero().squeeze(1).to(a.device)
+    mine, other = a.index_select(axis, at), b.index_select(axis, at)
+    if torch.equal(mine, other):
+        return False
     finite = a[a.isfinite()].abs()
     size = finite.max() if finite.numel() else torch.zeros((), device=a.device)
-    close = (a - b).abs() <= _ROUNDINGS * torch.finfo(a.dtype).eps * (a.abs() + b.abs() + size * _SMALL)
-    same_kind = (a == b) | (a.isnan() & b.isnan())
-    return ~(close | same_kind)
+    close = (mine - other).abs() <= _ROUNDINGS * torch.finfo(a.dtype).eps * (mine.abs() + other.abs() + size * _SMALL)
+    return not bool((close | (mine == other) | (mine.isnan() & other.isnan())).all())
 
 
 # a gradient of one element is rounded in units of its own size, or of sums in which larger ones take part

@@ -15,7 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fastmtl.task_gradients.one_pass.experiments.backwards import is_a_sum, reaches_its_own
 from fastmtl.task_gradients.one_pass.experiments.forwards import Layout, layouts_seen, owners_seen
 from fastmtl.task_gradients.one_pass.experiments.trials import FAILURES, SEED, Trials, Unfit, all_equal, close, same
-from fastmtl.task_gradients.one_pass.experiments.values import other_values, permuted, same_memory, samples_at, varies
+from fastmtl.task_gradients.one_pass.experiments.values import (
+    KINDS,
+    TELLING,
+    other_values,
+    permuted,
+    same_memory,
+    samples_at,
+    varies,
+)
 from fastmtl.task_gradients.one_pass.experiments.verdict import (
     NoKey,
     Placed,
@@ -189,7 +197,9 @@ class _Experiment:
             raise Unfit("run again, it gives something else")
         return random
 
-    def _layouts(self, others: Callable[[Tensor], Tensor], seeds: Sequence[int]) -> list[Layout | str]:
+    def _layouts(
+        self, others: Callable[[Tensor], Tensor], seeds: Sequence[int], kinds: Sequence[str] = KINDS
+    ) -> list[Layout | str]:
         """As seen under every seed."""
         copies: dict[int, Tensor] = {}
 
@@ -201,7 +211,7 @@ class _Experiment:
 
         try:
             runs = [
-                layouts_seen(self.trials, self.victims, self.task_ids, other, self.generator, seed=seed)
+                layouts_seen(self.trials, self.victims, self.task_ids, other, self.generator, kinds=kinds, seed=seed)
                 for seed in seeds
             ]
         except Unfit:
@@ -223,7 +233,7 @@ class _Experiment:
             return False  # there are no other values of which it is known that the call takes them
         try:
             return all(
-                self._layouts(functools.partial(self._other, how), seeds) == found
+                self._layouts(functools.partial(self._other, how), seeds, TELLING) == found
                 for how in ("turned", "moved", "shuffled", "values", "mixed")
             )
         except Unfit:
@@ -253,7 +263,7 @@ class _Experiment:
         if isinstance(layout, Layout):
             if not result.requires_grad:
                 return layout
-            labels = along(samples_at(layout.of(self.task_ids)), result.dim(), layout.axis).expand(result.shape)
+            labels = along(samples_at(layout.of(self.task_ids)), result.dim(), layout.axis)
             why = self._backwards(k, labels, samples_at)
             return Refused(why, "mixes" in why) if why else layout
         mixes = "mixes" in layout

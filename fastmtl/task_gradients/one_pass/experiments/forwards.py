@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.experiments.trials import FAILURES, Trials, Unfit, equal, same
 from fastmtl.task_gradients.one_pass.experiments.values import (
-    KINDS,
     Change,
     changed,
     changes,
@@ -92,7 +91,7 @@ def layouts_seen(
     others: Callable[[Tensor], Tensor],
     generator: torch.Generator,
     *,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str],
     seed: int,
 ) -> list[Layout | str]:
     """For each result how the samples lie in it, or why that can't be said.

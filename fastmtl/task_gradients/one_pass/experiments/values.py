@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,9 +15,10 @@ from fastmtl.task_gradients.one_pass.sample_axis import PerSample
 
 # for numbers with a fraction; others are exchanged for those of other samples, which are valid
 KINDS = ("nan", "exchange", "inf", "-inf", "large", "opposite")
-# these find out whose each element is; the others confirm it, with fewer sets of samples
-THOROUGH = frozenset(("nan", "exchange"))
-_FEW = 4
+# these find out whose each element is
+TELLING = ("nan", "exchange")
+# these confirm it, with so many sets of samples
+_FEW = {"inf": 2, "-inf": 2, "large": 4, "opposite": 4}
 
 
 class Change(NamedTuple):
@@ -38,19 +40,28 @@ def has_fractions(x: Tensor) -> bool:
 
 
 def codes(n: int, generator: torch.Generator) -> list[Tensor]:
-    """Sets of samples such that one of them tells any two apart: the bits of shuffled numbers, and their opposites."""
-    numbers = torch.randperm(n, generator=generator)
-    found = []
-    for bit in range(max(1, math.ceil(math.log2(max(n, 2))))):
-        here = ((numbers >> bit) & 1).bool()
+    """Sets of samples such that of any two each is in one that the other is not in: the bits of shuffled numbers that
+    have as many ones each, of which there are a third fewer than bits of all numbers and their opposites."""
+    bits = next(bits for bits in itertools.count(1) if math.comb(bits, (bits + 1) // 2) >= n)
+    numbers = torch.arange(2**bits)
+    ones = (numbers[:, None] >> torch.arange(bits) & 1).sum(1)
+    numbers = numbers[ones == (bits + 1) // 2]
+    numbers = numbers[torch.randperm(len(numbers), generator=generator)[:n]]
+    return [chosen for bit in range(bits) if bool((chosen := (numbers >> bit & 1).bool()).any())]
+
+
+def _halves(n: int, count: int, generator: torch.Generator) -> list[Tensor]:
+    """Half of the samples, and the others, so that there are `count` sets."""
+    found: list[Tensor] = []
+    while len(found) < count:
+        here = torch.randperm(n, generator=generator) < (n + 1) // 2
         found += [here, ~here]
     return [chosen for chosen in found if bool(chosen.any())]
 
 
 def changes(kind: str, n: int, generator: torch.Generator) -> Iterator[Change]:
     """The changes of one kind."""
-    sets = codes(n, generator)
-    for chosen in sets if kind in THOROUGH else sets[:_FEW]:
+    for chosen in _halves(n, _FEW[kind], generator) if kind in _FEW else codes(n, generator):
         yield Change(kind, chosen, torch.randperm(n, generator=generator))
 
 
