@@ -389,3 +389,33 @@ def test_of_any_two_samples_each_is_changed_without_the_other(n):
     assert sets.any(0).all()
     apart = (sets[:, :, None] & ~sets[:, None, :]).any(0)
     assert apart.fill_diagonal_(True).all()
+
+
+class _Normal(torch.autograd.Function):
+    """log_ndtr, with functions in its formula that no rule knows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.special.log_ndtr(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * (-x * x / 2 - torch.special.log_ndtr(x)).exp() / (2 * torch.pi) ** 0.5 + 0 * torch.special.erfcx(g)
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_nothing_in_a_backward_pass_is_tried(checked):
+    model = nn.Linear(6, 6).double()
+    with fastmtl.one_pass(model, torch.arange(N) % 3, 3, check=checked) as bank:
+        _Normal.apply(model(torch.randn(N, 6).double())).sum().backward()
+        assert list(bank.report().by_experiment) == ["_Normal.apply"]
+
+
+def test_what_a_compiled_graph_runs_is_not_tried():
+    model = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 2)).double()
+    compiled = torch.compile(model, backend="aot_eager")
+    with fastmtl.one_pass(compiled, torch.arange(N) % 3, 3, check=True) as bank:
+        compiled(torch.randn(N, 6).double()).sum().backward()
+        assert bank.report().runs == 0

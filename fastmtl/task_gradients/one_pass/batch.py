@@ -370,7 +370,7 @@ class Batch:
         # a value may have come from the parameter itself, its stand-in in layers, or that in looped calls
         given = [(p, (p, self.held[p].value if of_layers else None, self.held[p].leaf)) for p in params]
         leaves = [(p, x) for p, each in given for x in each if x is not None and x.requires_grad]
-        with plain_gradients(), self.tracker.on(), torch.enable_grad():
+        with plain_gradients(), self.tracker.backwards(), torch.enable_grad():
             found = torch.autograd.grad(
                 outputs, [x for _, x in leaves], cotangents, retain_graph=keep, allow_unused=True
             )

@@ -14,7 +14,18 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 # a Function of these is shown as the call that it is a part of
 _NOT_SHOWN = ("fastmtl.", "torch.utils.", "torch._", "torch.autograd.", "torch.nn.")
 
-_trackers: list[TorchFunctionMode] = []
+# a compiled graph, whose calls were followed when it was made
+_COMPILED = "torch._functorch."
+
+_trackers: list[ShownTo] = []
+
+
+class ShownTo(TorchFunctionMode):
+    """A mode that may be told not to follow."""
+
+    def on(self, following: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Whether calls inside are followed."""
+        raise NotImplementedError
 
 
 class _Applied:
@@ -34,6 +45,11 @@ _applied = functools.lru_cache(maxsize=1024)(_Applied)
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """What `Function.apply` ends in, whatever name it was given before the block."""
     plain = _applied(cls)
+    if cls.__module__.startswith(_COMPILED):
+        with contextlib.ExitStack() as unfollowed:
+            for tracker in _trackers:
+                unfollowed.enter_context(tracker.on(False))
+            return plain(*args, **kwargs)
     if f"{cls.__module__}.".startswith(_NOT_SHOWN) or torch._C._is_torch_function_all_disabled():
         return plain(*args, **kwargs)
     if not any(mode in _trackers for mode in _get_current_function_mode_stack()):

@@ -147,13 +147,19 @@ class Tracker(ParameterRows, TorchFunctionMode):
     # --- what layers ask for
 
     def engine(self, *args: Any) -> None:
-        """`torch.autograd.backward`; recomputation under checkpointing happens in there, and is followed again."""
-        self.running = True
+        """`torch.autograd.backward`."""
+        with self.backwards():
+            without_override(torch.autograd.backward)(*args)
+
+    @contextlib.contextmanager
+    def backwards(self) -> Iterator[None]:
+        """Around a backward pass: recomputation under checkpointing happens in there, and is followed again."""
+        before, self.running = self.running, True
         try:
             with self.on():
-                without_override(torch.autograd.backward)(*args)
+                yield
         finally:
-            self.running = False
+            self.running = before
 
     def inside(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs a function of torch that is written in Python so that each call in it comes back here."""
@@ -360,7 +366,9 @@ class Tracker(ParameterRows, TorchFunctionMode):
             return out, Unknown(f"{name}_ changes the shape of a tensor in place")
         axes = axes_of_result(call.returned(out))
         if self.experiments is not None and not torch.compiler.is_compiling():
-            axes = self.experiments.settle(call.returned(out), axes)
+            axes = self.experiments.settle(
+                call.returned(out), axes, formula=self.running and not torch.is_grad_enabled()
+            )
         if self._sums(axes) and any(x.requires_grad for x in nested(out)) and not writes(func):
             out = func(*replaced(call.args, self.bound), **replaced(call.kwargs, self.bound))
         return out, axes

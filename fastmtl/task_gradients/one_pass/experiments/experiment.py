@@ -78,8 +78,13 @@ class Experiments:
         self.runs, self.seconds = 0, 0.0
         self.verdicts: dict[str, list[str]] = {}
 
-    def settle(self, call: TorchCall, axes: Axes) -> Axes:
-        """What is known of the results of a call that has run, with experiments for those that no rule knows."""
+    def settle(self, call: TorchCall, axes: Axes, *, formula: bool = False) -> Axes:
+        """What is known of the results of a call that has run, with experiments for those that no rule knows.
+
+        Args:
+            formula: it may be of a backward formula, of which nothing needs to be known; what is recomputed there was
+                tried in the forward pass.
+        """
         results = call.results()
         listed = list(axes) if isinstance(axes, list) else [axes] * len(results)
         if not any(isinstance(axis, Unknown) for axis in listed):
@@ -89,7 +94,7 @@ class Experiments:
         began = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            verdicts = self._verdicts(call, results)
+            verdicts = self._verdicts(call, results, formula)
         self.seconds += time.perf_counter() - began
         if verdicts is None:
             return axes
@@ -105,7 +110,7 @@ class Experiments:
                 said.append(_told(verdict))
         return settled if isinstance(axes, list) or len(settled) != 1 else settled[0]
 
-    def _verdicts(self, call: TorchCall, results: Sequence[Tensor]) -> list[Verdict] | None:
+    def _verdicts(self, call: TorchCall, results: Sequence[Tensor], formula: bool) -> list[Verdict] | None:
         """Of each result; None: nothing can be tried."""
         victims = _victims(call)
         if not results or not victims or _is_traced(call, results):
@@ -126,6 +131,8 @@ class Experiments:
         before = next((found for key in keys if (found := known(key)) is not None), None)
         if before is not None and not any(isinstance(verdict, Placed) for verdict in before):
             return before
+        if formula and keys and before is None:
+            return None
         experiment = _Experiment(call, results, victims, Trials(call, self._unfollowed, self._kept))
         try:
             verdicts = experiment.verdicts() if before is None else experiment.placed_again(before)
