@@ -1,6 +1,6 @@
 // Batch norm of a batch that mixes tasks: each task's samples, wherever they lie, by their own statistics. Two passes
-// over x forward and two over x and the gradient backward; nothing is gathered. Which sums are made together depends on
-// the sizes alone, so the bits of a result do not depend on the number of threads.
+// over x forward and two over x and the gradient backward, one each by given statistics; nothing is gathered. Which
+// sums are made together depends on the sizes alone, so the bits of a result do not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -113,6 +113,15 @@ void find_rows(const Batch& batch, const Pictures& p, const Chunk& chunk, P* dat
   }
 }
 
+// run(task, where its channels begin in a table), over the tasks that have samples
+template <class F>
+void over_tasks(const Batch& batch, const Pictures& p, const F& run) {
+  over(batch.num_tasks, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      if (batch.count(t) > 0) run(t, t * p.channels);
+  });
+}
+
 // run(first channel, columns)
 template <class F>
 void for_each_column_block(const Pictures& p, const F& run) {
@@ -195,12 +204,10 @@ void forward(const Tensor& x_, const Pictures& p, const Batch& batch, const S* w
       for (int64_t c = 0; c < p.channels && batch.count(t) > 0; ++c)
         keep(t, c, sums[static_cast<size_t>(t * p.channels + c)]);
   }
-  const int64_t entries = batch.num_tasks * p.channels;
-  std::vector<S> scale(static_cast<size_t>(entries)), shift(static_cast<size_t>(entries), S(0));
-  for (int64_t k = 0; k < entries; ++k) {
-    scale[static_cast<size_t>(k)] = static_cast<S>(scale_of(k));
-    if (bias) shift[static_cast<size_t>(k)] = bias[k];
-  }
+  std::vector<S> scale(static_cast<size_t>(batch.num_tasks * p.channels)), zero(static_cast<size_t>(kNormColumns));
+  over_tasks(batch, p, [&](int64_t, int64_t at) {
+    kernel.scales[dtype](weight ? weight + at : nullptr, var + at, eps, p.channels, scale.data() + at);
+  });
   over(num_chunks, [&](int64_t begin, int64_t end) {
     const char* rows[kMaxRows];
     char* to[kMaxRows];
@@ -211,7 +218,7 @@ void forward(const Tensor& x_, const Pictures& p, const Batch& batch, const S* w
       for_each_column_block(p, [&](int64_t c, int64_t columns) {
         const int64_t entry = chunk.task * p.channels + c;
         kernel.rows_affine[dtype](reinterpret_cast<const void* const*>(rows), static_cast<int>(chunk.count), c, columns,
-                                  mean + entry, scale.data() + entry, shift.data() + entry,
+                                  mean + entry, scale.data() + entry, bias ? bias + entry : zero.data(),
                                   reinterpret_cast<void* const*>(to));
       });
     }
@@ -262,88 +269,92 @@ void backward(const Tensor& g_, const Tensor& x_, const Pictures& p, const Batch
     for_each_block(batch, p, [&](int64_t task, int64_t first, int64_t end) {
       const int64_t count = batch.count(task) * p.pixels;
       Sums sums[kMaxChannels];
-      if (sums_needed)
-        for_each_run(batch, p, task, first, end, [&](int64_t c, int64_t at, int64_t length, int64_t) {
-          Sums& sum = sums[c - first];
-          kernel.run_products[dtype](g + at, x + at, length, static_cast<double>(tables.mean[task * p.channels + c]),
-                                     &sum.first, &sum.second);
-        });
       Gradient of[kMaxChannels];
-      for (int64_t c = first; c < end; ++c) {
-        const int64_t entry = task * p.channels + c;
-        of[c - first] = sums_needed ? tables.finish(entry, sums[c - first], count) : Gradient{};
-        if (!tables.of_batch) of[c - first] = {tables.scale_of(entry), 0, 0};
+      for (int64_t c = first; c < end; ++c) of[c - first] = {tables.scale_of(task * p.channels + c), 0, 0};
+      auto gather = [&](int64_t c, int64_t at, int64_t length) {
+        kernel.run_products[dtype](g + at, x + at, length, static_cast<double>(tables.mean[task * p.channels + c]),
+                                   &sums[c - first].first, &sums[c - first].second);
+      };
+      if (!tables.of_batch) {
+        // given statistics do not depend on x, of which dx is not made: it may not be finite
+        for_each_run(batch, p, task, first, end, [&](int64_t c, int64_t at, int64_t length, int64_t) {
+          if (sums_needed) gather(c, at, length);
+          if (out) kernel.run_affine[dtype](g + at, length, 0.0, of[c - first].of_g, 0.0, out + at);
+        });
+      } else if (sums_needed) {
+        for_each_run(batch, p, task, first, end,
+                     [&](int64_t c, int64_t at, int64_t length, int64_t) { gather(c, at, length); });
       }
-      if (!out) return;
+      for (int64_t c = first; c < end && sums_needed; ++c)
+        of[c - first] = tables.finish(task * p.channels + c, sums[c - first], count);
+      if (!out || !tables.of_batch) return;
       for_each_run(batch, p, task, first, end, [&](int64_t c, int64_t at, int64_t length, int64_t) {
         const Gradient& d = of[c - first];
-        // given statistics do not depend on x, which is not read: it may not be finite
-        if (!tables.of_batch) kernel.run_affine[dtype](g + at, length, 0.0, d.of_g, 0.0, out + at);
-        else
-          kernel.run_gradient[dtype](g + at, x + at, length, static_cast<double>(tables.mean[task * p.channels + c]),
-                                     d.of_g, d.of_x, d.constant, out + at);
+        kernel.run_gradient[dtype](g + at, x + at, length, static_cast<double>(tables.mean[task * p.channels + c]),
+                                   d.of_g, d.of_x, d.constant, out + at);
       });
     });
     return;
   }
   const std::vector<Chunk> chunks = chunks_of(batch, p);
-  const int64_t num_chunks = static_cast<int64_t>(chunks.size()), entries = batch.num_tasks * p.channels;
-  const size_t size = static_cast<size_t>(entries);
-  std::vector<S> of_g(size), of_x(size, S(0)), constant(size, S(0)), zero(size, S(0));
-  if (sums_needed) {
-    std::vector<double> partial(static_cast<size_t>(2 * num_chunks * p.channels));
+  const int64_t num_chunks = static_cast<int64_t>(chunks.size());
+  const size_t entries = static_cast<size_t>(batch.num_tasks * p.channels),
+               of_statistics = tables.of_batch ? entries : 0;
+  std::vector<S> of_g(entries), of_x(of_statistics), constant(of_statistics), zero(static_cast<size_t>(kNormColumns));
+  if (out && !tables.of_batch)
+    over_tasks(batch, p, [&](int64_t, int64_t at) {
+      kernel.scales[dtype](tables.weight ? tables.weight + at : nullptr, tables.var + at, tables.eps, p.channels,
+                           of_g.data() + at);
+    });
+  // the gradients of the sums of chunks, and dx where it does not depend on them; then dx where it does
+  std::vector<double> partial(sums_needed ? static_cast<size_t>(2 * num_chunks * p.channels) : 0);
+  auto walk = [&](bool gather, bool write) {
     over(num_chunks, [&](int64_t begin, int64_t end) {
       const char *rows[kMaxRows], *grads[kMaxRows];
+      char* to[kMaxRows];
       for (int64_t k = begin; k < end; ++k) {
         const Chunk& chunk = chunks[static_cast<size_t>(k)];
-        find_rows(batch, p, chunk, x, rows);
+        const int count = static_cast<int>(chunk.count);
         find_rows(batch, p, chunk, g, grads);
+        if (write) find_rows(batch, p, chunk, out, to);
+        if (gather || tables.of_batch) find_rows(batch, p, chunk, x, rows);
+        const auto* of_rows = reinterpret_cast<const void* const*>(rows);
+        const auto* of_grads = reinterpret_cast<const void* const*>(grads);
+        auto* target = reinterpret_cast<void* const*>(to);
         double* part = partial.data() + 2 * k * p.channels;
         for_each_column_block(p, [&](int64_t c, int64_t columns) {
-          kernel.rows_products[dtype](reinterpret_cast<const void* const*>(grads),
-                                      reinterpret_cast<const void* const*>(rows), static_cast<int>(chunk.count), c,
-                                      columns, tables.mean + chunk.task * p.channels + c, part + c,
-                                      part + p.channels + c);
+          const int64_t entry = chunk.task * p.channels + c;
+          if (gather)
+            kernel.rows_products[dtype](of_grads, of_rows, count, c, columns, tables.mean + entry, part + c,
+                                        part + p.channels + c);
+          if (!write) return;
+          if (!tables.of_batch)
+            kernel.rows_affine[dtype](of_grads, count, c, columns, zero.data(), of_g.data() + entry, zero.data(),
+                                      target);
+          else
+            kernel.rows_gradient[dtype](of_grads, of_rows, count, c, columns, tables.mean + entry, of_g.data() + entry,
+                                        of_x.data() + entry, constant.data() + entry, target);
         });
       }
     });
+  };
+  if (!tables.of_batch) walk(sums_needed, out != nullptr);
+  else if (sums_needed) walk(true, false);
+  if (sums_needed) {
     const std::vector<Sums> sums =
         join_chunks(chunks, partial, batch, p, [](Sums& sum, const Chunk&, double a, double b) { sum.add(a, b); });
-    for (int64_t t = 0; t < batch.num_tasks; ++t)
-      for (int64_t c = 0; c < p.channels && batch.count(t) > 0; ++c) {
-        const size_t entry = static_cast<size_t>(t * p.channels + c);
-        const Gradient d = tables.finish(static_cast<int64_t>(entry), sums[entry], batch.count(t) * p.pixels);
+    over_tasks(batch, p, [&](int64_t t, int64_t at) {
+      for (int64_t c = 0; c < p.channels; ++c) {
+        const size_t entry = static_cast<size_t>(at + c);
+        const Gradient d = tables.finish(at + c, sums[entry], batch.count(t) * p.pixels);
+        if (!tables.of_batch) continue;
         of_g[entry] = static_cast<S>(d.of_g);
         of_x[entry] = static_cast<S>(d.of_x);
         constant[entry] = static_cast<S>(d.constant);
       }
+    });
   }
-  if (!out) return;
-  if (!tables.of_batch)
-    for (size_t entry = 0; entry < size; ++entry)
-      of_g[entry] = static_cast<S>(tables.scale_of(static_cast<int64_t>(entry)));
-  over(num_chunks, [&](int64_t begin, int64_t end) {
-    const char *rows[kMaxRows], *grads[kMaxRows];
-    char* to[kMaxRows];
-    for (int64_t k = begin; k < end; ++k) {
-      const Chunk& chunk = chunks[static_cast<size_t>(k)];
-      find_rows(batch, p, chunk, g, grads);
-      find_rows(batch, p, chunk, out, to);
-      if (tables.of_batch) find_rows(batch, p, chunk, x, rows);
-      for_each_column_block(p, [&](int64_t c, int64_t columns) {
-        const int64_t entry = chunk.task * p.channels + c;
-        const auto* from = reinterpret_cast<const void* const*>(grads);
-        auto* target = reinterpret_cast<void* const*>(to);
-        if (!tables.of_batch)
-          kernel.rows_affine[dtype](from, static_cast<int>(chunk.count), c, columns, zero.data() + entry,
-                                    of_g.data() + entry, zero.data() + entry, target);
-        else
-          kernel.rows_gradient[dtype](from, reinterpret_cast<const void* const*>(rows), static_cast<int>(chunk.count),
-                                      c, columns, tables.mean + entry, of_g.data() + entry, of_x.data() + entry,
-                                      constant.data() + entry, target);
-      });
-    }
-  });
+  if (out && tables.of_batch) walk(false, true);
 }
 
 // --- the ops

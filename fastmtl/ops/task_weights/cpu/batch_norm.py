@@ -12,6 +12,7 @@ from fastmtl.core.schemas import define_kernel
 from fastmtl.core.task_weights import SortedBatch
 from fastmtl.core.tensors import has_rows, laid_out
 from fastmtl.ops.task_weights import reference
+from fastmtl.ops.task_weights.cpu.memory import fresh_like
 from fastmtl.ops.task_weights.reference import rows_of_tasks
 
 _kernel = define_kernel(
@@ -53,14 +54,32 @@ def batch_norm(
     else:
         # what the op returns lies in memory of its own
         means, variances = means.clone(), variances.clone()
-    y = torch.empty_like(x)
+    return normalised(x, w, b, means, variances, *_sorted(batch), of_batch, eps), means, variances
+
+
+def normalised(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    of_batch: bool,
+    eps: float,
+) -> Tensor:
+    """`(x - mean) / sqrt(var + eps) * weight + bias` of tables `[T, C]` in at least float32.
+
+    With `of_batch` the statistics are those of the samples, and are written into `mean` and `var`.
+    """
+    y = fresh_like(x)
     if x.numel() == 0:
-        return y, means, variances
+        return y
     rows = bool(has_rows(x))
     source = laid_out(x, rows)
     target = y if has_rows(y) == rows else torch.empty_like(source)
-    _kernel(source, w, b, *_sorted(batch), rows, of_batch, eps, means, variances, target)
-    return (y if target is y else y.copy_(target)), means, variances
+    _kernel(source, weight, bias, order, offsets, rows, of_batch, eps, mean, var, target)
+    return y if target is y else y.copy_(target)
 
 
 def given(
@@ -102,8 +121,27 @@ def batch_norm_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """`task_batch_norm_backward`; see the reference."""
-    x, grad_out = x.detach(), grad_out.detach()
-    grad_x = torch.empty_like(x) if wanted[0] else None
+    weights = _table(weight, batch.num_tasks, mean.dtype)
+    return gradients(
+        grad_out.detach(), x.detach(), weights, mean.contiguous(), var.contiguous(), *_sorted(batch), of_batch, eps,
+        wanted,
+    )  # fmt: skip
+
+
+def gradients(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    of_batch: bool,
+    eps: float,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Of x, and as tables of weight and bias, those that are wanted; the arguments as in `normalised`."""
+    grad_x = fresh_like(x) if wanted[0] else None
     tables = [torch.zeros(mean.shape, dtype=mean.dtype) for _ in "wb"]
     if x.numel():
         rows = bool(has_rows(x))
@@ -112,8 +150,8 @@ def batch_norm_backward(
         if grad_x is not None and has_rows(grad_x) != rows:
             target = torch.empty_like(source)
         _backward_kernel(
-            laid_out(grad_out, rows), source, _table(weight, batch.num_tasks, mean.dtype), mean.contiguous(),
-            var.contiguous(), *_sorted(batch), rows, of_batch, eps, wanted[1] or wanted[2], target, *tables,
+            laid_out(grad_out, rows), source, weight, mean, var, order, offsets, rows, of_batch, eps,
+            wanted[1] or wanted[2], target, *tables,
         )  # fmt: skip
         if grad_x is not None and target is not None and target is not grad_x:
             grad_x.copy_(target)

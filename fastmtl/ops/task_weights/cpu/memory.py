@@ -22,6 +22,11 @@ def _advised(x: Tensor) -> Tensor:
     return x
 
 
+def fresh_like(x: Tensor) -> Tensor:
+    """Memory for a result in the shape, dtype and memory order of x."""
+    return _advised(torch.empty_like(x, requires_grad=False))
+
+
 def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
     """Memory for a result like x."""
     return _advised(torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like)))

@@ -1,48 +1,40 @@
-"""`task_scale_shift` on the CPU, as plain torch calls with sums in at least float32."""
+"""`task_scale_shift` on the CPU: a batch norm by task with a mean of 0 and a variance of 1."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-
-def _table_rows(table: Tensor, task_ids: Tensor, dims: int, dtype: torch.dtype) -> Tensor:
-    rows = table.detach().index_select(0, task_ids).to(dtype)
-    return rows.reshape(*rows.shape, *[1] * (dims - 2))
+from fastmtl.ops.task_weights.cpu.batch_norm import gradients, normalised
+from fastmtl.ops.task_weights.cpu.task_plan import task_plan
 
 
-def _promoted(*tensors: Tensor) -> torch.dtype:
-    return functools.reduce(torch.promote_types, [x.dtype for x in tensors], torch.float32)
+def _statistics(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A mean of 0 and a variance of 1, in the dtype that is computed in."""
+    mean = torch.zeros(scale.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    return mean, torch.ones_like(mean)
+
+
+def _plan(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
+    plan = task_plan(task_ids, num_tasks)
+    assert plan is not None  # the op has looked at their range
+    return plan
 
 
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, task_ids: Tensor) -> Tensor:
     """`task_scale_shift`; see there."""
-    promoted = _promoted(x, scale, shift)
-    a, b = (_table_rows(table, task_ids, x.dim(), promoted) for table in (scale, shift))
-    return torch.addcmul(b, x.detach(), a, out=torch.empty_like(x, requires_grad=False))
+    mean, var = _statistics(x, scale)
+    a, b = (table.detach().to(mean.dtype).contiguous() for table in (scale, shift))
+    return normalised(x.detach(), a, b, mean, var, *_plan(task_ids, scale.shape[0]), False, 0.0)
 
 
 def scale_shift_backward(
     grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, task_ids: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor]:
     """`task_scale_shift_backward`; see there."""
-    promoted = _promoted(x, scale, shift)
-    axes = list(range(2, x.dim()))
-    out = []
-    if wanted[0]:
-        rows = _table_rows(scale, task_ids, x.dim(), promoted)
-        out.append(torch.mul(grad_out, rows, out=torch.empty_like(x, requires_grad=False)))
-
-    def by_task(each: Tensor, like: Tensor) -> Tensor:
-        total = torch.zeros(like.shape, dtype=promoted)
-        return total.index_add_(0, task_ids, each.to(promoted)).to(like.dtype)
-
-    if wanted[1]:
-        product = grad_out.to(promoted) * x.detach().to(promoted)
-        out.append(by_task(product.sum(axes) if axes else product, scale))
-    if wanted[2]:
-        out.append(by_task(grad_out.sum(axes, dtype=promoted) if axes else grad_out, shift))
-    return out
+    mean, var = _statistics(x, scale)
+    a, plan = scale.detach().to(mean.dtype).contiguous(), _plan(task_ids, scale.shape[0])
+    found = iter(gradients(grad_out.detach(), x.detach(), a, mean, var, *plan, False, 0.0, wanted))
+    return [next(found).to(like.dtype) for like, want in zip((x, scale, shift), wanted, strict=True) if want]
