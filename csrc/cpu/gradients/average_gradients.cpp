@@ -42,7 +42,7 @@ void average_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& 
     const void* average_of[kMaxTasks];
     for (int64_t chunk = first; chunk < last; ++chunk) {
       double* total = partial.data() + chunk * size;
-      for_each_block(rows, plan, chunk, false, [&](const Block& block) {
+      for_each_block(rows, plan, chunk, [&](const Block& block) {
         const Param& p = *block.param;
         const int type = static_cast<int>(p.dtype), sum_type = static_cast<int>(wide(p.dtype));
         block_rows.read(block);

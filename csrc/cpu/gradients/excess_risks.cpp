@@ -26,7 +26,7 @@ void excess_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
     BlockRows block_rows;
     for (int64_t chunk = first; chunk < last; ++chunk) {
       double* total = partial.data() + chunk * num_tasks;
-      for_each_block(rows, plan, chunk, false, [&](const Block& block) {
+      for_each_block(rows, plan, chunk, [&](const Block& block) {
         const Param& p = *block.param;
         block_rows.read(block);
         for (int i = 0; i < block_rows.count(); ++i) {

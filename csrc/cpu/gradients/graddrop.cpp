@@ -44,7 +44,7 @@ void graddrop_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>&
     double leak_of[kMaxTasks];
     const void* taken[kMaxTasks];
     for (int64_t chunk = first; chunk < last; ++chunk)
-      for_each_block(rows, plan, chunk, false, [&](const Block& block) {
+      for_each_block(rows, plan, chunk, [&](const Block& block) {
         const Param& p = *block.param;
         block_rows.read(block);
         int count = 0;

@@ -11,6 +11,9 @@ namespace fastmtl::cpu {
 
 namespace {
 
+// so many rows the hardware follows by itself; docs/cpu-kernels.md has the figures
+constexpr int kFollowed = 4;
+
 // [L, T, T]; first_param: of each group of parameters, and the end
 std::vector<double> grams(const Rows& rows, const std::vector<int64_t>& first_param) {
   const int T = rows.num_tasks;
@@ -22,15 +25,15 @@ std::vector<double> grams(const Rows& rows, const std::vector<int64_t>& first_pa
     BlockRows block_rows;
     for (int64_t chunk = first; chunk < last; ++chunk) {
       double* total = partial.data() + chunk * size;
-      for_each_block(rows, plan, chunk, false, [&](const Block& block) {
+      for_each_block(rows, plan, chunk, [&](const Block& block) {
         block_rows.read(block);
         const int type = static_cast<int>(block.param->dtype);
         // beyond one tile every row is loaded several times: convert it once
         const bool widen = kernel.widen[type] && block_rows.count() > 4;
         const void* const* pointers = widen ? block_rows.widened(block, kernel.widen[type]) : block_rows.pointers();
-        kernel.gram[widen ? static_cast<int>(DType::f32) : type](pointers, block_rows.count(), block.length,
-                                                                 block_rows.tasks(), total, T,
-                                                                 block_rows.count() > 2 ? block_rows.ahead() : Ahead{});
+        kernel.gram[widen ? static_cast<int>(DType::f32) : type](
+            pointers, block_rows.count(), block.length, block_rows.tasks(), total, T,
+            block_rows.count() > kFollowed ? block_rows.ahead() : Ahead{});
       });
     }
   });

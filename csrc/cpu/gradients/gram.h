@@ -10,8 +10,7 @@ std::vector<double> gram(const Rows& rows);
 // into a float32 or float64 tensor
 void write_gram(const std::vector<double>& m, int64_t num_tasks, Tensor& out);
 
-// out[k] of every parameter = sum_t weights[k * T + t] * row t; walks backwards, so that what a preceding gram()
-// left in the cache is read first
+// out[k] of every parameter = sum_t weights[k * T + t] * row t
 void combine(const double* weights, int64_t num_out, const Rows& rows);
 
 }  // namespace fastmtl::cpu

@@ -28,7 +28,7 @@ void trimmed_mean_op(const std::vector<Tensor>& tensors, const std::vector<int64
     BlockRows block_rows;
     const void* taken[kMaxTasks];
     for (int64_t chunk = first; chunk < last; ++chunk)
-      for_each_block(rows, plan, chunk, false, [&](const Block& block) {
+      for_each_block(rows, plan, chunk, [&](const Block& block) {
         const Param& p = *block.param;
         block_rows.read(block);
         int count = 0;

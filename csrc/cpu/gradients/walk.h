@@ -49,26 +49,20 @@ struct Block {
   const Param* param;
   int64_t offset;
   int64_t length;
-  bool has_next;  // the next block visited follows (or, backwards, precedes) it in the same parameter
+  bool has_next;  // the next block visited follows it in the same parameter
   int64_t next_offset;
 };
 
 template <class F>
-void for_each_block(const Rows& rows, const Plan& plan, int64_t chunk, bool backwards, const F& visit) {
+void for_each_block(const Rows& rows, const Plan& plan, int64_t chunk, const F& visit) {
   const int64_t begin = plan.block_of_chunk[chunk], end = plan.block_of_chunk[chunk + 1];
-  const int64_t count = end - begin;
-  auto param_of = [&](int64_t block) {
-    return std::upper_bound(plan.first_block.begin(), plan.first_block.end() - 1, block) - plan.first_block.begin() - 1;
-  };
-  int64_t i = param_of(backwards ? end - 1 : begin);
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t block = backwards ? end - 1 - k : begin + k;
-    while (block < plan.first_block[i]) --i;
+  int64_t i =
+      std::upper_bound(plan.first_block.begin(), plan.first_block.end() - 1, begin) - plan.first_block.begin() - 1;
+  for (int64_t block = begin; block < end; ++block) {
     while (block >= plan.first_block[i + 1]) ++i;
     const Param& p = rows.params[i];
-    const int64_t offset = (block - plan.first_block[i]) * kBlock;
-    const int64_t next = backwards ? offset - kBlock : offset + kBlock;
-    visit(Block{&p, offset, std::min(kBlock, p.numel - offset), next >= 0 && next < p.numel && k + 1 < count, next});
+    const int64_t offset = (block - plan.first_block[i]) * kBlock, next = offset + kBlock;
+    visit(Block{&p, offset, std::min(kBlock, p.numel - offset), next < p.numel && block + 1 < end, next});
   }
 }
 
