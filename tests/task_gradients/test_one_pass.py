@@ -528,7 +528,7 @@ def test_check_finds_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastmtl.task_gradients.one_pass.autograd import linear
 
     right = linear.linear_rows
-    monkeypatch.setattr(linear, "deliver_linear_rows", lambda receiver, *a: right(*a).roll(1, 0))
+    monkeypatch.setattr(linear, "deliver_linear_rows", lambda receiver, *a: (right(*a[:-1]).roll(1, 0), None))
     x = _x()
     model = _mlp()
     wrong = r"row 0 of parameter '0.weight'.*differs from a backward pass"

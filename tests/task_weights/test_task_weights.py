@@ -604,7 +604,10 @@ def test_widened_linear_weight_gradients_task_by_task(dtype: torch.dtype, widene
     x, g = torch.randn(9, 40, 8).to(dtype), torch.randn(9, 40, 5).to(dtype)
     for ids in (torch.arange(9) % 4, torch.arange(9) // 3, torch.zeros(9, dtype=torch.int64)):
         plan = task_plan(ids, 4)
-        for t, found in enumerate(task_cpu.linear_weight_grads(x, g, plan.order, plan.offsets)):
+        grads, sums = task_cpu.linear_weight_grads(x, g, plan.order, plan.offsets, bias=True)
+        for t, (found, summed) in enumerate(zip(grads, sums, strict=True)):
+            exact, size = (y[ids == t].double().sum((0, 1)) for y in (g, g.abs()))
+            table.assert_within(summed, exact, table.bound(size, exact, ROUNDED_ONCE, F32))
             if found is None:
                 assert not (ids == t).any()
                 continue

@@ -9,6 +9,7 @@
 #include "cpu/simd/elementwise.h"
 #include "cpu/simd/low_rank.h"
 #include "cpu/simd/norms.h"
+#include "cpu/simd/sums.h"
 #include "cpu/simd/tiles.h"
 
 namespace fastmtl::cpu {
@@ -43,6 +44,7 @@ struct Kernels {
   Elementwise elementwise;
   Norms norms;
   LowRank low_rank;
+  SumKernels sums;
 };
 
 extern const Kernels kPortable;

@@ -39,6 +39,18 @@ using RowsGradient = void (*)(const void* const* g, const void* const* rows, int
                               const void* mean, const void* of_g, const void* of_x, const void* constant,
                               void* const* out);
 
+// group norm, of `channels` runs of `pixels`, one behind the other, with one mean: adds each channel's sums of g and of
+// g * (x - mean); in float (double for f64) within kBlock pixels
+using ChannelsProducts = void (*)(const void* g, const void* x, int64_t channels, int64_t pixels, double mean,
+                                  double* sum, double* product);
+// out = g * of_g + (x - mean) * of_x + constant; of_g by channel
+using ChannelsGradient = void (*)(const void* g, const void* x, int64_t channels, int64_t pixels, double mean,
+                                  const double* of_g, double of_x, double constant, void* out);
+// layer norm of one row, y = (x - mean) * scale * weight + bias: adds g * (x - mean) * scale and g to the sums of
+// weight and bias, tables of S, and writes the gradient of x; null: not wanted, or no weight
+using RowGradient = void (*)(const void* g, const void* x, int64_t length, double mean, double scale,
+                             const void* weight, void* of_weight, void* of_bias, void* out);
+
 struct Norms {  // by DType of x
   RunMoments run_moments[4];
   RunAffine run_affine[4];
@@ -51,6 +63,9 @@ struct Norms {  // by DType of x
   Scales scales[4];
   ChannelsAffine channels_affine[4];
   PixelsAffine pixels_affine[4];
+  ChannelsProducts channels_products[4];
+  ChannelsGradient channels_gradient[4];
+  RowGradient row_gradient[4];
 };
 
 }  // namespace fastmtl::cpu

@@ -336,9 +336,9 @@ def weight_grad_parts(
     geometry: Geometry,
     weight: Tensor,
     bias: bool = False,
-) -> tuple[list[Tensor | None], list[Tensor | None]] | None:
+) -> tuple[list[Tensor | None], Tensor | None] | None:
     """The weight gradients as they are made, one tensor for each task (None: no sample), in the dtype of `weight`; and
-    with `bias` those of the bias.
+    with `bias` those of the bias, `[T, Cout]`, in at least float32.
 
     None where another backend than the CPU's would be asked, which makes them in one piece.
     """
@@ -347,5 +347,5 @@ def weight_grad_parts(
     run = choose("task_conv2d_weight_grad", "cpu", _WEIGHT_GRAD, triton_declines(x, offsets=offsets))
     if run is not weight_grad_on_cpu:
         return None
-    found = weight_grads(x, grad_out, SortedBatch(order, offsets), geometry, weight, bias)
-    return [None if grad is None else grad.to(weight.dtype) for grad, _ in found], [each for _, each in found]
+    grads, sums = weight_grads(x, grad_out, SortedBatch(order, offsets), geometry, weight, bias)
+    return [None if grad is None else grad.to(weight.dtype) for grad in grads], sums

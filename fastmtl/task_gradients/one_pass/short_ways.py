@@ -286,10 +286,8 @@ def _group_norm(tracker: ShortTracker, args: Any, kwargs: dict[str, Any]) -> Any
     if weights is None:
         return NotImplemented
     value, offset, form, targets = weights
-    ids = axis.task_ids.plan(axis.outer, axis.inner)[0]
-    return axis, _apply_group_norm(
-        x, value, offset, ids, groups, kwargs["eps"], STACKED, form, axis.task_ids.num_rows, *targets
-    )
+    plan = axis.task_ids.plan(axis.outer, axis.inner)
+    return axis, _apply_group_norm(x, value, offset, *plan, groups, kwargs["eps"], STACKED, form, *targets)
 
 
 def _layer_norm(tracker: ShortTracker, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -303,10 +301,8 @@ def _layer_norm(tracker: ShortTracker, args: Any, kwargs: dict[str, Any]) -> Any
     if weights is None:
         return NotImplemented
     value, offset, form, targets = weights
-    ids = plan_of(x, axis)[0]
-    return axis, _apply_layer_norm(
-        x, value, offset, ids, axis.axis, shape, kwargs["eps"], STACKED, form, axis.task_ids.num_rows, *targets
-    )
+    plan = plan_of(x, axis)
+    return axis, _apply_layer_norm(x, value, offset, *plan, shape, kwargs["eps"], STACKED, form, *targets)
 
 
 _LAYERS: dict[Any, tuple[str, Callable[[ShortTracker, Any, dict[str, Any]], Any]]] = {

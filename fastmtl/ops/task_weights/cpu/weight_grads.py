@@ -16,10 +16,11 @@ from fastmtl.ops.task_weights.precision import is_misread, widen
 
 _convolution_weight_grads = define_kernel(
     "_convolution_weight_grads(Tensor grad_out, Tensor x, Tensor weight, Tensor order, Tensor offsets, int[] stride, "
-    "int[] padding, int[] dilation, int groups, bool bias, bool channels_last, bool joined, int call_bytes) -> Tensor[]"
+    "int[] padding, int[] dilation, int groups, Tensor(a!)? sums, bool channels_last, bool joined, int call_bytes) "
+    "-> Tensor[]"
 )
 _linear_weight_grads = define_kernel(
-    "_linear_weight_grads(Tensor grad_out, Tensor x, Tensor order, Tensor offsets) -> Tensor[]"
+    "_linear_weight_grads(Tensor grad_out, Tensor x, Tensor order, Tensor offsets, Tensor(a!)? sums) -> Tensor[]"
 )
 
 
@@ -28,7 +29,7 @@ def weight_grad(x: Tensor, grad_out: Tensor, batch: SortedBatch, geometry: Geome
     if not (x.numel() and grad_out.numel() and out.numel()):
         out.zero_()
         return
-    for row, (grad, _) in zip(out, weight_grads(x, grad_out, batch, geometry, out[0]), strict=True):
+    for row, grad in zip(out, weight_grads(x, grad_out, batch, geometry, out[0])[0], strict=True):
         if grad is None:
             row.zero_()
         else:
@@ -42,49 +43,62 @@ def weight_grads(
     geometry: Geometry,
     weight: Tensor,
     bias: bool = False,
-) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Each task's weight gradient, as oneDNN makes it, and with `bias` that of the bias; None without samples.
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Each task's weight gradient, as oneDNN makes it, None without samples; and with `bias` `[T, Cout]` sums of
+    `grad_out`, in at least float32.
 
     One thread to a task, where there are as many tasks as threads. Of `weight` only the shape and the memory order are
-    read. In the dtype of x, or float32 where x is widened.
+    read. Weight gradients are in the dtype of x, or float32 where x is widened.
     """
     misread = is_misread(x, geometry)
     x, grad_out = widen(x, misread), widen(grad_out, misread)
     pixelwise = geometry.pixelwise(weight.shape[2:])
     source, back = Samples(x, pixelwise=pixelwise), Samples(grad_out, like=x, pixelwise=pixelwise)
     like = torch.empty(weight.shape, dtype=x.dtype, memory_format=memory_format(weight))
+    sums = _sums_of(grad_out, batch.num_tasks) if bias else None
     found = _convolution_weight_grads(
         back.x,
         source.x,
         like,
         *batch,
         *geometry,
-        bias,
+        sums,
         source.channels_last,
         source.joined,
         call_bytes(like.nbytes),
     )
-    present = _present(batch.offsets)
-    sums = found[len(found) // 2 :] if bias else [None] * len(found)
-    of_task = zip(found, sums, strict=False)
-    return [next(of_task) if here else (None, None) for here in present]
+    return _by_task(found, batch.offsets), sums
 
 
-def _present(offsets: Tensor) -> list[bool]:
-    """Of each task whether it has samples."""
-    return [begin < end for begin, end in itertools.pairwise(offsets.tolist())]
+def _sums_of(grad_out: Tensor, num_tasks: int) -> Tensor:
+    """Memory for each task's sums over all but the channels: zeros, as tasks without samples have them."""
+    channels = grad_out.shape[1 if grad_out.dim() == 4 else -1]
+    return torch.zeros(num_tasks, channels, dtype=torch.promote_types(grad_out.dtype, torch.float32))
 
 
-def linear_weight_grads(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor) -> list[Tensor | None]:
-    """Each task's `[Cout, Cin]` from `[n, r, Cin]` and `[n, r, Cout]`; None for a task without samples.
+def _by_task(found: list[Tensor], offsets: Tensor) -> list[Tensor | None]:
+    """Gradients of the tasks with samples, in turn, as those of all tasks."""
+    of_task = iter(found)
+    return [next(of_task) if begin < end else None for begin, end in itertools.pairwise(offsets.tolist())]
 
-    One thread to a task, where there are as many tasks as threads. In the dtype of x, or float32 where x is widened.
+
+def linear_weight_grads(
+    x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, bias: bool = False
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Each task's `[Cout, Cin]` from `[n, r, Cin]` and `[n, r, Cout]`, None without samples; and with `bias` sums of
+    `grad_out`, `[T, Cout]` in at least float32.
+
+    One thread to a task, where there are as many tasks as threads. Weight gradients are in the dtype of x, or float32
+    where x is widened.
     """
     x, grad_out = (widen(y.detach()).contiguous() for y in (x, grad_out))
+    sums = _sums_of(grad_out, offsets.shape[0] - 1) if bias else None
     if unavailable("cpu", "cpu") is None:
-        of_task = iter(_linear_weight_grads(grad_out, x, order, offsets))
-        return [next(of_task) if here else None for here in _present(offsets)]
+        return _by_task(_linear_weight_grads(grad_out, x, order, offsets, sums), offsets), sums
     out: list[Tensor | None] = [None] * (offsets.shape[0] - 1)
     for t, samples in SortedBatch(order, offsets).segments():
-        out[t] = grad_out[samples].flatten(0, 1).t() @ x[samples].flatten(0, 1)
-    return out
+        back = grad_out[samples].flatten(0, 1)
+        out[t] = back.t() @ x[samples].flatten(0, 1)
+        if sums is not None:
+            sums[t] = back.sum(0, dtype=sums.dtype)
+    return out, sums

@@ -98,8 +98,7 @@ def deliver_conv_rows(
         parts = weight_grad_parts(x, g, order, offsets, moves, w, bias)
         if parts is not None:
             receiver.parts([p.squeeze(2) if line and p is not None else p for p in parts[0]])
-            sums = [torch.zeros(w.shape[0], dtype=g.dtype) if each is None else each for each in parts[1]]
-            return None, torch.stack(sums) if bias else None
+            return None, parts[1]
         if line:
             x, g, w = x.squeeze(2), g.squeeze(2), w.squeeze(2)
     return deliver(receiver, conv_rows(x, g, order, offsets, w, *geometry)), None

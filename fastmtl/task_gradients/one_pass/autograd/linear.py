@@ -9,6 +9,7 @@ from torch import Tensor
 from fastmtl.ops.task_weights.cpu.weight_grads import linear_weight_grads
 from fastmtl.ops.task_weights.task_linear import task_linear_weight_grad_op, task_linear_weight_grad_out_op
 from fastmtl.task_gradients.one_pass.autograd.rows import (
+    STACKED,
     Receiver,
     by_position,
     deliver,
@@ -53,12 +54,15 @@ class LinearByTask(torch.autograd.Function):
         if want_rows:
             x3, g3 = by_position(x.to(g.dtype), n), by_position(g, n)
             a, b = (g3, x3) if ctx.transposed else (x3, g3)
-            rows_w = deliver_linear_rows(ctx.receiver, a, b, order, offsets, w)
+            bias = form_b == STACKED and not ctx.transposed
+            rows_w, rows_b = deliver_linear_rows(ctx.receiver, a, b, order, offsets, w, bias)
         elif want_plain:
             x2, g2 = x.to(g.dtype).reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
             gw = (x2.mT @ g2 if ctx.transposed else g2.mT @ x2).to(w.dtype)
         want_rows, want_plain = wants(form_b, needs[2])
-        if want_rows:
+        if rows_b is not None:
+            rows_b = rows_b.to(ctx.bias_dtype)
+        elif want_rows:
             each = by_position(g, n)
             each = each[:, 0] if each.shape[1] == 1 else each.sum(1, dtype=torch.promote_types(g.dtype, torch.float32))
             rows_b = sum_by_row(each, ids, num_rows, ctx.bias_dtype)
@@ -69,13 +73,14 @@ class LinearByTask(torch.autograd.Function):
 
 
 def deliver_linear_rows(
-    receiver: Receiver | None, x: Tensor, g: Tensor, order: Tensor, offsets: Tensor, w: Tensor
-) -> Tensor | None:
-    """The rows, unless `receiver` has taken them."""
+    receiver: Receiver | None, x: Tensor, g: Tensor, order: Tensor, offsets: Tensor, w: Tensor, bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The rows, unless `receiver` has taken them; and with `bias` those of the bias, if they came with the others."""
     if x.device.type != "cpu" or not x.numel() or not g.numel() or not takes_parts(receiver):
-        return deliver(receiver, linear_rows(x, g, order, offsets, w))
-    receiver.parts([None if row is None else row.to(w.dtype) for row in linear_weight_grads(x, g, order, offsets)])
-    return None
+        return deliver(receiver, linear_rows(x, g, order, offsets, w)), None
+    found, sums = linear_weight_grads(x, g, order, offsets, bias)
+    receiver.parts([None if row is None else row.to(w.dtype) for row in found])
+    return None, sums
 
 
 def linear_rows(x: Tensor, g: Tensor, order: Tensor, offsets: Tensor, w: Tensor) -> Tensor:

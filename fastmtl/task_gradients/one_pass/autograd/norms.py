@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from fastmtl.core.task_weights import SortedBatch
 from fastmtl.core.tensors import is_channels_last
+from fastmtl.ops.task_weights.cpu.norm_grads import can_take, group_norm_backward, layer_norm_backward
 from fastmtl.task_gradients.one_pass.autograd.rows import by_position, give_rows, sum_by_row, unseen, wants
 
 
@@ -17,20 +19,24 @@ def _one_of_several(y: Tensor) -> Tensor:
 
 
 class LayerNormByTask(torch.autograd.Function):
-    """`F.layer_norm` with weight and bias; samples lie along `axis`, before the normalised dimensions."""
+    """`F.layer_norm` with weight and bias; samples lie before the normalised dimensions, as the plan says."""
 
     @staticmethod
-    def forward(ctx, x, w, b, ids, axis, shape, eps, form_w, form_b, num_rows, *targets):
+    def forward(ctx, x, w, b, ids, order, offsets, shape, eps, form_w, form_b, *targets):
         y, mean, rstd = torch.native_layer_norm(x, shape, w, b, eps)
         y = _one_of_several(y)
-        ctx.save_for_backward(x, w, b, mean, rstd, ids)
-        ctx.shape, ctx.forms, ctx.num_rows = shape, (form_w, form_b), num_rows
+        ctx.save_for_backward(x, w, b, mean, rstd, ids, order, offsets)
+        ctx.shape, ctx.forms = shape, (form_w, form_b)
         return y
 
     @unseen
-    def backward(ctx, g, x, w, b, mean, rstd, ids):
-        needs = ctx.needs_input_grad
+    def backward(ctx, g, x, w, b, mean, rstd, ids, order, offsets):
+        needs, num_rows = ctx.needs_input_grad, offsets.shape[0] - 1
         rows, plain = zip(*(wants(c, need) for c, need in zip(ctx.forms, needs[1:3], strict=True)), strict=True)
+        if any(rows) and not any(plain) and can_take(g, x, mean, rstd, w):
+            batch, wanted = SortedBatch(order, offsets), (needs[0], *rows)
+            gx, rows_w, rows_b = layer_norm_backward(g, x, ctx.shape, mean, rstd, w, batch, wanted)
+            return (gx, *(None,) * 9, *give_rows(rows_w, ctx.forms[0]), *give_rows(rows_b, ctx.forms[1]))
         gx, gw, gb = torch.ops.aten.native_layer_norm_backward(
             g, x, ctx.shape, mean, rstd, w, b, (needs[0], plain[0], plain[1])
         )
@@ -40,10 +46,10 @@ class LayerNormByTask(torch.autograd.Function):
         if rows[0]:
             product = ((x.to(promoted) - mean) * rstd).mul_(g)
             each = by_position(product, n, len(ctx.shape)).sum(1)
-            rows_w = sum_by_row(each, ids, ctx.num_rows, w.dtype)
+            rows_w = sum_by_row(each, ids, num_rows, w.dtype)
         if rows[1]:
             each = by_position(g, n, len(ctx.shape)).sum(1, dtype=promoted)
-            rows_b = sum_by_row(each, ids, ctx.num_rows, b.dtype)
+            rows_b = sum_by_row(each, ids, num_rows, b.dtype)
         return (gx, gw, gb, *(None,) * 7, *give_rows(rows_w, ctx.forms[0]), *give_rows(rows_b, ctx.forms[1]))
 
 
@@ -51,7 +57,7 @@ class GroupNormByTask(torch.autograd.Function):
     """`F.group_norm` with weight and bias; samples lie along axis 0."""
 
     @staticmethod
-    def forward(ctx, x, w, b, ids, groups, eps, form_w, form_b, num_rows, *targets):
+    def forward(ctx, x, w, b, ids, order, offsets, groups, eps, form_w, form_b, *targets):
         n, c = x.shape[:2]
         # the CPU alone has a kernel for channels_last
         if x.device.type != "cpu" or not is_channels_last(x):
@@ -59,18 +65,22 @@ class GroupNormByTask(torch.autograd.Function):
         size = math.prod(x.shape[2:])
         y, mean, rstd = torch.native_group_norm(x, w, b, n, c, size, groups, eps)
         y = _one_of_several(y)
-        ctx.save_for_backward(x, w, mean, rstd, ids)
-        ctx.groups, ctx.size, ctx.forms, ctx.num_rows = groups, size, (form_w, form_b), num_rows
+        ctx.save_for_backward(x, w, mean, rstd, ids, order, offsets)
+        ctx.groups, ctx.size, ctx.forms = groups, size, (form_w, form_b)
         ctx.bias_dtype = None if b is None else b.dtype
         return y
 
     @unseen
-    def backward(ctx, g, x, w, mean, rstd, ids):
-        needs = ctx.needs_input_grad
+    def backward(ctx, g, x, w, mean, rstd, ids, order, offsets):
+        needs, num_rows = ctx.needs_input_grad, offsets.shape[0] - 1
         rows, plain = zip(*(wants(c, need) for c, need in zip(ctx.forms, needs[1:3], strict=True)), strict=True)
         n, c = x.shape[:2]
         if not g.is_contiguous() and (g.device.type != "cpu" or not is_channels_last(g)):
             g = g.contiguous()
+        if any(rows) and not any(plain) and can_take(g, x, mean, rstd, w):
+            batch, wanted = SortedBatch(order, offsets), (needs[0], *rows)
+            gx, rows_w, rows_b = group_norm_backward(g, x, mean, rstd, w, batch, ctx.groups, wanted)
+            return (gx, *(None,) * 9, *give_rows(rows_w, ctx.forms[0]), *give_rows(rows_b, ctx.forms[1]))
         rows_w = rows_b = None
         gx = gw = gb = None
         if (rows[0] or rows[1]) and x.numel() and g.is_contiguous() and x.is_contiguous():
@@ -82,10 +92,10 @@ class GroupNormByTask(torch.autograd.Function):
             )  # fmt: skip
             gx = None if gx is None else gx.view(x.shape)
             if rows[0]:
-                rows_w = sum_by_row(each_w.view(n, c), ids, ctx.num_rows, w.dtype)
+                rows_w = sum_by_row(each_w.view(n, c), ids, num_rows, w.dtype)
             if rows[1]:
-                rows_b = sum_by_row(each_b.view(n, c), ids, ctx.num_rows, ctx.bias_dtype)
-            return (gx, gw, gb, *(None,) * 6, *give_rows(rows_w, ctx.forms[0]), *give_rows(rows_b, ctx.forms[1]))
+                rows_b = sum_by_row(each_b.view(n, c), ids, num_rows, ctx.bias_dtype)
+            return (gx, gw, gb, *(None,) * 7, *give_rows(rows_w, ctx.forms[0]), *give_rows(rows_b, ctx.forms[1]))
         gx, gw, gb = torch.ops.aten.native_group_norm_backward(
             g, x, mean, rstd, w, n, c, ctx.size, ctx.groups, (needs[0], plain[0], plain[1])
         )
@@ -94,10 +104,10 @@ class GroupNormByTask(torch.autograd.Function):
             if rows[0]:
                 each = c // ctx.groups
                 centre, scale = mean.repeat_interleave(each, 1), rstd.repeat_interleave(each, 1)
-                rows_w = sum_by_row((ds - centre * db) * scale, ids, ctx.num_rows, w.dtype)
+                rows_w = sum_by_row((ds - centre * db) * scale, ids, num_rows, w.dtype)
             if rows[1]:
-                rows_b = sum_by_row(db, ids, ctx.num_rows, ctx.bias_dtype)
-        return (gx, gw, gb, *(None,) * 6, *give_rows(rows_w, ctx.forms[0]), *give_rows(rows_b, ctx.forms[1]))
+                rows_b = sum_by_row(db, ids, num_rows, ctx.bias_dtype)
+        return (gx, gw, gb, *(None,) * 7, *give_rows(rows_w, ctx.forms[0]), *give_rows(rows_b, ctx.forms[1]))
 
 
 class BatchNormByTask(torch.autograd.Function):

@@ -44,7 +44,7 @@ class SharedByTask(torch.autograd.Function):
         elif want_rows:
             if ctx.geometry is None:
                 x3, g3 = by_position(x, n), by_position(g, n)
-                rows_w = deliver_linear_rows(ctx.receiver, x3, g3, order, offsets, w)
+                rows_w, _ = deliver_linear_rows(ctx.receiver, x3, g3, order, offsets, w, False)
             else:
                 rows_w, _ = deliver_conv_rows(ctx.receiver, x, g, order, offsets, w, False, *ctx.geometry)
         want_rows, want_plain = wants(form_b, needs[3])

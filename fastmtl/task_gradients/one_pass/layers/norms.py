@@ -63,9 +63,8 @@ def _layer_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
     weight, bias = weight_of(tracker, w), weight_of(tracker, b)
     if not _same_dtype(x, weight, bias):
         return _affine_after(tracker, F.layer_norm(x, shape, None, None, eps), axis, w, b)
-    ids, _, _ = plan_of(x, axis)
     y = LayerNormByTask.apply(
-        x, weight.value, bias.value, ids, axis.axis, shape, eps, weight.form, bias.form, axis.task_ids.num_rows,
+        x, weight.value, bias.value, *plan_of(x, axis), shape, eps, weight.form, bias.form,
         *weight.targets, *bias.targets,
     )  # fmt: skip
     return y, axis
@@ -89,9 +88,8 @@ def _group_norm(tracker: LayerTracker, call: TorchCall) -> Followed:
     weight, bias = weight_of(tracker, w), weight_of(tracker, b)
     if not _same_dtype(x, weight, bias):
         return _affine_after(tracker, F.group_norm(x, groups, None, None, eps), axis, w, b, channels=True)
-    ids, _, _ = axis.task_ids.plan(axis.outer, axis.inner)
     y = GroupNormByTask.apply(
-        x, weight.value, bias.value, ids, groups, eps, weight.form, bias.form, axis.task_ids.num_rows,
+        x, weight.value, bias.value, *axis.task_ids.plan(axis.outer, axis.inner), groups, eps, weight.form, bias.form,
         *weight.targets, *bias.targets,
     )  # fmt: skip
     return y, axis
