@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmtl.core.gradient_rows import GradientRows
+from fastmtl.core.memory import keep_freed_memory
 from fastmtl.core.schemas import without_autocast
 from fastmtl.core.tensors import as_real
 from fastmtl.ops.gradients.gram import gram_rows
@@ -130,6 +131,8 @@ class Batch:
         self.counts: list[int] | None = None
         self.poison: Tensor | None = None
         loose = True
+        if device.type == "cpu":
+            keep_freed_memory()  # the rows of a step are the next one's memory
         if ids.device.type == "cpu":
             none, *self.counts = torch.bincount(ids.long() + 1, minlength=num_tasks + 1).tolist()
             loose = none > 0
