@@ -74,6 +74,20 @@ def read_params(params: Params, argument: str, *, allow_empty: bool = False) -> 
     return named
 
 
+def is_registered(params: Iterable[Tensor], model: nn.Module) -> bool:
+    """Whether all of these are parameters of a module or of one inside it."""
+    modules = {model}
+    todo = [model]
+    registered: set[int] = set()
+    for m in todo:  # as `nn.Module.parameters` goes, which takes four times as long
+        registered.update(map(id, m._parameters.values()))
+        for child in m._modules.values():
+            if child is not None and child not in modules:
+                modules.add(child)
+                todo.append(child)
+    return registered.issuperset(map(id, params))
+
+
 def describe(param: Tensor, name: str) -> str:
     return f"parameter {name} of shape {list(param.shape)}"
 

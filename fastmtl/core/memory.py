@@ -1,4 +1,4 @@
-"""Memory of gradients: who holds it, so that it may be kept or written over, and what becomes of it when it is freed."""
+"""Who holds a gradient's memory, so that it may be kept or written over, and what becomes of it when it is freed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 
 import torch
 from torch import Tensor
-
 
 # the largest block of which glibc takes its thresholds (32 MB with its head)
 _LARGEST_BLOCK = 31 << 20
@@ -18,8 +17,8 @@ def keep_freed_memory() -> None:
     """Has glibc keep up to 62 MB of freed memory, for each of its arenas, instead of handing it back to the system.
 
     Once in a process. glibc maps blocks above a threshold anew each time, and hands back what is free above twice that
-    threshold; the threshold grows to the largest block that was freed. This frees one that nobody has touched. Where the
-    environment sets a threshold (`MALLOC_TRIM_THRESHOLD_`), it stays, and other allocators take no notice.
+    threshold; the threshold grows to the largest block that was freed. This frees one that nobody has touched. Where
+    the environment sets a threshold (`MALLOC_TRIM_THRESHOLD_`), it stays, and other allocators take no notice.
     """
     torch.empty(_LARGEST_BLOCK, dtype=torch.uint8)
 

@@ -43,9 +43,9 @@ using RowsGradient = void (*)(const void* const* g, const void* const* rows, int
 // g * (x - mean); in float (double for f64) within kBlock pixels
 using ChannelsProducts = void (*)(const void* g, const void* x, int64_t channels, int64_t pixels, double mean,
                                   double* sum, double* product);
-// out = g * of_g + (x - mean) * of_x + constant; of_g by channel
+// out = (g * weight - centre) * scale + (x - mean) * of_x; weight by channel, null: ones
 using ChannelsGradient = void (*)(const void* g, const void* x, int64_t channels, int64_t pixels, double mean,
-                                  const double* of_g, double of_x, double constant, void* out);
+                                  const void* weight, double centre, double scale, double of_x, void* out);
 // layer norm of one row, y = (x - mean) * scale * weight + bias: adds g * (x - mean) * scale and g to the sums of
 // weight and bias, tables of S, and writes the gradient of x; null: not wanted, or no weight
 using RowGradient = void (*)(const void* g, const void* x, int64_t length, double mean, double scale,

@@ -99,7 +99,7 @@ void group_norm_backward(const Tensor& grad_out, const Tensor& x, const Tensor& 
     const size_t size = static_cast<size_t>(channels);
     std::vector<double> partial(2 * size * chunks.size(), 0.0);
     over(static_cast<int64_t>(chunks.size()), [&](int64_t begin, int64_t end) {
-      std::vector<double> sum(size), product(size), of_g(size);
+      std::vector<double> sum(size), product(size);
       for (int64_t i = begin; i < end; ++i) {
         const Chunk& chunk = chunks[static_cast<size_t>(i)];
         double* total = partial.data() + 2 * size * static_cast<size_t>(i);
@@ -113,21 +113,19 @@ void group_norm_backward(const Tensor& grad_out, const Tensor& x, const Tensor& 
             const double scale = static_cast<double>(rstd[sample * groups + group]);
             kernel.channels_products[type](g + at, in + at, each, pixels, m, sum.data() + first,
                                            product.data() + first);
-            double of_x = 0, constant = 0;
+            double of_x = 0, centre = 0;
             for (int64_t c = first; c < first + each; ++c) {
               const size_t k = static_cast<size_t>(c);
               const double w = weight ? static_cast<double>(weight[c]) : 1.0;
               total[k] += product[k] * scale;
               total[size + k] += sum[k];
-              of_g[k] = w * scale;
               of_x += w * product[k];
-              constant += w * sum[k];
+              centre += w * sum[k];
             }
             const double count = static_cast<double>(each * pixels);
             if (out)
-              kernel.channels_gradient[type](g + at, in + at, each, pixels, m, of_g.data() + first,
-                                             -scale * scale * scale * of_x / count, -scale * constant / count,
-                                             out + at);
+              kernel.channels_gradient[type](g + at, in + at, each, pixels, m, weight ? weight + first : nullptr,
+                                             centre / count, scale, -scale * scale * scale * of_x / count, out + at);
           }
         }
       }

@@ -99,13 +99,22 @@ def _triton(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
     return triton_kernels("task_weights.task_plan").task_plan(task_ids, num_tasks)
 
 
-_IMPLEMENTATIONS = {"cpu": reference.task_plan, "triton": _triton, "reference": reference.task_plan}
+def _compiled(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
+    found = task_plan_cpu.task_plan(task_ids, num_tasks)
+    if found is None:
+        check_range(task_ids, num_tasks)  # raises
+    assert found is not None
+    return found
+
+
+_IMPLEMENTATIONS = {"cpu": _compiled, "triton": _triton, "reference": reference.task_plan}
 
 
 def _task_plan(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
-    if task_ids.device.type == "cpu" or checking():
+    run = choose("task_plan", task_ids.device.type, _IMPLEMENTATIONS)
+    if run is not _compiled and (task_ids.device.type == "cpu" or checking()):
         check_range(task_ids, num_tasks)
-    return choose("task_plan", task_ids.device.type, _IMPLEMENTATIONS)(task_ids, num_tasks)
+    return run(task_ids, num_tasks)
 
 
 def _fake(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:

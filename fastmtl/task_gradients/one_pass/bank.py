@@ -323,9 +323,11 @@ class OnePassBank:
     def _task_gradients(self, present: Sequence[bool] | Tensor, device: torch.device) -> TaskGradients:
         params = [p for p in self.params if p in self._rows]
         known = [True] * len(self.names) if isinstance(present, Tensor) else present
+        each = [rows.unbind(0) if isinstance(rows, Tensor) else rows for rows in map(self._rows.__getitem__, params)]
         rows: list[Row] = [
-            [self._rows[p][t] for p in params] if here else [None] * len(params) for t, here in enumerate(known)
+            [of_param[t] for of_param in each] if here else [None] * len(params) for t, here in enumerate(known)
         ]
+        del each
         unshared = {p: self._unprojected[p] for p in self.params if p in self._unprojected}
         return TaskGradients(params, rows, unshared, self.names, present, device, poison=self._poison, references=1)
 
@@ -408,7 +410,10 @@ class OnePassBank:
                 before = torch.tensor([c > 0 for c in self._counts]).to(now.device)
             self._present = now if before is None else before | now
             self._counts = None
-        tally = (ids[:, None] == torch.arange(num_tasks + 1, device=ids.device)).sum(0)
+        if collected.counts is not None and ids.device.type == "cpu":
+            tally = torch.tensor([*collected.counts, len(ids) - sum(collected.counts)])
+        else:
+            tally = (ids[:, None] == torch.arange(num_tasks + 1, device=ids.device)).sum(0)
         self._tally = tally if self._tally is None else self._tally + tally
 
     def _streamed(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,7 +18,7 @@ from fastmtl.core.schemas import without_autocast
 from fastmtl.core.tensors import as_real
 from fastmtl.ops.gradients.gram import gram_rows
 from fastmtl.ops.task_weights.task_plan import task_plan_op
-from fastmtl.parameters import Params, describe
+from fastmtl.parameters import Params, describe, is_registered
 from fastmtl.task_gradients.one_pass.autograd.ends import CollectRows
 from fastmtl.task_gradients.one_pass.autograd.rows import RECEIVER, plain_gradients
 from fastmtl.task_gradients.one_pass.known_tensors import Held
@@ -186,7 +187,8 @@ class Batch:
         self.tracker.mark(self.given_ids, PerSample(0, self.outside))
         # parameters in the bank never reach DDP's hooks, which would wait for them: `apply` averages. The other two
         # settings would have DDP hand on its outputs by a function of its own, which can't be followed
-        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        wrapped = dist.is_available() and dist.is_initialized() and isinstance(self.model, nn.Module)
+        modules = self.model.modules() if wrapped else ()
         self.wrappers = [
             (m, {k: getattr(m, k) for k in _OF_DDP}) for m in modules if isinstance(m, DistributedDataParallel)
         ]
@@ -297,7 +299,8 @@ class Batch:
         for p, version in self.versions.items():
             if p._version != version:
                 raise RuntimeError(f"one_pass: {describe(p, self.params[p])} was changed since the block began")
-        if isinstance(self.model, nn.Module):
+        # a module may also have parameters of its own making, which `parameters()` alone tells
+        if isinstance(self.model, nn.Module) and not is_registered(self.params, self.model):
             now = dict.fromkeys(self.model.parameters(), True)
             gone = next((p for p in self.params if p not in now), None)
             if gone is not None:

@@ -206,6 +206,6 @@ def _check_task_ids(task_ids: Any, num_tasks: int) -> None:
     if task_ids.shape[0] == 0:
         raise ValueError("task_ids: expected at least one sample, got none")
     if task_ids.device.type == "cpu" or checking():
-        low, high = int(task_ids.min()), int(task_ids.max())
+        low, high = (int(x) for x in task_ids.aminmax())
         if low < -1 or high >= num_tasks:
             raise ValueError(f"task_ids: expected -1 (no task) or 0..{num_tasks - 1}, got {low if low < -1 else high}")

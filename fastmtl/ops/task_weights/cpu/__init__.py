@@ -1,7 +1,8 @@
 """Per-task weights on the CPU: the batch in segments of one weight each.
 
 `forward.py` and `backward.py` walk the segments (`batch.py`); `gradients.py` holds what the second collects, and
-`weight_grads.py` makes each task's gradient of a shared weight. `low_rank.py` is `task_lora`, with a walk of its own.
+`weight_grads.py` makes each task's gradient of a shared weight, `norm_grads.py` those of norms. `low_rank.py` is
+`task_lora`, with a walk of its own.
 
 Segments with many rows (output pixels) go through torch's own convolution: oneDNN is hard to beat, and what costs is
 around it. One scratch weight holds `W + s_t Delta_t` of one task at a time, tasks that see W itself are one segment,
