@@ -44,7 +44,7 @@ def assert_gradients(found: tuple[Tensor | None, ...], run, x: Tensor, g: Tensor
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("shape", [(2,), (6,), (6, 3), (4, 4, 4), (6, 5, 7), (2, 1100)], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (6, 3), (4, 4, 4), (6, 5, 7), (2, 1100)], ids=str)
 @pytest.mark.parametrize("affine", [True, False])
 def test_group_norm(shape: tuple[int, ...], affine: bool, dtype: torch.dtype, threads: None) -> None:
     x, g = (torch.randn(len(IDS), *shape, dtype=dtype) for _ in range(2))
