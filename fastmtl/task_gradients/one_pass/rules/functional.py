@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from fastmtl.task_gradients.one_pass.rules.agreement import first_axis, input_axis, only_axis
 from fastmtl.task_gradients.one_pass.sample_axis import CONSTANT, Axes, MixedSamples, PerSample, Unknown
 from fastmtl.task_gradients.one_pass.tensors import nested
@@ -25,9 +29,20 @@ def _batch_first(call: TorchCall) -> Axes:
     return first_axis(call)
 
 
+def _cell(call: TorchCall) -> Axes:
+    """One step of lstm, gru or rnn: input, state and weights."""
+    if _computed_from_samples(call, nested((call.args[2:], call.kwargs))):
+        return Unknown(f"{call.name} with weights that were computed from samples")
+    return first_axis(call)
+
+
 def _has_weights_of_samples(call: TorchCall) -> bool:
     """Whether another tensor than the input was computed from samples, and has not their number by chance."""
-    return any(x.requires_grad and call.carries_samples(x) for x in call.tensors()[1:])
+    return _computed_from_samples(call, call.tensors()[1:])
+
+
+def _computed_from_samples(call: TorchCall, weights: Sequence[Tensor]) -> bool:
+    return any(x.requires_grad and call.carries_samples(x) for x in weights)
 
 
 def _channelwise(call: TorchCall) -> Axes:
@@ -68,6 +83,12 @@ def _recurrent(call: TorchCall) -> Axes:
         return axis
     if axis.axis != (0 if call.args[8] else 1):  # batch_first
         return MixedSamples(f"{call.name} runs along the axis of the samples")
+    for state in nested(call.args[1]):
+        own = call.axis_of(state)
+        if isinstance(own, PerSample) and (own.axis != 1 or not own.agrees(axis)):
+            return Unknown(f"{call.name} with states of other samples, or along another axis than 1")
+    if _computed_from_samples(call, nested(call.args[2])):
+        return Unknown(f"{call.name} with weights that were computed from samples")
     return [axis, *[axis.at(1)] * (len(nested(call.out)) - 1)]
 
 
@@ -119,6 +140,7 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), _layer_norm),
     **dict.fromkeys(("lstm", "gru", "rnn"), _recurrent),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _cell),
     "batch_norm": _batch_norm,
     "task_plan.default": _task_plan,
 }
