@@ -233,3 +233,40 @@ def test_what_mixes_samples_is_refused() -> None:
     for match, call in calls.items():
         with pytest.raises(ValueError, match=match), fastmtl.one_pass([*model.parameters(), table], IDS, T):
             call().square().sum().backward()
+
+
+class Lines(nn.Module):
+    """Patches of pictures of several sizes one after another, each with its part of a table of positions.
+
+    Args:
+        ask: "table", by numbers; "picture", at places between its points.
+    """
+
+    def __init__(self, ask: str) -> None:
+        super().__init__()
+        self.first, self.table, self.ask = nn.Linear(D, D), nn.Parameter(torch.randn(9, D)), ask
+
+    def forward(self, x: Tensor, sizes: Tensor) -> Tensor:  # [N, 6, D], [N] -> [lines, D]
+        lines = self.first(x)[torch.arange(6) < sizes[:, None]]
+        begins = torch.repeat_interleave(nn.functional.pad(sizes.cumsum(0)[:-1], (1, 0)), sizes)
+        place = torch.arange(sizes.sum()) - begins
+        if self.ask == "table":
+            return lines * nn.functional.embedding(place + torch.repeat_interleave(sizes, sizes) % 3, self.table)
+        owner = (torch.arange(len(lines))[None] >= sizes.cumsum(0)[:, None]).sum(0)
+        at = torch.stack([place / sizes[owner], 0.5 * place / 6], -1)[None, :, None]
+        picture = self.table.view(3, 3, D).permute(2, 0, 1)[None]
+        asked = nn.functional.grid_sample(picture, at.to(x.dtype), mode="bicubic", align_corners=False)
+        return lines * asked.squeeze(0).squeeze(-1).T
+
+
+@pytest.mark.parametrize("sizes", [[4, 1, 6, 3, 3, 2, 5, 1], [3] * N], ids=["ragged", "even"])
+@pytest.mark.parametrize("ask", ["table", "picture"])
+def test_lines_of_pictures(ask: str, sizes: list[int]) -> None:
+    torch.manual_seed(0)
+    model, x, count = Lines(ask).double(), torch.randn(N, 6, D, dtype=torch.float64), torch.tensor(sizes)
+    params, tasks = list(model.parameters()), IDS.repeat_interleave(count)
+    losses = model(x, count).square().sum(1)
+    rows = [list(torch.autograd.grad(losses[tasks == t].sum(), params, retain_graph=True)) for t in range(T)]
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        model(x, count).square().sum().backward()
+    assert_rows(bank, rows)

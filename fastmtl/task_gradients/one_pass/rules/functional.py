@@ -36,6 +36,15 @@ def _cell(call: TorchCall) -> Axes:
     return first_axis(call)
 
 
+def _grid_sample(call: TorchCall) -> Axes:
+    """Pictures `[N, C, ...]`, or one picture for all, asked at places `[N, ..., dims]`."""
+    x, grid = call.argument(0, "input"), call.argument(1, "grid")
+    axis = call.axis_of(grid)
+    if isinstance(axis, PerSample) and not call.carries_samples(x) and 0 < axis.axis < grid.dim() - 1:
+        return axis.at(axis.axis + 1)  # behind the channels
+    return first_axis(call)
+
+
 def _has_weights_of_samples(call: TorchCall) -> bool:
     """Whether another tensor than the input was computed from samples, and has not their number by chance."""
     return _computed_from_samples(call, call.tensors()[1:])
@@ -139,6 +148,7 @@ RULES: dict[str, Rule] = {
         _channelwise,
     ),
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), _layer_norm),
+    **dict.fromkeys(("grid_sample", "grid_sampler"), _grid_sample),
     **dict.fromkeys(("lstm", "gru", "rnn"), _recurrent),
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _cell),
     "batch_norm": _batch_norm,
