@@ -353,6 +353,9 @@ class Tracker(ParameterRows, TorchFunctionMode):
         training = name == "batch_norm" and call.argument(5, "training", False)
         if self.bounded and writes(func) and not training:
             args, kwargs = self._bound_written(call)
+        if writes(func):  # which gives a view of the same memory another graph (`x[1:] += y`)
+            axes_before = {id(x): self.axis_of(x) for x in call.tensors()}
+            call = call._replace(axis_of=lambda x: axes_before.get(id(x)) or self.axis_of(x))
         out = self.run(func, args, kwargs)
         if training and any(x.requires_grad for x in nested(out)):
             self.meet_shared_statistics()

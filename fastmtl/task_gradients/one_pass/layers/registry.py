@@ -12,6 +12,7 @@ from fastmtl.task_gradients.one_pass.layers import (
     norms,
     products,
     task_layer,
+    writing,
 )
 from fastmtl.task_gradients.one_pass.layers.by_task import by_task
 from fastmtl.task_gradients.one_pass.layers.one_row import of_one_row
@@ -29,6 +30,7 @@ LAYERS: dict[str, Layer] = {
     **attention.LAYERS,
     **task_layer.LAYERS,
     **broadcast.LAYERS,
+    **writing.LAYERS,
 }
 
 
