@@ -10,6 +10,7 @@ import torch
 from cases_one_pass import IDS, N, T, assert_rows
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastmtl
@@ -43,6 +44,27 @@ class States(nn.Module):
         last = state[1] if isinstance(state, tuple) else state
         out = out if self.rnn.batch_first else out.transpose(0, 1)
         return out.flatten(1).square().sum(1) + last.sum((0, 2)).tanh()
+
+
+class Packed(nn.Module):
+    """Sequences of several lengths; the loss takes what the layer says of each step, and its last state."""
+
+    def __init__(self, kind: Any, in_turn: bool) -> None:
+        super().__init__()
+        self.first, self.of_samples = nn.Linear(D, D), nn.Linear(D, 2 * H)
+        self.rnn = kind(D, H, bidirectional=True, batch_first=True)
+        self.lengths = torch.tensor([4, 4, 3, 3, 2, 2, 1, 1] if in_turn else [2, 4, 1, 3, 4, 1, 2, 3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        h = self.of_samples(x.mean(1)).view(N, 2, H).transpose(0, 1)
+        sorted_ = bool((self.lengths.diff() <= 0).all())
+        packed = pack_padded_sequence(x, self.lengths, batch_first=True, enforce_sorted=sorted_)
+        packed = packed._replace(data=packed.data.tanh())
+        out, state = self.rnn(packed, (h, h) if isinstance(self.rnn, nn.LSTM) else h)
+        last = state[1] if isinstance(state, tuple) else state
+        padded, lengths = pad_packed_sequence(out, batch_first=True)
+        return padded.flatten(1).square().sum(1) / lengths + last.sum((0, 2)).tanh()
 
 
 class Steps(nn.Module):
@@ -122,6 +144,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gru, weight norm": _normed,
     "tanh": lambda: States(nn.RNN, "samples", batch_first=True),
     "relu": lambda: States(nn.RNN, "learned", batch_first=True, nonlinearity="relu"),
+    "lstm, packed": lambda: Packed(nn.LSTM, False),
+    "gru, packed in turn": lambda: Packed(nn.GRU, True),
     "lstm cell": lambda: Steps(nn.LSTMCell),
     "gru cell": lambda: Steps(nn.GRUCell),
     "tanh cell": lambda: Steps(nn.RNNCell),

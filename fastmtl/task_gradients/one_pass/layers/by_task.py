@@ -90,7 +90,7 @@ def _on_its_samples(
     if len(call.args) < 2 or call.kwargs or autocast_is_on(call.first().device.type):
         return None
     x, state = call.args[0], nested(call.args[1])
-    if call.name in ("lstm", "gru", "rnn"):
+    if call.name in ("lstm", "gru", "rnn") and x.dim() == 3:  # not packed
         dropout, train, batch_first = call.args[5], call.args[6], call.args[8]
         if dropout and train:
             return None
