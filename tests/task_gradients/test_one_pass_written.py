@@ -92,6 +92,7 @@ FORMS: dict[str, Form] = {
     "by numbers": _set((slice(None), torch.tensor([0, 3])), lambda m: m.word),
     "some samples": _set(torch.tensor([0, 3, 5]), lambda m: m.word),
     "one sample": _set(3, lambda m: m.word),
+    "one number of samples that lie last": lambda m, h: _set((..., 3), lambda m: m.number)(m, h.sum((1, 2))),
     "everywhere": _set(slice(None), lambda m: m.word),
     "memory that is filled": _filled,
     "a constant": _constant,
@@ -104,7 +105,7 @@ FORMS: dict[str, Form] = {
 
 
 def _losses(form: Form, model: Written) -> Tensor:
-    return form(model, model.first(X)).flatten(1).square().sum(1)
+    return form(model, model.first(X)).reshape(N, -1).square().sum(1)
 
 
 @pytest.mark.parametrize("memory", ["bank", "stream"])

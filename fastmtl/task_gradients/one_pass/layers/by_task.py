@@ -6,7 +6,10 @@ left, with zeros for what belongs to others; or, of recurrent layers without dro
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +29,22 @@ def by_task(tracker: LayerTracker, call: TorchCall) -> Followed:
     Raises:
         Unproven: why it isn't, or can't be run like that.
     """
-    tensors = list({id(x): x for x in call.tensors()}.values())
-    axes = [tracker.axis_of(x) for x in tensors]
     unfit = f"{call.name} is not among the layers that one_pass takes apart"
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or writes(call.func):
         raise Unproven(unfit)
+    # dynamo, which runs this as it is behind a graph break, is not to trace parts of it
+    run = _disabled() if "torch._dynamo" in sys.modules else _by_task
+    return run(tracker, call, unfit)  # type: ignore[no-any-return]
+
+
+@functools.lru_cache
+def _disabled() -> Any:
+    return sys.modules["torch._dynamo"].disable(_by_task)
+
+
+def _by_task(tracker: LayerTracker, call: TorchCall, unfit: str) -> Followed:
+    tensors = list({id(x): x for x in call.tensors()}.values())
+    axes = [tracker.axis_of(x) for x in tensors]
     if all(axis.task_ids.single_row() is not None for axis in axes if isinstance(axis, PerSample)):
         raise Unproven(unfit)  # of one task alone, which needs no proof
     params = [x for x, axis in zip(tensors, axes, strict=True) if isinstance(axis, FromParameters)]
@@ -55,21 +69,23 @@ def by_task(tracker: LayerTracker, call: TorchCall) -> Followed:
     ran = TorchCall(call.name, call.func, args, kwargs, axis_of, out if flows else replaced(out, lambda x: x.detach()))
     found = tracker.settled(ran)
     results = nested(out)
-    listed: list[PerSample] = []
-    for axis in found if isinstance(found, list) else [found] * len(results):
+    passed = [k for k, x in enumerate(results) if x.requires_grad]
+    listed = found if isinstance(found, list) else [found] * len(results)
+    along: list[PerSample] = []
+    for k in passed:
+        axis = listed[k]
         if not isinstance(axis, PerSample):
             raise Unproven(f"{unfit}; {reason(axis) or f'{call.name} sums over the samples'}")
-        listed.append(axis)
-    passed = [k for k, x in enumerate(results) if x.requires_grad]
+        along.append(axis)
     if not passed:
         return out, found
-    positions = [listed[k].positions() for k in passed]
+    positions = [axis.positions() for axis in along]
     on_host = positions[0].device.type == "cpu"
     num_rows = tracker.task_ids.num_rows
     rows: Sequence[int] = torch.cat(positions).unique().tolist() if on_host else range(num_rows)
-    passes: Passes | None = _on_its_samples(ran, list(leaves.values()), listed, passed) if on_host else None
+    passes: Passes | None = _on_its_samples(ran, list(leaves.values()), along, passed) if on_host else None
     if passes is None:
-        places = [(ids, listed[k].axis) for ids, k in zip(positions, passed, strict=True)]
+        places = [(ids, axis.axis) for ids, axis in zip(positions, along, strict=True)]
         passes = OnItsGraph(list(leaves.values()), [results[k] for k in passed], places)
     weights = [tracker.weight(p) for p in params]
     given = iter(
@@ -127,5 +143,5 @@ def _on_its_samples(
 
     return OnItsSamples(
         run, [y.detach() for y in saved], [of_leaf.get(id(y)) for y in saved], kept,
-        [out_axes[k].axis for k in passed], out_axes[0].positions(),
+        [axis.axis for axis in out_axes], out_axes[0].positions(),
     )  # fmt: skip

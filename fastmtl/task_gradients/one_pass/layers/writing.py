@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.layers.broadcast import lift
+from fastmtl.task_gradients.one_pass.layers.one_row import in_row_of
 from fastmtl.task_gradients.one_pass.layers.protocol import (
     Followed,
     Layer,
@@ -13,7 +14,7 @@ from fastmtl.task_gradients.one_pass.layers.protocol import (
     from_parameters,
 )
 from fastmtl.task_gradients.one_pass.rules.indexing import getitem
-from fastmtl.task_gradients.one_pass.sample_axis import Constant, PerSample, reason
+from fastmtl.task_gradients.one_pass.sample_axis import Constant, PerSample, SampleSum, reason
 from fastmtl.task_gradients.one_pass.tensors import nested
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 
@@ -34,11 +35,15 @@ def _setitem(tracker: LayerTracker, call: TorchCall) -> Followed:
     picked = x.detach()[index].requires_grad_()
     place = getitem(TorchCall("getitem", Tensor.__getitem__, (x, index), {}, tracker.axis_of, picked))
     assert not isinstance(place, list)
-    if not isinstance(place, PerSample):
-        raise Unproven(reason(place) or "it is written into a single sample")
-    if value.dim() > picked.dim():
+    if isinstance(place, SampleSum) and place.row is not None:  # a single number of a single sample
+        lifted = in_row_of(tracker, value, place.row, place.num_rows)
+    elif not isinstance(place, PerSample):
+        raise Unproven(reason(place) or "it is written into several samples at once")
+    elif value.dim() > picked.dim():
         raise Unproven("a parameter of more dimensions than the place where it is written")
-    tracker.run(call.func, (x, index, lift(tracker, value, picked.dim() - place.axis, place)), call.kwargs)
+    else:
+        lifted = lift(tracker, value, picked.dim() - place.axis, place)
+    tracker.run(call.func, (x, index, lifted), call.kwargs)
     return None, axis
 
 
