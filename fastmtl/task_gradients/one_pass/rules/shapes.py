@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.rules.agreement import first_axis, input_axis
-from fastmtl.task_gradients.one_pass.rules.indexing import taken
+from fastmtl.task_gradients.one_pass.rules.indexing import index_key, taken
 from fastmtl.task_gradients.one_pass.sample_axis import (
     CONSTANT,
     SAMPLE_SUM,
@@ -177,18 +177,17 @@ def _repeat_interleave(call: TorchCall) -> Axes:
             return Unknown("repeat_interleave of what carries no samples, as often as samples say")
     if isinstance(times, int):
         return PerSample(axis.axis, axis.task_ids, axis.outer, axis.inner * times)
-    return _repeated(axis, times, length)
-
-
-def _repeated(axis: PerSample, times: Tensor, length: int) -> PerSample | Unknown:
-    """Each of the positions of the axis as often as `times` says of it."""
     if torch.compiler.is_compiling():
         return Unknown("repeat_interleave by a tensor, in a compiled model")
-    if times.device.type == "cpu" and times.numel():
+    # on a GPU the call has waited for the host already, unless it was told how long its result is
+    if times.numel() and (times.device.type == "cpu" or call.kwargs.get("output_size") is None):
         low, high = (int(x) for x in times.aminmax())
         if low == high > 0:
             return PerSample(axis.axis, axis.task_ids, axis.outer, axis.inner * low)
-    return taken(axis, torch.arange(length, device=times.device).repeat_interleave(times), axis.axis)
+    index = torch.arange(length, device=times.device).repeat_interleave(times)
+    if axis.outer == axis.inner == 1:
+        return PerSample(axis.axis, axis.task_ids.take(index, ("repeated", index_key(times))))
+    return taken(axis, index, axis.axis)
 
 
 def _pad(call: TorchCall) -> Axes:
