@@ -71,6 +71,12 @@ def _view(m: Written, h: Tensor) -> Tensor:
     return h
 
 
+def _copied(m: Written, h: Tensor) -> Tensor:
+    h = h * 1
+    h[:, 1:].index_copy_(1, torch.tensor([3, 0]), m.words[1:].expand(N, 2, D))
+    return h
+
+
 def _part_added(m: Written, h: Tensor) -> Tensor:
     several = torch.stack([h, 2 * h, 3 * h])
     several[1:] += h
@@ -99,6 +105,9 @@ FORMS: dict[str, Form] = {
     "data": _data,
     "transposed": _transposed,
     "a view": _view,
+    "added by numbers": lambda m, h: (h * 1).index_add_(1, torch.tensor([5, 0]), m.words[:2].expand(N, 2, D)),
+    "copied into a view": _copied,
+    "in turn by a mask": lambda m, h: (h * 1).masked_scatter_(MASK[:, :, None], m.word.repeat(int(MASK.sum()))),
     "a part is added to": _part_added,
     "a permuted view is added to": _permuted,
 }

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastmtl.core.schemas import autocast_is_on
 from fastmtl.task_gradients.one_pass.autograd.by_task import ByTask, OnItsGraph, OnItsSamples, Passes
-from fastmtl.task_gradients.one_pass.layers.protocol import Followed, LayerTracker, Unproven
+from fastmtl.task_gradients.one_pass.layers.protocol import Followed, LayerTracker, Unproven, carries_samples
 from fastmtl.task_gradients.one_pass.sample_axis import CONSTANT, FromParameters, PerSample, SampleAxis, reason
-from fastmtl.task_gradients.one_pass.tensors import nested, replaced, versions
+from fastmtl.task_gradients.one_pass.tensors import Written, nested, replaced, versions
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
 from fastmtl.task_gradients.one_pass.torch_names import writes
 
@@ -30,11 +30,19 @@ def by_task(tracker: LayerTracker, call: TorchCall) -> Followed:
         Unproven: why it isn't, or can't be run like that.
     """
     unfit = f"{call.name} is not among the layers that one_pass takes apart"
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or writes(call.func):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         raise Unproven(unfit)
     # dynamo, which runs this as it is behind a graph break, is not to trace parts of it
     run = _disabled() if "torch._dynamo" in sys.modules else _by_task
-    return run(tracker, call, unfit)  # type: ignore[no-any-return]
+    if not writes(call.func):
+        return run(tracker, call, unfit)  # type: ignore[no-any-return]
+    x = call.first()
+    if x is not call.args[0] or not carries_samples(tracker, x):
+        raise Unproven(f"{unfit}; it writes into what carries no samples")
+    # on a copy of the samples, which is copied back
+    out, axis = run(tracker, call._replace(func=Written(call.func)), unfit)
+    tracker.mark(out, axis)
+    return tracker.follow(Tensor.copy_, (x, out), {})
 
 
 @functools.lru_cache
