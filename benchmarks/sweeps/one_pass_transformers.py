@@ -207,7 +207,9 @@ def run(model: nn.Module, mode: str, n: int) -> dict[str, Any]:
     params = [p for p in model.parameters() if p.requires_grad]
     model.zero_grad()
     try:
-        with fastmtl.one_pass(model, ids, TASKS, memory="stream" if mode == "stream" else "bank") as bank:
+        # of an expert to which one task's words are sent by chance, it must be said that all share it
+        memory = "stream" if mode == "stream" else "bank"
+        with fastmtl.one_pass(model, ids, TASKS, memory=memory, shared=model) as bank:
             _losses(model, given, n).sum().backward()
         off = _streamed(bank, params, want) if mode == "stream" else _banked(bank, params, want)
     except ValueError as error:

@@ -70,6 +70,21 @@ class _GradientsMixed(torch.autograd.Function):
         return g - g.mean(0)
 
 
+class _GradientsByAFactor(torch.autograd.Function):
+    """Forwards it is a plain product; backwards there is a factor, which is zero for these values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mixes: bool) -> Tensor:
+        ctx.save_for_backward((x > 1e6).to(x.dtype))
+        ctx.mixes = mixes
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return (g.mean(0) if ctx.mixes else g) * factor, None
+
+
 X, SQUARE, DEFINITE, SORTED = values(N, 3), values(N, N), _definite(), values(N, 3).sort(0).values
 TABLE = values(5, 3, seed=1)
 
@@ -91,6 +106,7 @@ APART: dict[str, tuple[Callable[[Tensor], Any], Tensor, int]] = {
     "kron turned": (lambda x: torch.kron(TABLE, x), X, 0),
     "renorm": (lambda x: x.renorm(2, 0, 0.5), X, 0),
     "rolled": (lambda x: x.roll(1, 0) * 2, X, 0),
+    "gradients that are zero": (lambda x: _GradientsByAFactor.apply(x, False), X, 0),
     "blocks": (lambda x: torch.block_diag(*x.unbind(0)), X, 0),
 }
 
@@ -116,6 +132,7 @@ MIXED: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "a gate without gradient": (_detached_gate, X),
     "a dead branch": (lambda x: x + torch.relu(x.mean(0) - 1e5), X),
     "without what is not finite": (lambda x: x - x.nan_to_num(0, 0, 0).clamp(-1, 1).mean(0), X),
+    "gradients alone, though not now": (lambda x: _GradientsByAFactor.apply(x, True), X),
     "gradients alone": (_GradientsMixed.apply, X),
     "ghost norm": (_in_parts, X),
     "ranked": (_rank, X),

@@ -425,11 +425,11 @@ MODELS: dict[str, Case] = {
     "experts on sequences": Case(Experts, _sequences),
     "positions repeated": Case(RepeatedPositions, _sequences),
     "spectrum": Case(Spectrum, _vectors),
-    "lstm": Case(lambda: Recurrent(nn.LSTM), _sequences, arguments={"fallback": "loop"}),
-    "gru": Case(lambda: Recurrent(nn.GRU), _sequences, arguments={"fallback": "loop"}),
-    "gru cell": Case(lambda: Cells(nn.GRUCell), _sequences, arguments={"fallback": "loop"}),
-    "lstm cell": Case(lambda: Cells(nn.LSTMCell), _sequences, arguments={"fallback": "loop"}),
-    "rnn": Case(lambda: Recurrent(nn.RNN), _sequences, arguments={"fallback": "loop"}),
+    "lstm": Case(lambda: Recurrent(nn.LSTM), _sequences),
+    "gru": Case(lambda: Recurrent(nn.GRU), _sequences),
+    "gru cell": Case(lambda: Cells(nn.GRUCell), _sequences),
+    "lstm cell": Case(lambda: Cells(nn.LSTMCell), _sequences),
+    "rnn": Case(lambda: Recurrent(nn.RNN), _sequences),
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ than 1e-8 of the longest row, the chain proves little, and counts as "right, as 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import random
@@ -98,7 +99,9 @@ class Chain(NamedTuple):
             x=rounded(self.x),
             weight=rounded(self.weight.detach()),
             steps=[_in_float32(step) for step in self.steps],
-            meeting=None if meeting is None else meeting._replace(param=rounded(meeting.param)),
+            meeting=None
+            if meeting is None
+            else meeting._replace(param=rounded(meeting.param), call=_in_float32(meeting.call)),
             then=[_in_float32(step) for step in self.then],
         )
 
@@ -135,6 +138,8 @@ def _through(steps: Sequence[Step], value: Tensor) -> Tensor:
 
 def _in_float32(step: Step) -> Step:
     """The same call with its constants in float32."""
+    if not isinstance(step, types.FunctionType):
+        return step
     if not step.__closure__:
         return step
     cells = [types.CellType(_float32(cell.cell_contents)) for cell in step.__closure__]
@@ -167,12 +172,38 @@ def _extended(d: Draw, value: Tensor, count: int) -> list[Step]:
     return steps
 
 
+class _Product(torch.autograd.Function):
+    """`F.linear`, into which nobody can look."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        last = x.shape[-1]
+        return g @ w, g.reshape(-1, len(w)).T @ x.reshape(-1, last)
+
+
+def _recurrent(x: Tensor, p: Tensor, *, w: Tensor, first: bool) -> Tensor:
+    state = x.new_zeros(1, x.shape[0 if first else 1], 2)
+    return torch.rnn_tanh(x, state, [p, w.to(p.dtype)], False, 1, 0.0, False, False, first)[0]  # type: ignore[no-any-return]
+
+
+def _written(x: Tensor, p: Tensor, *, where: Any) -> Tensor:
+    out = x * 1
+    out[where] = p
+    return out
+
+
 def _drawn_meeting(d: Draw, end: Tensor) -> Meeting:
     near = [lambda x, p: x * p, lambda x, p: p * x.tanh(), lambda x, p: torch.where(x > 0, x, x * p)]
     if not end.dim() or d.choose.random() < 0.3:
         return Meeting(1 + 0.3 * d.values(), d.choose.choice(near), False)
     last = end.shape[-1]
-    how = d.choose.randrange(6)
+    how = d.choose.randrange(10)
     if how == 0:
         return Meeting(d.values(3, last), lambda x, p: F.linear(x, p), True)
     if how == 1:
@@ -183,6 +214,17 @@ def _drawn_meeting(d: Draw, end: Tensor) -> Meeting:
         return Meeting(d.values(2, end.shape[1], 1), lambda x, p: F.conv1d(x, p), True)
     if how == 4:
         return Meeting(d.values(1), lambda x, p: F.prelu(x, p), False)
+    if how == 5:
+        return Meeting(d.values(2, last), _Product.apply, True)
+    if how == 6 and end.dim() == 2:
+        state, w = d.values(len(end), 2), d.values(2, 2)
+        return Meeting(d.values(2, last), lambda x, p: torch.rnn_tanh_cell(x, state, p, w), True)
+    if how == 7 and end.dim() == 3:
+        call = functools.partial(_recurrent, w=d.values(2, 2), first=d.choose.random() < 0.5)
+        return Meeting(d.values(2, last), call, True)
+    if how == 8:
+        where = d.mask(end) if d.choose.random() < 0.5 else (..., 0)
+        return Meeting(d.values(), functools.partial(_written, where=where), False)
     return Meeting(d.values(*d.choose.choice([(last,), (1,)])), d.choose.choice([*near, lambda x, p: x + p]), False)
 
 

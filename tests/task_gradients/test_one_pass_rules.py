@@ -147,7 +147,21 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], typ
     "tile": (lambda x: x.tile(3), (4, 3), (0,), PerSample),
     "repeat_interleave": (lambda x: x.repeat_interleave(2, 0), (4, 3), (0,), PerSample),
     "repeat_interleave of ids": (lambda x: x.repeat_interleave(3), (4,), (0,), PerSample),
-    "repeat_interleave flat": (lambda x: x.repeat_interleave(3), (4, 2), (0,), Unknown),
+    "repeat_interleave flat": (lambda x: x.repeat_interleave(3), (4, 2), (0,), PerSample),
+    "repeat_interleave flat, samples last": (lambda x: x.repeat_interleave(3), (2, 4), (1,), PerSample),
+    "repeat_interleave by a tensor": (
+        lambda x: x.repeat_interleave(torch.tensor([2, 0, 1, 3]), 1), (3, 4), (1,), PerSample
+    ),
+    "repeat_interleave evenly": (lambda x: x.repeat_interleave(torch.tensor([2] * 4), 0), (4, 3), (0,), PerSample),
+    "repeat_interleave merged": (
+        lambda x: x.reshape(-1).repeat_interleave(torch.tensor([1, 2] * 4)), (4, 2), (0,), PerSample
+    ),
+    "repeat_interleave others by a tensor": (
+        lambda x: x.repeat_interleave(torch.tensor([1, 2, 0]), 1), (4, 3), (0,), PerSample
+    ),
+    "grid_sample of one picture": (
+        lambda x: F.grid_sample(_weight(1, 2, 3, 3), x.tanh()[None], align_corners=False), (4, 3, 2), (0,), PerSample
+    ),
     "task_linear": (
         lambda x: task_linear(x, _weight(5, 3), [_weight(5, 3), None], OF_TASKS), (4, 2, 3), (0,), PerSample
     ),

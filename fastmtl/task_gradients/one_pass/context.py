@@ -50,8 +50,8 @@ class one_pass:
             can be named by `bank.samples(x, dim)`, and taken out by `bank.constant(x)`.
         mixing: `"error"`, or `"partition"`: batch norm in training mode is accepted; the rows are then the parts of the
             batch's gradient by samples, not the gradients of the tasks' losses; `cosines()` and `conflicts()` raise.
-        fallback: `"error"`, or `"loop"`: parameters of layers that can be followed or tried, but not taken apart (LSTM,
-            GRU, `cdist`) get their rows by T backward passes on masked losses.
+        fallback: `"error"`, or `"loop"`: parameters of calls that can be followed or tried, but not taken apart (a
+            diagonal in `einsum`) get their rows by T backward passes on masked losses.
         memory: `"bank"`: T x P; or `"stream"`: the Gram matrix layer by layer as gradients arise, and in `apply` one
             more backward pass with each sample's cotangent scaled by its task's weight. Nothing of size T x P is held,
             there are no rows to look at, and `apply` must be called before the graph is freed.

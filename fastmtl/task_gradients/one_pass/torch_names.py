@@ -119,12 +119,12 @@ for _k, _names in (
 # work on everything behind the first dimension (which is the samples')
 BATCH_FIRST = frozenset(
     _words("""
-    interpolate upsample upsample_nearest upsample_bilinear fold im2col col2im grid_sample
+    interpolate upsample upsample_nearest upsample_bilinear fold im2col col2im
     affine_grid dropout1d dropout2d dropout3d feature_dropout feature_alpha_dropout local_response_norm
-    instance_norm gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell group_norm native_group_norm channel_shuffle
+    instance_norm group_norm native_group_norm channel_shuffle
     max_unpool1d max_unpool2d max_unpool3d upsample_nearest1d upsample_nearest2d
     upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
-    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa grid_sampler
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa
     """)
 )
 

@@ -353,6 +353,9 @@ class Tracker(ParameterRows, TorchFunctionMode):
         training = name == "batch_norm" and call.argument(5, "training", False)
         if self.bounded and writes(func) and not training:
             args, kwargs = self._bound_written(call)
+        if writes(func):  # which gives a view of the same memory another graph (`x[1:] += y`)
+            axes_before = {id(x): self.axis_of(x) for x in call.tensors()}
+            call = call._replace(axis_of=lambda x: axes_before.get(id(x)) or self.axis_of(x))
         out = self.run(func, args, kwargs)
         if training and any(x.requires_grad for x in nested(out)):
             self.meet_shared_statistics()
@@ -364,14 +367,17 @@ class Tracker(ParameterRows, TorchFunctionMode):
                 out = (self.meet_task_statistics(out[0], axis, *args[5:7]), *out[1:])
         if name in _SHAPES and writes(func):
             return out, Unknown(f"{name}_ changes the shape of a tensor in place")
-        axes = axes_of_result(call.returned(out))
-        if self.experiments is not None and not torch.compiler.is_compiling():
-            axes = self.experiments.settle(
-                call.returned(out), axes, formula=self.running and not torch.is_grad_enabled()
-            )
+        axes = self.settled(call.returned(out))
         if self._sums(axes) and any(x.requires_grad for x in nested(out)) and not writes(func):
             out = func(*replaced(call.args, self.bound), **replaced(call.kwargs, self.bound))
         return out, axes
+
+    def settled(self, call: TorchCall) -> Axes:
+        """What is known of the results of a call that has run: by a rule, or else by experiment."""
+        axes = axes_of_result(call)
+        if self.experiments is None or torch.compiler.is_compiling():
+            return axes
+        return self.experiments.settle(call, axes, formula=self.running and not torch.is_grad_enabled())
 
     def _bound_written(self, call: TorchCall) -> tuple[Any, dict[str, Any]]:
         """The arguments of a call in place. A copy is written into first, to see whether samples flow together: the
@@ -479,9 +485,7 @@ class Tracker(ParameterRows, TorchFunctionMode):
         ran = TorchCall(
             call.name, call.func, args, kwargs, self._axis_beside_leaves, replaced(out, lambda x: x.detach())
         )
-        axes = axes_of_result(ran)
-        if self.experiments is not None and not torch.compiler.is_compiling():
-            axes = self.experiments.settle(ran, axes)
+        axes = self.settled(ran)
         for axis in axes if isinstance(axes, list) else [axes]:
             if not isinstance(axis, PerSample):
                 raise self._refused(call, f"{why}; {reason(axis) or f'{call.name} sums over the samples'}", loop=False)

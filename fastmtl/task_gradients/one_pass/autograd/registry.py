@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastmtl.task_gradients.one_pass.autograd.broadcast import ExpandByTask, SplitByTask
+from fastmtl.task_gradients.one_pass.autograd.by_task import ByTask
 from fastmtl.task_gradients.one_pass.autograd.conv import ConvByTask
 from fastmtl.task_gradients.one_pass.autograd.embeddings import EmbeddingByTask
 from fastmtl.task_gradients.one_pass.autograd.ends import CollectRows
@@ -19,6 +20,7 @@ FUNCTIONS = (
     GroupedByTask,
     ConvByTask,
     SharedByTask,
+    ByTask,
     EmbeddingByTask,
     ExpandByTask,
     SplitByTask,

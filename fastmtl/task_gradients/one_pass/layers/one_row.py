@@ -23,16 +23,19 @@ def of_one_row(tracker: LayerTracker, call: TorchCall) -> Followed | None:
     if len(rows) != 1 or None in rows or writes(call.func):
         return None
     (row,), num_rows = rows, carried[0].task_ids.num_rows
-    ids = torch.full((1,), row, device=carried[0].task_ids.ids.device)
 
     def lifted(p: Tensor) -> Tensor:
-        if not from_parameters(tracker, p):
-            return p
-        weight = tracker.weight(p).viewed(lambda v: v.unsqueeze(0))
-        out = ExpandByTask.apply(weight.value, ids, 0, weight.form, num_rows, *weight.targets).squeeze(0)
-        tracker.mark(out, in_row(out, row, num_rows))
-        return out
+        return in_row_of(tracker, p, row, num_rows) if from_parameters(tracker, p) else p
 
     args, kwargs = replaced(call.args, lifted), replaced(call.kwargs, lifted)
     out = tracker.run(call.func, args, kwargs)
     return out, axes_of_result(call._replace(args=args, kwargs=kwargs, out=out))
+
+
+def in_row_of(tracker: LayerTracker, p: Tensor, row: int, num_rows: int) -> Tensor:
+    """A parameter as one that belongs to a row of the bank."""
+    ids = torch.full((1,), row, device=tracker.task_ids.ids.device)
+    weight = tracker.weight(p).viewed(lambda v: v.unsqueeze(0))
+    out = ExpandByTask.apply(weight.value, ids, 0, weight.form, num_rows, *weight.targets).squeeze(0)
+    tracker.mark(out, in_row(out, row, num_rows))
+    return out

@@ -86,6 +86,10 @@ class LayerTracker(Protocol):
         """A call as if the model had made it."""
         ...
 
+    def settled(self, call: TorchCall) -> Axes:
+        """What is known of the results of a call that has run: by a rule, or else by experiment."""
+        ...
+
     def meet_shared_statistics(self) -> None:
         """Called where statistics are taken over samples of all tasks; raises unless that was accepted."""
         ...

@@ -12,7 +12,9 @@ from fastmtl.task_gradients.one_pass.layers import (
     norms,
     products,
     task_layer,
+    writing,
 )
+from fastmtl.task_gradients.one_pass.layers.by_task import by_task
 from fastmtl.task_gradients.one_pass.layers.one_row import of_one_row
 from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Layer, LayerTracker, Unproven
 from fastmtl.task_gradients.one_pass.torch_call import TorchCall
@@ -28,6 +30,7 @@ LAYERS: dict[str, Layer] = {
     **attention.LAYERS,
     **task_layer.LAYERS,
     **broadcast.LAYERS,
+    **writing.LAYERS,
 }
 
 
@@ -57,4 +60,4 @@ def _by_layer(tracker: LayerTracker, call: TorchCall) -> Followed:
             "an output that carries no samples: was the input made inside the block, or does it carry them along "
             "another dimension than batch_dim"
         )
-    raise Unproven(f"{call.name} is not among the layers that one_pass takes apart")
+    return by_task(tracker, call)

@@ -72,3 +72,8 @@ def first_axis(call: TorchCall) -> PerSample | Unknown:
     if isinstance(axis, PerSample) and axis.axis != 0:
         return Unknown(f"{call.name} takes samples along axis 0, but they lie along axis {axis.axis}")
     return axis
+
+
+def computed_from_samples(call: TorchCall, weights: Sequence[Tensor]) -> bool:
+    """Whether one of these tensors of a call was computed from samples, and has not their number by chance."""
+    return any(x.requires_grad and call.carries_samples(x) for x in weights)

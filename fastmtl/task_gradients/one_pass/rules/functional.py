@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from fastmtl.task_gradients.one_pass.rules.agreement import first_axis, input_axis, only_axis
+from fastmtl.task_gradients.one_pass.rules.agreement import (
+    computed_from_samples,
+    first_axis,
+    input_axis,
+    only_axis,
+)
 from fastmtl.task_gradients.one_pass.sample_axis import CONSTANT, Axes, MixedSamples, PerSample, Unknown
-from fastmtl.task_gradients.one_pass.tensors import nested
 from fastmtl.task_gradients.one_pass.torch_call import Rule, TorchCall
 from fastmtl.task_gradients.one_pass.torch_names import BATCH_FIRST, SPATIAL
 
@@ -25,9 +29,18 @@ def _batch_first(call: TorchCall) -> Axes:
     return first_axis(call)
 
 
+def _grid_sample(call: TorchCall) -> Axes:
+    """Pictures `[N, C, ...]`, or one picture for all, asked at places `[N, ..., dims]`."""
+    x, grid = call.argument(0, "input"), call.argument(1, "grid")
+    axis = call.axis_of(grid)
+    if isinstance(axis, PerSample) and not call.carries_samples(x) and 0 < axis.axis < grid.dim() - 1:
+        return axis.at(axis.axis + 1)  # behind the channels
+    return first_axis(call)
+
+
 def _has_weights_of_samples(call: TorchCall) -> bool:
     """Whether another tensor than the input was computed from samples, and has not their number by chance."""
-    return any(x.requires_grad and call.carries_samples(x) for x in call.tensors()[1:])
+    return computed_from_samples(call, call.tensors()[1:])
 
 
 def _channelwise(call: TorchCall) -> Axes:
@@ -57,18 +70,6 @@ def _batch_norm(call: TorchCall) -> Axes:
     if isinstance(axis, PerSample) and call.argument(5, "training", False):
         return MixedSamples(f"{call.name} in training mode takes its statistics over the whole batch")
     return axis
-
-
-def _recurrent(call: TorchCall) -> Axes:
-    """lstm, gru, rnn: outputs as the input, states `[layers, n, hidden]`."""
-    x, axis = call.args[0], input_axis(call)
-    if len(call.args) < 9 or x.dim() != 3:
-        return Unknown(f"{call.name} of packed sequences can't be followed")
-    if isinstance(axis, Unknown):
-        return axis
-    if axis.axis != (0 if call.args[8] else 1):  # batch_first
-        return MixedSamples(f"{call.name} runs along the axis of the samples")
-    return [axis, *[axis.at(1)] * (len(nested(call.out)) - 1)]
 
 
 def _task_op(call: TorchCall) -> Axes:
@@ -118,7 +119,7 @@ RULES: dict[str, Rule] = {
         _channelwise,
     ),
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), _layer_norm),
-    **dict.fromkeys(("lstm", "gru", "rnn"), _recurrent),
+    **dict.fromkeys(("grid_sample", "grid_sampler"), _grid_sample),
     "batch_norm": _batch_norm,
     "task_plan.default": _task_plan,
 }

@@ -103,7 +103,7 @@ class _Pick(NamedTuple):
     place: int
 
 
-def _taken(axis: PerSample, index: Tensor, place: int) -> PerSample | Unknown:
+def taken(axis: PerSample, index: Tensor, place: int) -> PerSample | Unknown:
     """Samples picked by a mask or by positions, which lie along `place` then."""
     if axis.outer != 1 or axis.inner != 1:
         if not axis.task_ids.on_host():
@@ -130,7 +130,7 @@ def _index_select(call: TorchCall) -> Axes:
     dim = dims_of(x, call.argument(1, "dim"))[0]
     axis = call.axis_of(x)
     if isinstance(axis, PerSample):
-        return _taken(axis, index, dim) if dim == axis.axis else axis
+        return taken(axis, index, dim) if dim == axis.axis else axis
     # constant rows picked by numbers that belong to samples
     axis = call.axis_of(index)
     if isinstance(axis, PerSample) and dim == 0 and index.dim() == 1:
@@ -206,7 +206,7 @@ def _picked(
     own = mine[0].tensor
     if mine[0].width != 1 or _is_mask(own):
         if len(picks) == 1 and own.dim() == 1:
-            return _taken(axis, own, place)
+            return taken(axis, own, place)
         if len(picks) == 1:
             return _masked(axis, own, mine[0].dim, place)
         return Unknown("a mask over the axis of the samples, beside other index tensors")
@@ -218,7 +218,7 @@ def _picked(
             return axis.at(place)
         if any(i.shape[0] not in (1, own.shape[0]) for i in tensors if i.dim()):
             return Unknown("index tensors of different lengths")
-        return _taken(axis, own, place)
+        return taken(axis, own, place)
     # arange(n) in one of several dimensions: x[arange(n)[:, None], positions]
     long = [d for d in range(own.dim()) if own.shape[d] != 1]
     if every and len(long) <= 1:

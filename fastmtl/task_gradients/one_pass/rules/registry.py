@@ -16,6 +16,7 @@ from fastmtl.task_gradients.one_pass.rules import (
     losses,
     parts,
     products,
+    recurrent,
     reductions,
     shapes,
 )
@@ -43,6 +44,7 @@ RULES: dict[str, Rule] = {
     **indexing.RULES,
     **products.RULES,
     **functional.RULES,
+    **recurrent.RULES,
 }
 
 

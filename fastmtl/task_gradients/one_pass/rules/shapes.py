@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.rules.agreement import first_axis, input_axis
+from fastmtl.task_gradients.one_pass.rules.indexing import index_key, taken
 from fastmtl.task_gradients.one_pass.sample_axis import (
     CONSTANT,
     SAMPLE_SUM,
@@ -148,15 +150,44 @@ def _repeat(call: TorchCall) -> Axes:
 
 
 def _repeat_interleave(call: TorchCall) -> Axes:
-    times, dim = call.argument(1, "repeats"), call.argument(2, "dim")
-    if dim is None and call.first().dim() == 1:
-        dim = 0
-    if not isinstance(times, int) or dim is None:
-        return Unknown("repeat_interleave by a tensor, or without dim, can't be followed")
-    axis = input_axis(call)
-    if isinstance(axis, Unknown) or dims_of(call.args[0], dim)[0] != axis.axis:
-        return axis
-    return PerSample(axis.axis, axis.task_ids, axis.outer, axis.inner * times)
+    x, times, dim = call.first(), call.argument(1, "repeats"), call.argument(2, "dim")
+    axis = call.axis_of(x)
+    if times is None:  # the numbers 0, 1, ..., each as often as the only argument says
+        times = x
+    if dim is None and x.dim() != 1 and isinstance(axis, PerSample):
+        found = _reshaped(call.name, x.shape, axis, (x.numel(),))
+        if not isinstance(found, PerSample):
+            return found
+        axis, length = found, x.numel()
+    elif dim is None and x.dim() != 1:
+        return Unknown("repeat_interleave of several dimensions of a constant, by samples")
+    else:
+        own = dims_of(x, 0 if dim is None else dim)[0]
+        length = x.shape[own]
+        if isinstance(axis, PerSample):
+            if own != axis.axis:
+                return axis
+        elif isinstance(times, Tensor) and not x.requires_grad and times.shape == (length,):
+            # a constant for each sample, as often as that sample says
+            by = call.axis_of(times)
+            if not isinstance(by, PerSample):
+                return by
+            axis = by.at(own)
+        else:
+            return Unknown("repeat_interleave of what carries no samples, as often as samples say")
+    if isinstance(times, int):
+        return PerSample(axis.axis, axis.task_ids, axis.outer, axis.inner * times)
+    if torch.compiler.is_compiling():
+        return Unknown("repeat_interleave by a tensor, in a compiled model")
+    # on a GPU the call has waited for the host already, unless it was told how long its result is
+    if times.numel() and (times.device.type == "cpu" or call.kwargs.get("output_size") is None):
+        low, high = (int(x) for x in times.aminmax())
+        if low == high > 0:
+            return PerSample(axis.axis, axis.task_ids, axis.outer, axis.inner * low)
+    index = torch.arange(length, device=times.device).repeat_interleave(times)
+    if axis.outer == axis.inner == 1:
+        return PerSample(axis.axis, axis.task_ids.take(index, ("repeated", index_key(times))))
+    return taken(axis, index, axis.axis)
 
 
 def _pad(call: TorchCall) -> Axes:
