@@ -19,6 +19,7 @@ std::vector<double> grams(const Rows& rows, const std::vector<int64_t>& first_pa
   const int T = rows.num_tasks;
   const Plan plan = make_plan(rows, first_param);
   const Kernels& kernel = kernels();
+  const GramBlock pairs = gram_of_pairs();
   const int64_t size = static_cast<int64_t>(T) * T;
   std::vector<double> partial(std::max<int64_t>(plan.num_chunks, 1) * size, 0.0);
   parallel_chunks(plan, [&](int64_t first, int64_t last) {
@@ -28,12 +29,16 @@ std::vector<double> grams(const Rows& rows, const std::vector<int64_t>& first_pa
       for_each_block(rows, plan, chunk, [&](const Block& block) {
         block_rows.read(block);
         const int type = static_cast<int>(block.param->dtype);
+        const Ahead ahead = block_rows.count() > kFollowed ? block_rows.ahead() : Ahead{};
+        if (pairs && block.param->dtype == DType::bf16) {
+          pairs(block_rows.pointers(), block_rows.count(), block.length, block_rows.tasks(), total, T, ahead);
+          return;
+        }
         // beyond one tile every row is loaded several times: convert it once
         const bool widen = kernel.widen[type] && block_rows.count() > 4;
         const void* const* pointers = widen ? block_rows.widened(block, kernel.widen[type]) : block_rows.pointers();
-        kernel.gram[widen ? static_cast<int>(DType::f32) : type](
-            pointers, block_rows.count(), block.length, block_rows.tasks(), total, T,
-            block_rows.count() > kFollowed ? block_rows.ahead() : Ahead{});
+        kernel.gram[widen ? static_cast<int>(DType::f32) : type](pointers, block_rows.count(), block.length,
+                                                                 block_rows.tasks(), total, T, ahead);
       });
     }
   });

@@ -39,6 +39,7 @@ struct Kernels {
   const char* name;
   GramBlock gram[4];        // by DType
   CombineBlock combine[4];  // weights are float, double for f64
+  GramBlock gram_pairs;     // of bf16 by dot products of pairs, which take subnormals for zero; null: none
   WidenBlock widen[4];      // bf16 and f16 to float
   Tiles tiles;
   Elementwise elementwise;
@@ -56,6 +57,7 @@ extern const Kernels kAvx512;
 std::vector<std::string> compiled_levels();
 std::vector<std::string> available_levels();
 const Kernels& kernels();
+GramBlock gram_of_pairs();  // of these kernels, or null where the processor has no such products
 void set_level(const std::string& name);
 
 }  // namespace fastmtl::cpu

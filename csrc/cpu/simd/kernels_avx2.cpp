@@ -93,7 +93,7 @@ inline VD fma(VD a, VD b, VD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 
 namespace fastmtl::cpu {
 using namespace avx2;
-extern const Kernels kAvx2 = FASTMTL_KERNELS("avx2");
+extern const Kernels kAvx2 = FASTMTL_KERNELS("avx2", nullptr);
 }  // namespace fastmtl::cpu
 
 #endif

@@ -6,11 +6,11 @@
 #include "cpu/simd/kernels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"))), \
                              apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")
 #endif
 
 namespace fastmtl::cpu::avx512 {
@@ -82,6 +82,26 @@ inline VD fma(VD a, VD b, VD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 
 #include "cpu/simd/kernels.inc"
 
+// for processors that have products of pairs; the rest of this file makes no use of these instructions
+struct BF16Pair {
+  uint16_t bits;
+};
+struct VP {
+  __m512bh v;
+  static constexpr int64_t kLanes = 32;
+  static VP load(const BF16Pair* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+};
+inline VF fma(VP a, VP b, VF c) { return {_mm512_dpbf16_ps(c.v, a.v, b.v)}; }
+template <>
+struct Factor<BF16Pair> {
+  using V = VP;
+};
+
+void gram_pairs(const void* const* rows, int count, int64_t length, const int* task, double* total, int stride,
+                const Ahead& ahead) {
+  gram_block<BF16Pair>(rows, count, length, task, total, stride, ahead);
+}
+
 }  // namespace
 }  // namespace fastmtl::cpu::avx512
 
@@ -93,7 +113,7 @@ inline VD fma(VD a, VD b, VD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 
 namespace fastmtl::cpu {
 using namespace avx512;
-extern const Kernels kAvx512 = FASTMTL_KERNELS("avx512");
+extern const Kernels kAvx512 = FASTMTL_KERNELS("avx512", &gram_pairs);
 }  // namespace fastmtl::cpu
 
 #endif

@@ -129,5 +129,5 @@ using VD = Lanes<double, 2>;
 
 namespace fastmtl::cpu {
 using namespace portable;
-extern const Kernels kPortable = FASTMTL_KERNELS("portable");
+extern const Kernels kPortable = FASTMTL_KERNELS("portable", nullptr);
 }  // namespace fastmtl::cpu

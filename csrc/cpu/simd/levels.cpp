@@ -63,6 +63,17 @@ std::atomic<const Kernels*>& active() {
 std::vector<std::string> compiled_levels() { return names(all()); }
 std::vector<std::string> available_levels() { return names(runnable()); }
 const Kernels& kernels() { return *active().load(std::memory_order_relaxed); }
+GramBlock gram_of_pairs() {
+#if defined(__x86_64__)
+  static const bool here = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") != 0;
+  }();
+  return here ? kernels().gram_pairs : nullptr;
+#else
+  return nullptr;
+#endif
+}
 void set_level(const std::string& name) { active() = find(name); }
 
 }  // namespace fastmtl::cpu
