@@ -31,6 +31,8 @@ PyMethodDef straight_calls[] = {
     {"has_variable", &fastmtl::cpu::has_variable, METH_O, nullptr},
     {"all_closed", fast<&fastmtl::cpu::all_closed>(), METH_FASTCALL, nullptr},
     {"task_batch_norm_given", fast<&fastmtl::cpu::task_batch_norm_given>(), METH_FASTCALL, nullptr},
+    {"task_conv_few", fast<&fastmtl::cpu::task_conv_few>(), METH_FASTCALL, nullptr},
+    {"task_conv_few_backward", fast<&fastmtl::cpu::task_conv_few_backward>(), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastmtl.core.task_weights import TaskConvCall
 from fastmtl.ops import task_conv2d, task_linear
 from fastmtl.ops.task_weights import reference
-from fastmtl.ops.task_weights.task_conv2d import read_geometry
+from fastmtl.ops.task_weights.arguments import read_geometry
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F64, F32, BF16, F16)

@@ -42,8 +42,7 @@ from fastmtl.kernels.task_weights import configs, operands
 from fastmtl.kernels.task_weights import conv_launchers as launchers
 from fastmtl.kernels.task_weights.configs import Tile
 from fastmtl.kernels.task_weights.tiles import quotient
-from fastmtl.ops.task_weights.arguments import TRITON_MAX_TASKS, triton_declines
-from fastmtl.ops.task_weights.task_conv2d import read_geometry
+from fastmtl.ops.task_weights.arguments import TRITON_MAX_TASKS, read_geometry, triton_declines
 
 # of one rounding to the dtype; the interpreter cuts bfloat16 off instead of rounding: 2^-8 on a GPU
 UNIT = {F32: 2.0**-24, BF16: 2.0**-7, F16: 2.0**-11}

@@ -50,13 +50,6 @@ struct Given {
   double eps = 0;
 };
 
-// samples in the order of their tasks
-struct Sorted {
-  const int64_t* order;
-  const int64_t* offsets;
-  int64_t num_tasks;
-};
-
 // what one task's samples are normalised by: the numbers of all channels, `rounds` times in a row
 template <class S>
 class Columns {
@@ -160,6 +153,8 @@ std::optional<Pictures> pictures_of(const PythonTensor& x, const PythonTensor& y
   return Pictures{n, c, h * w, !runs, *x.dtype, size_of(*x.dtype)};
 }
 
+}  // namespace
+
 std::optional<Sorted> sorted_of(PyObject* order_, PyObject* offsets_, int64_t num_tasks, int64_t samples) {
   const std::optional<PythonTensor> order = read_tensor(order_), offsets = read_tensor(offsets_);
   if (!order || !offsets || !order->is_int64 || !offsets->is_int64 || !order->is_vector(samples) ||
@@ -173,6 +168,8 @@ std::optional<Sorted> sorted_of(PyObject* order_, PyObject* offsets_, int64_t nu
     if (batch.order[i] < 0 || batch.order[i] >= samples) return std::nullopt;
   return batch;
 }
+
+namespace {
 
 // the numbers of the tasks that have samples; whether they can be read as they lie
 bool read_held(PyObject* dict, PyObject* names, const std::vector<int64_t>& present, const Pictures& p, Kept& kept,

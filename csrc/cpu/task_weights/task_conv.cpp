@@ -12,6 +12,7 @@
 
 #include "cpu/pages.h"
 #include "cpu/simd/kernels.h"
+#include "cpu/task_weights/task_conv.h"
 
 namespace fastmtl::cpu {
 namespace {
@@ -21,12 +22,6 @@ constexpr int64_t kDotPanels = 8;          // panels in a pass of it: 2 KB of a 
 constexpr int64_t kBackRows = 64;          // rows of the weight staged at a time for the input gradient
 constexpr int64_t kBackPanels = 4;         // panels in a pass of it
 constexpr int64_t kOuterFloats = 1 << 17;  // of the input that a pass of the weight gradient keeps in L2
-
-struct Image {
-  float* data;
-  int64_t stride[4];  // of sample, channel, row, column, in elements
-  int64_t size[4];
-};
 
 Image image_of(const Tensor& x, const void* data) {
   STD_TORCH_CHECK(x.dim() == 4 && dtype_of(x) == DType::f32, "fastmtl: expected a 4-D float32 tensor");
@@ -39,34 +34,18 @@ Image image_of(const Tensor& x, const void* data) {
   return image;
 }
 
-// one filter tap, seen from an output pixel
-struct Filter {
-  int64_t channels, kernel[2], stride[2], padding[2], dilation[2];
-  bool last;  // a row of the weight runs (kh, kw, channel), else (channel, kh, kw)
-  int64_t taps() const { return kernel[0] * kernel[1]; }
-  int64_t length() const { return channels * taps(); }
-  int64_t panels() const { return (length() + kPanel - 1) / kPanel; }
-};
-
-// the rows of the product: pixels of the output, sample by sample
-struct RowMap {
-  const int64_t* samples;
-  int64_t num_samples;
-  int64_t height, width;  // of the output
-  int64_t count() const { return num_samples * height * width; }
-  void find(int64_t m, int64_t* sample, int64_t* h, int64_t* w) const {
-    *w = m % width;
-    *h = m / width % height;
-    *sample = samples[m / (width * height)];
-  }
-};
-
 using Floats = std::unique_ptr<float[]>;
 Floats floats(int64_t count) { return Floats(new float[static_cast<size_t>(std::max<int64_t>(count, 1))]); }
 
+// multiplications, or numbers moved, that are worth a thread of their own
+constexpr int64_t kProducts = 1 << 16, kMoves = 1 << 14;
+
+// run(first, end) over parts of 0..count-1, in threads where each gets `worth` of work; `each`: that of one
 template <class F>
-void over(int64_t count, const F& run) {
-  if (count > 0) torch::stable::parallel_for(0, count, 1, run);
+void over(int64_t count, int64_t each, int64_t worth, const F& run) {
+  const int64_t grain = std::max<int64_t>(1, worth / std::max<int64_t>(each, 1));
+  if (count > grain) torch::stable::parallel_for(0, count, grain, run);
+  else if (count > 0) run(0, count);
 }
 
 // visits the taps of an output pixel: f(tap, pointer to channel 0 of the input pixel, or null outside)
@@ -86,7 +65,7 @@ inline void for_each_tap(const Image& x, const Filter& f, int64_t sample, int64_
 // input pixels under the filter, a: [panels][rows][kPanel] in the order of the weight's rows
 void pack_input(const Image& x, const Filter& f, const RowMap& map, float* a) {
   const int64_t rows = map.count(), length = f.length(), step = rows * kPanel;
-  over(rows, [&](int64_t first, int64_t end) {
+  over(rows, length, kMoves, [&](int64_t first, int64_t end) {
     for (int64_t m = first; m < end; ++m) {
       int64_t sample, h, w;
       map.find(m, &sample, &h, &w);
@@ -119,67 +98,55 @@ void unpack_input(const float* da, const Filter& f, const RowMap& map, const Ima
   const int64_t rows = map.count(), step = rows * kPanel, per_sample = map.height * map.width;
   constexpr int64_t kSlice = 64;  // channels of one sample that one thread adds up
   const int64_t slices = (f.channels + kSlice - 1) / kSlice;
-  over(map.num_samples * slices, [&](int64_t first, int64_t end) {
-    for (int64_t part = first; part < end; ++part) {
-      const int64_t s = part / slices, c0 = part % slices * kSlice, c1 = std::min(c0 + kSlice, f.channels);
-      float* base = dx.data + map.samples[s] * dx.stride[0];
-      const bool dense = dx.stride[1] == 1;
-      for (int64_t h = 0; h < dx.size[2]; ++h)
-        for (int64_t w = 0; w < dx.size[3]; ++w) {
-          float* pixel = base + h * dx.stride[2] + w * dx.stride[3];
-          for (int64_t c = c0; c < c1; ++c) pixel[c * dx.stride[1]] = 0;
-        }
-      for (int64_t r = 0; r < per_sample; ++r) {
-        const int64_t m = s * per_sample + r;
-        const float* row = da + m * kPanel;
-        auto at = [&](int64_t k) -> const float* { return row + k / kPanel * step + k % kPanel; };
-        for_each_tap(dx, f, map.samples[s], r / map.width, r % map.width, [&](int64_t tap, float* pixel) {
-          if (!pixel) return;
-          if (!f.last) {
-            const int64_t taps = f.taps();
-            for (int64_t c = c0; c < c1; ++c) pixel[c * dx.stride[1]] += *at(c * taps + tap);
-            return;
-          }
-          for (int64_t c = c0; c < c1;) {
-            const int64_t k = tap * f.channels + c;
-            const int64_t run = std::min(kPanel - k % kPanel, c1 - c);
-            const float* source = at(k);
-            if (dense)
-              for (int64_t i = 0; i < run; ++i) pixel[c + i] += source[i];
-            else
-              for (int64_t i = 0; i < run; ++i) pixel[(c + i) * dx.stride[1]] += source[i];
-            c += run;
-          }
-        });
-      }
-    }
-  });
+  over(map.num_samples * slices, std::min(f.channels, kSlice) * per_sample * f.taps(), kMoves,
+       [&](int64_t first, int64_t end) {
+         for (int64_t part = first; part < end; ++part) {
+           const int64_t s = part / slices, c0 = part % slices * kSlice, c1 = std::min(c0 + kSlice, f.channels);
+           float* base = dx.data + map.samples[s] * dx.stride[0];
+           const bool dense = dx.stride[1] == 1;
+           for (int64_t h = 0; h < dx.size[2]; ++h)
+             for (int64_t w = 0; w < dx.size[3]; ++w) {
+               float* pixel = base + h * dx.stride[2] + w * dx.stride[3];
+               for (int64_t c = c0; c < c1; ++c) pixel[c * dx.stride[1]] = 0;
+             }
+           for (int64_t r = 0; r < per_sample; ++r) {
+             const int64_t m = s * per_sample + r;
+             const float* row = da + m * kPanel;
+             auto at = [&](int64_t k) -> const float* { return row + k / kPanel * step + k % kPanel; };
+             for_each_tap(dx, f, map.samples[s], r / map.width, r % map.width, [&](int64_t tap, float* pixel) {
+               if (!pixel) return;
+               if (!f.last) {
+                 const int64_t taps = f.taps();
+                 for (int64_t c = c0; c < c1; ++c) pixel[c * dx.stride[1]] += *at(c * taps + tap);
+                 return;
+               }
+               for (int64_t c = c0; c < c1;) {
+                 const int64_t k = tap * f.channels + c;
+                 const int64_t run = std::min(kPanel - k % kPanel, c1 - c);
+                 const float* source = at(k);
+                 if (dense)
+                   for (int64_t i = 0; i < run; ++i) pixel[c + i] += source[i];
+                 else
+                   for (int64_t i = 0; i < run; ++i) pixel[(c + i) * dx.stride[1]] += source[i];
+                 c += run;
+               }
+             });
+           }
+         }
+       });
 }
 
-// the weights of one task: rows of `length`, contiguous
-struct Weights {
-  const char* weight = nullptr;
-  const char* delta = nullptr;
-  float gate = 1;
-  DType dtype = DType::f32;
-  int64_t rows = 0, length = 0;
-  void stage(const Kernels& k, int64_t row, int64_t from, int64_t floats, int64_t next, float* target) const {
-    const int64_t skip = (row * length + from) * size_of(dtype);
-    const int64_t there = std::max<int64_t>(std::min(floats, length - from), 0);
-    k.tiles.stage[static_cast<int>(dtype)](weight ? weight + skip : nullptr, delta ? delta + skip : nullptr, gate,
-                                           there, floats, row + next < rows ? next * length : 0, target);
-  }
-};
+}  // namespace
 
-void forward(const Image& x, const Filter& f, const RowMap& map, const Weights& weights, const float* bias,
-             const Image& y) {
+void direct_forward(const Image& x, const Filter& f, const RowMap& map, const Weights& weights, const float* bias,
+                    const Image& y) {
   const Kernels& kernel = kernels();
   const int64_t rows = map.count(), num_out = weights.rows, panels = f.panels();
   Floats a = floats(panels * rows * kPanel);
   pack_input(x, f, map, a.get());
   Floats out = floats(rows * num_out);
   const int64_t blocks = (num_out + kDotRows - 1) / kDotRows;
-  over(blocks, [&](int64_t first, int64_t end) {
+  over(blocks, kDotRows * f.length() * rows, kProducts, [&](int64_t first, int64_t end) {
     std::vector<float> staged(static_cast<size_t>(kDotRows * kDotPanels * kPanel));
     for (int64_t p = 0; p < panels; p += kDotPanels) {
       const int64_t count = std::min(kDotPanels, panels - p);
@@ -195,7 +162,7 @@ void forward(const Image& x, const Filter& f, const RowMap& map, const Weights& 
       }
     }
   });
-  over(rows, [&](int64_t first, int64_t end) {
+  over(rows, num_out, kMoves, [&](int64_t first, int64_t end) {
     for (int64_t m = first; m < end; ++m) {
       int64_t sample, h, w;
       map.find(m, &sample, &h, &w);
@@ -208,12 +175,14 @@ void forward(const Image& x, const Filter& f, const RowMap& map, const Weights& 
   });
 }
 
+namespace {
+
 // g: [ceil(num_out / kTall)][rows][kTall] (by_row false) or [ceil(rows / kTall)][num_out][kTall]
 Floats pack_grad(const Image& g, const RowMap& map, bool by_row) {
   const int64_t rows = map.count(), num_out = g.size[1];
   const int64_t tiles = ((by_row ? rows : num_out) + kTall - 1) / kTall;
   Floats packed = floats(tiles * kTall * (by_row ? num_out : rows));
-  over(rows, [&](int64_t first, int64_t end) {
+  over(rows, num_out, kMoves, [&](int64_t first, int64_t end) {
     for (int64_t m = first; m < end; ++m) {
       int64_t sample, h, w;
       map.find(m, &sample, &h, &w);
@@ -228,40 +197,38 @@ Floats pack_grad(const Image& g, const RowMap& map, bool by_row) {
   return packed;
 }
 
-void input_gradient(const Image& g, const Filter& f, const RowMap& map, const Weights& weights, const Image& dx) {
+}  // namespace
+
+void direct_input_gradient(const Image& g, const Filter& f, const RowMap& map, const Weights& weights,
+                           const Image& dx) {
   const Kernels& kernel = kernels();
   const int64_t rows = map.count(), num_out = weights.rows, panels = f.panels();
   const Floats packed = pack_grad(g, map, true);
   Floats da = floats(panels * rows * kPanel);
-  over((panels + kBackPanels - 1) / kBackPanels, [&](int64_t first, int64_t end) {
-    std::vector<float> staged(static_cast<size_t>(kBackRows * kBackPanels * kPanel));
-    for (int64_t group = first; group < end; ++group) {
-      const int64_t p = group * kBackPanels, count = std::min(kBackPanels, panels - p), width = kBackPanels * kPanel;
-      std::fill(da.get() + p * rows * kPanel, da.get() + (p + count) * rows * kPanel, 0.0f);
-      for (int64_t n = 0; n < num_out; n += kBackRows) {
-        const int64_t num = std::min(kBackRows, num_out - n);
-        for (int64_t i = 0; i < num; ++i)
-          weights.stage(kernel, n + i, p * kPanel, count * kPanel, kBackRows, staged.data() + i * width);
-        for (int64_t q = 0; q < count; ++q)
-          for (int64_t m = 0; m < rows; m += kTall)
-            kernel.tiles.back(staged.data() + q * kPanel, width, num, packed.get() + (m / kTall * num_out + n) * kTall,
-                              static_cast<int>(std::min<int64_t>(kTall, rows - m)),
-                              da.get() + ((p + q) * rows + m) * kPanel);
-      }
-    }
-  });
+  over((panels + kBackPanels - 1) / kBackPanels, kBackPanels * kPanel * num_out * rows, kProducts,
+       [&](int64_t first, int64_t end) {
+         std::vector<float> staged(static_cast<size_t>(kBackRows * kBackPanels * kPanel));
+         for (int64_t group = first; group < end; ++group) {
+           const int64_t p = group * kBackPanels, count = std::min(kBackPanels, panels - p),
+                         width = kBackPanels * kPanel;
+           std::fill(da.get() + p * rows * kPanel, da.get() + (p + count) * rows * kPanel, 0.0f);
+           for (int64_t n = 0; n < num_out; n += kBackRows) {
+             const int64_t num = std::min(kBackRows, num_out - n);
+             for (int64_t i = 0; i < num; ++i)
+               weights.stage(kernel, n + i, p * kPanel, count * kPanel, kBackRows, staged.data() + i * width);
+             for (int64_t q = 0; q < count; ++q)
+               for (int64_t m = 0; m < rows; m += kTall)
+                 kernel.tiles.back(
+                     staged.data() + q * kPanel, width, num, packed.get() + (m / kTall * num_out + n) * kTall,
+                     static_cast<int>(std::min<int64_t>(kTall, rows - m)), da.get() + ((p + q) * rows + m) * kPanel);
+           }
+         }
+       });
   unpack_input(da.get(), f, map, dx);
 }
 
-struct Spread {
-  float* weight = nullptr;  // sum over tasks, float
-  bool add = false;
-  char* delta = nullptr;  // gate * gradient, in the dtype of the weights
-  bool gate = false;      // whether <gradient, Delta> is wanted
-};
-
-double weight_gradient(const Image& x, const Image& g, const Filter& f, const RowMap& map, const Weights& weights,
-                       const Spread& spread) {
+double direct_weight_gradient(const Image& x, const Image& g, const Filter& f, const RowMap& map,
+                              const Weights& weights, const Spread& spread) {
   const Kernels& kernel = kernels();
   const int64_t rows = map.count(), num_out = weights.rows, panels = f.panels();
   Floats a = floats(panels * rows * kPanel);
@@ -271,7 +238,7 @@ double weight_gradient(const Image& x, const Image& g, const Filter& f, const Ro
   const int64_t pass = std::max<int64_t>(1, kOuterFloats / (rows * kPanel));
   // one per tile, added up in order: the same whatever the threads
   std::vector<double> products(static_cast<size_t>(tiles), 0.0);
-  over(tiles, [&](int64_t first, int64_t end) {
+  over(tiles, kTall * f.length() * rows, kProducts, [&](int64_t first, int64_t end) {
     float e[kTall * kPanel];
     for (int64_t p = 0; p < panels; p += pass)
       for (int64_t tile = first; tile < end; ++tile) {
@@ -297,6 +264,8 @@ double weight_gradient(const Image& x, const Image& g, const Filter& f, const Ro
   for (double product : products) total += product;
   return total;
 }
+
+namespace {
 
 // geometry: kh, kw, stride, padding, dilation (height, width each), and 1 if rows of the weight run channels last
 Filter filter_of(const std::vector<int64_t>& geometry, int64_t channels) {
@@ -375,7 +344,7 @@ void forward_op(Tensor x, std::optional<Tensor> weight, const std::vector<Tensor
   check_each(bias_rows, segments.count(), rows ? bias->size(0) : 0, "bias");
   for (size_t k = 0; k < segments.count(); ++k) {
     const float* added = bias_rows[k] < 0 ? nullptr : rows + bias_rows[k] * out.size[1];
-    forward(in, f, segments.rows(k, out), segments.weights(k, f, out.size[1]), added, out);
+    direct_forward(in, f, segments.rows(k, out), segments.weights(k, f, out.size[1]), added, out);
   }
 }
 
@@ -407,7 +376,7 @@ void backward_op(Tensor grad_out, Tensor x, std::optional<Tensor> weight, const 
   for (size_t k = 0; k < count; ++k) {
     const RowMap map = segments.rows(k, g);
     const Weights weights = segments.weights(k, f, g.size[1]);
-    if (wants_x[k] == 1) input_gradient(g, f, map, weights, dx);
+    if (wants_x[k] == 1) direct_input_gradient(g, f, map, weights, dx);
     if (wants_weight[k] != 1) continue;
     Spread spread;
     Weights shape;
@@ -427,7 +396,7 @@ void backward_op(Tensor grad_out, Tensor x, std::optional<Tensor> weight, const 
     }
     spread.gate = gate_places[k] >= 0;
     STD_TORCH_CHECK(!spread.gate || weights.delta != nullptr, "fastmtl: the gate's gradient needs a delta");
-    const double product = weight_gradient(in, g, f, map, weights, spread);
+    const double product = direct_weight_gradient(in, g, f, map, weights, spread);
     if (spread.gate) gate_gradients[gate_places[k]] = static_cast<float>(product);
   }
 }

@@ -12,8 +12,7 @@ from fastmtl.nn.containers import Tasks
 from fastmtl.nn.layers.gate import TapsGate
 from fastmtl.nn.layers.weights import Rank, TaskLayer, check_plain, equal_ranks
 from fastmtl.ops import task_conv2d
-from fastmtl.ops.task_weights.arguments import Pair, read_pair
-from fastmtl.ops.task_weights.task_conv2d import read_geometry
+from fastmtl.ops.task_weights.arguments import Pair, read_geometry, read_pair
 
 
 class TaskConv2d(TaskLayer):

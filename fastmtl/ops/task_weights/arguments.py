@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastmtl.core.task_weights import LowRankDeltas, TaskPlan, TaskWeights
+from fastmtl.core.task_weights import Geometry, LowRankDeltas, TaskPlan, TaskWeights
 from fastmtl.core.tensors import FLOAT_DTYPES
 
 Delta: TypeAlias = "Tensor | Sequence[Tensor | None] | torch.nn.ParameterList | None"
@@ -40,6 +40,31 @@ def read_pair(value: Any, argument: str, least: int) -> tuple[int, int]:
     if min(pair) < least:
         raise ValueError(f"{argument}: expected at least {least}, got {value!r}")
     return pair
+
+
+def read_geometry(
+    stride: Pair, padding: Pair | str, dilation: Pair, groups: int, kernel: Sequence[int]
+) -> tuple[Geometry, tuple[int, int]]:
+    """The geometry, and rows and columns of zeros that `padding="same"` needs after x beyond it."""
+    strides, dilations = read_pair(stride, "stride", 1), read_pair(dilation, "dilation", 1)
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise TypeError(f"groups: expected an int, got {type(groups).__name__}")
+    if groups < 1:
+        raise ValueError(f"groups: expected at least 1, got {groups}")
+    extra = (0, 0)
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding: expected ints, 'same' or 'valid', got {padding!r}")
+        total = (0, 0)
+        if padding == "same":
+            if strides != (1, 1):
+                raise ValueError(f"padding: 'same' needs stride 1, got stride {stride!r}")
+            total = tuple(d * (k - 1) for d, k in zip(dilations, kernel, strict=True))
+        pads = (total[0] // 2, total[1] // 2)
+        extra = (total[0] % 2, total[1] % 2)
+    else:
+        pads = read_pair(padding, "padding", 0)
+    return Geometry(strides, pads, dilations, groups), extra
 
 
 def check_companion(value: Any, argument: str, x: Tensor) -> None:

@@ -79,7 +79,7 @@ def define_layer(
         found = backward_op(
             grad_out, x, weight, delta, ctx.delta_tasks, gate, bias, order, offsets, *ctx.geometry, wanted, wanted_delta
         )
-        grad_x, grad_weight, grad_delta, grad_gate, grad_bias = _by_argument(found, wanted, wanted_delta, len(delta))
+        grad_x, grad_weight, grad_delta, grad_gate, grad_bias = by_argument(found, wanted, wanted_delta, len(delta))
         rest = [None] * (2 + len(ctx.geometry))
         return grad_x, grad_weight, grad_delta, no_gradient(ctx.delta_tasks), grad_gate, grad_bias, *rest
 
@@ -115,7 +115,7 @@ def define_layer(
     return op, backward_op
 
 
-def _by_argument(
+def by_argument(
     found: Sequence[Tensor], wanted: Sequence[bool], wanted_delta: Sequence[int], num_delta: int
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], Tensor | None, Tensor | None]:
     """What a backward op returned, as x, weight, delta, gate, bias."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastmtl.core.dispatch import triton_kernels
 from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskPlan, TaskWeights, shape_of_one
 from fastmtl.ops.gradients.combine import mark_written
-from fastmtl.ops.task_weights import reference
+from fastmtl.ops.task_weights import reference, straight
 from fastmtl.ops.task_weights.arguments import (
     Delta,
     agreed_tasks,
@@ -69,6 +69,10 @@ def task_linear(
         >>> task_linear(x, torch.ones(1, 3), [None, torch.ones(1, 3)], ids, gate=torch.tensor([1.0, 0.5])).flatten()
         tensor([4.5000, 3.0000])
     """
+    if not torch.compiler.is_compiling():
+        y = straight.linear(task_linear_backward_op, x, weight, delta, task_ids, gate, bias)
+        if y is not None:
+            return y
     check_input(x)
     if x.dim() < 2:
         raise ValueError(f"x: expected shape [N, ..., Cin], got {list(x.shape)}")

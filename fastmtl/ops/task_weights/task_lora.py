@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.core.autograd import no_view
-from fastmtl.core.dispatch import choose, straight_to_cpu, triton_kernels
-from fastmtl.core.schemas import autocast_is_on, define_op
+from fastmtl.core.dispatch import choose, triton_kernels
+from fastmtl.core.schemas import define_op
 from fastmtl.core.task_weights import LoraGradients, LowRankDeltas, SortedBatch, TaskLoraCall, TaskPlan
 from fastmtl.ops.task_weights import reference
 from fastmtl.ops.task_weights.arguments import (
@@ -32,6 +32,7 @@ from fastmtl.ops.task_weights.cpu.low_rank import lora as lora_on_cpu
 from fastmtl.ops.task_weights.cpu.low_rank import lora_backward as lora_backward_on_cpu
 from fastmtl.ops.task_weights.operators import no_gradient, wanted_deltas
 from fastmtl.ops.task_weights.precision import cast_by_autocast
+from fastmtl.ops.task_weights.straight import PLAIN, may_go_straight
 from fastmtl.ops.task_weights.task_plan import read_plan, task_plan
 
 
@@ -233,8 +234,6 @@ task_lora_backward_op = define_op(
 
 # --- past the op, which takes longer than a small layer itself
 
-_PLAIN = {Tensor, torch.nn.Parameter}
-
 
 def _straight(
     x: Tensor,
@@ -246,7 +245,7 @@ def _straight(
     bias: Tensor | None,
 ) -> Tensor | None:
     """`task_lora` of plain tensors on the CPU, eager; None: the op must see the call, or say what is wrong with it."""
-    if type(x) not in _PLAIN or not _may_go_straight(x):
+    if type(x) not in PLAIN or not may_go_straight(x):
         return None
     tasks: list[int] = []
     if isinstance(A, list) and isinstance(B, list) and len(A) == len(B):
@@ -271,7 +270,7 @@ def _straight(
         scaling = float(scaling)
     elif scaling is not None:
         return None
-    if not {*map(type, A), *map(type, B), *map(type, others)} <= _PLAIN:
+    if not {*map(type, A), *map(type, B), *map(type, others)} <= PLAIN:
         return None
     if not isinstance(task_ids, TaskPlan):
         if type(task_ids) is not Tensor or not task_ids.is_cpu or task_ids.dim() == 0 or num_tasks == 0:
@@ -284,10 +283,6 @@ def _straight(
         return _Straight.apply(len(A), tasks, x, weight, scaling, bias, order, offsets, *A, *B)
     deltas = LowRankDeltas(A, B, tasks, scaling)
     return no_view(lora_on_cpu(x, TaskLoraCall(weight, deltas, SortedBatch(order, offsets), bias)))
-
-
-def _may_go_straight(x: Tensor) -> bool:
-    return x.is_cpu and straight_to_cpu() and not autocast_is_on("cpu")
 
 
 class _Straight(torch.autograd.Function):
@@ -320,7 +315,7 @@ class _Straight(torch.autograd.Function):
         scaling = ctx.number if scaling is None else scaling
         call = TaskLoraCall.of(weight, factors[:count], factors[count:], ctx.tasks, scaling, bias, order, offsets)
         as_of_op = needs[0], needs[1], needs[6 : 6 + count], needs[6 + count :], None, needs[2], needs[3]
-        straight = not torch.is_grad_enabled() and type(grad_out) is Tensor and _may_go_straight(grad_out)
+        straight = not torch.is_grad_enabled() and type(grad_out) is Tensor and may_go_straight(grad_out)
         run = lora_backward_on_cpu if straight else _by_op
         grad_x, grad_weight, grad_a, grad_b, grad_scaling, grad_bias = _gradients(grad_out, x, call, as_of_op, run)
         return None, None, grad_x, grad_weight, grad_scaling, grad_bias, None, None, *grad_a, *grad_b

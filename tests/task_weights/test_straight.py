@@ -1,0 +1,133 @@
+"""Eager calls of `task_linear` and `task_conv2d` past their ops: the same values, wherever they may be made."""
+
+from __future__ import annotations
+
+import cases_task as table
+import pytest
+import torch
+from cases_task import BF16, F64, GEOMETRIES, ConvCase, LinearCase, Made, TaskCase
+from conftest import Backend
+from torch import Tensor
+
+from fastmtl.ops import task_plan
+from fastmtl.ops.task_weights.cpu import direct
+
+LAYERS: list[TaskCase] = [
+    LinearCase(leading=(6,)),
+    LinearCase(leading=(3, 4), ids_dims=2, cin=70),
+    LinearCase(leading=(6, 3), cin=64, cout=13, weight_layout="contiguous"),
+    ConvCase(size=(3, 3)),
+    ConvCase(kernel=(1, 1), padding=0, size=(2, 4), x_layout="channels_last"),
+    ConvCase(**GEOMETRIES["k3_s2"], x_layout="channels_last", weight_layout="channels_last", cin=20),
+]
+TASKS = [
+    {"ids": "turns"},
+    {"ids": "absent", "num_tasks": 5, "gate": "values", "bias": "shared"},
+    {"ids": "random", "num_tasks": 4, "gate": "zeros", "bias": "per_task"},
+    {"ids": "turns", "num_tasks": 4, "gate": "zeros", "delta": "nones", "bias": "shared", "ids_dtype": torch.int32},
+    {"ids": "runs", "gate": "closed"},
+    {"ids": "runs", "delta": "stacked", "gate": "zeros"},
+    {"ids": "turns", "delta": None, "bias": "per_task"},
+    {"ids": "turns", "shared": False, "gate": "values"},
+    {"ids": "turns", "shared": False, "delta": "stacked"},
+]
+CASES = [layer.but(**tasks) for layer in LAYERS for tasks in TASKS]
+# a stack in the order of a channels_last filter is the op's
+CASES = [c for c in CASES if not (c.weight_layout == "channels_last" and c.delta == "stacked" and c.shared)]
+
+
+def is_straight(y: Tensor) -> bool:
+    return "Few" in y.grad_fn.name()
+
+
+def by_op(case: TaskCase, made: Made) -> Tensor:
+    op = torch.ops.fastmtl.task_conv2d if isinstance(case, ConvCase) else torch.ops.fastmtl.task_linear
+    return op(*case.op_arguments(made))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_the_op(case: TaskCase) -> None:
+    made, want = case.make().leaves(), table.expected(case)
+    y = case.run(made)
+    assert is_straight(y)
+    found = table.gradients(y, made)
+    table.assert_result(case, y, want)
+    table.assert_gradients(case, made, found, want)
+    with torch.no_grad():
+        assert torch.equal(case.run(made, task_plan(made.task_ids, case.num_tasks)), y)
+    op = by_op(case, made)
+    assert not is_straight(op) and op.stride() == y.stride()
+    of_op = table.gradients(op, made)
+    for name, grad in found.items():
+        assert (grad is None) == (of_op[name] is None), name
+        assert grad is None or grad.stride() == of_op[name].stride(), name
+    # it is the same product
+    assert torch.equal(op, y)
+
+
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[3]], ids=["linear", "conv"])
+def test_second_derivatives_are_those_of_the_op(layer: TaskCase) -> None:
+    case = layer.but(gate="values", bias="per_task")
+    made = case.make().leaves()
+    inputs = [p for p in made.named().values() if p is not None]
+
+    def second(y: Tensor) -> list[Tensor]:
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+
+    y = case.run(made)
+    assert is_straight(y)
+    torch.testing.assert_close(second(y), second(by_op(case, made)))
+
+
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[4]], ids=["linear", "conv"])
+def test_a_limit_of_rows_sends_it_to_the_op(layer: TaskCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = layer.but(gate="zeros", ids="turns")
+    made, want = case.make().leaves(), table.expected(case)
+    # the forward pass alone is for the direct product
+    monkeypatch.setattr(direct, "INPUT_GRADIENT_ROWS", 0)
+    y = case.run(made)
+    assert is_straight(y)
+    table.assert_gradients(case, made, table.gradients(y, made), want)
+    monkeypatch.setattr(direct, "FORWARD_ROWS", 0)
+    y = case.run(made)
+    assert not is_straight(y)
+    table.assert_result(case, y, want)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": F64},
+        {"dtype": BF16, "weight_dtype": torch.float32},
+        {"x_layout": "sliced"},
+        {"weight_layout": "transposed"},
+        {"delta": "stacked_sliced"},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[3]], ids=["linear", "conv"])
+def test_what_is_left_to_the_op(layer: TaskCase, changes: dict[str, object]) -> None:
+    case = layer.but(**changes)
+    made, want = case.make().leaves(), table.expected(case)
+    y = case.run(made)
+    assert not is_straight(y)
+    table.assert_result(case, y, want)
+
+
+def test_other_backends_are_asked_through_the_op(backend: Backend) -> None:
+    case = LAYERS[0]
+    made = case.make().leaves()
+    y = case.run(made)
+    assert is_straight(y) == (backend.name == "cpu")
+    table.assert_result(case, y, table.expected(case))
+
+
+def test_gradient_of_a_sum() -> None:
+    """It is one number, seen everywhere."""
+    case = LAYERS[0].but(gate="values")
+    made = case.make().leaves()
+    case.run(made).sum().backward()
+    found = {name: p.grad for name, p in made.named().items()}
+    want = torch.autograd.grad(by_op(case, made).sum(), list(made.named().values()), allow_unused=True)
+    torch.testing.assert_close(list(found.values()), list(want))
