@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from fastmtl.core.tensors import PLAIN
+
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 # the backends that an op prefers, best first, by type of device; the reference comes last, and serves all
@@ -195,6 +197,17 @@ def straight_to_cpu() -> bool:
     ):
         return False
     return torch._C._len_torch_function_stack() == 0 and torch._C._len_torch_dispatch_stack() == 0
+
+
+def straight_unrecorded(*tensors: Any) -> bool:
+    """Whether an eager call on these may go to a kernel of the CPU itself, and autograd records nothing of it."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(x) in PLAIN for x in tensors)
+        and tensors[0].is_cpu
+        and straight_to_cpu()
+        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
+    )
 
 
 def checking() -> bool:

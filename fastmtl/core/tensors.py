@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# the types of tensors whose memory is their own: no subclass that must see the ops called
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
 # in a Gram matrix each of these counts as two real numbers
 COMPLEX_DTYPES = (torch.complex128, torch.complex64)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.core.dispatch import choose, triton_kernels
+from fastmtl.core.dispatch import choose, straight_unrecorded, triton_kernels
 from fastmtl.core.gradient_rows import (
     MAX_TASKS,
     GradientRows,
@@ -62,7 +62,7 @@ def combine(
         check_bank(grads)
         check_weights(weights, grads.shape[0], grads.device)
         if out is None:
-            return combine_op(weights, grads)
+            return _bank_compiled(weights, grads) if straight_unrecorded(grads, weights) else combine_op(weights, grads)
         targets = read_out_bank(out, weights.shape[:-1] + grads.shape[1:], grads)
         check_unrecorded(weights, grads, *targets)
         combine_into(weights, bank_rows(grads), targets)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.gradient_rows import MAX_TASKS
+from fastmtl.core.tensors import PLAIN
 from fastmtl.ops.gradients.arguments import check_num_tasks
 
 # one counter's numbers: more than any T * T
@@ -121,7 +122,7 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
         return False
     if torch.jit.is_tracing():
         return False
-    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    return all(type(x) in PLAIN for x in tensors)
 
 
 def check_generator(generator: object) -> None:

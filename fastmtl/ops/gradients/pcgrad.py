@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.core.dispatch import choose, triton_kernels
+from fastmtl.core.dispatch import choose, straight_unrecorded, triton_kernels
 from fastmtl.core.gradient_rows import GradientRows, bank_rows, device_type_of
 from fastmtl.core.schemas import define_kernel, define_op, without_autocast
 from fastmtl.ops.gradients import reference
@@ -150,6 +150,10 @@ def pcgrad(
     if is_bank(grads):
         check_bank(grads)
         rows = bank_rows(grads)
+        if order is None and out is None and not isinstance(generator, Tensor) and straight_unrecorded(grads):
+            result = torch.empty(grads.shape[1], dtype=grads.dtype, device="cpu")
+            _operate_compiled(rows, None, draw_source(generator, grads.device), include_self, [], mean, False, [result])
+            return result
         order, source = _order_or_source(order, rows, generator, out is not None)
         if out is None and source is None:
             return pcgrad_op(grads, order, reduction, include_self)

@@ -17,14 +17,13 @@ from torch import Tensor
 from fastmtl.core.dispatch import extension, straight_to_cpu
 from fastmtl.core.schemas import autocast_is_on
 from fastmtl.core.task_weights import TaskPlan
-from fastmtl.core.tensors import is_channels_last
+from fastmtl.core.tensors import PLAIN, is_channels_last
 from fastmtl.ops.task_weights.arguments import Delta, Pair, read_geometry
 from fastmtl.ops.task_weights.cpu import direct
 from fastmtl.ops.task_weights.cpu.memory import fresh
 from fastmtl.ops.task_weights.cpu.task_plan import task_plan
 from fastmtl.ops.task_weights.operators import by_argument, wanted_deltas
 
-PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _IDS = frozenset({torch.int64, torch.int32})
 _LISTS = frozenset({list, tuple, torch.nn.ParameterList})
 # stride, padding and dilation, height and width each; None: a linear layer

@@ -13,6 +13,7 @@ from fastmtl.core.autograd import no_view
 from fastmtl.core.dispatch import choose, triton_kernels
 from fastmtl.core.schemas import define_op
 from fastmtl.core.task_weights import LoraGradients, LowRankDeltas, SortedBatch, TaskLoraCall, TaskPlan
+from fastmtl.core.tensors import PLAIN
 from fastmtl.ops.task_weights import reference
 from fastmtl.ops.task_weights.arguments import (
     Delta,
@@ -32,7 +33,7 @@ from fastmtl.ops.task_weights.cpu.low_rank import lora as lora_on_cpu
 from fastmtl.ops.task_weights.cpu.low_rank import lora_backward as lora_backward_on_cpu
 from fastmtl.ops.task_weights.operators import no_gradient, wanted_deltas
 from fastmtl.ops.task_weights.precision import cast_by_autocast
-from fastmtl.ops.task_weights.straight import PLAIN, may_go_straight
+from fastmtl.ops.task_weights.straight import may_go_straight
 from fastmtl.ops.task_weights.task_plan import read_plan, task_plan
 
 
