@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/gradients/straight.h"
 #include "cpu/python_tensors.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/task_weights/straight.h"
@@ -31,6 +32,9 @@ PyMethodDef straight_calls[] = {
     {"has_variable", &fastmtl::cpu::has_variable, METH_O, nullptr},
     {"all_closed", fast<&fastmtl::cpu::all_closed>(), METH_FASTCALL, nullptr},
     {"task_batch_norm_given", fast<&fastmtl::cpu::task_batch_norm_given>(), METH_FASTCALL, nullptr},
+    {"gram_bank", fast<&fastmtl::cpu::gram_bank>(), METH_FASTCALL, nullptr},
+    {"combine_bank", fast<&fastmtl::cpu::combine_bank>(), METH_FASTCALL, nullptr},
+    {"pcgrad_bank", fast<&fastmtl::cpu::pcgrad_bank>(), METH_FASTCALL, nullptr},
     {"task_conv_few", fast<&fastmtl::cpu::task_conv_few>(), METH_FASTCALL, nullptr},
     {"task_conv_few_backward", fast<&fastmtl::cpu::task_conv_few_backward>(), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},

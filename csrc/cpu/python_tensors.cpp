@@ -107,6 +107,21 @@ bool is_tensor(PyObject* x) { return Py_TYPE(x) == known.tensor || Py_TYPE(x) ==
 
 }  // namespace
 
+int64_t PythonTensor::numel() const {
+  int64_t count = 1;
+  for (int64_t d = 0; d < dims; ++d) count *= shape[d];
+  return count;
+}
+
+bool PythonTensor::is_contiguous() const {
+  int64_t expected = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    if (shape[d] > 1 && strides[d] != expected) return false;
+    expected *= shape[d];
+  }
+  return true;
+}
+
 void set_up_tensors() { known = find_torch(); }
 
 bool is_negated(PyObject* tensor) {

@@ -22,6 +22,8 @@ struct PythonTensor {
   const int64_t* strides;  // in elements
   bool is_int64;
   std::optional<DType> dtype;  // of floats
+  int64_t numel() const;
+  bool is_contiguous() const;  // strides of dimensions of size 1 do not count
   bool is_vector(int64_t size) const { return dims == 1 && shape[0] == size && (strides[0] == 1 || size <= 1); }
 };
 

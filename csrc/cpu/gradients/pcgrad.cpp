@@ -174,6 +174,17 @@ void pcgrad_op(const std::vector<Tensor>& tensors, const std::vector<int64_t>& i
 }
 
 }  // namespace
+
+std::vector<double> pcgrad_weights(const std::vector<double>& gram, int T, int64_t key, bool include_self, bool mean) {
+  const Orders orders(read_order(std::nullopt, key, std::nullopt, T), 1);
+  std::vector<int64_t> room;
+  const int64_t* visits = orders.of_call(0, T, room);
+  std::vector<double> c(static_cast<size_t>(T) * T), weights(static_cast<size_t>(T));
+  coefficients(gram.data(), T, visits, orders.num_visits(), include_self, c.data());
+  sum_rows(c.data(), T, {}, mean, weights.data());
+  return weights;
+}
+
 }  // namespace fastmtl::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {

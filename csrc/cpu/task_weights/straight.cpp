@@ -4,25 +4,19 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <exception>
 #include <memory>
 #include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "cpu/python_calls.h"
 #include "cpu/python_tensors.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/task_weights/pictures.h"
 
 namespace fastmtl::cpu {
 namespace {
-
-bool counted(Py_ssize_t count, Py_ssize_t expected) {
-  if (count == expected) return true;
-  PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, count);
-  return false;
-}
 
 double number(const PythonTensor& x) {
   if (*x.dtype == DType::f64) return *static_cast<const double*>(x.data);
@@ -208,16 +202,10 @@ bool run_batch_norm(PyObject* const* args) {
   if (PyErr_Occurred()) return false;
   const char* from = static_cast<const char*>(x->data);
   char* to = static_cast<char*>(y->data);
-  PyThreadState* state = PyEval_SaveThread();
-  std::exception_ptr error;
-  try {
+  unlocked([&] {
     if (p->dtype == DType::f64) normalise<double>(from, *p, *batch, given, to);
     else normalise<float>(from, *p, *batch, given, to);
-  } catch (...) {
-    error = std::current_exception();
-  }
-  PyEval_RestoreThread(state);
-  if (error) std::rethrow_exception(error);
+  });
   return true;
 }
 
@@ -261,7 +249,7 @@ PyObject* has_variable(PyObject*, PyObject* name) {
 }
 
 PyObject* all_closed(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (!counted(count, 4)) return nullptr;
+  if (count != 4) return PyErr_Format(PyExc_TypeError, "expected 4 arguments, got %zd", count);
   const std::optional<bool> closed = are_closed(args[0], args[1], args[2], args[3]);
   if (PyErr_Occurred()) return nullptr;
   if (!closed) Py_RETURN_NONE;
@@ -269,14 +257,7 @@ PyObject* all_closed(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* task_batch_norm_given(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (!counted(count, 10)) return nullptr;
-  try {
-    const bool done = run_batch_norm(args);
-    return PyErr_Occurred() ? nullptr : PyBool_FromLong(done);
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
+  return answered(run_batch_norm, args, count, 10);
 }
 
 }  // namespace fastmtl::cpu

@@ -6,12 +6,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "cpu/pages.h"
+#include "cpu/python_calls.h"
 #include "cpu/task_weights/task_conv.h"
 
 namespace fastmtl::cpu {
@@ -25,9 +25,7 @@ constexpr int64_t kHuge = int64_t{4} << 20;  // bytes of a result that asks for 
 std::optional<PythonTensor> read_floats(PyObject* tensor) {
   std::optional<PythonTensor> x = read_tensor(tensor);
   if (!x || x->dtype != DType::f32) return std::nullopt;
-  int64_t count = 1;
-  for (int64_t d = 0; d < x->dims; ++d) count *= x->shape[d];
-  return count > 1 ? x : std::nullopt;
+  return x->numel() > 1 ? x : std::nullopt;
 }
 
 // the last four dimensions, without gaps in NCHW, or with the channels of a pixel side by side
@@ -38,15 +36,6 @@ bool lies(const PythonTensor& x, bool last) {
   const int64_t expected[] = {c * h * w, last ? 1 : h * w, last ? w * c : w, last ? c : 1};
   for (int d = 0; d < 4; ++d)
     if (size[d] > 1 && stride[d] != expected[d]) return false;
-  return true;
-}
-
-bool is_contiguous(const PythonTensor& x) {
-  int64_t expected = 1;
-  for (int64_t d = x.dims - 1; d >= 0; --d) {
-    if (x.shape[d] > 1 && x.strides[d] != expected) return false;
-    expected *= x.shape[d];
-  }
   return true;
 }
 
@@ -61,7 +50,7 @@ std::optional<Image> read_pictures(PyObject* tensor, bool linear, int64_t sample
     std::copy_n(x->strides, 4, image.stride);
     return image;
   }
-  if (x->dims < 2 || !is_contiguous(*x) || samples < 1) return std::nullopt;
+  if (x->dims < 2 || !x->is_contiguous() || samples < 1) return std::nullopt;
   const int64_t columns = x->shape[x->dims - 1];
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < x->dims; ++d) rows *= x->shape[d];
@@ -141,9 +130,9 @@ struct Layer {
     if (!w || w->dims != dims || (several && w->shape[0] != num_tasks)) return false;
     const int64_t* size = w->shape + several;
     if (size[0] != shared.rows || size[1] != filter.channels) return false;
-    if (linear) return is_contiguous(*w);
+    if (linear) return w->is_contiguous();
     if (size[2] != filter.kernel[0] || size[3] != filter.kernel[1]) return false;
-    return several ? (!filter.last || filter.taps() == 1) && is_contiguous(*w) : lies(*w, filter.last);
+    return several ? (!filter.last || filter.taps() == 1) && w->is_contiguous() : lies(*w, filter.last);
   }
 };
 
@@ -247,20 +236,6 @@ void advise(const Image& x) {
   if (bytes >= kHuge) advise_huge_pages(x.data, bytes);
 }
 
-// runs without the interpreter's lock; what is thrown is thrown here
-template <class F>
-void unlocked(const F& run) {
-  PyThreadState* state = PyEval_SaveThread();
-  std::exception_ptr error;
-  try {
-    run();
-  } catch (...) {
-    error = std::current_exception();
-  }
-  PyEval_RestoreThread(state);
-  if (error) std::rethrow_exception(error);
-}
-
 // --- forward
 
 // (*layer, number of tasks, ids, x, bias, limit, y)
@@ -277,7 +252,7 @@ bool run_forward(PyObject* const* args) {
   bool bias_by_task = false;
   if (args[10] != Py_None) {
     const std::optional<PythonTensor> read = read_floats(args[10]);
-    if (!read || read->dims < 1 || read->dims > 2 || !is_contiguous(*read)) return false;
+    if (!read || read->dims < 1 || read->dims > 2 || !read->is_contiguous()) return false;
     bias_by_task = read->dims == 2;
     if (read->shape[read->dims - 1] != layer.shared.rows || (bias_by_task && read->shape[0] != num_tasks)) return false;
     bias = static_cast<const float*>(read->data);
@@ -354,7 +329,7 @@ bool read_wanted(PyObject* const* args, const Layer& layer, Kept& kept, Wanted* 
   }
   if (args[4] != Py_None) {
     const std::optional<PythonTensor> bias = read_floats(args[4]);
-    if (!bias || bias->dims < 1 || bias->dims > 2 || !is_contiguous(*bias)) return false;
+    if (!bias || bias->dims < 1 || bias->dims > 2 || !bias->is_contiguous()) return false;
     wanted->bias_by_task = bias->dims == 2;
     if (bias->shape[bias->dims - 1] != layer.shared.rows) return false;
     if (wanted->bias_by_task && bias->shape[0] != layer.num_tasks) return false;
@@ -458,30 +433,14 @@ bool run_backward(PyObject* const* args) {
   return true;
 }
 
-// whether it was done
-template <class F>
-PyObject* call(const F& run, PyObject* const* args, Py_ssize_t count, Py_ssize_t expected) {
-  if (count != expected) {
-    PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, count);
-    return nullptr;
-  }
-  try {
-    const bool done = run(args);
-    return PyErr_Occurred() ? nullptr : PyBool_FromLong(done);
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
-}
-
 }  // namespace
 
 PyObject* task_conv_few(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call(run_forward, args, count, kLayerArguments + 6);
+  return answered(run_forward, args, count, kLayerArguments + 6);
 }
 
 PyObject* task_conv_few_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call(run_backward, args, count, kLayerArguments + 9);
+  return answered(run_backward, args, count, kLayerArguments + 9);
 }
 
 }  // namespace fastmtl::cpu

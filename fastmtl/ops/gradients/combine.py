@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.core.dispatch import choose, straight_unrecorded, triton_kernels
+from fastmtl.core.dispatch import choose, extension, straight_unrecorded, triton_kernels
 from fastmtl.core.gradient_rows import (
     MAX_TASKS,
     GradientRows,
@@ -62,7 +62,11 @@ def combine(
         check_bank(grads)
         check_weights(weights, grads.shape[0], grads.device)
         if out is None:
-            return _bank_compiled(weights, grads) if straight_unrecorded(grads, weights) else combine_op(weights, grads)
+            if weights.dim() == 1 and straight_unrecorded(grads, weights):
+                result = torch.empty(grads.shape[1], dtype=grads.dtype)
+                if extension.combine_bank(weights, grads, result):
+                    return result
+            return combine_op(weights, grads)
         targets = read_out_bank(out, weights.shape[:-1] + grads.shape[1:], grads)
         check_unrecorded(weights, grads, *targets)
         combine_into(weights, bank_rows(grads), targets)

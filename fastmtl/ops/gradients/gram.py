@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.core.dispatch import choose, straight_unrecorded, triton_kernels
+from fastmtl.core.dispatch import choose, extension, straight_unrecorded, triton_kernels
 from fastmtl.core.gradient_rows import GradientRows, accumulate_dtype, bank_rows, device_type_of
 from fastmtl.core.schemas import define_kernel, define_op
 from fastmtl.ops.gradients import reference
@@ -50,7 +50,11 @@ def gram(grads: Grads) -> Tensor:
     """
     if is_bank(grads):
         check_bank(grads)
-        return _bank_compiled(grads) if straight_unrecorded(grads) else gram_op(grads)
+        if straight_unrecorded(grads):
+            out = torch.empty(grads.shape[0], grads.shape[0], dtype=accumulate_dtype([grads.dtype]))
+            if extension.gram_bank(grads, out):
+                return out
+        return gram_op(grads)
     return gram_list_op(*read_lists(grads))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.core.dispatch import choose, straight_unrecorded, triton_kernels
+from fastmtl.core.dispatch import choose, extension, straight_unrecorded, triton_kernels
 from fastmtl.core.gradient_rows import GradientRows, bank_rows, device_type_of
 from fastmtl.core.schemas import define_kernel, define_op, without_autocast
 from fastmtl.ops.gradients import reference
@@ -149,11 +149,13 @@ def pcgrad(
     mean = reduction == "mean"
     if is_bank(grads):
         check_bank(grads)
-        rows = bank_rows(grads)
         if order is None and out is None and not isinstance(generator, Tensor) and straight_unrecorded(grads):
-            result = torch.empty(grads.shape[1], dtype=grads.dtype, device="cpu")
-            _operate_compiled(rows, None, draw_source(generator, grads.device), include_self, [], mean, False, [result])
+            result = torch.empty(grads.shape[1], dtype=grads.dtype)
+            source = draw_source(generator, grads.device)
+            if not extension.pcgrad_bank(grads, source.key, include_self, mean, result):
+                pcgrad_rows_into(bank_rows(grads), None, source, [result], mean=mean, include_self=include_self)
             return result
+        rows = bank_rows(grads)
         order, source = _order_or_source(order, rows, generator, out is not None)
         if out is None and source is None:
             return pcgrad_op(grads, order, reduction, include_self)
