@@ -17,7 +17,7 @@ from torch import Tensor
 from fastmtl.core.dispatch import extension, straight_to_cpu
 from fastmtl.core.schemas import autocast_is_on
 from fastmtl.core.task_weights import TaskPlan
-from fastmtl.core.tensors import PLAIN, is_channels_last
+from fastmtl.core.tensors import PLAIN, is_channels_last, memory_format
 from fastmtl.ops.task_weights.arguments import Delta, Pair, read_geometry
 from fastmtl.ops.task_weights.cpu import direct
 from fastmtl.ops.task_weights.cpu.memory import fresh
@@ -92,6 +92,12 @@ def _moves(
     return (*geometry.stride, *geometry.padding, *geometry.dilation), size
 
 
+def _limits(x: Tensor, moves: Moves) -> tuple[int, int, int]:
+    """The most rows of a segment of which the direct product makes y, dx and weight gradients; -1: however many."""
+    last = moves is None or is_channels_last(x)
+    return direct.FORWARD_ROWS, direct.INPUT_GRADIENT_ROWS, direct.WEIGHT_GRADIENT_ROWS[last]
+
+
 class _Layer:
     """A layer's arguments in the form that C++ reads."""
 
@@ -150,7 +156,7 @@ class _Layer:
         weight, deltas, gate, bias = self.weight, self.deltas, self.gate, self.bias
         if not extension.task_conv_few(
             weight, deltas, self.tasks, gate, self.order, self.offsets, moves,
-            self.num_tasks, self.ids, x, bias, direct.FORWARD_ROWS, y,
+            self.num_tasks, self.ids, x, bias, _limits(x, moves)[0], y,
         ):  # fmt: skip
             return None
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, gate, bias, deltas)):
@@ -198,11 +204,10 @@ class _Few(torch.autograd.Function):
                 torch.empty_like(p, requires_grad=False) if want else None
                 for p, want in ((x, of_x), (weight, of_weight), (gate, of_gate), (bias, of_bias))
             ]
-            last = moves is None or is_channels_last(x)
             grad_x, grad_weight, grad_gate, grad_bias = found
             if extension.task_conv_few_backward(
                 weight, deltas, tasks, gate, order, offsets, moves,
-                x, _dense(grad_out, last), direct.INPUT_GRADIENT_ROWS, direct.WEIGHT_GRADIENT_ROWS[last],
+                x, _dense(grad_out, x), *_limits(x, moves)[1:],
                 grad_x, grad_weight, grads, grad_gate, grad_bias,
             ):  # fmt: skip
                 return None, None, grad_x, grad_weight, grad_gate, grad_bias, None, None, *grads
@@ -215,9 +220,8 @@ class _Few(torch.autograd.Function):
         return None, None, grad_x, grad_weight, grad_gate, grad_bias, None, None, *grads
 
 
-def _dense(grad_out: Tensor, last: bool) -> Tensor:
+def _dense(grad_out: Tensor, x: Tensor) -> Tensor:
     """The gradient of a result as C++ reads it; a copy only where it does not lie in one of the common orders."""
-    if grad_out.is_contiguous() or (grad_out.dim() == 4 and grad_out.is_contiguous(memory_format=torch.channels_last)):
+    if grad_out.is_contiguous() or (x.dim() == 4 and grad_out.is_contiguous(memory_format=torch.channels_last)):
         return grad_out
-    channels_last = last and grad_out.dim() == 4
-    return grad_out.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return grad_out.contiguous(memory_format=memory_format(x))
