@@ -199,9 +199,9 @@ class _Few(torch.autograd.Function):
         ):
             grads: list[Tensor | None] = [None] * len(deltas)
             for k in wanted_delta:
-                grads[k] = torch.empty_like(deltas[k], requires_grad=False)
+                grads[k] = torch.empty_like(deltas[k])
             found = [
-                torch.empty_like(p, requires_grad=False) if want else None
+                torch.empty_like(p) if want else None
                 for p, want in ((x, of_x), (weight, of_weight), (gate, of_gate), (bias, of_bias))
             ]
             grad_x, grad_weight, grad_gate, grad_bias = found

@@ -96,6 +96,13 @@ def _product(samples: Tensor, weight: Tensor | None, bias: Tensor | None, column
     return out
 
 
+def _sums_of(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for the gradient of a factor, contiguous. torch is asked by example where it may be: that is quicker."""
+    if factor.dtype == dtype and factor.is_contiguous():
+        return torch.empty_like(factor)
+    return torch.empty(factor.shape, dtype=dtype, device="cpu")
+
+
 def lora_backward(
     grad_out: Tensor,
     x: Tensor,
@@ -119,8 +126,7 @@ def lora_backward(
     if of_x:
         grad_x = _product(back, None if weight is None else weight.to(dtype).t(), None, x.shape[-1])
     grad_a, grad_b = (
-        [torch.empty(held[k].shape, dtype=sums, device="cpu") for k in ks]
-        for held, ks in ((deltas.A, wanted_a), (deltas.B, wanted_b))
+        [_sums_of(held[k], sums) for k in ks] for held, ks in ((deltas.A, wanted_a), (deltas.B, wanted_b))
     )
     if of_scaling and deltas.scaling is not None:
         grad_scaling = torch.empty(num_tasks, dtype=torch.float64, device="cpu")
