@@ -9,8 +9,11 @@ from cases_task import BF16, F64, GEOMETRIES, ConvCase, LinearCase, Made, TaskCa
 from conftest import Backend
 from torch import Tensor
 
+from fastmtl.core import dispatch
 from fastmtl.ops import task_plan
 from fastmtl.ops.task_weights.cpu import direct
+
+pytestmark = pytest.mark.skipif(dispatch.extension is None, reason="without the extension there is no other way")
 
 LAYERS: list[TaskCase] = [
     LinearCase(leading=(6,)),
