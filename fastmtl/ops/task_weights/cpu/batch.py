@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,16 +12,11 @@ from torch import Tensor
 from fastmtl.core.schemas import define_kernel
 from fastmtl.core.task_weights import SortedBatch, TaskWeights
 from fastmtl.core.tensors import is_channels_last, memory_format
+from fastmtl.tuning.search import current
 
 _copy_rows = define_kernel(
     "_copy_rows(Tensor source, Tensor? source_rows, Tensor(a!) target, Tensor? target_rows) -> ()"
 )
-
-# what decides between copying the samples of a segment together and one call per run of neighbours:
-# bytes that could be copied while torch and oneDNN prepare one more call
-CALL_BYTES = 1_000_000
-# passes over the weight that such a call makes before it multiplies: oneDNN reorders it, and reads it
-WEIGHT_PASSES = 3
 
 
 class Segment(NamedTuple):
@@ -93,8 +88,10 @@ class Cut(NamedTuple):
 
 
 def call_bytes(weight_bytes: int) -> int:
-    """Bytes that could be copied in the time that one more call costs before it multiplies."""
-    return CALL_BYTES + WEIGHT_PASSES * weight_bytes
+    """Bytes that could be copied in the time that one more call costs before it multiplies: what torch and oneDNN
+    prepare, and passes over the weight, which oneDNN reorders and reads."""
+    table = current()
+    return table.call_bytes + int(table.weight_passes * weight_bytes)
 
 
 def cuts(segment: Segment, sample_bytes: int, weight_bytes: int) -> Iterator[Cut]:
@@ -170,3 +167,17 @@ class Samples:
             _copy_rows(source, None, self.rows[cut.first : cut.end], None)
         else:
             _copy_rows(source, None, self.rows, cut.samples)
+
+    def fill(self, cut: Cut, product: Callable[[Tensor], None]) -> None:
+        """What `product` writes into the `[rows, C]` that it is given: the samples of a cut, in channels_last order.
+
+        They are written where they lie if they are neighbours without gaps, else copied there.
+        """
+        _, c, h, w = self.x.shape
+        count = cut.end - cut.first if cut.samples is None else cut.samples.shape[0]
+        apart = cut.samples is not None or (count > 1 and self.rows.stride(0) != self.width)
+        rows = torch.empty(count, self.width, dtype=self.x.dtype) if apart else self.rows[cut.first : cut.end]
+        product(rows.as_strided((count * h * w, c), (c, 1)))
+        if apart:
+            into = self.rows if cut.samples is not None else self.rows[cut.first : cut.end]
+            _copy_rows(rows, None, into, cut.samples)

@@ -1,0 +1,55 @@
+"""Which way each segment of a call takes, by the table of this machine (docs/tuning.md)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastmtl.tuning.search import current
+from fastmtl.tuning.table import Limits, key
+
+# the direct product of `direct.py`; torch's product of matrices; torch's convolution
+Way = Literal["direct", "matmul", "convolution"]
+# the limits that hold in a dtype: those of float64 are nobody's, and it is always torch's convolution
+_NEVER = Limits(0, 0)
+
+
+class Ways:
+    """The limits of one call: x and the gradient of the output lie alike, so that they hold for all its products.
+
+    `joined`: the filter is pixelwise and all rows of a cut lie side by side.
+    """
+
+    def __init__(self, dtype: torch.dtype, joined: bool, channels_last: bool) -> None:
+        kind = "pixelwise" if joined else "channels_last" if channels_last else "contiguous"
+        self.joined = joined
+        limits = current().limits
+        if dtype == torch.float64:
+            self._of = dict.fromkeys(limits, _NEVER)
+            return
+        name = key(kind, "float32" if dtype == torch.float32 else "bfloat16")
+        self._of = {product: entries[name] for product, entries in limits.items()}
+
+    def takes_direct(self, product: str, rows: int) -> bool:
+        """Whether a segment is for the direct product, if that serves it."""
+        limit = self._of[product].direct
+        return limit is None or rows <= limit
+
+    def of_torch(self, product: str, rows: int) -> Way:
+        """Which of torch's own ways a segment takes otherwise."""
+        if not self.joined:
+            return "convolution"
+        limit = self._of[product].matmul
+        return "matmul" if limit is None or rows <= limit else "convolution"
+
+
+def as_matrix(pictures: Tensor) -> Tensor:
+    """`[rows, C]`, a view of pictures whose channels lie side by side and which have no gaps."""
+    return pictures.permute(0, 2, 3, 1).reshape(-1, pictures.shape[1])
+
+
+def as_weight(filters: Tensor) -> Tensor:
+    """`[Cout, Cin]`, a view of filters of one pixel."""
+    return filters.flatten(1)
