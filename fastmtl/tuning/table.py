@@ -18,6 +18,9 @@ PRODUCTS = ("forward", "input_gradient", "weight_gradient")
 KINDS = ("pixelwise", "channels_last", "contiguous")
 # in which dtype torch would be asked; float16 counts as bfloat16
 DTYPES = ("float32", "bfloat16")
+# by the numbers of one weight: fewer than so many, the last without end. What fits into a core's L2 cache, what fits
+# into a few of them, and what does not
+WEIGHTS: Mapping[str, float] = MappingProxyType({"small": 2**18, "medium": 2**20, "large": math.inf})
 
 
 class Limits(NamedTuple):
@@ -32,21 +35,26 @@ class TableError(ValueError):
     """A file is no table that can be used here; the message says why."""
 
 
-def key(kind: str, dtype: str) -> str:
+def size_of(numbers: int) -> str:
+    """Which of `WEIGHTS` a weight of so many numbers is."""
+    return next(name for name, end in WEIGHTS.items() if numbers < end)
+
+
+def key(kind: str, dtype: str, size: str) -> str:
     """Of one entry of `Table.limits`."""
-    return f"{kind} {dtype}"
+    return f"{kind} {dtype} {size}"
 
 
-KEYS = tuple(key(kind, dtype) for kind in KINDS for dtype in DTYPES)
+KEYS = tuple(key(kind, dtype, size) for kind in KINDS for dtype in DTYPES for size in WEIGHTS)
 
 
 class Table(NamedTuple):
     """The numbers that the CPU's ops ask for.
 
-    `limits`: product -> kind and dtype -> `Limits`. `call_bytes`: bytes that could be copied while torch and oneDNN
-    prepare one more call. `weight_passes`: passes over the weight that such a call makes before it multiplies.
-    `origin`: processor, versions, commit and date. `measured`: the times that the numbers were found from, for readers
-    alone.
+    `limits`: product -> kind, dtype and size of the weight -> `Limits`. `call_bytes`: bytes that could be copied while
+    torch and oneDNN prepare one more call. `weight_passes`: passes over the weight that such a call makes before it
+    multiplies. `origin`: processor, versions, commit and date. `measured`: the times that the numbers were found from,
+    for readers alone.
     """
 
     limits: Mapping[str, Mapping[str, Limits]]
@@ -164,9 +172,12 @@ def _defaults() -> Table:
     limits = {
         product: {
             # oneDNN is asked for the product itself in 16 bits, MKL in float32
-            key(kind, dtype): Limits(rows[product][kind], None if (kind, dtype) == ("pixelwise", "bfloat16") else 0)
+            key(kind, dtype, size): Limits(
+                rows[product][kind], None if (kind, dtype) == ("pixelwise", "bfloat16") else 0
+            )
             for kind in KINDS
             for dtype in DTYPES
+            for size in WEIGHTS
         }
         for product in PRODUCTS
     }

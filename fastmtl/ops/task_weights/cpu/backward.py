@@ -16,7 +16,7 @@ from fastmtl.ops.task_weights.cpu.convolution import convolution_backward
 from fastmtl.ops.task_weights.cpu.direct import Direct, Job
 from fastmtl.ops.task_weights.cpu.memory import fresh
 from fastmtl.ops.task_weights.cpu.stage import Stage
-from fastmtl.ops.task_weights.cpu.ways import Way, Ways, as_matrix, as_weight
+from fastmtl.ops.task_weights.cpu.ways import Way, Ways, as_matrix, as_weight, note
 from fastmtl.ops.task_weights.precision import is_misread, widen
 
 
@@ -73,7 +73,7 @@ class _Walk:
         self.batch, self.geometry, self.has_weight = batch, geometry, weights.weight is not None
         x, g = source.x, grad_out.x
         self.stage = Stage(weights, batch, x.dtype)
-        self.ways = Ways(x.dtype, source.joined, source.channels_last)
+        self.ways = Ways(x.dtype, weights.shape.numel(), source.joined, source.channels_last)
         self.direct = Direct(x, weights, batch, geometry, g.shape[2] * g.shape[3], self.ways)
         self.weight_bytes = weights.shape.numel() * x.element_size()
         self.sample_bytes = source.sample_bytes + grad_out.sample_bytes
@@ -121,6 +121,11 @@ class _Walk:
             whole = np.arange(self.source.x.shape[0]) if everything else batch.samples(rest)
             self._segment(Segment(None, whole), stage.like, False, True)
             grads.add_held_to_weight()
+        for job in jobs:
+            if job.wants_x:
+                note("input_gradient", "direct")
+            if job.wants_weight:
+                note("weight_gradient", "direct")
         if jobs:
             grads.by_direct(
                 direct, jobs, self.grad_out.x, self.source.x, None if self.grad_x is None else self.grad_x.x
@@ -135,8 +140,12 @@ class _Walk:
 
     def _segment(self, segment: Segment, weight: Tensor, want_x: bool, want_weight: bool) -> None:
         """dx of a segment into its samples; its weight gradient is held."""
-        by_matmul = want_x and self._way("input_gradient", segment) == "matmul"
-        weight_by_matmul = want_weight and self._way("weight_gradient", segment) == "matmul"
+        way, way_of_weight = self._way("input_gradient", segment), self._way("weight_gradient", segment)
+        if want_x:
+            note("input_gradient", way)
+        if want_weight:
+            note("weight_gradient", way_of_weight)
+        by_matmul, weight_by_matmul = want_x and way == "matmul", want_weight and way_of_weight == "matmul"
         want_x, want_weight = want_x and not by_matmul, want_weight and not weight_by_matmul
         for cut in cuts(segment, self.sample_bytes, self.weight_bytes):
             g = self.grad_out.take(cut)

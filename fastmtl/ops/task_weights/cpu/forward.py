@@ -14,7 +14,7 @@ from fastmtl.ops.task_weights.cpu.batch import Batch, Samples, Segment, cuts
 from fastmtl.ops.task_weights.cpu.direct import Direct
 from fastmtl.ops.task_weights.cpu.memory import fresh
 from fastmtl.ops.task_weights.cpu.stage import Stage
-from fastmtl.ops.task_weights.cpu.ways import Ways, as_matrix, as_weight
+from fastmtl.ops.task_weights.cpu.ways import Ways, as_matrix, as_weight, note
 from fastmtl.ops.task_weights.precision import widen
 
 
@@ -32,7 +32,7 @@ def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
     batch = Batch(weights, sorted_batch)
     stage = Stage(weights, batch, x.dtype)
     source, target = Samples(x, pixelwise=geometry.pixelwise(shape[2:])), Samples(y, like=x)
-    ways = Ways(x.dtype, source.joined, source.channels_last)
+    ways = Ways(x.dtype, shape.numel(), source.joined, source.channels_last)
     direct = Direct(x, weights, batch, geometry, size[2] * size[3], ways)
     shared_bias = None if bias is None or bias.dim() == 2 else bias.detach().to(x.dtype)
     weight_bytes = shape.numel() * x.element_size()
@@ -41,6 +41,8 @@ def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
     for segment in batch.segments():
         (few if direct.takes("forward", segment) else many).append(segment)
     if few:
+        for _ in few:
+            note("forward", "direct")
         direct.forward(few, source.x, bias, y)
         if bias is not None and bias.dim() == 2 and few[-1].task is None:
             _add_bias(y, bias.detach(), batch, few[-1])
@@ -50,6 +52,7 @@ def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
             own_bias = bias[segment.task].detach().to(x.dtype)
         w = stage.weight(segment.task)
         way = ways.of_torch("forward", len(segment.samples) * direct.pixels)
+        note("forward", way)
         for cut in cuts(segment, source.sample_bytes + target.sample_bytes, weight_bytes):
             if way == "matmul":
                 target.fill(cut, functools.partial(_product, as_matrix(source.take(cut)), as_weight(w), own_bias))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastmtl.tuning.search import current
-from fastmtl.tuning.table import Limits, key
+from fastmtl.tuning.table import Limits, key, size_of
 
 # the direct product of `direct.py`; torch's product of matrices; torch's convolution
 Way = Literal["direct", "matmul", "convolution"]
@@ -16,20 +19,40 @@ Way = Literal["direct", "matmul", "convolution"]
 _NEVER = Limits(0, 0)
 
 
+_watched: Counter[tuple[str, str]] | None = None
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[Counter[tuple[str, str]]]:
+    """Counts which way how many segments take inside the block, by product and way; for reports."""
+    global _watched
+    before, _watched = _watched, Counter()
+    try:
+        yield _watched
+    finally:
+        _watched = before
+
+
+def note(product: str, way: Way) -> None:
+    """A segment takes a way."""
+    if _watched is not None:
+        _watched[product, way] += 1
+
+
 class Ways:
     """The limits of one call: x and the gradient of the output lie alike, so that they hold for all its products.
 
-    `joined`: the filter is pixelwise and all rows of a cut lie side by side.
+    `numbers`: of one weight. `joined`: the filter is pixelwise and all rows of a cut lie side by side.
     """
 
-    def __init__(self, dtype: torch.dtype, joined: bool, channels_last: bool) -> None:
+    def __init__(self, dtype: torch.dtype, numbers: int, joined: bool, channels_last: bool) -> None:
         kind = "pixelwise" if joined else "channels_last" if channels_last else "contiguous"
         self.joined = joined
         limits = current().limits
         if dtype == torch.float64:
             self._of = dict.fromkeys(limits, _NEVER)
             return
-        name = key(kind, "float32" if dtype == torch.float32 else "bfloat16")
+        name = key(kind, "float32" if dtype == torch.float32 else "bfloat16", size_of(numbers))
         self._of = {product: entries[name] for product, entries in limits.items()}
 
     def takes_direct(self, product: str, rows: int) -> bool:
