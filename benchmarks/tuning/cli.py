@@ -138,12 +138,15 @@ def origin() -> dict[str, object]:
 
 
 def _compact(timed: list[Timed], choice: choose.Choice) -> dict[str, object]:
-    """Microseconds by channels, rows and way, and what the limits lose."""
+    """Microseconds by channels: numbers of rows, and of each way its times with them; and what the limits lose."""
     found: dict[str, object] = {"mean_loss": round(choice.mean_loss, 3), "largest_loss": round(choice.largest_loss, 3)}
-    for _, channels, rows, seconds in timed:
-        by_rows = found.setdefault(channels, {})
-        assert isinstance(by_rows, dict)
-        by_rows[str(rows)] = {way: round(taken * 1e6) for way, taken in seconds.items()}
+    for channels, group in itertools.groupby(timed, key=lambda one: one.channels):
+        of_channels = list(group)
+        found[channels] = {"rows": [one.rows for one in of_channels]} | {
+            way: [round(one.seconds[way] * 1e6) if way in one.seconds else None for one in of_channels]
+            for way in probes.WAYS
+            if any(way in one.seconds for one in of_channels)
+        }
     return found
 
 
