@@ -30,7 +30,8 @@ class Found(NamedTuple):
 
 def cache_path(processor: Processor) -> Path:
     """Where `fastmtl tune` leaves the table of a processor, and where it is looked for."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # of a user without a home this is no place, and holds no table
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(folder) / "fastmtl" / f"tuned-{processor.slug}-{processor.threads}.json"
 
 
@@ -68,11 +69,11 @@ def find(processor: Processor) -> Found:
     """
     refused: list[tuple[Path, str]] = []
     named = os.environ.get(VARIABLE)
-    places = [(Path(named).expanduser(), f"named by {VARIABLE}")] if named else []
-    places.append((cache_path(processor), "of the cache folder"))
+    places = [(Path(os.path.expanduser(named)), f"named by {VARIABLE}")] if named else []
+    mine = cache_path(processor)
+    if os.path.exists(mine):
+        places.append((mine, "of the cache folder"))
     for path, place in places:
-        if place.startswith("of") and not path.exists():
-            continue
         try:
             table = read(path)
             reason = foreign(table, processor)
