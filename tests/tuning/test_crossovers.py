@@ -17,6 +17,7 @@ LAYERS: dict[str, TaskCase] = {
     "linear": LinearCase(),
     "1x1 channels_last": ConvCase(kernel=(1, 1), padding=0, x_layout="channels_last", weight_layout="channels_last"),
     "1x1 contiguous": ConvCase(kernel=(1, 1), padding=0),
+    "1x1 grouped": ConvCase(kernel=(1, 1), padding=0, groups=2, cin=4, cout=6, x_layout="channels_last"),
     "3x3 channels_last": ConvCase(x_layout="channels_last", weight_layout="channels_last"),
     "3x3 contiguous": ConvCase(),
 }

@@ -42,12 +42,13 @@ def note(product: str, way: Way) -> None:
 class Ways:
     """The limits of one call: x and the gradient of the output lie alike, so that they hold for all its products.
 
-    `numbers`: of one weight. `joined`: the filter is pixelwise and all rows of a cut lie side by side.
+    `numbers`: of one weight. `matrix`: the filter is pixelwise, of one group, and all rows of a cut lie side by side,
+    so that a product of matrices is the same.
     """
 
-    def __init__(self, dtype: torch.dtype, numbers: int, joined: bool, channels_last: bool) -> None:
-        kind = "pixelwise" if joined else "channels_last" if channels_last else "contiguous"
-        self.joined = joined
+    def __init__(self, dtype: torch.dtype, numbers: int, matrix: bool, channels_last: bool) -> None:
+        kind = "pixelwise" if matrix else "channels_last" if channels_last else "contiguous"
+        self._matrix = matrix
         limits = current().limits
         if dtype == torch.float64:
             self._of = dict.fromkeys(limits, _NEVER)
@@ -62,7 +63,7 @@ class Ways:
 
     def of_torch(self, product: str, rows: int) -> Way:
         """Which of torch's own ways a segment takes otherwise."""
-        if not self.joined:
+        if not self._matrix:
             return "convolution"
         limit = self._of[product].matmul
         return "matmul" if limit is None or rows <= limit else "convolution"
