@@ -2,5 +2,5 @@
 
 `table.py` is a table as a value and as a file, `processor.py` says which machine it is of, `search.py` finds the one
 that is used. `docs/tuning.md` explains the numbers. Nothing here computes or measures:
-`fastmtl/benchmarks/tuning` does.
+`benchmarks/tuning` does.
 """
