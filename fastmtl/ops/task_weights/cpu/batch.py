@@ -126,7 +126,8 @@ class Samples:
         if self.joined and n > 1 and x.stride(0) != self.width:
             x = x.contiguous(memory_format=torch.channels_last)
         self.x = x
-        self.rows = x.as_strided((n, self.width), (x.stride(0) if n > 1 else self.width, 1))
+        self.stride, self.offset = x.stride(0) if n > 1 else self.width, x.storage_offset()
+        self.rows = x.as_strided((n, self.width), (self.stride, 1))
 
     def _dense(self, x: Tensor) -> bool:
         (_, *sizes), (_, *strides) = x.shape, x.stride()
@@ -141,21 +142,29 @@ class Samples:
     def take(self, cut: Cut) -> Tensor:
         """The samples of a cut, as pictures or as one long picture."""
         if cut.samples is None:
-            rows = self.rows[cut.first : cut.end]
+            rows, count, stride, offset = (
+                self.x,
+                cut.end - cut.first,
+                self.stride,
+                self.offset + cut.first * self.stride,
+            )
         else:
-            rows = torch.empty(cut.samples.shape[0], self.width, dtype=self.x.dtype)
+            count, stride, offset = cut.samples.shape[0], self.width, 0
+            rows = torch.empty(count, self.width, dtype=self.x.dtype)
             _copy_rows(self.rows, cut.samples, rows, None)
-        count, (_, c, h, w) = rows.shape[0], self.x.shape
-        stride = rows.stride(0) if count > 1 else self.width
+        _, c, h, w = self.x.shape
         if self.joined:
             length = count * h * w
-            return rows.as_strided((1, c, 1, length), (length * c, 1, length * c, c))
-        return rows.as_strided((count, c, h, w), (stride, *self.inner))
+            return rows.as_strided((1, c, 1, length), (length * c, 1, length * c, c), offset)
+        return rows.as_strided((count, c, h, w), (stride if count > 1 else self.width, *self.inner), offset)
 
     def put(self, cut: Cut, result: Tensor) -> None:
         """What a call made of the samples of a cut, in any order of memory, into those of this tensor."""
         count = cut.end - cut.first if cut.samples is None else cut.samples.shape[0]
         if result.shape[0] == count and result.shape[1:] == self.x.shape[1:]:
+            if cut.samples is None and not self.joined:
+                self.take(cut).copy_(result)
+                return
             if not self._dense(result):
                 result = result.contiguous(memory_format=memory_format(self.x))
             stride = result.stride(0) if count > 1 else self.width
