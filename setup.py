@@ -231,7 +231,7 @@ setup(
         *(f"fastmtl.{folder}.{name}" for folder in ("benchmarks", "kernels") for name in find_packages(folder)),
     ],
     package_dir={"fastmtl.benchmarks": "benchmarks", "fastmtl.kernels": "kernels"},
-    package_data={"fastmtl": ["py.typed"]},
+    package_data={"fastmtl": ["py.typed"], "fastmtl.tuning": ["tables/*.json"]},
     ext_modules=ext_modules,
     cmdclass={"build_py": BuildPy, **commands},
 )

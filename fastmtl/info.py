@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,8 @@ import torch
 
 from fastmtl._version import __version__
 from fastmtl.core import dispatch
+from fastmtl.tuning import search
+from fastmtl.tuning.processor import this_processor
 
 
 def collect() -> dict[str, Any]:
@@ -35,10 +38,45 @@ def collect() -> dict[str, Any]:
         "triton": _triton_version(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
+        "tuned": _tuned(),
         "forced_backend": dispatch.forced_backend(),
         "inactive": {name: reason for name, reason in backends.items() if reason is not None},
         "active": [name for name, reason in backends.items() if reason is None],
     }
+
+
+def _tuned() -> dict[str, Any]:
+    """Which table of crossovers a process that starts here and now reads, and which others it refuses."""
+    found = search.find(this_processor())
+    return {
+        "path": None if found.path is None else str(found.path),
+        "place": found.place,
+        "origin": dict(found.table.origin),
+        "refused": {str(path): reason for path, reason in found.refused},
+    }
+
+
+def _age(date: str) -> str:
+    """Of a table, in words; the date itself where it says nothing."""
+    try:
+        then = datetime.datetime.fromisoformat(date)
+        days = (datetime.datetime.now(then.tzinfo) - then).days
+    except ValueError:
+        return f"of {date}"
+    return "of today" if days == 0 else f"{days} day{'s' if days > 1 else ''} old" if days > 0 else f"of {date}"
+
+
+def _tuned_lines(tuned: dict[str, Any]) -> list[str]:
+    origin = tuned["origin"]
+    if not origin:
+        lines = ["tuned       by the defaults: no table can be read"]
+    else:
+        lines = [
+            f"tuned       by {tuned['path']} ({tuned['place']}, {_age(origin['date'])})",
+            f"  measured  on {origin['name']}, {origin['level']}, {origin['threads']} threads, by fastmtl "
+            f"{origin.get('fastmtl')} with torch {origin.get('torch')}, commit {str(origin.get('commit'))[:7]}",
+        ]
+    return lines + [f"  refused   {path}: {reason}" for path, reason in tuned["refused"].items()]
 
 
 def _device_of(backend: str) -> str:
@@ -80,6 +118,7 @@ def report() -> str:
             f"{found['threads']} threads",
             f"  CUDA      {cuda}",
         ]
+        lines += _tuned_lines(found["tuned"])
     interpreted = ", interpreted on CPU tensors (TRITON_INTERPRET=1)" if dispatch.interpreting() else ""
     lines.append(f"Triton      {found['triton'] or 'none'}{interpreted}")
     lines.append(f"GPU         {found['gpu'] or 'none'}")

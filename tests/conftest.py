@@ -13,9 +13,14 @@ import torch
 import fastmtl
 from fastmtl.core import dispatch
 from fastmtl.core.schemas import PUBLIC_OPS
+from fastmtl.tuning import search
+from fastmtl.tuning.table import DEFAULTS
 
 # cuBLAS is deterministic only with this, and says so by raising
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# by the same ways on every machine, whatever its table says
+search._given = DEFAULTS
 
 REQUIRE_EXTENSION = os.environ.get("FASTMTL_REQUIRE_EXTENSION") == "1"
 

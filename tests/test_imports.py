@@ -20,6 +20,7 @@ LAYERS = (
     ("fastmtl.ops",),
     ("fastmtl.parameters",),
     ("fastmtl.kernels",),
+    ("fastmtl.tuning",),
     ("fastmtl.core",),
     ("fastmtl._C", "fastmtl._version"),
 )

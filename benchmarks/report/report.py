@@ -54,6 +54,7 @@ CONV_COLUMNS = (
     "vs fair loop",
     "vs stacked loop",
     "vs best other",
+    "chosen",
     "extra memory (weights)",
 )
 TASK_COLUMNS = (
@@ -331,6 +332,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     """One line of the table, by `columns(row)`."""
     name = _name(row["case"], row["device"])
     if row["status"] != "ok":
+        # of a row that failed by its choice of a way the times are right, and kept in the file
         return [name, row["status"].upper(), *["-"] * (len(columns(row)) - 2)]
     if row["op"] == TASK_STEP:
         return [name, *_task_cells(row)]
@@ -356,6 +358,7 @@ def cells(row: dict[str, Any]) -> list[str]:
             _versus(row, "loop"),
             _versus(row, "stacked"),
             _best_other(row),
+            row.get("extra", {}).get("chosen", "-"),
             _extra_memory(row),
         ]
     floor = _over(row, "floor")

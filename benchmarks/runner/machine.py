@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import fastmtl
+from fastmtl.tuning.processor import cpu_name
 
 PACKAGES = ("torchjd", "LibMTL", "quadprog", "cvxpy", "clarabel", "ecos", "scipy", "numpy", "scikit-learn", "triton")
 
@@ -29,14 +30,6 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
-
-
-def cpu_name() -> str:
-    try:
-        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        match = None
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
 
 
 def caches() -> dict[str, str]:

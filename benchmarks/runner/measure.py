@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -139,13 +140,15 @@ def interleave(
             wanted[label], samples[label] = min(most, max(lower, int(share / took))), []
     rounds = max(wanted.values(), default=0)
     order = list(samples)
+    drawn = random.Random(0)
     for turn in range(rounds):
+        # another predecessor each time: what one leaves in the caches, and to the allocator, is not always the same
+        # one's luck
+        drawn.shuffle(order)
         for label in order:
             if (turn + 1) * wanted[label] // rounds > turn * wanted[label] // rounds:
                 samples[label].append(samplers[label]())
                 tick()
-        # a different neighbour each time: what one leaves in the caches is not always the same one's luck
-        order = order[1:] + order[:1]
     return samples, failed
 
 

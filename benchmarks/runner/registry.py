@@ -38,7 +38,8 @@ class Candidate:
             baseline is `<baseline>_<variant>`: a ratio is claimed against the fastest of the variants.
         call: what is timed; takes one set of inputs (or what `Case.prepare` made of it).
         detail: what it is, in words.
-        kind: `baseline`: reported as a speed-up of ours over it; `yardstick`: as our time over its time.
+        kind: `baseline`: reported as a speed-up of ours over it; `yardstick`: as our time over its time; `way`: ours,
+            made to take one way throughout where it chooses between several: none may be much faster than its choice.
         traffic: bytes it moves, roughly: tells what would take too long before it is tried.
         graph: on a GPU, whether it can be captured in a CUDA graph (it never waits for the host).
         unavailable: why it cannot run here, if so.
@@ -50,7 +51,7 @@ class Candidate:
     label: str
     call: Callable[[Any], Any]
     detail: str
-    kind: Literal["ours", "baseline", "yardstick"] = "baseline"
+    kind: Literal["ours", "baseline", "yardstick", "way"] = "baseline"
     traffic: int = 0
     graph: bool = False
     unavailable: str | None = None

@@ -17,6 +17,10 @@ from fastmtl.benchmarks.suites import conv_low_rank
 from fastmtl.benchmarks.suites.conv_check import Oracle, largest
 from fastmtl.benchmarks.suites.conv_parts import batch_norm_case, plan_case, scale_shift_case, weight_grad_case
 from fastmtl.benchmarks.suites.conv_shapes import LAYERS, Batch, Spec
+from fastmtl.benchmarks.tuning.probes import WAYS
+from fastmtl.ops.task_weights.cpu.ways import watching
+from fastmtl.tuning.search import use_table
+from fastmtl.tuning.table import uniform
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # a weight per sample is not tried above this
@@ -117,7 +121,44 @@ def _candidates(spec: Spec, device: torch.device) -> tuple[Candidate, ...]:
                 unavailable=unavailable,
             )
         )
+    if device.type == "cpu":
+        found += _ways(spec)
     return tuple(found)
+
+
+def _ways(spec: Spec) -> list[Candidate]:
+    """Ours on the CPU, every segment the same way as far as that serves it."""
+    call = _calls(spec, "ours", partial(ours, stacked=spec.stacked))
+    pixelwise = spec.layer.kernel < 2 and spec.layer.stride == 1
+
+    def by(way: str) -> Callable[[Any], Any]:
+        table = uniform(WAYS[way])
+
+        def run(inputs: Any) -> Any:
+            with use_table(table):
+                return call(inputs)
+
+        return run
+
+    names = [way for way in WAYS if pixelwise or way != "matmul"]
+    return [Candidate(f"ours_{way}", by(way), f"{way} for all segments", "way") for way in names]
+
+
+def _chosen(spec: Spec, b: Batch) -> dict[str, Any]:
+    """In words, which ways the segments of ours took."""
+    with watching() as taken:
+        y = ours(b, spec.stacked)
+        if spec.direction != "forward":
+            backward(Recorded(y, leaves(b, "ours", spec.stacked), b.grad_out))
+    products = {"forward": "y", "input_gradient": "dx", "weight_gradient": "dW"}
+    words = []
+    for product, short in products.items():
+        ways = {way: count for (of, way), count in taken.items() if of == product}
+        if not ways or (spec.direction == "backward" and product == "forward"):
+            continue
+        alone = len(ways) == 1
+        words.append(f"{short} " + " + ".join(way if alone else f"{count} {way}" for way, count in ways.items()))
+    return {"chosen": ", ".join(words)}
 
 
 def _check(spec: Spec) -> Callable[[Batch, Callable[[Any], Any]], Check]:
@@ -137,6 +178,8 @@ def _check(spec: Spec) -> Callable[[Batch, Callable[[Any], Any]], Check]:
 
 
 def _record(spec: Spec, b: Batch, label: str) -> Recorded:
+    # the ways of ours differ in what is timed alone
+    label = "ours" if label.startswith("ours") else label
     return Recorded(_forwards(spec)[label][0](b), leaves(b, label, spec.stacked), b.grad_out)
 
 
@@ -163,6 +206,7 @@ def layer_case(spec: Spec, device: torch.device) -> Case:
         moved={"floor": passes * deltas},
         floor_from="shared",
         prepare=(lambda b, label: _record(spec, b, label)) if spec.direction == "backward" else None,
+        finish=partial(_chosen, spec) if device.type == "cpu" else None,
         quick=spec.quick,
     )
 

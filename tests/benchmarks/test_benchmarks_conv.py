@@ -12,7 +12,7 @@ import torch
 from fastmtl.benchmarks.baselines import conv as conv_baselines
 from fastmtl.benchmarks.report import plots, report
 from fastmtl.benchmarks.runner import registry
-from fastmtl.benchmarks.runner.runner import Runner, Settings
+from fastmtl.benchmarks.runner.runner import Runner, Settings, wrong_choice
 from fastmtl.benchmarks.suites import conv, conv_low_rank, conv_parts
 from fastmtl.benchmarks.suites.conv_shapes import LAYERS, Layer, Spec, gate_values, random_ids
 from fastmtl.ops import TaskPlan
@@ -25,7 +25,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 @pytest.fixture(scope="module")
 def runner() -> Runner:
-    return Runner(CPU, Settings(budget_s=0.02, longest_s=1.0, memory=False))
+    return Runner(CPU, Settings(budget_s=0.02, longest_s=1.0, memory=False, ways=False))
 
 
 SPECS = [
@@ -124,6 +124,11 @@ def test_a_case_gives_a_row(case, runner):
         assert floor["bytes_s"] == pytest.approx(case.moved["floor"] / row["copy_bytes_per_s"]["median"])
         assert row["time_over"]["floor"] <= row["time_over"]["shared"]
     assert len(report.cells(row)) == len(report.CONV_COLUMNS) == len(report.columns(row))
+    if case.op in ("task_conv2d", "task_linear"):
+        # y, dx and dW, as far as they are made
+        direction = case.params["direction"]
+        words = {"forward": ["y"], "backward": ["dx", "dW"], "both": ["y", "dx", "dW"]}[direction]
+        assert [part.split()[0] for part in row["extra"]["chosen"].split(", ")] == words
 
 
 @pytest.mark.parametrize("case", PARTS, ids=case_id)
@@ -240,6 +245,7 @@ def test_what_the_suite_has(device):
         "dense",
         *conv_baselines.BASELINES,
         *conv_low_rank.BASELINES,
+        *(["ours_direct", "ours_matmul", "ours_convolution"] if device == "cpu" else []),
     }
     quick = conv.cases(torch.device(device), quick=True)
     assert 5 <= len(quick) <= 20 and all(case.quick for case in quick)
@@ -257,7 +263,7 @@ def test_layer_shapes():
 def test_table_and_plot(tmp_path):
     pytest.importorskip("matplotlib")
     specs = [Spec(FILTER, t, 7, sort=sort, quick=True) for t in (8, 32) for sort in (False, True)]
-    runner = Runner(CPU, Settings(budget_s=0.02, longest_s=1.0))
+    runner = Runner(CPU, Settings(budget_s=0.02, longest_s=1.0, ways=False))
     rows = [runner.run_case(replace(conv.layer_case(spec, CPU), input_bytes=0)) for spec in specs]
     assert all(" MiB (" in report.cells(row)[-1] for row in rows)
     machine = {"device": "chip", "date": "2026-01-01", "commit": "c0", "uncommitted_changes": False}
@@ -268,3 +274,21 @@ def test_table_and_plot(tmp_path):
     assert "| case | ours | x floor | x shared |" in section
     assert section.count("| filter fwd+bwd T=8 B=7 float32 ") == 2
     assert "x 2 reads" not in section
+
+
+def test_a_row_fails_where_another_way_is_faster():
+    case = conv.layer_case(Spec(MATRIX, 3, 7), CPU)
+    ways = {c.label for c in case.candidates if c.kind == "way"}
+    assert ways == {"ours_direct", "ours_matmul", "ours_convolution"}
+    same = {"median": 1.0, "p20": 0.9, "p80": 1.1}
+    faster = {"median": 0.9, "p20": 0.85, "p80": 0.95}
+    noisy = {"median": 0.9, "p20": 0.7, "p80": 1.3}
+    assert wrong_choice(case, {"ours": same, "ours_matmul": noisy, "ours_direct": same, "loop": faster}) is None
+    assert "matmul for all segments takes 0.90" in str(wrong_choice(case, {"ours": same, "ours_matmul": faster}))
+
+
+def test_a_row_tells_the_ways_that_were_timed():
+    case = conv.layer_case(Spec(FILTER, 3, 7, "backward"), CPU)
+    row = Runner(CPU, Settings(budget_s=0.02, memory=False)).run_case(replace(case, input_bytes=0))
+    assert {"ours_direct", "ours_convolution"} <= set(row["times"])
+    assert set(row["speedup"]) == {"loop", "loop_permuted", "stacked"}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastmtl.core import dispatch
 from fastmtl.ops import task_plan
-from fastmtl.ops.task_weights.cpu import direct
+from fastmtl.tuning.search import use_table
+from fastmtl.tuning.table import Limits, uniform
 
 pytestmark = pytest.mark.skipif(dispatch.extension is None, reason="without the extension there is no other way")
 
@@ -84,18 +85,18 @@ def test_second_derivatives_are_those_of_the_op(layer: TaskCase) -> None:
 
 
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[4]], ids=["linear", "conv"])
-def test_a_limit_of_rows_sends_it_to_the_op(layer: TaskCase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_of_rows_sends_it_to_the_op(layer: TaskCase) -> None:
     case = layer.but(gate="zeros", ids="turns")
     made, want = case.make().leaves(), table.expected(case)
-    # the forward pass alone is for the direct product
-    monkeypatch.setattr(direct, "INPUT_GRADIENT_ROWS", 0)
-    y = case.run(made)
-    assert is_straight(y)
-    table.assert_gradients(case, made, table.gradients(y, made), want)
-    monkeypatch.setattr(direct, "FORWARD_ROWS", 0)
-    y = case.run(made)
-    assert not is_straight(y)
-    table.assert_result(case, y, want)
+    direct, never = uniform(Limits(None, 0)), uniform(Limits(0, 0))
+    with use_table(direct._replace(limits=direct.limits | {"input_gradient": never.limits["input_gradient"]})):
+        y = case.run(made)
+        assert is_straight(y)
+        table.assert_gradients(case, made, table.gradients(y, made), want)
+    with use_table(never):
+        y = case.run(made)
+        assert not is_straight(y)
+        table.assert_result(case, y, want)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from torch import Tensor
 from fastmtl.core.dispatch import unavailable
 from fastmtl.core.task_weights import Geometry, SortedBatch
 from fastmtl.ops import task_conv2d_weight_grad, task_linear_weight_grad, task_plan
-from fastmtl.ops.task_weights.cpu import batch
 from fastmtl.ops.task_weights.cpu.weight_grads import weight_grads
+from fastmtl.tuning import search
+from fastmtl.tuning.table import Limits, uniform
 
 
 def run(case: TaskCase, x: Tensor, grad_out: Tensor, ids: Any, **options: Any) -> Tensor:
@@ -137,8 +138,7 @@ def test_is_the_gradient_of_a_layer_without_deltas(case: TaskCase, backend: Back
 @pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_both_ways_to_reach_the_samples(case: TaskCase, gather: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "CALL_BYTES", 10**12 if gather else 0)
-    monkeypatch.setattr(batch, "WEIGHT_PASSES", 0)
+    monkeypatch.setattr(search, "_given", uniform(Limits(0, 0), 10**12 if gather else 0, 0))
     made = case.make()
     found = run(case, made.x, made.grad_out, made.task_ids)
     assert_weight_grad(case, found, made.x, made.grad_out, made.task_ids)
@@ -153,8 +153,7 @@ def test_gradients_of_biases(
     """What `one_pass` takes as it is made: with more tasks than threads, and with fewer."""
     if (reason := unavailable("cpu", "cpu")) is not None:
         skip_or_fail(reason)
-    monkeypatch.setattr(batch, "CALL_BYTES", 10**12 if gather else 0)
-    monkeypatch.setattr(batch, "WEIGHT_PASSES", 0)
+    monkeypatch.setattr(search, "_given", uniform(Limits(0, 0), 10**12 if gather else 0, 0))
     torch.set_num_threads(num_threads)
     fmt = torch.channels_last if channels_last else torch.contiguous_format
     x, g = (torch.randn(9, c, 5, 6, dtype=F64).contiguous(memory_format=fmt) for c in (4, 6))

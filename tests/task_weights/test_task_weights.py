@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fastmtl.ops import task_conv2d, task_conv2d_weight_grad, task_linear, task_linear_weight_grad, task_plan
 from fastmtl.ops.task_weights import precision
-from fastmtl.ops.task_weights.cpu import batch
-from fastmtl.ops.task_weights.cpu import direct as task_direct
 from fastmtl.ops.task_weights.cpu import weight_grads as task_cpu
+from fastmtl.tuning import search
+from fastmtl.tuning.table import Limits, uniform
 
 # one of each kind, small
 LAYERS: dict[str, TaskCase] = {
@@ -193,9 +193,7 @@ def test_nothing_is_recorded_where_nothing_needs_a_gradient(layer: TaskCase, bac
 
 def without_direct(monkeypatch: pytest.MonkeyPatch) -> None:
     """All segments through torch's convolution: small ones go through the direct product otherwise."""
-    monkeypatch.setattr(task_direct, "FORWARD_ROWS", 0)
-    monkeypatch.setattr(task_direct, "INPUT_GRADIENT_ROWS", 0)
-    monkeypatch.setattr(task_direct, "WEIGHT_GRADIENT_ROWS", {True: 0, False: 0})
+    monkeypatch.setattr(search, "_given", uniform(Limits(0, 0)))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -213,9 +211,7 @@ def without_direct(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_direct_product_in_several_passes(
     geometry: dict[str, Any], x_layout: str, dtype: torch.dtype, level: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("FORWARD_ROWS", "INPUT_GRADIENT_ROWS"):
-        monkeypatch.setattr(task_direct, name, 10**9)
-    monkeypatch.setattr(task_direct, "WEIGHT_GRADIENT_ROWS", {True: 10**9, False: 10**9})
+    monkeypatch.setattr(search, "_given", uniform(Limits(None, 0)))
     for options in ({"gate": "values", "bias": "per_task"}, {"gate": "zeros", "delta": "nones"}):
         case = ConvCase(dtype=dtype, x_layout=x_layout, weight_layout=x_layout, **geometry, **options)
         made, want = case.make().leaves(), table.expected(case)
@@ -272,9 +268,7 @@ def test_both_ways_to_reach_the_samples(
     """The CPU copies the samples of a task together, or makes a call per run of neighbours; small cases only copy."""
     if isinstance(layer, LinearCase) and x_layout == "channels_last":
         x_layout = "transposed"
-    monkeypatch.setattr(batch, "CALL_BYTES", 10**12 if gather else 0)
-    monkeypatch.setattr(batch, "WEIGHT_PASSES", 0)
-    without_direct(monkeypatch)
+    monkeypatch.setattr(search, "_given", uniform(Limits(0, 0), 10**12 if gather else 0, 0))
     for options in (
         {"delta": "list", "gate": "values", "bias": "per_task"},
         {"delta": "nones", "gate": "zeros", "bias": "per_task"},

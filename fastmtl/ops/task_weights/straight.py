@@ -19,9 +19,9 @@ from fastmtl.core.schemas import autocast_is_on
 from fastmtl.core.task_weights import TaskPlan
 from fastmtl.core.tensors import PLAIN, is_channels_last, memory_format
 from fastmtl.ops.task_weights.arguments import Delta, Pair, read_geometry
-from fastmtl.ops.task_weights.cpu import direct
 from fastmtl.ops.task_weights.cpu.memory import fresh
 from fastmtl.ops.task_weights.cpu.task_plan import task_plan
+from fastmtl.ops.task_weights.cpu.ways import Ways, watched
 from fastmtl.ops.task_weights.operators import by_argument, wanted_deltas
 
 _IDS = frozenset({torch.int64, torch.int32})
@@ -32,7 +32,7 @@ Moves = tuple[int, int, int, int, int, int] | None
 
 def may_go_straight(x: Tensor) -> bool:
     """Whether an eager call with this tensor may go past its op, which no mode, transform or trace must see then."""
-    return x.is_cpu and straight_to_cpu() and not autocast_is_on("cpu")
+    return x.is_cpu and straight_to_cpu() and not autocast_is_on("cpu") and not watched()
 
 
 def linear(
@@ -92,10 +92,11 @@ def _moves(
     return (*geometry.stride, *geometry.padding, *geometry.dilation), size
 
 
-def _limits(x: Tensor, moves: Moves) -> tuple[int, int, int]:
+def _limits(x: Tensor, filters: torch.Size, moves: Moves) -> tuple[int, int, int]:
     """The most rows of a segment of which the direct product makes y, dx and weight gradients; -1: however many."""
     last = moves is None or is_channels_last(x)
-    return direct.FORWARD_ROWS, direct.INPUT_GRADIENT_ROWS, direct.WEIGHT_GRADIENT_ROWS[last]
+    pixelwise = moves is None or (*filters[2:], *moves[:4]) == (1, 1, 1, 1, 0, 0)
+    return Ways(x.dtype, filters.numel(), last and pixelwise, last).direct_limits()
 
 
 class _Layer:
@@ -156,12 +157,12 @@ class _Layer:
         weight, deltas, gate, bias = self.weight, self.deltas, self.gate, self.bias
         if not extension.task_conv_few(
             weight, deltas, self.tasks, gate, self.order, self.offsets, moves,
-            self.num_tasks, self.ids, x, bias, _limits(x, moves)[0], y,
+            self.num_tasks, self.ids, x, bias, _limits(x, self.shape, moves)[0], y,
         ):  # fmt: skip
             return None
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, gate, bias, deltas)):
             return y
-        call = backward_op, self.tasks, moves
+        call = backward_op, self.shape, self.tasks, moves
         return _Few.apply(call, [y], x, weight, gate, bias, self.order, self.offsets, *deltas)
 
 
@@ -171,7 +172,7 @@ class _Few(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        call: tuple[Any, list[int], Moves],
+        call: tuple[Any, torch.Size, list[int], Moves],
         result: list[Tensor],
         x: Tensor,
         weight: Tensor | None,
@@ -188,7 +189,7 @@ class _Few(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         x, weight, gate, bias, order, offsets, *deltas = ctx.saved_tensors
-        backward_op, tasks, moves = ctx.call
+        backward_op, filters, tasks, moves = ctx.call
         _, _, of_x, of_weight, of_gate, of_bias, _, _, *of_deltas = ctx.needs_input_grad
         wanted_delta = wanted_deltas(of_deltas, deltas, tasks, offsets)
         if (
@@ -207,7 +208,7 @@ class _Few(torch.autograd.Function):
             grad_x, grad_weight, grad_gate, grad_bias = found
             if extension.task_conv_few_backward(
                 weight, deltas, tasks, gate, order, offsets, moves,
-                x, _dense(grad_out, x), *_limits(x, moves)[1:],
+                x, _dense(grad_out, x), *_limits(x, filters, moves)[1:],
                 grad_x, grad_weight, grads, grad_gate, grad_bias,
             ):  # fmt: skip
                 return None, None, grad_x, grad_weight, grad_gate, grad_bias, None, None, *grads

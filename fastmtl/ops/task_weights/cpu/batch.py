@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,16 +12,11 @@ from torch import Tensor
 from fastmtl.core.schemas import define_kernel
 from fastmtl.core.task_weights import SortedBatch, TaskWeights
 from fastmtl.core.tensors import is_channels_last, memory_format
+from fastmtl.tuning.search import current
 
 _copy_rows = define_kernel(
     "_copy_rows(Tensor source, Tensor? source_rows, Tensor(a!) target, Tensor? target_rows) -> ()"
 )
-
-# what decides between copying the samples of a segment together and one call per run of neighbours:
-# bytes that could be copied while torch and oneDNN prepare one more call
-CALL_BYTES = 1_000_000
-# passes over the weight that such a call makes before it multiplies: oneDNN reorders it, and reads it
-WEIGHT_PASSES = 3
 
 
 class Segment(NamedTuple):
@@ -93,8 +88,10 @@ class Cut(NamedTuple):
 
 
 def call_bytes(weight_bytes: int) -> int:
-    """Bytes that could be copied in the time that one more call costs before it multiplies."""
-    return CALL_BYTES + WEIGHT_PASSES * weight_bytes
+    """Bytes that could be copied in the time that one more call costs before it multiplies: what torch and oneDNN
+    prepare, and passes over the weight, which oneDNN reorders and reads."""
+    table = current()
+    return table.call_bytes + int(table.weight_passes * weight_bytes)
 
 
 def cuts(segment: Segment, sample_bytes: int, weight_bytes: int) -> Iterator[Cut]:
@@ -129,7 +126,8 @@ class Samples:
         if self.joined and n > 1 and x.stride(0) != self.width:
             x = x.contiguous(memory_format=torch.channels_last)
         self.x = x
-        self.rows = x.as_strided((n, self.width), (x.stride(0) if n > 1 else self.width, 1))
+        self.stride, self.offset = x.stride(0) if n > 1 else self.width, x.storage_offset()
+        self.rows = x.as_strided((n, self.width), (self.stride, 1))
 
     def _dense(self, x: Tensor) -> bool:
         (_, *sizes), (_, *strides) = x.shape, x.stride()
@@ -144,21 +142,29 @@ class Samples:
     def take(self, cut: Cut) -> Tensor:
         """The samples of a cut, as pictures or as one long picture."""
         if cut.samples is None:
-            rows = self.rows[cut.first : cut.end]
+            rows, count, stride, offset = (
+                self.x,
+                cut.end - cut.first,
+                self.stride,
+                self.offset + cut.first * self.stride,
+            )
         else:
-            rows = torch.empty(cut.samples.shape[0], self.width, dtype=self.x.dtype)
+            count, stride, offset = cut.samples.shape[0], self.width, 0
+            rows = torch.empty(count, self.width, dtype=self.x.dtype)
             _copy_rows(self.rows, cut.samples, rows, None)
-        count, (_, c, h, w) = rows.shape[0], self.x.shape
-        stride = rows.stride(0) if count > 1 else self.width
+        _, c, h, w = self.x.shape
         if self.joined:
             length = count * h * w
-            return rows.as_strided((1, c, 1, length), (length * c, 1, length * c, c))
-        return rows.as_strided((count, c, h, w), (stride, *self.inner))
+            return rows.as_strided((1, c, 1, length), (length * c, 1, length * c, c), offset)
+        return rows.as_strided((count, c, h, w), (stride if count > 1 else self.width, *self.inner), offset)
 
     def put(self, cut: Cut, result: Tensor) -> None:
         """What a call made of the samples of a cut, in any order of memory, into those of this tensor."""
         count = cut.end - cut.first if cut.samples is None else cut.samples.shape[0]
         if result.shape[0] == count and result.shape[1:] == self.x.shape[1:]:
+            if cut.samples is None and not self.joined:
+                self.take(cut).copy_(result)
+                return
             if not self._dense(result):
                 result = result.contiguous(memory_format=memory_format(self.x))
             stride = result.stride(0) if count > 1 else self.width
@@ -170,3 +176,17 @@ class Samples:
             _copy_rows(source, None, self.rows[cut.first : cut.end], None)
         else:
             _copy_rows(source, None, self.rows, cut.samples)
+
+    def fill(self, cut: Cut, product: Callable[[Tensor], None]) -> None:
+        """What `product` writes into the `[rows, C]` that it is given: the samples of a cut, in channels_last order.
+
+        They are written where they lie if they are neighbours without gaps, else copied there.
+        """
+        _, c, h, w = self.x.shape
+        count = cut.end - cut.first if cut.samples is None else cut.samples.shape[0]
+        apart = cut.samples is not None or (count > 1 and self.rows.stride(0) != self.width)
+        rows = torch.empty(count, self.width, dtype=self.x.dtype) if apart else self.rows[cut.first : cut.end]
+        product(rows.as_strided((count * h * w, c), (c, 1)))
+        if apart:
+            into = self.rows if cut.samples is not None else self.rows[cut.first : cut.end]
+            _copy_rows(rows, None, into, cut.samples)

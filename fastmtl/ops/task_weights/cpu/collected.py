@@ -68,7 +68,13 @@ class Gradients:
             # parts of 16-bit samples are rounded once each, their sum is not
             self._held = self._held.to(self.promoted).add_(grad)
 
-    def add_to_weight(self, grad: Tensor) -> None:
+    def add_held_to_weight(self) -> None:
+        """What is held, over dW alone."""
+        grad, self._held = self._held, None
+        assert grad is not None
+        self._add_to_weight(grad)
+
+    def _add_to_weight(self, grad: Tensor) -> None:
         assert self.weight is not None
         if self._weight_empty:
             self.weight.copy_(grad)
@@ -100,7 +106,7 @@ class Gradients:
         grad, self._held = self._held, None
         assert grad is not None
         if self.weight is not None:
-            self.add_to_weight(grad)
+            self._add_to_weight(grad)
         if self.gate is not None:
             delta = self.batch.deltas[task]
             assert delta is not None
@@ -117,7 +123,11 @@ class Gradients:
                 return
         # rounded to the dtype of the weights alone, which may be wider than that of x, or narrower
         target = self._target(task)
-        torch.mul(grad.to(torch.promote_types(grad.dtype, target.dtype)), gate, out=target)
+        promoted = grad.to(torch.promote_types(grad.dtype, target.dtype))
+        if promoted.dtype == target.dtype:
+            torch.mul(promoted, gate, out=target)
+        else:
+            target.copy_(promoted if gate == 1 else promoted * gate)
 
     def collect(self) -> list[Tensor]:
         out: list[Tensor] = []

@@ -15,6 +15,7 @@ from fastmtl.core.schemas import define_kernel
 from fastmtl.core.task_weights import Geometry, TaskWeights
 from fastmtl.core.tensors import is_channels_last
 from fastmtl.ops.task_weights.cpu.batch import Batch, Segment
+from fastmtl.ops.task_weights.cpu.ways import Ways
 
 _rows_kernel = define_kernel(
     "_task_conv2d_rows(Tensor x, Tensor? weight, Tensor[] deltas, float[] gates, Tensor? bias, int[] bias_rows, "
@@ -26,12 +27,6 @@ _rows_backward_kernel = define_kernel(
     "bool add, int[] wants_weight, Tensor(c!)[] grad_deltas, int[] delta_places, Tensor(d!)? grad_gate, "
     "int[] gate_places) -> ()"
 )
-
-# a segment of at most so many rows (output pixels) is served; docs/cpu-kernels.md has the figures
-FORWARD_ROWS = 96
-INPUT_GRADIENT_ROWS = 64
-# the weight gradient, by whether x is channels_last: oneDNN is slow for few rows then
-WEIGHT_GRADIENT_ROWS = {True: 256, False: 128}
 
 
 class Job(NamedTuple):
@@ -48,10 +43,11 @@ class Direct:
     It computes in float32; samples in 16 bits are widened first, once for all segments.
     """
 
-    def __init__(self, x: Tensor, weights: TaskWeights, batch: Batch, geometry: Geometry, pixels: int) -> None:
-        self.pixels, self.batch = pixels, batch
+    def __init__(
+        self, x: Tensor, weights: TaskWeights, batch: Batch, geometry: Geometry, pixels: int, ways: Ways
+    ) -> None:
+        self.pixels, self.batch, self._ways = pixels, batch, ways
         self.last = is_channels_last(weights.like)
-        self._weight_gradient_rows = WEIGHT_GRADIENT_ROWS[is_channels_last(x)]
         kernel = weights.shape[2:]
         self.geometry = [*kernel, *geometry.stride, *geometry.padding, *geometry.dilation, int(self.last)]
         self.serves = geometry.groups == 1 and x.numel() > 0 and torch.float64 not in (x.dtype, weights.like.dtype)
@@ -85,20 +81,11 @@ class Direct:
             self._deltas[task] = self.rows(delta)
         return self._deltas[task]
 
-    def _takes(self, segment: Segment, limit: int) -> bool:
-        """Whether the segment has few rows, a weight at all, and that as rows."""
-        if not self.serves or len(segment.samples) * self.pixels > limit:
+    def takes(self, product: str, segment: Segment) -> bool:
+        """Whether a product of the segment is made here: it has few enough rows, a weight at all, and that as rows."""
+        if not self.serves or not self._ways.takes_direct(product, len(segment.samples) * self.pixels):
             return False
         return self.weight is not None if segment.task is None else self._delta(segment.task) is not None
-
-    def takes_forward(self, segment: Segment) -> bool:
-        return self._takes(segment, FORWARD_ROWS)
-
-    def takes_input_gradient(self, segment: Segment) -> bool:
-        return self._takes(segment, INPUT_GRADIENT_ROWS)
-
-    def takes_weight_gradient(self, segment: Segment) -> bool:
-        return self._takes(segment, self._weight_gradient_rows)
 
     def _packed(self, segments: Sequence[Segment]) -> tuple[list[Tensor], list[float], list[int], list[int]]:
         """Deltas and gates of segments, of which those of a task come first; samples, and where each one's begin."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from fastmtl.ops.task_weights.cpu.batch import Batch, Samples, Segment, cuts
 from fastmtl.ops.task_weights.cpu.direct import Direct
 from fastmtl.ops.task_weights.cpu.memory import fresh
 from fastmtl.ops.task_weights.cpu.stage import Stage
+from fastmtl.ops.task_weights.cpu.ways import Ways, as_matrix, as_weight, note
 from fastmtl.ops.task_weights.precision import widen
 
 
@@ -28,16 +31,18 @@ def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
         y = fresh(size, x)
     batch = Batch(weights, sorted_batch)
     stage = Stage(weights, batch, x.dtype)
-    direct = Direct(x, weights, batch, geometry, size[2] * size[3])
-    pixelwise = geometry.pixelwise(shape[2:])
-    source, target = Samples(x, pixelwise=pixelwise), Samples(y, like=x)
+    source, target = Samples(x, pixelwise=geometry.pixelwise(shape[2:])), Samples(y, like=x)
+    ways = Ways(x.dtype, shape.numel(), source.joined and geometry.groups == 1, source.channels_last)
+    direct = Direct(x, weights, batch, geometry, size[2] * size[3], ways)
     shared_bias = None if bias is None or bias.dim() == 2 else bias.detach().to(x.dtype)
     weight_bytes = shape.numel() * x.element_size()
     few: list[Segment] = []
     many: list[Segment] = []
     for segment in batch.segments():
-        (few if direct.takes_forward(segment) else many).append(segment)
+        (few if direct.takes("forward", segment) else many).append(segment)
     if few:
+        for _ in few:
+            note("forward", "direct")
         direct.forward(few, source.x, bias, y)
         if bias is not None and bias.dim() == 2 and few[-1].task is None:
             _add_bias(y, bias.detach(), batch, few[-1])
@@ -46,11 +51,24 @@ def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
         if bias is not None and bias.dim() == 2 and segment.task is not None:
             own_bias = bias[segment.task].detach().to(x.dtype)
         w = stage.weight(segment.task)
+        way = ways.of_torch("forward", len(segment.samples) * direct.pixels)
+        note("forward", way)
         for cut in cuts(segment, source.sample_bytes + target.sample_bytes, weight_bytes):
-            target.put(cut, F.conv2d(source.take(cut), w, own_bias, *geometry))
+            if way == "matmul":
+                target.fill(cut, functools.partial(_product, as_matrix(source.take(cut)), as_weight(w), own_bias))
+            else:
+                target.put(cut, F.conv2d(source.take(cut), w, own_bias, *geometry))
         if bias is not None and bias.dim() == 2 and segment.task is None:
             _add_bias(y, bias.detach(), batch, segment)
     return result if y is result else result.copy_(y)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """`x weight^T + bias` of rows."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _add_bias(y: Tensor, bias: Tensor, batch: Batch, segment: Segment) -> None:

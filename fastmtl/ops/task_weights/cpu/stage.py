@@ -20,6 +20,7 @@ class Stage:
         # `W + s_t Delta_t` is rounded to `dtype` alone, which may be narrower than the weights, or wider
         self._promoted = torch.promote_types(weights.like.dtype, dtype)
         self._scratch: Tensor | None = None
+        self._sum: Tensor | None = None  # before it is rounded, where it is
 
     def weight(self, task: int | None) -> Tensor:
         """`W + s_t Delta_t` in the dtype of x, valid until the next call; W for None, zeros where there is none."""
@@ -31,12 +32,18 @@ class Stage:
         delta = delta.detach()
         if base is None and gate == 1:
             return plain_strides(delta.to(self.dtype))
+        like = delta if base is None else base
         if self._scratch is None:
-            like = delta if base is None else base
             self._scratch = plain_strides(torch.empty_like(like, dtype=self.dtype, requires_grad=False))
+            if self._promoted != self.dtype:
+                self._sum = torch.empty_like(self._scratch, dtype=self._promoted)
+        # torch computes into a narrower dtype several times as slowly as it computes and then rounds
+        into = self._scratch if self._sum is None else self._sum
         if base is None:
-            return torch.mul(delta.to(self._promoted), gate, out=self._scratch)
-        return torch.add(base, delta, alpha=gate, out=self._scratch)
+            torch.mul(delta.to(self._promoted), gate, out=into)
+        else:
+            torch.add(base, delta, alpha=gate, out=into)
+        return into if self._sum is None else self._scratch.copy_(into)
 
     @functools.cached_property
     def _base(self) -> Tensor | None:

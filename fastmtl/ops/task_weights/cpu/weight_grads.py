@@ -47,14 +47,16 @@ def weight_grads(
     """Each task's weight gradient, as oneDNN makes it, None without samples; and with `bias` `[T, Cout]` sums of
     `grad_out`, in at least float32.
 
-    One thread to a task, where there are as many tasks as threads. Of `weight` only the shape and the memory order are
-    read. Weight gradients are in the dtype of x, or float32 where x is widened.
+    One thread to a task, where there are as many tasks as threads. Of `weight` only the shape and, beside pictures in
+    NCHW, the memory order are read. Weight gradients are in the dtype of x, or float32 where x is widened.
     """
     misread = is_misread(x, geometry)
     x, grad_out = widen(x, misread), widen(grad_out, misread)
     pixelwise = geometry.pixelwise(weight.shape[2:])
     source, back = Samples(x, pixelwise=pixelwise), Samples(grad_out, like=x, pixelwise=pixelwise)
-    like = torch.empty(weight.shape, dtype=x.dtype, memory_format=memory_format(weight))
+    # torch copies a weight that does not lie as the pictures do, though it reads nothing of it
+    fmt = torch.channels_last if source.channels_last else memory_format(weight)
+    like = torch.empty(weight.shape, dtype=x.dtype, memory_format=fmt)
     sums = _sums_of(grad_out, batch.num_tasks) if bias else None
     found = _convolution_weight_grads(
         back.x,

@@ -1,0 +1,73 @@
+"""Limits, made of the times of every way."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fastmtl.benchmarks.tuning.probes import CallCost, Timed
+from fastmtl.tuning.table import Limits
+
+# a way that was not tried, because it was hopeless with fewer rows, counts as so many times as slow as the best
+UNTRIED = 3.0
+# what is tried for the cost of one more call
+CALL_BYTES = tuple(round(1e5 * 2 ** (k / 2)) for k in range(15))
+WEIGHT_PASSES = tuple(k / 4 for k in range(41))
+
+
+class Choice(NamedTuple):
+    """The limits with the least loss, and that loss: by how much longer than the best way the chosen ones take, on
+    average and at most."""
+
+    limits: Limits
+    mean_loss: float
+    largest_loss: float
+
+
+def way_of(limits: Limits, rows: int) -> str:
+    """Which way a pixelwise segment takes that the direct product could serve."""
+    for way, limit in zip(("direct", "matmul"), limits, strict=True):
+        if limit is None or rows <= limit:
+            return way
+    return "convolution"
+
+
+def losses(limits: Limits, timed: Sequence[Timed]) -> list[float]:
+    """Of each layer, how many times as long as the best way the chosen one takes."""
+    found = []
+    for _, _, rows, seconds in timed:
+        best = min(seconds.values())
+        found.append(seconds.get(way_of(limits, rows), UNTRIED * best) / best)
+    return found
+
+
+def choose(timed: Sequence[Timed]) -> Choice:
+    """The pair of limits under which all layers together lose least, each counted by its ratio to the best way."""
+    rows = sorted({one.rows for one in timed})
+    # between two measured numbers of rows, as far from either in ratio
+    between = [round(math.sqrt(a * b)) for a, b in itertools.pairwise(rows)]
+    directs: list[int | None] = [0, *between, None]
+    matmuls: list[int | None] = [0, *between, None] if any("matmul" in one.seconds for one in timed) else [0]
+    best = min(
+        (Limits(d, m) for d in directs for m in matmuls),
+        key=lambda limits: sum(map(math.log, losses(limits, timed))),
+    )
+    # beyond what was measured, nothing is known of the direct product but that it falls behind
+    if best.direct is None:
+        best = best._replace(direct=rows[-1])
+    found = losses(best, timed)
+    return Choice(best, math.exp(sum(map(math.log, found)) / len(found)) - 1, max(found) - 1)
+
+
+def fit_calls(costs: Sequence[CallCost]) -> tuple[int, float]:
+    """`call_bytes` and `weight_passes`: what one more call costs, by the bytes of a weight, as near to all as can be in
+    ratio."""
+
+    def off(fitted: tuple[int, float]) -> float:
+        call_bytes, passes = fitted
+        found = (math.log((call_bytes + passes * weight) / max(cost, 1e4)) for weight, cost in costs)
+        return sum(x * x for x in found)
+
+    return min(itertools.product(CALL_BYTES, WEIGHT_PASSES), key=off)

@@ -1,0 +1,172 @@
+"""`fastmtl tune`: measures, with the progress shown, and writes the table."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fastmtl.benchmarks.runner.machine import describe
+from fastmtl.benchmarks.tuning import choose, probes
+from fastmtl.benchmarks.tuning.probes import FULL, SHORT, Group, Sizes, Timed
+from fastmtl.core.dispatch import unavailable
+from fastmtl.tuning.processor import this_processor
+from fastmtl.tuning.search import cache_path
+from fastmtl.tuning.table import DTYPES, KINDS, PRODUCTS, WEIGHTS, Limits, Table, key
+
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--full", action="store_true", help="more layers, and more calls of each: several minutes")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the table goes (default: your cache folder)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code: 0; 2 when nothing can be measured or written here; 130 when it was interrupted."""
+    reason = unavailable("cpu", "cpu")
+    if reason is not None:
+        print(f"fastmtl tune: there is nothing to choose between: {reason}", file=sys.stderr)
+        return 2
+    path = options.out or cache_path(this_processor())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # beside its place, so that it gets there in one step; made first, so that no minutes are lost
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        print(f"fastmtl tune: {path} cannot be written: {error}", file=sys.stderr)
+        return 2
+    unfinished = Path(name)
+    try:
+        with os.fdopen(handle, "w") as file:
+            table = tuned(FULL if options.full else SHORT, Progress())
+            file.write(table.to_json())
+        unfinished.chmod(0o644)
+        unfinished.replace(path)
+    except KeyboardInterrupt:
+        print("\nfastmtl tune: interrupted, nothing is written", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        print(f"fastmtl tune: {path} cannot be written: {error}", file=sys.stderr)
+        return 2
+    finally:
+        unfinished.unlink(missing_ok=True)
+    print(summary(table))
+    print(f"written: {path}; read by every process that starts from now on" + ("" if options.out is None else _HINT))
+    return 0
+
+
+_HINT = " with FASTMTL_TUNED set to it"
+
+
+class Progress:
+    """One line that is written over on a terminal, a line for each part elsewhere."""
+
+    def __init__(self) -> None:
+        self.begin = time.perf_counter()
+        self.part = ""
+
+    def __call__(self, done: int, total: int, part: str, detail: str) -> None:
+        elapsed = time.perf_counter() - self.begin
+        line = f"[{done + 1}/{total}] {elapsed:4.0f} s  {part}"
+        if sys.stdout.isatty():
+            print(f"\r\x1b[2K{line} {detail}", end="", flush=True)
+        elif part != self.part:
+            print(line, flush=True)
+        self.part = part
+
+    def end(self) -> None:
+        if sys.stdout.isatty():
+            print("\r\x1b[2K", end="", flush=True)
+
+
+def tuned(sizes: Sizes, progress: Callable[[int, int, str, str], None]) -> Table:
+    """Measures everything and chooses."""
+    found = probes.groups()
+    total = len(found) * sizes.rounds + 1
+    done = 0
+    # all groups once, then all again: what else the machine does then seldom hits the same one twice
+    timed: dict[Group, list[list[Timed]]] = {group: [] for group in found}
+    for _ in range(sizes.rounds):
+        for group in found:
+            part = str(group)
+            progress(done, total, part, "")
+            timed[group].append([])
+            for one in probes.measure(group, sizes):
+                timed[group][-1].append(one)
+                progress(done, total, part, f"{one.channels}, {one.rows} rows")
+            done += 1
+    limits: dict[str, dict[str, Limits]] = {product: {} for product in PRODUCTS}
+    measured: dict[str, object] = {}
+    for group in found:
+        times = probes.fastest(timed[group])
+        for size in WEIGHTS:
+            of_size = [one for one in times if one.size == size]
+            choice = choose.choose(of_size)
+            limits[group.product][key(group.kind, group.dtype_name, size)] = choice.limits
+            measured[f"{group}, {size}"] = _compact(of_size, choice)
+    progress(total - 1, total, "one more call against copies", "")
+    costs = list(probes.measure_calls(sizes))
+    measured["calls, bytes by bytes of the weight"] = {str(c.weight_bytes): round(c.bytes) for c in costs}
+    call_bytes, weight_passes = choose.fit_calls(costs)
+    if isinstance(progress, Progress):
+        progress.end()
+    for entries in limits.values():
+        for kind, dtype, size in itertools.product(KINDS, DTYPES, WEIGHTS):
+            # a dtype that is widened to float32 asks for float32's limits
+            entries.setdefault(key(kind, dtype, size), entries[key(kind, "float32", size)])
+    return Table(limits, call_bytes, weight_passes, origin(), measured)
+
+
+def origin() -> dict[str, object]:
+    """Of a table that is measured here and now."""
+    machine = describe(torch.device("cpu"))
+    return {
+        **this_processor()._asdict(),
+        "torch": machine["versions"]["torch"],
+        "fastmtl": machine["versions"]["fastmtl"],
+        "commit": machine["commit"],
+        "date": machine["date"],
+    }
+
+
+def _compact(timed: list[Timed], choice: choose.Choice) -> dict[str, object]:
+    """Microseconds by channels: numbers of rows, and of each way its times with them; and what the limits lose."""
+    found: dict[str, object] = {"mean_loss": round(choice.mean_loss, 3), "largest_loss": round(choice.largest_loss, 3)}
+    for channels, group in itertools.groupby(timed, key=lambda one: one.channels):
+        of_channels = list(group)
+        found[channels] = {"rows": [one.rows for one in of_channels]} | {
+            way: [round(one.seconds[way] * 1e6) if way in one.seconds else None for one in of_channels]
+            for way in probes.WAYS
+            if any(way in one.seconds for one in of_channels)
+        }
+    return found
+
+
+def _in_words(limits: Limits) -> str:
+    def up_to(limit: int | None) -> str:
+        return "always" if limit is None else "never" if limit == 0 else f"up to {limit} rows"
+
+    return f"direct product {up_to(limits.direct)}, then matrix product {up_to(limits.matmul)}, then convolution"
+
+
+def summary(table: Table) -> str:
+    """What was found, for whoever waited for it."""
+    lines = [
+        f"{product}, {name}: {_in_words(limits)}"
+        for product, entries in table.limits.items()
+        for name, limits in entries.items()
+    ]
+    lines.append(f"one more call: {table.call_bytes / 1e6:.2g} MB of copies and {table.weight_passes} of its weight")
+    if torch.cuda.is_available():
+        lines.append("GPU: its kernels' constants are not measured by this command (docs/tuning.md)")
+    else:
+        lines.append("GPU: there is none here")
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""Which way each segment of a call takes, by the table of this machine (docs/tuning.md)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastmtl.tuning.search import current
+from fastmtl.tuning.table import PRODUCTS, Limits, key, size_of
+
+# the direct product of `direct.py`; torch's product of matrices; torch's convolution
+Way = Literal["direct", "matmul", "convolution"]
+# the limits that hold in a dtype: those of float64 are nobody's, and it is always torch's convolution
+_NEVER = Limits(0, 0)
+
+
+_watched: Counter[tuple[str, str]] | None = None
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[Counter[tuple[str, str]]]:
+    """Counts which way how many segments take inside the block, by product and way; for reports."""
+    global _watched
+    before, _watched = _watched, Counter()
+    try:
+        yield _watched
+    finally:
+        _watched = before
+
+
+def watched() -> bool:
+    """Whether somebody counts: calls past the op take the same ways, and tell nobody."""
+    return _watched is not None
+
+
+def note(product: str, way: Way) -> None:
+    """A segment takes a way."""
+    if _watched is not None:
+        _watched[product, way] += 1
+
+
+class Ways:
+    """The limits of one call: x and the gradient of the output lie alike, so that they hold for all its products.
+
+    `numbers`: of one weight. `matrix`: the filter is pixelwise, of one group, and all rows of a cut lie side by side,
+    so that a product of matrices is the same.
+    """
+
+    def __init__(self, dtype: torch.dtype, numbers: int, matrix: bool, channels_last: bool) -> None:
+        kind = "pixelwise" if matrix else "channels_last" if channels_last else "contiguous"
+        self._matrix = matrix
+        limits = current().limits
+        if dtype == torch.float64:
+            self._of = dict.fromkeys(limits, _NEVER)
+            return
+        name = key(kind, "float32" if dtype == torch.float32 else "bfloat16", size_of(numbers))
+        self._of = {product: entries[name] for product, entries in limits.items()}
+
+    def takes_direct(self, product: str, rows: int) -> bool:
+        """Whether a segment is for the direct product, if that serves it."""
+        limit = self._of[product].direct
+        return limit is None or rows <= limit
+
+    def direct_limits(self) -> tuple[int, int, int]:
+        """The most rows of a segment for which it makes y, dx and weight gradients; -1: however many."""
+        y, dx, dw = (-1 if self._of[product].direct is None else self._of[product].direct for product in PRODUCTS)
+        return y, dx, dw
+
+    def of_torch(self, product: str, rows: int) -> Way:
+        """Which of torch's own ways a segment takes otherwise."""
+        if not self._matrix:
+            return "convolution"
+        limit = self._of[product].matmul
+        return "matmul" if limit is None or rows <= limit else "convolution"
+
+
+def as_matrix(pictures: Tensor) -> Tensor:
+    """`[rows, C]`, a view of pictures whose channels lie side by side and which have no gaps."""
+    return pictures.permute(0, 2, 3, 1).reshape(-1, pictures.shape[1])
+
+
+def as_weight(filters: Tensor) -> Tensor:
+    """`[Cout, Cin]`, a view of filters of one pixel."""
+    return filters.flatten(1)
