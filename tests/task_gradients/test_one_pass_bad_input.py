@@ -373,3 +373,63 @@ def test_nothing_is_left_on_tensors() -> None:
     with fastmtl.one_pass(net, IDS, T) as bank:
         cross_entropy(net(bank.samples(x))).sum().backward()
     assert not vars(x) and not vars(net.steps) and not vars(IDS)
+
+
+# --- gradients that are changed or taken inside the block
+
+
+def _hooked(hook, **options):
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)).double(), torch.randn(6, 4).double()
+    ids = torch.arange(6) % 3
+
+    def loss(which):
+        h = model(x)
+        h.register_hook(hook)
+        return h.square().sum(1)[which].sum()
+
+    with fastmtl.one_pass(model, ids, 3, **options) as bank:
+        loss(slice(None)).backward()
+    rows = [bank.row(t) for t in range(3)]
+    for t, row in enumerate(rows):
+        expected = torch.autograd.grad(loss(ids == t), list(model.parameters()))
+        torch.testing.assert_close(list(row), list(expected))
+
+
+@pytest.mark.parametrize(
+    "hook", [lambda g: -0.5 * g, lambda g: g.clamp(-1, 1), lambda g: None, lambda g: g / g.norm(dim=1, keepdim=True)]
+)
+def test_hooks_of_activations_that_keep_samples_apart(hook):
+    _hooked(hook)
+
+
+@pytest.mark.parametrize(
+    "hook", [lambda g: g / g.norm(), lambda g: g - g.mean(0), lambda g: g * torch.special.log_ndtr(g.sum())]
+)
+def test_hooks_of_activations_that_mix_samples(hook):
+    with pytest.raises(ValueError, match="a hook of the gradient"):
+        _hooked(hook)
+
+
+def test_hooks_of_activations_under_a_stream():
+    with pytest.raises(ValueError, match="memory='bank'"):
+        _hooked(lambda g: g.clamp(-1, 1), memory="stream")
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.Identity()])
+def test_gradient_penalties_are_refused(norm):
+    model, x = nn.Sequential(norm, nn.Linear(6, 4), nn.SiLU()).double(), torch.randn(6, 6).double().requires_grad_()
+    with fastmtl.one_pass(model, torch.arange(6) % 3, 3):
+        y = model(x).sum(1)
+        with pytest.raises(ValueError, match="GradientBank"):
+            torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_the_loss_of_another_model():
+    model, other, x = nn.Linear(4, 2), nn.Linear(4, 2), torch.randn(6, 4)
+    with pytest.raises(ValueError, match="another model"), fastmtl.one_pass(other, torch.arange(6) % 3, 3):
+        model(x).sum().backward()
+
+
+def test_a_partition_can_not_be_checked():
+    with pytest.raises(ValueError, match="check: "):
+        fastmtl.one_pass(nn.Linear(4, 2), torch.arange(6) % 3, 3, mixing="partition", check=True)

@@ -259,6 +259,11 @@ class Batch:
         with torch.no_grad():
             if self.tracker.looped:
                 self._loop()
+            if not self.received and self.gram is None:
+                raise ValueError(
+                    "one_pass: no parameter of the bank took part in this loss. Is it of another model than the one "
+                    "that the block was given, or of a part of it that has no shared parameters?"
+                )
             if self.check:
                 self._compare()
         self.tracker.remember_constants()
@@ -284,7 +289,7 @@ class Batch:
             raise ValueError(
                 f"task_ids: expected the length of the batch, got {n}: no tensor with {n} along dimension "
                 f"{self.options.batch_dim} came into the block (batch_dim= and bank.samples(x, dim) say where the "
-                "samples are; a part of a batch is taken before the block)"
+                "samples are; a part of a batch is taken before the block, and the forward pass runs inside it)"
             )
         if isinstance(axis, MixedSamples):
             raise ValueError(

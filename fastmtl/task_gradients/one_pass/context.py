@@ -116,6 +116,11 @@ class one_pass:
         ):
             if value not in known:
                 raise ValueError(f"{argument}: expected {known[0]!r} or {known[1]!r}, got {value!r}")
+        if check and mixing == "partition":
+            raise ValueError(
+                "check: with mixing='partition' no row is the gradient of a task's loss, so that there is nothing to "
+                "compare it with"
+            )
         if not isinstance(sort, bool):
             raise TypeError(f"sort: expected a bool, got {type(sort).__name__}")
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
@@ -153,7 +158,10 @@ class one_pass:
 
     def __enter__(self) -> OnePassBank:
         if _active:
-            raise RuntimeError("one_pass: already inside a one_pass block; blocks can't be nested")
+            raise RuntimeError(
+                "one_pass: already inside a one_pass block; blocks can't be nested, and a process has one at a time, "
+                "in whichever thread"
+            )
         self._bank._open(self._batch, self._where, self._loss_reduction)
         _active.append(self._batch)
         return self._bank

@@ -31,6 +31,15 @@ from fastmtl.task_gradients.one_pass.tensors import version
 OF_MODEL = "_fastmtl_of_model"
 
 
+# nodes of graphs that torch makes behind the block's back, and what to do about them
+_KNOWN_NODES = {
+    "CheckpointFunctionBackward": "reentrant checkpointing can't be followed: use_reentrant=False can",
+    "BackwardHookFunctionBackward": (
+        "a module has a hook of register_full_backward_hook, which can't be followed: remove it for the step, or use a "
+        "fastmtl.GradientBank"
+    ),
+}
+
 # for the first parameter of a bank: tensors from outside that carried no samples of its earlier batches, and how often
 # each had been written to by then
 _constants_of = WeakIdKeyDictionary()
@@ -84,6 +93,7 @@ class KnownTensors:
         # of the batch itself: those that are known, and those that the size of a dimension alone says
         self.whole = (task_ids, self.outside) if self.outside.key == task_ids.key else (task_ids,)
         self.seen = False  # a tensor from outside carried samples
+        self.strict = False  # what depends on several samples is no constant either where it needs no gradient
         self._of_model = [(x, _Told()) for x in constants] + [(p, _Told(each)) for p, each in held.items()]
         self._told_before: list[list[Any]] = []
         self._constants: list[weakref.ref[Tensor]] = []  # tensors from outside that carry no samples
@@ -126,7 +136,7 @@ class KnownTensors:
         # a tensor that got another graph since is the result of a torch.autograd.Function, whose backward is not seen
         if found is not None and found[0] is self.task_ids and _same_graph(x, found[2]):
             axis = unpacked(*found[1])
-            if isinstance(axis, (PerSample, Constant, Unknown)) or x.requires_grad:
+            if isinstance(axis, (PerSample, Constant, Unknown)) or x.requires_grad or self.strict:
                 return axis
             if isinstance(axis, FromParameters):
                 return CONSTANT
@@ -145,6 +155,8 @@ class KnownTensors:
             if x.requires_grad:
                 return Unknown("a call that torch.compile does not show, such as F.pad or a torch.autograd.Function")
         elif x.grad_fn is not None:
+            if (way := _KNOWN_NODES.get(type(x.grad_fn).__name__)) is not None:
+                return Unknown(way)
             return Unknown(
                 f"a tensor of shape {list(x.shape)} was computed outside the block, or by what torch does not show "
                 f"(a scripted function, torch.func): {type(x.grad_fn).__name__}; x = bank.samples(x, dim) tells which "

@@ -161,6 +161,39 @@ class Tracker(ParameterRows, TorchFunctionMode):
         finally:
             self.running = before
 
+    def _followed_hook(self, x: Tensor, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """A hook of an activation's gradient. What it makes of it must keep samples apart: with the loss of one task
+        alone, the gradients of other tasks' samples are zero."""
+        axis = self.axis_of(x)
+        if not isinstance(axis, PerSample):
+            return hook
+
+        def followed(g: Tensor) -> Any:
+            if not self.running:
+                return hook(g)
+            before, self.strict = self.strict, True
+            version_before = g._version
+            try:
+                self.mark(g, axis)
+                out = hook(g)
+                found = self.axis_of(g if out is None else out)
+            finally:
+                self.strict = before
+            if out is None and g._version == version_before:
+                return None
+            name = f"one_pass: a hook of the gradient of a tensor of shape {list(x.shape)}"
+            if self.bounded:
+                raise ValueError(f"{name} changes it, and memory='stream' runs two backward passes: use memory='bank'")
+            if not isinstance(found, PerSample) or found != axis:
+                raise ValueError(
+                    f"{name} mixes samples, or can't be followed: {reason(found) or 'they lie elsewhere then'}. "
+                    "With one task's loss it would see zeros for other tasks' samples; change each sample's gradient "
+                    "by itself, or use a fastmtl.GradientBank"
+                )
+            return out
+
+        return followed
+
     def inside(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs a function of torch that is written in Python so that each call in it comes back here."""
         plain = without_override(func)
@@ -219,6 +252,8 @@ class Tracker(ParameterRows, TorchFunctionMode):
                 return found
             key = found
         name = name_of(func)
+        if name == "register_hook" and func is torch.Tensor.register_hook and not torch.compiler.is_compiling():
+            return func(args[0], self._followed_hook(args[0], *args[1:], **kwargs))
         if name in PLAIN or name in BACKWARDS:
             return func(*args, **kwargs)
         if "axis" in kwargs or "keepdims" in kwargs:  # numpy's names
@@ -233,6 +268,12 @@ class Tracker(ParameterRows, TorchFunctionMode):
             self._hand_on(name, args, {}, out, axes)
             return iter(out)
         if name == "grad" and func is torch.autograd.grad:
+            if kwargs.get("create_graph") or (len(args) > 4 and args[4]):
+                raise ValueError(
+                    "one_pass: torch.autograd.grad with create_graph=True inside the block: the rows of a gradient's "
+                    "own derivative (a gradient penalty) can't be told. A fastmtl.GradientBank, with a forward and "
+                    "backward pass per task, takes it"
+                )
             out = self.inside(func, args, kwargs)
             self._hand_on(name, args, kwargs, out, Unknown("a gradient taken inside the block can't be followed"))
             return out
@@ -284,7 +325,8 @@ class Tracker(ParameterRows, TorchFunctionMode):
         if lost is not None:
             raise self._refused(call, lost.why)
         if total:
-            if samples or call.name not in _SUMS:
+            several = any(x.dim() and isinstance(self.axis_of(x), SampleSum) for x in call.tensors())
+            if samples or call.name not in _SUMS or (several and call.name in ("add", "sub")):
                 why = f"{call.name} joins it with a sum over the samples, which is no sum over them then"
                 raise self._refused(call, why)
             self.check_no_data(call.tensors())
