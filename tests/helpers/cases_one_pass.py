@@ -374,6 +374,12 @@ MODELS: dict[str, Case] = {
         lambda: _image_net(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()).to(memory_format=torch.channels_last),
         lambda: _images().to(memory_format=torch.channels_last),
     ),
+    "group norm channels last, its gradient not": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(144, CLASSES)
+        ).to(memory_format=torch.channels_last),
+        lambda: _images().to(memory_format=torch.channels_last),
+    ),
     "conv_transpose2d": Case(
         lambda: _image_net(nn.ConvTranspose2d(3, 4, 3, 2, 1, 1), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, groups=2)),
         _images,

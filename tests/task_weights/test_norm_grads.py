@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import skip_or_fail
 from torch import Tensor
 
+import fastmtl
 from fastmtl.core.dispatch import unavailable
 from fastmtl.core.task_weights import SortedBatch
 from fastmtl.ops import task_plan
@@ -85,3 +86,19 @@ def test_what_is_left_to_torch() -> None:
     x = torch.randn(2, 4, 3)
     assert not can_take(x.bfloat16(), x.bfloat16()) and not can_take(x, x.double())
     assert not can_take(x, x.mT.contiguous().mT) and not can_take(x[:0], x[:0])
+
+
+@pytest.mark.parametrize("shared", [[0, 1], [1]], ids=str)
+def test_group_norm_of_data_in_channels_last(shared: list[int]) -> None:
+    """Whose own gradient is not asked for; weight and bias lie in the bank, or the bias alone."""
+    x, g = torch.randn(len(IDS), 6, 3, 5, dtype=F64), torch.randn(len(IDS), 6, 3, 5, dtype=F64)
+    params = [torch.randn(6, dtype=F64, requires_grad=True) for _ in range(2)]
+    losses = (F.group_norm(x, 2, *params) * g).flatten(1).sum(1)
+    rows = [torch.autograd.grad(losses[t == IDS].sum(), params, retain_graph=True) for t in range(4)]
+    data = x.contiguous(memory_format=torch.channels_last)
+    with fastmtl.one_pass([params[k] for k in shared], IDS, 4) as bank:
+        (F.group_norm(data, 2, *params) * g).sum().backward()
+    for t in range(4):
+        torch.testing.assert_close(bank.row(t), [rows[t][k] for k in shared])
+    if shared == [1]:
+        torch.testing.assert_close(params[0].grad, sum(row[0] for row in rows))

@@ -60,8 +60,7 @@ class GroupNormByTask(torch.autograd.Function):
     def forward(ctx, x, w, b, ids, order, offsets, groups, eps, form_w, form_b, *targets):
         n, c = x.shape[:2]
         # the CPU alone has a kernel for channels_last
-        if x.device.type != "cpu" or not is_channels_last(x):
-            x = x.contiguous()
+        x = _in_order_of(x, x) if x.device.type == "cpu" else x.contiguous()
         size = math.prod(x.shape[2:])
         y, mean, rstd = torch.native_group_norm(x, w, b, n, c, size, groups, eps)
         y = _one_of_several(y)
@@ -75,8 +74,7 @@ class GroupNormByTask(torch.autograd.Function):
         needs, num_rows = ctx.needs_input_grad, offsets.shape[0] - 1
         rows, plain = zip(*(wants(c, need) for c, need in zip(ctx.forms, needs[1:3], strict=True)), strict=True)
         n, c = x.shape[:2]
-        if not g.is_contiguous() and (g.device.type != "cpu" or not is_channels_last(g)):
-            g = g.contiguous()
+        g = _in_order_of(x, g)  # torch's kernel takes the order of x for that of both
         if any(rows) and not any(plain) and can_take(g, x, mean, rstd, w):
             batch, wanted = SortedBatch(order, offsets), (needs[0], *rows)
             gx, rows_w, rows_b = group_norm_backward(g, x, mean, rstd, w, batch, ctx.groups, wanted)
@@ -96,9 +94,11 @@ class GroupNormByTask(torch.autograd.Function):
             if rows[1]:
                 rows_b = sum_by_row(each_b.view(n, c), ids, num_rows, ctx.bias_dtype)
             return (gx, gw, gb, *(None,) * 7, *give_rows(rows_w, ctx.forms[0]), *give_rows(rows_b, ctx.forms[1]))
-        gx, gw, gb = torch.ops.aten.native_group_norm_backward(
-            g, x, mean, rstd, w, n, c, ctx.size, ctx.groups, (needs[0], plain[0], plain[1])
-        )
+        if needs[0] or any(plain):
+            # of what is channels_last, torch's kernel writes the gradient of x whether it is asked for or not
+            gx, gw, gb = torch.ops.aten.native_group_norm_backward(
+                g, x, mean, rstd, w, n, c, ctx.size, ctx.groups, (True, plain[0], plain[1])
+            )
         if rows[0] or rows[1]:
             ds, db = _channel_sums(g, x, rows[0])
             if rows[0]:
