@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -93,6 +94,22 @@ def test_what_mixes_samples_is_refused(name: str, fallback: str) -> None:
     match = "mixes samples|can't be told"
     with pytest.raises(ValueError, match=match), fastmtl.one_pass(model, IDS, T, fallback=fallback):
         model(x).square().sum().backward()
+
+
+@pytest.mark.parametrize("n", [3, 6])
+def test_what_mixes_one_pair_alone_is_refused(n: int) -> None:
+    """Of a few samples, and for values far from those that there are."""
+    x = values(n, 2)
+    for to, of in itertools.permutations(range(n), 2):
+        for sign in (1, -1):
+
+            def gated(x: Tensor, to: int = to, of: int = of, sign: int = sign) -> Tensor:
+                open_ = (torch.arange(n) == to)[:, None] & (sign * x[of] > 1e6)
+                return torch.where(open_, x + x[of], x)
+
+            model = Scaled(gated, x)
+            with pytest.raises(ValueError, match="mixes samples"), fastmtl.one_pass(model, torch.arange(n), n):
+                model(x).square().sum().backward()
 
 
 @pytest.mark.parametrize("arguments", [{}, {"memory": "stream"}], ids=str)

@@ -17,8 +17,9 @@ from fastmtl.task_gradients.one_pass.sample_axis import PerSample
 KINDS = ("nan", "exchange", "inf", "-inf", "large", "opposite")
 # these find out whose each element is
 TELLING = ("nan", "exchange")
-# these confirm it, with so many sets of samples
+# these confirm it, with so many sets of samples; where four sets tell all samples apart, with those
 _FEW = {"inf": 2, "-inf": 2, "large": 4, "opposite": 4}
+_TOLD_BY_FOUR = math.comb(4, 2)
 
 
 class Change(NamedTuple):
@@ -61,7 +62,8 @@ def _halves(n: int, count: int, generator: torch.Generator) -> list[Tensor]:
 
 def changes(kind: str, n: int, generator: torch.Generator) -> Iterator[Change]:
     """The changes of one kind."""
-    for chosen in _halves(n, _FEW[kind], generator) if kind in _FEW else codes(n, generator):
+    few = kind in _FEW and n > _TOLD_BY_FOUR
+    for chosen in _halves(n, _FEW[kind], generator) if few else codes(n, generator):
         yield Change(kind, chosen, torch.randperm(n, generator=generator))
 
 
