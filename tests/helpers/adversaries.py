@@ -39,6 +39,10 @@ def _detached_gate(x: Tensor) -> Tensor:
     return torch.where(x.detach().abs().max() > 50, x - x.mean(0), x)
 
 
+def _together_above_zero(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x / x.norm(), 0.1 * x)
+
+
 def _in_parts(x: Tensor) -> Tensor:
     parts = x.view(2, N // 2, -1)
     return (parts - parts.mean(1, keepdim=True)).view(N, -1)
@@ -151,6 +155,7 @@ MIXED: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "rmse": (lambda x: x.square().mean().sqrt(), X),
     "divided by a count": (lambda x: x.square().sum() / (x > 0).sum(), X),
     "shuffled": (lambda x: x[torch.randperm(N)] * 2, X),
+    "together above zero, but all lie below": (_together_above_zero, -X.abs()),
 }
 
 # linear sums over the samples

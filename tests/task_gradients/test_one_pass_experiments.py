@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from adversaries import APART, MIXED, SUMS, N, opaque, values
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastmtl
 from fastmtl.task_gradients.one_pass.experiments import verdict
@@ -436,3 +437,14 @@ def test_what_a_compiled_graph_runs_is_not_tried():
     with fastmtl.one_pass(compiled, torch.arange(N) % 3, 3, check=True) as bank:
         compiled(x).sum().backward()
         assert bank.report().runs == 0
+
+
+def test_what_a_checkpoint_recomputes_is_tried_before() -> None:
+    """The graphs of the experiments are none of what it recomputes."""
+    x = values(N, 3)
+    model = Scaled(lambda x: x * x.sigmoid(), x)
+    want = _rows(model(x).square().sum(1), IDS, model.weight)
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    assert bank.report().runs > 0
+    _assert_rows(bank, want)

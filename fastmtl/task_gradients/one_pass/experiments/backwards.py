@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,6 +14,13 @@ from fastmtl.task_gradients.one_pass.sample_axis import PerSample
 from fastmtl.task_gradients.one_pass.task_ids import TaskIds
 
 _ROUNDINGS = 64
+
+
+def _unhooked() -> contextlib.AbstractContextManager[object]:
+    """The user's hooks, such as those of checkpointing, see nothing of what a graph saves that is made inside."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda x: x)
 
 
 class Graph:
@@ -33,7 +41,7 @@ class Graph:
             found = self.leaves[id(x)] = value_of(x).requires_grad_()
             return found.clone() if trials.writes else found
 
-        with torch.enable_grad():
+        with torch.enable_grad(), _unhooked():
             self.results = trials.run(leaf, seed=seed)
         self._unfollowed = trials.unfollowed
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmtl.task_gradients.one_pass.experiments.trials import FAILURES, Trials, Unfit, equal, same
 from fastmtl.task_gradients.one_pass.experiments.values import (
+    TURNED,
     Change,
     changed,
     changes,
@@ -111,17 +112,30 @@ def layouts_seen(
     refused: Exception | None = None
     if not any(has_fractions(x) for x in trials.tensors if id(x) in victims):
         kinds = ("exchange",)
+
+    def run(change: Change) -> list[Tensor]:
+        now = trials.run(lambda x: _changed(x, victims, others, change), seed=seed)
+        if len(now) != len(base):
+            raise Unfit("how many results it gives depends on values")
+        return now
+
+    def see(before: list[Tensor], now: list[Tensor], chosen: Tensor) -> None:
+        for candidates, a, b in zip(found, before, now, strict=True):
+            if a.shape != b.shape:
+                candidates.left, candidates.why = {}, "the shape of its result depends on values"
+            else:
+                candidates.see(chosen, ~equal(a, b))
+
     for kind in kinds:
         try:
+            every = None
+            if kind in TURNED:
+                every = run(Change(kind, torch.ones(len(task_ids), dtype=torch.bool), torch.arange(len(task_ids))))
             for change in changes(kind, len(task_ids), generator):
-                now = trials.run(lambda x, c=change: _changed(x, victims, others, c), seed=seed)
-                if len(now) != len(base):
-                    raise Unfit("how many results it gives depends on values")
-                for candidates, a, b in zip(found, base, now, strict=True):
-                    if a.shape != b.shape:
-                        candidates.left, candidates.why = {}, "the shape of its result depends on values"
-                    else:
-                        candidates.see(change.chosen, ~equal(a, b))
+                now = run(change)
+                see(base, now, change.chosen)
+                if every is not None:  # where all are changed, those that are not chosen were put back
+                    see(every, now, ~change.chosen)
             ran.append(kind)
         except Unfit:
             raise
@@ -153,15 +167,24 @@ def owners_seen(
     owners = [torch.full(x.shape, -1) for x in base]
     why = [""] * len(base)
     marks: list[list[tuple[Tensor, Tensor]]] = [[] for _ in base]
+
+    def run(kind: str, rows: Tensor) -> list[Tensor]:
+        return trials.run(lambda x: _poisoned_rows(x, victims, rows, kind), seed=seed)
+
+    def mark(before: list[Tensor], now: list[Tensor], rows: Tensor) -> None:
+        for k, (a, b) in enumerate(zip(before, now, strict=True)):
+            if a.shape != b.shape:
+                why[k] = "the shape of its result depends on values"
+            else:
+                marks[k].append((rows, ~equal(a, b)))
+
     for kind in ("nan", "inf", "-inf", "large", "opposite"):
+        every = run(kind, present) if kind in TURNED else None
         for chosen in codes(len(present), generator):
-            rows = present[chosen]
-            now = trials.run(lambda x, k=kind, r=rows: _poisoned_rows(x, victims, r, k), seed=seed)
-            for k, (a, b) in enumerate(zip(base, now, strict=True)):
-                if a.shape != b.shape:
-                    why[k] = "the shape of its result depends on values"
-                else:
-                    marks[k].append((rows, ~equal(a, b)))
+            now = run(kind, present[chosen])
+            mark(base, now, present[chosen])
+            if every is not None:
+                mark(every, now, present[~chosen])
         if kind == "nan":
             for k, seen in enumerate(marks):
                 if not why[k]:

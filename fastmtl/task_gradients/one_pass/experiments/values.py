@@ -17,6 +17,8 @@ from fastmtl.task_gradients.one_pass.sample_axis import PerSample
 KINDS = ("nan", "exchange", "inf", "-inf", "large", "opposite")
 # these find out whose each element is
 TELLING = ("nan", "exchange")
+# these show what samples do that all have other signs than now, or are far larger
+TURNED = frozenset(("large", "opposite"))
 # these confirm it, with so many sets of samples; where four sets tell all samples apart, with those
 _FEW = {"inf": 2, "-inf": 2, "large": 4, "opposite": 4}
 _TOLD_BY_FOUR = math.comb(4, 2)
