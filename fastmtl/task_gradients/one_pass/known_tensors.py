@@ -93,7 +93,6 @@ class KnownTensors:
         # of the batch itself: those that are known, and those that the size of a dimension alone says
         self.whole = (task_ids, self.outside) if self.outside.key == task_ids.key else (task_ids,)
         self.seen = False  # a tensor from outside carried samples
-        self.strict = False  # what depends on several samples is no constant either where it needs no gradient
         self._of_model = [(x, _Told()) for x in constants] + [(p, _Told(each)) for p, each in held.items()]
         self._told_before: list[list[Any]] = []
         self._constants: list[weakref.ref[Tensor]] = []  # tensors from outside that carry no samples
@@ -136,7 +135,7 @@ class KnownTensors:
         # a tensor that got another graph since is the result of a torch.autograd.Function, whose backward is not seen
         if found is not None and found[0] is self.task_ids and _same_graph(x, found[2]):
             axis = unpacked(*found[1])
-            if isinstance(axis, (PerSample, Constant, Unknown)) or x.requires_grad or self.strict:
+            if isinstance(axis, (PerSample, Constant, Unknown)) or x.requires_grad:
                 return axis
             if isinstance(axis, FromParameters):
                 return CONSTANT

@@ -15,6 +15,7 @@ from fastmtl.parameters import describe
 from fastmtl.task_gradients.one_pass import functions, short_ways
 from fastmtl.task_gradients.one_pass.autograd.ends import Boundary, Place
 from fastmtl.task_gradients.one_pass.experiments.experiment import Experiments
+from fastmtl.task_gradients.one_pass.experiments.hooks import keeps_samples_apart
 from fastmtl.task_gradients.one_pass.known_tensors import Held
 from fastmtl.task_gradients.one_pass.layers.broadcast import copied, lift
 from fastmtl.task_gradients.one_pass.layers.protocol import Followed, Unproven
@@ -161,38 +162,32 @@ class Tracker(ParameterRows, TorchFunctionMode):
         finally:
             self.running = before
 
-    def _followed_hook(self, x: Tensor, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    def _proven_hook(self, x: Tensor, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         """A hook of an activation's gradient. What it makes of it must keep samples apart: with the loss of one task
         alone, the gradients of other tasks' samples are zero."""
         axis = self.axis_of(x)
         if not isinstance(axis, PerSample):
             return hook
 
-        def followed(g: Tensor) -> Any:
+        def proven(g: Tensor) -> Any:
             if not self.running:
                 return hook(g)
-            before, self.strict = self.strict, True
-            version_before = g._version
-            try:
-                self.mark(g, axis)
+            before = g._version, g.detach().clone()
+            with self.on(False):
                 out = hook(g)
-                found = self.axis_of(g if out is None else out)
-            finally:
-                self.strict = before
-            if out is None and g._version == version_before:
-                return None
-            name = f"one_pass: a hook of the gradient of a tensor of shape {list(x.shape)}"
-            if self.bounded:
-                raise ValueError(f"{name} changes it, and memory='stream' runs two backward passes: use memory='bank'")
-            if not isinstance(found, PerSample) or found != axis:
-                raise ValueError(
-                    f"{name} mixes samples, or can't be followed: {reason(found) or 'they lie elsewhere then'}. "
-                    "With one task's loss it would see zeros for other tasks' samples; change each sample's gradient "
-                    "by itself, or use a fastmtl.GradientBank"
-                )
+                if out is None and g._version == before[0]:
+                    return None
+                name = f"one_pass: a hook of the gradient of a tensor of shape {list(x.shape)}"
+                if self.bounded:
+                    raise ValueError(f"{name} changes it, and memory='stream' runs two backward passes: memory='bank'")
+                if not keeps_samples_apart(hook, before[1], axis):
+                    raise ValueError(
+                        f"{name} mixes samples: with one task's loss it would see zeros for other tasks' samples. "
+                        "Change each sample's gradient by itself, or use a fastmtl.GradientBank"
+                    )
             return out
 
-        return followed
+        return proven
 
     def inside(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs a function of torch that is written in Python so that each call in it comes back here."""
@@ -253,7 +248,7 @@ class Tracker(ParameterRows, TorchFunctionMode):
             key = found
         name = name_of(func)
         if name == "register_hook" and func is torch.Tensor.register_hook and not torch.compiler.is_compiling():
-            return func(args[0], self._followed_hook(args[0], *args[1:], **kwargs))
+            return func(args[0], self._proven_hook(args[0], *args[1:], **kwargs))
         if name in PLAIN or name in BACKWARDS:
             return func(*args, **kwargs)
         if "axis" in kwargs or "keepdims" in kwargs:  # numpy's names

@@ -53,7 +53,7 @@ def codes(n: int, generator: torch.Generator) -> list[Tensor]:
     return [chosen for bit in range(bits) if bool((chosen := (numbers >> bit & 1).bool()).any())]
 
 
-def _halves(n: int, count: int, generator: torch.Generator) -> list[Tensor]:
+def halves(n: int, count: int, generator: torch.Generator) -> list[Tensor]:
     """Half of the samples, and the others, so that there are `count` sets."""
     found: list[Tensor] = []
     while len(found) < count:
@@ -65,7 +65,7 @@ def _halves(n: int, count: int, generator: torch.Generator) -> list[Tensor]:
 def changes(kind: str, n: int, generator: torch.Generator) -> Iterator[Change]:
     """The changes of one kind."""
     few = kind in _FEW and n > _TOLD_BY_FOUR
-    for chosen in _halves(n, _FEW[kind], generator) if few else codes(n, generator):
+    for chosen in halves(n, _FEW[kind], generator) if few else codes(n, generator):
         yield Change(kind, chosen, torch.randperm(n, generator=generator))
 
 
