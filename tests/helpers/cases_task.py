@@ -602,3 +602,9 @@ FEW_CASES: list[TaskCase] = [
     LinearCase(leading=(90,), cin=33, cout=65, delta="nones", ids="sorted", dtype=BF16, weight_dtype=F32),
     LinearCase(leading=(4, 6), delta="stacked", shared=False, ids="absent", dtype=F64),
 ]
+
+
+def by_op(case: TaskCase, made: Made) -> Tensor:
+    """The result of the op itself: what a compiled graph calls, where eager calls may go past it."""
+    op = torch.ops.fastmtl.task_conv2d if isinstance(case, ConvCase) else torch.ops.fastmtl.task_linear
+    return op(*case.op_arguments(made))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cases_task as table
 import pytest
 import torch
-from cases_task import BF16, F64, GEOMETRIES, ConvCase, LinearCase, Made, TaskCase
+from cases_task import BF16, F64, GEOMETRIES, ConvCase, LinearCase, TaskCase
 from conftest import Backend
 from torch import Tensor
 
@@ -44,11 +44,6 @@ def is_straight(y: Tensor) -> bool:
     return "Few" in y.grad_fn.name()
 
 
-def by_op(case: TaskCase, made: Made) -> Tensor:
-    op = torch.ops.fastmtl.task_conv2d if isinstance(case, ConvCase) else torch.ops.fastmtl.task_linear
-    return op(*case.op_arguments(made))
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_as_the_op(case: TaskCase) -> None:
     made, want = case.make().leaves(), table.expected(case)
@@ -59,7 +54,7 @@ def test_as_the_op(case: TaskCase) -> None:
     table.assert_gradients(case, made, found, want)
     with torch.no_grad():
         assert torch.equal(case.run(made, task_plan(made.task_ids, case.num_tasks)), y)
-    op = by_op(case, made)
+    op = table.by_op(case, made)
     assert not is_straight(op) and op.stride() == y.stride()
     of_op = table.gradients(op, made)
     for name, grad in found.items():
@@ -81,7 +76,7 @@ def test_second_derivatives_are_those_of_the_op(layer: TaskCase) -> None:
 
     y = case.run(made)
     assert is_straight(y)
-    torch.testing.assert_close(second(y), second(by_op(case, made)))
+    torch.testing.assert_close(second(y), second(table.by_op(case, made)))
 
 
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[4]], ids=["linear", "conv"])
@@ -133,5 +128,5 @@ def test_gradient_of_a_sum() -> None:
     made = case.make().leaves()
     case.run(made).sum().backward()
     found = {name: p.grad for name, p in made.named().items()}
-    want = torch.autograd.grad(by_op(case, made).sum(), list(made.named().values()), allow_unused=True)
+    want = torch.autograd.grad(table.by_op(case, made).sum(), list(made.named().values()), allow_unused=True)
     torch.testing.assert_close(list(found.values()), list(want))
