@@ -58,6 +58,28 @@ def test_compiled_models_trace_one_graph(name: str) -> None:
     bank.apply("pcgrad")
 
 
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.layer, self.after = nn.Linear(4, 5), nn.LSTM(5, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.layer(self.before(x).relu())[0][:, -1])
+
+
+def test_a_recurrent_layer_in_a_compiled_model() -> None:
+    """dynamo runs it as it is, behind a graph break, where it must leave the followed calls alone."""
+    model, x = _Recurrent().double(), torch.randn(N, 3, 4).double()
+    compiled = torch.compile(model, backend="aot_eager")
+    rows = []
+    for each in (model, compiled):
+        with fastmtl.one_pass(model, IDS, T) as bank:
+            each(x).square().sum().backward()
+        rows.append([bank.row(t) for t in range(T)])
+        bank.apply("sum")
+    torch.testing.assert_close(rows[1], rows[0])
+
+
 def test_a_stream_through_a_compiled_model_is_refused() -> None:
     """Its graph has no second backward pass for plain gradients: an update without them would be no update."""
     torch._dynamo.reset()

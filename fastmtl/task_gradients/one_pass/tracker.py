@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,8 @@ _TAKES_DATA = frozenset(
     """linear matmul rmatmul addmm baddbmm einsum bilinear embedding embedding_bag lstm gru rnn gru_cell lstm_cell
     multi_head_attention_forward conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d""".split()  # noqa: SIM905
 )
+
+_frames = torch._C._dynamo.eval_frame
 
 
 def _compiler_runs() -> bool:
@@ -127,6 +130,8 @@ class Tracker(ParameterRows, TorchFunctionMode):
         """Begins to follow: the tensors of the model are told what they are, and functions show their calls."""
         super().attach()
         functions.show_to(self)
+        if "torch._dynamo" in sys.modules:
+            sys.modules["torch._dynamo.eval_frame"].skip_code(Tracker.__torch_function__.__code__)
 
     def detach(self) -> None:
         """Ends what `attach` began."""
@@ -237,8 +242,22 @@ class Tracker(ParameterRows, TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.off or (not torch.compiler.is_compiling() and _compiler_runs()):
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs) if self.off else self._called(func, args, kwargs)
+        if self.off or _compiler_runs():
             return func(*args, **kwargs)
+        before = _frames.get_eval_frame_callback()
+        if before is None:
+            return self._called(func, args, kwargs)
+        # behind a graph break dynamo would compile what runs here too, and give one attribute another one's code
+        _frames.set_eval_frame(None)
+        try:
+            return self._called(func, args, kwargs)
+        finally:
+            _frames.set_eval_frame(before)
+
+    def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A call that is followed."""
         key = None
         if not torch.compiler.is_compiling() and not self.bounded:
             short, found = short_ways.take(self, func, args, kwargs)
