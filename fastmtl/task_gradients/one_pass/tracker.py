@@ -242,29 +242,19 @@ class Tracker(ParameterRows, TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
-            return func(*args, **kwargs) if self.off else self._called(func, args, kwargs)
-        if self.off or _compiler_runs():
+        compiling = torch.compiler.is_compiling()
+        if self.off or (not compiling and _compiler_runs()):
             return func(*args, **kwargs)
-        before = _frames.get_eval_frame_callback()
-        if before is None:
-            return self._called(func, args, kwargs)
-        # behind a graph break dynamo would compile what runs here too, and give one attribute another one's code
-        _frames.set_eval_frame(None)
-        try:
-            return self._called(func, args, kwargs)
-        finally:
-            _frames.set_eval_frame(before)
-
-    def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """A call that is followed."""
         key = None
-        if not torch.compiler.is_compiling() and not self.bounded:
-            short, found = short_ways.take(self, func, args, kwargs)
-            if short is not None:
-                self.by_rule[short] = self.by_rule.get(short, 0) + 1
-                return found
-            key = found
+        if not compiling:
+            if _frames.get_eval_frame_callback() is not None:
+                return self._uncompiled(func, types, args, kwargs)
+            if not self.bounded:
+                short, found = short_ways.take(self, func, args, kwargs)
+                if short is not None:
+                    self.by_rule[short] = self.by_rule.get(short, 0) + 1
+                    return found
+                key = found
         name = name_of(func)
         if name == "register_hook" and func is torch.Tensor.register_hook and not torch.compiler.is_compiling():
             return func(args[0], self._proven_hook(args[0], *args[1:], **kwargs))
@@ -305,6 +295,15 @@ class Tracker(ParameterRows, TorchFunctionMode):
             short_ways.keep(self, key, out, axes)
         self._hand_on(name, args, kwargs, out, axes)
         return out
+
+    def _uncompiled(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A call behind a graph break: dynamo would compile what follows it, too, and give one attribute another one's
+        code."""
+        before = _frames.set_eval_frame(None)
+        try:
+            return self.__torch_function__(func, types, args, kwargs)
+        finally:
+            _frames.set_eval_frame(before)
 
     def follow(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Followed:
         """The result of a call and what is known of it, or of the tensors in it in turn."""
