@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import _SingleLevelFunction
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode_temporarily
+from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 
 # a Function of these is shown as the call that it is a part of
 _NOT_SHOWN = ("fastmtl.", "torch.utils.", "torch._", "torch.autograd.", "torch.nn.")
@@ -17,15 +17,17 @@ _NOT_SHOWN = ("fastmtl.", "torch.utils.", "torch._", "torch.autograd.", "torch.n
 # a compiled graph, whose calls were followed when it was made
 _COMPILED = "torch._functorch."
 
-_trackers: list[ShownTo] = []
+_trackers: list[Shown] = []
 
 
-class ShownTo(TorchFunctionMode):
-    """A mode that may be told not to follow."""
+class Shown(Protocol):
+    """A torch function mode that may be told not to follow."""
 
     def on(self, following: bool = True) -> contextlib.AbstractContextManager[None]:
         """Whether calls inside are followed."""
-        raise NotImplementedError
+        ...
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any: ...
 
 
 class _Applied:
@@ -61,7 +63,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
                 return mode.__torch_function__(plain, (), args, kwargs)
 
 
-def show_to(tracker: TorchFunctionMode) -> None:
+def show_to(tracker: Shown) -> None:
     """From here on, until `hide_from`."""
     if not _trackers:
         # dynamo, which runs a Function as it is behind a graph break, is not to trace this
@@ -70,7 +72,7 @@ def show_to(tracker: TorchFunctionMode) -> None:
     _trackers.append(tracker)
 
 
-def hide_from(tracker: TorchFunctionMode) -> None:
+def hide_from(tracker: Shown) -> None:
     _trackers.remove(tracker)
     if not _trackers:
         del _SingleLevelFunction.apply
