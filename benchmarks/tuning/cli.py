@@ -36,6 +36,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"fastmtl tune: there is nothing to choose between: {reason}", file=sys.stderr)
         return 2
     path = options.out or cache_path(this_processor())
+    if path.is_dir():
+        print(f"fastmtl tune: {path} cannot be written: it is a folder", file=sys.stderr)
+        return 2
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # beside its place, so that it gets there in one step; made first, so that no minutes are lost

@@ -114,14 +114,16 @@ def _warn(path: Path, reason: str) -> None:
 def found() -> Found:
     """What `find` finds here, asked once in a process; refused tables are warned of."""
     global _found
-    if _found is None:
+    answer = _found
+    if answer is None:
         with _lock:
             if _found is None:
-                answer = find(this_processor())
-                for path, reason in answer.refused:
-                    _warn(path, reason)
-                _found = answer
-    return _found
+                _found = find(this_processor())
+            answer = _found
+        # once it is known, without the lock: what shows warnings may call an op, or raise
+        for path, reason in answer.refused:
+            _warn(path, reason)
+    return answer
 
 
 def current() -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +22,8 @@ DTYPES = ("float32", "bfloat16")
 # by the numbers of one weight: fewer than so many, the last without end. What fits into a core's L2 cache, what fits
 # into a few of them, and what does not
 WEIGHTS: Mapping[str, float] = MappingProxyType({"small": 2**18, "medium": 2**20, "large": math.inf})
+# no number of a table is greater: C++ counts rows in 64 bits, and products with it stay finite
+MOST = 2**53
 
 
 class Limits(NamedTuple):
@@ -90,15 +93,15 @@ class Table(NamedTuple):
 
 
 def _limit(value: Any, where: str) -> int | None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST):
         raise TableError(f"{where}: expected a number of rows or null, got {value!r}")
     return value
 
 
 def _number(found: Mapping[str, Any], name: str) -> Any:
     value = found.get(name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-        raise TableError(f"{name}: expected a number of at least 0, got {value!r}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= MOST:
+        raise TableError(f"{name}: expected a number from 0 to 2^53, got {value!r}")
     return value
 
 
@@ -110,7 +113,7 @@ def parse(text: str) -> Table:
     """
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TableError(f"it is damaged: {error}") from None
     if not isinstance(found, dict) or "schema" not in found:
         raise TableError("it is damaged: it has no schema")
@@ -148,6 +151,9 @@ def read(path: Path) -> Table:
     Raises:
         TableError: the file cannot be read, is damaged, or of another schema.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        # a pipe would keep the process waiting
+        raise TableError("it cannot be read: it is no file")
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import stat
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,6 +114,13 @@ REFUSED = {
     "a limit is no number": (GOOD.replace('"direct": 12', '"direct": true'), "got True"),
     "no call_bytes": (without(GOOD, "call_bytes"), "call_bytes"),
     "passes are not finite": (GOOD.replace('"weight_passes": 2.5', '"weight_passes": NaN'), "weight_passes"),
+    "more rows than 64 bits hold": (GOOD.replace('"direct": 12', f'"direct": {2**63}'), "expected a number of rows"),
+    "more bytes than a float holds": (GOOD.replace('"call_bytes": 7', f'"call_bytes": {10**400}'), "call_bytes"),
+    "passes whose bytes are not finite": (
+        GOOD.replace('"weight_passes": 2.5', '"weight_passes": 1e308'),
+        "weight_passes",
+    ),
+    "nested without end": ("[" * 100_000, "damaged"),
     "another processor": (table_of(HERE._replace(name="Another")).to_json(), "another processor: 'Another'"),
     "another level": (table_of(HERE._replace(level="avx2")).to_json(), "another processor: 'avx2'"),
 }
@@ -137,6 +145,23 @@ def test_a_named_file_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv(search.VARIABLE, str(tmp_path / "no.json"))
     ((path, reason),) = search.find(HERE).refused
     assert path == tmp_path / "no.json" and "cannot be read" in reason
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setenv(search.VARIABLE, str(tmp_path / "pipe"))
+    ((_, reason),) = search.find(HERE).refused
+    assert "it is no file" in reason
+
+
+def test_what_shows_the_warning_may_call_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(search.VARIABLE, str(tmp_path / "no.json"))
+    asked: list[Table] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda *_: asked.append(search.current()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert search.current() is DEFAULTS
+    assert asked == [DEFAULTS]
 
 
 def test_a_refused_table_is_warned_of_once_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +294,8 @@ def test_tune_into_a_folder_that_cannot_be(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "file").write_text("")
     assert run_tune("--out", str(tmp_path / "file" / "table.json")) == 2
     assert "cannot be written" in capsys.readouterr().err
+    assert run_tune("--out", str(tmp_path)) == 2
+    assert "it is a folder" in capsys.readouterr().err
 
 
 def test_tune_without_an_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
