@@ -35,8 +35,8 @@ void set_up_tensors();
 std::optional<PythonTensor> read_tensor(PyObject* tensor);
 
 // Whether torch negates the numbers whenever they are read, as it does with the imaginary part of a conjugate. Only
-// views of every other number, and single numbers, are such ones. Other threads may run meanwhile: what was read before
-// holds no longer, and objects that nobody keeps may be gone.
+// views of every other number, single numbers, and what `as_strided` makes of one are such ones. Other threads may run
+// meanwhile: what was read before holds no longer, and objects that nobody keeps may be gone.
 bool is_negated(PyObject* tensor);
 
 // Python objects that stay alive meanwhile

@@ -205,6 +205,7 @@ def straight_unrecorded(*tensors: Any) -> bool:
         not torch.compiler.is_compiling()
         and all(type(x) in PLAIN for x in tensors)
         and tensors[0].is_cpu
+        and not any(map(torch.Tensor.is_neg, tensors))
         and straight_to_cpu()
         and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
     )

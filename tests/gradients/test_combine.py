@@ -500,3 +500,10 @@ def test_out_may_be_a_row_but_not_overlap_one(backend: Backend) -> None:
         expected = weights @ grads
         assert torch.equal(combine(weights, grads, out=out), expected)
         memory.copy_(saved)
+
+
+def test_a_bank_that_memory_holds_as_its_negative() -> None:
+    bank = torch.complex(torch.ones(3, 4), torch.randn(3, 4)).conj().imag.as_strided((2, 5), (5, 1))
+    assert bank.is_neg()
+    weights = torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(combine(weights, bank), weights @ bank.resolve_neg())

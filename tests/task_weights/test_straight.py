@@ -130,3 +130,23 @@ def test_gradient_of_a_sum() -> None:
     found = {name: p.grad for name, p in made.named().items()}
     want = torch.autograd.grad(table.by_op(case, made).sum(), list(made.named().values()), allow_unused=True)
     torch.testing.assert_close(list(found.values()), list(want))
+
+
+def negated(like: Tensor) -> Tensor:
+    """These values, in memory without gaps that holds their negatives."""
+    held = torch.complex(torch.zeros(2, like.numel()), -like.detach().flatten().repeat(2, 1))
+    held.imag.as_strided((like.numel(),), (1,)).copy_(-like.detach().flatten())
+    found = held.conj().imag.as_strided(like.shape, like.stride())
+    assert found.is_neg() and torch.equal(found, like)
+    return found
+
+
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[3]], ids=["linear", "conv"])
+def test_numbers_that_memory_holds_as_their_negatives(layer: TaskCase) -> None:
+    made = layer.make().leaves()
+    y = layer.run(made)
+    grad = torch.randn_like(y)
+    want, found = (torch.autograd.grad(y, [made.x, made.weight], g, retain_graph=True) for g in (grad, negated(grad)))
+    torch.testing.assert_close(found, want)
+    made.x = negated(made.x)
+    torch.testing.assert_close(layer.run(made), y)

@@ -117,7 +117,7 @@ class _Layer:
     ) -> _Layer | None:
         if type(x) not in PLAIN or x.dtype is not torch.float32 or x.layout is not torch.strided:
             return None
-        if x.dim() < 2 or (dims == 4 and x.dim() != 4) or not may_go_straight(x):
+        if x.dim() < 2 or (dims == 4 and x.dim() != 4) or x.is_neg() or not may_go_straight(x):
             return None
         self = cls()
         self.weight, self.gate, self.bias = weight, gate, bias
@@ -196,6 +196,7 @@ class _Few(torch.autograd.Function):
             not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and type(grad_out) is Tensor
+            and not grad_out.is_neg()
             and may_go_straight(grad_out)
         ):
             grads: list[Tensor | None] = [None] * len(deltas)
