@@ -18,7 +18,7 @@ from fastmtl.benchmarks.tuning import choose, probes
 from fastmtl.benchmarks.tuning.probes import FULL, SHORT, Group, Sizes, Timed
 from fastmtl.core.dispatch import unavailable
 from fastmtl.tuning.processor import this_processor
-from fastmtl.tuning.search import cache_path
+from fastmtl.tuning.search import VARIABLE, cache_path
 from fastmtl.tuning.table import DTYPES, KINDS, PRODUCTS, WEIGHTS, Limits, Table, key
 
 INTERRUPTED = 130
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"fastmtl tune: there is nothing to choose between: {reason}", file=sys.stderr)
         return 2
     path = options.out or cache_path(this_processor())
-    if path.is_dir():
+    if os.path.isdir(path):
         print(f"fastmtl tune: {path} cannot be written: it is a folder", file=sys.stderr)
         return 2
     try:
@@ -62,11 +62,15 @@ def run(options: argparse.Namespace) -> int:
     finally:
         unfinished.unlink(missing_ok=True)
     print(summary(table))
-    print(f"written: {path}; read by every process that starts from now on" + ("" if options.out is None else _HINT))
+    print(f"written: {path}; read by every process that starts from now on{_condition(options.out)}")
     return 0
 
 
-_HINT = " with FASTMTL_TUNED set to it"
+def _condition(out: Path | None) -> str:
+    """Under which the table is read, as a process here would look for it."""
+    if out is not None:
+        return f" with {VARIABLE} set to it"
+    return f" without {VARIABLE}, which names {os.environ[VARIABLE]}" if os.environ.get(VARIABLE) else ""
 
 
 class Progress:

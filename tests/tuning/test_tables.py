@@ -272,6 +272,9 @@ def test_tune_writes_a_table_that_is_read(
     assert times["rows"] == [1, 6] and all(min(times[way]) > 0 for way in probes.WAYS)
     assert info.collect()["tuned"]["path"] == str(path)
     assert f"tuned       by {path} (of the cache folder, of today)" in info.report()
+    monkeypatch.setenv(search.VARIABLE, "named.json")
+    assert cli._condition(None) == " without FASTMTL_TUNED, which names named.json"
+    assert cli._condition(path) == " with FASTMTL_TUNED set to it"
 
 
 def test_tune_that_is_interrupted_leaves_nothing(
