@@ -11,8 +11,9 @@ import torch
 
 from fastmtl.benchmarks.baselines import conv as conv_baselines
 from fastmtl.benchmarks.report import plots, report
-from fastmtl.benchmarks.runner import registry
-from fastmtl.benchmarks.runner.runner import Runner, Settings, wrong_choice
+from fastmtl.benchmarks.runner import measure, registry
+from fastmtl.benchmarks.runner import runner as runner_module
+from fastmtl.benchmarks.runner.runner import Runner, Settings, near_rivals, wrong_choice
 from fastmtl.benchmarks.suites import conv, conv_low_rank, conv_parts
 from fastmtl.benchmarks.suites.conv_shapes import LAYERS, Layer, Spec, gate_values, random_ids
 from fastmtl.ops import TaskPlan
@@ -285,6 +286,23 @@ def test_a_row_fails_where_another_way_is_faster():
     noisy = {"median": 0.9, "p20": 0.7, "p80": 1.3}
     assert wrong_choice(case, {"ours": same, "ours_matmul": noisy, "ours_direct": same, "loop": faster}) is None
     assert "matmul for all segments takes 0.90" in str(wrong_choice(case, {"ours": same, "ours_matmul": faster}))
+
+
+def test_rivals_whose_samples_overlap():
+    case = conv.layer_case(Spec(MATRIX, 3, 7), CPU)
+    ours, near, apart = [1.0, 1.1, 1.2, 1.3, 1.4], [1.0, 1.1, 1.25, 1.3, 1.4], [0.5, 0.6, 0.7, 0.8, 0.9]
+    samples = {"ours": ours, "loop": near, "stacked": [3.0] * 5, "ours_direct": apart, "ours_matmul": near}
+    assert near_rivals(case, samples) == ["loop"], "the fastest way is apart"
+    assert near_rivals(case, {"ours": ours, "loop": [1.4] * 3, "ours_matmul": near}) == ["ours_matmul"], "over a tenth"
+
+
+def test_near_rivals_are_measured_on(monkeypatch):
+    case = conv.layer_case(Spec(MATRIX, 3, 7), CPU)
+    monkeypatch.setattr(runner_module, "near_rivals", lambda case, samples: ["loop"])
+    monkeypatch.setattr(measure, "WORTH_REPEATING_S", 0)
+    settings = Settings(budget_s=1e-9, memory=False, settle=2e9)
+    times = Runner(CPU, settings).run_case(replace(case, input_bytes=0))["times"]
+    assert times["stacked"]["reps"] == 3 and times["ours"]["reps"] == 9 + 60 and times["loop"]["reps"] == 3 + 60
 
 
 def test_a_row_tells_the_ways_that_were_timed():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import skip_or_fail
 
 from fastmtl import __main__ as command
@@ -20,7 +21,7 @@ from fastmtl.benchmarks.tuning import cli, probes
 from fastmtl.benchmarks.tuning.choose import choose, fit_calls, way_of
 from fastmtl.benchmarks.tuning.probes import CallCost, Sizes, Timed
 from fastmtl.core.dispatch import unavailable
-from fastmtl.ops import task_linear
+from fastmtl.ops import task_conv2d, task_linear
 from fastmtl.ops.task_weights.cpu.ways import watching
 from fastmtl.tuning import search
 from fastmtl.tuning.processor import Processor, this_processor
@@ -190,6 +191,21 @@ def test_the_table_decides_which_way_an_op_takes() -> None:
             y = task_linear(x, weight, delta, ids)
         assert taken == ways
         torch.testing.assert_close(y, expected)
+
+
+def test_filters_of_one_pixel_that_skip_pixels_have_the_limits_of_a_matrix() -> None:
+    if (reason := unavailable("cpu", "cpu")) is not None:
+        skip_or_fail(reason)
+    x = torch.randn(3, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    deltas, ids = [torch.randn(4, 8, 1, 1) for _ in range(2)], torch.tensor([0, 0, 1])
+    limits = {
+        product: {k: Limits(4 if k.startswith("pixelwise") else 0, None) for k in entries}
+        for product, entries in DEFAULTS.limits.items()
+    }
+    with search.use_table(DEFAULTS._replace(limits=limits)), watching() as taken:
+        y = task_conv2d(x, None, deltas, ids, stride=2)
+    assert taken == {("forward", "direct"): 1, ("forward", "convolution"): 1}
+    torch.testing.assert_close(y, torch.cat([F.conv2d(x[i : i + 1], deltas[t], stride=2) for i, t in enumerate(ids)]))
 
 
 def test_the_shipped_tables_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,18 +47,20 @@ def note(product: str, way: Way) -> None:
 class Ways:
     """The limits of one call: x and the gradient of the output lie alike, so that they hold for all its products.
 
-    `numbers`: of one weight. `matrix`: the filter is pixelwise, of one group, and all rows of a cut lie side by side,
-    so that a product of matrices is the same.
+    `weight`: the shape of one, a matrix `[Cout, Cin]` or filters. `matrix`: the filters are pixelwise, of one group,
+    and all rows of a cut lie side by side, so that a product of matrices is the same. Filters of one pixel that skip
+    pixels (a stride) are no such product, yet they multiply as many numbers a row, and share the matrices' limits of
+    the direct product.
     """
 
-    def __init__(self, dtype: torch.dtype, numbers: int, matrix: bool, channels_last: bool) -> None:
-        kind = "pixelwise" if matrix else "channels_last" if channels_last else "contiguous"
+    def __init__(self, dtype: torch.dtype, weight: torch.Size, matrix: bool, channels_last: bool) -> None:
+        kind = "contiguous" if not channels_last else "pixelwise" if weight[2:].numel() == 1 else "channels_last"
         self._matrix = matrix
         limits = current().limits
         if dtype == torch.float64:
             self._of = dict.fromkeys(limits, _NEVER)
             return
-        name = key(kind, "float32" if dtype == torch.float32 else "bfloat16", size_of(numbers))
+        name = key(kind, "float32" if dtype == torch.float32 else "bfloat16", size_of(weight.numel()))
         self._of = {product: entries[name] for product, entries in limits.items()}
 
     def takes_direct(self, product: str, rows: int) -> bool:
