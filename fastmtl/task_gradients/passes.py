@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastmtl.core.memory import keep_freed_memory
+
 DONATED = (
     "fastmtl.backward: a compiled model (torch.compile, inductor) overwrites its saved tensors in a backward pass "
     "(donated buffers), so that a second one can't follow. Import torch._functorch.config and set its donated_buffer = "
@@ -38,6 +40,8 @@ def run_passes(
 
     A graph that no later loss needs (`overlap`, as in `Reach`) is freed with the last pass through it.
     """
+    if any(tensor.device.type == "cpu" for tensor in inputs):
+        keep_freed_memory()  # the gradients of a step are the next one's memory
     active = [t for t, loss in enumerate(tasks) if loss is not None and any(m >> t & 1 for m in inputs.values())]
     for start in range(0, len(active), chunk_size):
         chunk = active[start : start + chunk_size]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.dispatch import extension, straight_to_cpu
+from fastmtl.core.memory import keep_freed_memory
 from fastmtl.core.schemas import autocast_is_on
 from fastmtl.core.task_weights import TaskPlan
 from fastmtl.core.tensors import PLAIN, is_channels_last, memory_format
@@ -198,6 +199,7 @@ class _Few(torch.autograd.Function):
             and not grad_out.is_neg()
             and may_go_straight(grad_out)
         ):
+            keep_freed_memory()  # the gradients of a step are the next one's memory
             grads: list[Tensor | None] = [None] * len(deltas)
             for k in wanted_delta:
                 grads[k] = torch.empty_like(deltas[k])

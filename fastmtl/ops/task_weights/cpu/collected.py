@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmtl.core.memory import keep_freed_memory
 from fastmtl.core.task_weights import TaskWeights
 from fastmtl.core.tensors import like_parameter, memory_format
 from fastmtl.ops.task_weights.cpu.batch import Batch
@@ -26,6 +27,7 @@ class Gradients:
         wanted_delta: Sequence[int],
         want_gate: bool,
     ) -> None:
+        keep_freed_memory()  # the gradients of a step are the next one's memory
         self.batch, self.weights = batch, weights
         self.promoted = torch.promote_types(weights.like.dtype, torch.float32)
         self.weight: Tensor | None = None
