@@ -97,7 +97,7 @@ TAPS_COLUMNS = (
     "T plain networks",
     "full joint x sequential",
 )
-FOLLOWED_COLUMNS = ("case", "a call inside one_pass", "outside", "following it")
+FOLLOWED_COLUMNS = ("case", "a call inside one_pass", "outside", "following it", "of which torch's own mode")
 FIRST_COLUMNS = ("case", "first step", "plain step", "x plain step")
 REUSE_COLUMNS = ("case", "time per step", "plain step", "x plain step")
 # of a row of suite `conv`: what is neither loop
@@ -240,10 +240,11 @@ def _over_plain_step(row: dict[str, Any], label: str) -> str:
 
 
 def _followed_cells(row: dict[str, Any]) -> list[str]:
-    """Of a call: its time inside the block without the block's own, outside it, and what is left."""
+    """Of a call: inside the block less the block itself, outside it, what is left, and how much of that is torch."""
     times = {label: entry["median"] / row["params"]["calls"] for label, entry in row["times"].items()}
     inside = times["ours"] - times["block"]
-    return [seconds(inside), seconds(times["plain"]), seconds(inside - times["plain"])]
+    mode = seconds(times["mode"] - times["plain"]) if "mode" in times else "-"
+    return [seconds(inside), seconds(times["plain"]), seconds(inside - times["plain"]), mode]
 
 
 def _model_cells(row: dict[str, Any]) -> list[str]:

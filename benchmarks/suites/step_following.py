@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import fastmtl
 from fastmtl.benchmarks.runner.registry import FIRST_STEP, FOLLOWED, Candidate, Case, Check
@@ -80,6 +81,18 @@ def called(name: str, calls: int, on: Operands) -> Tensor | None:
     return out
 
 
+class Empty(TorchFunctionMode):
+    """Shows calls to Python and does nothing: what torch takes for any follower."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def shown(name: str, calls: int, on: Operands) -> Tensor | None:
+    with Empty():
+        return called(name, calls, on)
+
+
 def followed(name: str, calls: int, on: Operands) -> Tensor | None:
     with fastmtl.one_pass(on.layers, on.task_ids, TASKS):
         return called(name, calls, on)
@@ -104,6 +117,7 @@ def call_case(name: str, calls: int) -> Case:
             Candidate("ours", functools.partial(followed, name, calls), f"{calls} calls inside one_pass", "ours"),
             Candidate("block", functools.partial(followed, name, 0), "the block without them", "yardstick"),
             Candidate("plain", functools.partial(called, name, calls), "the same calls outside", "yardstick"),
+            Candidate("mode", functools.partial(shown, name, calls), "in an empty torch function mode", "yardstick"),
         ),
         check=functools.partial(check_followed, name),
         quick=name in ("relu", "conv2d"),

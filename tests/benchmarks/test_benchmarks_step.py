@@ -396,11 +396,11 @@ def test_calls_and_first_steps_are_rows(runner):
     small = Workload("tiny", lambda: step_following.unruled_vit(VIT), VIT.sample, batch=10)
     rows.append(runner.run_case(step_following.first_case(small, 3)))
     assert [row["status"] for row in rows] == ["ok"] * len(rows), rows
-    assert {len(report.cells(row)) for row in rows} == {4}
-    seconds = {"ours": 7e-3, "block": 1e-3, "plain": 2e-3}
+    assert [len(report.cells(row)) for row in rows] == [5] * len(step_following.CALLED) + [4]
+    seconds = {"ours": 7e-3, "block": 1e-3, "plain": 2e-3, "mode": 3e-3}
     times = {label: {"median": s} for label, s in seconds.items()}
     cells = report.cells(rows[0] | {"times": times, "params": {"calls": 1000}})
-    assert cells[1:] == ["6 us", "2 us", "4 us"]
+    assert cells[1:] == ["6 us", "2 us", "4 us", "1 us"]
 
 
 def test_a_first_step_tries_what_has_no_rule():

@@ -96,7 +96,7 @@ def call_key(tracker: ShortTracker, func: Any, args: Any, kwargs: dict[str, Any]
     name = _names[func]
     if name is None or (name == "getitem" and not _is_plain_index(args[1])):
         return None
-    key: list[Any] = [func, torch.is_grad_enabled(), len(tracker.task_ids)]
+    key: list[Any] = [func, torch.is_grad_enabled(), tracker.task_ids.count]
     if not _add_to_key(tracker, key, args):
         return None
     if kwargs:
@@ -125,10 +125,13 @@ def _add_to_key(tracker: ShortTracker, key: list[Any], values: Iterable[Any]) ->
     for x in values:
         kind = type(x)
         if kind is Tensor or isinstance(x, Tensor):
-            known = _known_of(tracker, x)
-            if known is None:
+            found = getattr(x, ATTRIBUTE, None)
+            if found is not None and found[0] is task_ids and (node := x.grad_fn) and found[2] == node._sequence_nr():
+                which, fields = found[1]
+            elif (known := _known_of(tracker, x)) is None:
                 return False
-            which, fields = known
+            else:
+                which, fields = known
             if which == 0:
                 axis, ids, outer, inner = fields
                 if ids not in tracker.whole:

@@ -24,6 +24,7 @@ class TaskIds:
         partial: some positions carry no sample: what lies there is constant, and their id means nothing.
 
     Attributes:
+        count: n.
         assumed: the dimension of tensors from outside that is taken for that of the samples, where nothing but its size
             says that a tensor carries them; else None.
     """
@@ -39,6 +40,7 @@ class TaskIds:
         partial: bool = False,
     ) -> None:
         self.ids = ids
+        self.count = ids.shape[0]
         self.num_rows = num_rows
         self.key = key
         self.parent = parent
@@ -58,7 +60,7 @@ class TaskIds:
         return same
 
     def __len__(self) -> int:
-        return self.ids.shape[0]
+        return self.count
 
     @staticmethod
     def of_rows(rows: Tensor, num_rows: int) -> TaskIds:
