@@ -2,7 +2,7 @@
 
     +    convert(network, DOMAINS, "separate", "head")                      # a classifier for each task
     +    convert(network, DOMAINS, "patch", where=nn.BatchNorm2d)           # scale, shift and statistics of each norm
-    +    convert(network, DOMAINS, "patch", where=nn.Conv2d)                # the depthwise filters, no others
+    +    convert(network, DOMAINS, "patch", where="depthwise*")              # the depthwise filters
     ...
     +    with tasks(task_ids):
              loss = F.cross_entropy(network(pictures), labels)
@@ -77,7 +77,7 @@ def patched(kind: str, network: nn.Sequential) -> nn.Sequential:
     else:
         network.eval()  # one norm for all, whose statistics stay
     if kind in ("depthwise", "both"):
-        convert(network, DOMAINS, "patch", where=nn.Conv2d, joint=True)
+        convert(network, DOMAINS, "patch", where="depthwise*", joint=True)
     if kind == "scale":
         for name, norm in list(network.named_children()):
             if isinstance(norm, nn.BatchNorm2d):
@@ -194,7 +194,17 @@ classifier alone. Here a small network of depthwise and pointwise convolutions h
 domains are added, all in one mixed batch.
 """,
     reading="""
-TODO
+Patches do what the paper says of them: a few numbers in every layer are worth far more than a new classifier, and the
+order is the expected one. Two kinds of patch together are worth more than either alone. Norms by task with one head
+for all, the one that has learned plain digits, even beat a new head without a patch. Scale and shift behind a frozen
+norm train exactly as many numbers as norms by task; what the latter have beside are the mean and the variance of their
+own domain, and here that is most welcome, since pixels that are inverted or shuffled leave the first layers with other
+statistics.
+
+What differs from the paper is the price. In this network of some nine thousand numbers a patch is a tenth to a quarter
+of all; in a network for photographs the pointwise convolutions grow with the square of the width and the patch with
+the width, so that its share becomes very small. Full fine-tuning stays ahead here, because three domains of digits are
+easy to learn anew.
 """,
     cases=cases,
     run=run,

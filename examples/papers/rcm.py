@@ -189,7 +189,15 @@ computes. Here a small network has learned plain digits, and four more domains a
 its own. The outputs of earlier tasks are compared bit for bit after each.
 """,
     reading="""
-TODO
+The first claim is exact and holds for any data: a new task has parameters of its own, and nothing that earlier tasks
+use is written. The comparison shows what that is worth: one network that goes on training has all but lost its first
+domain after three more, although each task kept its own head. For twelve percent of the convolutions' numbers,
+modulators come within a few points of a network for each task.
+
+One expectation is not met: a bank that was trained on plain digits is no better here than one of random filters, and
+rather worse. Filters that have learned plain digits may have given up what other domains need. Nothing follows from
+this for banks that were trained on many photographs. A head alone on the trained bank is a strong baseline on pictures
+this small.
 """,
     cases=cases,
     run=run,

@@ -106,7 +106,7 @@ def table(records: list[Record]) -> Table:
 def draw(records: list[Record], figure: Figure) -> None:
     kinds = list(dict.fromkeys((differ, count) for differ, _, count in columns(records)))
     backbones = list(dict.fromkeys(backbone for _, backbone, _ in columns(records)))
-    axes = figure.subplots(len(backbones), len(kinds), squeeze=False)
+    axes = figure.subplots(len(backbones), len(kinds), squeeze=False, sharey=True)
     groups = grouped(records, "differ", "backbone", "tasks", "separate")
     paths = {
         "from the bottom": (("all shared", "bottom 1", "bottom 2", "independent"), "o-", "#0072b2"),
@@ -127,7 +127,8 @@ def draw(records: list[Record], figure: Figure) -> None:
             at.set_xticks(range(0, 101, 25))
     figure.supxlabel("share of the layers that each task has for itself, %", fontsize=10)
     figure.supylabel("accuracy, %, mean over tasks", fontsize=10)
-    axes[0][0].legend(loc="lower right", fontsize=9, frameon=False, title="separate")
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, [f"separate {label}" for label in labels], loc="outside upper center", ncols=2, frameon=False)
 
 
 def claims(records: list[Record]) -> list[Claim]:
@@ -141,7 +142,7 @@ def claims(records: list[Record]) -> list[Claim]:
         if differ == "domains":
             text = f"{where}: a separate bottom layer beats a separate top layer, {numbers}."
             found.append(Claim(text, bottom > top, stable=(backbone, count) == ("mlp", 5)))
-            if independent > shared:
+            if independent > shared + 1.5:
                 share = 100 * (bottom - shared) / (independent - shared)
                 text = (
                     f"{where}: a separate bottom layer, 25% of the layers' parameters, brings more than half of what "
@@ -167,7 +168,17 @@ differ in pixels alone. The control is made the other way round: the same pictur
 (which digit, odd or even, below 5, rest by 3, number of loops).
 """,
     reading="""
-TODO
+With five domains and a perceptron the paper's claim is plain: one separate layer at the bottom brings most of what
+independent networks gain, two at the bottom bring nearly all, and the same layers at the top bring far less. The
+convolutional network shows the same order, and much less of it, within the spread of one another; there its second
+layer is the best single one. A small window cannot undo a shuffle of pixels, as two of the five domains have it. With
+two domains there is nothing to see, and the convolutional network even has it the other way round: one network holds
+both, independent networks are at most a point better, and differences are noise.
+
+The control says why the first result should not be generalised: where tasks ask different things about the same
+pictures, top layers are no worse than bottom ones, with the perceptron rather better by less than a point. What should
+be separate is where the tasks differ, and in these domains that was put at the bottom by construction. The paper's
+tables are not reproduced, since its data are photographs.
 """,
     cases=cases,
     run=run,
