@@ -115,7 +115,7 @@ def draw(records: list[Record], figure: Figure) -> None:
     for row, backbone in zip(axes, backbones, strict=True):
         for at, (differ, count) in zip(row, kinds, strict=True):
             for label, (path, style, colour) in paths.items():
-                held = [groups[differ, backbone, count, place] for place in path]
+                held = [groups[key] for place in path if (key := (differ, backbone, count, place)) in groups]
                 at.errorbar(
                     [group[0].result["own"] for group in held],
                     [mean(average(group)) for group in held],
