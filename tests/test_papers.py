@@ -15,7 +15,8 @@ import pytest
 from paths import ROOT
 
 PAPERS = ROOT / "examples" / "papers"
-NAMES = sorted(path.stem for path in PAPERS.glob("*.py") if path.stem not in ("experiment", "data", "report"))
+SHARED = ("experiment", "data", "networks", "report")
+NAMES = sorted(path.stem for path in PAPERS.glob("*.py") if path.stem not in SHARED)
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 

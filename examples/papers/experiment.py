@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import statistics
 import sys
@@ -113,8 +114,10 @@ class Experiment:
         return self.path.stem
 
     def digest(self) -> str:
-        """Of the sources that make the records: the script and what it shares with others."""
-        sources = sorted({self.path, *(Path(__file__).parent / name for name in ("data.py",))})
+        """Of the sources that make the records: the script and the modules of this folder that it takes from."""
+        taken = re.findall(r"^from (\w+) import", self.path.read_text(), re.MULTILINE)
+        shared = {Path(__file__).parent / f"{name}.py" for name in {"data", *taken} - {"experiment"}}
+        sources = sorted({self.path, *(path for path in shared if path.exists())})
         return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 

@@ -18,7 +18,7 @@ RESULTS = HERE / "results"
 DOCS = HERE.parents[1] / "docs"
 PICTURES = Path("pictures") / "papers"  # below DOCS
 # in the order of the page
-NAMES: tuple[str, ...] = ()
+NAMES: tuple[str, ...] = ("taps", "rhps", "patches", "rcm", "lines", "taps_shapes")
 
 HEAD = """# Reproductions
 
