@@ -37,6 +37,10 @@ class GradientBank:
     `apply` operates once on the task gradients, adds the result to `.grad` and empties the bank. (One `backward`
     per micro-batch is a different algorithm: it operates on each micro-batch alone.)
 
+    Attributes:
+        params: the parameters that the bank looks at, each once.
+        names: the T task names.
+
     Args:
         params: a module or an iterable of parameters. Gradients of others are left alone.
         num_tasks_or_names: T, 1 to 128 (tasks named "0", "1", ...), or T different names.
@@ -89,7 +93,7 @@ class GradientBank:
             ranks.check_params(self._named, "fastmtl.GradientBank")
         else:
             refuse_dtensors(self._named, "fastmtl.GradientBank")
-        self._params = list(self._named)
+        self.params = list(self._named)
         if self._shared is not None:
             check_within(self._shared, self._named)
         elif isinstance(params, nn.Module) and (name := compiled_module(params)) is not None:
@@ -129,15 +133,15 @@ class GradientBank:
             raise RuntimeError("GradientBank.task: already inside a task of this bank; tasks can't be nested")
         self._active = True
         # DDP's next backward pass writes into its buckets, of which gradients may be views
-        aside = [g.clone() if (g := p.grad) is not None and _in_a_bucket(g) else g for p in self._params]
-        for p in self._params:
+        aside = [g.clone() if (g := p.grad) is not None and _in_a_bucket(g) else g for p in self.params]
+        for p in self.params:
             p.grad = None
         try:
             yield
             check_reduces([m for m in self._modules if m is not None], "GradientBank.task")
-            visit = [(p, p.grad) for p in self._params if p.grad is not None]
+            visit = [(p, p.grad) for p in self.params if p.grad is not None]
         finally:
-            for p, g in zip(self._params, aside, strict=True):
+            for p, g in zip(self.params, aside, strict=True):
                 p.grad = g
             self._active = False
         self._keep(t, visit)
@@ -156,6 +160,29 @@ class GradientBank:
                 row[p].add_(g)
             else:
                 add_unshared(row, p, g)
+
+    def row(self, task: int | str) -> list[Tensor | None]:
+        """Task t's gradients as collected so far, aligned with `params`, before any mean over ranks.
+
+        None: the task did not reach it; or it is marked as a task's own or not in `shared`, and so in no row. The
+        tensors are the bank's own: read them, and copy what is to outlast `apply` or a further visit.
+
+        Args:
+            task: position 0..T-1, or name.
+
+        Raises:
+            TypeError, ValueError: no such task.
+
+        Example:
+            >>> net = torch.nn.Linear(2, 1, bias=False)
+            >>> bank = GradientBank(net, 2)
+            >>> with bank.task(1):
+            ...     net(torch.ones(1, 2)).sum().backward()
+            >>> bank.row(0), bank.row(1)
+            ([None], [tensor([[1., 1.]])])
+        """
+        row = self._rows[position(task, self.names)]
+        return [row.get(p) for p in self.params]
 
     @torch._disable_dynamo
     def apply(
@@ -196,7 +223,7 @@ class GradientBank:
             self._check_second(second, method)
             values = read_loss_values(losses, self.names, self._present, method, _APPLY)
         held = self._rows if second is None else [*self._rows, *second._rows]
-        masks = dict.fromkeys(self._params, 0)
+        masks = dict.fromkeys(self.params, 0)
         for t, row in enumerate(held):
             for p in row:
                 masks[p] |= 1 << t
@@ -253,8 +280,8 @@ class GradientBank:
             raise RuntimeError("GradientBank.apply: called inside a task of the second bank")
         if second.names != self.names:
             raise ValueError(f"second: expected a bank of the tasks {list(self.names)}, got {list(second.names)}")
-        if len(second._params) != len(self._params) or any(
-            a is not b for a, b in zip(second._params, self._params, strict=True)
+        if len(second.params) != len(self.params) or any(
+            a is not b for a, b in zip(second.params, self.params, strict=True)
         ):
             raise ValueError("second: expected a bank of the same parameters in the same order")
         if 2 * len(self.names) > MAX_TASKS:
@@ -292,7 +319,7 @@ class GradientBank:
 
     def __repr__(self) -> str:
         seen = [name for name, here in zip(self.names, self._present, strict=True) if here]
-        return f"GradientBank({len(self._params)} parameters, {len(self.names)} tasks, collected: {seen})"
+        return f"GradientBank({len(self.params)} parameters, {len(self.names)} tasks, collected: {seen})"
 
 
 def _in_a_bucket(grad: Tensor) -> bool:

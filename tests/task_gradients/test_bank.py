@@ -184,6 +184,23 @@ def test_a_single_task(net, x):
     assert surgery.weights.tolist() == [0, 1, 0]
 
 
+def test_row(net, x):
+    bank = fastmtl.GradientBank(net, ["a", "b", "c"], shared=net.trunk)
+    for t in (0, 2, 2):
+        with bank.task(t):
+            net.loss(t, x).backward()
+    trunk = len([*net.trunk.parameters()])
+    assert all(p is q for p, q in zip(bank.params, net.parameters(), strict=True))
+    for task, times in ((0, 1), ("c", 2)):
+        t = "abc".index(task) if isinstance(task, str) else task
+        found = torch.cat([g.flatten() for g in bank.row(task)[:trunk]]).double()
+        torch.testing.assert_close(found, times * plain(net, t, x)[0], rtol=1e-5, atol=1e-7)
+        assert bank.row(task)[trunk:] == [None] * (len(bank.params) - trunk)
+    assert bank.row("b") == [None] * len(bank.params)
+    with pytest.raises(ValueError, match="expected one of a, b, c, got 'd'"):
+        bank.row("d")
+
+
 def test_marked_and_unshared_parameters_are_summed(net, x):
     fastmtl.mark_per_task(net.trunk[2])
     bank = fastmtl.GradientBank(net, 3)
