@@ -53,6 +53,11 @@ def test_committed_records(name: str, papers: None) -> None:
     assert (ROOT / "docs" / report.PICTURES / f"{name}.png").exists()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_page_of_papers(name: str) -> None:
+    assert f"`examples/papers/{name}.py`" in (ROOT / "docs" / "papers.md").read_text()
+
+
 TRIAL = """
 import sys, time
 sys.path.insert(0, {papers!r})
