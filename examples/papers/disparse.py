@@ -204,7 +204,9 @@ def draw(records: list[Record], figure: Figure) -> None:
         ax.set(title=title, xlabel="shared weights pruned")
         ax.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy, mean of four tasks (%)")
-    axes[0].legend(title="trained on (dotted: not)", loc="lower left", fontsize="small")
+    handles, labels = axes[0].get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    legend.set_title("pruned by (solid: trained on afterwards, dotted: not)")
 
 
 EXPERIMENT = Experiment(

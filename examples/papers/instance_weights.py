@@ -192,6 +192,7 @@ def draw(records: list[Record], figure: Figure) -> None:
         ]
         right.errorbar([100 * n for n in noises], center, error, color=color, marker="o", capsize=3, label=way)
     right.set(title="Accuracy, three tasks", xlabel="wrong labels in training (%)", ylabel="test accuracy (%)")
+    right.set_xticks([100 * noise for noise in noises])
     right.legend(title="weights", loc="lower left", frameon=False)
     right.grid(alpha=0.25)
 

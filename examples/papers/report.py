@@ -18,7 +18,20 @@ RESULTS = HERE / "results"
 DOCS = HERE.parents[1] / "docs"
 PICTURES = Path("pictures") / "papers"  # below DOCS
 # in the order of the page
-NAMES: tuple[str, ...] = ("taps", "rhps", "patches", "rcm", "lines", "taps_shapes")
+NAMES: tuple[str, ...] = (
+    "taps",
+    "rhps",
+    "patches",
+    "rcm",
+    "lines",
+    "taps_shapes",
+    "tag",
+    "hypergrid",
+    "instance_weights",
+    "disparse",
+    "soft_modules",
+    "distillation",
+)
 
 HEAD = """# Reproductions
 

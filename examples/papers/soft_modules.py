@@ -82,7 +82,7 @@ class Network(nn.Module):
 
     def __init__(self, way: str) -> None:
         super().__init__()
-        width = 45 if way == "one network, wider" else WIDTH  # as many parameters as the soft modules
+        width = 38 if way == "one network, wider" else WIDTH  # as many parameters as the soft modules
         first, second = {
             "CARE": (Encoders, Shared),
             "soft modules": (Mixed, Mixed),
@@ -197,6 +197,7 @@ def draw(records: list[Record], figure: Figure) -> None:
     ways = [way for (way,) in grouped(records, "way")]
     sizes = {way: found[0].result["parameters"] for (way,), found in grouped(records, "way").items()}
     left.set_yticks(range(len(ways)), [f"{way}\n{sizes[way]:,} parameters" for way in ways])
+    left.margins(y=0.12)
     left.invert_yaxis()
     left.set(title="Accuracy of six tasks: seeds, and their mean", xlabel="accuracy (%)")
     left.grid(axis="x", alpha=0.25)
@@ -227,7 +228,13 @@ same order could share all but their heads. With four modules in a layer, a task
 `fastmtl.ops.task_linear` takes the mixed weights of all tasks for a mixed batch in one call.
 """,
     reading="""
-
+Mixtures pay: with four modules in each layer, six tasks do as well as with a network for each, which takes more
+parameters, and far better than in one network of a single module's size. CARE, which mixes encoders alone, gets about
+half of that. But on these tasks size explains more than mixing: one plain network with as many parameters as the soft
+modules is no worse. Nor do the mixtures find what was built into the tasks. Early in the training each task settles
+for one module, nearly alone, and which one has little to do with the order of its pixels. (At the weights' own
+learning rate the shares hardly moved in 500 steps, and the modules did no better than one network.) The papers report
+gains on robots' tasks, learned by reinforcement, which get in each other's way far more than these.
 """,
     cases=cases,
     run=run,
