@@ -156,30 +156,32 @@ def claims(records: list[Record]) -> list[Claim]:
     at = len(sparsities) - 1
     of = grouped(records, "digit_weight")
 
-    def after(weight: float, name: str, when: str = "tuned") -> float:
-        return mean(accuracies(of[weight,], when, name, at))
+    def after(weight: float, name: str, at: int = at) -> float:
+        return mean(accuracies(of[weight,], "tuned", name, at))
 
-    share = f"{sparsities[at]:.0%}"
+    share, most = f"{sparsities[at]:.0%}", sparsities.index(0.9)
     agree, total = "all tasks agree", "sum of the losses"
     found = [
         Claim(
-            f"with {share} of the shared weights pruned and the rest trained on, pruning what all tasks rank low does "
-            f"less harm than pruning at random: {after(1.0, agree):.1f}% against {after(1.0, 'random'):.1f}%",
-            after(1.0, agree) > after(1.0, "random"),
+            "with 90% of the shared weights pruned and the rest trained on, pruning what all tasks rank low does less "
+            f"harm than at random: {after(1.0, agree, most):.1f}% against {after(1.0, 'random', most):.1f}%",
+            after(1.0, agree, most) > after(1.0, "random", most),
         )
     ]
     for weight in (1.0, 10.0):
         found.append(
             Claim(
-                f"with the digit loss weighted by {weight:g}, pruning where all tasks agree keeps more than pruning by "
-                f"the sum of the losses: {after(weight, agree):.1f}% against {after(weight, total):.1f}%",
+                f"with {share} pruned and the digit loss weighted by {weight:g}, pruning where all tasks agree keeps "
+                f"more than pruning by the sum of the losses: {after(weight, agree):.1f}% against "
+                f"{after(weight, total):.1f}%",
                 after(weight, agree) > after(weight, total),
                 stable=False,
             )
         )
     found.append(
         Claim(
-            f"and more than pruning by magnitude: {after(1.0, agree):.1f}% against {after(1.0, 'magnitude'):.1f}%",
+            f"with {share} pruned it keeps more than pruning by magnitude: {after(1.0, agree):.1f}% against "
+            f"{after(1.0, 'magnitude'):.1f}%",
             after(1.0, agree) > after(1.0, "magnitude"),
             stable=False,
         )
@@ -198,7 +200,7 @@ def draw(records: list[Record], figure: Figure) -> None:
                 ax.plot(places, line, style, color=color, markersize=4, label=name if when == "tuned" else None)
         dense = mean([mean(r.result["dense"]) for r in found])
         ax.axhline(dense, color="black", linewidth=0.8, linestyle="--")
-        ax.text(0, dense + 0.7, "dense", fontsize="small")
+        ax.text(len(sparsities) - 1, dense + 0.7, "dense", fontsize="small", ha="right")
         ax.set_xticks(places, [f"{s:.0%}" for s in sparsities])
         title = "equal losses" if weight == 1 else f"digit loss times {weight:g}"
         ax.set(title=title, xlabel="shared weights pruned")
@@ -225,7 +227,13 @@ is trained on. It is tried with equal losses and with the digit's loss multiplie
 sum.
 """,
     reading="""
-
+The unanimous criterion does to the sum of the losses what the paper says: it keeps as much or more at every sparsity,
+and the difference grows as more is pruned. At 90% and 95% it is larger where one loss counts ten times, and so hides
+the others in their sum. But magnitude, which looks at no gradient, is better than both here from 80% on, and at 98%
+neither criterion made of gradients beats pruning at random by more than the spread over the seeds. Here the gradients
+are those of a network that is nearly trained, small and from twenty batches; that this is the cause was not examined.
+The paper prunes large networks for dense prediction, also before and during their training, and other criteria came
+out worse there.
 """,
     cases=cases,
     run=run,
