@@ -246,12 +246,12 @@ expert agrees with the large network on a picture, the more it counts there.
 """,
     reading="""
 Distillation has nothing to win here: with 300 pictures a shared network is as good as a network for each task, and
-matching features as well costs it half a point or a little more, about the spread over the seeds. The paper starts
-from shared networks that fall behind. Fusion goes in the paper's direction: without any training the small experts
-lift the large network by more than ten points, and a strength by sample adds a little, less than the spread. Where the
-expert is not known, equal weights do harm, and weights by sample keep part of the gain. But each expert alone is
-better than the large network that it is fused with: this one has seen little, while the large language models of the
-paper bring much that their small experts lack.
+matching features as well costs it half a point or a little more, about the spread over the seeds. The paper is about
+shared networks that learn some tasks and neglect others. Fusion goes in the paper's direction: without any training
+the small experts lift the large network by more than ten points, and a strength by sample adds a little, less than the
+spread. Where the expert is not known, equal weights do harm, and weights by sample keep part of the gain. But each
+expert alone is better than the large network that it is fused with: this one has seen little, while the large language
+models of the paper are meant to bring what their small experts lack.
 """,
     cases=cases,
     run=run,

@@ -187,7 +187,7 @@ EXPERIMENT = Experiment(
     claim="""
 Instead of a network for each task, HyperGrid trains one transformer for all, and lets each task scale blocks of the
 feed-forward weights: with a grid of 8 x 8 blocks a task has 8 factors for the rows of a weight and 8 for its columns,
-and no weights of its own. The paper comes close to a network for each task with a small part of the parameters.
+and no weights of its own. The paper narrows the gap to a network for each task with a small part of the parameters.
 
 Here a small transformer reads handwritten digits row by row, in five domains that show them plain, inverted, turned
 and with pixels in two other orders. `convert(network, DOMAINS, "hypergrid", where=["*.linear1", "*.linear2"])` gives
@@ -198,10 +198,9 @@ feed-forward layers of each domain's own, and a network for each domain.
 Factors on blocks help, and finer grids help more: with 32 x 32 the shared network gains a point for 7% more
 parameters. The steps between grids are smaller than the spread over the seeds, so that only the direction over all of
 them counts. What is left to a network for each domain is two points, and feed-forward layers of each domain's own
-close most of that. Here the grids fall short of the paper's promise: its tasks read the same kind of text with a large
-trained network, in which the right parts have to be turned up, while these domains move the pixels about, so that
-their first layers have little in common. The grids here belong to the task alone; the paper computes them from the
-input, too.
+close most of that. Here the grids fall short of what the paper promises. Its tasks read the same kind of text with a
+large network that was trained before; these domains move the pixels about, and the small network starts from nothing.
+The grids here belong to the task alone; the paper computes them from the input, too.
 """,
     cases=cases,
     run=run,

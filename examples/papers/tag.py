@@ -219,11 +219,10 @@ gives.
 The affinity sees what is alike: in each seed's full training it puts the two tasks on one domain together. Its
 estimate from the Gram matrix orders the pairs almost as the lookahead does, though it promises larger gains, as it
 does not see that losses curve. As a forecast it is weak here. Two networks with the tasks that it picks are better
-than one network for all four, but so are most other ways to split them, and the best network for each task is one of
-its own. What the affinity misses is overfitting: it looks at the losses on training pictures, and "below five" learned
-beside "which digit" makes the latter's test loss worse. The paper finds a clear gain on large data, where training and
-test losses move together; with 100 pictures the differences between the groupings lie within the spread over the
-seeds.
+than one network for all four, but so is every other way to split them, and a network for each task is as good as any.
+What the affinity misses is overfitting: it looks at the losses on training pictures, and "below five" learned beside
+"which digit" makes the latter's test loss worse. The paper finds a clear gain on a large data set; with 100 pictures
+the differences between the groupings lie within the spread over the seeds.
 """,
     cases=cases,
     run=run,
