@@ -19,7 +19,7 @@ std::vector<double> grams(const Rows& rows, const std::vector<int64_t>& first_pa
   const int T = rows.num_tasks;
   const Plan plan = make_plan(rows, first_param);
   const Kernels& kernel = kernels();
-  const GramBlock pairs = gram_of_pairs();
+  const PairKernels* pairs = pair_kernels();
   const int64_t size = static_cast<int64_t>(T) * T;
   std::vector<double> partial(std::max<int64_t>(plan.num_chunks, 1) * size, 0.0);
   parallel_chunks(plan, [&](int64_t first, int64_t last) {
@@ -31,7 +31,7 @@ std::vector<double> grams(const Rows& rows, const std::vector<int64_t>& first_pa
         const int type = static_cast<int>(block.param->dtype);
         const Ahead ahead = block_rows.count() > kFollowed ? block_rows.ahead() : Ahead{};
         if (pairs && block.param->dtype == DType::bf16) {
-          pairs(block_rows.pointers(), block_rows.count(), block.length, block_rows.tasks(), total, T, ahead);
+          pairs->gram(block_rows.pointers(), block_rows.count(), block.length, block_rows.tasks(), total, T, ahead);
           return;
         }
         // beyond one tile every row is loaded several times: convert it once

@@ -9,6 +9,7 @@
 #include "cpu/simd/elementwise.h"
 #include "cpu/simd/low_rank.h"
 #include "cpu/simd/norms.h"
+#include "cpu/simd/pairs.h"
 #include "cpu/simd/sums.h"
 #include "cpu/simd/tiles.h"
 
@@ -35,12 +36,18 @@ using CombineBlock = void (*)(const void* weights, int num_out, const void* cons
 
 using WidenBlock = void (*)(const void* source, float* target, int64_t length);
 
+// of bf16 by dot products of pairs, which take subnormals for zero
+struct PairKernels {
+  GramBlock gram;
+  PairTiles tiles;
+};
+
 struct Kernels {
   const char* name;
   GramBlock gram[4];        // by DType
   CombineBlock combine[4];  // weights are float, double for f64
-  GramBlock gram_pairs;     // of bf16 by dot products of pairs, which take subnormals for zero; null: none
-  WidenBlock widen[4];      // bf16 and f16 to float
+  const PairKernels* pairs;  // null: none
+  WidenBlock widen[4];       // bf16 and f16 to float
   Tiles tiles;
   Elementwise elementwise;
   Norms norms;
@@ -57,7 +64,7 @@ extern const Kernels kAvx512;
 std::vector<std::string> compiled_levels();
 std::vector<std::string> available_levels();
 const Kernels& kernels();
-GramBlock gram_of_pairs();  // of these kernels, or null where the processor has no such products
+const PairKernels* pair_kernels();  // of these kernels, or null where the processor has no such products
 void set_level(const std::string& name);
 
 }  // namespace fastmtl::cpu

@@ -102,6 +102,8 @@ void gram_pairs(const void* const* rows, int count, int64_t length, const int* t
   gram_block<BF16Pair>(rows, count, length, task, total, stride, ahead);
 }
 
+#include "cpu/simd/pairs.inc"
+
 }  // namespace
 }  // namespace fastmtl::cpu::avx512
 
@@ -113,7 +115,8 @@ void gram_pairs(const void* const* rows, int count, int64_t length, const int* t
 
 namespace fastmtl::cpu {
 using namespace avx512;
-extern const Kernels kAvx512 = FASTMTL_KERNELS("avx512", &gram_pairs);
+static const PairKernels kPairs = {&gram_pairs, FASTMTL_PAIR_TILES};
+extern const Kernels kAvx512 = FASTMTL_KERNELS("avx512", &kPairs);
 }  // namespace fastmtl::cpu
 
 #endif

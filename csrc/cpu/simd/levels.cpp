@@ -63,13 +63,13 @@ std::atomic<const Kernels*>& active() {
 std::vector<std::string> compiled_levels() { return names(all()); }
 std::vector<std::string> available_levels() { return names(runnable()); }
 const Kernels& kernels() { return *active().load(std::memory_order_relaxed); }
-GramBlock gram_of_pairs() {
+const PairKernels* pair_kernels() {
 #if defined(__x86_64__)
   static const bool here = [] {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bf16") != 0;
   }();
-  return here ? kernels().gram_pairs : nullptr;
+  return here ? kernels().pairs : nullptr;
 #else
   return nullptr;
 #endif

@@ -12,6 +12,7 @@
 
 #include "cpu/pages.h"
 #include "cpu/simd/kernels.h"
+#include "cpu/task_weights/packing.h"
 #include "cpu/task_weights/task_conv.h"
 
 namespace fastmtl::cpu {
@@ -23,141 +24,28 @@ constexpr int64_t kBackRows = 64;          // rows of the weight staged at a tim
 constexpr int64_t kBackPanels = 4;         // panels in a pass of it
 constexpr int64_t kOuterFloats = 1 << 17;  // of the input that a pass of the weight gradient keeps in L2
 
-Image image_of(const Tensor& x, const void* data) {
-  STD_TORCH_CHECK(x.dim() == 4 && dtype_of(x) == DType::f32, "fastmtl: expected a 4-D float32 tensor");
-  Image image{static_cast<float*>(const_cast<void*>(data)), {}, {}};
-  auto size = x.sizes(), stride = x.strides();
-  for (int d = 0; d < 4; ++d) {
-    image.size[d] = size[d];
-    image.stride[d] = stride[d];
-  }
-  return image;
-}
-
-using Floats = std::unique_ptr<float[]>;
-Floats floats(int64_t count) { return Floats(new float[static_cast<size_t>(std::max<int64_t>(count, 1))]); }
-
-// multiplications, or numbers moved, that are worth a thread of their own
-constexpr int64_t kProducts = 1 << 16, kMoves = 1 << 14;
-
-// run(first, end) over parts of 0..count-1, in threads where each gets `worth` of work; `each`: that of one
-template <class F>
-void over(int64_t count, int64_t each, int64_t worth, const F& run) {
-  const int64_t grain = std::max<int64_t>(1, worth / std::max<int64_t>(each, 1));
-  if (count > grain) torch::stable::parallel_for(0, count, grain, run);
-  else if (count > 0) run(0, count);
-}
-
-// visits the taps of an output pixel: f(tap, pointer to channel 0 of the input pixel, or null outside)
-template <class F>
-inline void for_each_tap(const Image& x, const Filter& f, int64_t sample, int64_t h, int64_t w, const F& visit) {
-  float* base = x.data + sample * x.stride[0];
-  int64_t tap = 0;
-  for (int64_t i = 0; i < f.kernel[0]; ++i)
-    for (int64_t j = 0; j < f.kernel[1]; ++j, ++tap) {
-      const int64_t row = h * f.stride[0] - f.padding[0] + i * f.dilation[0];
-      const int64_t column = w * f.stride[1] - f.padding[1] + j * f.dilation[1];
-      const bool inside = row >= 0 && row < x.size[2] && column >= 0 && column < x.size[3];
-      visit(tap, inside ? base + row * x.stride[2] + column * x.stride[3] : nullptr);
-    }
-}
-
-// input pixels under the filter, a: [panels][rows][kPanel] in the order of the weight's rows
-void pack_input(const Image& x, const Filter& f, const RowMap& map, float* a) {
-  const int64_t rows = map.count(), length = f.length(), step = rows * kPanel;
-  over(rows, length, kMoves, [&](int64_t first, int64_t end) {
-    for (int64_t m = first; m < end; ++m) {
-      int64_t sample, h, w;
-      map.find(m, &sample, &h, &w);
-      float* row = a + m * kPanel;
-      auto at = [&](int64_t k) -> float& { return row[k / kPanel * step + k % kPanel]; };
-      for_each_tap(x, f, sample, h, w, [&](int64_t tap, const float* pixel) {
-        if (!f.last) {
-          const int64_t taps = f.taps();
-          for (int64_t c = 0; c < f.channels; ++c) at(c * taps + tap) = pixel ? pixel[c * x.stride[1]] : 0.0f;
-          return;
-        }
-        for (int64_t c = 0; c < f.channels;) {
-          const int64_t k = tap * f.channels + c;
-          const int64_t run = std::min(kPanel - k % kPanel, f.channels - c);
-          float* target = &at(k);
-          if (!pixel) std::fill(target, target + run, 0.0f);
-          else if (x.stride[1] == 1) std::copy(pixel + c, pixel + c + run, target);
-          else
-            for (int64_t i = 0; i < run; ++i) target[i] = pixel[(c + i) * x.stride[1]];
-          c += run;
-        }
-      });
-      for (int64_t k = length; k < f.panels() * kPanel; ++k) at(k) = 0;
-    }
-  });
-}
-
-// adds da back to the input pixels it came from; the samples of dx are overwritten
-void unpack_input(const float* da, const Filter& f, const RowMap& map, const Image& dx) {
-  const int64_t rows = map.count(), step = rows * kPanel, per_sample = map.height * map.width;
-  constexpr int64_t kSlice = 64;  // channels of one sample that one thread adds up
-  const int64_t slices = (f.channels + kSlice - 1) / kSlice;
-  over(map.num_samples * slices, std::min(f.channels, kSlice) * per_sample * f.taps(), kMoves,
-       [&](int64_t first, int64_t end) {
-         for (int64_t part = first; part < end; ++part) {
-           const int64_t s = part / slices, c0 = part % slices * kSlice, c1 = std::min(c0 + kSlice, f.channels);
-           float* base = dx.data + map.samples[s] * dx.stride[0];
-           const bool dense = dx.stride[1] == 1;
-           for (int64_t h = 0; h < dx.size[2]; ++h)
-             for (int64_t w = 0; w < dx.size[3]; ++w) {
-               float* pixel = base + h * dx.stride[2] + w * dx.stride[3];
-               for (int64_t c = c0; c < c1; ++c) pixel[c * dx.stride[1]] = 0;
-             }
-           for (int64_t r = 0; r < per_sample; ++r) {
-             const int64_t m = s * per_sample + r;
-             const float* row = da + m * kPanel;
-             auto at = [&](int64_t k) -> const float* { return row + k / kPanel * step + k % kPanel; };
-             for_each_tap(dx, f, map.samples[s], r / map.width, r % map.width, [&](int64_t tap, float* pixel) {
-               if (!pixel) return;
-               if (!f.last) {
-                 const int64_t taps = f.taps();
-                 for (int64_t c = c0; c < c1; ++c) pixel[c * dx.stride[1]] += *at(c * taps + tap);
-                 return;
-               }
-               for (int64_t c = c0; c < c1;) {
-                 const int64_t k = tap * f.channels + c;
-                 const int64_t run = std::min(kPanel - k % kPanel, c1 - c);
-                 const float* source = at(k);
-                 if (dense)
-                   for (int64_t i = 0; i < run; ++i) pixel[c + i] += source[i];
-                 else
-                   for (int64_t i = 0; i < run; ++i) pixel[(c + i) * dx.stride[1]] += source[i];
-                 c += run;
-               }
-             });
-           }
-         }
-       });
-}
-
 }  // namespace
 
 void direct_forward(const Image& x, const Filter& f, const RowMap& map, const Weights& weights, const float* bias,
                     const Image& y) {
   const Kernels& kernel = kernels();
   const int64_t rows = map.count(), num_out = weights.rows, panels = f.panels();
-  Floats a = floats(panels * rows * kPanel);
-  pack_input(x, f, map, a.get());
-  Floats out = floats(rows * num_out);
+  const auto a = buffer<float>(panels * rows * kPanel);
+  pack_input<true>(x, f, map, panels * kPanel, a.get());
+  const auto out = buffer<float>(rows * num_out);
   const int64_t blocks = (num_out + kDotRows - 1) / kDotRows;
   over(blocks, kDotRows * f.length() * rows, kProducts, [&](int64_t first, int64_t end) {
-    std::vector<float> staged(static_cast<size_t>(kDotRows * kDotPanels * kPanel));
+    const auto staged = buffer<float>(kDotRows * kDotPanels * kPanel);
     for (int64_t p = 0; p < panels; p += kDotPanels) {
       const int64_t count = std::min(kDotPanels, panels - p);
       for (int64_t block = first; block < end; ++block) {
         const int64_t n = block * kDotRows, num = std::min(kDotRows, num_out - n);
         for (int64_t i = 0; i < num; ++i)
-          weights.stage(kernel, n + i, p * kPanel, count * kPanel, kDotRows, staged.data() + i * kDotPanels * kPanel);
+          weights.stage(kernel, n + i, p * kPanel, count * kPanel, kDotRows, staged.get() + i * kDotPanels * kPanel);
         if (p == 0)
           for (int64_t m = 0; m < rows; ++m)
             for (int64_t i = 0; i < num; ++i) out[m * num_out + n + i] = bias ? bias[n + i] : 0.0f;
-        kernel.tiles.dot(staged.data(), kDotPanels * kPanel, static_cast<int>(num), a.get() + p * rows * kPanel, rows,
+        kernel.tiles.dot(staged.get(), kDotPanels * kPanel, static_cast<int>(num), a.get() + p * rows * kPanel, rows,
                          rows, count, out.get() + n, num_out);
       }
     }
@@ -178,10 +66,10 @@ void direct_forward(const Image& x, const Filter& f, const RowMap& map, const We
 namespace {
 
 // g: [ceil(num_out / kTall)][rows][kTall] (by_row false) or [ceil(rows / kTall)][num_out][kTall]
-Floats pack_grad(const Image& g, const RowMap& map, bool by_row) {
+Buffer<float> pack_grad(const Image& g, const RowMap& map, bool by_row) {
   const int64_t rows = map.count(), num_out = g.size[1];
   const int64_t tiles = ((by_row ? rows : num_out) + kTall - 1) / kTall;
-  Floats packed = floats(tiles * kTall * (by_row ? num_out : rows));
+  auto packed = buffer<float>(tiles * kTall * (by_row ? num_out : rows));
   over(rows, num_out, kMoves, [&](int64_t first, int64_t end) {
     for (int64_t m = first; m < end; ++m) {
       int64_t sample, h, w;
@@ -203,11 +91,11 @@ void direct_input_gradient(const Image& g, const Filter& f, const RowMap& map, c
                            const Image& dx) {
   const Kernels& kernel = kernels();
   const int64_t rows = map.count(), num_out = weights.rows, panels = f.panels();
-  const Floats packed = pack_grad(g, map, true);
-  Floats da = floats(panels * rows * kPanel);
+  const Buffer<float> packed = pack_grad(g, map, true);
+  const auto da = buffer<float>(panels * rows * kPanel);
   over((panels + kBackPanels - 1) / kBackPanels, kBackPanels * kPanel * num_out * rows, kProducts,
        [&](int64_t first, int64_t end) {
-         std::vector<float> staged(static_cast<size_t>(kBackRows * kBackPanels * kPanel));
+         const auto staged = buffer<float>(kBackRows * kBackPanels * kPanel);
          for (int64_t group = first; group < end; ++group) {
            const int64_t p = group * kBackPanels, count = std::min(kBackPanels, panels - p),
                          width = kBackPanels * kPanel;
@@ -215,31 +103,31 @@ void direct_input_gradient(const Image& g, const Filter& f, const RowMap& map, c
            for (int64_t n = 0; n < num_out; n += kBackRows) {
              const int64_t num = std::min(kBackRows, num_out - n);
              for (int64_t i = 0; i < num; ++i)
-               weights.stage(kernel, n + i, p * kPanel, count * kPanel, kBackRows, staged.data() + i * width);
+               weights.stage(kernel, n + i, p * kPanel, count * kPanel, kBackRows, staged.get() + i * width);
              for (int64_t q = 0; q < count; ++q)
                for (int64_t m = 0; m < rows; m += kTall)
                  kernel.tiles.back(
-                     staged.data() + q * kPanel, width, num, packed.get() + (m / kTall * num_out + n) * kTall,
+                     staged.get() + q * kPanel, width, num, packed.get() + (m / kTall * num_out + n) * kTall,
                      static_cast<int>(std::min<int64_t>(kTall, rows - m)), da.get() + ((p + q) * rows + m) * kPanel);
            }
          }
        });
-  unpack_input(da.get(), f, map, dx);
+  unpack_input(da.get(), f, map, dx, nullptr);
 }
 
 double direct_weight_gradient(const Image& x, const Image& g, const Filter& f, const RowMap& map,
                               const Weights& weights, const Spread& spread) {
   const Kernels& kernel = kernels();
   const int64_t rows = map.count(), num_out = weights.rows, panels = f.panels();
-  Floats a = floats(panels * rows * kPanel);
-  pack_input(x, f, map, a.get());
-  const Floats packed = pack_grad(g, map, false);
+  const auto a = buffer<float>(panels * rows * kPanel);
+  pack_input<true>(x, f, map, panels * kPanel, a.get());
+  const Buffer<float> packed = pack_grad(g, map, false);
   const int64_t tiles = (num_out + kTall - 1) / kTall, size = size_of(weights.dtype);
   const int64_t pass = std::max<int64_t>(1, kOuterFloats / (rows * kPanel));
   // one per tile, added up in order: the same whatever the threads
   std::vector<double> products(static_cast<size_t>(tiles), 0.0);
   over(tiles, kTall * f.length() * rows, kProducts, [&](int64_t first, int64_t end) {
-    float e[kTall * kPanel];
+    alignas(64) float e[kTall * kPanel];
     for (int64_t p = 0; p < panels; p += pass)
       for (int64_t tile = first; tile < end; ++tile) {
         const int64_t n = tile * kTall, num = std::min<int64_t>(kTall, num_out - n);
@@ -266,6 +154,27 @@ double direct_weight_gradient(const Image& x, const Image& g, const Filter& f, c
 }
 
 namespace {
+
+template <class T>
+ImageOf<T> image_of(const Tensor& x, const void* data) {
+  constexpr bool kFloats = std::is_same_v<T, float>;
+  STD_TORCH_CHECK(x.dim() == 4 && dtype_of(x) == (kFloats ? DType::f32 : DType::bf16), "fastmtl: expected a 4-D ",
+                  kFloats ? "float32" : "bfloat16", " tensor");
+  ImageOf<T> image{static_cast<T*>(const_cast<void*>(data)), {}, {}};
+  auto size = x.sizes(), stride = x.strides();
+  for (int d = 0; d < 4; ++d) {
+    image.size[d] = size[d];
+    image.stride[d] = stride[d];
+  }
+  return image;
+}
+
+// whether a product is one of pairs, by its x: bfloat16 has no other here
+bool by_pairs(const Tensor& x) {
+  if (dtype_of(x) != DType::bf16) return false;
+  STD_TORCH_CHECK(pair_kernels(), "fastmtl: bfloat16 where there are no products of pairs");
+  return true;
+}
 
 // geometry: kh, kw, stride, padding, dilation (height, width each), and 1 if rows of the weight run channels last
 Filter filter_of(const std::vector<int64_t>& geometry, int64_t channels) {
@@ -305,7 +214,8 @@ struct Segments {
   }
 
   size_t count() const { return bounds.size() - 1; }
-  RowMap rows(size_t k, const Image& of) const {
+  template <class T>
+  RowMap rows(size_t k, const ImageOf<T>& of) const {
     return {samples.data() + bounds[k], bounds[k + 1] - bounds[k], of.size[2], of.size[3]};
   }
   Weights weights(size_t k, const Filter& f, int64_t rows) const {
@@ -326,12 +236,12 @@ void check_each(const std::vector<int64_t>& of, size_t count, int64_t end, const
   for (int64_t k : of) STD_TORCH_CHECK(k >= -1 && k < end, "fastmtl: ", name, " ", k, " of ", end);
 }
 
-// bias: [K, Cout]; bias_rows: by segment the one that is added, or -1
-void forward_op(Tensor x, std::optional<Tensor> weight, const std::vector<Tensor>& deltas,
-                const std::vector<double>& gates, std::optional<Tensor> bias, const std::vector<int64_t>& bias_rows,
-                const std::vector<int64_t>& samples, const std::vector<int64_t>& bounds,
-                const std::vector<int64_t>& geometry, Tensor y) {
-  const Image in = image_of(x, x.const_data_ptr()), out = image_of(y, y.mutable_data_ptr());
+template <class T>
+void run_forward(const Tensor& x, const std::optional<Tensor>& weight, const std::vector<Tensor>& deltas,
+                 const std::vector<double>& gates, const std::optional<Tensor>& bias,
+                 const std::vector<int64_t>& bias_rows, const std::vector<int64_t>& samples,
+                 const std::vector<int64_t>& bounds, const std::vector<int64_t>& geometry, const Tensor& y) {
+  const ImageOf<T> in = image_of<T>(x, x.const_data_ptr()), out = image_of<T>(y, y.mutable_data_ptr());
   const Filter f = filter_of(geometry, in.size[1]);
   const Segments segments(weight, deltas, gates, samples, bounds, f, std::min(in.size[0], out.size[0]));
   const float* rows = nullptr;
@@ -348,16 +258,24 @@ void forward_op(Tensor x, std::optional<Tensor> weight, const std::vector<Tensor
   }
 }
 
-// By segment: whether dx is wanted, and dW with what belongs to it; the place of dDelta in `grad_deltas`, and of the
-// gate's gradient in `grad_gate`, or -1. add: to what dW holds, else the first to write it replaces that.
-void backward_op(Tensor grad_out, Tensor x, std::optional<Tensor> weight, const std::vector<Tensor>& deltas,
+// bias: [K, Cout]; bias_rows: by segment the one that is added, or -1
+void forward_op(Tensor x, std::optional<Tensor> weight, const std::vector<Tensor>& deltas,
+                const std::vector<double>& gates, std::optional<Tensor> bias, const std::vector<int64_t>& bias_rows,
+                const std::vector<int64_t>& samples, const std::vector<int64_t>& bounds,
+                const std::vector<int64_t>& geometry, Tensor y) {
+  auto run = by_pairs(x) ? &run_forward<uint16_t> : &run_forward<float>;
+  run(x, weight, deltas, gates, bias, bias_rows, samples, bounds, geometry, y);
+}
+
+template <class T>
+void run_backward(const Tensor& grad_out, const Tensor& x, const std::optional<Tensor>& weight, const std::vector<Tensor>& deltas,
                  const std::vector<double>& gates, const std::vector<int64_t>& samples,
-                 const std::vector<int64_t>& bounds, const std::vector<int64_t>& geometry, std::optional<Tensor> grad_x,
-                 const std::vector<int64_t>& wants_x, std::optional<Tensor> grad_weight, bool add,
+                 const std::vector<int64_t>& bounds, const std::vector<int64_t>& geometry, const std::optional<Tensor>& grad_x,
+                 const std::vector<int64_t>& wants_x, const std::optional<Tensor>& grad_weight, bool add,
                  const std::vector<int64_t>& wants_weight, const std::vector<Tensor>& grad_deltas,
-                 const std::vector<int64_t>& delta_places, std::optional<Tensor> grad_gate,
+                 const std::vector<int64_t>& delta_places, const std::optional<Tensor>& grad_gate,
                  const std::vector<int64_t>& gate_places) {
-  const Image g = image_of(grad_out, grad_out.const_data_ptr()), in = image_of(x, x.const_data_ptr());
+  const ImageOf<T> g = image_of<T>(grad_out, grad_out.const_data_ptr()), in = image_of<T>(x, x.const_data_ptr());
   const Filter f = filter_of(geometry, in.size[1]);
   const Segments segments(weight, deltas, gates, samples, bounds, f, std::min(in.size[0], g.size[0]));
   const size_t count = segments.count();
@@ -371,8 +289,8 @@ void backward_op(Tensor grad_out, Tensor x, std::optional<Tensor> weight, const 
                     "fastmtl: expected float32 gradients of gates");
     gate_gradients = static_cast<float*>(grad_gate->mutable_data_ptr());
   }
-  Image dx{};
-  if (grad_x.has_value()) dx = image_of(*grad_x, grad_x->mutable_data_ptr());
+  ImageOf<T> dx{};
+  if (grad_x.has_value()) dx = image_of<T>(*grad_x, grad_x->mutable_data_ptr());
   for (size_t k = 0; k < count; ++k) {
     const RowMap map = segments.rows(k, g);
     const Weights weights = segments.weights(k, f, g.size[1]);
@@ -399,6 +317,20 @@ void backward_op(Tensor grad_out, Tensor x, std::optional<Tensor> weight, const 
     const double product = direct_weight_gradient(in, g, f, map, weights, spread);
     if (spread.gate) gate_gradients[gate_places[k]] = static_cast<float>(product);
   }
+}
+
+// By segment: whether dx is wanted, and dW with what belongs to it; the place of dDelta in `grad_deltas`, and of the
+// gate's gradient in `grad_gate`, or -1. add: to what dW holds, else the first to write it replaces that.
+void backward_op(Tensor grad_out, Tensor x, std::optional<Tensor> weight, const std::vector<Tensor>& deltas,
+                 const std::vector<double>& gates, const std::vector<int64_t>& samples,
+                 const std::vector<int64_t>& bounds, const std::vector<int64_t>& geometry, std::optional<Tensor> grad_x,
+                 const std::vector<int64_t>& wants_x, std::optional<Tensor> grad_weight, bool add,
+                 const std::vector<int64_t>& wants_weight, const std::vector<Tensor>& grad_deltas,
+                 const std::vector<int64_t>& delta_places, std::optional<Tensor> grad_gate,
+                 const std::vector<int64_t>& gate_places) {
+  auto run = by_pairs(x) ? &run_backward<uint16_t> : &run_backward<float>;
+  run(grad_out, x, weight, deltas, gates, samples, bounds, geometry, grad_x, wants_x, grad_weight, add, wants_weight,
+      grad_deltas, delta_places, grad_gate, gate_places);
 }
 
 // rows of `source` (in turn, or those listed) into rows of `target` (likewise); a row is dense

@@ -1,5 +1,5 @@
-// The direct product: convolution of a few samples with `W + s Delta`, and its gradients, in float32. task_conv.cpp
-// says how.
+// The direct product: convolution of a few samples with `W + s Delta`, and its gradients. task_conv.cpp says how in
+// float32, task_conv_pairs.cpp in bfloat16, for processors that multiply it in pairs (`pair_kernels`).
 #pragma once
 
 #include <algorithm>
@@ -10,11 +10,14 @@
 
 namespace fastmtl::cpu {
 
-struct Image {
-  float* data;
+template <class T>
+struct ImageOf {
+  T* data;
   int64_t stride[4];  // of sample, channel, row, column, in elements
   int64_t size[4];
 };
+using Image = ImageOf<float>;
+using Image16 = ImageOf<uint16_t>;  // bfloat16
 
 // one filter tap, seen from an output pixel
 struct Filter {
@@ -56,9 +59,13 @@ struct Weights {
 // y of some samples, with `bias` `[Cout]` or null.
 void direct_forward(const Image& x, const Filter& f, const RowMap& map, const Weights& weights, const float* bias,
                     const Image& y);
+void direct_forward(const Image16& x, const Filter& f, const RowMap& map, const Weights& weights, const float* bias,
+                    const Image16& y);
 
 // dx of some samples, which is overwritten.
 void direct_input_gradient(const Image& g, const Filter& f, const RowMap& map, const Weights& weights, const Image& dx);
+void direct_input_gradient(const Image16& g, const Filter& f, const RowMap& map, const Weights& weights,
+                           const Image16& dx);
 
 struct Spread {
   float* weight = nullptr;  // sum over tasks, float
@@ -69,6 +76,8 @@ struct Spread {
 
 // The weight gradient of some samples, spread as it is made; returns <gradient, Delta>, if that is wanted.
 double direct_weight_gradient(const Image& x, const Image& g, const Filter& f, const RowMap& map,
+                              const Weights& weights, const Spread& spread);
+double direct_weight_gradient(const Image16& x, const Image16& g, const Filter& f, const RowMap& map,
                               const Weights& weights, const Spread& spread);
 
 }  // namespace fastmtl::cpu

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmtl.core import dispatch
 from fastmtl.core.schemas import define_kernel
 from fastmtl.core.task_weights import Geometry, TaskWeights
 from fastmtl.core.tensors import is_channels_last
@@ -40,7 +41,8 @@ class Job(NamedTuple):
 class Direct:
     """The direct product for segments with few rows: one group, all weights dense in one memory order.
 
-    It computes in float32; samples in 16 bits are widened first, once for all segments.
+    It computes in float32; samples in 16 bits are widened first, once for all segments, unless the processor multiplies
+    bfloat16 in pairs: such samples are read as they are, and weights are rounded to bfloat16 once.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class Direct:
         kernel = weights.shape[2:]
         self.geometry = [*kernel, *geometry.stride, *geometry.padding, *geometry.dilation, int(self.last)]
         self.serves = geometry.groups == 1 and x.numel() > 0 and torch.float64 not in (x.dtype, weights.like.dtype)
+        self._pairs = x.dtype == torch.bfloat16 and dispatch.extension.multiplies_pairs()
         # widening all samples must be little beside the weights
         pictures = x.numel() + x.shape[0] * weights.shape[0] * pixels
-        self.serves = self.serves and (x.dtype == torch.float32 or pictures <= 2 * weights.shape.numel())
+        self.serves = self.serves and (x.dtype == torch.float32 or self._pairs or pictures <= 2 * weights.shape.numel())
         self.weight: Tensor | None = None
         if self.serves and weights.weight is not None:
             self.weight = self.rows(weights.weight)
@@ -100,22 +103,23 @@ class Direct:
             bounds.append(len(samples))
         return deltas, gates, samples, bounds
 
-    def _in_float32(self, x: Tensor, copy: bool = True) -> Tensor:
-        if x.dtype == torch.float32:
+    def _as_multiplied(self, x: Tensor, copy: bool = True) -> Tensor:
+        """x itself or in float32, that with its numbers if they are to be copied."""
+        if x.dtype == torch.float32 or self._pairs:
             return x
         if id(x) not in self._copies:
             in_float32 = torch.empty_like(x, dtype=torch.float32, requires_grad=False)
             self._copies[id(x)] = x, in_float32.copy_(x) if copy else in_float32
         return self._copies[id(x)][1]
 
-    def _put(self, in_float32: Tensor, out: Tensor, segment: Segment) -> None:
-        if in_float32 is not out:
+    def _put(self, result: Tensor, out: Tensor, segment: Segment) -> None:
+        if result is not out:
             for first, end in segment.runs:
-                out[first:end].copy_(in_float32[first:end])
+                out[first:end].copy_(result[first:end])
 
     def forward(self, segments: Sequence[Segment], x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """Into their samples of y. bias: of the layer; of several tasks' own, those that share a segment get none."""
-        in_float32 = self._in_float32(y, copy=False)
+        result = self._as_multiplied(y, copy=False)
         rows = [-1] * len(segments)
         if bias is not None:
             by_task = bias.dim() == 2
@@ -123,10 +127,10 @@ class Direct:
             bias = (bias.detach() if by_task else bias.detach()[None]).to(torch.float32).contiguous()
         deltas, gates, samples, bounds = self._packed(segments)
         _rows_kernel(
-            self._in_float32(x), self.weight, deltas, gates, bias, rows, samples, bounds, self.geometry, in_float32
+            self._as_multiplied(x), self.weight, deltas, gates, bias, rows, samples, bounds, self.geometry, result
         )
         for segment in segments:
-            self._put(in_float32, y, segment)
+            self._put(result, y, segment)
 
     def backward(
         self,
@@ -144,7 +148,7 @@ class Direct:
         jobs = sorted(jobs, key=lambda job: job.segment.task is None)
         segments = [job.segment for job in jobs]
         own, gates, samples, bounds = self._packed(segments)
-        dx = None if grad_x is None else self._in_float32(grad_x, copy=False)
+        dx = None if grad_x is None else self._as_multiplied(grad_x, copy=False)
         total = None if weight is None else self.rows(weight)
         targets: list[Tensor] = []
         places: list[int] = []
@@ -165,7 +169,7 @@ class Direct:
             -1 if gate is None or not job.wants_weight or job.segment.task is None else job.segment.task for job in jobs
         ]
         _rows_backward_kernel(
-            self._in_float32(grad_out), self._in_float32(x), self.weight, own, gates, samples, bounds, self.geometry,
+            self._as_multiplied(grad_out), self._as_multiplied(x), self.weight, own, gates, samples, bounds, self.geometry,
             dx, [int(job.wants_x) for job in jobs], total, add, [int(job.wants_weight) for job in jobs],
             targets, places, gate, of_gates,
         )  # fmt: skip
