@@ -84,11 +84,13 @@ def test_not_finite(level: Backend) -> None:
 
 @pytest.mark.parametrize("size", [2.0**-133, 2.0**-127], ids=["smallest", "largest power"])
 def test_subnormal(size: float, level: Backend) -> None:
-    """Numbers below 2**-126 count as zero in products of pairs, as they do in oneDNN's; else they are exact."""
+    """Numbers below 2**-126 count as zero in products of pairs, as they do in oneDNN's; in float32 they are exact."""
+    if level.name != "cpu":
+        pytest.skip("the reference is torch's product")
     zero, one = torch.zeros(16, 8, dtype=BF16), torch.ones(16, 8, dtype=BF16)
     x, g = torch.full((4, 8), size, dtype=BF16), torch.full((4, 16), size, dtype=BF16)
     y, dx, ddelta = run(x, zero, one, g)
-    pairs = level.name == "cpu" and dispatch.extension.multiplies_pairs()
+    pairs = dispatch.extension.multiplies_pairs()
     for found, count in ((y, 8), (dx, 16)):
         assert torch.equal(found, torch.full_like(found, 0.0 if pairs else count * size))
     assert not ddelta.any()  # below the smallest number in any case

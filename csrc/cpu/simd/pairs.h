@@ -9,13 +9,15 @@
 
 namespace fastmtl::cpu {
 
+struct Ahead;
+
 // A block of weights `W + s Delta` as it lies: `rows` rows, `stride` numbers apart, of which `columns` are read. w null:
-// zero, d null: nothing added. The same block `ahead` numbers further is fetched meanwhile (0: nothing is).
+// zero, d null: nothing added.
 struct WeightBlock {
   const void* w;
   const void* d;
   float gate;
-  int64_t stride, rows, columns, ahead;
+  int64_t stride, rows, columns;
 };
 
 // Makes the weights of a block, rounded once, into a panel; what lacks to a whole pair is zero. Across: results are rows
@@ -27,9 +29,9 @@ using RowPanel = void (*)(const uint16_t* const* rows, int64_t num_rows, int64_t
                           uint32_t* panel);
 
 // out[i * kPanel + v] = sum_p <pair p of a[i], panel[p][v]> for v < lanes (to a multiple of 16), or += with `add`; a's
-// pairs lie `step` pairs apart. num_a <= kTall
+// pairs lie `step` pairs apart. num_a <= kTall. `ahead` is fetched in step with the work.
 using MultiplyPairs = void (*)(const uint16_t* const* a, int64_t step, int num_a, const uint32_t* panel,
-                               int64_t num_pairs, int64_t lanes, float* out, bool add);
+                               int64_t num_pairs, int64_t lanes, float* out, bool add, const Ahead& ahead);
 
 // target[k] = row[k] + bias[k] in bfloat16, rounded once; bias may be null
 using NarrowRow = void (*)(const float* row, const float* bias, int64_t length, uint16_t* target);

@@ -13,7 +13,8 @@
 namespace fastmtl::cpu {
 namespace {
 
-constexpr int64_t kChunk = 768;           // most steps of a sum that a panel of weights holds: 96 KB
+constexpr int64_t kChunk = 768;           // most steps of sums that a group's panels of weights hold: 96 KB
+constexpr int64_t kDownPanels = 4;        // panels of a group whose sums run along the rows of the weight
 constexpr int64_t kOuterPairs = 1 << 16;  // of the input that a pass of the weight gradient keeps in L2
 constexpr int64_t kPartRows = 24;         // least rows of a thread that shares its panel with another
 
@@ -49,100 +50,133 @@ Rows16 gradient_rows(const Image16& g, const RowMap& map, bool whole) {
   return input_rows(g, {g.size[1], {1, 1}, {1, 1}, {0, 0}, {1, 1}, true}, map, whole);
 }
 
-// The product of rows `first` to `end` with a panel, in tiles of like size; out: [rows][kPanel].
-void multiply_rows(const PairTiles& tiles, const uint16_t* const* a, int64_t rows, const uint32_t* panel,
-                   int64_t pairs, int64_t lanes, float* out, bool add) {
-  const int64_t count = ceil_div(rows, kTall);
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t first = t * rows / count, end = (t + 1) * rows / count;
-    tiles.multiply(a + first, 1, static_cast<int>(end - first), panel, pairs, lanes, out + first * kPanel, add);
+// Parts of the rows for each group of panels, so that all threads get some; they change no sum.
+int64_t parts_of(int64_t rows, int64_t groups, int64_t threads) {
+  return std::max<int64_t>(1, std::min(threads / std::max<int64_t>(groups, 1), rows / kPartRows));
+}
+
+// A part of a weight: of results `from` on, steps `at` on of their sums.
+struct Part {
+  int64_t from, results, at, steps;
+};
+
+// rows of memory that a part of a weight lies in, for the next but one product to find in the cache
+struct Lines {
+  std::vector<const char*> rows;
+  int64_t bytes = 0;
+
+  void of(const WeightBlock& block, int64_t size) {
+    rows.clear();
+    bytes = block.columns * size;
+    for (const void* data : {block.w, block.d})
+      for (int64_t n = 0; data && n < block.rows; ++n)
+        rows.push_back(static_cast<const char*>(data) + n * block.stride * size);
   }
-}
+  // the share of step t of `count`
+  Ahead share(int64_t t, int64_t count) const {
+    const int64_t all = static_cast<int64_t>(rows.size()), first = t * all / count;
+    return {rows.data() + first, static_cast<int>((t + 1) * all / count - first), bytes};
+  }
+};
 
-// Parts of the rows for each panel, so that all threads get some; they change no sum.
-int64_t parts_of(int64_t rows, int64_t panels) {
-  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  return std::max<int64_t>(1, std::min(threads / std::max<int64_t>(panels, 1), rows / kPartRows));
-}
-
-// y[m][panel of results] = sum over `length` steps of <a_m, panel>, `finish`ed a panel of some rows at a time. make: the
-// panel of results `from` on, of `steps` steps from `at` on. a: rows of `length` numbers.
-template <class Make, class Finish>
-void product(const Rows16& a, int64_t results, int64_t length, const Make& make, const Finish& finish) {
+// The product of rows with `W + s Delta`, whose results lie along its rows (`Down` false: y) or its columns (dx): a
+// group of panels of results after the other, and for each the sums in chunks. finish(p, begin, count, lanes, out): what
+// becomes of panel p of some rows, [count][kPanel]. held: memory for all, [panels][rows][kPanel]; null: there is none.
+template <bool kDown, class Finish>
+void product(const Rows16& a, const Weights& weights, float* held, const Finish& finish) {
   const PairTiles& tiles = pair_kernels()->tiles;
+  const WeightPanel make = (kDown ? tiles.down : tiles.across)[static_cast<int>(weights.dtype)];
+  const int64_t results = kDown ? weights.length : weights.rows, length = kDown ? weights.rows : weights.length;
   const int64_t rows = static_cast<int64_t>(a.at.size()), panels = ceil_div(results, kPanel);
-  const int64_t parts = parts_of(rows, panels), chunks = ceil_div(length, kChunk);
-  const int64_t chunk = ceil_div(ceil_div(length, chunks), 32) * 32;
-  over(panels * parts, std::min(results, kPanel) * length * rows / parts, kProducts, [&](int64_t first, int64_t end) {
-    const auto panel = buffer<uint32_t>(chunk / 2 * kPanel);
-    const auto out = buffer<float>(ceil_div(rows, parts) * kPanel);
-    std::vector<const uint16_t*> from(static_cast<size_t>(rows));
-    for (int64_t job = first; job < end; ++job) {
-      const int64_t p = job / parts, part = job % parts, lanes = std::min(kPanel, results - p * kPanel);
-      const int64_t begin = part * rows / parts, count = (part + 1) * rows / parts - begin;
-      for (int64_t k = 0; k < length; k += chunk) {
-        const int64_t steps = std::min(chunk, length - k);
-        make(p * kPanel, lanes, k, steps, panel.get());
-        for (int64_t m = 0; m < count; ++m) from[m] = a.at[begin + m] + k;
-        multiply_rows(tiles, from.data(), count, panel.get(), (steps + 1) / 2, lanes, out.get(), k > 0);
-      }
-      finish(p, begin, count, lanes, out.get());
-    }
-  });
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads()), size = size_of(weights.dtype);
+  // columns of several panels lie side by side, in one page of memory
+  const int64_t of_group = kDown ? std::clamp<int64_t>(panels / threads, 1, kDownPanels) : 1;
+  const int64_t groups = ceil_div(panels, of_group), parts = parts_of(rows, groups, threads);
+  const int64_t chunks = ceil_div(length * of_group, kChunk), chunk = ceil_div(ceil_div(length, chunks), 32) * 32;
+  auto block_of = [&](const Part& part) -> WeightBlock {
+    const int64_t row = kDown ? part.at : part.from, column = kDown ? part.from : part.at;
+    const int64_t skip = (row * weights.length + column) * size;
+    return {weights.weight ? weights.weight + skip : nullptr, weights.delta ? weights.delta + skip : nullptr,
+            weights.gate, weights.length, kDown ? part.steps : part.results, kDown ? part.results : part.steps};
+  };
+  auto group_part = [&](int64_t group, int64_t k) -> Part {
+    const int64_t from = group * of_group * kPanel;
+    return {from, std::min(of_group * kPanel, results - from), k, std::min(chunk, length - k)};
+  };
+  over(groups * parts, std::min(results, of_group * kPanel) * length * rows / parts, kProducts,
+       [&](int64_t first, int64_t end) {
+         const int64_t of_panel = chunk / 2 * kPanel, most = ceil_div(rows, parts);
+         const auto panel = buffer<uint32_t>(of_group * of_panel);
+         const auto scratch = held ? nullptr : buffer<float>(of_group * most * kPanel);
+         std::vector<const uint16_t*> from(static_cast<size_t>(most));
+         Lines lines;
+         for (int64_t job = first; job < end; ++job) {
+           const int64_t group = job / parts, part = job % parts;
+           const int64_t begin = part * rows / parts, count = (part + 1) * rows / parts - begin;
+           const int64_t p0 = group * of_group, num = std::min(of_group, panels - p0);
+           const int64_t in_tiles = ceil_div(count, kTall);
+           auto out = [&](int64_t q) {
+             return held ? held + ((p0 + q) * rows + begin) * kPanel : scratch.get() + q * most * kPanel;
+           };
+           auto lanes = [&](int64_t q) { return std::min(kPanel, results - (p0 + q) * kPanel); };
+           for (int64_t k = 0; k < length; k += chunk) {
+             const Part now = group_part(group, k);
+             for (int64_t q = 0; q < num; ++q)
+               make(block_of({(p0 + q) * kPanel, lanes(q), k, now.steps}), panel.get() + q * of_panel);
+             // what comes next is fetched meanwhile
+             if (k + chunk < length) lines.of(block_of(group_part(group, k + chunk)), size);
+             else if (job + 1 < end) lines.of(block_of(group_part((job + 1) / parts, 0)), size);
+             else lines.rows.clear();
+             for (int64_t m = 0; m < count; ++m) from[m] = a.at[begin + m] + k;
+             for (int64_t q = 0; q < num; ++q)
+               for (int64_t t = 0; t < in_tiles; ++t) {
+                 const int64_t m = t * count / in_tiles, height = (t + 1) * count / in_tiles - m;
+                 tiles.multiply(from.data() + m, 1, static_cast<int>(height), panel.get() + q * of_panel,
+                                (now.steps + 1) / 2, lanes(q), out(q) + m * kPanel, k > 0,
+                                lines.share(q * in_tiles + t, num * in_tiles));
+               }
+           }
+           for (int64_t q = 0; q < num; ++q) finish(p0 + q, begin, count, lanes(q), out(q));
+         }
+       });
 }
 
-// rows `row` on and columns `column` on of a weight
-WeightBlock block_of(const Weights& weights, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                     int64_t ahead) {
-  const int64_t skip = (row * weights.length + column) * size_of(weights.dtype);
-  return {weights.weight ? weights.weight + skip : nullptr,
-          weights.delta ? weights.delta + skip : nullptr,
-          weights.gate,
-          weights.length,
-          rows,
-          columns,
-          ahead};
-}
+// panels of some rows, rounded, to the pixels of an image that they are
+struct Pixels {
+  const Image16& image;
+  const RowMap& map;
+  const float* bias;
+
+  void operator()(int64_t p, int64_t begin, int64_t count, int64_t lanes, const float* out) const {
+    const NarrowRow narrow = pair_kernels()->tiles.narrow;
+    const int64_t* stride = image.stride;
+    for (int64_t m = 0; m < count; ++m) {
+      int64_t sample, h, w;
+      map.find(begin + m, &sample, &h, &w);
+      uint16_t* pixel = image.data + sample * stride[0] + p * kPanel * stride[1] + h * stride[2] + w * stride[3];
+      put_narrow(narrow, out + m * kPanel, bias ? bias + p * kPanel : nullptr, lanes, pixel, stride[1]);
+    }
+  }
+};
 
 }  // namespace
 
 void direct_forward(const Image16& x, const Filter& f, const RowMap& map, const Weights& weights, const float* bias,
                     const Image16& y) {
-  const PairTiles& tiles = pair_kernels()->tiles;
-  const WeightPanel across = tiles.across[static_cast<int>(weights.dtype)];
-  const Rows16 a = input_rows(x, f, map, true);
-  product(
-      a, weights.rows, weights.length,
-      [&](int64_t from, int64_t lanes, int64_t at, int64_t steps, uint32_t* panel) {
-        across(block_of(weights, from, lanes, at, steps, 0), panel);
-      },
-      [&](int64_t p, int64_t begin, int64_t count, int64_t lanes, const float* out) {
-        for (int64_t m = 0; m < count; ++m) {
-          int64_t sample, h, w;
-          map.find(begin + m, &sample, &h, &w);
-          uint16_t* pixel =
-              y.data + sample * y.stride[0] + p * kPanel * y.stride[1] + h * y.stride[2] + w * y.stride[3];
-          put_narrow(tiles.narrow, out + m * kPanel, bias ? bias + p * kPanel : nullptr, lanes, pixel, y.stride[1]);
-        }
-      });
+  product<false>(input_rows(x, f, map, true), weights, nullptr, Pixels{y, map, bias});
 }
 
 void direct_input_gradient(const Image16& g, const Filter& f, const RowMap& map, const Weights& weights,
                            const Image16& dx) {
-  const PairTiles& tiles = pair_kernels()->tiles;
-  const WeightPanel down = tiles.down[static_cast<int>(weights.dtype)];
-  const int64_t rows = map.count();
   const Rows16 a = gradient_rows(g, map, true);
-  const auto da = buffer<float>(f.panels() * rows * kPanel);
-  product(
-      a, weights.length, weights.rows,
-      [&](int64_t from, int64_t lanes, int64_t at, int64_t steps, uint32_t* panel) {
-        down(block_of(weights, at, steps, from, lanes, 0), panel);
-      },
-      [&](int64_t p, int64_t begin, int64_t count, int64_t, const float* out) {
-        std::copy_n(out, count * kPanel, da.get() + (p * rows + begin) * kPanel);
-      });
-  unpack_input(da.get(), f, map, dx, tiles.narrow);
+  const bool own_pixels = f.taps() == 1 && f.stride[0] == 1 && f.stride[1] == 1 && !f.padding[0] && !f.padding[1];
+  if (own_pixels) {
+    product<true>(a, weights, nullptr, Pixels{dx, map, nullptr});
+    return;
+  }
+  const auto da = buffer<float>(f.panels() * map.count() * kPanel);
+  product<true>(a, weights, da.get(), [](int64_t, int64_t, int64_t, int64_t, const float*) {});
+  unpack_input(da.get(), f, map, dx, pair_kernels()->tiles.narrow);
 }
 
 double direct_weight_gradient(const Image16& x, const Image16& g, const Filter& f, const RowMap& map,
@@ -179,7 +213,7 @@ double direct_weight_gradient(const Image16& x, const Image16& g, const Filter& 
           left[i] = reinterpret_cast<const uint16_t*>(packed.get() + group * pairs * kPanel + from + i);
         for (int64_t q = p; q < std::min(p + pass, panels); ++q) {
           const int64_t length = std::min(kPanel, f.length() - q * kPanel);
-          tiles.multiply(left, kPanel, static_cast<int>(num), a.get() + q * pairs * kPanel, pairs, length, e, false);
+          tiles.multiply(left, kPanel, static_cast<int>(num), a.get() + q * pairs * kPanel, pairs, length, e, false, {});
           for (int64_t i = 0; i < num; ++i) {
             const int64_t at = (n + i) * f.length() + q * kPanel;
             products[tile] +=
