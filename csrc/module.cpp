@@ -60,8 +60,9 @@ PYBIND11_MODULE(_C, m) {
       "What was compiled: CPU vector levels (best first), CUDA architectures (80: sm_80) and kernels, compiler, torch "
       "ABI.");
   m.def("cpu_level", [] { return std::string(fastmtl::cpu::kernels().name); }, "The vector level in use.");
-  m.def("multiplies_pairs", [] { return fastmtl::cpu::pair_kernels() != nullptr; },
-        "Whether that level and this CPU multiply bfloat16 in pairs (AVX512-BF16).");
+  m.def(
+      "multiplies_pairs", [] { return fastmtl::cpu::pair_kernels() != nullptr; },
+      "Whether that level and this CPU multiply bfloat16 in pairs (AVX512-BF16).");
   m.def("available_cpu_levels", &fastmtl::cpu::available_levels, "The compiled levels that this CPU can run.");
   m.def("set_cpu_level", &fastmtl::cpu::set_level, pybind11::arg("name"),
         "Chooses the vector level for this process; ValueError if this CPU can't run it.");

@@ -12,6 +12,9 @@ import torch
 
 from fastmtl.core import dispatch
 
+# ends the instructions of a processor that multiplies bfloat16 in pairs (AVX512-BF16)
+PAIRS = "_bf16"
+
 
 class Processor(NamedTuple):
     """What a table was measured on, or is looked for.
@@ -55,4 +58,6 @@ def this_processor() -> Processor:
     if "cpu family" in info and "model" in info:
         name += f", family {info['cpu family']} model {info['model']}"
     level = "none" if dispatch.extension is None else dispatch.extension.cpu_level()
+    if dispatch.extension is not None and dispatch.extension.multiplies_pairs():
+        level += PAIRS
     return Processor(name, info.get("vendor_id", "unknown"), level, torch.get_num_threads())

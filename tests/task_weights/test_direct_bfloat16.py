@@ -1,4 +1,4 @@
-"""The direct product of bfloat16 samples: in pairs where the processor multiplies them so, widened to float32 elsewhere."""
+"""The direct product of bfloat16: in pairs where the processor multiplies them so, widened to float32 elsewhere."""
 
 from __future__ import annotations
 

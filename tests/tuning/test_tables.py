@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import skip_or_fail
+from conftest import Backend, skip_or_fail
 
 from fastmtl import __main__ as command
 from fastmtl import info
@@ -22,9 +22,9 @@ from fastmtl.benchmarks.tuning.choose import choose, fit_calls, way_of
 from fastmtl.benchmarks.tuning.probes import CallCost, Sizes, Timed
 from fastmtl.core.dispatch import unavailable
 from fastmtl.ops import task_conv2d, task_linear
-from fastmtl.ops.task_weights.cpu.ways import watching
+from fastmtl.ops.task_weights.cpu.ways import Ways, in_pairs, watching
 from fastmtl.tuning import search
-from fastmtl.tuning.processor import Processor, this_processor
+from fastmtl.tuning.processor import PAIRS, Processor, this_processor
 from fastmtl.tuning.table import DEFAULTS, KEYS, PRODUCTS, Limits, Table, TableError, parse, read, size_of, uniform
 
 HERE = Processor("Some CPU, family 1 model 2", "SomeVendor", "avx512", 4)
@@ -191,6 +191,21 @@ def test_the_table_decides_which_way_an_op_takes() -> None:
             y = task_linear(x, weight, delta, ids)
         assert taken == ways
         torch.testing.assert_close(y, expected)
+
+
+def test_limits_measured_in_pairs_hold_for_products_in_pairs_alone(level: Backend) -> None:
+    measured = {
+        product: {k: Limits(7 if "float32" in k else 100, 200) for k in entries}
+        for product, entries in DEFAULTS.limits.items()
+    }
+    weight = torch.Size([4, 8, 1, 1])
+    for instructions, widened in (("avx512", 100), (f"avx512{PAIRS}", 7)):
+        with search.use_table(DEFAULTS._replace(limits=measured, origin={"level": instructions})):
+            for dtype in (torch.bfloat16, torch.float16):
+                ways = Ways(dtype, weight, True, True)
+                assert ways.direct_limits() == (100 if in_pairs(dtype) else widened,) * 3
+                assert ways.of_torch("forward", 200) == "matmul"
+            assert Ways(torch.float32, weight, True, True).direct_limits() == (7, 7, 7)
 
 
 def test_filters_of_one_pixel_that_skip_pixels_have_the_limits_of_a_matrix() -> None:

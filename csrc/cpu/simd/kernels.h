@@ -44,8 +44,8 @@ struct PairKernels {
 
 struct Kernels {
   const char* name;
-  GramBlock gram[4];        // by DType
-  CombineBlock combine[4];  // weights are float, double for f64
+  GramBlock gram[4];         // by DType
+  CombineBlock combine[4];   // weights are float, double for f64
   const PairKernels* pairs;  // null: none
   WidenBlock widen[4];       // bf16 and f16 to float
   Tiles tiles;

@@ -1,5 +1,5 @@
-// The innermost kernels of the products with `W + s Delta` of bfloat16 numbers, by dot products of pairs, for levels and
-// processors that have such products. A panel is [pairs][kPanel][2]: two steps of the sum side by side, for as many
+// The innermost kernels of the products with `W + s Delta` of bfloat16 numbers, by dot products of pairs, for levels
+// and processors that have such products. A panel is [pairs][kPanel][2]: two steps of the sum side by side, for as many
 // results as a panel of tiles.h has. Subnormal numbers count as zero, in what is multiplied and in the sums.
 #pragma once
 
@@ -11,8 +11,8 @@ namespace fastmtl::cpu {
 
 struct Ahead;
 
-// A block of weights `W + s Delta` as it lies: `rows` rows, `stride` numbers apart, of which `columns` are read. w null:
-// zero, d null: nothing added.
+// A block of weights `W + s Delta` as it lies: `rows` rows, `stride` numbers apart, of which `columns` are read. w
+// null: zero, d null: nothing added.
 struct WeightBlock {
   const void* w;
   const void* d;
@@ -20,8 +20,8 @@ struct WeightBlock {
   int64_t stride, rows, columns;
 };
 
-// Makes the weights of a block, rounded once, into a panel; what lacks to a whole pair is zero. Across: results are rows
-// of the weight, at most kPanel, and sums run along its columns; down: the other way round.
+// Makes the weights of a block, rounded once, into a panel; what lacks to a whole pair is zero. Across: results are
+// rows of the weight, at most kPanel, and sums run along its columns; down: the other way round.
 using WeightPanel = void (*)(const WeightBlock& block, uint32_t* panel);
 
 // panel of rows of bfloat16 numbers, from column `from`: results are columns, sums run along the rows

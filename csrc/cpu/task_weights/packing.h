@@ -1,5 +1,5 @@
-// What the direct products share (task_conv.cpp, task_conv_pairs.cpp): memory, threads, and the way from pictures to rows
-// of a product and back.
+// What the direct products share (task_conv.cpp, task_conv_pairs.cpp): memory, threads, and the way from pictures to
+// rows of a product and back.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -268,13 +268,14 @@ void forward_op(Tensor x, std::optional<Tensor> weight, const std::vector<Tensor
 }
 
 template <class T>
-void run_backward(const Tensor& grad_out, const Tensor& x, const std::optional<Tensor>& weight, const std::vector<Tensor>& deltas,
-                 const std::vector<double>& gates, const std::vector<int64_t>& samples,
-                 const std::vector<int64_t>& bounds, const std::vector<int64_t>& geometry, const std::optional<Tensor>& grad_x,
-                 const std::vector<int64_t>& wants_x, const std::optional<Tensor>& grad_weight, bool add,
-                 const std::vector<int64_t>& wants_weight, const std::vector<Tensor>& grad_deltas,
-                 const std::vector<int64_t>& delta_places, const std::optional<Tensor>& grad_gate,
-                 const std::vector<int64_t>& gate_places) {
+void run_backward(const Tensor& grad_out, const Tensor& x, const std::optional<Tensor>& weight,
+                  const std::vector<Tensor>& deltas, const std::vector<double>& gates,
+                  const std::vector<int64_t>& samples, const std::vector<int64_t>& bounds,
+                  const std::vector<int64_t>& geometry, const std::optional<Tensor>& grad_x,
+                  const std::vector<int64_t>& wants_x, const std::optional<Tensor>& grad_weight, bool add,
+                  const std::vector<int64_t>& wants_weight, const std::vector<Tensor>& grad_deltas,
+                  const std::vector<int64_t>& delta_places, const std::optional<Tensor>& grad_gate,
+                  const std::vector<int64_t>& gate_places) {
   const ImageOf<T> g = image_of<T>(grad_out, grad_out.const_data_ptr()), in = image_of<T>(x, x.const_data_ptr());
   const Filter f = filter_of(geometry, in.size[1]);
   const Segments segments(weight, deltas, gates, samples, bounds, f, std::min(in.size[0], g.size[0]));

@@ -1,6 +1,6 @@
 // The direct product of bfloat16 by dot products of pairs. Weights are added, and rounded to bfloat16 once, on the way
-// into a panel that stays in the L2 cache and serves all rows; sums are made in float32 and rounded once. Each result is
-// one sum in one order, whatever the threads.
+// into a panel that stays in the L2 cache and serves all rows; sums are made in float32 and rounded once. Each result
+// is one sum in one order, whatever the threads.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -34,8 +34,7 @@ Rows16 input_rows(const Image16& x, const Filter& f, const RowMap& map, bool who
     for (int64_t m = 0; m < rows; ++m) {
       int64_t sample, h, w;
       map.find(m, &sample, &h, &w);
-      found.at[m] =
-          x.data + sample * x.stride[0] + h * f.stride[0] * x.stride[2] + w * f.stride[1] * x.stride[3];
+      found.at[m] = x.data + sample * x.stride[0] + h * f.stride[0] * x.stride[2] + w * f.stride[1] * x.stride[3];
     }
     return found;
   }
@@ -80,8 +79,9 @@ struct Lines {
 };
 
 // The product of rows with `W + s Delta`, whose results lie along its rows (`Down` false: y) or its columns (dx): a
-// group of panels of results after the other, and for each the sums in chunks. finish(p, begin, count, lanes, out): what
-// becomes of panel p of some rows, [count][kPanel]. held: memory for all, [panels][rows][kPanel]; null: there is none.
+// group of panels of results after the other, and for each the sums in chunks. finish(p, begin, count, lanes, out):
+// what becomes of panel p of some rows, [count][kPanel]. held: memory for all, [panels][rows][kPanel]; null: there is
+// none.
 template <bool kDown, class Finish>
 void product(const Rows16& a, const Weights& weights, float* held, const Finish& finish) {
   const PairTiles& tiles = pair_kernels()->tiles;
@@ -96,8 +96,12 @@ void product(const Rows16& a, const Weights& weights, float* held, const Finish&
   auto block_of = [&](const Part& part) -> WeightBlock {
     const int64_t row = kDown ? part.at : part.from, column = kDown ? part.from : part.at;
     const int64_t skip = (row * weights.length + column) * size;
-    return {weights.weight ? weights.weight + skip : nullptr, weights.delta ? weights.delta + skip : nullptr,
-            weights.gate, weights.length, kDown ? part.steps : part.results, kDown ? part.results : part.steps};
+    return {weights.weight ? weights.weight + skip : nullptr,
+            weights.delta ? weights.delta + skip : nullptr,
+            weights.gate,
+            weights.length,
+            kDown ? part.steps : part.results,
+            kDown ? part.results : part.steps};
   };
   auto group_part = [&](int64_t group, int64_t k) -> Part {
     const int64_t from = group * of_group * kPanel;
@@ -213,7 +217,8 @@ double direct_weight_gradient(const Image16& x, const Image16& g, const Filter& 
           left[i] = reinterpret_cast<const uint16_t*>(packed.get() + group * pairs * kPanel + from + i);
         for (int64_t q = p; q < std::min(p + pass, panels); ++q) {
           const int64_t length = std::min(kPanel, f.length() - q * kPanel);
-          tiles.multiply(left, kPanel, static_cast<int>(num), a.get() + q * pairs * kPanel, pairs, length, e, false, {});
+          tiles.multiply(left, kPanel, static_cast<int>(num), a.get() + q * pairs * kPanel, pairs, length, e, false,
+                         {});
           for (int64_t i = 0; i < num; ++i) {
             const int64_t at = (n + i) * f.length() + q * kPanel;
             products[tile] +=

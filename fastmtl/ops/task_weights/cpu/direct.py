@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmtl.core import dispatch
 from fastmtl.core.schemas import define_kernel
 from fastmtl.core.task_weights import Geometry, TaskWeights
 from fastmtl.core.tensors import is_channels_last
 from fastmtl.ops.task_weights.cpu.batch import Batch, Segment
-from fastmtl.ops.task_weights.cpu.ways import Ways
+from fastmtl.ops.task_weights.cpu.ways import Ways, in_pairs
 
 _rows_kernel = define_kernel(
     "_task_conv2d_rows(Tensor x, Tensor? weight, Tensor[] deltas, float[] gates, Tensor? bias, int[] bias_rows, "
@@ -53,7 +52,7 @@ class Direct:
         kernel = weights.shape[2:]
         self.geometry = [*kernel, *geometry.stride, *geometry.padding, *geometry.dilation, int(self.last)]
         self.serves = geometry.groups == 1 and x.numel() > 0 and torch.float64 not in (x.dtype, weights.like.dtype)
-        self._pairs = x.dtype == torch.bfloat16 and dispatch.extension.multiplies_pairs()
+        self._pairs = in_pairs(x.dtype)
         # widening all samples must be little beside the weights
         pictures = x.numel() + x.shape[0] * weights.shape[0] * pixels
         self.serves = self.serves and (x.dtype == torch.float32 or self._pairs or pictures <= 2 * weights.shape.numel())
@@ -169,8 +168,8 @@ class Direct:
             -1 if gate is None or not job.wants_weight or job.segment.task is None else job.segment.task for job in jobs
         ]
         _rows_backward_kernel(
-            self._as_multiplied(grad_out), self._as_multiplied(x), self.weight, own, gates, samples, bounds, self.geometry,
-            dx, [int(job.wants_x) for job in jobs], total, add, [int(job.wants_weight) for job in jobs],
+            self._as_multiplied(grad_out), self._as_multiplied(x), self.weight, own, gates, samples, bounds,
+            self.geometry, dx, [int(job.wants_x) for job in jobs], total, add, [int(job.wants_weight) for job in jobs],
             targets, places, gate, of_gates,
         )  # fmt: skip
         if grad_x is not None and dx is not None:

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastmtl.core import dispatch
+from fastmtl.tuning.processor import PAIRS
 from fastmtl.tuning.search import current
 from fastmtl.tuning.table import PRODUCTS, Limits, key, size_of
 
@@ -17,6 +19,11 @@ from fastmtl.tuning.table import PRODUCTS, Limits, key, size_of
 Way = Literal["direct", "matmul", "convolution"]
 # the limits that hold in a dtype: those of float64 are nobody's, and it is always torch's convolution
 _NEVER = Limits(0, 0)
+
+
+def in_pairs(dtype: torch.dtype) -> bool:
+    """Whether the direct product multiplies samples of this dtype in pairs, as they are, in place of widening them."""
+    return dtype == torch.bfloat16 and dispatch.extension is not None and dispatch.extension.multiplies_pairs()
 
 
 _watched: Counter[tuple[str, str]] | None = None
@@ -56,12 +63,17 @@ class Ways:
     def __init__(self, dtype: torch.dtype, weight: torch.Size, matrix: bool, channels_last: bool) -> None:
         kind = "contiguous" if not channels_last else "pixelwise" if weight[2:].numel() == 1 else "channels_last"
         self._matrix = matrix
-        limits = current().limits
+        table = current()
+        limits = table.limits
         if dtype == torch.float64:
             self._of = dict.fromkeys(limits, _NEVER)
             return
         name = key(kind, "float32" if dtype == torch.float32 else "bfloat16", size_of(weight.numel()))
         self._of = {product: entries[name] for product, entries in limits.items()}
+        if dtype.itemsize == 2 and not in_pairs(dtype) and table.origin.get("level", "").endswith(PAIRS):
+            # measured with products in pairs, and these are float32's
+            name = key(kind, "float32", size_of(weight.numel()))
+            self._of = {p: limit._replace(direct=limits[p][name].direct) for p, limit in self._of.items()}
 
     def takes_direct(self, product: str, rows: int) -> bool:
         """Whether a segment is for the direct product, if that serves it."""
