@@ -125,5 +125,6 @@ def test_the_note_of_what_was_left_out(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(dispatch, "BUILD_NOTE", note)
     assert dispatch.build_note("cuda") == "no nvcc here" and dispatch.build_note("extension") is None
     monkeypatch.setattr(dispatch, "build_info", lambda: {"cpu_levels": ["portable"]})
-    monkeypatch.setattr(info.dispatch, "extension", SimpleNamespace(cpu_level=lambda: "portable", __file__="x"))
+    built = SimpleNamespace(cpu_level=lambda: "portable", multiplies_pairs=lambda: False, __file__="x")
+    monkeypatch.setattr(info.dispatch, "extension", built)
     assert "no nvcc here" in info.report()
