@@ -15,7 +15,7 @@ import pytest
 from paths import ROOT
 
 PAPERS = ROOT / "examples" / "papers"
-SHARED = ("experiment", "data", "networks", "report")
+SHARED = ("experiment", "data", "networks", "two_digits", "report")
 NAMES = sorted(path.stem for path in PAPERS.glob("*.py") if path.stem not in SHARED)
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

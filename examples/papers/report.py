@@ -19,6 +19,11 @@ DOCS = HERE.parents[1] / "docs"
 PICTURES = Path("pictures") / "papers"  # below DOCS
 # in the order of the page
 NAMES: tuple[str, ...] = (
+    "pcgrad",
+    "pcgrad_digits",
+    "pcgrad_rl",
+    "pareto_mtl",
+    "chebyshev",
     "taps",
     "rhps",
     "patches",
@@ -50,7 +55,10 @@ def load(name: str) -> Experiment:
 
 def section(name: str) -> str:
     experiment = load(name)
-    _, records = read(RESULTS / f"{name}.json")
+    _, found = read(RESULTS / f"{name}.json")
+    # several at once finish in any order; what compares seeds pairs them by the order of the cases
+    cases = experiment.cases(experiment.seeds, False)
+    records = sorted((r for r in found if r.settings in cases), key=lambda record: cases.index(record.settings))
     claims = "\n".join(f"- {'Holds' if c.holds else '**Does not hold**'}: {c.text}" for c in experiment.claims(records))
     return f"""
 ## {experiment.title}
