@@ -61,8 +61,9 @@ bench: dev $(VENV)/.peers  ## a telling few cases, under 7 minutes on two cores;
 bench-full: dev $(VENV)/.peers  ## every case; results go where the pages are drawn from
 	$(BIN)/fastmtl bench --out benchmarks/results
 
-docs-tables: dev  ## redraws the README's table, the pages of docs/benchmarks and the plots from the committed results
+docs-tables: dev  ## redraws the README's table, the pages of docs/benchmarks, docs/reproductions.md and all pictures from committed results
 	$(BIN)/python -m fastmtl.benchmarks.report.report
+	$(BIN)/python examples/papers/report.py
 
 kernel-table: dev  ## compiles the surgery kernels and rewrites their table in docs/; needs nvcc
 	$(BIN)/python -m fastmtl.benchmarks.machine_code.kernel_table
