@@ -12,6 +12,7 @@ import torch
 
 from fastmtl._version import __version__
 from fastmtl.core import dispatch
+from fastmtl.core.memory import why_memory_is_not_kept
 from fastmtl.tuning import search
 from fastmtl.tuning.processor import this_processor
 
@@ -38,11 +39,17 @@ def collect() -> dict[str, Any]:
         "triton": _triton_version(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
+        "freed_memory": _freed_memory(),
         "tuned": _tuned(),
         "forced_backend": dispatch.forced_backend(),
         "inactive": {name: reason for name, reason in backends.items() if reason is not None},
         "active": [name for name, reason in backends.items() if reason is None],
     }
+
+
+def _freed_memory() -> str:
+    why = why_memory_is_not_kept()
+    return "kept from the first backward pass on the CPU on" if why is None else f"handed back: {why}"
 
 
 def _tuned() -> dict[str, Any]:
@@ -119,6 +126,7 @@ def report() -> str:
             f"  CUDA      {cuda}",
         ]
         lines += _tuned_lines(found["tuned"])
+    lines.append(f"memory      freed memory is {found['freed_memory']}")
     interpreted = ", interpreted on CPU tensors (TRITON_INTERPRET=1)" if dispatch.interpreting() else ""
     lines.append(f"Triton      {found['triton'] or 'none'}{interpreted}")
     lines.append(f"GPU         {found['gpu'] or 'none'}")

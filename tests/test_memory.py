@@ -9,6 +9,23 @@ import sys
 
 import pytest
 
+FORKED = """
+import os
+from fastmtl.core import memory
+
+told = []
+as_it_is = memory._keep
+memory._keep = lambda most: told.append(most) or as_it_is(most)
+assert memory.keep_freed_memory() and memory.keep_freed_memory()
+child = os.fork()
+if child == 0:
+    assert memory.keep_freed_memory() and memory.keep_freed_memory()
+    print(*told, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+print(*told)
+"""
+
 SCRIPT = """
 import torch
 from pathlib import Path
@@ -32,6 +49,7 @@ print(held > 150 and resident() - before > 150)
     [
         ({}, ["True", "True"]),
         ({"FASTMTL_KEEP_MEMORY": "0"}, ["False", "False"]),
+        ({"FASTMTL_KEEP_MEMORY": "off"}, ["False", "False"]),
         ({"MALLOC_TRIM_THRESHOLD_": "131072"}, ["False", "False"]),
         ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}, ["False", "False"]),
     ],
@@ -40,3 +58,12 @@ def test_freed_memory_is_kept_unless_told_otherwise(setting: dict[str, str], kep
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | setting
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=120)
     assert done.stdout.split() == kept, done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+def test_a_forked_process_keeps_none_until_it_asks() -> None:
+    """As a worker of a DataLoader, beside a process that trains in it."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, env=environment, timeout=120)
+    in_child, in_parent = (line.split() for line in done.stdout.splitlines())
+    assert in_child == [in_parent[0], str(64 << 20), in_parent[0]] and len(in_parent) == 1, done.stderr

@@ -128,12 +128,44 @@ def test_bad_options(tmp_path: Path) -> None:
         (["--seed", "3"], "unrecognized arguments: --seed"),
         (["--out", str(tmp_path / "file" / "below")], "cannot write into"),
         (["--out", str(damaged)], "--fresh starts anew"),
+        (["--processes", "0"], "must be 1 or more, got 0"),
     ):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and message in done.stderr, (arguments, done.stderr)
         assert "case 1" not in done.stdout
     done = subprocess.run([*command, "--out", str(damaged), "--fresh"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "case 3/3" in done.stdout
+
+
+def test_fresh_replaces_the_cases_that_are_asked_for(tmp_path: Path) -> None:
+    command = trial(tmp_path)
+    command[command.index("--seeds") + 1] = "2"
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    path = tmp_path / "out" / "squares.json"
+    content = json.loads(path.read_text())
+    for record in content["records"]:
+        record["result"]["square"] = 7
+    path.write_text(json.dumps(content))
+    command[command.index("--seeds") + 1] = "1"
+    assert subprocess.run([*command, "--fresh"], capture_output=True, timeout=120).returncode == 0
+    found = {
+        (r["settings"]["number"], r["settings"]["seed"]): r["result"]["square"]
+        for r in json.loads(path.read_text())["records"]
+    }
+    assert found == {(0, 0): 0, (1, 0): 1, (2, 0): 4, (0, 1): 7, (1, 1): 7, (2, 1): 7}
+
+
+def test_two_runs_at_once_and_workers_without_a_parent(tmp_path: Path) -> None:
+    command = [*trial(tmp_path, slow=2), "--processes", "2"]
+    records = tmp_path / "out" / "squares.json"
+    started = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (records.exists() and len(json.loads(records.read_text())["records"]) == 2):
+        time.sleep(0.1)
+    second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 2 and "another run of this command" in second.stderr
+    started.kill()
+    started.communicate(timeout=60)  # the pipe is closed when the last worker has ended
 
 
 def test_records_of_another_version(tmp_path: Path) -> None:

@@ -23,8 +23,6 @@ SAMPLE_S = 1e-3
 FEWEST_OF_OURS = 9
 # a way that ours did not choose may be so much faster
 MOST_GAINED = 1.05
-# a rival whose median is below so many times that of ours is a near one
-NEAR = 1.1
 
 
 @dataclass
@@ -60,7 +58,7 @@ def near_rivals(case: Case, samples: Mapping[str, Sequence[float]]) -> list[str]
         rival = min(of_kind, key=lambda label: statistics.median(samples[label]))
         theirs = measure.summary(samples[rival])
         apart = theirs["p80"] < ours["p20"] or ours["p80"] < theirs["p20"]
-        if not apart and theirs["median"] < NEAR * ours["median"]:
+        if not apart:
             found.append(rival)
     return found
 
@@ -226,14 +224,17 @@ class Runner:
         rivals = near_rivals(case, samples)
         if not rivals:
             return
-        labels = [case.ours.label, *rivals]
+        # the floor of the same minutes, too
+        labels = [case.ours.label, *rivals, *(label for label in ("(copy)",) if label in samplers)]
         self.report("settling")
         together = sum(statistics.median(samples[label]) for label in labels)
-        more, _ = measure.interleave(
+        more, failed = measure.interleave(
             {label: samplers[label] for label in labels},
             budget_s,
             reps=max(1, min(60, int(budget_s / together))),
         )
+        if failed:
+            raise RuntimeError("; ".join(f"{label}: {error}" for label, error in failed.items()))
         for label in labels:
             samples[label] += more[label]
 

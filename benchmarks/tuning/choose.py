@@ -50,10 +50,14 @@ def choose(timed: Sequence[Timed]) -> Choice:
     between = [round(math.sqrt(a * b)) for a, b in itertools.pairwise(rows)]
     directs: list[int | None] = [0, *between, None]
     matmuls: list[int | None] = [0, *between, None] if any("matmul" in one.seconds for one in timed) else [0]
-    best = min(
-        (Limits(d, m) for d in directs for m in matmuls),
-        key=lambda limits: sum(map(math.log, losses(limits, timed))),
-    )
+    of_torch = [one._replace(seconds={way: s for way, s in one.seconds.items() if way != "direct"}) for one in timed]
+
+    def loss(limits: Limits) -> tuple[float, float]:
+        # where the direct product takes all that was measured, torch's own ways are weighed against each other
+        hidden = losses(limits._replace(direct=0), of_torch)
+        return round(sum(map(math.log, losses(limits, timed))), 9), sum(map(math.log, hidden))
+
+    best = min((Limits(d, m) for d in directs for m in matmuls), key=loss)
     # beyond what was measured, nothing is known of the direct product but that it falls behind
     if best.direct is None:
         best = best._replace(direct=rows[-1])

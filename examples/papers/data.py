@@ -7,11 +7,16 @@ shuffle are for testing.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import NamedTuple
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
+
+try:
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError:
+    sys.exit("scikit-learn is not installed: pip install matplotlib scikit-learn")
 
 TESTING = 400
 

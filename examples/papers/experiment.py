@@ -18,6 +18,8 @@ import re
 import signal
 import statistics
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -26,10 +28,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import matplotlib
 import torch
 
 import fastmtl
+
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    sys.exit("matplotlib is not installed: pip install matplotlib scikit-learn")
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -131,7 +142,7 @@ class Unusable(Exception):
 class Store:
     """The records of one experiment in `OUT/NAME.json`, rewritten as a whole after each case."""
 
-    def __init__(self, experiment: Experiment, folder: Path, quick: bool, fresh: bool) -> None:
+    def __init__(self, experiment: Experiment, folder: Path, quick: bool, fresh: bool = False) -> None:
         self.path = folder / f"{experiment.name}{'-quick' if quick else ''}.json"
         self.digest = experiment.digest()
         self.records: list[Record] = []
@@ -144,17 +155,23 @@ class Store:
             raise Unusable(
                 f"cannot write into {folder}: {error.strerror or error}; give --out another folder"
             ) from None
-        if self.path.exists() and not fresh:
-            digest, self.records = read(self.path)
-            if digest != self.digest:
-                raise Unusable(
-                    f"{self.path} was made by another version of this script; --fresh starts anew, --out keeps it"
-                )
+        self.lock = lock(self.path)
+        if self.path.exists():
+            try:
+                digest, self.records = read(self.path)
+                if digest != self.digest:
+                    raise Unusable(f"{self.path} was made by another version of this script")
+            except Unusable as error:
+                if not fresh:
+                    raise Unusable(f"{error}; --fresh starts anew, --out keeps it") from None
+                self.records = []
 
     def find(self, settings: Settings) -> Record | None:
         return next((record for record in self.records if record.settings == settings), None)
 
     def add(self, record: Record) -> None:
+        """Keeps a record, in place of an earlier one of the same settings."""
+        self.records = [kept for kept in self.records if kept.settings != record.settings]
         self.records.append(record)
         content = {
             "schema": SCHEMA,
@@ -175,7 +192,20 @@ def read(path: Path) -> tuple[str, list[Record]]:
             raise ValueError(f"schema {content['schema']}, expected {SCHEMA}")
         return content["digest"], [Record(**record) for record in content["records"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Unusable(f"{path} cannot be read ({error}); --fresh starts anew, --out keeps it") from None
+        raise Unusable(f"{path} cannot be read ({error})") from None
+
+
+def lock(path: Path) -> Any:
+    """What keeps other processes from writing this file as long as it is held; where files cannot be locked, None."""
+    if fcntl is None:
+        return None
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    file = (Path(tempfile.gettempdir()) / f"fastmtl-{name}.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Unusable(f"another run of this command writes into {path.parent}; give --out another folder") from None
+    return file
 
 
 def origin() -> dict[str, str]:
@@ -202,7 +232,16 @@ def in_turn(experiment: Experiment, todo: Sequence[Settings]) -> Iterator[Record
 
 def prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def end_with_parent() -> None:
+    """Also where the parent was killed, and could tell nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def at_once(experiment: Experiment, todo: Sequence[Settings], processes: int) -> Iterator[Record]:
@@ -240,7 +279,7 @@ def parse(experiment: Experiment, arguments: Sequence[str] | None) -> argparse.N
     parser.add_argument("--seeds", type=positive, default=None, help=f"default: {experiment.seeds}, or 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="seconds: fewer cases, fewer steps, one seed")
     parser.add_argument("--out", type=Path, default=Path("runs/papers"), help="folder; default: runs/papers")
-    parser.add_argument("--fresh", action="store_true", help="run finished cases again")
+    parser.add_argument("--fresh", action="store_true", help="run these cases again, in place of what is kept")
     parser.add_argument(
         "--processes",
         type=positive,
@@ -256,21 +295,24 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> list
     cases = experiment.cases(options.seeds or (1 if options.quick else experiment.seeds), options.quick)
     try:
         store = Store(experiment, options.out, options.quick, options.fresh)
-        run_cases(experiment, store, cases, options.processes)
+        run_cases(experiment, store, cases, options)
+        records = [store.find(settings) for settings in cases]
+        picture = store.path.with_suffix(".png")
+        save(experiment, records, picture)
     except Unusable as error:
         fail(str(error), 2)
-    records = [store.find(settings) for settings in cases]
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
     print(f"\n{experiment.table(records).text()}\n")
     for claim in experiment.claims(records):
         print(f"{'holds' if claim.holds else 'DOES NOT HOLD'}: {claim.text}")
-    picture = store.path.with_suffix(".png")
-    save(experiment, records, picture)
     print(f"\npicture: {picture}\nrecords: {store.path}")
     return records
 
 
-def run_cases(experiment: Experiment, store: Store, cases: Sequence[Settings], processes: int) -> None:
-    todo = [settings for settings in cases if store.find(settings) is None]
+def run_cases(experiment: Experiment, store: Store, cases: Sequence[Settings], options: argparse.Namespace) -> None:
+    todo = [settings for settings in cases if options.fresh or store.find(settings) is None]
+    processes = options.processes
     finished = len(cases) - len(todo)
     if finished:
         print(f"{finished} of {len(cases)} cases are in {store.path} already", flush=True)
@@ -288,7 +330,8 @@ def run_cases(experiment: Experiment, store: Store, cases: Sequence[Settings], p
             finished += 1
             print(f"case {finished}/{len(cases)}: {brief(record.settings)} ({record.seconds:.1f} s)", flush=True)
     except KeyboardInterrupt:
-        fail(f"interrupted: {finished} of {len(cases)} cases are kept in {store.path}; the same command goes on", 130)
+        again = "the same command without --fresh" if options.fresh else "the same command"
+        fail(f"interrupted: {finished} of {len(cases)} cases are kept in {store.path}; {again} goes on", 130)
     finally:
         if threads is not None:
             torch.set_num_threads(threads)

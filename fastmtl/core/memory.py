@@ -6,42 +6,80 @@ import ctypes
 import functools
 import os
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-# the largest block of which glibc takes its thresholds (32 MB with its head)
-_LARGEST_BLOCK = 31 << 20
+# glibc maps blocks from this size on anew each time (it takes no greater number), and by itself keeps twice as much
+_MAPPED = 32 << 20
 # what is kept of freed memory at most: mallopt takes no greater number
 _MOST_KEPT = (1 << 31) - 1
-_M_TRIM_THRESHOLD = -1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # set by whoever has made up his mind about the memory of the process
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+KEEP_MEMORY = "FASTMTL_KEEP_MEMORY"
+
+
+def why_memory_is_not_kept() -> str | None:
+    """What forbids `keep_freed_memory`; None: nothing does."""
+    if os.environ.get(KEEP_MEMORY, "1").strip().lower() in ("0", "false", "no", "off"):
+        return f"{KEEP_MEMORY}={os.environ[KEEP_MEMORY]}"
+    if found := next((name for name in _SETTINGS if name in os.environ), None):
+        return f"{found} is set"
+    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return "GLIBC_TUNABLES is set"
+    if not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        return "the C library is not glibc"
+    return None
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Has glibc keep freed memory (up to 2 GB, and to a quarter of the machine's) instead of handing it back.
+    """Has glibc keep freed memory (up to 2 GB, and to a quarter of what there is) instead of handing it back.
 
     Once in a process; whether it does. The gradients of a step are freed before the next one takes as much again, and
     by default glibc gives what is free above 64 MB back to the system, whose pages then come one fault at a time: a
-    sixth of the step of a ResNet-18 with deltas of 8 tasks. Blocks above a threshold it maps anew each time; that
-    threshold grows to the largest block that was freed, so one is freed that nobody has touched. `malloc_trim(0)` of
-    the C library gives the memory back. Where the environment has a setting of glibc's memory, or
-    `FASTMTL_KEEP_MEMORY=0`, nothing is changed, and other C libraries are left alone.
+    sixth of the step of a ResNet-18 with deltas of 8 tasks. Blocks of 32 MB and more it maps anew each time.
+    `malloc_trim(0)` of the C library gives the main thread's memory back. Other threads gain nothing: glibc gives them
+    arenas of 64 MB. A process that is forked, such as a worker of a DataLoader, keeps 64 MB as before until it calls
+    this itself.
+    Where the environment has a setting of glibc's memory, or `FASTMTL_KEEP_MEMORY=0`, nothing is changed, and other C
+    libraries are left alone.
     """
-    if os.environ.get("FASTMTL_KEEP_MEMORY") == "0" or any(name in os.environ for name in _SETTINGS):
+    if why_memory_is_not_kept() is not None:
         return False
-    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
-        return False
-    if not sys.platform.startswith("linux"):
-        return False
-    library = ctypes.CDLL(None)
-    if not (hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt")):
-        return False
-    torch.empty(_LARGEST_BLOCK, dtype=torch.uint8)
-    quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-    return bool(library.mallopt(_M_TRIM_THRESHOLD, ctypes.c_int(min(_MOST_KEPT, quarter))))
+    _tell_children()
+    return _keep(min(_MOST_KEPT, _memory() // 4))
+
+
+def _keep(most: int) -> bool:
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt.argtypes = [ctypes.c_int, ctypes.c_int]
+    return bool(mallopt(_M_MMAP_THRESHOLD, _MAPPED) and mallopt(_M_TRIM_THRESHOLD, most))
+
+
+@functools.cache
+def _tell_children() -> None:
+    os.register_at_fork(after_in_child=_as_before)
+
+
+def _as_before() -> None:
+    _keep(2 * _MAPPED)
+    keep_freed_memory.cache_clear()
+
+
+def _memory() -> int:
+    """Bytes of the machine, or of the container where that has a limit."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _LIMITS:
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        found = min(found, int(text)) if text.isdecimal() else found
+    return found
 
 
 @functools.cache

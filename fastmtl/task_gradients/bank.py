@@ -172,6 +172,8 @@ class GradientBank:
 
         Raises:
             TypeError, ValueError: no such task.
+            RuntimeError: inside a task of this bank, whose gradients are not collected yet; or nothing was collected
+                since the bank was made or applied.
 
         Example:
             >>> net = torch.nn.Linear(2, 1, bias=False)
@@ -182,6 +184,13 @@ class GradientBank:
             ([None], [tensor([[1., 1.]])])
         """
         row = self._rows[position(task, self.names)]
+        if self._active:
+            raise RuntimeError("GradientBank.row: inside a task of this bank: its gradients are collected when it ends")
+        if not any(self._present):
+            raise RuntimeError(
+                "GradientBank.row: no gradient was collected since the bank was made or applied, which empties it: "
+                "read rows before"
+            )
         return [row.get(p) for p in self.params]
 
     @torch._disable_dynamo

@@ -43,10 +43,10 @@ def shipped_tables() -> list[Path]:
 
 def foreign(table: Table, processor: Processor) -> str | None:
     """Why a table of a user is not of this processor; None if it is. The number of threads may differ."""
-    for what in ("name", "level"):
+    for what, of in (("name", "of another processor"), ("level", "of this processor with other instructions")):
         of_table, here = getattr(table.processor, what), getattr(processor, what)
         if of_table != here:
-            return f"it is of another processor: {of_table!r}, and this one is {here!r}"
+            return f"it is {of}: {of_table!r}, and this one is {here!r}"
     return None
 
 

@@ -199,6 +199,11 @@ def test_row(net, x):
     assert bank.row("b") == [None] * len(bank.params)
     with pytest.raises(ValueError, match="expected one of a, b, c, got 'd'"):
         bank.row("d")
+    with bank.task(1), pytest.raises(RuntimeError, match="inside a task of this bank"):
+        bank.row(1)
+    bank.apply("sum")
+    with pytest.raises(RuntimeError, match="no gradient was collected since the bank was made or applied"):
+        bank.row(0)
 
 
 def test_marked_and_unshared_parameters_are_summed(net, x):

@@ -251,6 +251,39 @@ def test_strides_of_sizes_of_one_do_not_matter(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(y[b : b + 1].double(), expected, rtol=1e-4, atol=1e-3)
 
 
+def test_weights_with_gaps_are_read_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own convolution takes uninitialised memory for numbers of such a weight, where all its tasks share it."""
+    without_direct(monkeypatch)
+    x = torch.randn(1, 1, 6, 8).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(16, 1, 4, 10)[..., 2:9]
+    y = task_conv2d(x, weight, [torch.randn(16, 1, 4, 7)], torch.tensor([0]), gate=torch.zeros(1), stride=(1, 4))
+    expected = torch.nn.functional.conv2d(x.double(), weight.double().contiguous(), stride=(1, 4))
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    x = torch.randn(1, 64, 7, 2).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(5, 64, 1, 3).bfloat16()[..., 1:2]
+    options = {"stride": (2, 4), "padding": (3, 6), "dilation": (2, 3)}
+    y = task_conv2d(x, weight, [None], torch.tensor([0]), **options)
+    expected = torch.nn.functional.conv2d(x.double(), weight.double().contiguous(), **options)
+    torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=0.1)
+
+
+@pytest.mark.parametrize("size", [((1, 12), (7, 3), (3, 1)), ((2, 2), (7, 7), (3, 3)), ((1, 3), (5, 1), (2, 0))])
+def test_places_of_a_filter_that_meet_padding_alone_have_no_gradient(size: tuple, monkeypatch) -> None:
+    """oneDNN gives them anything in bfloat16, NaN included."""
+    without_direct(monkeypatch)
+    pictures, kernel, padding = size
+    x = torch.randn(2, 160, *pictures, dtype=torch.bfloat16)
+    weight = torch.randn(130, 160, *kernel, dtype=torch.bfloat16, requires_grad=True)
+    for fmt in (torch.contiguous_format, torch.channels_last):
+        a = x.contiguous(memory_format=fmt)
+        y = task_conv2d(a, weight, [None, None], torch.tensor([0, 1]), padding=padding)
+        (found,) = torch.autograd.grad(y.float().sum(), weight)
+        again = weight.detach().double().requires_grad_()
+        expected = torch.nn.functional.conv2d(a.double(), again, padding=padding)
+        (expected,) = torch.autograd.grad(expected.sum(), again)
+        torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
+
+
 def test_many_runs_under_one_weight_get_each_their_bias(backend: Backend) -> None:
     x, bias, ids = torch.randn(50, 4), torch.randn(3, 2), torch.arange(50) % 3
     weight = torch.randn(2, 4)

@@ -123,7 +123,7 @@ REFUSED = {
     ),
     "nested without end": ("[" * 100_000, "damaged"),
     "another processor": (table_of(HERE._replace(name="Another")).to_json(), "another processor: 'Another'"),
-    "another level": (table_of(HERE._replace(level="avx2")).to_json(), "another processor: 'avx2'"),
+    "another level": (table_of(HERE._replace(level="avx2")).to_json(), "other instructions: 'avx2'"),
 }
 
 
@@ -199,12 +199,15 @@ def test_limits_measured_in_pairs_hold_for_products_in_pairs_alone(level: Backen
         for product, entries in DEFAULTS.limits.items()
     }
     weight = torch.Size([4, 8, 1, 1])
-    for instructions, widened in (("avx512", 100), (f"avx512{PAIRS}", 7)):
+    for instructions, widened in (("avx512", 100), (f"avx512{PAIRS}", 28)):
         with search.use_table(DEFAULTS._replace(limits=measured, origin={"level": instructions})):
             for dtype in (torch.bfloat16, torch.float16):
                 ways = Ways(dtype, weight, True, True)
                 assert ways.direct_limits() == (100 if in_pairs(dtype) else widened,) * 3
                 assert ways.of_torch("forward", 200) == "matmul"
+            few = {product: dict.fromkeys(entries, Limits(3, 0)) for product, entries in measured.items()}
+            with search.use_table(DEFAULTS._replace(limits=few, origin={"level": instructions})):
+                assert Ways(torch.float16, weight, True, True).direct_limits() == (3, 3, 3)
             assert Ways(torch.float32, weight, True, True).direct_limits() == (7, 7, 7)
 
 
@@ -237,6 +240,16 @@ def test_defaults_are_a_whole_table() -> None:
 
 
 # --- limits of times
+
+
+def test_torchs_ways_are_weighed_where_the_direct_product_takes_all_that_was_measured() -> None:
+    timed = [
+        Timed("large", "768x3072", rows, {"direct": rows, "matmul": 2 * rows, "convolution": 4 * rows})
+        for rows in (1, 4, 16, 49)
+    ]
+    assert choose(timed).limits == Limits(49, None)
+    turned = [one._replace(seconds=one.seconds | {"matmul": 5.0 * one.rows}) for one in timed]
+    assert choose(turned).limits == Limits(49, 0)
 
 
 def test_limits_lose_least() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,10 +45,28 @@ def widen(x: Tensor, always: bool = False) -> Tensor:
     return x.to(torch.float32, memory_format=memory_format(x))
 
 
-def is_misread(x: Tensor, geometry: Geometry) -> bool:
+def is_misread(x: Tensor, geometry: Geometry, kernel: Sequence[int]) -> bool:
     """Whether oneDNN's weight gradient of these pictures takes what lies beside them in memory for numbers of theirs.
 
-    It does so with bfloat16 pictures that are narrower than the stride (torch 2.13, 16 channels and more): the result
+    It does so with bfloat16 (torch 2.13): with pictures that are narrower than the stride (16 channels and more), and
+    with filters of more than 3 pixels a side of which some meet nothing but padding (128 channels and more). The result
     is then anything, NaN included. In float32 it is right.
     """
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[-1] < geometry.stride[-1]
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return False
+    if x.shape[-1] < geometry.stride[-1]:
+        return True
+    sides = zip(x.shape[-2:], kernel, geometry.output_size(x.shape[-2:], kernel), *geometry[:3], strict=True)
+    return any(_meets_padding_alone(*side) for side in sides)
+
+
+def _meets_padding_alone(size: int, kernel: int, out: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether some place of a filter of more than 3 pixels lies outside the picture for every output pixel."""
+    if kernel <= 3:
+        return False
+    for k in range(kernel):
+        # the first output pixel for which this place lies at 0 or beyond, and where it lies then
+        first = max(0, -((k * dilation - padding) // stride))
+        if first >= out or first * stride - padding + k * dilation >= size:
+            return True
+    return False

@@ -67,7 +67,7 @@ def task_conv2d_backward(
     deltas = weights.by_task(num_tasks)
     promoted = torch.promote_types(weights.like.dtype, torch.float32)
     zero = torch.zeros(weights.shape, dtype=promoted, device=x.device)
-    misread = is_misread(x, geometry)
+    misread = is_misread(x, geometry, weights.shape[2:])
     given, x, grad_out = x, widen(x, misread), widen(grad_out, misread)
     grad_x = torch.full_like(x, torch.nan, memory_format=torch.contiguous_format)
     grad_eff = [zero] * num_tasks
@@ -122,7 +122,7 @@ def task_conv2d_weight_grad(
     """Each task's gradient of a shared weight: the weight gradient over its samples, zero where it has none."""
     shape = (grad_out.shape[1], x.shape[1] // geometry.groups, *kernel_size)
     dtype = dtype or x.dtype
-    misread = is_misread(x, geometry)
+    misread = is_misread(x, geometry, kernel_size)
     x, grad_out = widen(x, misread), widen(grad_out, misread)
     found = [torch.zeros(shape, dtype=dtype, device=x.device)] * batch.num_tasks
     for t, rows in batch.segments():

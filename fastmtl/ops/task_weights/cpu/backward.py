@@ -31,7 +31,7 @@ def conv2d_backward(
     empty = grad_out.numel() == 0 or x.numel() == 0
     if empty:
         batch.present = []
-    misread = is_misread(x, geometry)
+    misread = is_misread(x, geometry, weights.shape[2:])
     given, x, grad_out = x, widen(x, misread), widen(grad_out, misread)
     grads = Gradients(x, weights, batch, want_weight, wanted_delta, want_gate)
     grad_x = None

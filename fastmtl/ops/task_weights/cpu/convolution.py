@@ -10,7 +10,10 @@ from fastmtl.core.tensors import memory_format
 
 
 def plain_strides(w: Tensor) -> Tensor:
-    """w, its dimensions of size 1 with the strides that torch itself would give them: oneDNN misreads others."""
+    """w without gaps, its dimensions of size 1 with the strides that torch itself would give them: oneDNN misreads
+    others."""
+    if not any(w.is_contiguous(memory_format=fmt) for fmt in (torch.contiguous_format, torch.channels_last)):
+        w = w.contiguous(memory_format=memory_format(w))
     for fmt in (memory_format(w), torch.channels_last):
         if w.is_contiguous(memory_format=fmt):
             return w.as_strided(w.shape, torch.empty(w.shape, device="meta", memory_format=fmt).stride())

@@ -15,7 +15,7 @@ from fastmtl.ops.task_weights.cpu.direct import Direct
 from fastmtl.ops.task_weights.cpu.memory import fresh
 from fastmtl.ops.task_weights.cpu.stage import Stage
 from fastmtl.ops.task_weights.cpu.ways import Ways, as_matrix, as_weight, note
-from fastmtl.ops.task_weights.precision import widen
+from fastmtl.ops.task_weights.precision import is_misread, widen
 
 
 def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
@@ -26,7 +26,8 @@ def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
     y = fresh(size, x)
     if y.numel() == 0:
         return y
-    result, x = y, widen(x)
+    # pictures narrower than the stride make oneDNN's convolution of bfloat16 crash
+    result, x = y, widen(x, is_misread(x, geometry, shape[2:]))
     if x.dtype != y.dtype:
         y = fresh(size, x)
     batch = Batch(weights, sorted_batch)

@@ -19,6 +19,8 @@ from fastmtl.tuning.table import PRODUCTS, Limits, key, size_of
 Way = Literal["direct", "matmul", "convolution"]
 # the limits that hold in a dtype: those of float64 are nobody's, and it is always torch's convolution
 _NEVER = Limits(0, 0)
+# rows of a segment of 16 bits that is widened to float32, which torch's own products of 16 bits are not
+_MOST_WIDENED = 28
 
 
 def in_pairs(dtype: torch.dtype) -> bool:
@@ -51,6 +53,10 @@ def note(product: str, way: Way) -> None:
         _watched[product, way] += 1
 
 
+def _at_most(limit: int | None) -> int:
+    return _MOST_WIDENED if limit is None else min(limit, _MOST_WIDENED)
+
+
 class Ways:
     """The limits of one call: x and the gradient of the output lie alike, so that they hold for all its products.
 
@@ -71,9 +77,8 @@ class Ways:
         name = key(kind, "float32" if dtype == torch.float32 else "bfloat16", size_of(weight.numel()))
         self._of = {product: entries[name] for product, entries in limits.items()}
         if dtype.itemsize == 2 and not in_pairs(dtype) and table.origin.get("level", "").endswith(PAIRS):
-            # measured with products in pairs, and these are float32's
-            name = key(kind, "float32", size_of(weight.numel()))
-            self._of = {p: limit._replace(direct=limits[p][name].direct) for p, limit in self._of.items()}
+            # measured with products in pairs, and these are float32's, beside torch's of 16 bits
+            self._of = {p: limit._replace(direct=_at_most(limit.direct)) for p, limit in self._of.items()}
 
     def takes_direct(self, product: str, rows: int) -> bool:
         """Whether a segment is for the direct product, if that serves it."""

@@ -50,7 +50,7 @@ def weight_grads(
     One thread to a task, where there are as many tasks as threads. Of `weight` only the shape and, beside pictures in
     NCHW, the memory order are read. Weight gradients are in the dtype of x, or float32 where x is widened.
     """
-    misread = is_misread(x, geometry)
+    misread = is_misread(x, geometry, weight.shape[2:])
     x, grad_out = widen(x, misread), widen(grad_out, misread)
     pixelwise = geometry.pixelwise(weight.shape[2:])
     source, back = Samples(x, pixelwise=pixelwise), Samples(grad_out, like=x, pixelwise=pixelwise)
