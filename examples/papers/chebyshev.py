@@ -155,7 +155,7 @@ def claims(records: list[Record]) -> list[Claim]:
 EXPERIMENT = Experiment(
     title="Weighted Chebyshev and a sparse network",
     paper="Hotegni, Berkemeier and Peitz 2023, *Multi-Objective Optimization for Sparse Deep Multi-Task Learning*, "
-    "arXiv 2308.12243",
+    "[arXiv 2308.12243](https://arxiv.org/abs/2308.12243).",
     claim="""A weighted sum of losses can miss trade-offs that a non-convex front has; the weighted Chebyshev form
 `max(w_t L_t)` reaches all of them, and the paper trains sparse multi-task networks with it. Here two overlaid digits
 are read by a shared trunk of two layers. The left digit's loss has weight 0.75, the right one's 0.25. After each step

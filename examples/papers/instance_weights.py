@@ -119,11 +119,11 @@ def table(records: list[Record]) -> Table:
                 f"{noise:.0%}",
                 way,
                 spread(values(found, "mean")),
-                *(f"{mean(x):.1f}" for x in each),
+                *map(spread, each),
                 spread(separation, 3) if separation else "",
             ]
         )
-    return Table(["wrong labels", "weights", "accuracy %", *TASKS, "wrong below correct"], rows)
+    return Table(["wrong labels", "weights", "accuracy %", *TASKS, "wrong label weighs less, share"], rows)
 
 
 def claims(records: list[Record]) -> list[Claim]:
@@ -143,7 +143,8 @@ def claims(records: list[Record]) -> list[Claim]:
             f"a wrong label has a lower weight than a correct one in {separation:.1%} of all pairs", separation > 0.8
         ),
         Claim(
-            f"the network is better for it on correct test labels: {a:.1f}%, against {b:.1f}% with uniform weights",
+            f"after {own[0].settings['steps']:,} steps the network is better for it on correct test labels: {a:.1f}%, "
+            f"against {b:.1f}% with uniform weights",
             a > b,
             stable=False,
         ),
@@ -207,20 +208,27 @@ gradient descent beside the network, so that a sample can count in one task and 
 it learns to leave these labels out, and the weights tell which labels are wrong.
 
 Here three tasks ask of each of 1,397 digits which it is, its rest by 3 and its closed loops, and each task has wrong
-labels of its own. The weight of sample i in task t is `exp(-s)`, from the loss `exp(-s) * loss + s / 2` with s at
-least 0: where a loss stays above a half, s grows. The losses go to `fastmtl.backward` with PCGrad, and the tables of
-s, which have sparse gradients, stay out of its Gram matrix by themselves. Beside it: uniform weights, and one such
-weight for each task (uncertainty weighting).
+labels of its own. The weight of sample i in task t is `exp(-s)`, from the loss `exp(-s) * loss + s / 2` with s at least
+0: where a loss stays above a half, s grows. The losses go to `fastmtl.backward` with PCGrad, and the tables of s, which
+have sparse gradients, stay out of its Gram matrix by themselves. Beside it: uniform weights, and one such weight for
+each task (uncertainty weighting). The last column of the table takes all pairs of a sample with a wrong label and one
+with a correct label in the same task, and is the share of them in which the former has the lower weight: 0.5 is no
+better than a guess, 1 is perfect.
 """,
     reading="""
-It does what the paper says, and clearly. The weights find nearly all wrong labels at 20% and 40%, and the network that
-is trained with them loses far less than one with uniform weights, which learns the wrong labels by heart. The gain
-comes late: in the quick run, before that has happened, there is hardly any. A weight for each task cannot help, since
-each task has correct labels, too, and it makes things somewhat worse at 20% and 40%. At 60%, where a rest by 3 is
-named wrongly more often than rightly, the separation becomes poor and the two tasks of three classes break down; only
-"which digit", whose wrong labels are spread over nine classes, is still learned well. Without wrong labels the weights
-cost nothing here. These wrong labels are random; ones that follow a pattern can be learned, and would not be found so
-easily.
+The weights find nearly all wrong labels at 20% and 40%, as the paper says. **What that is worth depends on when the
+training stops.** After 1,500 steps uniform weights are far behind, as they would be once the network has learned the
+wrong labels by heart. After 500 steps they are not. With the three seeds of this page, `--quick --seeds 3` gives 91.7%
+at 40% wrong labels with uniform weights, and 91.8% with one for each sample, which reach 92.6% after 1,500 steps. So
+stopping early wins most of what the weights win; what they add is somewhat less than a point, and that one need not
+know when to stop. A weight for each task cannot help, since each task has correct labels, too, and it makes things
+somewhat worse at 20% and 40%.
+
+At 60%, how many classes a task has decides. Wrong labels of a rest by 3, or of the number of loops, are spread over
+only two other classes, so that each gets 30% of the samples of a class and the correct one 40%: the separation becomes
+poor, and both tasks break down. Those of "which digit" are spread over nine classes, and it is still learned well. Bars
+in the right picture reach from the lowest to the highest seed. Without wrong labels the weights cost nothing here.
+These wrong labels are random; ones that follow a pattern can be learned, and would not be found so easily.
 """,
     cases=cases,
     run=run,

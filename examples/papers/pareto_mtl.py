@@ -169,7 +169,7 @@ def claims(records: list[Record]) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     title="Pareto MTL: five trade-offs between two tasks",
-    paper="Lin et al. 2019, *Pareto Multi-Task Learning*, NeurIPS",
+    paper="Lin et al. 2019, *Pareto Multi-Task Learning* (NeurIPS).",
     claim="""A weighted sum of two losses reaches the trade-offs of a convex front alone. Pareto MTL instead parts the
 space of losses by preference vectors, and trains one model in each part. Here five vectors at equal angles lie
 between the two axes. The first problem is Fonseca and Fleming's: two losses of twenty numbers with a concave front.

@@ -115,7 +115,7 @@ def table(records: list[Record]) -> Table:
     rows = []
     for (kind,), group in grouped(records, "kind").items():
         own, size = group[0].result["own"], group[0].result["size"]
-        domains = [f"{mean([r.result['accuracy'][t] for r in group]):.1f}" for t in range(len(DOMAINS))]
+        domains = [spread([r.result["accuracy"][t] for r in group]) for t in range(len(DOMAINS))]
         rows.append([KINDS[kind], f"{own:,}", f"{100 * own / size:.0f}", spread(average(group)), *domains])
     return Table(["trained for each task", "numbers per task", "% of the network", "accuracy, %", *DOMAINS], rows)
 
@@ -185,7 +185,7 @@ EXPERIMENT = Experiment(
     title="K for the price of 1: model patches",
     paper=(
         "Mudrakarta et al. 2019, *K For The Price Of 1: Parameter-efficient Multi-task And Transfer Learning*, "
-        "arXiv 1810.10703."
+        "[arXiv 1810.10703](https://arxiv.org/abs/1810.10703)."
     ),
     claim="""
 A trained network is kept as it is, and a new task gets a *patch*: a scale and a shift for each channel, or depthwise

@@ -217,7 +217,8 @@ def claims(records: list[Record]) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     title="PCGrad: conflict, dominance and curvature along a training",
-    paper="Yu et al. 2020, *Gradient Surgery for Multi-Task Learning*, arXiv 2001.06782",
+    paper="Yu et al. 2020, *Gradient Surgery for Multi-Task Learning*, "
+    "[arXiv 2001.06782](https://arxiv.org/abs/2001.06782).",
     claim="""Following the sum of several losses goes wrong, the paper says, where three conditions meet: the task
 gradients conflict (their cosine is negative), one is much longer than the other (magnitude similarity `2 |g1| |g2| /
 (|g1|² + |g2|²)` far below 1), and the loss curves strongly along the sum's gradient. PCGrad removes from each
@@ -237,9 +238,8 @@ overshoots. At the length of the sum's step it is the better one in most conflic
 curvature; here the gain is larger where curvature is lower.
 
 What this does not show is that the final network is better. With equal losses both accuracies are the same within the
-spread. With the scaled loss PCGrad's networks read more of the neglected digits after 2,000 steps; these networks
-have 16 units and are still learning, the spread is large, and the next section has more methods and the average of
-both digits.""",
+spread. With the scaled loss PCGrad's networks of 16 units read more of the neglected digits after 2,000 steps, with a
+large spread over the seeds; the next section has more methods and the average of both digits.""",
     cases=cases,
     run=run,
     table=table,

@@ -144,8 +144,9 @@ def claims(records: list[Record]) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     title="PCGrad and eight others on two overlaid digits",
-    paper="Yu et al. 2020, *Gradient Surgery for Multi-Task Learning*, arXiv 2001.06782, and the papers of "
-    "[the other methods](methods.md)",
+    paper="Yu et al. 2020, *Gradient Surgery for Multi-Task Learning*, "
+    "[arXiv 2001.06782](https://arxiv.org/abs/2001.06782), and the papers of "
+    "[the other methods](methods.md).",
     claim="""Among the paper's experiments is MultiMNIST: two digits lie over each other, and both are to be read.
 Here two of scikit-learn's digits overlap in each picture, and a small network reads the left and the right one. In
 the first problem both losses are equal and 64 units are enough for both tasks. In the second the right digit's loss
@@ -159,8 +160,8 @@ Aligned-MTL read both digits about equally well; MGDA follows the shorter gradie
 
 Two warnings. The gain is that of a badly scaled loss: the previous section has the same 16 units with equal losses,
 where the plain sum reads both digits as well as the best methods do here, so that whoever can set the scale needs no
-surgery. And the size of the gain is that of networks which are still learning after 2,000 steps: the sum's right
-digit is still on its way up there, and its spread over seeds is the largest of all.""",
+surgery. And the size of the gain is uncertain: the sum's right digit has the largest spread over the seeds of all, and
+all networks are looked at once, after 2,000 steps; what a longer training would leave of the gain was not tried.""",
     cases=cases,
     run=run,
     table=table,

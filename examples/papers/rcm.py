@@ -94,9 +94,9 @@ def last(records: list[Record]) -> list[float]:
     return [mean(record.result["stages"][-1]) for record in records]
 
 
-def first(records: list[Record], stage: int) -> float:
-    """Of the domain that came first, after a later stage."""
-    return mean([record.result["stages"][stage][0] for record in records])
+def first(records: list[Record], stage: int) -> list[float]:
+    """Of each seed, the accuracy on the domain that came first, after a later stage."""
+    return [record.result["stages"][stage][0] for record in records]
 
 
 def table(records: list[Record]) -> Table:
@@ -107,8 +107,8 @@ def table(records: list[Record]) -> Table:
             WAYS[way],
             f"{group[0].result['own']:.0f}",
             spread(last(group)),
-            f"{first(group, 0):.1f}",
-            f"{first(group, -1):.1f}",
+            spread(first(group, 0)),
+            spread(first(group, -1)),
             f"{sum(r.result['moved'] for r in group)} of {pairs * len(group)}",
         ])  # fmt: skip
     head = ["network", "of each task, % of the convolutions", "accuracy at the end, %", f"{DOMAINS[0]}, at first"]
@@ -121,7 +121,7 @@ def draw(records: list[Record], figure: Figure) -> None:
     stages = range(len(DOMAINS))
     for way in ("modulators", "one network", "head"):
         style = "o-" if way != "head" else "o:"
-        left.plot(stages, [first(groups[way], k) for k in stages], style, color=COLOURS[way], label=WAYS[way])
+        left.plot(stages, [mean(first(groups[way], k)) for k in stages], style, color=COLOURS[way], label=WAYS[way])
     left.set_xticks(stages, [DOMAINS[0], *(f"+ {name}" for name in DOMAINS[1:])])
     left.set(
         xlabel="tasks, in the order in which they are learned", ylabel=f"accuracy on {DOMAINS[0]!r}, %", ylim=(0, 103)
@@ -144,7 +144,7 @@ def claims(records: list[Record]) -> list[Claim]:
     level = {way: mean(last(group)) for way, group in groups.items()}
     own = groups["modulators"][0].result["own"]
     moved = sum(r.result["moved"] for r in groups["modulators"])
-    drop = first(groups["one network"], 0) - first(groups["one network"], -1)
+    drop = mean(first(groups["one network"], 0)) - mean(first(groups["one network"], -1))
     found = [
         Claim("A task that is added changes no other task's output with modulators, bit for bit.", moved == 0),
         Claim(
@@ -180,7 +180,7 @@ EXPERIMENT = Experiment(
     title="RCM: new tasks without interference",
     paper=(
         "Kanakis et al. 2020, *Reparameterizing Convolutions for Incremental Multi-Task Learning without Task "
-        "Interference*, arXiv 2007.12540."
+        "Interference*, [arXiv 2007.12540](https://arxiv.org/abs/2007.12540)."
     ),
     claim="""
 Each convolution becomes a bank of filters that all tasks share and that never trains again, and a small 1 x 1

@@ -157,7 +157,8 @@ def claims(records: list[Record]) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     title="Rethinking hard-parameter sharing: bottom layers against top layers",
-    paper="Zhang et al. 2021, *Rethinking Hard-Parameter Sharing in Multi-Domain Learning*, arXiv 2107.11359.",
+    paper="Zhang et al. 2021, *Rethinking Hard-Parameter Sharing in Multi-Domain Learning*, "
+    "[arXiv 2107.11359](https://arxiv.org/abs/2107.11359).",
     claim="""
 Networks of several tasks usually share their first layers and have separate last ones. The paper turns that round for
 tasks whose pictures differ: separate *bottom* layers do better at the same cost, and a small share of separate

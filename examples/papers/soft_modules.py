@@ -231,10 +231,9 @@ same order could share all but their heads. With four modules in a layer, a task
 Mixtures pay: with four modules in each layer, six tasks do as well as with a network for each, which takes more
 parameters, and far better than in one network of a single module's size. CARE, which mixes encoders alone, gets more
 than half of that. But on these tasks size explains more than mixing: one plain network with as many parameters as the
-soft modules does better still. Nor do the mixtures find what was built into the tasks. In the first layer every task
-settles for a single module, and which one has little to do with the order of its pixels. (At the weights' own learning
-rate the shares hardly moved in 500 steps, and the modules did no better than one network.) The papers report gains on
-robots' tasks that are learned by reinforcement; nothing is said about those here.
+soft modules does better still. Nor do the mixtures find what was built into the tasks. In the first layer of the soft
+modules every task settles for a single one, and which one has little to do with the order of its pixels. The papers
+report gains on robots' tasks that are learned by reinforcement; nothing is said about those here.
 """,
     cases=cases,
     run=run,

@@ -118,7 +118,7 @@ def table(records: list[Record]) -> Table:
             spread(shares(group), 0) if taps else "",
             f"{mean(values(group, 'size')):.2f}x" if taps else "",
         ])  # fmt: skip
-    return Table(["network", "lambda", "accuracy, %", "active layers, %", "size"], rows)
+    return Table(["network", "lambda", "accuracy, %", "active layers, %", "numbers kept, x one network"], rows)
 
 
 def draw(records: list[Record], figure: Figure) -> None:
@@ -204,14 +204,20 @@ def claims(records: list[Record]) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     title="TAPS: which layers does a task change?",
-    paper="Wallingford et al. 2022, *Task Adaptive Parameter Sharing for Multi-Task Learning*, arXiv 2203.16708.",
+    paper="Wallingford et al. 2022, *Task Adaptive Parameter Sharing for Multi-Task Learning*, "
+    "[arXiv 2203.16708](https://arxiv.org/abs/2203.16708).",
     claim="""
 A network that has learned one thing is adapted to several tasks. Each task may change any layer, but pays λ for each
 that it changes: a gate in front of the layer's difference is learned together with it. The paper says that a fraction
 of the layers is enough to come close to fine-tuning all of them. Here a perceptron of five equal layers, trained on
 plain digits, is adapted to three other domains (inverted, turned by 90 degrees, pixels shuffled), each with a head of
-its own, in the paper's three variants. A layer is active where its gate is open at the end and its difference is not
-zero.
+its own. A layer is active where its gate is open at the end and its difference is not zero.
+
+The paper has three variants. *Sequential*: the pretrained weights stay as they are, and one task after another gets its
+differences. *Memory-efficient joint*: first one plain network is trained on all domains together, then it is adapted as
+in the sequential variant. *Full joint*: the shared weights are trained together with the gates and the differences of
+all tasks, on batches that mix the domains. The last column is what has to be kept for all three tasks, the shared
+network, the differences of active layers and the heads, as a multiple of one plain network.
 """,
     reading="""
 Read the left picture from right to left: as λ rises, layers are given up, and accuracy falls by a point or two until
@@ -220,6 +226,16 @@ paper. **Which** layers stay does not: in the paper's figure the changed layers 
 they lie next to the pixels. These domains move or invert pixels and ask for the same digits, so what has to change is
 how pixels are read; photographs share edges and textures, and differ in what they show. The heat map tells where a
 task differs from what the network has learned, and is no law about layers.
+
+Even at λ = 0, where a layer costs nothing, 15% of the layers end inactive in the sequential variant and 52% in the
+memory-efficient joint one. Their differences are not zero; their gates have closed. A gate begins at 0.15, is open from
+0.1 on, and follows a gradient of its own: it falls where less of the layer's difference would lower the loss of the
+batch at hand. While it is closed, the difference is not trained. We looked at the gates of these two variants in a
+trial that is not in the records: each of the inactive layers had a closed gate and a difference that was not zero. In
+the sequential variant these layers are among the upper two. In the memory-efficient joint one, whose shared weights
+know the domains, the differences stay small (their norms are 3% of the weights', against 17%), and so do the gradients
+of the gates: two thirds of all gates ended within 0.01 of the threshold, and more than half had crossed it more than
+once.
 
 In the joint variants the shared weights have seen all domains already, and one network for all is as good here as
 fine-tuning. Differences have nothing left to win: a price of 0.3 closes nearly every gate and costs less than a point.

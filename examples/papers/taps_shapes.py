@@ -249,7 +249,8 @@ def claims(records: list[Record]) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     title="TAPS on ResNet-50, DenseNet-121 and ViT-B",
-    paper="Wallingford et al. 2022, *Task Adaptive Parameter Sharing for Multi-Task Learning*, arXiv 2203.16708.",
+    paper="Wallingford et al. 2022, *Task Adaptive Parameter Sharing for Multi-Task Learning*, "
+    "[arXiv 2203.16708](https://arxiv.org/abs/2203.16708).",
     claim="""
 The paper adapts large pretrained networks. Weights for them are not at hand here, so this shows the code path alone,
 on networks of the right shape with random weights: a call converts them, a batch of both tasks trains one step, some
