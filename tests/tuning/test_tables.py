@@ -211,19 +211,21 @@ def test_limits_measured_in_pairs_hold_for_products_in_pairs_alone(level: Backen
             assert Ways(torch.float32, weight, True, True).direct_limits() == (7, 7, 7)
 
 
-def test_filters_of_one_pixel_that_skip_pixels_have_the_limits_of_a_matrix() -> None:
+def test_filters_of_one_pixel_that_skip_pixels_have_the_higher_limit() -> None:
     if (reason := unavailable("cpu", "cpu")) is not None:
         skip_or_fail(reason)
     x = torch.randn(3, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     deltas, ids = [torch.randn(4, 8, 1, 1) for _ in range(2)], torch.tensor([0, 0, 1])
-    limits = {
-        product: {k: Limits(4 if k.startswith("pixelwise") else 0, None) for k in entries}
-        for product, entries in DEFAULTS.limits.items()
-    }
-    with search.use_table(DEFAULTS._replace(limits=limits)), watching() as taken:
-        y = task_conv2d(x, None, deltas, ids, stride=2)
-    assert taken == {("forward", "direct"): 1, ("forward", "convolution"): 1}
-    torch.testing.assert_close(y, torch.cat([F.conv2d(x[i : i + 1], deltas[t], stride=2) for i, t in enumerate(ids)]))
+    for matrices, larger in ((4, 0), (0, 4)):
+        limits = {
+            product: {k: Limits(matrices if k.startswith("pixelwise") else larger, None) for k in entries}
+            for product, entries in DEFAULTS.limits.items()
+        }
+        with search.use_table(DEFAULTS._replace(limits=limits)), watching() as taken:
+            y = task_conv2d(x, None, deltas, ids, stride=2)
+        assert taken == {("forward", "direct"): 1, ("forward", "convolution"): 1}
+        expected = torch.cat([F.conv2d(x[i : i + 1], deltas[t], stride=2) for i, t in enumerate(ids)])
+        torch.testing.assert_close(y, expected)
 
 
 def test_the_shipped_tables_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def _moves(
 def _limits(x: Tensor, filters: torch.Size, moves: Moves) -> tuple[int, int, int]:
     """The most rows of a segment of which the direct product makes y, dx and weight gradients; -1: however many."""
     last = moves is None or is_channels_last(x)
-    return Ways(x.dtype, filters, False, last).direct_limits()
+    return Ways(x.dtype, filters, moves is None or moves[:4] == (1, 1, 0, 0), last).direct_limits()
 
 
 class _Layer:

@@ -53,6 +53,10 @@ def note(product: str, way: Way) -> None:
         _watched[product, way] += 1
 
 
+def _higher(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else max(one, other)
+
+
 def _at_most(limit: int | None) -> int:
     return _MOST_WIDENED if limit is None else min(limit, _MOST_WIDENED)
 
@@ -62,8 +66,8 @@ class Ways:
 
     `weight`: the shape of one, a matrix `[Cout, Cin]` or filters. `matrix`: the filters are pixelwise, of one group,
     and all rows of a cut lie side by side, so that a product of matrices is the same. Filters of one pixel that skip
-    pixels (a stride) are no such product, yet they multiply as many numbers a row, and share the matrices' limits of
-    the direct product.
+    pixels (a stride) are no such product, and were not measured: oneDNN is slow with them, so that they have the higher
+    one of the direct product's limits of matrices and of larger filters.
     """
 
     def __init__(self, dtype: torch.dtype, weight: torch.Size, matrix: bool, channels_last: bool) -> None:
@@ -76,6 +80,12 @@ class Ways:
             return
         name = key(kind, "float32" if dtype == torch.float32 else "bfloat16", size_of(weight.numel()))
         self._of = {product: entries[name] for product, entries in limits.items()}
+        if kind == "pixelwise" and not matrix:
+            other = name.replace(kind, "channels_last")
+            self._of = {
+                p: limit._replace(direct=_higher(limit.direct, limits[p][other].direct))
+                for p, limit in self._of.items()
+            }
         if dtype.itemsize == 2 and not in_pairs(dtype) and table.origin.get("level", "").endswith(PAIRS):
             # measured with products in pairs, and these are float32's, beside torch's of 16 bits
             self._of = {p: limit._replace(direct=_at_most(limit.direct)) for p, limit in self._of.items()}
