@@ -44,9 +44,8 @@ def keep_freed_memory() -> bool:
     sixth of the step of a ResNet-18 with deltas of 8 tasks. Blocks of 32 MB and more it maps anew each time.
     `malloc_trim(0)` of the C library gives the main thread's memory back. Other threads gain nothing: glibc gives them
     arenas of 64 MB. A process that is forked, such as a worker of a DataLoader, keeps 64 MB as before until it calls
-    this itself.
-    Where the environment has a setting of glibc's memory, or `FASTMTL_KEEP_MEMORY=0`, nothing is changed, and other C
-    libraries are left alone.
+    this itself. Where the environment has a setting of glibc's memory, or `FASTMTL_KEEP_MEMORY=0`, nothing is changed,
+    and other C libraries are left alone.
     """
     if why_memory_is_not_kept() is not None:
         return False
