@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# glibc maps blocks from this size on anew each time (it takes no greater number), and by itself keeps twice as much
-_MAPPED = 32 << 20
+# Blocks of at least so many bytes glibc maps anew each time: the most that it gets to by itself, when it keeps twice as
+# much of what is free, and what it is asked for, which older releases don't take (2.36 does).
+_MAPPED_BY_ITSELF, _MAPPED = 32 << 20, 256 << 20
 # what is kept of freed memory at most: mallopt takes no greater number
 _MOST_KEPT = (1 << 31) - 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -41,7 +42,8 @@ def keep_freed_memory() -> bool:
 
     Once in a process; whether it does. The gradients of a step are freed before the next one takes as much again, and
     by default glibc gives what is free above 64 MB back to the system, whose pages then come one fault at a time: a
-    sixth of the step of a ResNet-18 with deltas of 8 tasks. Blocks of 32 MB and more it maps anew each time.
+    sixth of the step of a ResNet-18 with deltas of 8 tasks. Blocks of 256 MB and more (32 MB where an older glibc takes
+    no more) it maps anew each time.
     `malloc_trim(0)` of the C library gives the main thread's memory back. Other threads gain nothing: glibc gives them
     arenas of 64 MB. A process that is forked, such as a worker of a DataLoader, keeps 64 MB as before until it calls
     this itself. Where the environment has a setting of glibc's memory, or `FASTMTL_KEEP_MEMORY=0`, nothing is changed,
@@ -50,13 +52,14 @@ def keep_freed_memory() -> bool:
     if why_memory_is_not_kept() is not None:
         return False
     _tell_children()
-    return _keep(min(_MOST_KEPT, _memory() // 4))
+    most = min(_MOST_KEPT, _memory() // 4)
+    return _keep(most, _MAPPED) or _keep(most, _MAPPED_BY_ITSELF)
 
 
-def _keep(most: int) -> bool:
+def _keep(most: int, mapped: int) -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     mallopt.argtypes = [ctypes.c_int, ctypes.c_int]
-    return bool(mallopt(_M_MMAP_THRESHOLD, _MAPPED) and mallopt(_M_TRIM_THRESHOLD, most))
+    return bool(mallopt(_M_MMAP_THRESHOLD, mapped) and mallopt(_M_TRIM_THRESHOLD, most))
 
 
 @functools.cache
@@ -65,7 +68,7 @@ def _tell_children() -> None:
 
 
 def _as_before() -> None:
-    _keep(2 * _MAPPED)
+    _keep(2 * _MAPPED_BY_ITSELF, _MAPPED_BY_ITSELF)
     keep_freed_memory.cache_clear()
 
 
