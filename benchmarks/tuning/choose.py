@@ -37,7 +37,7 @@ def way_of(limits: Limits, rows: int) -> str:
 def losses(limits: Limits, timed: Sequence[Timed]) -> list[float]:
     """Of each layer, how many times as long as the best way the chosen one takes."""
     found = []
-    for _, _, rows, seconds in timed:
+    for _, rows, seconds in timed:
         best = min(seconds.values())
         found.append(seconds.get(way_of(limits, rows), UNTRIED * best) / best)
     return found

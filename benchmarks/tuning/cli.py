@@ -19,7 +19,7 @@ from fastmtl.benchmarks.tuning.probes import FULL, SHORT, Group, Sizes, Timed
 from fastmtl.core.dispatch import unavailable
 from fastmtl.tuning.processor import this_processor
 from fastmtl.tuning.search import VARIABLE, cache_path
-from fastmtl.tuning.table import DTYPES, KINDS, PRODUCTS, WEIGHTS, Limits, Table, key
+from fastmtl.tuning.table import DTYPES, KINDS, PRODUCTS, ByShape, Limits, Shape, Table, key
 
 INTERRUPTED = 130
 
@@ -108,17 +108,16 @@ def tuned(sizes: Sizes, progress: Callable[[int, int, str, str], None]) -> Table
             timed[group].append([])
             for one in probes.measure(group, sizes):
                 timed[group][-1].append(one)
-                progress(done, total, part, f"{one.channels}, {one.rows} rows")
+                progress(done, total, part, f"{one.shape}, {one.rows} rows")
             done += 1
-    limits: dict[str, dict[str, Limits]] = {product: {} for product in PRODUCTS}
+    limits: dict[str, dict[str, ByShape]] = {product: {} for product in PRODUCTS}
     measured: dict[str, object] = {}
     for group in found:
-        times = probes.fastest(timed[group])
-        for size in WEIGHTS:
-            of_size = [one for one in times if one.size == size]
-            choice = choose.choose(of_size)
-            limits[group.product][key(group.kind, group.dtype_name, size)] = choice.limits
-            measured[f"{group}, {size}"] = _compact(of_size, choice)
+        times = by_shape(probes.fastest(timed[group]))
+        choices = {shape: choose.choose(of_shape) for shape, of_shape in times.items()}
+        chosen = ByShape({shape: choice.limits for shape, choice in choices.items()})
+        limits[group.product][key(group.kind, group.dtype_name)] = chosen
+        measured[str(group)] = {str(shape): _compact(times[shape], choice) for shape, choice in choices.items()}
     progress(total - 1, total, "one more call against copies", "")
     costs = list(probes.measure_calls(sizes))
     measured["calls, bytes by bytes of the weight"] = {str(c.weight_bytes): round(c.bytes) for c in costs}
@@ -126,9 +125,9 @@ def tuned(sizes: Sizes, progress: Callable[[int, int, str, str], None]) -> Table
     if isinstance(progress, Progress):
         progress.end()
     for entries in limits.values():
-        for kind, dtype, size in itertools.product(KINDS, DTYPES, WEIGHTS):
+        for kind, dtype in itertools.product(KINDS, DTYPES):
             # a dtype that is widened to float32 asks for float32's limits
-            entries.setdefault(key(kind, dtype, size), entries[key(kind, "float32", size)])
+            entries.setdefault(key(kind, dtype), entries[key(kind, "float32")])
     return Table(limits, call_bytes, weight_passes, origin(), measured)
 
 
@@ -144,32 +143,45 @@ def origin() -> dict[str, object]:
     }
 
 
+def by_shape(timed: list[Timed]) -> dict[Shape, list[Timed]]:
+    """The times of each shape, in the order in which they were measured."""
+    return {shape: list(group) for shape, group in itertools.groupby(timed, key=lambda one: one.shape)}
+
+
 def _compact(timed: list[Timed], choice: choose.Choice) -> dict[str, object]:
-    """Microseconds by channels: numbers of rows, and of each way its times with them; and what the limits lose."""
-    found: dict[str, object] = {"mean_loss": round(choice.mean_loss, 3), "largest_loss": round(choice.largest_loss, 3)}
-    for channels, group in itertools.groupby(timed, key=lambda one: one.channels):
-        of_channels = list(group)
-        found[channels] = {"rows": [one.rows for one in of_channels]} | {
-            way: [round(one.seconds[way] * 1e6) if way in one.seconds else None for one in of_channels]
-            for way in probes.WAYS
-            if any(way in one.seconds for one in of_channels)
-        }
-    return found
+    """Of one shape: what the limits lose, numbers of rows, and of each way its microseconds with them."""
+    return {
+        "mean_loss": round(choice.mean_loss, 3),
+        "largest_loss": round(choice.largest_loss, 3),
+        "rows": [one.rows for one in timed],
+    } | {
+        way: [round(one.seconds[way] * 1e6) if way in one.seconds else None for one in timed]
+        for way in probes.WAYS
+        if any(way in one.seconds for one in timed)
+    }
 
 
-def _in_words(limits: Limits) -> str:
+def _in_words(by: ByShape) -> str:
+    """The limits of all shapes, those for which they are the same together."""
+    shapes: dict[Limits, list[str]] = {}
+    for shape, limits in by.items():
+        shapes.setdefault(limits, []).append(str(shape))
+
     def up_to(limit: int | None) -> str:
         return "always" if limit is None else "never" if limit == 0 else f"up to {limit} rows"
 
-    return f"direct product {up_to(limits.direct)}, then matrix product {up_to(limits.matmul)}, then convolution"
+    return "; ".join(
+        f"{', '.join(found)}: direct {up_to(limits.direct)}, then matmul {up_to(limits.matmul)}"
+        for limits, found in shapes.items()
+    )
 
 
 def summary(table: Table) -> str:
     """What was found, for whoever waited for it."""
     lines = [
-        f"{product}, {name}: {_in_words(limits)}"
+        f"{product}, {name}: {_in_words(by)}"
         for product, entries in table.limits.items()
-        for name, limits in entries.items()
+        for name, by in entries.items()
     ]
     lines.append(f"one more call: {table.call_bytes / 1e6:.2g} MB of copies and {table.weight_passes} of its weight")
     if torch.cuda.is_available():

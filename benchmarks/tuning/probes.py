@@ -19,7 +19,7 @@ from fastmtl.ops.task_weights.cpu.batch import Cut, Samples
 from fastmtl.ops.task_weights.cpu.forward import conv2d
 from fastmtl.ops.task_weights.precision import WIDENED
 from fastmtl.tuning.search import use_table
-from fastmtl.tuning.table import DTYPES, KINDS, PRODUCTS, Limits, size_of, uniform
+from fastmtl.tuning.table import DTYPES, KINDS, PRODUCTS, Limits, Shape, uniform
 
 # the ways, each by the limits under which every segment takes it
 WAYS = {"direct": Limits(None, 0), "matmul": Limits(0, None), "convolution": Limits(0, 0)}
@@ -45,12 +45,8 @@ class Layer:
         return self.samples * self.height * self.width
 
     @property
-    def channels(self) -> str:
-        return f"{self.cin}x{self.cout}"
-
-    @property
-    def size(self) -> str:
-        return size_of(self.cin * self.cout * self.kernel**2)
+    def shape(self) -> Shape:
+        return Shape(self.cin * self.kernel**2, self.cout)
 
 
 class Sizes(NamedTuple):
@@ -84,7 +80,7 @@ FULL = Sizes(
 
 
 class Group(NamedTuple):
-    """What is measured in one go, on weights of every size."""
+    """What is measured in one go, on weights of every shape."""
 
     product: str
     kind: str
@@ -105,7 +101,7 @@ def groups() -> list[Group]:
 
 
 def layers(kind: str, sizes: Sizes) -> list[list[Layer]]:
-    """By size of the filter, those with few rows first."""
+    """By shape of the weight, those with few rows first."""
     if kind == "pixelwise":
         return [[Layer(cin, cout, 1, 1, rows, 1) for rows in sizes.rows] for cin, cout in sizes.matrices]
     return [[Layer(c, c, 3, *picture) for picture in sizes.pictures] for c in sizes.channels]
@@ -169,10 +165,9 @@ def in_turns(runs: dict[str, Callable[[], None]], calls: int, longest_s: float) 
 
 
 class Timed(NamedTuple):
-    """Seconds of each way that was tried on one layer; for all tasks together. `size` is that of the weight."""
+    """Seconds of each way that was tried on one layer; for all tasks together. `shape` is that of the weight."""
 
-    size: str
-    channels: str
+    shape: Shape
     rows: int
     seconds: dict[str, float]
 
@@ -198,7 +193,7 @@ def measure(group: Group, sizes: Sizes) -> Iterator[Timed]:
             runs = {way: run_by(way) for way in WAYS if way not in left_out}
             seconds = in_turns(runs, sizes.calls, sizes.longest_s)
             slow += seconds.get("direct", 0.0) > HOPELESS * min(seconds.values())
-            yield Timed(layer.size, layer.channels, layer.rows, seconds)
+            yield Timed(layer.shape, layer.rows, seconds)
 
 
 def fastest(rounds: Sequence[Sequence[Timed]]) -> list[Timed]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,16 +13,13 @@ from typing import Any, NamedTuple
 
 from fastmtl.tuning.processor import Processor
 
-SCHEMA = 1
+SCHEMA = 2
 # what is computed of a segment: y, dx, dW_eff
 PRODUCTS = ("forward", "input_gradient", "weight_gradient")
 # how: by the filter and by how pictures lie. A pixelwise filter on rows side by side is a plain matrix product
 KINDS = ("pixelwise", "channels_last", "contiguous")
 # in which dtype torch would be asked; float16 counts as bfloat16
 DTYPES = ("float32", "bfloat16")
-# by the numbers of one weight: fewer than so many, the last without end. What fits into a core's L2 cache, what fits
-# into a few of them, and what does not
-WEIGHTS: Mapping[str, float] = MappingProxyType({"small": 2**18, "medium": 2**20, "large": math.inf})
 # no number of a table is greater: C++ counts rows in 64 bits, and products with it stay finite
 MOST = 2**53
 
@@ -38,29 +36,54 @@ class TableError(ValueError):
     """A file is no table that can be used here; the message says why."""
 
 
-def size_of(numbers: int) -> str:
-    """Which of `WEIGHTS` a weight of so many numbers is."""
-    return next(name for name, end in WEIGHTS.items() if numbers < end)
+class Shape(NamedTuple):
+    """Of a weight, as a product of matrices sees it: how many numbers each output sums up (input channels of its group,
+    times height and width of the filter), and how many outputs there are."""
+
+    inner: int
+    outer: int
+
+    def __str__(self) -> str:
+        return f"{self.inner}x{self.outer}"
+
+    def distance(self, other: Shape) -> float:
+        """How far apart two are: the ratios of both numbers, in logarithms."""
+        return abs(math.log(self.inner / other.inner)) + abs(math.log(self.outer / other.outer))
 
 
-def key(kind: str, dtype: str, size: str) -> str:
+class ByShape(dict[Shape, Limits]):
+    """Limits by the shapes that were measured."""
+
+    def __init__(self, limits: Mapping[Shape, Limits]) -> None:
+        super().__init__(limits)
+        self._nearest: dict[Shape, Limits] = {}
+
+    def nearest(self, shape: Shape) -> Limits:
+        """The limits of the nearest shape; of two that are as near, of the first."""
+        found = self._nearest.get(shape)
+        if found is None:
+            found = self._nearest[shape] = self[min(self, key=shape.distance)]
+        return found
+
+
+def key(kind: str, dtype: str) -> str:
     """Of one entry of `Table.limits`."""
-    return f"{kind} {dtype} {size}"
+    return f"{kind} {dtype}"
 
 
-KEYS = tuple(key(kind, dtype, size) for kind in KINDS for dtype in DTYPES for size in WEIGHTS)
+KEYS = tuple(key(kind, dtype) for kind in KINDS for dtype in DTYPES)
 
 
 class Table(NamedTuple):
     """The numbers that the CPU's ops ask for.
 
-    `limits`: product -> kind, dtype and size of the weight -> `Limits`. `call_bytes`: bytes that could be copied while
-    torch and oneDNN prepare one more call. `weight_passes`: passes over the weight that such a call makes before it
-    multiplies. `origin`: processor, versions, commit and date. `measured`: the times that the numbers were found from,
-    for readers alone.
+    `limits`: product -> kind and dtype -> `Limits` by shape of the weight. `call_bytes`: bytes that could be copied
+    while torch and oneDNN prepare one more call. `weight_passes`: passes over the weight that such a call makes before
+    it multiplies. `origin`: processor, versions, commit and date. `measured`: the times that the numbers were found
+    from, for readers alone.
     """
 
-    limits: Mapping[str, Mapping[str, Limits]]
+    limits: Mapping[str, Mapping[str, ByShape]]
     call_bytes: int
     weight_passes: float
     origin: Mapping[str, Any]
@@ -78,7 +101,8 @@ class Table(NamedTuple):
             return "{\n" + inner + "\n" + "  " * (depth - 1) + "}"
 
         limits = ",\n".join(
-            f"    {json.dumps(product)}: " + lines({k: v._asdict() for k, v in entries.items()}, 3)
+            f"    {json.dumps(product)}: "
+            + lines({k: {str(shape): v._asdict() for shape, v in by.items()} for k, by in entries.items()}, 3)
             for product, entries in self.limits.items()
         )
         parts = [
@@ -96,6 +120,24 @@ def _limit(value: Any, where: str) -> int | None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST):
         raise TableError(f"{where}: expected a number of rows or null, got {value!r}")
     return value
+
+
+def _shape(text: str, where: str) -> Shape:
+    if not re.fullmatch("[1-9][0-9]{0,15}x[1-9][0-9]{0,15}", text):
+        raise TableError(f"{where}: expected the shape of a weight, such as 256x768, got {text!r}")
+    return Shape(*map(int, text.split("x")))
+
+
+def _by_shape(entries: Any, where: str) -> ByShape:
+    if not isinstance(entries, dict) or not entries:
+        raise TableError(f"{where}: expected limits by shape, got {entries!r}")
+    read: dict[Shape, Limits] = {}
+    for text, entry in entries.items():
+        if not isinstance(entry, dict) or set(entry) != set(Limits._fields):
+            raise TableError(f"{where}, {text}: expected direct and matmul, got {entry!r}")
+        limits = Limits(*(_limit(entry[f], f"{where}, {text}") for f in Limits._fields))
+        read[_shape(text, where)] = limits
+    return ByShape(read)
 
 
 def _number(found: Mapping[str, Any], name: str) -> Any:
@@ -126,17 +168,14 @@ def parse(text: str) -> Table:
     for name, kind in expected.items():
         if not isinstance(origin.get(name), kind):
             raise TableError(f"it is damaged: origin {name}: expected {kind.__name__}, got {origin.get(name)!r}")
-    read: dict[str, dict[str, Limits]] = {}
+    read: dict[str, dict[str, ByShape]] = {}
     for product in PRODUCTS:
         entries = limits.get(product)
         if not isinstance(entries, dict):
             raise TableError(f"it is damaged: it has no limits of {product}")
         read[product] = {}
         for k in KEYS:
-            entry = entries.get(k)
-            if not isinstance(entry, dict) or set(entry) != set(Limits._fields):
-                raise TableError(f"it is damaged: {product}, {k}: expected direct and matmul, got {entry!r}")
-            read[product][k] = Limits(*(_limit(entry[f], f"it is damaged: {product}, {k}") for f in Limits._fields))
+            read[product][k] = _by_shape(entries.get(k), f"it is damaged: {product}, {k}")
     try:
         call_bytes, weight_passes = int(_number(found, "call_bytes")), _number(found, "weight_passes")
     except TableError as error:
@@ -161,9 +200,14 @@ def read(path: Path) -> Table:
     return parse(text)
 
 
+def _all_shapes(limits: Limits) -> ByShape:
+    """The same for every weight."""
+    return ByShape({Shape(1, 1): limits})
+
+
 def uniform(limits: Limits, call_bytes: int = 1_000_000, weight_passes: float = 3) -> Table:
     """A table with the same limits for all products: every segment the same way, whatever is the fastest."""
-    entries = MappingProxyType(dict.fromkeys(KEYS, limits))
+    entries = MappingProxyType(dict.fromkeys(KEYS, _all_shapes(limits)))
     return Table(dict.fromkeys(PRODUCTS, entries), call_bytes, weight_passes, {}, {})
 
 
@@ -178,12 +222,11 @@ def _defaults() -> Table:
     limits = {
         product: {
             # oneDNN is asked for the product itself in 16 bits, MKL in float32
-            key(kind, dtype, size): Limits(
-                rows[product][kind], None if (kind, dtype) == ("pixelwise", "bfloat16") else 0
+            key(kind, dtype): _all_shapes(
+                Limits(rows[product][kind], None if (kind, dtype) == ("pixelwise", "bfloat16") else 0)
             )
             for kind in KINDS
             for dtype in DTYPES
-            for size in WEIGHTS
         }
         for product in PRODUCTS
     }

@@ -25,11 +25,23 @@ from fastmtl.ops import task_conv2d, task_linear
 from fastmtl.ops.task_weights.cpu.ways import Ways, in_pairs, watching
 from fastmtl.tuning import search
 from fastmtl.tuning.processor import PAIRS, Processor, this_processor
-from fastmtl.tuning.table import DEFAULTS, KEYS, PRODUCTS, Limits, Table, TableError, parse, read, size_of, uniform
+from fastmtl.tuning.table import (
+    DEFAULTS,
+    KEYS,
+    PRODUCTS,
+    ByShape,
+    Limits,
+    Shape,
+    Table,
+    TableError,
+    parse,
+    read,
+    uniform,
+)
 
+ANY = Shape(1, 1)
 HERE = Processor("Some CPU, family 1 model 2", "SomeVendor", "avx512", 4)
-# a weight of each size
-TINY = Sizes(((4, 8), (512, 512), (1024, 1024)), (1, 6), (4, 171, 342), ((1, 2, 1), (2, 2, 2)), 2, 1, 1, 0.01)
+TINY = Sizes(((4, 8), (16, 8)), (1, 6), (4, 12), ((1, 2, 1), (2, 2, 2)), 2, 1, 1, 0.01)
 
 
 def table_of(processor: Processor, call_bytes: int = 7) -> Table:
@@ -62,7 +74,7 @@ def test_a_table_comes_back_from_its_file(tmp_path: Path) -> None:
     table = table_of(HERE)
     found = read(put(tmp_path / "a.json", table))
     assert found == table and found.processor == HERE
-    assert found.limits["forward"][KEYS[0]] == Limits(12, None)
+    assert found.limits["forward"][KEYS[0]] == {Shape(1, 1): Limits(12, None)}
 
 
 def test_the_order_in_which_tables_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,12 +114,17 @@ GOOD = table_of(HERE).to_json()
 REFUSED = {
     "cut off": (GOOD[: len(GOOD) // 2], "damaged"),
     "no JSON object": ("[1]", "has no schema"),
-    "another schema": (GOOD.replace('"schema": 1', '"schema": 0'), "has schema 0, and this fastmtl reads 1"),
+    "another schema": (GOOD.replace('"schema": 2', '"schema": 1'), "has schema 1, and this fastmtl reads 2"),
     "no origin": (without(GOOD, "origin"), "no origin"),
     "no level": (without(GOOD, "origin", "level"), "origin level"),
     "a product is missing": (without(GOOD, "limits", "forward"), "no limits of forward"),
     "an entry is missing": (without(GOOD, "limits", "forward", KEYS[0]), f"forward, {KEYS[0]}"),
-    "a limit is missing": (without(GOOD, "limits", "forward", KEYS[0], "direct"), "expected direct and matmul"),
+    "no shape": (without(GOOD, "limits", "forward", KEYS[0], "1x1"), "expected limits by shape, got {}"),
+    "a shape of nothing": (
+        GOOD.replace('"1x1"', '"0x1"'),
+        "expected the shape of a weight, such as 256x768, got '0x1'",
+    ),
+    "a limit is missing": (without(GOOD, "limits", "forward", KEYS[0], "1x1", "direct"), "expected direct and matmul"),
     "a limit is below zero": (
         GOOD.replace('"direct": 12', '"direct": -1'),
         "expected a number of rows or null, got -1",
@@ -195,7 +212,7 @@ def test_the_table_decides_which_way_an_op_takes() -> None:
 
 def test_limits_measured_in_pairs_hold_for_products_in_pairs_alone(level: Backend) -> None:
     measured = {
-        product: {k: Limits(7 if "float32" in k else 100, 200) for k in entries}
+        product: {k: ByShape({ANY: Limits(7 if "float32" in k else 100, 200)}) for k in entries}
         for product, entries in DEFAULTS.limits.items()
     }
     weight = torch.Size([4, 8, 1, 1])
@@ -205,7 +222,9 @@ def test_limits_measured_in_pairs_hold_for_products_in_pairs_alone(level: Backen
                 ways = Ways(dtype, weight, True, True)
                 assert ways.direct_limits() == (100 if in_pairs(dtype) else widened,) * 3
                 assert ways.of_torch("forward", 200) == "matmul"
-            few = {product: dict.fromkeys(entries, Limits(3, 0)) for product, entries in measured.items()}
+            few = {
+                product: dict.fromkeys(entries, ByShape({ANY: Limits(3, 0)})) for product, entries in measured.items()
+            }
             with search.use_table(DEFAULTS._replace(limits=few, origin={"level": instructions})):
                 assert Ways(torch.float16, weight, True, True).direct_limits() == (3, 3, 3)
             assert Ways(torch.float32, weight, True, True).direct_limits() == (7, 7, 7)
@@ -218,7 +237,9 @@ def test_filters_of_one_pixel_that_skip_pixels_have_the_higher_limit() -> None:
     deltas, ids = [torch.randn(4, 8, 1, 1) for _ in range(2)], torch.tensor([0, 0, 1])
     for matrices, larger in ((4, 0), (0, 4)):
         limits = {
-            product: {k: Limits(matrices if k.startswith("pixelwise") else larger, None) for k in entries}
+            product: {
+                k: ByShape({ANY: Limits(matrices if k.startswith("pixelwise") else larger, None)}) for k in entries
+            }
             for product, entries in DEFAULTS.limits.items()
         }
         with search.use_table(DEFAULTS._replace(limits=limits)), watching() as taken:
@@ -238,7 +259,19 @@ def test_defaults_are_a_whole_table() -> None:
     origin = table_of(HERE).origin
     assert parse(DEFAULTS._replace(origin=origin).to_json()).limits == DEFAULTS.limits
     assert set(DEFAULTS.limits) == set(PRODUCTS)
-    assert [size_of(n) for n in (1, 2**18 - 1, 2**18, 2**20, 2**40)] == ["small"] * 2 + ["medium"] + ["large"] * 2
+
+
+def test_a_layer_has_the_limits_of_the_nearest_shape() -> None:
+    """Of the ratios of inputs and outputs; a filter's inputs are those of all its taps."""
+    by = ByShape({Shape(768, 3072): Limits(1, 0), Shape(3072, 768): Limits(2, 0), Shape(576, 64): Limits(3, 0)})
+    nearest = {(768, 3072): 1, (1024, 4096): 1, (4096, 1024): 2, (9, 1): 3, (64, 64): 3, (10**9, 1): 3, (1536, 1536): 1}
+    assert {shape: by.nearest(Shape(*shape)).direct for shape in nearest} == nearest
+    limits = {product: dict.fromkeys(entries, by) for product, entries in DEFAULTS.limits.items()}
+    with search.use_table(DEFAULTS._replace(limits=limits)):
+        for weight, direct in (((2048, 512), 1), ((512, 2048), 2), ((64, 64, 3, 3), 3), ((512, 256, 3, 3), 2)):
+            assert Ways(torch.float32, torch.Size(weight), len(weight) == 2, True).direct_limits() == (direct,) * 3
+        # a layer of no outputs
+        assert Ways(torch.float32, torch.Size([0, 8]), True, True).takes_direct("forward", 1)
 
 
 # --- limits of times
@@ -246,7 +279,7 @@ def test_defaults_are_a_whole_table() -> None:
 
 def test_torchs_ways_are_weighed_where_the_direct_product_takes_all_that_was_measured() -> None:
     timed = [
-        Timed("large", "768x3072", rows, {"direct": rows, "matmul": 2 * rows, "convolution": 4 * rows})
+        Timed(Shape(768, 3072), rows, {"direct": rows, "matmul": 2 * rows, "convolution": 4 * rows})
         for rows in (1, 4, 16, 49)
     ]
     assert choose(timed).limits == Limits(49, None)
@@ -258,7 +291,7 @@ def test_limits_lose_least() -> None:
     """By few rows the direct product wins, by many the convolution; between them torch's matrix product or nobody."""
 
     def timed(rows: int, **seconds: float) -> Timed:
-        return Timed("small", "4x8", rows, seconds)
+        return Timed(Shape(4, 8), rows, seconds)
 
     times = [
         timed(4, direct=1.0, matmul=2.0, convolution=3.0),
@@ -311,10 +344,12 @@ def test_tune_writes_a_table_that_is_read(
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o644
     found = search.found()
     assert found.path == path and all(set(entries) == set(KEYS) for entries in found.table.limits.values())
+    shapes = {k: {str(shape) for shape in by} for k, by in found.table.limits["forward"].items()}
+    assert shapes["pixelwise float32"] == {"4x8", "16x8"} and shapes["contiguous float32"] == {"36x4", "108x12"}
     # 16 bits that are widened ask for float32's limits
     forward = found.table.limits["forward"]
     assert all(forward[k] == forward[k.replace("bfloat16", "float32")] for k in KEYS)
-    times = found.table.measured["forward, pixelwise, float32, large"]["1024x1024"]
+    times = found.table.measured["forward, pixelwise, float32"]["16x8"]
     assert times["rows"] == [1, 6] and all(min(times[way]) > 0 for way in probes.WAYS)
     assert info.collect()["tuned"]["path"] == str(path)
     assert f"tuned       by {path} (of the cache folder, of today)" in info.report()

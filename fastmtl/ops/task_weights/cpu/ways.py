@@ -13,7 +13,7 @@ from torch import Tensor
 from fastmtl.core import dispatch
 from fastmtl.tuning.processor import PAIRS
 from fastmtl.tuning.search import current
-from fastmtl.tuning.table import PRODUCTS, Limits, key, size_of
+from fastmtl.tuning.table import PRODUCTS, Limits, Shape, key
 
 # the direct product of `direct.py`; torch's product of matrices; torch's convolution
 Way = Literal["direct", "matmul", "convolution"]
@@ -78,12 +78,13 @@ class Ways:
         if dtype == torch.float64:
             self._of = dict.fromkeys(limits, _NEVER)
             return
-        name = key(kind, "float32" if dtype == torch.float32 else "bfloat16", size_of(weight.numel()))
-        self._of = {product: entries[name] for product, entries in limits.items()}
+        name = key(kind, "float32" if dtype == torch.float32 else "bfloat16")
+        shape = Shape(max(weight[1:].numel(), 1), max(weight[0], 1))
+        self._of = {product: entries[name].nearest(shape) for product, entries in limits.items()}
         if kind == "pixelwise" and not matrix:
             other = name.replace(kind, "channels_last")
             self._of = {
-                p: limit._replace(direct=_higher(limit.direct, limits[p][other].direct))
+                p: limit._replace(direct=_higher(limit.direct, limits[p][other].nearest(shape).direct))
                 for p, limit in self._of.items()
             }
         if dtype.itemsize == 2 and not in_pairs(dtype) and table.origin.get("level", "").endswith(PAIRS):
