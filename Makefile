@@ -61,7 +61,7 @@ bench: dev $(VENV)/.peers  ## a telling few cases, under 7 minutes on two cores;
 bench-full: dev $(VENV)/.peers  ## every case; results go where the pages are drawn from
 	$(BIN)/fastmtl bench --out benchmarks/results
 
-docs-tables: dev  ## redraws the README's table, the pages of docs/benchmarks, docs/reproductions.md and all pictures from committed results
+docs-tables: dev  ## redraws the README's table, the pages of docs/benchmarks, docs/papers/reproductions.md and all pictures from committed results
 	$(BIN)/python -m fastmtl.benchmarks.report.report
 	$(BIN)/python examples/papers/report.py
 
@@ -83,7 +83,7 @@ aot: dev  ## compiles every configuration of every GPU kernel and checks registe
 abi: dev  ## one build under several torch releases; downloads gigabytes
 	bash tests/abi/check.sh $(BIN)/python
 
-gpu-check:  ## on a machine with a GPU and torch: PARTS of benchmarks/gpu/gpu_check.sh; results to $$OUT (docs/first-gpu-run.md)
+gpu-check:  ## on a machine with a GPU and torch: PARTS of benchmarks/gpu/gpu_check.sh; results to $$OUT (docs/kernels/first-gpu-run.md)
 	bash benchmarks/gpu/gpu_check.sh $(PARTS)
 
 clean:  ## removes environment and builds

@@ -1,5 +1,5 @@
-"""The snippets of docs/training-loops.md, docs/methods.md, docs/one-pass.md and docs/task-models.md run as they stand
-there; those of the first three train the model."""
+"""The snippets of the pages run as they stand there, behind the first one of docs/guides/training-loops.md where the
+page says so, and train the model that it makes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read(name: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL)
 
 
-SETUP, *SNIPPETS = read("training-loops.md")
+SETUP, *SNIPPETS = read("guides/training-loops.md")
 
 
 def first_words(snippet: str) -> str:
@@ -77,7 +77,7 @@ def test_a_snippet_that_trains_nothing_is_seen() -> None:
         run("for x, y in loader: fastmtl.backward(losses_of(model(x), y))")
 
 
-METHODS = read("methods.md")
+METHODS = read("methods/index.md")
 
 
 @pytest.mark.parametrize("snippet", METHODS, ids=first_words)
@@ -121,13 +121,13 @@ def test_methods_of_ones_own_in_the_page() -> None:
 
 def test_one_pass_snippet() -> None:
     names: dict[str, Any] = {}
-    for snippet in read("one-pass.md"):
+    for snippet in read("guides/one-pass.md"):
         exec(compile(snippet, "one-pass", "exec"), names)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in names["model"].parameters())
     assert names["surgery"].weights.isfinite().all()
 
 
-MODELS = read("task-models.md")
+MODELS = read("guides/task-models.md")
 
 
 @pytest.mark.parametrize("snippet", MODELS, ids=[f"{k}-{first_words(x.strip())}" for k, x in enumerate(MODELS)])
@@ -149,7 +149,7 @@ def test_snippet_of_the_page_on_models(snippet: str, tmp_path: Path, monkeypatch
 def test_the_page_on_models_names_every_option() -> None:
     from fastmtl.nn.models.kinds import KINDS
 
-    text = (DOCS / "task-models.md").read_text()
+    text = (DOCS / "guides/task-models.md").read_text()
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (.*?) \| (.*?) \|", text, re.MULTILINE)
     told = {name: row[1:] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     for kind, of in KINDS.items():

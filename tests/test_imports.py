@@ -1,4 +1,4 @@
-"""Imports point one way: from what finds gradients to what knows nothing of them (docs/architecture.md); no circles."""
+"""Imports point one way, from what finds gradients to what knows nothing of them: docs/project/architecture.md."""
 
 from __future__ import annotations
 

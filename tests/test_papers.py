@@ -49,13 +49,15 @@ def test_committed_records(name: str, papers: None) -> None:
     found = [record.settings for record in records]
     assert all(settings in found for settings in experiment.cases(experiment.seeds, False))
     assert name in report.NAMES
-    assert report.section(name) in (ROOT / "docs" / "reproductions.md").read_text(), "python examples/papers/report.py"
+    assert report.section(name) in (ROOT / "docs/papers/reproductions.md").read_text(), (
+        "python examples/papers/report.py"
+    )
     assert (ROOT / "docs" / report.PICTURES / f"{name}.png").exists()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_page_of_papers(name: str) -> None:
-    assert f"`examples/papers/{name}.py`" in (ROOT / "docs" / "papers.md").read_text()
+    assert f"`examples/papers/{name}.py`" in (ROOT / "docs/papers/index.md").read_text()
 
 
 TRIAL = """

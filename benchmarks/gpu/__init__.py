@@ -1,1 +1,1 @@
-"""What a first run on a GPU machine asks, beside the suites (docs/first-gpu-run.md)."""
+"""What a first run on a GPU machine asks, beside the suites (docs/kernels/first-gpu-run.md)."""

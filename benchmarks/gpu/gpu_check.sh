@@ -3,7 +3,7 @@
 # time limit of its own.
 # Usage: gpu_check.sh [PART...] with OUT (default build/gpu-check) and PYTHON (default python3, whose environment has
 # torch, Triton, setuptools, ninja, pybind11, pytest and what `fastmtl bench` needs). INSTALLED=1: the package is there
-# already, nothing is built. No network is needed. docs/first-gpu-run.md says what each part answers and how long it takes.
+# already, nothing is built. No network is needed. docs/kernels/first-gpu-run.md says what each part answers and how long it takes.
 #   smoke      every op once, each launch waited for: the first to run, and quick to fail (always run)
 #   surgery    tests of gradient surgery in CUDA C++
 #   rates      bytes per second of each CUDA C++ kernel beside a copy's

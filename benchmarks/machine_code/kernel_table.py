@@ -3,7 +3,7 @@
     python -m fastmtl.benchmarks.machine_code.kernel_table [--arch 90] [--cubins FOLDER]
 
 From a checkout with nvcc, some minutes. Writes every loop of every kernel into `kernels_sm_90.json` beside this file,
-and the table between two markers in `docs/surgery-kernels.md`. Needs no GPU.
+and the table between two markers in `docs/kernels/surgery-kernels.md`. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from fastmtl.benchmarks.machine_code import cubin
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs" / "surgery-kernels.md"
+DOCS = ROOT / "docs" / "kernels" / "surgery-kernels.md"
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
 DTYPES = {"f": "f32", "d": "f64", "13__nv_bfloat16": "bf16", "6__half": "f16"}
 SOURCES = [f"kernels_{dtype}" for dtype in DTYPES.values()]

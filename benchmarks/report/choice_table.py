@@ -1,6 +1,6 @@
 """The table by which a user chooses between `one_pass` and `GradientBank`, from the results of suite `step`.
 
-It stands, between its marks, in docs/one-pass.md.
+It stands, between its marks, in docs/guides/one-pass.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What `features=` and `chunk_size=` of `fastmtl.backward` save or cost beside T passes one at a time.
 
     python -m fastmtl.benchmarks.report.passes_table
-    python -m fastmtl.benchmarks.report.passes_table --write docs/training-loops.md
+    python -m fastmtl.benchmarks.report.passes_table --write docs/guides/training-loops.md
 
 Median time of the backward passes and the surgery, without the forward pass; the peak memory of both. Every way's
 gradients are compared with those of T passes before anything is timed. And how far the Gram matrix of the features'

@@ -643,14 +643,14 @@ def readme_table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def reuse_section(results: dict[str, Any]) -> str:
-    """What docs/training-loops.md shows of weights that are reused: the accuracy, and where it was measured."""
+    """What docs/guides/training-loops.md shows of weights that are reused: the accuracy, and where it was measured."""
     rows = reuse_table.rows_of(results)
     origin = f"Measured on {results['machine']['device']}, {_run_text(results['suites']['step'])}."
     return "\n\n".join([origin, reuse_table.caption(rows), _markdown(*reuse_table.table(rows))])
 
 
 def choice_section(results: dict[str, Any]) -> str:
-    """What docs/one-pass.md shows of `one_pass` beside `GradientBank`, and where it was measured."""
+    """What docs/guides/one-pass.md shows of `one_pass` beside `GradientBank`, and where it was measured."""
     origin = f"Measured on {results['machine']['device']}, {_run_text(results['suites']['step'])}."
     return "\n\n".join([origin, choice_table.caption(), _markdown(*choice_table.table(choice_table.rows_of(results)))])
 
@@ -686,10 +686,10 @@ def texts(root: Path) -> dict[Path, str]:
     runs = newest_first(folder)
     readme = root / "README.md"
     drawn = {readme: between_markers(readme.read_text(), readme_table(runs), "README.md")}
-    loops = root / "docs/training-loops.md"
+    loops = root / "docs/guides/training-loops.md"
     if trained := next((run for run in runs if reuse_table.rows_of(run)), None):
         drawn[loops] = between_markers(loops.read_text(), reuse_section(trained), loops.name, reuse_table.MARKS)
-    choice = root / "docs/one-pass.md"
+    choice = root / "docs/guides/one-pass.md"
     if measured := next((run for run in runs if choice_table.rows_of(run)), None):
         drawn[choice] = between_markers(choice.read_text(), choice_section(measured), choice.name, choice_table.MARKS)
     return drawn | {docs / PAGES[suite][0]: page(suite, runs, folder, docs) for suite in PAGES}

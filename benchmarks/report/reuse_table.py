@@ -1,6 +1,6 @@
 """The table of what weights that are reused for k steps (`fastmtl.methods.Every`) cost in accuracy, from the results.
 
-It stands in the page of suite `step` and, between its marks, in docs/training-loops.md.
+It stands in the page of suite `step` and, between its marks, in docs/guides/training-loops.md.
 """
 
 from __future__ import annotations

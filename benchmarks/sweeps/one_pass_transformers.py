@@ -10,7 +10,7 @@ the family has; batch norms stay in evaluation, since their statistics mix sampl
 samples: 4 is also the number of heads and of experts, 6 that of words, and 16 that of patches. Models whose samples
 see each other (the contrastive ones) must be refused.
 
-Writes `benchmarks/results/sweeps/one_pass_transformers.json`, and the table of it in `docs/one-pass-models.md`.
+Writes `benchmarks/results/sweeps/one_pass_transformers.json`, and the table of it in `docs/guides/one-pass-models.md`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MODES = ("bank", "stream", "training")
 TOLERANCE = 1e-8  # of the length of each row
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/sweeps/one_pass_transformers.json"
-PAGE = ROOT / "docs/one-pass-models.md"
+PAGE = ROOT / "docs/guides/one-pass-models.md"
 # of a family, the worst of its runs
 STATES = ("wrong", "error", "too slow", "refused", "mixes samples", "right", "not built")
 
@@ -300,7 +300,7 @@ def page(results: dict[str, Any]) -> str:
         "# `one_pass` on the models of `transformers`",
         "",
         "Drawn by `python -m fastmtl.benchmarks.sweeps.one_pass_transformers`, which says what is run, from",
-        "[its result](../benchmarks/results/sweeps/one_pass_transformers.json) "
+        "[its result](../../benchmarks/results/sweeps/one_pass_transformers.json) "
         f"(transformers {results['versions']['transformers']}, torch {results['versions']['torch']}, "
         f"{results['date'][:10]}, commit {results['commit'][:7]}).",
         "",

@@ -1,5 +1,5 @@
 """`fastmtl tune`: measures which way is the fastest on this machine and writes the table that the ops read.
 
 `probes.py` is what is measured, `choose.py` makes limits of times, `cli.py` is the command; see
-docs/tuning.md.
+docs/kernels/tuning.md.
 """

@@ -185,7 +185,7 @@ def summary(table: Table) -> str:
     ]
     lines.append(f"one more call: {table.call_bytes / 1e6:.2g} MB of copies and {table.weight_passes} of its weight")
     if torch.cuda.is_available():
-        lines.append("GPU: its kernels' constants are not measured by this command (docs/tuning.md)")
+        lines.append("GPU: its kernels' constants are not measured by this command (docs/kernels/tuning.md)")
     else:
         lines.append("GPU: there is none here")
     return "\n".join(lines)

@@ -59,7 +59,7 @@ class Record(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What is printed, and shown in `docs/reproductions.md`; all cells are text."""
+    """What is printed, and shown in `docs/papers/reproductions.md`; all cells are text."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]

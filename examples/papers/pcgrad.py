@@ -227,7 +227,7 @@ once with that of the right digit multiplied by 0.1. Every ten steps we measure 
 curvature is `2 (L(θ') - L(θ) - g · (θ' - θ)) / |θ' - θ|²`, where L is the sum of the losses, g its gradient in the
 trunk, and `θ' = θ - 0.1 g`: how far the loss after a step lies above what its gradient predicts. From the same point
 and on the same batch we also try a step with PCGrad's update. The paper's figure in two dimensions is drawn by
-[examples/landscapes.py](../examples/landscapes.py).""",
+[examples/landscapes.py](../../examples/landscapes.py).""",
     reading="""Lines are means over five seeds, bands reach from the lowest to the highest. All three conditions are
 there in an ordinary training: more than half of the steps are in conflict, though mostly in a mild one (the mean
 cosine is close to 0 after the first quarter); dominance comes from the scaled loss, and curvature rises within the

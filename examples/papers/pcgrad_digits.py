@@ -146,7 +146,7 @@ EXPERIMENT = Experiment(
     title="PCGrad and eight others on two overlaid digits",
     paper="Yu et al. 2020, *Gradient Surgery for Multi-Task Learning*, "
     "[arXiv 2001.06782](https://arxiv.org/abs/2001.06782), and the papers of "
-    "[the other methods](methods.md).",
+    "[the other methods](../methods/index.md).",
     claim="""Among the paper's experiments is MultiMNIST: two digits lie over each other, and both are to be read.
 Here two of scikit-learn's digits overlap in each picture, and a small network reads the left and the right one. In
 the first problem both losses are equal and 64 units are enough for both tasks. In the second the right digit's loss

@@ -333,12 +333,12 @@ EXPERIMENT = Experiment(
     claim="""Among the paper's experiments is one policy for 10 and for 50 manipulation tasks in a simulator. Here the
 tasks are small enough to need none: a point moves in the plane, and each task has a goal elsewhere around the place
 where it begins. One MLP (two layers of 64) sees the point's place and the task's number, and is trained by PPO on the
-episodes of all tasks together. Every sample belongs to one task, so [one_pass](one-pass.md) collects all task gradients
-in one forward and one backward pass. We count the goals that are reached, with PCGrad and with the sum; a task is
-solved where at least 80% of ten episodes at the end of the training reach its goal. And we take the time of a step in
-four ways: plain, one_pass with PCGrad, a forward and backward pass for each task with PCGrad (`GradientBank`), and
-PCGrad by hand (a backward pass for each task, and every dot product in Python). The step at the paper's own size, 50
-tasks and 3 x 400 units, is a row of [the benchmarks](benchmarks/index.md).""",
+episodes of all tasks together. Every sample belongs to one task, so [one_pass](../guides/one-pass.md) collects all task
+gradients in one forward and one backward pass. We count the goals that are reached, with PCGrad and with the sum; a
+task is solved where at least 80% of ten episodes at the end of the training reach its goal. And we take the time of a
+step in four ways: plain, one_pass with PCGrad, a forward and backward pass for each task with PCGrad (`GradientBank`),
+and PCGrad by hand (a backward pass for each task, and every dot product in Python). The step at the paper's own size,
+50 tasks and 3 x 400 units, is a row of [the benchmarks](../benchmarks/index.md).""",
     reading="""Both ways of training solve these tasks, which are far easier than a simulator's. About half of all
 pairs of tasks are in conflict, and still the sum reaches nearly every goal: each task's number is part of what the
 policy sees, and 64 units leave room for all of them. Bands reach from the lowest to the highest of three seeds.

@@ -1,4 +1,4 @@
-"""Draws `docs/reproductions.md` and its pictures from the records in `examples/papers/results`.
+"""Draws `docs/papers/reproductions.md` and its pictures from the records in `examples/papers/results`.
 
 python examples/papers/taps.py --out examples/papers/results     # the records, kept with the code
 python examples/papers/report.py                                 # the page
@@ -43,7 +43,8 @@ HEAD = """# Reproductions
 Each section is one command of `examples/papers` that anybody can run: minutes on two cores, no downloads. The data are
 scikit-learn's handwritten digits (1,797 pictures of 8 x 8 pixels) or synthetic tasks. **On data this small an accuracy
 checks a mechanism, and that implementations agree; it says little about the size of the effect on the papers' data.**
-Mean and standard deviation are over the seeds. [papers.md](papers.md) has every system by name, and what was left out.
+Mean and standard deviation are over the seeds. [The papers](index.md) have every system by
+name, and what was left out.
 
 This page is drawn from committed records by `python examples/papers/report.py`; no number in its tables is typed.
 """
@@ -75,7 +76,7 @@ python examples/papers/{name}.py
 
 {claims}
 
-![{experiment.title}]({(PICTURES / name).as_posix()}.png)
+![{experiment.title}](../{(PICTURES / name).as_posix()}.png)
 
 {experiment.reading.strip()}
 """
@@ -88,7 +89,7 @@ def page() -> str:
 def main() -> None:
     sys.path.insert(0, str(HERE))
     (DOCS / PICTURES).mkdir(parents=True, exist_ok=True)
-    (DOCS / "reproductions.md").write_text(page())
+    (DOCS / "papers" / "reproductions.md").write_text(page())
     for name in NAMES:
         # drawn by the run itself, so that a page drawn anew on another machine changes no picture
         shutil.copyfile(RESULTS / f"{name}.png", DOCS / PICTURES / f"{name}.png")

@@ -263,7 +263,7 @@ as the gated weights while all gates are open, which is the memory to reckon wit
 ones alone. The comparison is made in float64: deep networks with random weights amplify the rounding of float32, and
 what is to be seen is whether both compute the same. Seconds are of one processor with one thread, the first step
 includes what every first step does, and merging is done in float64; they say that this is a matter of seconds, and are
-no benchmark ([benchmarks](benchmarks/index.md) are elsewhere). No accuracy of the paper is reproduced.
+no benchmark ([benchmarks](../benchmarks/index.md) are elsewhere). No accuracy of the paper is reproduced.
 """,
     cases=cases,
     run=run,

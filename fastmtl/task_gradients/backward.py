@@ -84,7 +84,7 @@ def backward(
             the stages of a backbone), of any shape, float64, 32, 16 or bfloat16, that every loss goes through. T
             passes then stop there, `method` sees the Gram matrix of the gradients with respect to the features, and
             one pass takes their weighted sum through the trunk: exactly `sum_t weights[t] * g_t` of the shared
-            parameters, with weights that are an approximation (docs/training-loops.md says what holds). Shared
+            parameters, with weights that are an approximation (docs/guides/training-loops.md says what holds). Shared
             parameters must lie behind the features, and be reached through them alone. Those behind them that are
             not shared (outside `shared`, marked, reached by one loss) get the plain sum, for one more pass.
         chunk_size: how many backward passes to run at once (`torch.autograd.grad` with `is_grads_batched`, which is
@@ -92,7 +92,7 @@ def backward(
             compiled graph that vmap can't batch.
         process_group: the ranks whose gradients are averaged, whatever `params` is. None: those of the
             `DistributedDataParallel` or `fully_shard` module that `params` (or `shared`) itself is or contains; else
-            this process alone. docs/distributed.md says what each rank passes and what is sent.
+            this process alone. docs/guides/distributed.md says what each rank passes and what is sent.
         second_losses: the same tasks' losses on a second, independent batch, for a method that needs one (`MoDo`): in
             the form of `losses`, with the same names and absent tasks, and scaled alike; at most 64 tasks. T more
             passes take their gradients of the shared parameters, which enter the method's Gram matrices and nothing

@@ -59,9 +59,9 @@ class GradientBank:
             module.
         RuntimeError: several ranks, and neither `params` nor `process_group` says what to do.
 
-    With several ranks (docs/distributed.md): under DDP run the backward passes in `no_sync()`, as what they reduce is
-    reduced again. Every row becomes its mean over the ranks at `apply`, once, whether DDP has reduced it or not. A task
-    that some rank visited is present on all.
+    With several ranks (docs/guides/distributed.md): under DDP run the backward passes in `no_sync()`, as what they
+    reduce is reduced again. Every row becomes its mean over the ranks at `apply`, once, whether DDP has reduced it or
+    not. A task that some rank visited is present on all.
 
     Example:
         >>> net = torch.nn.Linear(4, 2)

@@ -177,7 +177,7 @@ LOAD_COST = 64
 # Of weight gradients, where an element's way is longer; what a step waits, whatever its size; a block's first loads and
 # its results; a launch more; a byte of a workspace, written and read; a piece in the sum of the pieces, which one block
 # adds up; and how much longer than the average chunk of tasks the largest is. With these the model is within 30% of
-# what an H100 took for seven of eight layers; see docs/task-kernels.md.
+# what an H100 took for seven of eight layers; see docs/kernels/task-kernels.md.
 WGRAD_LOAD_COST = 100
 STEP_COST = 400_000
 BLOCK_COST = 4_000_000

@@ -1,6 +1,6 @@
 """Launchers of the task convolution: forward, input gradient, weight gradients. All on the device, no waiting.
 
-`task_linear` comes here as a 1x1 convolution of `[N, C, 1, R]` channels-last views. See docs/task-kernels.md.
+`task_linear` comes here as a 1x1 convolution of `[N, C, 1, R]` channels-last views. See docs/kernels/task-kernels.md.
 """
 
 from __future__ import annotations

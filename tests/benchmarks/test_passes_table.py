@@ -1,4 +1,4 @@
-"""The table of docs/training-loops.md: every way is compared before it is timed, and the section is replaced."""
+"""The table of docs/guides/training-loops.md: every way is compared before it is timed, and the section is replaced."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from paths import ROOT
 import fastmtl
 from fastmtl.benchmarks.report import passes_table as passes
 
-DOCUMENT = ROOT / "docs" / "training-loops.md"
+DOCUMENT = ROOT / "docs/guides/training-loops.md"
 
 
 def small() -> passes.Case:

@@ -59,13 +59,13 @@ def test_the_page_has_a_line_for_each_method_and_its_seeds(results):
 
 def test_the_document_shows_the_newest_that_was_measured(results, tmp_path, monkeypatch):
     (tmp_path / "benchmarks/results").mkdir(parents=True)
-    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/guides").mkdir(parents=True)
     (tmp_path / "benchmarks/results/chip.json").write_text(json.dumps(results | {"schema": 2}))
     (tmp_path / "README.md").write_text(f"{report.BEGIN}{report.END}")
     first, last = reuse_table.MARKS
-    (tmp_path / "docs/training-loops.md").write_text(f"before\n{first}\nold\n{last}\nafter\n")
+    (tmp_path / "docs/guides/training-loops.md").write_text(f"before\n{first}\nold\n{last}\nafter\n")
     monkeypatch.setattr(report, "README_CASES", {})
-    text = report.texts(tmp_path)[tmp_path / "docs/training-loops.md"]
+    text = report.texts(tmp_path)[tmp_path / "docs/guides/training-loops.md"]
     assert text.startswith("before\n") and text.endswith(f"{last}\nafter\n") and "old" not in text
     assert text.count("±") == (len(LABELS) + 1) * len(digits.TASKS) and "Measured on chip, 2026-01-01" in text
 
@@ -122,7 +122,7 @@ def test_the_suite_has_the_time_and_the_accuracy_for_each_k():
 
 
 def test_the_document_has_every_row():
-    text = (ROOT / "docs/training-loops.md").read_text()
+    text = (ROOT / "docs/guides/training-loops.md").read_text()
     section = text.partition(reuse_table.MARKS[0])[2].partition(reuse_table.MARKS[1])[0]
     for label in (*LABELS, reuse_table.SUM):
         assert f"| {label} |" in section

@@ -20,7 +20,7 @@ MODES: dict[str, dict[str, bool]] = {
     "find_unused": {"find_unused_parameters": True},
     "static_graph": {"static_graph": True},
 }
-# a way to take a step, and the modes in which torch lets a network of one's own do so; see docs/distributed.md
+# a way to take a step, and the modes in which torch lets a network of one's own do so; see docs/guides/distributed.md
 WAYS: dict[str, tuple[str, ...]] = {
     "backward()": tuple(MODES),
     "bucket views": tuple(MODES),

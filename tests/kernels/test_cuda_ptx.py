@@ -509,7 +509,7 @@ MUTATIONS = {ORDER: (host.PTX_MUTATIONS_RACES, 1), DATA: (host.PTX_MUTATIONS, 20
 @pytest.mark.parametrize("kind", MUTATIONS)
 @pytest.mark.parametrize("source", EVERY_KERNEL)
 def test_mutations(source: str, kind: str, one_thread: None, capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints the faults that no case tells of; docs/gpu-evidence.md says what they are."""
+    """Prints the faults that no case tells of; docs/kernels/gpu-evidence.md says what they are."""
     how, every = MUTATIONS[kind]
     not_seen: list[str] = []
     with host.using(how):

@@ -102,7 +102,7 @@ def choose(channels: int, features: int, kernel: int, size: int, samples: int = 
 
 
 def table() -> list[str]:
-    """Rows of the table in docs/task-kernels.md."""
+    """Rows of the table in docs/kernels/task-kernels.md."""
     rows = []
     for name, channels, features, kernel, stride, size in RESNET50:
         found = choose(channels, features, kernel, size)
@@ -129,9 +129,9 @@ def test_weight_gradients_fill_the_device_without_long_chains() -> None:
 
 
 def test_the_table_in_the_docs_is_what_is_chosen() -> None:
-    text = (ROOT / "docs" / "task-kernels.md").read_text()
+    text = (ROOT / "docs/kernels/task-kernels.md").read_text()
     missing = [row for row in table() if row not in text]
-    assert not missing, "docs/task-kernels.md should have these rows:\n" + "\n".join(table())
+    assert not missing, "docs/kernels/task-kernels.md should have these rows:\n" + "\n".join(table())
 
 
 def test_pieces_hold_no_more_than_one_and_a_half_tasks() -> None:

@@ -107,7 +107,7 @@ def exact(g: np.ndarray, c: float) -> Exact:
 @pytest.mark.parametrize("num_tasks", [2, 3, 4])
 def test_cagrad_is_exact(num_tasks: int, kind: str, decades: int, c: float, backend: Backend) -> None:
     if backend.name == "reference" and kind == "near" and decades == 8:
-        pytest.skip("plain torch solves by bisection here, which lengths so far apart make inexact: docs/limits.md")
+        pytest.skip("plain torch bisects here, and lengths so far apart make that inexact: docs/reference/limits.md")
     g = gradients(kind, num_tasks, decades)
     w = methods.CAGrad(c).weights(torch.from_numpy(g @ g.T)).tolist()
     m, b, length, level, in_ball = exact(g, c)

@@ -207,7 +207,7 @@ def test_an_absent_task(kind: str, way: str) -> None:
 
 
 class TaskShift(TaskModule):
-    """A layer of a user's own, as docs/task-models.md has it."""
+    """A layer of a user's own, as docs/guides/task-models.md has it."""
 
     def __init__(self) -> None:
         super().__init__(NAMES)

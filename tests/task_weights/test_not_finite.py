@@ -1,6 +1,7 @@
 """Numbers that are not finite: they show where torch's own layer of one task shows them, and reach no other task.
 
-Without padding: whether a weight that is not finite meets its zeros depends on torch's algorithm (docs/limits.md).
+Without padding: whether a weight that is not finite meets its zeros depends on torch's algorithm
+(docs/reference/limits.md).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ namespace fastmtl::cpu {
 
 namespace {
 
-// so many rows the hardware follows by itself; docs/cpu-kernels.md has the figures
+// so many rows the hardware follows by itself; docs/kernels/cpu-kernels.md has the figures
 constexpr int kFollowed = 4;
 
 // [L, T, T]; first_param: of each group of parameters, and the end

@@ -199,7 +199,7 @@ __device__ inline int rank_numbers(uint64_t key, uint64_t counter, int T, const 
 // one to one, but for the upper halves of a few. From 17 tasks on halves are ranked, in less than half of the time.
 // Where two are equal both have the lower rank, so that the sum of all ranks shows it, and all is done again with whole
 // numbers: once in 4000 draws of 128 tasks, in 70,000 of 50. Their two writes to one byte are a race, whose outcome
-// nobody reads; docs/gpu-evidence.md says what it would cost to have none.
+// nobody reads; docs/kernels/gpu-evidence.md says what it would cost to have none.
 template <int kMost>
 __device__ inline void draw_order(const Solve& s, int T, const Scratch& scratch, uint8_t* to) {
   uint64_t key = s.key, counter = 0;

@@ -66,7 +66,7 @@ class one_pass:
         check: compare the first step of this model with T backward passes, and raise where a row differs.
         shared: the parameters (or the module) in the bank. The others keep their ordinary gradient in `.grad`: heads
             belong there, whose gradients would change the norms.
-        loss_reduction: how each rank's loss was made, under a process group: see docs/distributed.md.
+        loss_reduction: how each rank's loss was made, under a process group: see docs/guides/distributed.md.
         process_group: the ranks that share a batch.
         bank: the bank of an earlier block, to which the rows are added: gradient accumulation.
 
@@ -187,7 +187,7 @@ def _read_bank_params(model: Params, shared: Params | None) -> dict[Tensor, str]
         if type(p) is not nn.Parameter and type(p) is not Tensor:
             raise TypeError(
                 f"{describe(p, name)}: expected a plain parameter, got {type(p).__name__}; sharded parameters work "
-                "with fastmtl.backward and GradientBank (docs/distributed.md)"
+                "with fastmtl.backward and GradientBank (docs/guides/distributed.md)"
             )
         if p.dtype not in (*FLOAT_DTYPES, *COMPLEX_DTYPES):
             raise TypeError(

@@ -208,7 +208,7 @@ class Tracker(ParameterRows, TorchFunctionMode):
                 "(`module.eval()`, the affine part still learns), a norm without batch statistics (GroupNorm), "
                 "statistics by these very tasks (`fastmtl.nn.TaskBatchNorm2d`), "
                 "a `fastmtl.GradientBank` with a forward per task; or mixing='partition', which takes each sample's "
-                "part of the gradient for its task's (see docs/one-pass.md)"
+                "part of the gradient for its task's (see docs/guides/one-pass.md)"
             )
         self.mixed = True
 
@@ -232,7 +232,7 @@ class Tracker(ParameterRows, TorchFunctionMode):
                 "that 'the gradient of one task's loss' is ambiguous: `fastmtl.nn.tasks` and one_pass were given "
                 "different ids, or some are -1 (of no task). Ways out: the same ids; statistics in eval mode; or "
                 "mixing='partition', which takes each sample's part of the gradient for its task's (see "
-                "docs/one-pass.md)"
+                "docs/guides/one-pass.md)"
             )
         if not compiling:
             self._of_one_task[key] = True

@@ -10,7 +10,7 @@ samples are copied only where calls on the runs in which they lie would cost mor
 spread over dDelta, dW and the gate while it is in the cache. Segments with few rows are bound by the weights, which
 oneDNN would reorder first: they go through `csrc/cpu/task_weights/task_conv.cpp`, which reads each weight once and
 copies no sample. Pixelwise filters on rows side by side may also be plain matrix products. How many rows are few, and
-which way is the fastest, stands in a table that is measured (`ways.py`, docs/tuning.md).
+which way is the fastest, stands in a table that is measured (`ways.py`, docs/kernels/tuning.md).
 
 Where oneDNN has no arithmetic for a 16-bit dtype, torch would add up in 16 bits. Such samples and gradients are widened
 to float32 here, once for all tasks, and so is a weight while it is staged; results are rounded once (`widen`).

@@ -1,4 +1,4 @@
-"""Which way each segment of a call takes, by the table of this machine (docs/tuning.md)."""
+"""Which way each segment of a call takes, by the table of this machine (docs/kernels/tuning.md)."""
 
 from __future__ import annotations
 

@@ -6,5 +6,5 @@ parameter one `[R, ...]` tensor (`form` STACKED), R tensors (`form` R: the task 
 none (`form` 0: the parameter is not in a bank and gets its own gradient). Inside `plain_gradients()` the parameters
 get their plain gradient instead: the sum over the samples, weighted as the cotangents are.
 
-Source: task t's gradient of a shared weight is the weight gradient over task t's samples (docs/one-pass.md).
+Source: task t's gradient of a shared weight is the weight gradient over task t's samples (docs/guides/one-pass.md).
 """
