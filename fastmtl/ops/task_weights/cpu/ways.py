@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -19,6 +19,8 @@ from fastmtl.tuning.table import PRODUCTS, Limits, Shape, key
 Way = Literal["direct", "matmul", "convolution"]
 # the limits that hold in a dtype: those of float64 are nobody's, and it is always torch's convolution
 _NEVER = Limits(0, 0)
+# a segment beyond the direct product's limit, beside others that are not, may have so many times as many rows
+_BESIDE_OTHERS = 2
 # rows of a segment of 16 bits that is widened to float32, which torch's own products of 16 bits are not
 _MOST_WIDENED = 28
 
@@ -90,6 +92,17 @@ class Ways:
         if dtype.itemsize == 2 and not in_pairs(dtype) and table.origin.get("level", "").endswith(PAIRS):
             # measured with products in pairs, and these are float32's, beside torch's of 16 bits
             self._of = {p: limit._replace(direct=_at_most(limit.direct)) for p, limit in self._of.items()}
+
+    def beside_others(self, rows: Sequence[int]) -> None:
+        """The segments of the call have so many rows: what most of them take, the others take with somewhat more.
+
+        A single call of torch's beside the direct product's finds its scratch weight, and oneDNN's copy of it, in no
+        cache, where calls that follow each other share them, as they did when the limits were measured.
+        """
+        for product, limits in self._of.items():
+            most = limits.direct
+            if most and 2 * sum(n <= most for n in rows) >= len(rows):
+                self._of[product] = limits._replace(direct=_BESIDE_OTHERS * most)
 
     def takes_direct(self, product: str, rows: int) -> bool:
         """Whether a segment is for the direct product, if that serves it."""
