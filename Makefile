@@ -20,12 +20,12 @@ CHECKED = \
   tests/gradients tests/task_weights tests/methods tests/nn tests/task_gradients/test_backward.py \
   tests/task_gradients/test_bank.py tests/task_gradients/test_one_pass.py tests/test_backends.py \
   tests/test_completeness.py tests/test_docs.py tests/test_imports.py tests/test_optim.py
-SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
+SOURCES = $(shell find csrc -type f) setup.py pyproject.toml $(wildcard build_backend/*.py)
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1: /p' Makefile
 
-.PHONY: help dev check test test-slow bench bench-full docs-tables kernel-table lint format aot abi gpu-check clean
+.PHONY: help dev check test test-slow bench bench-full docs-tables kernel-table dist lint format aot abi gpu-check clean
 
 dev: $(STAMP)  ## environment with an editable build
 
@@ -67,6 +67,9 @@ docs-tables: dev  ## redraws the README's table, the pages of docs/benchmarks, d
 
 kernel-table: dev  ## compiles the surgery kernels and rewrites their table in docs/; needs nvcc
 	$(BIN)/python -m fastmtl.benchmarks.machine_code.kernel_table
+
+dist: dev  ## source distribution and a wheel for each of PYTHONS (3.10 to 3.13, as far as at hand), each tried in an environment of its own
+	$(BIN)/python build_backend/dist.py --torch "$(TORCH)" $(if $(PYTHONS),--pythons "$(PYTHONS)")
 
 lint: dev  ## checks style and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
