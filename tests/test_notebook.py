@@ -32,7 +32,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     nbclient.NotebookClient(
-        found, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+        found, timeout=900, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     ).execute()
     assert pictures(found) == pictures(committed) >= 4
     for notebook in (found, committed):

@@ -19,6 +19,7 @@ def model_of(library: str) -> nn.Module:
     return module.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=4)
 
 
+@pytest.mark.filterwarnings("ignore:the shared parameters are frozen")
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_models(library: str) -> None:
     model = model_of(library).eval()
