@@ -25,7 +25,7 @@ SOURCES = $(shell find csrc -type f) setup.py pyproject.toml $(wildcard build_ba
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1: /p' Makefile
 
-.PHONY: help dev check test test-slow bench bench-full docs-tables kernel-table dist lint format aot abi gpu-check clean
+.PHONY: help dev check test test-slow bench bench-full docs-tables kernel-table lint format aot abi gpu-check clean
 
 dev: $(STAMP)  ## environment with an editable build
 
@@ -68,6 +68,7 @@ docs-tables: dev  ## redraws the README's table, the pages of docs/benchmarks, d
 kernel-table: dev  ## compiles the surgery kernels and rewrites their table in docs/; needs nvcc
 	$(BIN)/python -m fastmtl.benchmarks.machine_code.kernel_table
 
+.PHONY: dist
 dist: dev  ## source distribution and a wheel for each of PYTHONS (3.10 to 3.13, as far as at hand), each tried in an environment of its own
 	$(BIN)/python build_backend/dist.py --torch "$(TORCH)" $(if $(PYTHONS),--pythons "$(PYTHONS)")
 
