@@ -29,7 +29,8 @@ ROOT = Path(__file__).parent
 # older releases stop at the licence field of pyproject.toml, and don't say why
 OLDEST_SETUPTOOLS = 77
 VERSION = runpy.run_path(str(ROOT / "fastmtl" / "_version.py"))
-TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*VERSION["OLDEST_TORCH"])
+# of the oldest torch there
+TORCH_TARGET_VERSION = "0x020a000000000000"
 # commands that need the package's files alone: a source distribution is made without torch
 WITHOUT_EXTENSION = {"sdist", "egg_info", "dist_info"}
 BUILD_NEEDS = ('"torch>=2.10"', '"pybind11>=2.13"', "ninja")

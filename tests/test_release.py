@@ -108,6 +108,8 @@ def test_one_name_and_one_version_everywhere() -> None:
     assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     oldest = ".".join(map(str, _version.OLDEST_TORCH))
     assert f'dependencies = ["torch>={oldest}", "numpy"]' in PROJECT
+    target = "0x{:02x}{:02x}000000000000".format(*_version.OLDEST_TORCH)
+    assert f'\nTORCH_TARGET_VERSION = "{target}"\n' in (ROOT / "setup.py").read_text()
     told = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.py")]
     told += [*(ROOT / "fastmtl").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").glob("*.ipynb")]
     others = r"pip install [^\n`]*(?<![\w-])fastmtl(?=\[|\b(?!-)).*"
