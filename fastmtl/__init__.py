@@ -1,7 +1,10 @@
 """fastmtl: fused kernels for multi-task learning in PyTorch."""
 
-from fastmtl import analysis, methods, nn, ops, optim
-from fastmtl._version import __version__
+from fastmtl._version import __version__, require_torch
+
+require_torch()
+
+from fastmtl import analysis, integrations, methods, nn, ops, optim
 from fastmtl.core.dispatch import use_backend
 from fastmtl.parameters import mark_per_task
 from fastmtl.surgery.result import Surgery
@@ -17,6 +20,7 @@ __all__ = [
     "__version__",
     "analysis",
     "backward",
+    "integrations",
     "mark_per_task",
     "methods",
     "nn",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastmtl._version import __version__
+from fastmtl._version import DISTRIBUTION, __version__
 from fastmtl.core import dispatch
 from fastmtl.core.memory import why_memory_is_not_kept
 from fastmtl.tuning import search
@@ -106,6 +106,14 @@ def _triton_version() -> str | None:
         return None
 
 
+def _namesake() -> str | None:
+    """The release of the other project whose distribution has the name of this package."""
+    try:
+        return version("fastmtl")
+    except PackageNotFoundError:
+        return None
+
+
 def report() -> str:
     """The text that `fastmtl info` prints."""
     found = collect()
@@ -126,6 +134,11 @@ def report() -> str:
             f"  CUDA      {cuda}",
         ]
         lines += _tuned_lines(found["tuned"])
+    if (namesake := _namesake()) is not None:
+        lines.append(
+            f"mixed up    another project, fastmtl {namesake}, is installed into the same folder: pip uninstall "
+            f"fastmtl {DISTRIBUTION}, then install {DISTRIBUTION} alone"
+        )
     lines.append(f"memory      freed memory is {found['freed_memory']}")
     interpreted = ", interpreted on CPU tensors (TRITON_INTERPRET=1)" if dispatch.interpreting() else ""
     lines.append(f"Triton      {found['triton'] or 'none'}{interpreted}")

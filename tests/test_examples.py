@@ -67,7 +67,7 @@ def test_domains_stops_where_the_two_ways_differ(monkeypatch: pytest.MonkeyPatch
 def start(name: str, *arguments: str, needs: str, cwd: Path | None = None) -> str:
     """What the example prints, run as a user runs it: these libraries leave settings behind in the process."""
     if importlib.util.find_spec(needs) is None:
-        skip_or_fail(f"{needs} is not installed (pip install 'fastmtl[examples]')")
+        skip_or_fail(f"{needs} is not installed (pip install 'torch-fastmtl[examples]')")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=cwd)

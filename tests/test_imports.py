@@ -13,7 +13,7 @@ from paths import ROOT
 # what may import what stands behind it, and nothing before it
 LAYERS = (
     ("fastmtl.benchmarks",),
-    ("fastmtl.analysis", "fastmtl.optim"),
+    ("fastmtl.analysis", "fastmtl.integrations", "fastmtl.optim"),
     ("fastmtl.task_gradients",),
     ("fastmtl.surgery",),
     ("fastmtl.distributed", "fastmtl.methods", "fastmtl.nn"),

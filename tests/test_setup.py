@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import platform
 import runpy
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import setuptools
+import torch
 from paths import ROOT
 
 import fastmtl
@@ -128,3 +132,89 @@ def test_the_note_of_what_was_left_out(tmp_path: Path, monkeypatch: pytest.Monke
     built = SimpleNamespace(cpu_level=lambda: "portable", multiplies_pairs=lambda: False, __file__="x")
     monkeypatch.setattr(info.dispatch, "extension", built)
     assert "no nvcc here" in info.report()
+
+
+def run_setup(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
+    """The names of setup.py when it is run with arguments."""
+    monkeypatch.setattr(sys, "argv", ["setup.py", *arguments])
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.usefixtures("setup_file")
+@pytest.mark.parametrize("command", ["sdist", "dist_info"])
+def test_a_source_distribution_needs_no_torch(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert run_setup(monkeypatch, command)["ext_modules"] == []
+    with pytest.raises(SystemExit, match=r'building needs torch, which is not installed: pip install "torch>=2\.10"'):
+        run_setup(monkeypatch, "bdist_wheel")
+
+
+@pytest.mark.usefixtures("setup_file")
+def test_a_build_against_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    with pytest.raises(SystemExit, match=r"needs torch 2\.10 or later, found torch 2\.9\.1"):
+        run_setup(monkeypatch, "bdist_wheel")
+
+
+@pytest.mark.usefixtures("setup_file")
+@pytest.mark.parametrize(("system", "name"), [("darwin", "Darwin"), ("win32", "Windows")])
+def test_other_systems_get_no_extension(
+    system: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "system", lambda: name)
+    found = run_setup(monkeypatch, "bdist_wheel")
+    assert found["ext_modules"] == []
+    assert found["missing"] == {"extension": f"the compiled kernels are for Linux, and it was installed on {name}"}
+    assert f"it was installed on {name}: installing without compiled kernels" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("setup_file")
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(os.environ, "CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    found = run_setup(monkeypatch, "bdist_wheel")
+    assert found["ext_modules"] == [] and "no C++ compiler was found" in found["missing"]["extension"]
+    monkeypatch.setitem(os.environ, "CXX", "g++-99 -m64")
+    with pytest.raises(SystemExit, match=r"CXX='g\+\+-99 -m64' is no program that can be found"):
+        run_setup(monkeypatch, "bdist_wheel")
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_an_old_compiler(tmp_path: Path, setup_file: dict[str, Any]) -> None:
+    old = script(
+        tmp_path / "g++-9",
+        'case "$*" in *--version*) echo "g++-9 (Debian) 9.3.0";; '
+        "*) echo \"g++-9: error: unrecognized command line option '-std=c++20'\" >&2; exit 1;; esac",
+    )
+    with pytest.raises(SystemExit) as told:
+        setup_file["check_cxx"](str(old))
+    for word in ("g++-9 (Debian) 9.3.0", "C++20", "unrecognized command line option", "CXX names another"):
+        assert word in str(told.value)
+    setup_file["check_cxx"](setup_file["find_cxx"]())
+
+
+def test_nvcc_without_a_compiler_that_it_takes(
+    tmp_path: Path, setup_file: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(os.environ, "CC", raising=False)
+    home = toolkit(tmp_path)
+    setup_file["check_nvcc"](home)
+    release = (home / "bin/nvcc").read_text().splitlines()[1]
+    script(
+        home / "bin/nvcc",
+        f'case "$*" in *--version*) {release};; *) echo "host_config.h(153): fatal error: unsupported GNU version! '
+        'gcc versions later than 15 are not supported!" >&2; exit 1;; esac',
+    )
+    with pytest.raises(SystemExit) as told:
+        setup_file["check_nvcc"](home)
+    for word in (f"{home}/bin/nvcc (CUDA 13.0)", "unsupported GNU version", "NVCC_CCBIN", "FASTMTL_CUDA=0"):
+        assert word in str(told.value)
+    monkeypatch.setitem(os.environ, "CC", "gcc-99")
+    with pytest.raises(SystemExit, match="CC=gcc-99"):
+        setup_file["check_nvcc"](home)

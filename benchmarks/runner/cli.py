@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastmtl._version import DISTRIBUTION
 from fastmtl.benchmarks.report import report
 from fastmtl.benchmarks.runner import registry
 from fastmtl.benchmarks.runner.machine import describe, slug
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     suites = [name.strip() for name in options.suite.split(",") if name.strip()]
     missing = missing_extras(suites)
     if missing:
-        print(f'fastmtl bench needs {", ".join(missing)}: pip install "fastmtl[bench]"', file=sys.stderr)
+        print(f'fastmtl bench needs {", ".join(missing)}: pip install "{DISTRIBUTION}[bench]"', file=sys.stderr)
         return 2
     if options.device == "cuda" and not torch.cuda.is_available():
         print("fastmtl bench: --device cuda, but torch sees no CUDA device", file=sys.stderr)

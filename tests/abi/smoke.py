@@ -1,4 +1,9 @@
-"""Run against an installed wheel, outside the checkout: every op and `backward` on the compiled backend."""
+"""Run against an installed wheel, outside the checkout: ops and `backward` on the compiled backend.
+
+`--backend reference`: on a system for which nothing is compiled.
+"""
+
+import argparse
 
 import torch
 
@@ -7,11 +12,14 @@ from fastmtl import ops
 from fastmtl.core import dispatch
 from fastmtl.ops.gradients import reference
 
-assert dispatch.extension is not None, dispatch.extension_error
+parser = argparse.ArgumentParser()
+parser.add_argument("--backend", default="cpu")
+backend = parser.parse_args().backend
+assert (dispatch.extension is not None) == (backend == "cpu"), dispatch.extension_error
 assert "site-packages" in fastmtl.__file__, fastmtl.__file__
 g = torch.randn(5, 1234)
 order = ops.random_order(5)
-with fastmtl.use_backend("cpu"):
+with fastmtl.use_backend(backend):
     torch.testing.assert_close(ops.gram(g), g @ g.T, rtol=1e-4, atol=1e-3)
     expected = reference.pcgrad(g.double(), order).float()
     torch.testing.assert_close(ops.pcgrad(g, order), expected, rtol=1e-4, atol=1e-4)

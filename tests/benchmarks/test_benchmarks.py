@@ -609,7 +609,7 @@ def test_missing_extras_are_named(module, suite, monkeypatch, capsys):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == module else find(name))
     assert bench("--suite", suite, "--quick") == 2
     error = capsys.readouterr().err
-    assert 'pip install "fastmtl[bench]"' in error
+    assert 'pip install "torch-fastmtl[bench]"' in error
     assert {"sklearn": "scikit-learn"}.get(module, module) in error
 
 
