@@ -142,7 +142,7 @@ def test_one_pass_snippet() -> None:
     assert names["surgery"].weights.isfinite().all()
 
 
-MODELS = read("guides/task-models.md")
+MODELS = [*read("guides/task-models.md"), *(x for x in read("guides/task-weights.md") if x.startswith("import torch"))]
 
 
 @pytest.mark.parametrize("snippet", MODELS, ids=[f"{k}-{first_words(x.strip())}" for k, x in enumerate(MODELS)])

@@ -59,7 +59,7 @@ def text(x: float, y: float, words: str, font: str, size: float, colour: str, an
 
 def answer(y: int, code: tuple[str, ...], note: str) -> list[str]:
     middle = RIGHT[0] + RIGHT[1] / 2
-    lines = [(c, MONO, 13.3, INK) for c in code] + [(note, SANS, 13.5, "#4a5663")]
+    lines = [(c, MONO, 12.8, INK) for c in code] + [(note, SANS, 13.5, "#4a5663")]
     first = y + HEIGHT / 2 - 10 * (len(lines) - 1) + 5
     return [
         box(RIGHT, y, ANSWER),

@@ -65,8 +65,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Links to files of the checkout, as links to where they are in the site."""
+    """Links to files of the checkout, as links to where they are in the site. The first page has no columns."""
     here = Path(page.file.src_uri).parent
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation", "toc"]
 
     def moved(link: re.Match[str]) -> str:
         path = target(link[1], page.file.src_uri)
