@@ -48,6 +48,24 @@ def content(path: Path) -> str | bytes:
     return path.read_text() if path.suffix == ".md" else path.read_bytes()
 
 
+def present(nav: list[Any]) -> list[Any]:
+    """The navigation without pages that are not there. A name that is misspelt shows all the same: its page is left out of
+    the navigation then, which is an error."""
+    kept = []
+    for entry in nav:
+        ((title, what),) = entry.items()
+        if isinstance(what, list):
+            kept.append({title: present(what)})
+        elif (DOCS / what).exists():
+            kept.append(entry)
+    return kept
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    config.nav = present(config.nav)
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds what pages link to outside `docs/`, and what these link to in turn."""
     left = [(file.src_uri, file.content_string) for file in files.documentation_pages()]
