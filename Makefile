@@ -6,7 +6,6 @@ BIN = $(VENV)/bin
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 PIP = $(BIN)/pip --disable-pip-version-check -q
 STAMP = $(VENV)/.installed
-DOCS = build/docs-venv
 # Triton kernels on CPU tensors, one program after another; read when Triton is imported, so in a process of its own
 INTERPRET = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 # Tests in so many processes, each of which takes file after file, so that what a file's tests share is made once; those
@@ -26,7 +25,7 @@ SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1: /p' Makefile
 
-.PHONY: help dev check test test-slow bench bench-full docs docs-tables kernel-table lint format aot abi gpu-check clean
+.PHONY: help dev check test test-slow bench bench-full docs-tables kernel-table lint format aot abi gpu-check clean
 
 dev: $(STAMP)  ## environment with an editable build
 
@@ -63,11 +62,13 @@ bench: dev $(VENV)/.peers  ## a telling few cases, under 7 minutes on two cores;
 bench-full: dev $(VENV)/.peers  ## every case; results go where the pages are drawn from
 	$(BIN)/fastmtl bench --out benchmarks/results
 
+DOCS = build/docs-venv
 $(DOCS)/.installed: docs/site/requirements.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/pip --disable-pip-version-check -q install -r $<
 	touch $@
 
+.PHONY: docs  # beside the folder of that name
 docs: $(DOCS)/.installed  ## the documentation site, in build/site; any warning is an error; needs no torch
 	@# without the theme's advertisement of its successor (docs/project/documentation.md)
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet

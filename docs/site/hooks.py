@@ -49,8 +49,10 @@ def content(path: Path) -> str | bytes:
 
 
 def present(nav: list[Any]) -> list[Any]:
-    """The navigation without pages that are not there. A name that is misspelt shows all the same: its page is left out of
-    the navigation then, which is an error."""
+    """The navigation without pages that are not there.
+
+    A misspelt name shows all the same: its page is missing in the navigation then, which is an error.
+    """
     kept = []
     for entry in nav:
         ((title, what),) = entry.items()
