@@ -39,12 +39,13 @@ $(STAMP): $(VENV)/.torch $(SOURCES)
 	$(PIP) install --no-build-isolation -e ".[bench,examples,test,dev]"
 	touch $@
 
-# TorchJD comes with the extra `bench`; of LibMTL the methods alone are timed, which need torch, numpy and scipy
+# TorchJD comes with the extra `bench`; of LibMTL the methods alone are timed, which need torch, numpy and scipy; PEFT
+# needs nothing that the extra `examples` lacks. Pages on migration run both
 $(VENV)/.peers: $(STAMP)
-	$(PIP) install --no-deps LibMTL==1.1.5
+	$(PIP) install --no-deps LibMTL==1.1.5 peft==0.21.2
 	touch $@
 
-test: dev  ## everything that runs without a GPU; GPU tests skip with a reason
+test: dev $(VENV)/.peers  ## everything that runs without a GPU; GPU tests skip with a reason
 	@# Triton's interpreter after the rest, so that each has both cores
 	@status=0; FASTMTL_REQUIRE_EXTENSION=1 $(SHARED) -m pytest tests -m "not slow" $(WORKERS) || status=$$?; \
 	$(INTERPRET) $(SHARED) -m pytest tests/interpreter -m "not slow" $(SINGLE) || status=$$?; exit $$status
@@ -52,7 +53,7 @@ test: dev  ## everything that runs without a GPU; GPU tests skip with a reason
 check: dev  ## of each test of CHECKED its first case, on the reference and the CPU's best level: under 3 minutes on two cores, for use while working
 	FASTMTL_REQUIRE_EXTENSION=1 $(SHARED) -m pytest $(CHECKED) --check $(WORKERS)
 
-test-slow: dev  ## the slow tests too
+test-slow: dev $(VENV)/.peers  ## the slow tests too
 	FASTMTL_REQUIRE_EXTENSION=1 $(SHARED) -m pytest tests $(WORKERS)
 	$(INTERPRET) $(SHARED) -m pytest tests/interpreter $(SINGLE)
 
@@ -62,7 +63,19 @@ bench: dev $(VENV)/.peers  ## a telling few cases, under 7 minutes on two cores;
 bench-full: dev $(VENV)/.peers  ## every case; results go where the pages are drawn from
 	$(BIN)/fastmtl bench --out benchmarks/results
 
-docs-tables: dev  ## redraws the README's table, the pages of docs/benchmarks, docs/papers/reproductions.md and all pictures from committed results
+DOCS = build/docs-venv
+$(DOCS)/.installed: docs/site/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip --disable-pip-version-check -q install -r $<
+	touch $@
+
+.PHONY: docs  # beside the folder of that name
+docs: $(DOCS)/.installed  ## the documentation site, in build/site; any warning is an error; needs no torch
+	@# without the theme's advertisement of its successor (docs/project/documentation.md)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+docs-tables: dev  ## redraws the README's table, the pages of docs/benchmarks, three tables of other pages, docs/papers/reproductions.md and all pictures from committed results
 	$(BIN)/python -m fastmtl.benchmarks.report.report
 	$(BIN)/python examples/papers/report.py
 

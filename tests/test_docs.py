@@ -52,6 +52,15 @@ def test_op_docstring_is_complete(name: str) -> None:
         assert f"{parameter}:" in doc or "as for" in doc, f"{name} does not explain {parameter!r}"
 
 
+def test_the_reference_has_every_public_name_once() -> None:
+    public_names = {f"{module.__name__}.{name}" for module in _modules() for name in module.__all__}
+    modules = {module.__name__ for module in _modules()} | {"fastmtl.optim"}
+    text = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
+    shown = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    assert len(shown) == len(set(shown)), "shown twice"
+    assert set(shown) == public_names - modules | {"fastmtl.optim.PCGrad"}
+
+
 def _doctests(function: Any, namespace: dict[str, Any]) -> list[doctest.DocTest]:
     finder = doctest.DocTestFinder(recurse=inspect.isclass(function))
     tests = finder.find(function, globs=dict(namespace))

@@ -26,6 +26,7 @@ def read(name: str) -> list[str]:
 
 
 SETUP, *SNIPPETS = read("guides/training-loops.md")
+SNIPPETS += read("guides/amp-compile-graphs.md") + read("guides/monitoring.md") + read("start/conflict.md")
 
 
 def first_words(snippet: str) -> str:
@@ -35,7 +36,8 @@ def first_words(snippet: str) -> str:
 def run(snippet: str) -> dict[str, Any]:
     """The snippet behind the first one; checks that it trained every parameter of the model."""
     names: dict[str, Any] = {}
-    exec(compile(SETUP, "set-up", "exec"), names)
+    captured = "CUDAGraph" in snippet
+    exec(compile(SETUP.replace('"cpu"', '"cuda"') if captured else SETUP, "set-up", "exec"), names)
     start = copy.deepcopy(names["model"].state_dict())
     # a snippet may turn donated buffers off: for itself alone
     with torch._functorch.config.patch(donated_buffer=torch._functorch.config.donated_buffer):
@@ -51,6 +53,8 @@ def run(snippet: str) -> dict[str, Any]:
 def test_snippet(snippet: str, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if compiler == "inductor" and "torch.compile" not in snippet:
         pytest.skip("compiles nothing")
+    if "CUDAGraph" in snippet and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
     names = run(snippet)
     bank = names.get("bank")
@@ -77,7 +81,7 @@ def test_a_snippet_that_trains_nothing_is_seen() -> None:
         run("for x, y in loader: fastmtl.backward(losses_of(model(x), y))")
 
 
-METHODS = read("methods/index.md")
+METHODS = [snippet for page in ("index", "own", "affinity") for snippet in read(f"methods/{page}.md")]
 
 
 @pytest.mark.parametrize("snippet", METHODS, ids=first_words)
@@ -119,6 +123,17 @@ def test_methods_of_ones_own_in_the_page() -> None:
     assert other.weigh(gram, seen(0.5, 1, 1, 3)).tolist() == [0.5, 0.5, 0.25, 1]
 
 
+@pytest.mark.parametrize("snippet", read("start/first-steps.md"), ids=first_words)
+def test_first_steps(snippet: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is a script of its own, and learns."""
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "first steps", "exec"), names)
+    loss = sum(names["losses"].values()) if "losses" in names else names["loss"]
+    begin = {"losses": 7.0, "loss": 1.09}["losses" if "losses" in names else "loss"]
+    assert loss.item() < begin
+    assert "losses" not in names or "'left': 0." in capsys.readouterr().out
+
+
 def test_one_pass_snippet() -> None:
     names: dict[str, Any] = {}
     for snippet in read("guides/one-pass.md"):
@@ -127,7 +142,7 @@ def test_one_pass_snippet() -> None:
     assert names["surgery"].weights.isfinite().all()
 
 
-MODELS = read("guides/task-models.md")
+MODELS = [*read("guides/task-models.md"), *(x for x in read("guides/task-weights.md") if x.startswith("import torch"))]
 
 
 @pytest.mark.parametrize("snippet", MODELS, ids=[f"{k}-{first_words(x.strip())}" for k, x in enumerate(MODELS)])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastmtl.benchmarks.report import choice_table, plots, reuse_table
+from fastmtl.benchmarks.report import choice_table, cost_table, plots, reuse_table
 from fastmtl.benchmarks.runner.registry import (
     FIRST_STEP,
     FOLLOWED,
@@ -681,7 +681,7 @@ def between_markers(text: str, drawn: str, name: str, marks: tuple[str, str] = (
 
 
 def texts(root: Path) -> dict[Path, str]:
-    """README and pages of a checkout, as its committed results make them, and the tables of two other pages of docs."""
+    """README and pages of a checkout, as its committed results make them, and the tables of three other pages."""
     folder, docs = root / "benchmarks/results", root / "docs/benchmarks"
     runs = newest_first(folder)
     readme = root / "README.md"
@@ -689,6 +689,10 @@ def texts(root: Path) -> dict[Path, str]:
     loops = root / "docs/guides/training-loops.md"
     if trained := next((run for run in runs if reuse_table.rows_of(run)), None):
         drawn[loops] = between_markers(loops.read_text(), reuse_section(trained), loops.name, reuse_table.MARKS)
+    costs = root / "docs/methods/index.md"
+    if asked := [run for run in runs if "methods" in run["suites"]]:
+        section_of = "\n\n".join([cost_table.caption(asked), _markdown(*cost_table.table(asked, _time))])
+        drawn[costs] = between_markers(costs.read_text(), section_of, costs.name, cost_table.MARKS)
     choice = root / "docs/guides/one-pass.md"
     if measured := next((run for run in runs if choice_table.rows_of(run)), None):
         drawn[choice] = between_markers(choice.read_text(), choice_section(measured), choice.name, choice_table.MARKS)

@@ -122,7 +122,8 @@ def backward(
             name; together with `features` or `methods.Every`, which have one set of weights for all.
         RuntimeError: several ranks and neither `params` nor `process_group` says what to do; another rank raised; what
             autograd raises; what vmap can't batch; a compiled graph with donated buffers (see below).
-        Nothing has been written to any `.grad` when one of these is raised.
+
+    Nothing has been written to any `.grad` when one of these is raised.
 
     A non-finite gradient in any task shows in `.grad`, so that `GradScaler` skips the step. Peak extra memory: the
     T gradients of the shared parameters (with `features`: of the features); the result is written into the first of

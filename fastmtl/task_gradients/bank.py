@@ -205,7 +205,8 @@ class GradientBank:
         """Operates on the collected task gradients, accumulates the result into `.grad`, and empties the bank.
 
         Args:
-            method, loss_scale: as for `fastmtl.backward`.
+            method: as for `fastmtl.backward`.
+            loss_scale: as for `fastmtl.backward`.
             losses: for a method that needs them: the tasks' losses, in order, or a dict by name, as their gradients
                 were collected: multiplied by `loss_scale`, where that is given. Scalar tensors on any device or
                 numbers, None where absent.

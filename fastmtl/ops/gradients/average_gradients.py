@@ -30,7 +30,8 @@ def average_gradients(grads: Grads, averages: Grads, keep: Tensor, take: Tensor,
         averages: written: `[T, P]` with dense rows, or T lists of n tensors, dense ones; float64 where the gradients
             are, else float32. In lists there is one for every task and parameter that has a gradient in any task;
             the others are not looked at.
-        keep, take: `[T]` floating point, on the device of the gradients. A gradient with `take_t = 0` is not looked at.
+        keep: `[T]` floating point, on the device of the gradients.
+        take: likewise. A gradient with `take_t = 0` is not looked at.
         gram: what to return.
 
     Returns:

@@ -255,7 +255,8 @@ class OnePassBank:
         Post-accumulate hooks of the parameters run then, once; their gradient hooks don't run.
 
         Args:
-            method, loss_scale: as for `fastmtl.backward`.
+            method: as for `fastmtl.backward`.
+            loss_scale: as for `fastmtl.backward`.
             losses: for a method that needs them: each task's part of the one loss that was differentiated, in order, or
                 a dict by name; multiplied by `loss_scale`, where that is given. Scalar tensors or numbers, None where
                 absent.

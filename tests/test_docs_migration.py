@@ -1,0 +1,125 @@
+"""Both sides of the diffs in docs/migration train the same; of peers that are no package, the new side alone."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from paths import ROOT
+from torch import nn
+
+PAGES = ROOT / "docs/migration"
+# page -> the package of its old side; None: there is none to install
+PEERS = {"torchjd": "torchjd", "libmtl": "LibMTL", "pytorch-pcgrad": None, "peft": "peft", "taps": None}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (PAGES / f"{page}.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def side(diff: str, sign: str) -> str:
+    """The old ("-") or the new ("+") text of a diff."""
+    return "".join(line[1:] + "\n" for line in diff.splitlines() if line[:1] in (" ", sign))
+
+
+def run(code: str, names: dict[str, Any]) -> dict[str, Any]:
+    exec(compile(code, "page", "exec"), names)
+    return names
+
+
+def begin() -> dict[str, Any]:
+    """The set-up of the training loops, with the same numbers each time; without dropout, whose masks come out of the
+    generator that PCGrad's orders come out of."""
+    torch.manual_seed(3)
+    page = (ROOT / "docs/guides/training-loops.md").read_text()
+    names = run(page.split("```python\n")[1].split("```")[0], {})
+    for module in names["trunk"]:
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return names
+
+
+def need(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    if package == "LibMTL":
+        # its networks want torchvision, and none of them is used here
+        monkeypatch.setitem(sys.modules, "LibMTL.model", types.ModuleType("LibMTL.model"))
+        # it counts on gradients that are zeros after `zero_grad`, as they were before torch 2.0
+        architecture = importlib.import_module("LibMTL.architecture").HPS
+        monkeypatch.setattr(
+            architecture, "zero_grad_share_params", lambda self: self.encoder.zero_grad(set_to_none=False)
+        )
+
+
+def trained(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach() for p in model.parameters()]
+
+
+def test_every_page_is_here() -> None:
+    assert {page.stem for page in PAGES.glob("*.md")} == {"index", *PEERS}
+    index = (PAGES / "index.md").read_text()
+    for page, package in PEERS.items():
+        row = next(line for line in index.splitlines() if f"({page}.md)" in line)
+        assert ("| yes," in row) == (package is not None)
+
+
+@pytest.mark.parametrize("page", ["torchjd", "libmtl", "pytorch-pcgrad"])
+def test_a_loop(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if PEERS[page]:
+        need(monkeypatch, PEERS[page])
+    (diff,) = blocks(page, "diff")
+    start = trained(begin()["model"])
+    new = trained(run(side(diff, "+"), begin())["model"])
+    assert not all(map(torch.equal, start, new))
+    if PEERS[page]:
+        old = trained(run(side(diff, "-"), begin())["model"])
+        torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-4)
+
+
+def test_a_weighting_for_the_trainer_of_libmtl(monkeypatch: pytest.MonkeyPatch) -> None:
+    need(monkeypatch, "LibMTL")
+    (weighting,) = blocks("libmtl", "python")
+    (diff,) = blocks("libmtl", "diff")
+    ours = (
+        side(diff, "-").replace("import PCGrad", "import PCGrad as Theirs").replace("(HPS, PCGrad)", "(HPS, Surgery)")
+    )
+    found = trained(run(f"{weighting}\n{ours}", begin())["model"])
+    want = trained(run(side(diff, "+"), begin())["model"])
+    torch.testing.assert_close(found, want)
+
+
+def test_mixed_adapters_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters that were trained there, taken over, give the same scores."""
+    need(monkeypatch, "peft")
+    setup, take_over = blocks("peft", "python")
+    (diff,) = blocks("peft", "diff")
+    old, new = (run(side(diff, sign), run(setup, {})) for sign in "-+")
+    torch.testing.assert_close(new["logits"], old["logits"])
+    torch.manual_seed(4)
+    for name, p in old["model"].named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p)
+    run(take_over, new)["take_over"](old["model"], new["model"])
+    found = run("with tasks(names):\n    logits = model(**batch).logits", new)["logits"]
+    want = run("logits = model(**batch, adapter_names=names).logits", old)["logits"]
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    # in training, where PEFT takes no batch that mixes adapters
+    new["model"].train()
+    run("with tasks(names):\n    model(**batch).logits.sum().backward()", new)
+    assert all(p.grad.any() for name, p in new["model"].named_parameters() if ".B." in name)
+    assert not torch.allclose(found, run("logits = model(**batch, adapter_names=names[::-1]).logits", old)["logits"])
+
+
+def test_taps() -> None:
+    (code,) = blocks("taps", "python")
+    found = run(code, {})
+    assert found["sketch"](torch.randn(2, 3, 8, 8)).shape == (2, 10)
+    deltas = [p for name, p in found["model"].named_parameters() if ".delta." in name]
+    assert deltas and all(p.any() for p in deltas)
