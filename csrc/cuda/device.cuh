@@ -35,6 +35,8 @@
 
 namespace fastmtl::cuda {
 
+constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
 constexpr int kMaxTasks = 128;
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
@@ -137,6 +139,14 @@ __device__ inline void copy_async(void* to, const void* from) {
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from))
                : "memory");
 }
+// the first `bytes` of them, 16 or 0, and zeros behind
+__device__ inline void copy_async(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               :
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)),
+                 "r"(bytes)
+               : "memory");
+}
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 // but for the last kMost groups committed
 template <int kMost>
@@ -182,6 +192,18 @@ void launch_early(bool early, unsigned blocks, cudaStream_t stream, void (*kerne
   config.numAttrs = early ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, params);
 }
+
+// Four matrices of 8 lines of 16 bytes in shared memory; lanes 8 k to 8 k + 7 say where the lines of the k-th begin.
+// Lane 4 g + t gets of each the word t of line g; transposed, of 16-bit numbers, those of column g in lines 2 t, 2 t
+// + 1.
+#define FASTMTL_LOAD_MATRICES(how)                                                    \
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4" how ".shared.b16 {%0,%1,%2,%3}, [%4];" \
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])                   \
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from)))           \
+               : "memory")
+__device__ inline void load_matrices(uint32_t (&to)[4], const void* from) { FASTMTL_LOAD_MATRICES(""); }
+__device__ inline void load_transposed(uint32_t (&to)[4], const void* from) { FASTMTL_LOAD_MATRICES(".trans"); }
+#undef FASTMTL_LOAD_MATRICES
 
 // Tensor core products of one warp: d = a b, or with kAdd d += a b. A is 16 x k by rows, B is k x 8 by columns, two
 // numbers of 16 bits or one of 32 to a register; lane 4 g + t holds of A the rows g and g + 8, of B the column g, of D

@@ -30,7 +30,9 @@ from torch import Tensor
 from fastmtl.core.gradient_rows import GradientRows, accumulate_dtype, present_params
 
 HOST = ROOT / "tests" / "host"
-SOURCES = [HOST / "kernels_on_host.cpp", *sorted((ROOT / "csrc" / "cuda").rglob("kernels_*.cu"))]
+CUDA = ROOT / "csrc" / "cuda"
+SOURCES = [HOST / "kernels_on_host.cpp", *sorted((CUDA / "gradients").glob("kernels_*.cu"))]
+TASK_SOURCES = [HOST / "task_weights_on_host.cpp", *sorted((CUDA / "task_weights").glob("kernels_*.cu"))]
 FOLDER = ROOT / "build" / "host"
 # a struct of one number and that number are the same memory to the kernels
 FLAGS = ["-std=c++20", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
@@ -51,6 +53,8 @@ class Build:
 
 
 PLAIN = Build("plain")
+# the kernels of the task convolution, and a driver of their own
+TASK = Build("task", sources=tuple(TASK_SOURCES))
 # under the address sanitizer, which must be loaded before Python
 SANITIZED = Build("sanitized", ("-O1", "-g1", "-fsanitize=address", "-fno-omit-frame-pointer"))
 # under the checks of races.h
@@ -76,11 +80,27 @@ def ptx_sources(dtypes: Sequence[str]) -> list[str]:
     return [*of_dtypes, "kernels_solve", "tables"]
 
 
+def task_ptx_sources(dtypes: Sequence[str]) -> list[str]:
+    """The same for the kernels of the task convolution."""
+    return [*(f"kernels_task_{dtype}" for dtype in dtypes), "kernels_task"]
+
+
+def _in_place(
+    name: str,
+    sources: Sequence[Path],
+    compiled: Sequence[str],
+    arch: int,
+    races: bool = False,
+    faulty: str | None = None,
+) -> Build:
+    """Kernels as nvcc's PTX has them, of the sources `compiled`, in the place of their bodies: unoptimised, the driver
+    calls each of them by its name."""
+    objects = functools.partial(ptx.objects, compiled, arch, faulty)
+    return dataclasses.replace(_ptx_runtime(name, races), sources=tuple(sources), objects=objects)
+
+
 def _of_ptx(name: str, dtypes: Sequence[str], arch: int, races: bool = False, faulty: str | None = None) -> Build:
-    """The kernels of these dtypes as nvcc's PTX has them, in the place of their bodies: unoptimised, the driver calls
-    each of them by its name."""
-    objects = functools.partial(ptx.objects, ptx_sources(dtypes), arch, faulty)
-    return dataclasses.replace(_ptx_runtime(name, races), sources=tuple(SOURCES), objects=objects)
+    return _in_place(name, SOURCES, ptx_sources(dtypes), arch, races, faulty)
 
 
 SOME, EVERY = ("f32", "bf16"), ("f32", "f64", "bf16", "f16")
@@ -94,6 +114,11 @@ PTX_MUTATIONS = _of_ptx("ptx_mutations", SOME, 90, faulty="")
 PTX_MUTATIONS_RACES = _of_ptx("ptx_mutations_races", SOME, 90, races=True, faulty="")
 PTX_EVERY = {arch: _of_ptx(f"ptx_every_{arch}", EVERY, arch) for arch in (80, 90)}
 PTX_EVERY_RACES = _of_ptx("ptx_every_races", EVERY, 90, races=True)
+TASK_PTX = _in_place("task_ptx", TASK_SOURCES, task_ptx_sources(SOME), 80, races=True)
+TASK_PTX_EVERY = {
+    arch: _in_place(f"task_ptx_every_{arch}", TASK_SOURCES, task_ptx_sources(("f32", "bf16", "f16")), arch, races=True)
+    for arch in (80, 90)
+}
 BUILDS = {build.name: build for build in (PLAIN, SANITIZED, RACES, *PTX_EVERY.values())}
 _chosen = BUILDS[os.environ.get("FASTMTL_HOST", "plain")]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

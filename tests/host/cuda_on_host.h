@@ -497,6 +497,9 @@ void store16(void* to, const V& x) {
 inline void copy_async(void* to, const void* from) {
   cuda_on_host::begin_copy(to, from, 16, 16, __builtin_return_address(0));
 }
+inline void copy_async(void* to, const void* from, int bytes) {
+  cuda_on_host::begin_copy(to, from, 16, static_cast<uint32_t>(bytes), __builtin_return_address(0));
+}
 inline void commit_copies() { cuda_on_host::commit_copies(); }
 template <int kMost>
 void wait_for_copies() {
@@ -511,6 +514,29 @@ inline unsigned add_acq_rel(unsigned* to, unsigned x, Site site = {}) {
 }
 
 // --- tensor cores
+
+struct Words {
+  uint32_t w[4];
+};
+inline void load_lines(uint32_t (&to)[4], const void* from, bool transposed) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) cuda_on_host::fail("a misaligned line of a matrix");
+  cuda_on_host::races::access(from, 16, false, __builtin_return_address(0));
+  const Words words = cuda_on_host::collective<Words>(from, [&](const void* const(&given)[32], Words(&taken)[32]) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int k = 0; k < 4; ++k) {
+        const int g = lane / 4, t = lane % 4;
+        uint16_t pair[2];
+        for (int i = 0; i < 2; ++i) {
+          const int line = transposed ? 2 * t + i : g, column = transposed ? g : 2 * t + i;
+          pair[i] = static_cast<const uint16_t*>(given[8 * k + line])[column];
+        }
+        std::memcpy(&taken[lane].w[k], pair, 4);
+      }
+  });
+  std::copy_n(words.w, 4, to);
+}
+inline void load_matrices(uint32_t (&to)[4], const void* from) { load_lines(to, from, false); }
+inline void load_transposed(uint32_t (&to)[4], const void* from) { load_lines(to, from, true); }
 
 // A sum as tensor cores may form it, at worst: every term cut off at the last digit of the largest, and the sum too.
 inline float cut_sum(const double* terms, int count) {

@@ -5,14 +5,14 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/device.cuh"
+
 namespace fastmtl::cuda {
 
 struct Slots {
   int64_t columns;  // of a slot
   int64_t count;
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // blocks that share a slot's columns, each with the products of some of the tasks
 inline int blocks_per_slot(int T) {

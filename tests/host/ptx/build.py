@@ -54,12 +54,12 @@ def _compiler_version(program: str) -> str:
 
 
 def ptx_of(source: str, arch: int) -> Path:
-    """`<source>.cu` of `csrc/cuda/gradients/`, or one of the files here, as PTX of sm_<arch>."""
+    """`<source>.cu` of `csrc/cuda/`, or one of the files here, as PTX of sm_<arch>."""
     program = nvcc()
     if program is None:
         raise FileNotFoundError("no nvcc")
     here = HERE / f"{source}.cu"
-    file = here if here.exists() else ROOT / "csrc" / "cuda" / "gradients" / f"{source}.cu"
+    (file,) = [here] if here.exists() else (ROOT / "csrc" / "cuda").rglob(f"{source}.cu")
     headers = [f for folder in ("common", "cuda") for f in sorted((ROOT / "csrc" / folder).rglob("*"))]
     contents = [f.read_bytes() for f in (file, *headers) if f.suffix in (".h", ".cuh", ".inc", ".cu")]
     FOLDER.mkdir(parents=True, exist_ok=True)
