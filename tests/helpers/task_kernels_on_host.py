@@ -329,7 +329,7 @@ def weight_gradients(
     choice: Choice | None = None,
     schedule: int = host.FORWARD,
 ) -> list[Tensor]:
-    """Of weight, `delta[k]` for k in `wanted_delta`, gate and bias, the wanted ones; `wanted`: of weight, gate, bias."""
+    """Of weight, `delta[k]` for k in `wanted_delta`, gate and bias, the wanted; `wanted`: of weight, gate, bias."""
     weights, batch, geometry, bias = call
     x, grad_out = _nhwc(x), _nhwc(grad_out)
     want_weight, want_gate, want_bias = (

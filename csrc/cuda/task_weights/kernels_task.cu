@@ -4,24 +4,6 @@
 
 namespace fastmtl::cuda {
 
-__global__ void __launch_bounds__(kThreads) task_gates_kernel(const __grid_constant__ GatesArguments p) {
-  struct Shared {
-    float lane_sums[kWarps];
-  };
-  FASTMTL_SHARED(Shared, shared);
-  const auto task = static_cast<int64_t>(blockIdx.x);
-  float sum = 0.0f;
-  for (int64_t k = threadIdx.x; k < p.count; k += kThreads) sum += p.parts[task * p.count + k];
-  sum = block_sum(sum, shared.lane_sums);
-  if (threadIdx.x != 0) return;
-  switch (p.dtype) {
-    case DType::f32: static_cast<float*>(p.grad_gate)[task] = sum; break;
-    case DType::bf16: static_cast<__nv_bfloat16*>(p.grad_gate)[task] = narrow<__nv_bfloat16>(sum); break;
-    case DType::f16: static_cast<__half*>(p.grad_gate)[task] = narrow<__half>(sum); break;
-    case DType::f64: static_cast<double*>(p.grad_gate)[task] = sum; break;
-  }
-}
-
 namespace {
 
 template <class Launch>
@@ -181,8 +163,9 @@ void launch_weight_grads(const WeightGradParams& p, const WeightGradPlan& plan, 
   }
   if (p.grad_gate != nullptr) {
     const bool is_zero = !wants_gates || layout.size == 0;
-    const GatesArguments g{memory(layout.gate_parts), is_zero ? 0 : layout.finish_blocks, p.grad_gate, p.gate.dtype};
-    FASTMTL_LAUNCH(static_cast<unsigned>(p.batch.num_tasks), stream, (g), task_gates_kernel);
+    const GatesArguments g{memory(layout.gate_parts), is_zero ? 0 : layout.finish_blocks, p.grad_gate};
+    const auto blocks = static_cast<unsigned>(p.batch.num_tasks);
+    for_dtype(p.gate.dtype, [&](auto w) { launch_gates<decltype(w)>(g, blocks, stream); });
   }
   if (p.grad_bias != nullptr && s.features > 0) {
     const TaskBatch bias_batch = p.grad_bias_by_task ? p.batch : together;

@@ -21,5 +21,8 @@ template <class W>
 void launch_finish(const FinishArguments& p, int per, dim3 grid, cudaStream_t stream);
 template <class W>
 void launch_chunks(const ChunksArguments& p, unsigned blocks, cudaStream_t stream);
+// W: of the gates
+template <class W>
+void launch_gates(const GatesArguments& p, unsigned blocks, cudaStream_t stream);
 
 }  // namespace fastmtl::cuda

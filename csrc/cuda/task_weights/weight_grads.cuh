@@ -355,8 +355,20 @@ struct GatesArguments {
   const float* parts;  // [T, count]
   int64_t count;
   void* grad_gate;  // [T]
-  DType dtype;
 };
+
+template <class W>
+__global__ void __launch_bounds__(kThreads) task_gates_kernel(const __grid_constant__ GatesArguments p) {
+  struct Shared {
+    float lane_sums[kWarps];
+  };
+  FASTMTL_SHARED(Shared, shared);
+  const auto task = static_cast<int64_t>(blockIdx.x);
+  float sum = 0.0f;
+  for (int64_t k = threadIdx.x; k < p.count; k += kThreads) sum += p.parts[task * p.count + k];
+  sum = block_sum(sum, shared.lane_sums);
+  if (threadIdx.x == 0) static_cast<W*>(p.grad_gate)[task] = narrow<W>(sum);
+}
 
 // --- bias
 
