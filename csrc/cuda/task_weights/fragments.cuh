@@ -15,7 +15,7 @@ namespace fastmtl::cuda {
 constexpr int kUnit = 16;        // bytes
 constexpr int kDepthBytes = 64;  // of a row, by depth
 // float32 sums of tensor cores, which cut digits off, are added to a total after so many steps of a main loop
-constexpr int kStepsOfSum = 16;
+constexpr int kStepsOfSum = 8;
 
 // Three products of tf32: of upper and lower parts, without the product of the lower ones.
 struct Split {
