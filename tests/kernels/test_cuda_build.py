@@ -58,6 +58,20 @@ def _group_kernels_of(dtype: str) -> set[Kernel]:
     }
 
 
+def _task_kernels_of(dtype: str) -> set[Kernel]:
+    """Of the task convolution. The largest tiles are for 16 bits."""
+    narrow = dtype != "f32"
+    return {
+        *(Kernel("task_product_kernel", dtype, (n,)) for n in range(0 if narrow else 1, 4)),
+        *(Kernel("task_pieces_kernel", dtype, (n,)) for n in range(0 if narrow else 1, 3)),
+        *(Kernel(f"task_stage_{line}kernel", dtype, (n,)) for line in ("", "line_") for n in {4, 2 if narrow else 4}),
+        *(Kernel("task_bias_kernel", dtype, (n,)) for n in (1, 8 if narrow else 4)),
+        *(Kernel("task_finish_kernel", dtype, (n,)) for n in (1, 4)),
+        Kernel("task_chunks_kernel", dtype),
+        Kernel("task_gates_kernel", dtype),
+    }
+
+
 # source -> what it launches; that these are all is checked against the sources and against the extension
 KERNELS = {
     **{f"kernels_{dtype}": _kernels_of(dtype) for dtype in kernel_table.DTYPES.values()},
@@ -67,18 +81,20 @@ KERNELS = {
     },
     "kernels_gradvac": {Kernel("gradvac_kernel", "", (n,)) for n in (16, 32, 64, 128)},
     "kernels_methods": {Kernel("method_weights_kernel", "", (n,)) for n in (16, 64, 128)},
+    **{f"kernels_task_{dtype}": _task_kernels_of(dtype) for dtype in ("f32", "bf16", "f16")},
+    "kernels_task": set(),
     "runtime": {Kernel("write_table_kernel", "", (n,)) for n in (480, 1536, 4093)},
     "surgery": set(),
 }
 # takes more than a minute to compile; that it does not spill, the test of the extension sees on every architecture
 SLOW = "kernels_methods"
 # always every other kernel for one architecture, and one dtype for the other
+AT_80 = ("kernels_f32", "kernels_groups_f32", "kernels_task_bf16")
 SELECTED = [
     (source, arch)
     for arch in (80, 90, 100)
     for source, kernels in KERNELS.items()
-    if kernels
-    and (ALL or (arch == 90 and source != SLOW) or (arch == 80 and source in ("kernels_f32", "kernels_groups_f32")))
+    if kernels and (ALL or (arch == 90 and source != SLOW) or (arch == 80 and source in AT_80))
 ]
 # without one of these a kernel would still be right, but slow
 MATRIX_INSTRUCTIONS = {
@@ -102,6 +118,57 @@ ROUNDS = {
 }
 # loads to a round of sums, whatever the rounds: less was measured to take tens of microseconds
 SUMS_AT_ONCE = 8
+
+
+class MainLoop(NamedTuple):
+    """Of a product of the task convolution: blocks of 128 threads that fit on a multiprocessor, and of a step matrix
+    products, loads of fragments, copies, and instructions at most."""
+
+    blocks: int
+    products: int
+    fragments: int
+    copies: int
+    instructions: int
+
+
+# by the size of the tile: 128 x 128, 128 x 64, 64 x 64; of 16 bits, and of float32, which takes three products for one
+PRODUCTS = {
+    ("f16", 0): MainLoop(2, 64, 16, 8, 240),
+    ("f16", 1): MainLoop(3, 32, 12, 6, 200),
+    ("f16", 2): MainLoop(4, 16, 8, 4, 165),
+    ("f32", 1): MainLoop(2, 96, 12, 6, 400),
+    ("f32", 2): MainLoop(3, 48, 8, 4, 280),
+}
+# of weight gradients: 128 x 128, 64 x 64; of float32 fragments come number by number
+PIECES = {
+    ("f16", 0): MainLoop(2, 64, 16, 8, 280),
+    ("f16", 1): MainLoop(4, 16, 8, 4, 150),
+    ("f32", 1): MainLoop(3, 48, 0, 4, 310),
+}
+
+
+def main_loop_of(kernel: Kernel) -> MainLoop | None:
+    table = {"task_product_kernel": PRODUCTS, "task_pieces_kernel": PIECES}.get(kernel.name, {})
+    return table.get((kernel.dtype.replace("bf16", "f16"), *kernel.numbers))
+
+
+def slow_products(kernel: Kernel, loops: Sequence[cubin.Loop]) -> list[str]:
+    """What is wrong with the main loop of a product of the task convolution."""
+    wanted = main_loop_of(kernel)
+    if wanted is None:
+        return []
+    found = [
+        MainLoop(wanted.blocks, count["HMMA"], count["LDSM"], count["LDGSTS"], len(loop.own))
+        for loop in loops
+        for count in [collections.Counter(one.name.split(".")[0] for one in loop.own)]
+        if count["HMMA"]
+    ]
+    if len(found) != 1 or found[0][:4] != wanted[:4]:
+        return [f"main loops {found}, one of {wanted} is wanted"]
+    (loop,) = (loop for loop in loops if loop.has("HMMA"))
+    wrong = [f"{found[0].instructions} instructions in a step"] if found[0].instructions > wanted.instructions else []
+    # two of four stages are under way
+    return wrong + [f"{loop.rounds:.3g} rounds of copies in a step"] * (not 0 < loop.rounds <= 0.5)
 
 
 def most_rounds(kernel: Kernel, kind: str) -> float:
@@ -145,7 +212,8 @@ def problems(kernel: Kernel, built: Built) -> list[str]:
     local = sum(n for name, n in built.instructions.items() if name.split(".")[0] in ("LDL", "STL"))
     if built.stack or local:
         found.append(f"spills: {built.stack} bytes of stack, {local} accesses")
-    limit = REGISTERS[wanted_blocks(kernel)]
+    product = main_loop_of(kernel)
+    limit = REGISTERS[wanted_blocks(kernel)] if product is None else min(255, 65536 // (128 * product.blocks))
     if built.registers > limit:
         found.append(f"{built.registers} registers, {limit} are wanted at most")
     if built.shared > SHARED_LIMIT:
@@ -156,14 +224,23 @@ def problems(kernel: Kernel, built: Built) -> list[str]:
         found.append("no load of 128 bits")
     if kernel.like == "combine_kernel" and not built.has(r"STG\.E\.(\w+\.)*128\b"):
         found.append("no store of 128 bits")
-    if kernel.like == "gram_mma_kernel" and not built.has(MATRIX_INSTRUCTIONS[kernel.dtype]):
+    if kernel.name.startswith("task_"):
+        generic = sum(n for name, n in built.instructions.items() if name.split(".")[0] in ("LD", "ST"))
+        found += [f"{generic} accesses of memory of any kind"] * (generic > 0)
+    if product is not None and not built.has(r"LDGSTS\.E\.(\w+\.)*128\b"):
+        found.append("no load of 128 bits")
+    wide_store = kernel.name in ("task_product_kernel", "task_stage_line_kernel")
+    if wide_store and not built.has(r"STG\.E\.(\w+\.)*128\b"):
+        found.append("no store of 128 bits")
+    products = ("gram_mma_kernel", "task_product_kernel", "task_pieces_kernel")
+    if kernel.like in products and not built.has(MATRIX_INSTRUCTIONS[kernel.dtype]):
         found.append("no matrix instruction")
     return found
 
 
 def all_problems(kernel: Kernel, built: Built) -> list[str]:
     loops = slow_loops(kernel, built.loops) if kernel.name.startswith(("gram_", "combine_")) else []
-    return problems(kernel, built) + loops
+    return problems(kernel, built) + loops + slow_products(kernel, built.loops)
 
 
 CUOBJDUMP = cubin.tool("cuobjdump")
@@ -347,6 +424,23 @@ def test_loops_that_wait_too_often_are_found() -> None:
     assert slow_loops(mma, [queue, sums]) == []
     at_once = cubin.Loop(queue.path, (replace(copies[0], operands="SB0, 0x0"), *queue.own[1:]))
     assert slow_loops(mma, [at_once, sums]) == ["rows: 1 rounds of loads in a step, 0.5 are wanted at most"]
+
+
+def test_products_that_are_slow_are_found() -> None:
+    kernel = Kernel("task_product_kernel", "bf16", (2,))
+    step = ["LDGSTS.E.BYPASS.LTC128B.128"] * 4 + ["LDGDEPBAR"] + ["LDSM.16.M88.4"] * 8 + ["HMMA.16816.F32.BF16"] * 16
+    waits = cubin.Instruction(0, "DEPBAR.LE", "SB0, 0x2", False, 1, 7, frozenset())
+
+    def loop(*names: str, wait: cubin.Instruction = waits) -> cubin.Loop:
+        own = (wait, *_loop(*names).own)
+        return cubin.Loop(own, own)
+
+    assert slow_products(kernel, [loop(*step)]) == []
+    assert slow_products(kernel, []) != [] and slow_products(kernel, [loop(*step[:-1])]) != []
+    assert slow_products(kernel, [loop(*step, *["IADD3"] * 200)]) == ["230 instructions in a step"]
+    at_once = replace(waits, operands="SB0, 0x0")
+    assert slow_products(kernel, [loop(*step, wait=at_once)]) == ["1 rounds of copies in a step"]
+    assert main_loop_of(Kernel("task_product_kernel", "bf16", (3,))) is None
 
 
 def test_names_are_read() -> None:

@@ -257,7 +257,7 @@ __device__ inline float block_sum(float x, float (&lane_sums)[kWarps]) {
 
 // Adds up the pieces of each task of chunk blockIdx.y. kPer numbers to a thread, of one tap; W: of the weights.
 template <class W, int kPer>
-__global__ void __launch_bounds__(kThreads) task_finish_kernel(const __grid_constant__ FinishArguments p) {
+__global__ void __launch_bounds__(kThreads, 3) task_finish_kernel(const __grid_constant__ FinishArguments p) {
   struct Shared {
     float lane_sums[kWarps];
   };
