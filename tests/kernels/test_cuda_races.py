@@ -186,7 +186,8 @@ def test_races_of_a_small_kernel(schedule: int) -> None:
 
 SITES = {
     f"{path.name}:{number}": (path.name, number)
-    for path in (*sorted(CUDA.rglob("*.cuh")), *sorted(SOLVERS.glob("*.h")))
+    # those of csrc/cuda/task_weights: test_cuda_task_kernels.py
+    for path in (*sorted(CUDA.glob("*.cuh")), *sorted((CUDA / "gradients").glob("*.cuh")), *sorted(SOLVERS.glob("*.h")))
     for number, line in enumerate(path.read_text().splitlines(), 1)
     if re.search(r"\b(__syncthreads|__threadfence|__syncwarp|add_acq_rel|team\.sync)\([^`]*$", line)
     and path.name != "device.cuh"  # which defines them

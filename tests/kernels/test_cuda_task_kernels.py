@@ -6,7 +6,9 @@ races. `FASTMTL_AOT=all` (`make aot`) runs the PTX of every dtype and of both ar
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ import cases
 import host_kernels as host
 import pytest
 import task_kernels_on_host as task
+import test_cuda_ptx as ptx
 import torch
 from cases_task import (
     BF16,
@@ -31,6 +34,8 @@ from cases_task import (
 )
 from conftest import skip_or_fail
 from host.ptx import build
+from host.ptx.faults import ORDER
+from host.ptx.mutations import faults_in
 from torch import Tensor
 
 from fastmtl.benchmarks.machine_code.kernel_table import nvcc
@@ -281,3 +286,27 @@ def test_long_sums_of_float32(translated: None) -> None:
     x, call, _ = as_conv(case, made)
     want = expected_of(case, made)
     assert_as(case, {"y": as_given(case, task.forward(x, call))}, want)
+
+
+# --- that the run sees what it should
+
+STEPS = CONV.but(n=7, ids="turns", num_tasks=2, cin=64, gate="values", dtype=BF16)  # several tiles to a block
+
+
+@pytest.mark.parametrize(("kernel", "least"), [("product", 9), ("pieces", 7), ("stage", 2)])
+def test_faults_of_order_are_seen(kernel: str, least: int, translated: None, threads: None) -> None:
+    """A barrier left out, a copy that is waited for a group late or not committed."""
+    if ALL:
+        pytest.skip("a build without faults")
+    torch.set_num_threads(1)  # a forked process has no others
+    kernels = (one for one in build.kernels_of("kernels_task_bf16", 80) if re.search(host.TASK_FAULTY, one.name))
+    (found,) = (one for one in kernels if f"task_{kernel}" in one.name)
+    choices = {"few": task.Choice.of(2, 1, 400), "one": task.Choice.of(1, split_rows=256)}
+    chosen = {
+        f"{name}-{order}": functools.partial(check, STEPS, choice, schedule)
+        for name, choice in choices.items()
+        for order, schedule in SCHEDULES.items()
+    }
+    tried = ptx.Tried(faults_in(found, ORDER), chosen, seconds=3)
+    assert tried.not_seen == []
+    assert len(tried.found) >= least and tried.not_reached == []

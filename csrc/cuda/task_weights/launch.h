@@ -1,5 +1,6 @@
 // Launches of the task convolution in CUDA C++: staging, product (forward and input gradient), weight gradients. Plain
-// structs of pointers, sizes and strides in elements; no torch type and no allocation. See docs/task-kernels-cuda.md.
+// structs of pointers, sizes and strides in elements; no torch type and no allocation. See
+// docs/kernels/task-kernels-cuda.md.
 //
 // Memory. Every buffer is the caller's, workspaces too: functions ending in `_bytes` say how large they must be, memory
 // must begin on 16 bytes and live until the launches are done. Nothing is read of a workspace before it is written, so

@@ -110,7 +110,7 @@ inline const TileSize& product_tile(DType dtype, int tile) {
 }
 
 // How fast a tile's main loop is beside the largest one's: a smaller tile loads more from shared memory for a product.
-// From the cycles of docs/task-kernels-cuda.md, until a GPU has measured it.
+// From the cycles of docs/kernels/task-kernels-cuda.md, until a GPU has measured it.
 inline double tile_rate(const TileSize& tile) {
   return tile.warp_columns == 64 ? 1.0 : tile.warp_rows == 64 ? 0.85 : 0.65;
 }

@@ -289,7 +289,6 @@ __global__ void __launch_bounds__((ProductShape<In, kTile>::kThreads), (ProductS
         if (step % kStepsOfSum == kStepsOfSum - 1) total.add_and_clear(sum);
     }
     if constexpr (sizeof(In) == 4) sum.add_and_clear(total);
-    wait_for_copies<0>();
     block_barrier();
 
     // results, by way of shared memory, so that whole lines are written

@@ -189,7 +189,6 @@ __global__ void __launch_bounds__((PieceShape<In, kTile>::kThreads), (PieceShape
       if (step % kStepsOfSum == kStepsOfSum - 1) total.add_and_clear(sum);
   }
   if constexpr (sizeof(In) == 4) sum.add_and_clear(total);
-  wait_for_copies<0>();
 
   float* parts = p.parts + static_cast<int64_t>(blockIdx.y) * s.features * depth;
   const bool pairs = depth % 2 == 0;
