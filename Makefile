@@ -101,7 +101,7 @@ format: dev  ## formats Python and C++
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inc')
 
 aot: dev  ## compiles every configuration of every GPU kernel and checks registers, spills and instructions; runs its PTX
-	FASTMTL_AOT=all $(BIN)/python -m pytest tests/kernels/test_cuda_build.py tests/kernels/test_triton_build.py tests/kernels/test_cuda_ptx.py \
+	FASTMTL_AOT=all $(BIN)/python -m pytest tests/kernels/test_cuda_build.py tests/kernels/test_triton_build.py tests/kernels/test_cuda_ptx.py tests/kernels/test_cuda_task_kernels.py \
 		tests/kernels/test_triton_ptx.py
 
 abi: dev  ## one build under several torch releases; downloads gigabytes
