@@ -138,6 +138,7 @@ void launch_weight_grads(const WeightGradParams& p, const WeightGradPlan& plan, 
     f.channels = s.channels;
     f.kh = s.kh;
     f.kw = s.kw;
+    f.taps_inside = layout.taps_inside;
     f.chunk_tasks = plan.chunk_tasks;
     if (!plan.together) f.gate = p.gate;
     if (wants_gates) {
@@ -155,8 +156,8 @@ void launch_weight_grads(const WeightGradParams& p, const WeightGradPlan& plan, 
     const dim3 grid{static_cast<unsigned>(layout.finish_blocks), static_cast<unsigned>(plan.chunks), 1};
     for_dtype(p.weight_dtype, [&](auto w) { launch_finish<decltype(w)>(f, layout.per, grid, stream); });
     if (f.chunks != nullptr) {
-      const ChunksArguments c{f.chunks, plan.chunks, layout.size,   s.channels,
-                              s.kh,     s.kw,        p.grad_weight, p.grad_weight_strides};
+      const ChunksArguments c{f.chunks, plan.chunks,        layout.size,   s.channels,           s.kh,
+                              s.kw,     layout.taps_inside, p.grad_weight, p.grad_weight_strides};
       const unsigned blocks = blocks_of(layout.size, kThreads);
       for_dtype(p.weight_dtype, [&](auto w) { launch_chunks<decltype(w)>(c, blocks, stream); });
     }

@@ -164,7 +164,7 @@ inline const TileSize& piece_tile(DType dtype, int tile) {
 
 // Where everything lies in the workspace, in bytes, and what else follows from a plan.
 struct WeightGradLayout {
-  bool wants_filter, grad_out_aligned16;
+  bool wants_filter, grad_out_aligned16, taps_inside;
   int64_t size, tiles, finish_blocks, bias_columns;
   int per;
   int64_t parts, gate_parts, chunks, bias_parts, bytes;
@@ -178,7 +178,10 @@ struct WeightGradLayout {
     size = depth * s.features;
     const TileSize& tile = piece_tile(p.dtype, plan.tile);
     tiles = ceil_div(s.features, tile.rows) * ceil_div(depth, tile.columns);
-    per = s.channels % 4 == 0 ? 4 : 1;
+    const FilterStrides& written = p.grad_delta.any ? p.grad_delta_strides : p.grad_weight_strides;
+    const int64_t taps = int64_t{s.kh} * s.kw;
+    taps_inside = taps > 1 && written.ci == taps && (s.kw == 1 || written.kw == 1);
+    per = s.channels % 4 == 0 && !taps_inside ? 4 : 1;
     finish_blocks = ceil_div(size, int64_t{kThreads} * per);
     bias_columns = kWarp * (grad_out_aligned16 ? 16 / size_of(p.dtype) : 1);
     bytes = 0;

@@ -220,6 +220,7 @@ struct FinishArguments {
   int pixels;
   int64_t split_rows, size;
   int channels, kh, kw;
+  bool taps_inside;  // of the gradients' memory; see FilterPlace
   int chunk_tasks;
   Values gate;
   TaskPointers delta;  // none: no gate's gradient is wanted
@@ -227,18 +228,33 @@ struct FinishArguments {
   TaskPointers grad_delta;
   FilterStrides grad_delta_strides;
   float* gate_parts;  // [T, blocks]; null: not wanted
-  float* chunks;      // [chunks, size]: sums over the tasks of a chunk, if there is more than one; else null
+  float* chunks;  // [chunks, size], in the order of e: sums over the tasks of a chunk, if there is more than one; else
+                  // null
   void* grad_weight;  // their sum, if there is one chunk; null: not wanted
   FilterStrides grad_weight_strides;
 };
 
-__device__ inline int64_t filter_place(const FilterStrides& strides, int64_t e, int channels, int kh, int kw) {
-  const int64_t row = quotient(e, channels);
-  const auto ci = static_cast<int>(e - row * channels);
-  const int64_t co = quotient(row, kh * kw);
-  const auto tap = static_cast<int>(row - co * kh * kw);
-  return co * strides.co + ci * strides.ci + tap / kw * strides.kh + tap % kw * strides.kw;
-}
+// Number e of a filter: of the parts' order [Cout, kh, kw, Cin], or with `taps_inside` of [Cout, Cin, kh, kw]. Threads
+// go along what is written, since there are fewer writes than reads, but a write of single numbers costs more.
+struct FilterPlace {
+  int64_t co;
+  int ci, tap, kh, kw;
+
+  __device__ FilterPlace(int64_t e, int channels, int kh_, int kw_, bool taps_inside) : kw(kw_) {
+    const int taps = kh_ * kw_;
+    const int64_t row = quotient(e, taps_inside ? taps : channels);
+    const auto last = static_cast<int>(e - row * (taps_inside ? taps : channels));
+    co = quotient(row, taps_inside ? channels : taps);
+    const auto middle = static_cast<int>(row - co * (taps_inside ? channels : taps));
+    ci = taps_inside ? middle : last;
+    tap = taps_inside ? last : middle;
+    kh = tap / kw;
+  }
+  __device__ int64_t in_parts(int channels, int taps) const { return (co * taps + tap) * channels + ci; }
+  __device__ int64_t by(const FilterStrides& strides) const {
+    return co * strides.co + ci * strides.ci + kh * strides.kh + (tap - kh * kw) * strides.kw;
+  }
+};
 
 // One number of all threads of the block, summed up in a fixed order; for thread 0
 __device__ inline float block_sum(float x, float (&lane_sums)[kWarps]) {
@@ -266,8 +282,9 @@ __global__ void __launch_bounds__(kThreads, 3) task_finish_kernel(const __grid_c
   const bool is_there = e < p.size;
   const int first_task = static_cast<int>(blockIdx.y) * p.chunk_tasks;
   const int last_task = first_task + p.chunk_tasks < p.batch.num_tasks ? first_task + p.chunk_tasks : p.batch.num_tasks;
-  const int64_t delta_place = filter_place(p.delta_strides, e, p.channels, p.kh, p.kw);
-  const int64_t grad_place = filter_place(p.grad_delta_strides, e, p.channels, p.kh, p.kw);
+  const FilterPlace place(e, p.channels, p.kh, p.kw, p.taps_inside);
+  const int64_t part_place = place.in_parts(p.channels, p.kh * p.kw);
+  const int64_t delta_place = place.by(p.delta_strides), grad_place = place.by(p.grad_delta_strides);
   const bool sums_all = p.chunks != nullptr || p.grad_weight != nullptr;
   auto pieces_of = [&](int task) {
     return ((end_of(p.batch, task) - begin_of(p.batch, task)) * p.pixels + p.split_rows - 1) / p.split_rows;
@@ -282,7 +299,7 @@ __global__ void __launch_bounds__(kThreads, 3) task_finish_kernel(const __grid_c
     const bool opened = pieces > 0 && scale != 0.0f;
     Part sum{};
     if (is_there && (sums_all || p.gate_parts != nullptr || (grad != nullptr && opened))) {
-      const float* from = p.parts + piece * p.size + e;
+      const float* from = p.parts + piece * p.size + part_place;
       int64_t k = 0;
       // eight loads under way at a time
       for (; k + 8 <= pieces; k += 8) {
@@ -323,10 +340,10 @@ __global__ void __launch_bounds__(kThreads, 3) task_finish_kernel(const __grid_c
     *reinterpret_cast<Part*>(p.chunks + static_cast<int64_t>(blockIdx.y) * p.size + e) = total;
     return;
   }
-  const int64_t place = filter_place(p.grad_weight_strides, e, p.channels, p.kh, p.kw);
+  const int64_t weight_place = place.by(p.grad_weight_strides);
 #pragma unroll
   for (int i = 0; i < kPer; ++i)
-    static_cast<W*>(p.grad_weight)[place + i * p.grad_weight_strides.ci] = narrow<W>(total.v[i]);
+    static_cast<W*>(p.grad_weight)[weight_place + i * p.grad_weight_strides.ci] = narrow<W>(total.v[i]);
 }
 
 // W's gradient: the sums of chunks, in order.
@@ -335,6 +352,7 @@ struct ChunksArguments {
   int count;
   int64_t size;
   int channels, kh, kw;
+  bool taps_inside;
   void* grad_weight;
   FilterStrides strides;
 };
@@ -346,7 +364,8 @@ __global__ void __launch_bounds__(kThreads) task_chunks_kernel(const __grid_cons
   float sum = 0.0f;
 #pragma unroll 8
   for (int k = 0; k < p.count; ++k) sum += p.chunks[k * p.size + e];
-  static_cast<W*>(p.grad_weight)[filter_place(p.strides, e, p.channels, p.kh, p.kw)] = narrow<W>(sum);
+  const FilterPlace place(e, p.channels, p.kh, p.kw, p.taps_inside);
+  static_cast<W*>(p.grad_weight)[place.by(p.strides)] = narrow<W>(sum);
 }
 
 // The gates' gradients: task blockIdx.x's parts, in order.
