@@ -64,7 +64,11 @@ def _task_kernels_of(dtype: str) -> set[Kernel]:
     return {
         *(Kernel("task_product_kernel", dtype, (n,)) for n in range(0 if narrow else 1, 4)),
         *(Kernel("task_pieces_kernel", dtype, (n,)) for n in range(0 if narrow else 1, 3)),
-        *(Kernel(f"task_stage_{line}kernel", dtype, (n,)) for line in ("", "line_") for n in {4, 2 if narrow else 4}),
+        *(
+            Kernel(f"task_stage_{line}kernel", dtype, (n,))
+            for line in ("", "line_", "taps_")
+            for n in {4, 2 if narrow else 4}
+        ),
         *(Kernel("task_bias_kernel", dtype, (n,)) for n in (1, 8 if narrow else 4)),
         *(Kernel("task_finish_kernel", dtype, (n,)) for n in (1, 4)),
         Kernel("task_chunks_kernel", dtype),

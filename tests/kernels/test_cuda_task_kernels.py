@@ -129,8 +129,10 @@ LAST = {"x_layout": "channels_last", "weight_layout": "channels_last", "grad_lay
 CONV = ConvCase(n=9, cin=40, cout=24, size=(5, 6), num_tasks=4, ids="absent", gate="zeros", bias="per_task", **LAST)
 CASES: dict[str, TaskCase] = {
     "conv": CONV,
-    # of contiguous filters, which are transposed when they are staged; no tile of rows is full
-    "contiguous": ConvCase(n=4, cin=32, cout=72, size=(3, 3), delta="nones", bias="shared"),
+    # of contiguous filters, which are transposed when they are staged, in more than one run; no tile of rows is full
+    "contiguous": ConvCase(n=4, cin=40, cout=72, size=(3, 3), delta="nones", bias="shared"),
+    "contiguous-runs": ConvCase(n=2, cin=264, cout=8, size=(2, 3), num_tasks=2, gate="values"),
+    "mixed-filters": ConvCase(n=4, cin=40, cout=8, size=(3, 3), weight_layout="mixed"),
     "strided": CONV.but(n=5, cin=16, cout=16, size=(7, 6), stride=(2, 3), padding=(1, 2), kernel=(3, 5), ids="random"),
     "dilated": CONV.but(n=4, cin=8, cout=16, size=(7, 8), dilation=(2, 1), padding=2, stride=(1, 2), gate="values"),
     # 16 bytes hold several taps, or parts of them
@@ -176,6 +178,12 @@ PTX_CASES = {
     **{
         f"tile-{tile}-{SHORT[d]}": (LARGE.but(dtype=d), task.Choice.of(tile, tile + 1, 64 * (tile + 1), 2))
         for tile in range(4)
+        for d in DTYPES
+        if ALL or d != F16
+    },
+    # chunks of contiguous filters, too
+    **{
+        f"chunks-{SHORT[d]}": (CASES["contiguous"].but(dtype=d), task.Choice.of(split_rows=16, chunks=2))
         for d in DTYPES
         if ALL or d != F16
     },

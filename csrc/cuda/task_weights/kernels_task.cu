@@ -61,8 +61,23 @@ StagedWeights launch_stage(const StageParams& p, void* workspace, cudaStream_t s
   a.shared_slot = layout.slots - 1;
   a.transposed = p.for_input_gradient;
   a.line = lies_in_line(p, layout) ? layout.slot_stride : 0;
-  const unsigned blocks = a.line > 0 ? blocks_of(a.line, kThreads * layout.per16)
-                                     : blocks_of(a.columns, kStageTile) * blocks_of(a.inner, kStageTile);
+  const int taps = p.shape.kh * p.shape.kw;
+  unsigned blocks = 0;
+  if (a.line > 0) {
+    blocks = blocks_of(a.line, kThreads * layout.per16);
+  } else if (has_taps_inside(p) && !a.transposed) {
+    a.taps_inside = true;
+    blocks = static_cast<unsigned>(a.columns) * blocks_of(a.inner, kStageRun / taps);
+  } else {
+    if (has_taps_inside(p) && layout.column_stride == layout.depth) {
+      // a plain transposition: each pair of channel and tap is a column
+      a.columns *= taps;
+      a.column_stride = a.inner;
+      a.kh = a.kw = 1;
+      a.weight_strides.ci = a.delta_strides.ci = 1;
+    }
+    blocks = blocks_of(a.columns, kStageTile) * blocks_of(a.inner, kStageTile);
+  }
   const dim3 grid{blocks, static_cast<unsigned>(layout.slots), 1};
   if (blocks > 0) for_dtype(p.dtype, [&](auto in) { launch_stage<decltype(in)>(a, p.weight_dtype, grid, stream); });
   return {a.out, layout.slot_stride, layout.column_stride, a.slot, false};

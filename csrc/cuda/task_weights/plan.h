@@ -96,6 +96,18 @@ inline bool lies_in_line(const StageParams& p, const StageLayout& layout) {
   return !p.delta.any || (deltas_aligned16(p) && is_dense(p, layout, p.delta_strides));
 }
 
+// Whether a filter's taps lie inside, [.., Cin, kh, kw] without gaps
+inline bool has_taps_inside(const ConvShape& s, const FilterStrides& strides) {
+  const int64_t taps = int64_t{s.kh} * s.kw;
+  return taps > 1 && (s.channels == 1 || strides.ci == taps) && (s.kw == 1 || strides.kw == 1) &&
+         (s.kh == 1 || strides.kh == s.kw);
+}
+
+inline bool has_taps_inside(const StageParams& p) {
+  return (p.weight == nullptr || has_taps_inside(p.shape, p.weight_strides)) &&
+         (!p.delta.any || has_taps_inside(p.shape, p.delta_strides));
+}
+
 // --- product
 
 struct ProductPlan {
@@ -179,8 +191,7 @@ struct WeightGradLayout {
     const TileSize& tile = piece_tile(p.dtype, plan.tile);
     tiles = ceil_div(s.features, tile.rows) * ceil_div(depth, tile.columns);
     const FilterStrides& written = p.grad_delta.any ? p.grad_delta_strides : p.grad_weight_strides;
-    const int64_t taps = int64_t{s.kh} * s.kw;
-    taps_inside = taps > 1 && written.ci == taps && (s.kw == 1 || written.kw == 1);
+    taps_inside = has_taps_inside(s, written);
     per = s.channels % 4 == 0 && !taps_inside ? 4 : 1;
     finish_blocks = ceil_div(size, int64_t{kThreads} * per);
     bias_columns = kWarp * (grad_out_aligned16 ? 16 / size_of(p.dtype) : 1);

@@ -24,8 +24,9 @@ struct StageArguments {
   int columns, inner, kh, kw;
   int64_t column_stride, slot_stride;
   int shared_slot;
-  bool transposed;  // for the input gradient: columns are Cin
-  int64_t line;     // all lie in the order of the result, and this is how many elements they have; 0: they don't
+  bool transposed;   // for the input gradient: columns are Cin
+  bool taps_inside;  // for task_stage_taps_kernel
+  int64_t line;      // all lie in the order of the result, and this is how many elements they have; 0: they don't
 };
 
 // float32 beside 16 bits, or as x
@@ -109,6 +110,46 @@ __global__ void __launch_bounds__(kThreads) task_stage_kernel(const __grid_const
       const int column = first_column + k / rest;
       if (column < p.columns) out[column * p.column_stride + depth + k % rest] = narrow<In>(0.0f);
     }
+}
+
+// Where W and deltas are [.., Cin, kh, kw] without gaps, forward: a run of one column, of channels and taps, is read as
+// it lies, and written tap by tap.
+constexpr int kStageRun = 2048;
+
+template <class In, int kWeightBytes>
+__global__ void __launch_bounds__(kThreads) task_stage_taps_kernel(const __grid_constant__ StageArguments p) {
+  using W = WeightOf<In, kWeightBytes>;
+  struct Shared {
+    float run[kStageRun];
+  };
+  FASTMTL_SHARED(Shared, shared);
+  const StageOf how = stage_of(p);
+  if (!how.wanted) return;
+  const int taps = p.kh * p.kw, most = kStageRun / taps;
+  const int runs = (p.inner + most - 1) / most;
+  const int column = static_cast<int>(blockIdx.x) / runs;
+  const int first = (static_cast<int>(blockIdx.x) - column * runs) * most;
+  const int channels = p.inner - first < most ? p.inner - first : most;
+  const auto* weight = static_cast<const W*>(p.weight);
+  const W* delta = delta_of<W>(p, how.opened);
+  const int64_t offset = static_cast<int64_t>(first) * taps;
+  const int64_t w_offset = column * p.weight_strides.co + offset, d_offset = column * p.delta_strides.co + offset;
+#pragma unroll 4
+  for (int k = static_cast<int>(threadIdx.x); k < channels * taps; k += kThreads) {
+    float value = weight != nullptr ? widen(weight[w_offset + k]) : 0.0f;
+    if (delta != nullptr) value += how.scale * widen(in_global(delta)[d_offset + k]);
+    shared.run[k] = value;
+  }
+  __syncthreads();
+  auto* out = static_cast<In*>(p.out) + static_cast<int64_t>(blockIdx.y) * p.slot_stride + column * p.column_stride;
+#pragma unroll 4
+  for (int k = static_cast<int>(threadIdx.x); k < channels * taps; k += kThreads) {
+    const int tap = k / channels, channel = k - tap * channels;
+    out[static_cast<int64_t>(tap) * p.inner + first + channel] = narrow<In>(shared.run[channel * taps + tap]);
+  }
+  const int64_t depth = static_cast<int64_t>(taps) * p.inner;
+  if (first == 0 && static_cast<int>(threadIdx.x) < p.column_stride - depth)
+    out[depth + static_cast<int64_t>(threadIdx.x)] = narrow<In>(0.0f);
 }
 
 // Where all lie in the order of the result: one line of elements, 16 bytes of the result to a thread.
