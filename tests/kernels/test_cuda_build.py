@@ -145,9 +145,9 @@ PRODUCTS = {
 }
 # of weight gradients: 128 x 128, 64 x 64; of float32 fragments come number by number
 PIECES = {
-    ("f16", 0): MainLoop(2, 64, 16, 8, 280),
+    ("f16", 0): MainLoop(2, 64, 16, 8, 290),
     ("f16", 1): MainLoop(4, 16, 8, 4, 150),
-    ("f32", 1): MainLoop(3, 48, 0, 4, 310),
+    ("f32", 1): MainLoop(3, 48, 0, 4, 330),
 }
 
 

@@ -27,6 +27,8 @@ constexpr TileSize kPieceTile16[kPieceTiles] = {
 constexpr TileSize kPieceTile32[kPieceTiles] = {
     {64, 64, 32, 32, 3, true}, {64, 64, 32, 32, 3, true}, {64, 64, 32, 32, 3, false}};
 
+constexpr int kOutside = -(1 << 30);
+
 template <class In, int kTile>
 struct PieceShape {
   static constexpr TileSize kSize = sizeof(In) == 4 ? kPieceTile32[kTile] : kPieceTile16[kTile];
@@ -41,13 +43,15 @@ struct PieceShape {
   static constexpr int kGroup = kThreads, kStepsOfGroup = kGroup / kDepth;
   static_assert(kStepsOfGroup >= kStages);
 
-  struct RowPlace {
-    int64_t x, grad_out;  // where the row's pixels lie; grad_out of -1: there is no such row
-    int h, w;             // of the pixel of x that the first tap meets
+  // the pixel of x that a row's first tap meets; where there is no such row, one that lies outside with every tap
+  struct alignas(16) Pixel {
+    int64_t at;
+    int h, w;
   };
   struct alignas(16) Shared {
     unsigned char stage[kStages][kStageBytes];
-    RowPlace place[2][kGroup];
+    Pixel pixel[2][kGroup];
+    int64_t grad_out[2][kGroup];  // where the row's result lies; -1: there is no such row
   };
 };
 
@@ -56,7 +60,7 @@ __global__ void __launch_bounds__((PieceShape<In, kTile>::kThreads), (PieceShape
     task_pieces_kernel(const __grid_constant__ PiecesArguments p) {
   using Shape = PieceShape<In, kTile>;
   using Shared = typename Shape::Shared;
-  using RowPlace = typename Shape::RowPlace;
+  using Pixel = typename Shape::Pixel;
   constexpr int kPer = kPer16<In>, kThreads = Shape::kThreads, kDepth = Shape::kDepth;
   constexpr int kUnitsA = Shape::kUnitsA, kUnitsB = Shape::kUnitsB;
   // a thread copies the same unit of several lines
@@ -88,11 +92,16 @@ __global__ void __launch_bounds__((PieceShape<In, kTile>::kThreads), (PieceShape
     place = rows.at(row);
     return p.batch.order[place.sample];
   };
-  auto row_place = [&](int64_t n, const Place& place) -> RowPlace {
-    if (n < 0) return {0, -1, 0, 0};
-    const int h = place.h * s.stride_h - s.pad_h, w = place.w * s.stride_w - s.pad_w;
-    return {n * p.x_strides.n + h * p.x_strides.h + w * p.x_strides.w,
-            n * p.grad_out_strides.n + place.h * p.grad_out_strides.h + place.w * p.grad_out_strides.w, h, w};
+  auto leave_place = [&](int group, int64_t n, const Place& place) {
+    Pixel pixel = {0, kOutside, kOutside};
+    int64_t grad_out = -1;
+    if (n >= 0) {
+      const int h = place.h * s.stride_h - s.pad_h, w = place.w * s.stride_w - s.pad_w;
+      pixel = {n * p.x_strides.n + h * p.x_strides.h + w * p.x_strides.w, h, w};
+      grad_out = n * p.grad_out_strides.n + place.h * p.grad_out_strides.h + place.w * p.grad_out_strides.w;
+    }
+    shared.pixel[group % 2][tid] = pixel;
+    shared.grad_out[group % 2][tid] = grad_out;
   };
 
   // what this thread copies: always the same channels, and for x the same tap
@@ -110,18 +119,19 @@ __global__ void __launch_bounds__((PieceShape<In, kTile>::kThreads), (PieceShape
     return {c, h, w, h * p.x_strides.h + w * p.x_strides.w + c};
   };
   const Column mine = column_at(column);
-  auto is_inside = [&](const RowPlace& place, const Column& one) {
-    return place.grad_out >= 0 && static_cast<unsigned>(place.h + one.h) < static_cast<unsigned>(s.height) &&
-           static_cast<unsigned>(place.w + one.w) < static_cast<unsigned>(s.width);
+  auto is_inside = [&](const Pixel& pixel, const Column& one) {
+    // both at once, without a branch
+    return (static_cast<unsigned>(pixel.h + one.h) < static_cast<unsigned>(s.height)) &
+           (static_cast<unsigned>(pixel.w + one.w) < static_cast<unsigned>(s.width));
   };
   auto copy = [&](int step, int stage) {
-    const RowPlace* places = shared.place[step / Shape::kStepsOfGroup % 2] + step % Shape::kStepsOfGroup * kDepth;
+    const int group = step / Shape::kStepsOfGroup % 2, first = step % Shape::kStepsOfGroup * kDepth;
     unsigned char* a = shared.stage[stage];
     unsigned char* b = a + kDepth * kUnitsA * kUnit;
 #pragma unroll
     for (int k = 0; k < kLinesA; ++k) {
       const int line = line_a + k * kApartA;
-      const int64_t from = places[line].grad_out;
+      const int64_t from = shared.grad_out[group][first + line];
       unsigned char* to = a + place_across<In, kUnitsA>(line, unit_a);
       if constexpr (Shape::kSize.aligned16) {
         const bool ok = from >= 0 && feature < s.features;
@@ -137,17 +147,17 @@ __global__ void __launch_bounds__((PieceShape<In, kTile>::kThreads), (PieceShape
 #pragma unroll
     for (int k = 0; k < kLinesB; ++k) {
       const int line = line_b + k * kApartB;
-      const RowPlace place = places[line];
+      const Pixel pixel = shared.pixel[group][first + line];
       unsigned char* to = b + place_across<In, kUnitsB>(line, unit_b);
       if constexpr (Shape::kSize.aligned16) {
-        const bool ok = column < depth && is_inside(place, mine);
-        copy_async(to, ok ? x + place.x + mine.moved : x, ok ? kUnit : 0);
+        const bool ok = (column < depth) & is_inside(pixel, mine);
+        copy_async(to, ok ? x + pixel.at + mine.moved : x, ok ? kUnit : 0);
       } else {
         Vector<In, kPer> value = {};
 #pragma unroll
         for (int e = 0; e < kPer; ++e) {
           const Column one = column_at(column + e);
-          if (column + e < depth && is_inside(place, one)) value.v[e] = x[place.x + one.moved];
+          if (column + e < depth && is_inside(pixel, one)) value.v[e] = x[pixel.at + one.moved];
         }
         memcpy(to, &value, kUnit);
       }
@@ -159,7 +169,7 @@ __global__ void __launch_bounds__((PieceShape<In, kTile>::kThreads), (PieceShape
   if constexpr (sizeof(In) == 4) total.fill(0.0f);
   Place place{};
   int64_t sample = find_sample(tid, place);
-  shared.place[0][tid] = row_place(sample, place);
+  leave_place(0, sample, place);
   block_barrier();
 #pragma unroll
   for (int k = 0; k < Shape::kStages - 1; ++k) {
@@ -183,7 +193,7 @@ __global__ void __launch_bounds__((PieceShape<In, kTile>::kThreads), (PieceShape
 #pragma unroll
     for (int part = 0; part < 2; ++part)
       add_across<In, kUnitsA, kUnitsB>(sum, a, a + kDepth * kUnitsA * kUnit, warp_row, warp_column, part);
-    if (finds) shared.place[group % 2][tid] = row_place(sample, place);
+    if (finds) leave_place(group, sample, place);
     stage = stage + 1 < Shape::kStages ? stage + 1 : 0;
     if constexpr (sizeof(In) == 4)
       if (step % kStepsOfSum == kStepsOfSum - 1) total.add_and_clear(sum);
