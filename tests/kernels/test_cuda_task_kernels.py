@@ -10,6 +10,7 @@ import functools
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -285,6 +286,28 @@ def test_batches_without_rows(case: TaskCase, translated: None) -> None:
     found = run(case, case.but(dtype=BF16).make())
     assert found.pop("y").numel() == found.pop("x").numel() == 0
     assert not any(value.any() for value in found.values())
+
+
+def far_apart(x: Tensor, file: Path) -> Tensor:
+    """The same numbers in a file with holes: samples and lines lie more than 2^31 elements apart."""
+    n, channels, h, _ = x.shape
+    line, sample = 2**31 + 64, 2**31 * h + 128
+    size = sample * n
+    with file.open("wb") as made:
+        made.truncate(size * x.element_size())
+    memory = torch.from_file(str(file), shared=True, size=size, dtype=x.dtype)
+    file.unlink()
+    return memory.as_strided(x.shape, (sample, 1, line, channels)).copy_(x)
+
+
+def test_offsets_of_64_bits(translated: None, tmp_path: Path) -> None:
+    case = CONV.but(n=2, cin=8, cout=8, size=(2, 3), num_tasks=2, ids="turns", gate=None, dtype=BF16)
+    made = case.make()
+    near = run(case, made)
+    made.x, made.grad_out = far_apart(made.x, tmp_path / "x"), far_apart(made.grad_out, tmp_path / "grad_out")
+    far = run(case, made)
+    for name, value in near.items():
+        assert torch.equal(value, far[name]), name
 
 
 def test_long_sums_of_float32(translated: None) -> None:
