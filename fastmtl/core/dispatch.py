@@ -147,8 +147,18 @@ def choose(
     Raises:
         RuntimeError: a forced backend has no kernel for this op, this device or these arguments.
     """
+    return implementations[choose_backend(op, device_type, implementations, unsupported)]
+
+
+def choose_backend(
+    op: str,
+    device_type: str | None,
+    implementations: Mapping[str, Callable[..., Any]],
+    unsupported: Mapping[str, str | None] | None = None,
+) -> str:
+    """The name under which `choose` finds its implementation."""
     if device_type is None:
-        return implementations["reference"]
+        return "reference"
     declined = {} if unsupported is None else unsupported
     forced = forced_backend()
     if forced is not None:
@@ -158,13 +168,13 @@ def choose(
         reason = reason or declined.get(forced)
         if reason is not None:
             raise RuntimeError(f"fastmtl.{op}: backend {forced!r} is forced but cannot serve this call: {reason}")
-        return implementations[forced]
+        return forced
     for backend in _PREFERENCE.get(device_type, ()):
         if backend in implementations and not declined.get(backend) and unavailable(backend, device_type) is None:
-            return implementations[backend]
+            return backend
     if device_type == "cpu" and extension is None:
         _warn_reference_once()
-    return implementations["reference"]
+    return "reference"
 
 
 def _warn_reference_once() -> None:
@@ -179,24 +189,27 @@ def _warn_reference_once() -> None:
         )
 
 
-def straight_to_cpu() -> bool:
-    """Whether an eager call may go to a kernel of the CPU itself, past its op: nothing must see the op being called.
+def unwatched() -> bool:
+    """Whether nothing must see an op being called by an eager caller: no mode, transform of functions, trace, profiler
+    or forward-mode differentiation."""
+    return (
+        torch._C._functorch.maybe_current_level() is None
+        and not torch._C._is_tracing()
+        and not torch._C._autograd._profiler_enabled()
+        and forward_ad._current_level < 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
-    Not if another backend is forced, or if a mode, a transform of functions, a trace, a profiler or forward-mode
-    differentiation watches.
-    """
+
+def straight_to_cpu() -> bool:
+    """Whether an eager call may go to a kernel of the CPU itself, past its op: no other backend is forced, and the call
+    is `unwatched`."""
     if extension is None:
         return False
     if (_forced or extension.has_variable("FASTMTL_BACKEND")) and forced_backend() not in (None, "cpu"):
         return False
-    if (
-        torch._C._functorch.maybe_current_level() is not None
-        or torch._C._is_tracing()
-        or torch._C._autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
-    ):
-        return False
-    return torch._C._len_torch_function_stack() == 0 and torch._C._len_torch_dispatch_stack() == 0
+    return unwatched()
 
 
 def straight_unrecorded(*tensors: Any) -> bool:

@@ -31,6 +31,7 @@ from fastmtl.ops.task_weights.cpu.backward import conv2d_backward as conv2d_back
 from fastmtl.ops.task_weights.cpu.forward import conv2d as conv2d_on_cpu
 from fastmtl.ops.task_weights.cpu.weight_grads import weight_grad as weight_grad_on_cpu
 from fastmtl.ops.task_weights.cpu.weight_grads import weight_grads
+from fastmtl.ops.task_weights.eager import Layer
 from fastmtl.ops.task_weights.operators import GEOMETRY, define_layer, define_weight_grad, spelled_out
 from fastmtl.ops.task_weights.precision import cast_by_autocast
 from fastmtl.ops.task_weights.task_plan import read_plan
@@ -111,9 +112,7 @@ def task_conv2d(
         assert weight is not None
         return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *geometry)
     plan = read_plan(task_ids, num_tasks)
-    return task_conv2d_op(
-        x, weight, weights.delta, weights.delta_tasks, gate, bias, plan.order, plan.offsets, *spelled_out(geometry)
-    )
+    return _layer(x, TaskConvCall(weights, SortedBatch(plan.order, plan.offsets), geometry, bias))
 
 
 def task_conv2d_weight_grad(
@@ -300,6 +299,7 @@ _WEIGHT_GRAD = {
 }
 
 task_conv2d_op, task_conv2d_backward_op = define_layer("task_conv2d", GEOMETRY, _FORWARD, _BACKWARD, _fake)
+_layer = Layer("task_conv2d", True, _FORWARD, _BACKWARD, task_conv2d_op, task_conv2d_backward_op)
 task_conv2d_weight_grad_op, task_conv2d_weight_grad_out_op = define_weight_grad(
     "task_conv2d",
     ", int[] kernel_size",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.core.dispatch import triton_kernels
-from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskPlan, TaskWeights, shape_of_one
+from fastmtl.core.task_weights import STILL, Geometry, SortedBatch, TaskConvCall, TaskPlan, TaskWeights, shape_of_one
 from fastmtl.ops.gradients.combine import mark_written
 from fastmtl.ops.task_weights import reference, straight
 from fastmtl.ops.task_weights.arguments import (
@@ -28,6 +28,7 @@ from fastmtl.ops.task_weights.arguments import (
 from fastmtl.ops.task_weights.cpu.backward import conv2d_backward as conv2d_backward_on_cpu
 from fastmtl.ops.task_weights.cpu.forward import conv2d as conv2d_on_cpu
 from fastmtl.ops.task_weights.cpu.weight_grads import weight_grad as weight_grad_on_cpu
+from fastmtl.ops.task_weights.eager import Layer
 from fastmtl.ops.task_weights.operators import define_layer, define_weight_grad
 from fastmtl.ops.task_weights.precision import cast_by_autocast
 from fastmtl.ops.task_weights.task_conv2d import check_grad_out, check_out, check_result_dtype
@@ -94,7 +95,7 @@ def task_linear(
         assert weight is not None
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     plan = read_plan(task_ids, num_tasks)
-    return task_linear_op(x, weight, weights.delta, weights.delta_tasks, gate, bias, plan.order, plan.offsets)
+    return _layer(x, TaskConvCall(weights, SortedBatch(plan.order, plan.offsets), STILL, bias))
 
 
 def task_linear_weight_grad(
@@ -251,6 +252,7 @@ _WEIGHT_GRAD = {
 }
 
 task_linear_op, task_linear_backward_op = define_layer("task_linear", "", _FORWARD, _BACKWARD, _fake)
+_layer = Layer("task_linear", False, _FORWARD, _BACKWARD, task_linear_op, task_linear_backward_op)
 task_linear_weight_grad_op, task_linear_weight_grad_out_op = define_weight_grad(
     "task_linear", "", "", _WEIGHT_GRAD, _weight_grad_fake, (task_linear_op, task_linear_backward_op)
 )
