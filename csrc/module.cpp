@@ -7,6 +7,7 @@
 #include "cpu/simd/kernels.h"
 #include "cpu/task_weights/straight.h"
 #include "cuda/gradients/plan.h"
+#include "cuda/task_weights/launcher.h"
 
 #define FASTMTL_TEXT_(x) #x
 #define FASTMTL_TEXT(x) FASTMTL_TEXT_(x)
@@ -37,6 +38,10 @@ PyMethodDef straight_calls[] = {
     {"pcgrad_bank", fast<&fastmtl::cpu::pcgrad_bank>(), METH_FASTCALL, nullptr},
     {"task_conv_few", fast<&fastmtl::cpu::task_conv_few>(), METH_FASTCALL, nullptr},
     {"task_conv_few_backward", fast<&fastmtl::cpu::task_conv_few_backward>(), METH_FASTCALL, nullptr},
+    {"task_conv_launch", fast<&fastmtl::cuda::task_conv_launch>(), METH_FASTCALL, nullptr},
+    {"task_conv_launch_backward", fast<&fastmtl::cuda::task_conv_launch_backward>(), METH_FASTCALL, nullptr},
+    {"task_conv_refusal", fast<&fastmtl::cuda::task_conv_refusal>(), METH_FASTCALL, nullptr},
+    {"use_conv_functions", &fastmtl::cuda::use_conv_functions, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

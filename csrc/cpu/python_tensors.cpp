@@ -32,7 +32,6 @@ struct ExchangeTable {
   void* current_stream;
 };
 constexpr uint32_t kMajor = 1;
-constexpr int32_t kCpu = 1;
 constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 
 struct Torch {
@@ -132,7 +131,7 @@ bool is_negated(PyObject* tensor) {
   return negated;
 }
 
-std::optional<PythonTensor> read_tensor(PyObject* tensor) {
+std::optional<PythonTensor> read_tensor(PyObject* tensor, int32_t device_kind) {
   if (!known.read || !is_tensor(tensor)) return std::nullopt;
   Exported x{};
   if (known.read(tensor, &x) != 0) {
@@ -140,10 +139,15 @@ std::optional<PythonTensor> read_tensor(PyObject* tensor) {
     PyErr_Clear();
     return std::nullopt;
   }
-  if (x.device.type != kCpu || !x.data || (x.dims > 0 && (!x.shape || !x.strides))) return std::nullopt;
+  if (x.device.type != device_kind || !x.data || (x.dims > 0 && (!x.shape || !x.strides))) return std::nullopt;
   const bool is_int64 = x.element.code == kInt && x.element.bits == 64 && x.element.lanes == 1;
-  return PythonTensor{
-      static_cast<char*>(x.data) + x.byte_offset, x.dims, x.shape, x.strides, is_int64, float_type(x.element)};
+  return PythonTensor{static_cast<char*>(x.data) + x.byte_offset,
+                      x.dims,
+                      x.shape,
+                      x.strides,
+                      is_int64,
+                      float_type(x.element),
+                      x.device.id};
 }
 
 PyObject* value_of(PyObject* dict, PyObject* name) {

@@ -14,7 +14,7 @@
 
 namespace fastmtl::cpu {
 
-// A dense tensor on the CPU. It owns nothing: all of it holds while the tensor is alive and nobody changes it.
+// A dense tensor. It owns nothing: all of it holds while the tensor is alive and nobody changes it.
 struct PythonTensor {
   void* data;
   int64_t dims;
@@ -22,6 +22,7 @@ struct PythonTensor {
   const int64_t* strides;  // in elements
   bool is_int64;
   std::optional<DType> dtype;  // of floats
+  int32_t device;              // its number, of the kind that was asked for
   int64_t numel() const;
   bool is_contiguous() const;  // strides of dimensions of size 1 do not count
   bool is_vector(int64_t size) const { return dims == 1 && shape[0] == size && (strides[0] == 1 || size <= 1); }
@@ -30,9 +31,12 @@ struct PythonTensor {
 // To be called while the module is imported.
 void set_up_tensors();
 
-// None: it is no plain tensor or parameter, does not lie in memory on the CPU, or torch offers no such table. Needs the
-// interpreter's lock; leaves no error behind. Of a tensor that `is_negated` the memory holds the negatives.
-std::optional<PythonTensor> read_tensor(PyObject* tensor);
+// kinds of devices, by DLPack
+constexpr int32_t kOnCpu = 1, kOnCuda = 2;
+
+// None: it is no plain tensor or parameter, does not lie in memory on such a device, or torch offers no such table.
+// Needs the interpreter's lock; leaves no error behind. Of a tensor that `is_negated` the memory holds the negatives.
+std::optional<PythonTensor> read_tensor(PyObject* tensor, int32_t device_kind = kOnCpu);
 
 // Whether torch negates the numbers whenever they are read, as it does with the imaginary part of a conjugate. Only
 // views of every other number, single numbers, and what `as_strided` makes of one are such ones. Other threads may run

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/ceil_div.h"
+
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -34,8 +36,6 @@
 #endif
 
 namespace fastmtl::cuda {
-
-constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 constexpr int kMaxTasks = 128;
 constexpr int kThreads = 256;

@@ -32,7 +32,10 @@ from fastmtl.core.gradient_rows import GradientRows, accumulate_dtype, present_p
 HOST = ROOT / "tests" / "host"
 CUDA = ROOT / "csrc" / "cuda"
 SOURCES = [HOST / "kernels_on_host.cpp", *sorted((CUDA / "gradients").glob("kernels_*.cu"))]
-TASK_SOURCES = [HOST / "task_weights_on_host.cpp", *sorted((CUDA / "task_weights").glob("kernels_*.cu"))]
+TASK_SOURCES = [
+    *(HOST / f"task_{name}_on_host.cpp" for name in ("weights", "functions")),
+    *sorted((CUDA / "task_weights").glob("kernels_*.cu")),
+]
 FOLDER = ROOT / "build" / "host"
 # a struct of one number and that number are the same memory to the kernels
 FLAGS = ["-std=c++20", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/device.cuh"
+#include "common/ceil_div.h"
 
 namespace fastmtl::cuda {
 

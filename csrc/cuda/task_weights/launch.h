@@ -12,8 +12,14 @@
 // pointer, channels and strides are multiples of 16 bytes, 16 bytes are loaded at a time; else single elements.
 #pragma once
 
+#include <cstdint>
+
 #include "common/params.h"
+#if defined(__CUDACC__) || __has_include("cuda_on_host.h")
 #include "cuda/device.cuh"
+#else
+using cudaStream_t = void*;  // the launcher, which is built without CUDA too, comes to these by functions.h
+#endif
 
 namespace fastmtl::cuda {
 

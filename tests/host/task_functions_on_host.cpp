@@ -1,0 +1,38 @@
+// The launcher's table of functions (csrc/cuda/task_weights/functions.h) on CPU tensors: the kernels run on the host, or,
+// where the launcher itself is measured, not at all.
+#include <atomic>
+
+#include "cuda/task_weights/kernel_functions.h"
+
+using namespace fastmtl::cuda;
+
+namespace {
+
+std::atomic<int64_t> tables{0};
+
+ConvFunctions on_host() {
+  ConvFunctions f = kernel_functions();
+  f.device_kind = 1;
+  f.on_device = [](int, const std::function<void(Stream)>& run) { run(nullptr); };
+  f.num_sms = [](int) { return 3; };
+  f.check = [](const char*) {};
+  f.table = [](int, Stream, const std::vector<int64_t>& words) {
+    ++tables;
+    const auto held = std::make_shared<std::vector<int64_t>>(words);
+    return std::shared_ptr<const int64_t>(held, held->data());
+  };
+  return f;
+}
+
+}  // namespace
+
+extern "C" {
+
+const void* host_conv_functions() {
+  static const ConvFunctions it = on_host();
+  return &it;
+}
+
+// how many tables were made
+int64_t host_conv_tables() { return tables; }
+}
