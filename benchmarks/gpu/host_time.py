@@ -79,6 +79,30 @@ def without_gpu(compiled: Callable[..., Any], arch: int = 90) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def with_conv_functions(address: int) -> Iterator[None]:
+    """Inside the block the backend `cuda` takes tensors of the CPU, for `task_conv2d` and `task_linear` alone.
+
+    address: of a `ConvFunctions` (csrc/cuda/task_weights/functions.h), which the launcher calls in the place of CUDA's.
+    """
+    from fastmtl.ops.task_weights import cuda
+
+    unavailable = dispatch._compiled_unavailable
+
+    def on_cpu(backend: str, device_type: str) -> str | None:
+        return None if (backend, device_type) == ("cuda", "cpu") else unavailable(backend, device_type)
+
+    # what a build refuses is kept by size
+    cuda._declines.cache_clear()
+    dispatch.extension.use_conv_functions(address)
+    try:
+        with mock.patch.object(dispatch, "_compiled_unavailable", on_cpu):
+            yield
+    finally:
+        dispatch.extension.use_conv_functions(0)
+        cuda._declines.cache_clear()
+
+
+@contextlib.contextmanager
 def stubbed(record: bool = False) -> Iterator[list[Launched]]:
     """Inside the block Triton's kernels take tensors of the CPU, are compiled to nothing and run as nothing.
 

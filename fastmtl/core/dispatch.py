@@ -9,7 +9,7 @@ import importlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,20 @@ def unavailable(backend: str, device_type: str) -> str | None:
     """Why `backend` cannot serve tensors on `device_type` in this process; None if it can."""
     if backend == "reference":
         return None
-    if backend == "triton":
-        return _triton_unavailable(device_type)
+    return _triton_unavailable(device_type) if backend == "triton" else _compiled_unavailable(backend, device_type)
+
+
+@functools.cache
+def _built_for_cuda(built: Any) -> bool:
+    return bool(built.build_info().get("cuda_architectures"))
+
+
+def _compiled_unavailable(backend: str, device_type: str) -> str | None:
     if extension is None:
         return f"no compiled extension ({extension_error})"
     if backend != device_type:
         return f"the {backend} backend takes {backend} tensors, got tensors on {device_type!r}"
-    if backend == "cuda" and not build_info().get("cuda_architectures"):
+    if backend == "cuda" and not _built_for_cuda(extension):
         return "the extension was built without CUDA (`fastmtl info` says why)"
     return None
 
@@ -135,6 +142,7 @@ def choose(
     device_type: str | None,
     implementations: Mapping[str, Callable[..., Any]],
     unsupported: Mapping[str, str | None] | None = None,
+    order: Sequence[str] | None = None,
 ) -> Callable[..., Any]:
     """The implementation of `op` to run for tensors on `device_type`.
 
@@ -143,11 +151,12 @@ def choose(
             and plain torch makes the empty result whatever is forced.
         implementations: by backend.
         unsupported: backend -> why it cannot serve these arguments (None: it can).
+        order: of the backends that are asked where none is forced, best first; None: that of all ops.
 
     Raises:
         RuntimeError: a forced backend has no kernel for this op, this device or these arguments.
     """
-    return implementations[choose_backend(op, device_type, implementations, unsupported)]
+    return implementations[choose_backend(op, device_type, implementations, unsupported, order)]
 
 
 def choose_backend(
@@ -155,6 +164,7 @@ def choose_backend(
     device_type: str | None,
     implementations: Mapping[str, Callable[..., Any]],
     unsupported: Mapping[str, str | None] | None = None,
+    order: Sequence[str] | None = None,
 ) -> str:
     """The name under which `choose` finds its implementation."""
     if device_type is None:
@@ -169,7 +179,7 @@ def choose_backend(
         if reason is not None:
             raise RuntimeError(f"fastmtl.{op}: backend {forced!r} is forced but cannot serve this call: {reason}")
         return forced
-    for backend in _PREFERENCE.get(device_type, ()):
+    for backend in _PREFERENCE.get(device_type, ()) if order is None else order:
         if backend in implementations and not declined.get(backend) and unavailable(backend, device_type) is None:
             return backend
     if device_type == "cpu" and extension is None:

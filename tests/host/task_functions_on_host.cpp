@@ -1,5 +1,4 @@
-// The launcher's table of functions (csrc/cuda/task_weights/functions.h) on CPU tensors: the kernels run on the host, or,
-// where the launcher itself is measured, not at all.
+// The launcher's table of functions (csrc/cuda/task_weights/functions.h) on CPU tensors: the kernels run on the host.
 #include <atomic>
 
 #include "cuda/task_weights/kernel_functions.h"
@@ -35,4 +34,7 @@ const void* host_conv_functions() {
 
 // how many tables were made
 int64_t host_conv_tables() { return tables; }
+
+// in which order blocks and threads take turns, see cuda_on_host.h
+void host_conv_schedule(uint64_t schedule) { cuda_on_host::schedule = schedule; }
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.dispatch import extension
-from fastmtl.core.task_weights import STILL, Geometry, SortedBatch, TaskConvCall, TaskWeights, empty_gradients
+from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights, empty_gradients
 from fastmtl.core.tensors import memory_format
 
 # as csrc/common/params.h numbers them
@@ -28,7 +28,8 @@ def declines(x: Tensor, shape: Sequence[int], geometry: Geometry, num_tasks: int
     """
     if geometry.groups != 1:
         return f"its kernels have no groups, got {geometry.groups}"
-    size = tuple(x.shape[2:]) if len(shape) == 4 else (1, x.shape[:-1].numel())
+    # rows without elements are no work; pictures without any may have results, by their padding
+    size = tuple(x.shape[2:]) if len(shape) == 4 else (1, max(1, x.shape[:-1].numel()))
     return _declines(x.dtype, size, tuple(shape), geometry, num_tasks)
 
 
@@ -129,12 +130,16 @@ def _alike(delta: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+def _done(launched: bool) -> None:
+    assert launched, "the CUDA kernels' launcher does not read what it is given, though its layout has been evened"
+
+
 def _forward(x: Tensor, call: TaskConvCall, moves: Moves, y: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
     x, made = _readable(x, moves), _written(y, moves)
     if not extension.task_conv_launch(*_told(call, moves), x, made):
-        extension.task_conv_launch(*_told(_evened(call), moves), x, made)
+        _done(extension.task_conv_launch(*_told(_evened(call), moves), x, made))
     return y if made is y else y.copy_(made)
 
 
@@ -157,7 +162,8 @@ def _backward(
     given = (_readable(x, moves), _readable(grad_out, moves), made_x, grad_weight)
     if not extension.task_conv_launch_backward(*_told(call, moves), *given, grads, tasks, grad_gate, grad_bias):
         made = _alike(grads) if tasks else grads
-        extension.task_conv_launch_backward(*_told(_evened(call), moves), *given, made, tasks, grad_gate, grad_bias)
+        told = _told(_evened(call), moves)
+        _done(extension.task_conv_launch_backward(*told, *given, made, tasks, grad_gate, grad_bias))
         for grad, one in zip(grads, made, strict=True):
             if one is not grad:
                 grad.copy_(one)
@@ -196,4 +202,4 @@ def _weight_grad(x: Tensor, grad_out: Tensor, batch: SortedBatch, moves: Moves, 
     none = None, [], [], None, None
     given = _readable(x, moves), _readable(grad_out, moves)
     batch = SortedBatch(batch.order.contiguous(), batch.offsets.contiguous())
-    extension.task_conv_launch_backward(*none, *batch, moves, *given, None, None, [out], [], None, None)
+    _done(extension.task_conv_launch_backward(*none, *batch, moves, *given, None, None, [out], [], None, None))

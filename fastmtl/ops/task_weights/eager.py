@@ -7,7 +7,7 @@ needed: autograd records one node over what a launcher has made, and that node c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastmtl.core.autograd import no_view
 from fastmtl.core.dispatch import choose_backend, forced_backend, unwatched
 from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights
 from fastmtl.core.tensors import PLAIN
-from fastmtl.ops.task_weights.arguments import triton_declines
+from fastmtl.ops.task_weights import choice
 from fastmtl.ops.task_weights.operators import by_argument, spelled_out, wanted_deltas
 
 # whose launchers are called past the op; the CPU has ways of its own (`straight.py`)
@@ -49,7 +49,7 @@ class Layer:
         if torch.compiler.is_compiling() or (x.is_cpu and forced_backend() not in LAUNCHED):
             return self.op(x, weight, delta, delta_tasks, gate, bias, order, offsets, *self.spelled(geometry))
         tensors = (x, weight, gate, bias, order, offsets, *delta)
-        backend = self._launched(self.forward, x, offsets, tensors)
+        backend = self.launched("forward", self.forward, x, call, tensors)
         if backend is None:
             return self.op(x, weight, delta, delta_tasks, gate, bias, order, offsets, *self.spelled(geometry))
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, gate, bias, delta)):
@@ -58,17 +58,18 @@ class Layer:
             y = self.forward[backend](x, call)
         return _Launched.apply(self, (delta_tasks, geometry), [no_view(y)], *tensors)
 
-    def _launched(
+    def launched(
         self,
-        implementations: Mapping[str, Callable[..., Any]],
+        product: str,
+        choices: Mapping[str, Any],
         x: Tensor,
-        offsets: Tensor,
-        tensors: tuple[Tensor | None, ...],
+        call: TaskConvCall,
+        tensors: Sequence[Tensor | None],
     ) -> str | None:
         """The backend whose launcher may be called with these tensors; None: the op must see the call."""
         if not all(t is None or (type(t) in PLAIN and not t.is_neg()) for t in tensors) or not unwatched():
             return None
-        backend = choose_backend(self.name, x.device.type, implementations, triton_declines(x, offsets=offsets))
+        backend = choose_backend(self.name, x.device.type, choices, *choice.of_layer(product, x, call))
         return backend if backend in LAUNCHED else None
 
     def spelled(self, geometry: Geometry) -> tuple[Any, ...]:
@@ -93,13 +94,13 @@ class _Launched(torch.autograd.Function):
         _, _, _, of_x, of_weight, of_gate, of_bias, _, _, *of_delta = ctx.needs_input_grad
         wanted = [of_x, of_weight, of_gate, of_bias]
         wanted_delta = wanted_deltas(of_delta, delta, delta_tasks, offsets)
+        weights = TaskWeights(weight, delta, delta_tasks, gate)
+        call = TaskConvCall(weights, SortedBatch(order, offsets), geometry, bias)
         backend = None
         # gradients that are recorded themselves are the op's
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            backend = layer._launched(layer.backward, x, offsets, (grad_out,))
+            backend = layer.launched("backward", layer.backward, x, call, (grad_out,))
         if backend is not None:
-            weights = TaskWeights(weight, delta, delta_tasks, gate)
-            call = TaskConvCall(weights, SortedBatch(order, offsets), geometry, bias)
             found = no_view(layer.backward[backend](grad_out, x, call, wanted, wanted_delta))
         else:
             found = layer.backward_op(

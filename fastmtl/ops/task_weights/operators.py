@@ -16,7 +16,7 @@ from torch import Tensor
 from fastmtl.core.dispatch import choose
 from fastmtl.core.schemas import define_op
 from fastmtl.core.task_weights import STILL, Geometry, SortedBatch, TaskConvCall, empty_gradients
-from fastmtl.ops.task_weights.arguments import triton_declines
+from fastmtl.ops.task_weights import choice
 from fastmtl.ops.task_weights.composed import composed_backward
 
 Backends = Mapping[str, Callable[..., Any]]
@@ -52,7 +52,7 @@ def define_layer(
 
     def run(x: Tensor, *spelled: Any) -> Tensor:
         call = TaskConvCall.of(*spelled)
-        return choose(name, x.device.type, forward, triton_declines(x, offsets=call.batch.offsets))(x, call)
+        return choose(name, x.device.type, forward, *choice.of_layer("forward", x, call))(x, call)
 
     def run_fake(x: Tensor, *spelled: Any) -> Tensor:
         return fake(x, TaskConvCall.of(*spelled))
@@ -60,7 +60,7 @@ def define_layer(
     def run_backward(grad_out: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
         *spelled, wanted, wanted_delta = rest
         call = TaskConvCall.of(*spelled)
-        chosen = choose(name, x.device.type, backward, triton_declines(x, offsets=call.batch.offsets))
+        chosen = choose(name, x.device.type, backward, *choice.of_layer("backward", x, call))
         return chosen(grad_out, x, call, wanted, wanted_delta)
 
     def run_backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
@@ -170,15 +170,16 @@ def define_weight_grad(
 
     def run(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
         out = fake(x, grad_out, order, offsets, *rest)
-        chosen = choose(f"{name}_weight_grad", x.device.type, into, triton_declines(x, offsets=offsets))
         moves = Geometry.of(*rest[1:5]) if geometry else STILL
+        chosen = choose(f"{name}_weight_grad", x.device.type, into, *choice.of_weight_grad(x, out, moves, offsets))
         chosen(x, grad_out, SortedBatch(order, offsets), moves, out)
         return out
 
     def run_into(x: Tensor, grad_out: Tensor, order: Tensor, offsets: Tensor, *rest: Any) -> None:
         *spelled, out = rest
-        chosen = choose(f"{name}_weight_grad", x.device.type, into, triton_declines(x, out, offsets=offsets))
-        chosen(x, grad_out, SortedBatch(order, offsets), Geometry.of(*spelled) if spelled else STILL, out)
+        moves = Geometry.of(*spelled) if spelled else STILL
+        chosen = choose(f"{name}_weight_grad", x.device.type, into, *choice.of_weight_grad(x, out, moves, offsets))
+        chosen(x, grad_out, SortedBatch(order, offsets), moves, out)
 
     def setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
         x, grad_out, order, offsets, *rest, _dtype = inputs

@@ -107,11 +107,19 @@ def _compiled(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
     return found
 
 
-_IMPLEMENTATIONS = {"cpu": _compiled, "triton": _triton, "reference": reference.task_plan}
+# in CUDA C++ there is no kernel of its own: torch's sort on the device is one
+_IMPLEMENTATIONS = {
+    "cpu": _compiled,
+    "cuda": reference.task_plan,
+    "triton": _triton,
+    "reference": reference.task_plan,
+}
+_ORDER = {"cuda": ("triton", "cuda")}
 
 
 def _task_plan(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
-    run = choose("task_plan", task_ids.device.type, _IMPLEMENTATIONS)
+    device_type = task_ids.device.type
+    run = choose("task_plan", device_type, _IMPLEMENTATIONS, order=_ORDER.get(device_type))
     if run is not _compiled and (task_ids.device.type == "cpu" or checking()):
         check_range(task_ids, num_tasks)
     return run(task_ids, num_tasks)
