@@ -1,19 +1,27 @@
-"""What a task layer costs the host: `python -m fastmtl.benchmarks.gpu.host_time`, on any machine.
+"""What a task layer costs the host: `python -m fastmtl.benchmarks.gpu.host_time`, on any machine, from a checkout.
 
 The ops, their launchers and Triton's own part of a launch run as they do before a GPU. Compilation and what the driver
-is asked for are stubbed out, so that no kernel runs, and tensors lie in the CPU's memory. Not counted, since they are
-missing here: the driver's time, the CUDA allocator's, and the questions for stream and capture.
+is asked for are stubbed out, so that no kernel runs, and tensors lie in the CPU's memory. Of CUDA C++ the launcher and
+the plans of its launches run, which then do nothing: that half is compiled here, by a C++ compiler. Not counted, since
+they are missing here: the driver's time, the CUDA allocator's, and the questions for stream and capture.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import ctypes
+import functools
 import importlib
 import itertools
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,6 +36,8 @@ from fastmtl.core import dispatch
 from fastmtl.core.task_weights import STILL, Geometry, SortedBatch, TaskConvCall, TaskWeights
 from fastmtl.ops.task_weights import reference
 
+ROOT = Path(__file__).resolve().parents[2]
+BACKENDS = ("triton", "cuda")
 TASKS = 8
 _NUMBERS = itertools.count(10_000)
 
@@ -131,13 +141,43 @@ def stubbed(record: bool = False) -> Iterator[list[Launched]]:
         yield launched
 
 
+@contextlib.contextmanager
+def without_launches() -> Iterator[Callable[[], int]]:
+    """Inside the block the backend `cuda` is forced and takes tensors of the CPU, for `task_conv2d` and `task_linear`;
+    its launches do nothing. The block gets a function that says how many there were."""
+    library = ctypes.CDLL(str(_built_without_launches()))
+    library.host_conv_functions.restype = ctypes.c_void_p
+    library.launches_made.restype = ctypes.c_int64
+    with with_conv_functions(library.host_conv_functions()), fastmtl.use_backend("cuda"):
+        yield library.launches_made
+
+
+@functools.cache
+def _built_without_launches() -> Path:
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise FileNotFoundError("a C++ compiler (c++, g++ or clang++), for the launcher of CUDA C++")
+    host = ROOT / "tests" / "host"
+    sources = [
+        ROOT / "benchmarks" / "gpu" / "no_launches.cpp",
+        host / "task_functions_on_host.cpp",
+        ROOT / "csrc" / "cuda" / "task_weights" / "kernels_task.cu",
+    ]
+    library = Path(tempfile.mkdtemp(prefix="fastmtl-host-time-")) / "no_launches.so"
+    atexit.register(shutil.rmtree, library.parent, ignore_errors=True)
+    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", f"-I{host}", "-x", "c++", *map(str, sources)]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return library
+
+
 class Layer(NamedTuple):
     """A layer of `TASKS` tasks, in bfloat16, small: its launches cost what a large one's cost."""
 
     name: str
     run: Callable[[], Tensor]
     leaves: list[Tensor]
-    launchers: Callable[[], Any]  # forward and backward without torch's part: operators, autograd
+    launchers: Callable[[str], Any]  # of a backend, forward and backward: without checks and without autograd
 
 
 def layers() -> list[Layer]:
@@ -157,13 +197,12 @@ def layers() -> list[Layer]:
     gate = torch.rand(TASKS, requires_grad=True)
 
     def conv(gate: Tensor | None = None) -> Layer:
-        def launch() -> None:
-            from fastmtl.kernels.task_weights import conv_launchers
-
-            weights = TaskWeights(filters[0], filters[1:], range(TASKS), gate)
+        def launch(backend: str) -> None:
+            op = importlib.import_module("fastmtl.ops.task_weights.task_conv2d")  # the module, not the function
+            weights = TaskWeights(filters[0], filters[1:], list(range(TASKS)), gate)
             call = TaskConvCall(weights, batch, Geometry((1, 1), (1, 1)), None)
-            y = conv_launchers.conv2d(x, call)
-            conv_launchers.conv2d_backward(y, x, call, [True, True, gate is not None, False], range(TASKS))
+            y = op._FORWARD[backend](x, call)
+            op._BACKWARD[backend](y, x, call, [True, True, gate is not None, False], range(TASKS))
 
         leaves = [x, *filters] if gate is None else [x, *filters, gate]
         name = "conv 3x3, a list of deltas" if gate is None else "conv 3x3, and gates"
@@ -172,12 +211,12 @@ def layers() -> list[Layer]:
         )
 
     def linear() -> Layer:
-        def launch() -> None:
-            _linear = importlib.import_module("fastmtl.ops.task_weights.task_linear")  # the module, not the function
-            weights = TaskWeights(matrices[0], matrices[1:], range(TASKS), None)
+        def launch(backend: str) -> None:
+            op = importlib.import_module("fastmtl.ops.task_weights.task_linear")
+            weights = TaskWeights(matrices[0], matrices[1:], list(range(TASKS)), None)
             call = TaskConvCall(weights, batch, STILL, None)
-            y = _linear._triton(rows, call)
-            _linear._triton_backward(y, rows, call, [True, True, False, False], range(TASKS))
+            y = op._FORWARD[backend](rows, call)
+            op._BACKWARD[backend](y, rows, call, [True, True, False, False], range(TASKS))
 
         run = lambda: ops.task_linear(rows, matrices[0], matrices[1:], plan)  # noqa: E731
         return Layer("linear, a list of deltas", run, [rows, *matrices], launch)
@@ -198,39 +237,52 @@ def microseconds(call: Callable[[], Any], seconds: float) -> float:
 
 
 class Row(NamedTuple):
-    """Microseconds of the host: the op's forward, its forward and backward, and the launchers' part of the latter."""
+    """Microseconds of the host: the layer's forward and its backward, autograd included, and what the launchers take of
+    both."""
 
     name: str
+    backend: str
     forward: float
-    both: float
+    backward: float
     launchers: float
     launches: int  # in forward and backward
 
 
-def measure(layer: Layer, seconds: float) -> Row:
-    with stubbed(), torch.no_grad():
-        forward = microseconds(layer.run, seconds)
-        launchers = microseconds(layer.launchers, seconds)
-    with stubbed():
+def measure(layer: Layer, backend: str, seconds: float) -> Row:
+    stub = stubbed if backend == "triton" else without_launches
+    with stub(), torch.no_grad():
+        launchers = microseconds(lambda: layer.launchers(backend), seconds)
+    with stub():
         grad_out = torch.empty_like(layer.run())
+        forward = microseconds(layer.run, seconds)
         both = microseconds(lambda: torch.autograd.grad(layer.run(), layer.leaves, grad_out), seconds)
-    with stubbed(record=True) as launched:
-        for _ in range(2):
-            launched.clear()  # of the first call, which writes the tables of addresses
-            torch.autograd.grad(layer.run(), layer.leaves, grad_out)
-    return Row(layer.name, forward, both, launchers, len(launched))
+    return Row(layer.name, backend, forward, both - forward, launchers, count_launches(layer, backend))
+
+
+def count_launches(layer: Layer, backend: str) -> int:
+    """Of a forward and backward."""
+    with stubbed(record=True) if backend == "triton" else without_launches() as made:
+        for _ in range(2):  # the first call of Triton's writes the tables of addresses
+            before = len(made) if backend == "triton" else made()
+            y = layer.run()
+            torch.autograd.grad(y, layer.leaves, torch.empty_like(y))
+        return (len(made) if backend == "triton" else made()) - before
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--backend", choices=BACKENDS, action="append", help="this one alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     machine = describe(torch.device("cpu"))
     print(f"{machine['device']}, torch {torch.__version__}, {TASKS} tasks; microseconds of the host, no kernel runs")
-    print(f"{'layer':32}{'forward':>12}{'fwd + bwd':>12}{'launchers':>12}{'launches':>12}")
-    for row in (measure(layer, options.seconds) for layer in layers()):
-        print(f"{row.name:32}{row.forward:12.0f}{row.both:12.0f}{row.launchers:12.0f}{row.launches:12}")
+    print(f"{'layer':28}{'backend':>9}{'forward':>10}{'backward':>10}{'launchers':>11}{'launches':>10}")
+    for layer in layers():
+        for backend in options.backend or BACKENDS:
+            row = measure(layer, backend, options.seconds)
+            figures = f"{row.forward:10.0f}{row.backward:10.0f}{row.launchers:11.0f}{row.launches:10}"
+            print(f"{row.name:28}{row.backend:>9}{figures}")
 
 
 if __name__ == "__main__":
