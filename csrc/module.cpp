@@ -40,6 +40,7 @@ PyMethodDef straight_calls[] = {
     {"task_conv_few_backward", fast<&fastmtl::cpu::task_conv_few_backward>(), METH_FASTCALL, nullptr},
     {"task_conv_launch", fast<&fastmtl::cuda::task_conv_launch>(), METH_FASTCALL, nullptr},
     {"task_conv_launch_backward", fast<&fastmtl::cuda::task_conv_launch_backward>(), METH_FASTCALL, nullptr},
+    {"task_layer_fits", fast<&fastmtl::cuda::task_layer_fits>(), METH_FASTCALL, nullptr},
     {"task_conv_refusal", fast<&fastmtl::cuda::task_conv_refusal>(), METH_FASTCALL, nullptr},
     {"use_conv_functions", &fastmtl::cuda::use_conv_functions, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},

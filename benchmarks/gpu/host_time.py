@@ -39,6 +39,8 @@ from fastmtl.ops.task_weights import reference
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("triton", "cuda")
 TASKS = 8
+# layers of a network, so that what torch does once for a backward pass is shared
+DEPTH = 4
 _NUMBERS = itertools.count(10_000)
 
 
@@ -172,12 +174,13 @@ def _built_without_launches() -> Path:
 
 
 class Layer(NamedTuple):
-    """A layer of `TASKS` tasks, in bfloat16, small: its launches cost what a large one's cost."""
+    """`DEPTH` layers of `TASKS` tasks behind each other, in bfloat16, small: their launches cost what a large one's
+    cost."""
 
     name: str
     run: Callable[[], Tensor]
     leaves: list[Tensor]
-    launchers: Callable[[str], Any]  # of a backend, forward and backward: without checks and without autograd
+    launchers: Callable[[str], Any]  # of a backend and one layer, forward and backward: no checks, no autograd
 
 
 def layers() -> list[Layer]:
@@ -190,38 +193,42 @@ def layers() -> list[Layer]:
         x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
         return x.requires_grad_()
 
-    x = leaf(2 * TASKS, 32, 4, 4, channels_last=True)
-    filters = [leaf(32, 32, 3, 3, channels_last=True) for _ in range(TASKS + 1)]
-    rows = leaf(2 * TASKS, 32)
-    matrices = [leaf(32, 32) for _ in range(TASKS + 1)]
-    gate = torch.rand(TASKS, requires_grad=True)
+    def layer(
+        name: str,
+        op: str,
+        x: Tensor,
+        weights: list[list[Tensor]],
+        gate: Tensor | None,
+        geometry: Geometry,
+        **moves: int,
+    ) -> Layer:
+        public = getattr(ops, op)
+        module = importlib.import_module(f"fastmtl.ops.task_weights.{op}")  # the module, not the function
 
-    def conv(gate: Tensor | None = None) -> Layer:
+        def run() -> Tensor:
+            y = x
+            for weight, *deltas in weights:
+                y = public(y, weight, deltas, plan, gate=gate, **moves)
+            return y
+
         def launch(backend: str) -> None:
-            op = importlib.import_module("fastmtl.ops.task_weights.task_conv2d")  # the module, not the function
-            weights = TaskWeights(filters[0], filters[1:], list(range(TASKS)), gate)
-            call = TaskConvCall(weights, batch, Geometry((1, 1), (1, 1)), None)
-            y = op._FORWARD[backend](x, call)
-            op._BACKWARD[backend](y, x, call, [True, True, gate is not None, False], range(TASKS))
+            weight, *deltas = weights[0]
+            call = TaskConvCall(TaskWeights(weight, deltas, list(range(TASKS)), gate), batch, geometry, None)
+            y = module._FORWARD[backend](x, call)
+            module._BACKWARD[backend](y, x, call, [True, True, gate is not None, False], range(TASKS))
 
-        leaves = [x, *filters] if gate is None else [x, *filters, gate]
-        name = "conv 3x3, a list of deltas" if gate is None else "conv 3x3, and gates"
-        return Layer(
-            name, lambda: ops.task_conv2d(x, filters[0], filters[1:], plan, gate=gate, padding=1), leaves, launch
-        )
+        leaves = [x, *itertools.chain(*weights), *([] if gate is None else [gate])]
+        return Layer(name, run, leaves, launch)
 
-    def linear() -> Layer:
-        def launch(backend: str) -> None:
-            op = importlib.import_module("fastmtl.ops.task_weights.task_linear")
-            weights = TaskWeights(matrices[0], matrices[1:], list(range(TASKS)), None)
-            call = TaskConvCall(weights, batch, STILL, None)
-            y = op._FORWARD[backend](rows, call)
-            op._BACKWARD[backend](y, rows, call, [True, True, False, False], range(TASKS))
-
-        run = lambda: ops.task_linear(rows, matrices[0], matrices[1:], plan)  # noqa: E731
-        return Layer("linear, a list of deltas", run, [rows, *matrices], launch)
-
-    return [conv(), conv(gate), linear()]
+    x, rows = leaf(2 * TASKS, 32, 4, 4, channels_last=True), leaf(2 * TASKS, 32)
+    filters = [[leaf(32, 32, 3, 3, channels_last=True) for _ in range(TASKS + 1)] for _ in range(DEPTH)]
+    matrices = [[leaf(32, 32) for _ in range(TASKS + 1)] for _ in range(DEPTH)]
+    gate, conv = torch.rand(TASKS, requires_grad=True), Geometry((1, 1), (1, 1))
+    return [
+        layer("conv 3x3, a list of deltas", "task_conv2d", x, filters, None, conv, padding=1),
+        layer("conv 3x3, and gates", "task_conv2d", x, filters, gate, conv, padding=1),
+        layer("linear, a list of deltas", "task_linear", rows, matrices, None, STILL),
+    ]
 
 
 def microseconds(call: Callable[[], Any], seconds: float) -> float:
@@ -237,7 +244,7 @@ def microseconds(call: Callable[[], Any], seconds: float) -> float:
 
 
 class Row(NamedTuple):
-    """Microseconds of the host: the layer's forward and its backward, autograd included, and what the launchers take of
+    """Microseconds of the host for a layer: forward and backward, autograd included, and what the launchers take of
     both."""
 
     name: str
@@ -256,17 +263,18 @@ def measure(layer: Layer, backend: str, seconds: float) -> Row:
         grad_out = torch.empty_like(layer.run())
         forward = microseconds(layer.run, seconds)
         both = microseconds(lambda: torch.autograd.grad(layer.run(), layer.leaves, grad_out), seconds)
-    return Row(layer.name, backend, forward, both - forward, launchers, count_launches(layer, backend))
+    each = forward / DEPTH, (both - forward) / DEPTH
+    return Row(layer.name, backend, *each, launchers, count_launches(layer, backend))
 
 
 def count_launches(layer: Layer, backend: str) -> int:
-    """Of a forward and backward."""
+    """Of a layer's forward and backward."""
     with stubbed(record=True) if backend == "triton" else without_launches() as made:
         for _ in range(2):  # the first call of Triton's writes the tables of addresses
             before = len(made) if backend == "triton" else made()
             y = layer.run()
             torch.autograd.grad(y, layer.leaves, torch.empty_like(y))
-        return (len(made) if backend == "triton" else made()) - before
+        return ((len(made) if backend == "triton" else made()) - before) // DEPTH
 
 
 def main() -> None:

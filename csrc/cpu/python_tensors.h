@@ -21,8 +21,8 @@ struct PythonTensor {
   const int64_t* shape;
   const int64_t* strides;  // in elements
   bool is_int64;
-  std::optional<DType> dtype;  // of floats
-  int32_t device;              // its number, of the kind that was asked for
+  std::optional<DType> dtype;   // of floats
+  int32_t device_kind, device;  // and its number
   int64_t numel() const;
   bool is_contiguous() const;  // strides of dimensions of size 1 do not count
   bool is_vector(int64_t size) const { return dims == 1 && shape[0] == size && (strides[0] == 1 || size <= 1); }
@@ -32,7 +32,7 @@ struct PythonTensor {
 void set_up_tensors();
 
 // kinds of devices, by DLPack
-constexpr int32_t kOnCpu = 1, kOnCuda = 2;
+constexpr int32_t kAnywhere = 0, kOnCpu = 1, kOnCuda = 2;
 
 // None: it is no plain tensor or parameter, does not lie in memory on such a device, or torch offers no such table.
 // Needs the interpreter's lock; leaves no error behind. Of a tensor that `is_negated` the memory holds the negatives.

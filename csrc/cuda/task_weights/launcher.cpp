@@ -452,7 +452,91 @@ bool run_backward(PyObject* const* args) {
   return true;
 }
 
+// --- whether a layer's arguments fit
+
+class Fitting {
+ public:
+  bool run(PyObject* const* args) {
+    const bool linear = args[7] == Py_True;
+    const int64_t groups = PyLong_AsSsize_t(args[8]), dims = linear ? 2 : 4;
+    const auto x = read(args[9]);
+    if (!x || !x->dtype || x->dims < 2 || (!linear && x->dims != 4) || groups < 1) return false;
+    x_ = *x->dtype;
+    // W, and the deltas in its shape and dtype
+    if (args[0] != Py_None && !weight(args[0], dims, 0)) return false;
+    PyObject* const deltas = args[1];
+    if (PyList_Check(deltas) || PyTuple_Check(deltas)) {
+      if (!count(PySequence_Fast_GET_SIZE(deltas))) return false;
+      for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(deltas); ++k) {
+        PyObject* const one = PySequence_Fast_GET_ITEM(deltas, k);
+        if (one != Py_None && !weight(one, dims, 0)) return false;
+      }
+    } else if (deltas != Py_None && !weight(deltas, dims, 1)) {
+      return false;
+    }
+    if (shape_.empty()) return false;
+    if (args[2] != Py_None) {
+      const auto gate = read(args[2]);
+      if (!gate || !beside(*gate) || gate->dims != 1 || !count(gate->shape[0])) return false;
+    }
+    if (args[3] != Py_None) {
+      const auto bias = read(args[3]);
+      if (!bias || !beside(*bias) || bias->dims < 1 || bias->dims > 2) return false;
+      if (bias->shape[bias->dims - 1] != shape_[0] || (bias->dims == 2 && !count(bias->shape[0]))) return false;
+    }
+    const int64_t channels = x->shape[linear ? x->dims - 1 : 1];
+    if (shape_[1] < 1 || channels != shape_[1] * groups || shape_[0] % groups != 0) return false;
+    // the batch, sorted
+    const auto ids = read(args[4]), order = read(args[5]), offsets = read(args[6]);
+    if (!ids || !order || !offsets || ids->dtype || !order->is_int64 || !offsets->is_int64) return false;
+    if (ids->dims < 1 || (linear ? ids->dims >= x->dims : ids->dims != 1)) return false;
+    for (int64_t d = 0; d < ids->dims; ++d)
+      if (ids->shape[d] != x->shape[d]) return false;
+    return num_tasks_ > 0 && order->dims == 1 && order->shape[0] == ids->numel() && offsets->dims == 1 &&
+           offsets->shape[0] == num_tasks_ + 1;
+  }
+
+ private:
+  std::optional<PythonTensor> read(PyObject* tensor) {
+    auto found = cpu::read_tensor(tensor, cpu::kAnywhere);
+    if (!found) return found;
+    if (kind_ < 0) {
+      kind_ = found->device_kind;
+      device_ = found->device;
+    }
+    if (found->device_kind != kind_ || found->device != device_) return std::nullopt;
+    return found;
+  }
+  // in the dtype of x, or float32 beside one of 16 bits
+  bool beside(const PythonTensor& p) const {
+    return p.dtype && (*p.dtype == x_ || (*p.dtype == DType::f32 && size_of(x_) == 2));
+  }
+  bool count(int64_t tasks) {
+    if (num_tasks_ < 0) num_tasks_ = tasks;
+    return tasks == num_tasks_;
+  }
+  bool weight(PyObject* tensor, int64_t dims, int64_t skip) {
+    const auto w = read(tensor);
+    if (!w || !beside(*w) || w->dims != dims + skip || (skip && !count(w->shape[0]))) return false;
+    if (shape_.empty()) {
+      shape_.assign(w->shape + skip, w->shape + w->dims);
+      dtype_ = *w->dtype;
+      return true;
+    }
+    return *w->dtype == dtype_ && std::equal(shape_.begin(), shape_.end(), w->shape + skip);
+  }
+
+  int32_t kind_ = -1, device_ = -1;
+  DType x_ = DType::f32, dtype_ = DType::f32;
+  std::vector<int64_t> shape_;  // of one weight
+  int64_t num_tasks_ = -1;
+};
+
 }  // namespace
+
+PyObject* task_layer_fits(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return cpu::answered([](PyObject* const* a) { return Fitting().run(a); }, args, count, 10);
+}
 
 PyObject* task_conv_launch(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return cpu::answered(run_forward, args, count, kLayerArguments + 2);

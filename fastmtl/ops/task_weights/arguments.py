@@ -323,6 +323,16 @@ def check_leading(task_ids: Tensor | TaskPlan, leading: Sequence[int]) -> None:
         raise ValueError(f"task_ids: expected shape {options}, as x, got {list(ids.shape)}")
 
 
+def check_pictures(x: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> None:
+    """x: its shape, `[N, Cin, H, W]`."""
+    if min(kernel) < 1:
+        raise ValueError(f"weight: expected a filter of at least 1 x 1, got {list(kernel)}")
+    padded = [x[2 + k] + 2 * geometry.padding[k] for k in (0, 1)]
+    spread = [geometry.dilation[k] * (kernel[k] - 1) + 1 for k in (0, 1)]
+    if padded[0] < spread[0] or padded[1] < spread[1]:
+        raise ValueError(f"x: expected at least {spread} pixels after padding, as the filter spans, got {padded}")
+
+
 def triton_declines(*tensors: Tensor, offsets: Tensor | None = None) -> dict[str, str | None]:
     """For `choose`: why the Triton kernels cannot take these tensors, or the tasks of a plan."""
     for x in tensors:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmtl.core.dispatch import extension
 from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights, empty_gradients
-from fastmtl.core.tensors import memory_format
+from fastmtl.core.tensors import is_channels_last, memory_format
 
 # as csrc/common/params.h numbers them
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -177,22 +177,24 @@ def _memory_together(weights: TaskWeights, wanted_delta: Sequence[int]) -> Tenso
     if not weights.delta_tasks or len(wanted_delta) < 2:
         return None
     first = weights.delta[wanted_delta[0]]
-    formats = {memory_format(weights.delta[k]) for k in wanted_delta}
-    if len(formats) > 1:
-        return None
-    if first.dim() == 4 and formats == {torch.channels_last}:
-        co, ci, kh, kw = first.shape
-        # each begins on 16 bytes, whatever its size
-        return _stacked((co, kh, kw, ci), first, len(wanted_delta)).permute(0, 1, 4, 2, 3)
-    return _stacked(first.shape, first, len(wanted_delta))
-
-
-def _stacked(shape: Sequence[int], like: Tensor, count: int) -> Tensor:
-    size, line = like.numel(), 128 // like.element_size()
-    strides = torch.empty(shape, device="meta").stride()
+    strides = first.stride()
+    last = is_channels_last(first)
+    for k in wanted_delta:
+        other = weights.delta[k]
+        if other.stride() != strides and is_channels_last(other) != last:
+            return None
     return torch.empty_strided(
-        (count, *shape), (-(-size // line) * line, *strides), dtype=like.dtype, device=like.device
+        *_strided(len(wanted_delta), first.shape, last, first.dtype), dtype=first.dtype, device=first.device
     )
+
+
+@functools.lru_cache(4096)
+def _strided(count: int, shape: torch.Size, last: bool, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of gradients behind each other, each in the order of `like_parameter` and on 128 bytes."""
+    order = torch.channels_last if last else torch.contiguous_format
+    strides = torch.empty(shape, device="meta", memory_format=order).stride()
+    line = 128 // dtype.itemsize
+    return (count, *shape), (-(-shape.numel() // line) * line, *strides)
 
 
 def _weight_grad(x: Tensor, grad_out: Tensor, batch: SortedBatch, moves: Moves, out: Tensor) -> None:

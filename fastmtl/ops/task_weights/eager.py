@@ -7,6 +7,7 @@ needed: autograd records one node over what a launcher has made, and that node c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.core.autograd import no_view
-from fastmtl.core.dispatch import choose_backend, forced_backend, unwatched
-from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights
+from fastmtl.core.dispatch import choose_backend, extension, forced_backend, unwatched
+from fastmtl.core.task_weights import (
+    STILL,
+    Geometry,
+    SortedBatch,
+    TaskConvCall,
+    TaskPlan,
+    TaskWeights,
+    shape_of_one,
+)
 from fastmtl.core.tensors import PLAIN
 from fastmtl.ops.task_weights import choice
+from fastmtl.ops.task_weights.arguments import Pair, check_pictures, read_geometry
 from fastmtl.ops.task_weights.operators import by_argument, spelled_out, wanted_deltas
+from fastmtl.ops.task_weights.precision import cast_by_autocast
 
 # whose launchers are called past the op; the CPU has ways of its own (`straight.py`)
 LAUNCHED = frozenset({"cuda", "triton"})
+_IDS = frozenset({torch.int64, torch.int32})
 
 
 @dataclass(frozen=True)
@@ -52,11 +63,53 @@ class Layer:
         backend = self.launched("forward", self.forward, x, call, tensors)
         if backend is None:
             return self.op(x, weight, delta, delta_tasks, gate, bias, order, offsets, *self.spelled(geometry))
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, gate, bias, delta)):
-            return no_view(self.forward[backend](x, call))
-        with torch.no_grad():
+        # nothing of it is recorded, views neither: torch refuses to write into those that a node returns
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             y = self.forward[backend](x, call)
-        return _Launched.apply(self, (delta_tasks, geometry), [no_view(y)], *tensors)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, gate, bias, delta)):
+            return y
+        return _Launched.apply(self, (delta_tasks, geometry), [y], *tensors)
+
+    def of_plain(
+        self,
+        x: Any,
+        weight: Any,
+        delta: Any,
+        task_ids: Any,
+        gate: Any,
+        bias: Any,
+        moves: tuple[Any, ...] | None = None,
+    ) -> Tensor | None:
+        """The same of arguments as the user gives them, checked in C++ at once; None: one at least is not as most are,
+        or not right, which the checks in Python say.
+
+        moves: stride, padding, dilation and groups; None: a linear layer.
+        """
+        if extension is None or type(task_ids) is not TaskPlan or type(x) not in PLAIN:
+            return None
+        if x.is_cpu and forced_backend() not in LAUNCHED:
+            return None
+        ids, order, offsets = task_ids
+        groups = 1 if moves is None else moves[3]
+        if type(groups) is not int or getattr(ids, "dtype", None) not in _IDS:
+            return None
+        if not extension.task_layer_fits(weight, delta, gate, bias, ids, order, offsets, moves is None, groups, x):
+            return None
+        tasks: list[int] = []
+        deltas: list[Tensor] = []
+        if type(delta) is list or type(delta) is tuple:
+            tasks = [t for t, d in enumerate(delta) if d is not None]
+            deltas = list(delta) if len(tasks) == len(delta) else [delta[t] for t in tasks]
+        elif delta is not None:
+            deltas = [delta]
+        weights = TaskWeights(weight, deltas, tasks, gate)
+        geometry = STILL
+        if moves is not None:
+            try:
+                geometry = _geometry(x.shape, shape_of_one(weights), *moves)
+            except (TypeError, ValueError):
+                return None
+        return self(cast_by_autocast(x), TaskConvCall(weights, SortedBatch(order, offsets), geometry, bias))
 
     def launched(
         self,
@@ -74,6 +127,22 @@ class Layer:
 
     def spelled(self, geometry: Geometry) -> tuple[Any, ...]:
         return spelled_out(geometry) if self.moves else ()
+
+
+@functools.lru_cache(4096, typed=True)
+def _geometry(
+    x: torch.Size, weight: torch.Size, stride: Pair, padding: Pair | str, dilation: Pair, groups: int
+) -> Geometry:
+    """How the filter moves.
+
+    Raises:
+        TypeError, ValueError: it is not right, or zeros must be put after x.
+    """
+    geometry, extra = read_geometry(stride, padding, dilation, groups, weight[2:])
+    if extra != (0, 0):
+        raise ValueError("zeros after x")
+    check_pictures(x, weight[2:], geometry)
+    return geometry
 
 
 class _Launched(torch.autograd.Function):
@@ -101,7 +170,8 @@ class _Launched(torch.autograd.Function):
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             backend = layer.launched("backward", layer.backward, x, call, (grad_out,))
         if backend is not None:
-            found = no_view(layer.backward[backend](grad_out, x, call, wanted, wanted_delta))
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                found = layer.backward[backend](grad_out, x, call, wanted, wanted_delta)
         else:
             found = layer.backward_op(
                 grad_out, x, weight, delta, delta_tasks, gate, bias, order, offsets,

@@ -22,6 +22,7 @@ from fastmtl.ops.task_weights.arguments import (
     check_ids,
     check_input,
     check_leading,
+    check_pictures,
     read_geometry,
     read_pair,
     read_weights,
@@ -90,6 +91,9 @@ def task_conv2d(
         y = straight.conv2d(
             task_conv2d_backward_op, x, weight, delta, task_ids, gate, bias, stride, padding, dilation, groups
         )
+        if y is None:
+            moves = (stride, padding, dilation, groups)
+            y = _layer.of_plain(x, weight, delta, task_ids, gate, bias, moves)
         if y is not None:
             return y
     check_input(x)
@@ -106,7 +110,7 @@ def task_conv2d(
     num_tasks = agreed_tasks(tasks)
     if extra != (0, 0):
         x = F.pad(x, (0, extra[1], 0, extra[0]))
-    check_size(x, shape[2:], geometry)
+    check_pictures(x.shape, shape[2:], geometry)
     if num_tasks is None:
         # nothing here belongs to a task
         assert weight is not None
@@ -178,7 +182,7 @@ def task_conv2d_weight_grad(
             f"groups: expected a divisor of Cin = {x.shape[1]} and Cout = {grad_out.shape[1]}, got {groups}"
         )
     shape = (grad_out.shape[1], x.shape[1] // groups, *kernel)
-    check_size(x, kernel, geometry)
+    check_pictures(x.shape, kernel, geometry)
     expected = [x.shape[0], shape[0], *geometry.output_size(x.shape[2:], kernel)]
     if list(grad_out.shape) != expected:
         raise ValueError(f"grad_out: expected shape {expected}, got {list(grad_out.shape)}")
@@ -204,15 +208,6 @@ def check_channels(x: Tensor, shape: Sequence[int], groups: int) -> None:
         raise ValueError(
             f"x: expected {shape[1] * groups} channels ({shape[1]} x {groups} groups, by the weights), got {x.shape[1]}"
         )
-
-
-def check_size(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> None:
-    if min(kernel) < 1:
-        raise ValueError(f"weight: expected a filter of at least 1 x 1, got {list(kernel)}")
-    padded = [x.shape[2 + k] + 2 * geometry.padding[k] for k in (0, 1)]
-    spread = [geometry.dilation[k] * (kernel[k] - 1) + 1 for k in (0, 1)]
-    if padded[0] < spread[0] or padded[1] < spread[1]:
-        raise ValueError(f"x: expected at least {spread} pixels after padding, as the filter spans, got {padded}")
 
 
 def check_grad_out(grad_out: Any, x: Tensor) -> None:
