@@ -1,5 +1,6 @@
 // The launcher's table of functions (csrc/cuda/task_weights/functions.h) on CPU tensors: the kernels run on the host.
 #include <atomic>
+#include <mutex>
 
 #include "cuda/task_weights/kernel_functions.h"
 
@@ -12,7 +13,12 @@ std::atomic<int64_t> tables{0};
 ConvFunctions on_host() {
   ConvFunctions f = kernel_functions();
   f.device_kind = 1;
-  f.on_device = [](int, const std::function<void(Stream)>& run) { run(nullptr); };
+  f.on_device = [](int, const std::function<void(Stream)>& run) {
+    // a block's threads are fibers of one thread, and its shared memory is static
+    static std::mutex mutex;
+    const std::lock_guard<std::mutex> lock(mutex);
+    run(nullptr);
+  };
   f.num_sms = [](int) { return 3; };
   f.check = [](const char*) {};
   f.table = [](int, Stream, const std::vector<int64_t>& words) {

@@ -87,6 +87,7 @@ KERNELS = {
     "kernels_methods": {Kernel("method_weights_kernel", "", (n,)) for n in (16, 64, 128)},
     **{f"kernels_task_{dtype}": _task_kernels_of(dtype) for dtype in ("f32", "bf16", "f16")},
     "kernels_task": set(),
+    "functions": set(),
     "runtime": {Kernel("write_table_kernel", "", (n,)) for n in (480, 1536, 4093)},
     "surgery": set(),
 }

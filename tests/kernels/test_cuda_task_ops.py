@@ -65,11 +65,11 @@ def launched(y: Tensor) -> bool:
     return "Launched" in y.grad_fn.name()
 
 
-def check(case: TaskCase) -> None:
-    """The result and every gradient."""
+def check(case: TaskCase, with_plan: bool = False) -> None:
+    """The result and every gradient. with_plan: of ids that have been sorted, whose arguments C++ checks."""
     made, want = case.make().leaves(), expected(case)
     tolerance = SLACK[case.dtype] * TASK_TOLERANCE[case.dtype]
-    y = case.run(made)
+    y = case.run(made, task_plan(made.task_ids, case.num_tasks) if with_plan else None)
     assert_result(case, y, want, tolerance)
     assert_gradients(case, made, gradients(y, made), want, tolerance)
 
@@ -78,7 +78,7 @@ def check(case: TaskCase) -> None:
 def test_whole_table(part: int) -> None:
     for case in TABLE[part::8]:
         try:
-            check(case)
+            check(case, with_plan=part % 2 == 0)
         except Exception as error:
             raise AssertionError(f"{type(case).__name__} {case}: {error}") from error
 
@@ -173,6 +173,94 @@ def test_weight_grads(dtype: torch.dtype) -> None:
     exact = reference.task_linear_weight_grad(x.double(), g.double(), batch)
     size = reference.task_linear_weight_grad(x.double().abs(), g.double().abs(), batch)
     assert_within(task_linear_weight_grad(x, g, ids, 4), exact, bound(size, exact, tolerance, dtype))
+
+
+# --- arguments that are checked in one call
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """Of `task_conv2d`: a 3x3 filter of 4 to 6 channels, 2 tasks, 3 samples."""
+    told: dict[str, Any] = {
+        "x": torch.randn(3, 4, 5, 5),
+        "weight": torch.randn(6, 4, 3, 3),
+        "delta": [torch.randn(6, 4, 3, 3), None],
+        "task_ids": task_plan(torch.tensor([0, 1, 1]), 2),
+        "gate": torch.ones(2),
+        "bias": torch.ones(2, 6),
+    }
+    return {**told, **changes}
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "x of three dimensions": {"x": torch.randn(3, 4, 5)},
+    "ints": {"x": torch.ones(3, 4, 5, 5, dtype=torch.int64)},
+    "channels": {"x": torch.randn(3, 5, 5, 5)},
+    "samples": {"x": torch.randn(2, 4, 5, 5)},
+    "few pixels": {"x": torch.randn(3, 4, 2, 5)},
+    "device": {"x": torch.empty(3, 4, 5, 5, device="meta")},
+    "weight's dtype": {"weight": torch.randn(6, 4, 3, 3, dtype=F64)},
+    "weight is none": {"weight": "W"},
+    "matrix": {"weight": torch.randn(6, 4)},
+    "delta's shape": {"delta": [torch.randn(6, 4, 3, 2), None]},
+    "delta's dtype": {"delta": [torch.randn(6, 4, 3, 3).half(), None]},
+    "delta is a number": {"delta": [1.0, None]},
+    "deltas": {"delta": [torch.randn(6, 4, 3, 3)]},
+    "stack": {"delta": torch.randn(3, 6, 4, 3, 3)},
+    "nothing": {"weight": None, "delta": [None, None]},
+    "gates": {"gate": torch.ones(3)},
+    "gate of two dimensions": {"gate": torch.ones(2, 1)},
+    "bias": {"bias": torch.ones(5)},
+    "bias of tasks": {"bias": torch.ones(3, 6)},
+    "groups": {"groups": 3},
+    "groups is a bool": {"groups": True},
+    "stride": {"stride": 0},
+    "padding": {"padding": "some"},
+    "dilation": {"dilation": (1, 2, 3)},
+}
+
+
+@pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_said_as_elsewhere(changes: dict[str, Any]) -> None:
+    with fastmtl.use_backend("reference"), pytest.raises((TypeError, ValueError)) as expected_error:
+        task_conv2d(**arguments(**changes))
+    with pytest.raises(expected_error.type) as found:
+        task_conv2d(**arguments(**changes))
+    assert str(found.value) == str(expected_error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [({}, True), ({"delta": torch.randn(2, 6, 4, 3, 3), "bias": None}, True), ({"delta": None}, True),
+     ({"weight": None, "delta": [torch.randn(6, 4, 3, 3)] * 2}, True), ({"gate": torch.ones(2)[:0]}, False)],
+    ids=["list", "stack", "gates alone", "no weight", "no gates"],
+)  # fmt: skip
+def test_what_fits(changes: dict[str, Any], rows: bool) -> None:
+    told = arguments(**changes)
+    fits = dispatch.extension.task_layer_fits(
+        told["weight"], told["delta"], told["gate"], told["bias"], *told["task_ids"], False, 1, told["x"]
+    )
+    assert fits is rows
+
+
+def test_autocast_is_seen() -> None:
+    x, weight = torch.randn(3, 4), torch.randn(6, 4)
+    plan = task_plan(torch.tensor([0, 1, 1]), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = task_linear(x, weight, [None, weight], plan)
+        assert y.dtype == BF16
+        y.sum()
+    assert task_linear(x, weight, [None, weight], plan).dtype == F32
+
+
+def test_gradients_are_nobodys_views() -> None:
+    """A step may write into them, and into the result."""
+    made = LINEAR.make().leaves()
+    y = LINEAR.run(made, task_plan(made.task_ids, LINEAR.num_tasks))
+    grads = torch.autograd.grad(torch.relu_(y), list(made.delta), made.grad_out)
+    assert not y._is_view() and not any(g._is_view() for g in grads)
+    for grad in grads:
+        grad.add_(1)
+    assert len({g.data_ptr() for g in grads}) == len(grads) and all(g.data_ptr() % 16 == 0 for g in grads)
 
 
 # --- what is declined
