@@ -46,7 +46,8 @@ def _pcgrad(num_tasks: int, dtype: torch.dtype) -> Step:
 def _task_steps() -> Iterator[tuple[str, str, torch.dtype, Step]]:
     for dtype in TOLERANCE:
         for what in ("conv2d", "linear", "scale_shift"):
-            yield f"task_{what}", "triton", dtype, _task(what, dtype)
+            for backend in ("triton",) if what == "scale_shift" else ("cuda", "triton"):
+                yield f"task_{what}", backend, dtype, _task(what, dtype)
 
 
 def _task(what: str, dtype: torch.dtype) -> Step:

@@ -62,8 +62,17 @@ def full_float32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@pytest.fixture(params=["triton", "reference"])
+@pytest.fixture(params=["cuda", "triton", "reference"])
 def forced(request: pytest.FixtureRequest) -> Iterator[str]:
+    reason = dispatch.unavailable(request.param, DEVICE)
+    if reason is not None:
+        pytest.skip(reason)
+    with fastmtl.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
     reason = dispatch.unavailable(request.param, DEVICE)
     if reason is not None:
         pytest.skip(reason)
@@ -106,12 +115,29 @@ def check(case: TaskCase) -> None:
 
 @pytest.mark.parametrize("case", ON_GPU, ids=str)
 def test_few(case: TaskCase, forced: str) -> None:
+    if forced == "cuda" and getattr(case, "groups", 1) > 1:
+        with pytest.raises(RuntimeError, match="its kernels have no groups"):
+            check(case)
+        return
     check(case)
 
 
 @pytest.mark.parametrize("name", ["k1_s2", "k3_s2", "k3_same", "k7_s2", "all", "depthwise", "one_pixel_in"])
 def test_geometries(name: str) -> None:
     check(ConvCase(**GEOMETRIES[name], delta="list", gate="zeros", bias="shared", dtype=BF16, x_layout="channels_last"))
+
+
+def test_more_tasks_than_arguments_hold(compiled: str) -> None:
+    """Of the deltas' addresses, which then lie in a table on the device."""
+    check(LinearCase(leading=(90,), cin=8, cout=8, num_tasks=70, ids="absent", gate="values", bias="per_task"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in (*CONV_CASES, *LINEAR_CASES) if c.dtype != F64], ids=str)
+def test_whole_table_in_cuda(case: TaskCase) -> None:
+    if getattr(case, "groups", 1) == 1:
+        with fastmtl.use_backend("cuda"):
+            check(case)
 
 
 @pytest.mark.slow
@@ -127,7 +153,7 @@ def test_float64_runs_the_reference() -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=cases.short)
-def test_layers_of_ordinary_size(dtype: torch.dtype) -> None:
+def test_layers_of_ordinary_size(dtype: torch.dtype, compiled: str) -> None:
     """Tiles full and partly full, several per task, both rows and channels past one tile."""
     common: dict[str, Any] = {"num_tasks": 5, "ids": "absent", "gate": "zeros", "dtype": dtype}
     check(ConvCase(n=9, cin=96, cout=136, size=(15, 14), x_layout="channels_last", weight_layout="mixed", **common))
@@ -339,14 +365,15 @@ class Step:
         self.linear_deltas = draw(num_tasks, 10, 24)
         self.gate = torch.tensor([1.0, 0.5, 0.0, -1.0], device=DEVICE)[:num_tasks]
         self.bias, self.scale, self.shift = draw(num_tasks, 24), draw(num_tasks, 24), draw(num_tasks, 24)
+        # which has no kernel in CUDA C++
+        self.scales = dispatch.forced_backend() != "cuda"
         self.parameters = [
             self.x,
             self.weight,
             *(d for d in self.deltas if d is not None),
             self.gate,
             self.bias,
-            self.scale,
-            self.shift,
+            *([self.scale, self.shift] if self.scales else []),
             self.linear,
             self.linear_deltas,
         ]
@@ -356,7 +383,7 @@ class Step:
     def forward(self) -> Tensor:
         plan = task_plan(self.ids, self.num_tasks)
         y = task_conv2d(self.x, self.weight, self.deltas, plan, gate=self.gate, bias=self.bias, stride=2, padding=1)
-        y = task_scale_shift(y, self.scale, self.shift, plan).relu()
+        y = (task_scale_shift(y, self.scale, self.shift, plan) if self.scales else y).relu()
         return task_linear(y.mean((2, 3)), self.linear, self.linear_deltas, plan)
 
     def run(self) -> list[Tensor]:
@@ -382,7 +409,7 @@ def assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:
         assert torch.equal(x, y), f"result {k} differs"
 
 
-def test_never_waits_for_the_host(triton_backend: None) -> None:
+def test_never_waits_for_the_host(compiled: str) -> None:
     step = Step()
     step.run()
     torch.cuda.synchronize()
@@ -394,7 +421,7 @@ def test_never_waits_for_the_host(triton_backend: None) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_graph_replays_with_other_data_and_ids(triton_backend: None) -> None:
+def test_graph_replays_with_other_data_and_ids(compiled: str) -> None:
     step = Step()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -415,24 +442,23 @@ def test_graph_replays_with_other_data_and_ids(triton_backend: None) -> None:
         before = found
 
 
-def test_same_bits(triton_backend: None) -> None:
+def test_same_bits(compiled: str) -> None:
     step = Step(num_samples=40)
     first = step.run()
     for _ in range(3):
         assert_same_bits(first, step.run())
 
 
-def test_step_agrees_with_the_reference() -> None:
+def test_step_agrees_with_the_reference(compiled: str) -> None:
     step = Step(dtype=F32)
-    with fastmtl.use_backend("triton"):
-        found = step.run()
+    found = step.run()
     with fastmtl.use_backend("reference"):
         expected = step.run()
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
 
 
-def test_runs_on_the_current_stream(triton_backend: None) -> None:
+def test_runs_on_the_current_stream(compiled: str) -> None:
     step = Step()
     expected = step.run()
     values = step.x.detach().clone()
@@ -450,7 +476,25 @@ def test_runs_on_the_current_stream(triton_backend: None) -> None:
     assert_same_bits(found, expected)
 
 
-def test_memory_that_is_aligned_otherwise_each_time(triton_backend: None) -> None:
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_another_device(compiled: str) -> None:
+    """Than the current one: launches and memory are that of the tensors."""
+    x, weight = torch.randn(6, 64), torch.randn(48, 64)
+    ids, delta = torch.arange(6) % 2, torch.randn(2, 48, 64)
+    found = task_linear(*(t.to("cuda:1") for t in (x, weight, delta, ids)))
+    exact = torch.einsum("nc,noc->no", x.double(), (weight + delta).double()[ids])
+    assert found.device.index == 1 and torch.cuda.current_device() == 0
+    torch.testing.assert_close(found.cpu().double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=cases.short)
+def test_the_table_chooses(dtype: torch.dtype) -> None:
+    """Whatever it says of this card, an unforced layer is right, also where CUDA C++ declines it."""
+    check(ConvCase(n=9, cin=32, cout=48, size=(9, 8), gate="zeros", dtype=dtype, x_layout="channels_last"))
+    check(ConvCase(**GEOMETRIES["depthwise"], dtype=dtype))
+
+
+def test_memory_that_is_aligned_otherwise_each_time(compiled: str) -> None:
     # a build is kept for each set of alignments, and launched directly from the second time on
     ids, memory = torch.arange(6, device=DEVICE) % 2, torch.randn(6 * 64 + 8, device=DEVICE, dtype=BF16)
     weight, delta = torch.randn(48, 64, device=DEVICE, dtype=BF16), torch.randn(2, 48, 64, device=DEVICE, dtype=BF16)
@@ -463,7 +507,7 @@ def test_memory_that_is_aligned_otherwise_each_time(triton_backend: None) -> Non
         cases.assert_within(found, exact.cpu(), 2.0**-7 * size.cpu())
 
 
-def test_compiled(triton_backend: None, fresh_compiler: None) -> None:
+def test_compiled(compiled: str, fresh_compiler: None) -> None:
     step = Step(dtype=F32)
     expected = step.run()
     step.forward = torch.compile(step.forward, fullgraph=True)  # type: ignore[method-assign]
