@@ -144,14 +144,15 @@ def stubbed(record: bool = False) -> Iterator[list[Launched]]:
 
 
 @contextlib.contextmanager
-def without_launches() -> Iterator[Callable[[], int]]:
+def without_launches() -> Iterator[ctypes.CDLL]:
     """Inside the block the backend `cuda` is forced and takes tensors of the CPU, for `task_conv2d` and `task_linear`;
-    its launches do nothing. The block gets a function that says how many there were."""
+    its launches do nothing. The block gets what no_launches.cpp says of them."""
     library = ctypes.CDLL(str(_built_without_launches()))
     library.host_conv_functions.restype = ctypes.c_void_p
-    library.launches_made.restype = ctypes.c_int64
+    for name in ("launches_made", "product_tile", "pieces_tile"):
+        getattr(library, name).restype = ctypes.c_int64
     with with_conv_functions(library.host_conv_functions()), fastmtl.use_backend("cuda"):
-        yield library.launches_made
+        yield library
 
 
 @functools.cache
@@ -271,10 +272,10 @@ def count_launches(layer: Layer, backend: str) -> int:
     """Of a layer's forward and backward."""
     with stubbed(record=True) if backend == "triton" else without_launches() as made:
         for _ in range(2):  # the first call of Triton's writes the tables of addresses
-            before = len(made) if backend == "triton" else made()
+            before = len(made) if backend == "triton" else made.launches_made()
             y = layer.run()
             torch.autograd.grad(y, layer.leaves, torch.empty_like(y))
-        return ((len(made) if backend == "triton" else made()) - before) // DEPTH
+        return ((len(made) if backend == "triton" else made.launches_made()) - before) // DEPTH
 
 
 def main() -> None:

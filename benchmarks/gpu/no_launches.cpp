@@ -1,4 +1,4 @@
-// Launches of the task convolution that do nothing but count, for host_time.py: linked with kernels_task.cu, which plans
+// Launches of the task convolution that do nothing but count and tell their tiles, for host_time.py and task_model.py: linked with kernels_task.cu, which plans
 // them, and with the tests' table of functions for CPU tensors.
 #include "cuda/task_weights/kernels_task.h"
 
@@ -6,6 +6,7 @@ namespace fastmtl::cuda {
 namespace {
 
 int64_t launches = 0;
+int last_product = -1, last_pieces = -1;
 
 }  // namespace
 
@@ -14,11 +15,13 @@ void launch_stage(const StageArguments&, DType, dim3, cudaStream_t) {
   ++launches;
 }
 template <class In>
-void launch_product(const ProductArguments&, int, dim3, cudaStream_t) {
+void launch_product(const ProductArguments&, int tile, dim3, cudaStream_t) {
+  last_product = tile;
   ++launches;
 }
 template <class In>
-void launch_pieces(const PiecesArguments&, int, dim3, cudaStream_t) {
+void launch_pieces(const PiecesArguments&, int tile, dim3, cudaStream_t) {
+  last_pieces = tile;
   ++launches;
 }
 template <class In>
@@ -56,4 +59,7 @@ FASTMTL_OF(__half)
 extern "C" {
 
 int64_t launches_made() { return fastmtl::cuda::launches; }
+// the tiles of the last launches
+int64_t product_tile() { return fastmtl::cuda::last_product; }
+int64_t pieces_tile() { return fastmtl::cuda::last_pieces; }
 }

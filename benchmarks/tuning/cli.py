@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 
 from fastmtl.benchmarks.runner.machine import describe
-from fastmtl.benchmarks.tuning import choose, probes
+from fastmtl.benchmarks.tuning import choose, gpu, probes
 from fastmtl.benchmarks.tuning.probes import FULL, SHORT, Group, Sizes, Timed
 from fastmtl.core.dispatch import unavailable
+from fastmtl.tuning.gpu import GpuTable
+from fastmtl.tuning.gpu import cache_path as gpu_path
 from fastmtl.tuning.processor import this_processor
 from fastmtl.tuning.search import VARIABLE, cache_path
 from fastmtl.tuning.table import DTYPES, KINDS, PRODUCTS, ByShape, Limits, Shape, Table, key
@@ -63,7 +65,45 @@ def run(options: argparse.Namespace) -> int:
         unfinished.unlink(missing_ok=True)
     print(summary(table))
     print(f"written: {path}; read by every process that starts from now on{_condition(options.out)}")
+    return tune_gpus()
+
+
+def tune_gpus() -> int:
+    """Measures each kind of card that is there, and writes its table; the exit code of `run`."""
+    if not torch.cuda.is_available():
+        print("GPU: there is none here")
+        return 0
+    missing = {name: reason for name in ("cuda", "triton") if (reason := unavailable(name, "cuda")) is not None}
+    if missing:
+        print(f"GPU: there is nothing to choose between: {missing}")
+        return 0
+    cards = {torch.cuda.get_device_name(k): torch.device("cuda", k) for k in range(torch.cuda.device_count())}
+    for card, device in cards.items():
+        path = gpu_path(card)
+        try:
+            with torch.cuda.device(device):
+                table = gpu.measured(card, device, origin())
+            write_gpu_table(table, path)
+        except KeyboardInterrupt:
+            print(f"\nfastmtl tune: interrupted, nothing is written of {card}", file=sys.stderr)
+            return INTERRUPTED
+        except OSError as error:
+            print(f"fastmtl tune: {path} cannot be written: {error}", file=sys.stderr)
+            return 2
+        print(f"written: {path}, by which CUDA C++ or Triton makes the layers by task on {card}")
     return 0
+
+
+def write_gpu_table(table: GpuTable, path: Path) -> None:
+    """In one step: a process that reads it meanwhile finds the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(table.to_json())
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _condition(out: Path | None) -> str:
@@ -184,8 +224,4 @@ def summary(table: Table) -> str:
         for name, by in entries.items()
     ]
     lines.append(f"one more call: {table.call_bytes / 1e6:.2g} MB of copies and {table.weight_passes} of its weight")
-    if torch.cuda.is_available():
-        lines.append("GPU: its kernels' constants are not measured by this command (docs/kernels/tuning.md)")
-    else:
-        lines.append("GPU: there is none here")
     return "\n".join(lines)

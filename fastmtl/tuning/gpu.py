@@ -1,66 +1,181 @@
 """Whether CUDA C++ or Triton makes a layer with per-task weights, by shape of its weight: a table for each card.
 
-What no card has measured yet is a *model*: `MODEL` says which, and why. docs/kernels/tuning.md explains both.
+`fastmtl tune` measures one on a machine with a GPU. Where none was measured it is a *model*, which says so, and whose
+kernels are not asked first before they have run on a card. docs/kernels/tuning.md explains both.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import NamedTuple
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmtl.tuning.table import Shape
+from fastmtl.tuning.table import Shape, TableError
 
+SCHEMA = 1
+# what is computed: y; all gradients; each task's gradient of a shared weight
 PRODUCTS = ("forward", "backward", "weight_grad")
 # one pixel to one pixel, or several
 KINDS = ("pixelwise", "filter")
 # float16 counts as bfloat16
 DTYPES = ("float32", "bfloat16")
 BACKENDS = ("cuda", "triton")
+# whose kernels have run on a card: a model alone puts no other one in front
+HAVE_RUN = frozenset({"triton"})
+
+
+def key(kind: str, dtype: str) -> str:
+    """Of one entry of `GpuTable.fastest`."""
+    return f"{kind} {dtype}"
+
+
+KEYS = tuple(key(kind, dtype) for kind in KINDS for dtype in DTYPES)
+Fastest = Mapping[str, Mapping[str, Mapping[Shape, str]]]
 
 
 class GpuTable(NamedTuple):
-    """`fastest`: product -> kind and dtype -> backend by shape of the weight. `source`: `"measured"` or `"model"`."""
+    """`card`: as the driver calls it, or the architecture of a model. `source`: `"measured"` or `"model"`. `fastest`:
+    product -> kind and dtype -> backend by shape of the weight. `origin` and `measured` are for readers alone."""
 
     card: str
     source: str
-    fastest: Mapping[str, Mapping[str, Mapping[Shape, str]]]
+    fastest: Fastest
+    origin: Mapping[str, Any] = MappingProxyType({})
+    measured: Mapping[str, Any] = MappingProxyType({})
 
     def nearest(self, product: str, kind: str, dtype: str, shape: Shape) -> str:
-        """What was the fastest for the nearest shape; of two that are as near, of the first."""
-        entries = self.fastest[product][f"{kind} {dtype}"]
+        """What was the fastest for the nearest shape; of two that are as near, for the first."""
+        entries = self.fastest[product][key(kind, dtype)]
         return entries[min(entries, key=shape.distance)]
 
+    def order(self, product: str, kind: str, dtype: str, shape: Shape) -> tuple[str, ...]:
+        """The backends, the one to be asked first in front."""
+        first = self.nearest(product, kind, dtype, shape)
+        found = (first, *(other for other in BACKENDS if other != first))
+        if self.source == "model":
+            return tuple(sorted(found, key=lambda backend: backend not in HAVE_RUN))
+        return found
 
-def _uniform(backend: str) -> dict[str, dict[str, dict[Shape, str]]]:
-    return {
-        product: {f"{kind} {dtype}": {Shape(1, 1): backend} for kind in KINDS for dtype in DTYPES}
-        for product in PRODUCTS
-    }
+    def to_json(self) -> str:
+        fastest = {
+            product: {name: {str(shape): one for shape, one in entries.items()} for name, entries in by_key.items()}
+            for product, by_key in self.fastest.items()
+        }
+        found = {"schema": SCHEMA, **self._asdict(), "fastest": fastest}
+        return json.dumps({k: dict(v) if isinstance(v, Mapping) else v for k, v in found.items()}, indent=1) + "\n"
 
 
-# Triton's kernels have been tested and measured on a GPU, CUDA C++'s have not: they wait for that, and are asked where
-# they are forced or Triton declines.
-MODEL = GpuTable("any", "model", _uniform("triton"))
+def _uniform(backend: str) -> Fastest:
+    one = MappingProxyType({Shape(1, 1): backend})
+    return MappingProxyType({product: MappingProxyType(dict.fromkeys(KEYS, one)) for product in PRODUCTS})
 
 
+# By the main loops (docs/kernels/task-kernels-cuda.md): before sm_90 both multiply by mma.sync, and CUDA C++'s loops
+# leave it as much of its time or more, but for one weight gradient of ResNet-50's 39 products. On sm_90 Triton
+# multiplies by wgmma, and was measured at the rate that L2 leaves to the loops of CUDA C++.
+MODELS = {80: GpuTable("sm_80", "model", _uniform("cuda")), 90: GpuTable("sm_90", "model", _uniform("triton"))}
+
+
+def parse(text: str) -> GpuTable:
+    """A table from its file's text.
+
+    Raises:
+        TableError: the text is damaged, or of another schema.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TableError(f"it is damaged: {error}") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise TableError(f"it is no table of a GPU of schema {SCHEMA}")
+    if not isinstance(found.get("card"), str) or found.get("source") != "measured":
+        raise TableError("it is damaged: it has no card, or was not measured")
+    fastest: dict[str, dict[str, dict[Shape, str]]] = {}
+    for product in PRODUCTS:
+        fastest[product] = {}
+        for name in KEYS:
+            entries = (found.get("fastest") or {}).get(product, {}).get(name)
+            if not isinstance(entries, dict) or not entries:
+                raise TableError(f"it is damaged: it has no entries of {product}, {name}")
+            fastest[product][name] = {_shape(text): _backend(one, name) for text, one in entries.items()}
+    return GpuTable(found["card"], "measured", fastest, found.get("origin") or {}, found.get("measured") or {})
+
+
+def _shape(text: str) -> Shape:
+    found = re.fullmatch(r"([1-9]\d{0,15})x([1-9]\d{0,15})", text)
+    if found is None:
+        raise TableError(f"it is damaged: expected a shape such as 576x64, got {text!r}")
+    return Shape(int(found[1]), int(found[2]))
+
+
+def _backend(name: Any, entry: str) -> str:
+    if name not in BACKENDS:
+        raise TableError(f"it is damaged: {entry}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+# --- which table is used
+
+
+def cache_path(card: str) -> Path:
+    """Where `fastmtl tune` leaves the table of a card, and where it is looked for."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(folder) / "fastmtl" / f"tuned-gpu-{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}.json"
+
+
+def find(card: str, capability: int) -> tuple[GpuTable, str | None]:
+    """The table of a card (90: sm_90), and why its own was refused, if it was."""
+    model = MODELS[max((arch for arch in MODELS if arch <= capability), default=min(MODELS))]
+    path = cache_path(card)
+    if not path.is_file():
+        return model, None
+    try:
+        found = parse(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        return model, f"{path} cannot be read: {error}"
+    except TableError as error:
+        return model, f"{path}: {error}"
+    if found.card != card:
+        return model, f"{path}: it is of another card: {found.card!r}, and this one is {card!r}"
+    return found, None
+
+
+@functools.cache
 def current(device: torch.device) -> GpuTable:
-    """The table of a card."""
-    return MODEL
+    """The table that is used for tensors on a device; looked for once."""
+    if device.type != "cuda":
+        return MODELS[80]
+    major, minor = torch.cuda.get_device_capability(device)
+    table, refused = find(torch.cuda.get_device_name(device), 10 * major + minor)
+    if refused is not None:
+        warnings.warn(
+            f"fastmtl refuses the table of a GPU, {refused}. Results are right without it; measure anew by "
+            "`fastmtl tune`.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return table
 
 
-def order(product: str, x: Tensor, shape: torch.Size) -> tuple[str, ...]:
-    """The backends, the fastest first, for x and a weight `[Cout, Cin, ...]`."""
-    return _order(product, x.device, x.dtype, shape)
+def order(product: str, x: Tensor, shape: Sequence[int]) -> tuple[str, ...]:
+    """The backends, the one to be asked first in front, for x and a weight `[Cout, Cin, ...]`."""
+    return _order(product, x.device, x.dtype, tuple(shape))
 
 
 @functools.lru_cache(4096)
-def _order(product: str, device: torch.device, dtype: torch.dtype, shape: torch.Size) -> tuple[str, ...]:
-    kind = "pixelwise" if shape[2:].numel() == 1 else "filter"
+def _order(product: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, ...]:
+    inner = 1
+    for size in shape[1:]:
+        inner *= max(1, size)
+    kind = "pixelwise" if inner == max(1, shape[1]) else "filter"
     name = "float32" if dtype == torch.float32 else "bfloat16"
-    weight = Shape(max(1, shape[1:].numel()), max(1, shape[0]))
-    first = current(device).nearest(product, kind, name, weight)
-    return (first, *(other for other in BACKENDS if other != first))
+    return current(device).order(product, kind, name, Shape(inner, max(1, shape[0])))

@@ -9,6 +9,7 @@ using namespace fastmtl::cuda;
 namespace {
 
 std::atomic<int64_t> tables{0};
+std::atomic<int> sms{3};
 
 ConvFunctions on_host() {
   ConvFunctions f = kernel_functions();
@@ -19,7 +20,7 @@ ConvFunctions on_host() {
     const std::lock_guard<std::mutex> lock(mutex);
     run(nullptr);
   };
-  f.num_sms = [](int) { return 3; };
+  f.num_sms = [](int) { return sms.load(); };
   f.check = [](const char*) {};
   f.table = [](int, Stream, const std::vector<int64_t>& words) {
     ++tables;
@@ -40,6 +41,9 @@ const void* host_conv_functions() {
 
 // how many tables were made
 int64_t host_conv_tables() { return tables; }
+
+// how many multiprocessors the device is said to have
+void host_conv_sms(int64_t count) { sms = static_cast<int>(count); }
 
 // in which order blocks and threads take turns, see cuda_on_host.h
 void host_conv_schedule(uint64_t schedule) { cuda_on_host::schedule = schedule; }

@@ -1,0 +1,82 @@
+"""The model of the task convolution's main loops, and the time of the host: tables that stand in the docs."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from fastmtl.benchmarks.gpu import host_time
+from fastmtl.benchmarks.machine_code import task_model
+from fastmtl.benchmarks.machine_code.cubin import Instruction, Loop
+from fastmtl.benchmarks.machine_code.task_model import CARDS, LAYERS, Step
+from fastmtl.core import dispatch
+from fastmtl.tuning.gpu import MODELS
+from fastmtl.tuning.table import Shape
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    dispatch.extension is None or not any(map(shutil.which, ("c++", "g++", "clang++"))) or dispatch.interpreting(),
+    reason="no extension, no C++ compiler, or TRITON_INTERPRET=1",
+)
+
+
+def test_the_table_of_the_docs() -> None:
+    """Which tile each layer takes is the code's; the loops are as last compiled."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # of tensors that nobody touches
+    text = task_model.DOCS.read_text()
+    found = text.split(task_model.BEGIN)[1].split(task_model.END)[0]
+    assert found.split("\n") == ["", "", *task_model.table(), "", ""]
+
+
+def test_the_model_that_chooses() -> None:
+    """On sm_80 the loops of CUDA C++ leave the matrix units as much of their time as Triton's, but for one."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    cuda, triton = task_model.load()
+    card, less = CARDS[0], []
+    for layer in LAYERS:
+        forward, back, pieces = task_model.cuda_tiles(layer, card)
+        names = [f"task_product_kernel {forward}", f"task_product_kernel {back}", f"task_pieces_kernel {pieces}"]
+        for name, other in zip(names, triton[layer.name], strict=True):
+            if cuda[f"{name} sm_80"].fraction(card) < other.fraction(card):
+                less.append((layer.name, name.split()[0]))
+    assert less == [("layer1, 1x1 in", "task_pieces_kernel")]
+    kind, dtype = "filter", "bfloat16"
+    assert MODELS[80].nearest("forward", kind, dtype, Shape(576, 64)) == "cuda"
+    assert MODELS[90].nearest("forward", kind, dtype, Shape(576, 64)) == "triton"
+
+
+def instruction(name: str, address: int = 0) -> Instruction:
+    return Instruction(address, name, "", False, 1, 7, frozenset())
+
+
+def test_a_step() -> None:
+    """A warp: 4 products of 8 clocks, 4 + 2 + 4 clocks of loads from shared memory, 4 of a copy to it."""
+    names = [
+        *["HMMA.16816.F32.BF16"] * 4,
+        "LDSM.16.M88.4",
+        "LDSM.16.MT88.2",
+        "LDS.128",
+        "LDGSTS.E.BYPASS.128",
+        "BAR.SYNC",
+    ]
+    ops = tuple(map(instruction, names))
+    step = task_model.step_of([Loop(ops[4:], ops[4:]), Loop(ops, ops)], warps=8)
+    assert step == Step(32, 8 * 14, 8 * 9, 8 * 512, 8)
+    a100 = CARDS[0]
+    assert step.fraction(a100) == 64 / max(64, 112, 18, 4096 / a100.l2)
+    assert Step(256, 10, 10, 10, 4).fraction(a100) == 1
+
+
+@pytest.mark.parametrize(("position", "launches"), [(0, 7), (1, 8), (2, 7)], ids=["conv", "gates", "linear"])
+def test_launches_of_a_layer(position: int, launches: int) -> None:
+    """Staging and product; staging and product, pieces, their finish and the sum over chunks of tasks, gates."""
+    layer = host_time.layers()[position]
+    assert host_time.count_launches(layer, "cuda") == launches
+
+
+def test_a_row_of_host_time() -> None:
+    row = host_time.measure(host_time.layers()[2], "cuda", 0.02)
+    assert row.backend == "cuda" and min(row.forward, row.backward, row.launchers) > 0
+    assert row.launchers < row.forward + row.backward

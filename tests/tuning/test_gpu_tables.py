@@ -1,0 +1,119 @@
+"""Which backend makes a layer by task on a card: tables as files, models, the order in which backends are asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastmtl.benchmarks.tuning import cli
+from fastmtl.benchmarks.tuning import gpu as measuring
+from fastmtl.tuning import gpu
+from fastmtl.tuning.gpu import BACKENDS, DTYPES, KINDS, MODELS, PRODUCTS, GpuTable
+from fastmtl.tuning.table import Shape, TableError
+
+CARD = "NVIDIA Test 80GB"
+
+
+def fastest(entries: Any) -> dict[str, dict[str, Any]]:
+    return {product: {name: dict(entries) for name in gpu.KEYS} for product in PRODUCTS}
+
+
+def table() -> GpuTable:
+    """Large filters by CUDA C++, small ones by Triton."""
+    entries = {Shape(576, 64): "triton", Shape(4608, 512): "cuda"}
+    return GpuTable(CARD, "measured", fastest(entries), {"date": "?"})
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return gpu.cache_path(CARD)
+
+
+def test_a_file_is_read_as_it_was_written(cache: Path) -> None:
+    cli.write_gpu_table(table(), cache)
+    assert cache.name == "tuned-gpu-nvidia-test-80gb.json" and list(cache.parent.iterdir()) == [cache]
+    found, refused = gpu.find(CARD, 90)
+    assert refused is None and found == table()
+    assert found.nearest("forward", "filter", "float32", Shape(600, 70)) == "triton"
+    assert found.order("backward", "filter", "bfloat16", Shape(4000, 500)) == ("cuda", "triton")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "no table of a GPU of schema 1"),
+        ({"source": "model"}, "was not measured"),
+        ({"card": "another"}, "of another card: 'another'"),
+        ({"fastest": {}}, "no entries of forward, pixelwise float32"),
+        ({"fastest": fastest({"0x64": "cuda"})}, "a shape such as 576x64"),
+        ({"fastest": fastest({"9x64": "cpu"})}, "one of cuda, triton, got 'cpu'"),
+    ],
+)
+def test_a_file_that_is_refused(change: dict[str, Any], message: str, cache: Path) -> None:
+    """Then it is the model of its architecture."""
+    cache.parent.mkdir(parents=True)
+    cache.write_text(json.dumps({**json.loads(table().to_json()), **change}))
+    found, refused = gpu.find(CARD, 90)
+    assert found is MODELS[90] and message in (refused or "")
+
+
+def test_a_damaged_file() -> None:
+    with pytest.raises(TableError, match="it is damaged"):
+        gpu.parse("{")
+
+
+@pytest.mark.parametrize(
+    ("capability", "card"), [(75, "sm_80"), (80, "sm_80"), (89, "sm_80"), (90, "sm_90"), (120, "sm_90")]
+)
+def test_models(capability: int, card: str, cache: Path) -> None:
+    """Kernels that have not run on a card come last whatever a model says of them."""
+    found, refused = gpu.find(CARD, capability)
+    assert (found.card, found.source, refused) == (card, "model", None)
+    for product in PRODUCTS:
+        for kind in KINDS:
+            for dtype in DTYPES:
+                order = found.order(product, kind, dtype, Shape(576, 64))
+                assert sorted(order) == sorted(BACKENDS) and order[0] in gpu.HAVE_RUN
+
+
+def test_order_of_tensors() -> None:
+    x = torch.empty(3, 4, 5, 5)
+    assert set(gpu.order("forward", x, (6, 4, 3, 3))) == set(BACKENDS) == set(gpu.order("forward", x, (6, 4)))
+    assert set(gpu.order("forward", x, (0, 0, 3, 3))) == set(BACKENDS)
+
+
+def test_what_tune_measures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All groups and shapes, on tensors of the CPU with launchers and clock of its own."""
+    import importlib
+
+    took = {"cuda": {"forward": 1.0, "backward": 3.0, "weight_grad": 1.0}, "triton": dict.fromkeys(PRODUCTS, 2.0)}
+    called: list[tuple[str, str]] = []
+    for layer in ("task_linear", "task_conv2d"):
+        op = importlib.import_module(f"fastmtl.ops.task_weights.{layer}")
+        for product, name in zip(PRODUCTS, ("_FORWARD", "_BACKWARD", "_WEIGHT_GRAD"), strict=True):
+            for backend in BACKENDS:
+                plain = getattr(op, name)["reference"]
+
+                def run(*args: Any, at: tuple[str, str] = (backend, product), plain: Any = plain) -> Any:
+                    called.append(at)
+                    return plain(*args)
+
+                monkeypatch.setitem(getattr(op, name), backend, run)
+
+    def timer(call: Any, calls: int) -> Any:
+        call()  # as it will be made on a card
+        backend, product = called[-1]
+        return lambda: took[backend][product]
+
+    sizes = measuring.Sizes(matrices=((4, 6),), filters=((3, 5),), samples=4, rows=2, side=3, tasks=2)
+    found = measuring.measured(CARD, torch.device("cpu"), {}, sizes, timer, lambda part: None)
+    assert len(called) == 2 * len(PRODUCTS) * len(KINDS) * len(DTYPES)
+    assert found.nearest("forward", "filter", "bfloat16", Shape(1, 1)) == "cuda"
+    assert found.nearest("backward", "pixelwise", "float32", Shape(1, 1)) == "triton"
+    assert set(found.fastest["forward"]["filter float32"]) == {Shape(27, 5)}
+    assert gpu.parse(found.to_json()) == found
