@@ -109,13 +109,13 @@ if wanted surgery; then
 fi
 if wanted rates; then SHOW=60 stage rates 90 "$python" -m fastmtl.benchmarks.gpu.surgery_check rates --backend cuda; fi
 if wanted task; then
-  SHOW=40 stage task 180 "${pytest[@]}" -m "not slow" tests/gpu/test_task_ops.py tests/gpu/test_low_rank_ops.py \
+  SHOW=40 stage task 300 "${pytest[@]}" -m "not slow" tests/gpu/test_task_ops.py tests/gpu/test_low_rank_ops.py \
     tests/gpu/test_nn_layers.py tests/gpu/test_one_pass_steps.py
 fi
 if wanted triton; then
   SHOW=25 stage triton 200 "${pytest[@]}" -m "not slow" -k triton tests/gpu/test_cuda_*.py tests/gpu/test_surgery_steps.py
 fi
-if wanted hosttime; then SHOW=20 stage hosttime 60 "$python" -m fastmtl.benchmarks.gpu.host_time; fi
+if wanted hosttime; then SHOW=20 stage hosttime 120 "$python" -m fastmtl.benchmarks.gpu.host_time; fi
 
 if wanted bench; then
   SHOW=60 stage bench 310 "$python" -m fastmtl bench --suite surgery --quick --device cuda --out "$out/results"
