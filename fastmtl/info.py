@@ -13,7 +13,7 @@ import torch
 from fastmtl._version import DISTRIBUTION, __version__
 from fastmtl.core import dispatch
 from fastmtl.core.memory import why_memory_is_not_kept
-from fastmtl.tuning import search
+from fastmtl.tuning import gpu, search
 from fastmtl.tuning.processor import this_processor
 
 
@@ -38,6 +38,7 @@ def collect() -> dict[str, Any]:
         "cuda_reason": None if build.get("cuda_architectures") else dispatch.build_note("cuda"),
         "triton": _triton_version(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu_table": _gpu_table() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "freed_memory": _freed_memory(),
         "tuned": _tuned(),
@@ -61,6 +62,14 @@ def _tuned() -> dict[str, Any]:
         "origin": dict(found.table.origin),
         "refused": {str(path): reason for path, reason in found.refused},
     }
+
+
+def _gpu_table() -> str:
+    """Which backend is asked first for layers by task on the current device."""
+    major, minor = torch.cuda.get_device_capability()
+    table, refused = gpu.find(torch.cuda.get_device_name(), 10 * major + minor)
+    found = f"measured on {table.origin.get('date')}" if table.source == "measured" else f"the model of {table.card}"
+    return found if refused is None else f"{found}; refused: {refused}"
 
 
 def _age(date: str) -> str:
@@ -143,6 +152,8 @@ def report() -> str:
     interpreted = ", interpreted on CPU tensors (TRITON_INTERPRET=1)" if dispatch.interpreting() else ""
     lines.append(f"Triton      {found['triton'] or 'none'}{interpreted}")
     lines.append(f"GPU         {found['gpu'] or 'none'}")
+    if found["gpu_table"]:
+        lines.append(f"  layers    by task as {found['gpu_table']} has it")
     if found["forced_backend"]:
         lines.append(f"forced      {found['forced_backend']}")
     lines.append(f"active      {', '.join(found['active'])}")

@@ -1,5 +1,5 @@
-// Launches of the task convolution that do nothing but count and tell their tiles, for host_time.py and task_model.py: linked with kernels_task.cu, which plans
-// them, and with the tests' table of functions for CPU tensors.
+// Launches of the task convolution that do nothing but count and tell their tiles, for host_time.py and task_model.py:
+// linked with kernels_task.cu, which plans them, and with the tests' table of functions for CPU tensors.
 #include "cuda/task_weights/kernels_task.h"
 
 namespace fastmtl::cuda {
@@ -41,13 +41,13 @@ void launch_gates(const GatesArguments&, unsigned, cudaStream_t) {
   ++launches;
 }
 
-#define FASTMTL_OF(T)                                                                   \
-  template void launch_stage<T>(const StageArguments&, DType, dim3, cudaStream_t);      \
-  template void launch_product<T>(const ProductArguments&, int, dim3, cudaStream_t);    \
-  template void launch_pieces<T>(const PiecesArguments&, int, dim3, cudaStream_t);      \
-  template void launch_bias<T>(const BiasArguments&, bool, dim3, cudaStream_t);         \
-  template void launch_finish<T>(const FinishArguments&, int, dim3, cudaStream_t);      \
-  template void launch_chunks<T>(const ChunksArguments&, unsigned, cudaStream_t);       \
+#define FASTMTL_OF(T)                                                                \
+  template void launch_stage<T>(const StageArguments&, DType, dim3, cudaStream_t);   \
+  template void launch_product<T>(const ProductArguments&, int, dim3, cudaStream_t); \
+  template void launch_pieces<T>(const PiecesArguments&, int, dim3, cudaStream_t);   \
+  template void launch_bias<T>(const BiasArguments&, bool, dim3, cudaStream_t);      \
+  template void launch_finish<T>(const FinishArguments&, int, dim3, cudaStream_t);   \
+  template void launch_chunks<T>(const ChunksArguments&, unsigned, cudaStream_t);    \
   template void launch_gates<T>(const GatesArguments&, unsigned, cudaStream_t);
 FASTMTL_OF(float)
 FASTMTL_OF(__nv_bfloat16)

@@ -139,7 +139,8 @@ std::optional<PythonTensor> read_tensor(PyObject* tensor, int32_t device_kind) {
     PyErr_Clear();
     return std::nullopt;
   }
-  if ((device_kind != kAnywhere && x.device.type != device_kind) || !x.data || (x.dims > 0 && (!x.shape || !x.strides))) return std::nullopt;
+  if ((device_kind != kAnywhere && x.device.type != device_kind) || !x.data || (x.dims > 0 && (!x.shape || !x.strides)))
+    return std::nullopt;
   const bool is_int64 = x.element.code == kInt && x.element.bits == 64 && x.element.lanes == 1;
   return PythonTensor{static_cast<char*>(x.data) + x.byte_offset,
                       x.dims,

@@ -359,7 +359,7 @@ def test_extension_needs_libtorch_and_holds_the_architectures() -> None:
     if with_cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         assert info["cuda_architectures"] == [80, 90]
     kernels = ["combine", "combine_groups", "gradvac_coefficients", "gram", "gram_groups", "method_weights", "pcgrad"]
-    kernels += ["pcgrad_coefficients", "pcgrad_project"]
+    kernels += ["pcgrad_coefficients", "pcgrad_project", "task_conv2d", "task_linear"]
     assert info["cuda_kernels"] == (kernels if with_cuda else [])
 
 

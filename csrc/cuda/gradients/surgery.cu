@@ -27,8 +27,8 @@ std::vector<int> architectures() {
 }
 
 std::vector<std::string> kernels() {
-  return {"combine",        "combine_groups", "gradvac_coefficients", "gram",          "gram_groups",
-          "method_weights", "pcgrad",         "pcgrad_coefficients",  "pcgrad_project"};
+  return {"combine", "combine_groups",      "gradvac_coefficients", "gram",        "gram_groups", "method_weights",
+          "pcgrad",  "pcgrad_coefficients", "pcgrad_project",       "task_conv2d", "task_linear"};
 }
 
 namespace {

@@ -1,6 +1,6 @@
-// The kernels of launch.h and what a call asks of its device, as a table of functions: those of CUDA, or of a run on the
-// host. So the launcher is one and the same piece of code in a build with CUDA, in the tests that run the kernels on CPU
-// tensors, and where its own time is measured with launches that do nothing.
+// The kernels of launch.h and what a call asks of its device, as a table of functions: those of CUDA, or of a run on
+// the host. So the launcher is one and the same piece of code in a build with CUDA, in the tests that run the kernels
+// on CPU tensors, and where its own time is measured with launches that do nothing.
 #pragma once
 
 #include <cstdint>

@@ -220,8 +220,10 @@ ConvShape shape_of(const Layer& layer, const PythonTensor& filter, const Picture
   expect(x.c == size[1] && y.c == size[0], "x, weight: expected channels that agree");
   const int64_t in[] = {x.h, x.w}, out[] = {y.h, y.w};
   for (int d = 0; d < 2; ++d) {
-    const int64_t stride = layer.moves[d], room = in[d] + 2 * layer.moves[2 + d] - layer.moves[4 + d] * (kernel[d] - 1) - 1;
-    expect(stride >= 1 && room >= 0 && out[d] == room / stride + 1, "expected pictures that the filter's moves agree with");
+    const int64_t stride = layer.moves[d],
+                  room = in[d] + 2 * layer.moves[2 + d] - layer.moves[4 + d] * (kernel[d] - 1) - 1;
+    expect(stride >= 1 && room >= 0 && out[d] == room / stride + 1,
+           "expected pictures that the filter's moves agree with");
   }
   auto number = [](int64_t n) { return static_cast<int>(n); };
   return {number(x.c),
@@ -281,7 +283,8 @@ struct Queue {
   }
 };
 
-StageParams stage_params(const Layer& layer, const ConvShape& shape, DType dtype, const TaskPointers& delta, bool back) {
+StageParams stage_params(const Layer& layer, const ConvShape& shape, DType dtype, const TaskPointers& delta,
+                         bool back) {
   StageParams p{};
   p.batch = layer.batch();
   p.shape = shape;
@@ -313,9 +316,9 @@ ProductParams product_params(const Layer& layer, const ConvShape& shape, const P
 }
 
 void check_bias(const PythonTensor& bias, const Layer& layer, int64_t features) {
-  expect((bias.dims == 1 || (bias.dims == 2 && bias.shape[0] == layer.num_tasks)) &&
-             bias.shape[bias.dims - 1] == features,
-         "bias: expected shape [Cout] or [T, Cout]");
+  expect(
+      (bias.dims == 1 || (bias.dims == 2 && bias.shape[0] == layer.num_tasks)) && bias.shape[bias.dims - 1] == features,
+      "bias: expected shape [Cout] or [T, Cout]");
 }
 
 // --- forward
