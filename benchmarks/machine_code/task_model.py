@@ -218,6 +218,27 @@ def load() -> tuple[dict[str, Step], dict[str, list[Step]]]:
     )
 
 
+def seconds(card: Card) -> dict[str, dict[str, float]]:
+    """By product of the ops and backend, what the main loops of all layers take together, in no unit: products over the
+    fraction of the rate. A backward is an input gradient and a weight gradient."""
+    cuda, triton = load()
+    found = {product: {"cuda": 0.0, "triton": 0.0} for product in ("forward", "backward", "weight_grad")}
+    for layer in LAYERS:
+        work = layer.channels * layer.features * (layer.kernel * layer.size) ** 2
+        steps = [cuda[f"{name} sm_{card.arch}"] for name in _cuda_kernels(layer, card)]
+        for backend, of_backend in (("cuda", steps), ("triton", triton[layer.name])):
+            forward, back, weight = (work / step.fraction(card) for step in of_backend)
+            for product, took in (("forward", forward), ("backward", back + weight), ("weight_grad", weight)):
+                found[product][backend] += took
+    return found
+
+
+def _cuda_kernels(layer: Layer, card: Card) -> list[str]:
+    """Of the products, with their tiles."""
+    kernels = ("task_product_kernel", "task_product_kernel", "task_pieces_kernel")
+    return [f"{kernel} {tile}" for kernel, tile in zip(kernels, cuda_tiles(layer, card), strict=True)]
+
+
 # --- tables
 
 
@@ -229,11 +250,10 @@ def table() -> list[str]:
     for layer in LAYERS:
         cells = []
         for card in CARDS:
-            tiles = cuda_tiles(layer, card)
-            kernels = ("task_product_kernel", "task_product_kernel", "task_pieces_kernel")
-            for kernel, tile in zip(kernels, tiles, strict=True):
-                step = cuda[f"{kernel} {tile} sm_{card.arch}"]
-                cells.append(f"{_names(kernel)[tile]}: {step.fraction(card):.2f}")
+            for name in _cuda_kernels(layer, card):
+                kernel, tile = name.split()
+                step = cuda[f"{name} sm_{card.arch}"]
+                cells.append(f"{_names(kernel)[int(tile)]}: {step.fraction(card):.2f}")
         others = "; ".join(f"{step.fraction(CARDS[0]):.2f}" for step in triton[layer.name])
         lines.append(f"| {layer.name}, {layer.channels} to {layer.features} | {' | '.join(cells)} | {others} |")
     return lines

@@ -74,15 +74,21 @@ class GpuTable(NamedTuple):
         return json.dumps({k: dict(v) if isinstance(v, Mapping) else v for k, v in found.items()}, indent=1) + "\n"
 
 
-def _uniform(backend: str) -> Fastest:
-    one = MappingProxyType({Shape(1, 1): backend})
-    return MappingProxyType({product: MappingProxyType(dict.fromkeys(KEYS, one)) for product in PRODUCTS})
+def _model(arch: str, **fastest: str) -> GpuTable:
+    entries = {
+        product: MappingProxyType(dict.fromkeys(KEYS, MappingProxyType({Shape(1, 1): backend})))
+        for product, backend in fastest.items()
+    }
+    return GpuTable(arch, "model", MappingProxyType(entries))
 
 
-# By the main loops (docs/kernels/task-kernels-cuda.md): before sm_90 both multiply by mma.sync, and CUDA C++'s loops
-# leave it as much of its time or more, but for one weight gradient of ResNet-50's 39 products. On sm_90 Triton
+# By the main loops of ResNet-50's layers together (docs/kernels/task-kernels-cuda.md): before sm_90 both multiply by
+# mma.sync, and forward and backward take CUDA C++ less time, weight gradients by themselves Triton. On sm_90 Triton
 # multiplies by wgmma, and was measured at the rate that L2 leaves to the loops of CUDA C++.
-MODELS = {80: GpuTable("sm_80", "model", _uniform("cuda")), 90: GpuTable("sm_90", "model", _uniform("triton"))}
+MODELS = {
+    80: _model("sm_80", forward="cuda", backward="cuda", weight_grad="triton"),
+    90: _model("sm_90", forward="triton", backward="triton", weight_grad="triton"),
+}
 
 
 def parse(text: str) -> GpuTable:
