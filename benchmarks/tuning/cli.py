@@ -87,8 +87,8 @@ def tune_gpus() -> int:
         except KeyboardInterrupt:
             print(f"\nfastmtl tune: interrupted, nothing is written of {card}", file=sys.stderr)
             return INTERRUPTED
-        except OSError as error:
-            print(f"fastmtl tune: {path} cannot be written: {error}", file=sys.stderr)
+        except (OSError, ValueError) as error:
+            print(f"fastmtl tune: {path} is not written: {error}", file=sys.stderr)
             return 2
         print(f"written: {path}, by which CUDA C++ or Triton makes the layers by task on {card}")
     return 0

@@ -8,11 +8,15 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastmtl.core.task_weights import STILL, Geometry, SortedBatch, TaskConvCall, TaskWeights
 from fastmtl.ops.task_weights import reference
 from fastmtl.tuning.gpu import BACKENDS, DTYPES, KINDS, PRODUCTS, GpuTable, key
 from fastmtl.tuning.table import Shape
+
+# of the largest result: a rounding of each to its dtype, and of sums in another order
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
 
 
 class Sizes(NamedTuple):
@@ -55,14 +59,14 @@ def graph_seconds(call: Callable[[], Any], calls: int) -> Callable[[], float]:
 
 def calls_of(
     product: str, kind: str, dtype: torch.dtype, pair: tuple[int, int], sizes: Sizes, device: torch.device
-) -> dict[str, Callable[[], Any]]:
-    """By backend, the call of its launcher."""
+) -> dict[str, Callable[[], list[Tensor]]]:
+    """By backend, the call of its launcher, to its results."""
     linear = kind == "pixelwise"
     op = importlib.import_module(f"fastmtl.ops.task_weights.task_{'linear' if linear else 'conv2d'}")
     inner, outer = pair
     shape = (outer, inner) if linear else (outer, inner, 3, 3)
 
-    def draw(*size: int) -> torch.Tensor:
+    def draw(*size: int) -> Tensor:
         x = 0.1 * torch.randn(size, device=device)
         return x.to(dtype).contiguous(memory_format=torch.channels_last if len(size) == 4 else torch.contiguous_format)
 
@@ -77,12 +81,31 @@ def calls_of(
     call = TaskConvCall(TaskWeights(draw(*shape), deltas, list(range(sizes.tasks)), None), batch, geometry, None)
     out = torch.empty(sizes.tasks, *shape, dtype=dtype, device=device)
     wanted, each = [True, True, False, False], list(range(sizes.tasks))
-    runs: dict[str, Callable[[str], Any]] = {
-        "forward": lambda backend: op._FORWARD[backend](x, call),
+
+    def weight_grad(backend: str) -> list[Tensor]:
+        op._WEIGHT_GRAD[backend](x, grad_out, batch, geometry, out)
+        return [out]
+
+    runs: dict[str, Callable[[str], list[Tensor]]] = {
+        "forward": lambda backend: [op._FORWARD[backend](x, call)],
         "backward": lambda backend: op._BACKWARD[backend](grad_out, x, call, wanted, each),
-        "weight_grad": lambda backend: op._WEIGHT_GRAD[backend](x, grad_out, batch, geometry, out),
+        "weight_grad": weight_grad,
     }
     return {backend: lambda backend=backend: runs[product](backend) for backend in BACKENDS}
+
+
+def check(what: str, calls: dict[str, Callable[[], list[Tensor]]], dtype: torch.dtype) -> None:
+    """Nothing is timed that is wrong.
+
+    Raises:
+        ValueError: the backends do not give the same.
+    """
+    one, *others = ([x.double() for x in call()] for call in calls.values())
+    for other in others:
+        for x, y in zip(one, other, strict=True):
+            off, most = float((x - y).abs().max()), float(x.abs().max())
+            if not off <= TOLERANCE[dtype] * most:
+                raise ValueError(f"{what}: {' and '.join(calls)} differ by {off:.2g}, of results up to {most:.2g}")
 
 
 def measured(
@@ -96,6 +119,9 @@ def measured(
     """The table of a card: of each shape the backend whose median is the least, of calls that take turns.
 
     timer: of a call and how often it is to be made at a time, to a function that says how long one took.
+
+    Raises:
+        ValueError: the backends do not give the same results.
     """
     fastest: dict[str, dict[str, dict[Shape, str]]] = {}
     times: dict[str, Any] = {}
@@ -104,10 +130,11 @@ def measured(
         entries = fastest.setdefault(product, {}).setdefault(key(kind, dtype_name), {})
         for pair in sizes.matrices if kind == "pixelwise" else sizes.filters:
             calls = calls_of(product, kind, getattr(torch, dtype_name), pair, sizes, device)
+            shape = Shape(pair[0] * (1 if kind == "pixelwise" else 9), pair[1])
+            check(f"{product}, {kind}, {dtype_name}, {shape}", calls, getattr(torch, dtype_name))
             timers = {backend: timer(call, sizes.calls) for backend, call in calls.items()}
             rounds = [{backend: one() for backend, one in timers.items()} for _ in range(3)]
             seconds = {backend: median(each[backend] for each in rounds) for backend in timers}
-            shape = Shape(pair[0] * (1 if kind == "pixelwise" else 9), pair[1])
             entries[shape] = min(seconds, key=lambda backend: seconds[backend])
             microseconds = {backend: round(1e6 * s, 1) for backend, s in seconds.items()}
             times[f"{product}, {kind}, {dtype_name}, {shape}"] = microseconds

@@ -112,8 +112,19 @@ def test_what_tune_measures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     sizes = measuring.Sizes(matrices=((4, 6),), filters=((3, 5),), samples=4, rows=2, side=3, tasks=2)
     found = measuring.measured(CARD, torch.device("cpu"), {}, sizes, timer, lambda part: None)
-    assert len(called) == 2 * len(PRODUCTS) * len(KINDS) * len(DTYPES)
+    # once to be checked, and once as it is measured
+    assert len(called) == 2 * 2 * len(PRODUCTS) * len(KINDS) * len(DTYPES)
     assert found.nearest("forward", "filter", "bfloat16", Shape(1, 1)) == "cuda"
     assert found.nearest("backward", "pixelwise", "float32", Shape(1, 1)) == "triton"
     assert set(found.fastest["forward"]["filter float32"]) == {Shape(27, 5)}
     assert gpu.parse(found.to_json()) == found
+
+
+def test_nothing_wrong_is_timed() -> None:
+    x = torch.tensor([1.0, -2.0])
+    calls = {"cuda": lambda: [x, x], "triton": lambda: [x, x + 0.001]}
+    with pytest.raises(ValueError, match=r"forward: cuda and triton differ by 0\.001, of results up to 2"):
+        measuring.check("forward", calls, torch.float32)
+    measuring.check("forward", calls, torch.bfloat16)
+    with pytest.raises(ValueError, match="differ by nan"):
+        measuring.check("forward", {"cuda": lambda: [x], "triton": lambda: [x * torch.nan]}, torch.bfloat16)
