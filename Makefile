@@ -79,8 +79,9 @@ docs-tables: dev  ## redraws the README's table, the pages of docs/benchmarks, t
 	$(BIN)/python -m fastmtl.benchmarks.report.report
 	$(BIN)/python examples/papers/report.py
 
-kernel-table: dev  ## compiles the surgery kernels and rewrites their table in docs/; needs nvcc
+kernel-table: dev  ## compiles the surgery and task kernels and rewrites their tables in docs/; needs nvcc and Triton
 	$(BIN)/python -m fastmtl.benchmarks.machine_code.kernel_table
+	$(BIN)/python -m fastmtl.benchmarks.machine_code.task_model --compile
 
 $(DIST)/.installed:
 	$(PYTHON) -m venv $(DIST)
