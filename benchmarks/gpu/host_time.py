@@ -286,9 +286,14 @@ def main() -> None:
     torch.set_num_threads(1)
     machine = describe(torch.device("cpu"))
     print(f"{machine['device']}, torch {torch.__version__}, {TASKS} tasks; microseconds of the host, no kernel runs")
+    backends = options.backend or BACKENDS
+    if "cuda" in backends and not (ROOT / "csrc").is_dir():
+        # an installed package has no sources to compile
+        print(f"of CUDA C++ nothing is measured: {ROOT} is no checkout")
+        backends = [backend for backend in backends if backend != "cuda"]
     print(f"{'layer':28}{'backend':>9}{'forward':>10}{'backward':>10}{'launchers':>11}{'launches':>10}")
     for layer in layers():
-        for backend in options.backend or BACKENDS:
+        for backend in backends:
             row = measure(layer, backend, options.seconds)
             figures = f"{row.forward:10.0f}{row.backward:10.0f}{row.launchers:11.0f}{row.launches:10}"
             print(f"{row.name:28}{row.backend:>9}{figures}")
