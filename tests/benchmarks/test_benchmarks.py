@@ -287,7 +287,8 @@ def test_oracle_reads_lists_and_banks_alike():
 
 @pytest.mark.parametrize("read", [measure.allocated_by_torch, None], ids=["allocator", "peak_memory"])
 def test_peak_memory_sees_a_known_allocation(read):
-    n = 8 << 20
+    # blocks that glibc maps anew even where freed memory is kept: a hole of just that size serves none (alignment)
+    n = 72 << 20
 
     def call(count):
         a = torch.ones(count)
