@@ -8,8 +8,8 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import setuptools
@@ -128,8 +128,9 @@ def test_the_note_of_what_was_left_out(tmp_path: Path, monkeypatch: pytest.Monke
     note.write_text('{"extension": null, "cuda": "no nvcc here"}')
     monkeypatch.setattr(dispatch, "BUILD_NOTE", note)
     assert dispatch.build_note("cuda") == "no nvcc here" and dispatch.build_note("extension") is None
-    monkeypatch.setattr(dispatch, "build_info", lambda: {"cpu_levels": ["portable"]})
-    built = SimpleNamespace(cpu_level=lambda: "portable", multiplies_pairs=lambda: False, __file__="x")
+    facts = {"cpu_levels": ["portable"]}
+    monkeypatch.setattr(dispatch, "build_info", lambda: facts)
+    built = Mock(__file__="x", **{"build_info.return_value": facts, "cpu_level.return_value": "portable"})
     monkeypatch.setattr(info.dispatch, "extension", built)
     assert "no nvcc here" in info.report()
 
