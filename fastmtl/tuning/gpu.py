@@ -106,14 +106,20 @@ def parse(text: str) -> GpuTable:
     if not isinstance(found.get("card"), str) or found.get("source") != "measured":
         raise TableError("it is damaged: it has no card, or was not measured")
     fastest: dict[str, dict[str, dict[Shape, str]]] = {}
+    by_product = _object(found.get("fastest"))
     for product in PRODUCTS:
         fastest[product] = {}
         for name in KEYS:
-            entries = (found.get("fastest") or {}).get(product, {}).get(name)
+            entries = _object(by_product.get(product)).get(name)
             if not isinstance(entries, dict) or not entries:
                 raise TableError(f"it is damaged: it has no entries of {product}, {name}")
             fastest[product][name] = {_shape(text): _backend(one, name) for text, one in entries.items()}
-    return GpuTable(found["card"], "measured", fastest, found.get("origin") or {}, found.get("measured") or {})
+    return GpuTable(found["card"], "measured", fastest, _object(found.get("origin")), _object(found.get("measured")))
+
+
+def _object(entry: Any) -> dict[str, Any]:
+    """Of JSON; what is none has no entries."""
+    return entry if isinstance(entry, dict) else {}
 
 
 def _shape(text: str) -> Shape:
@@ -170,6 +176,12 @@ def current(device: torch.device) -> GpuTable:
             stacklevel=2,
         )
     return table
+
+
+def may_run(backend: str, device: torch.device) -> bool:
+    """Whether kernels may be chosen that nobody has asked for: they have run on a card, or on this one in
+    `fastmtl tune`."""
+    return backend in HAVE_RUN or current(device).source == "measured"
 
 
 def order(product: str, x: Tensor, shape: Sequence[int]) -> tuple[str, ...]:

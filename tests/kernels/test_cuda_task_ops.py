@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import host_kernels as host
 import pytest
@@ -252,6 +252,31 @@ def test_autocast_is_seen() -> None:
     assert task_linear(x, weight, [None, weight], plan).dtype == F32
 
 
+def test_autocast_is_seen_before_dtypes_are_compared() -> None:
+    """The bits of one 16-bit type would be read as another's."""
+    x, weight, ids = torch.randn(3, 4).half(), torch.randn(6, 4).half(), torch.tensor([0, 1, 1])
+    for task_ids in (ids, task_plan(ids, 2)):
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(TypeError, match=r"weight: .*beside x in torch.bfloat"),
+        ):
+            task_linear(x, weight, [None, weight], task_ids)
+
+
+def test_deltas_in_a_tuple_with_names() -> None:
+    x, weight, plan = torch.randn(3, 4), torch.randn(6, 4), task_plan(torch.tensor([0, 1, 1]), 2)
+    pair = NamedTuple("pair", [("first", Tensor), ("second", Tensor)])(weight, -weight)
+    assert torch.equal(task_linear(x, weight, pair, plan), task_linear(x, weight, list(pair), plan))
+
+
+def test_rows_whose_memory_is_that_of_pictures() -> None:
+    x = torch.randn(3, 5, 2, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, ids = torch.randn(6, 4), torch.tensor([0, 1, 1])
+    found = torch.autograd.grad(task_linear(x, weight, [weight, None], ids).sum(), x)[0]
+    expected = torch.stack([(2 - ids[k].clamp(max=1)) * weight.sum(0).expand(5, 2, 4) for k in range(3)])
+    torch.testing.assert_close(found, expected)
+
+
 def test_gradients_are_nobodys_views() -> None:
     """A step may write into them, and into the result."""
     made = LINEAR.make().leaves()
@@ -333,6 +358,11 @@ def layer(**changes: Any) -> list[Any]:
         ({"weight": "none"}, "weight: expected a dense tensor"),
         ({"x": torch.empty(3, 4, 5, 5, device="meta")}, "x: expected a dense tensor with memory on the device"),
         ({"moves": (1, 1)}, "expected stride, padding and dilation"),
+        ({"moves": (1, 1, 2**29, 1, 1, 1)}, r"a padding and a dilation below 2\^29"),
+        ({"deltas": [torch.randn(6, 4, 1, 1)] * 2}, "delta: expected the shape and dtype of the weight"),
+        ({"deltas": [torch.randn(6, 4, 3, 3).half()] * 2}, "delta: expected the shape and dtype of the weight"),
+        ({"weight": torch.randn(6, 4, 3, 3).double(), "deltas": [], "tasks": []}, "weight: expected the dtype of x"),
+        ({"gate": torch.ones(2).half()}, "gate, bias: expected the dtype of x"),
     ],
 )
 def test_the_launcher_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:

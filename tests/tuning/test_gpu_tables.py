@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+import fastmtl
 from fastmtl.benchmarks.tuning import cli
 from fastmtl.benchmarks.tuning import gpu as measuring
+from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights
+from fastmtl.ops.task_weights import choice
 from fastmtl.tuning import gpu
 from fastmtl.tuning.gpu import BACKENDS, DTYPES, KINDS, MODELS, PRODUCTS, GpuTable
 from fastmtl.tuning.table import Shape, TableError
@@ -49,7 +52,7 @@ def test_a_file_is_read_as_it_was_written(cache: Path) -> None:
         ({"schema": 2}, "no table of a GPU of schema 1"),
         ({"source": "model"}, "was not measured"),
         ({"card": "another"}, "of another card: 'another'"),
-        ({"fastest": {}}, "no entries of forward, pixelwise float32"),
+        *(({"fastest": entry}, "no entries of forward, pixelwise float32") for entry in ({}, [1], "x", {"forward": 3})),
         ({"fastest": fastest({"0x64": "cuda"})}, "a shape such as 576x64"),
         ({"fastest": fastest({"9x64": "cpu"})}, "one of cuda, triton, got 'cpu'"),
     ],
@@ -128,3 +131,20 @@ def test_nothing_wrong_is_timed() -> None:
     measuring.check("forward", calls, torch.bfloat16)
     with pytest.raises(ValueError, match="differ by nan"):
         measuring.check("forward", {"cuda": lambda: [x], "triton": lambda: [x * torch.nan]}, torch.bfloat16)
+
+
+def test_kernels_that_have_run_on_no_card_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where nothing else is left; only where they are asked for, or were measured on this card."""
+    x, order, offsets = torch.randn(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 1, 3])
+    call = TaskConvCall(TaskWeights(torch.randn(6, 4), [], [], None), SortedBatch(order, offsets), Geometry(), None)
+    monkeypatch.setattr(choice, "unavailable", lambda backend, device: None)
+    monkeypatch.setattr(choice.cuda, "declines", lambda *a: None)
+    assert "have not run on a card" in str(choice.of_layer("forward", x, call).unsupported["cuda"])
+    with fastmtl.use_backend("cuda"):
+        assert choice.of_layer("forward", x, call).unsupported["cuda"] is None
+    measured = gpu.MODELS[80]._replace(source="measured")
+    monkeypatch.setattr(gpu, "current", lambda device: measured)
+    gpu._order.cache_clear()
+    found = choice.of_layer("forward", x, call)
+    gpu._order.cache_clear()
+    assert found.unsupported["cuda"] is None and found.order == ("cuda", "triton")

@@ -213,6 +213,9 @@ bool read_layer(PyObject* const* args, Reader& reader, Kept& kept, Layer* layer)
   return read_filters(args[1], args[2], reader, kept, *layer, "delta", &layer->delta);
 }
 
+// paddings and dilations from here on are nobody's, and places computed with them stay in 64 bits
+constexpr int64_t kFar = int64_t{1} << 29;
+
 // x and y, or their gradients, as the filters `[Cout, Cin, kh, kw]` have it
 ConvShape shape_of(const Layer& layer, const PythonTensor& filter, const Pictures& x, const Pictures& y) {
   const int64_t* size = filter.shape + (filter.dims - (layer.linear ? 2 : 4));
@@ -220,6 +223,8 @@ ConvShape shape_of(const Layer& layer, const PythonTensor& filter, const Picture
   expect(x.c == size[1] && y.c == size[0], "x, weight: expected channels that agree");
   const int64_t in[] = {x.h, x.w}, out[] = {y.h, y.w};
   for (int d = 0; d < 2; ++d) {
+    expect(layer.moves[2 + d] >= 0 && layer.moves[2 + d] < kFar && layer.moves[4 + d] >= 1 && layer.moves[4 + d] < kFar,
+           "expected a padding and a dilation below 2^29");
     const int64_t stride = layer.moves[d],
                   room = in[d] + 2 * layer.moves[2 + d] - layer.moves[4 + d] * (kernel[d] - 1) - 1;
     expect(stride >= 1 && room >= 0 && out[d] == room / stride + 1,
@@ -247,6 +252,26 @@ const PythonTensor& like(const Layer& layer, const Filters& grads) {
   if (!layer.delta.held.empty()) return layer.delta.held[0];
   expect(!grads.held.empty(), "weight, delta: expected at least one");
   return grads.held[0];
+}
+
+bool beside(const PythonTensor& p, DType x) { return *p.dtype == x || (*p.dtype == DType::f32 && size_of(x) == 2); }
+
+// that weights, deltas, gate and bias are of one layer of x's; and the gradients, of those that are there
+void check_layer(const Layer& layer, const Filters& grads, const PythonTensor& one, DType x) {
+  const int64_t dims = layer.linear ? 2 : 4;
+  expect(beside(one, x), "weight: expected the dtype of x, or float32 beside one of 16 bits");
+  auto fits = [&](const PythonTensor& w) {
+    return w.dtype == one.dtype && w.dims >= dims &&
+           std::equal(w.shape + (w.dims - dims), w.shape + w.dims, one.shape + (one.dims - dims));
+  };
+  expect(!layer.weight || layer.weight->dims == dims, "weight: expected one filter");
+  for (const Filters* filters : {&layer.delta, &grads})
+    expect(filters->held.empty() || fits(filters->held[0]), "delta: expected the shape and dtype of the weight");
+  for (const std::optional<PythonTensor>* p : {&layer.gate, &layer.bias})
+    expect(!*p || beside(**p, x), "gate, bias: expected the dtype of x, or float32 beside one of 16 bits");
+  for (const int64_t t : grads.tasks)
+    expect(layer.delta.held.empty() || layer.delta.words.empty() || layer.delta.words[static_cast<size_t>(t)] != 0,
+           "grad_delta: expected tasks that have a delta");
 }
 
 Values values_of(const std::optional<PythonTensor>& x) {
@@ -333,7 +358,9 @@ bool run_forward(PyObject* const* args) {
   const std::optional<Pictures> y = pictures_of(reader.floats(args[9], "y"), layer.linear, layer.num_samples);
   if (!x || !y) return false;
   expect(x->dtype == y->dtype, "y: expected the dtype of x");
-  const ConvShape shape = shape_of(layer, like(layer, {}), *x, *y);
+  const PythonTensor& one = like(layer, {});
+  const ConvShape shape = shape_of(layer, one, *x, *y);
+  check_layer(layer, {}, one, x->dtype);
   if (layer.bias) check_bias(*layer.bias, layer, y->c);
   cpu::unlocked([&] {
     f.on_device(reader.device(), [&](Stream stream) {
@@ -382,6 +409,7 @@ bool run_backward(PyObject* const* args) {
   const std::optional<PythonTensor> grad_bias = reader.optional(args[15], "grad_bias");
   const PythonTensor& one = like(layer, grads);
   const ConvShape shape = shape_of(layer, one, *x, *grad_out);
+  check_layer(layer, grads, one, x->dtype);
   const int64_t dims = layer.linear ? 2 : 4;
   for (const std::optional<PythonTensor>* each :
        std::initializer_list<const std::optional<PythonTensor>*>{&grad_weight, &layer.weight})
@@ -392,6 +420,8 @@ bool run_backward(PyObject* const* args) {
          "grad_gate: expected the shape and dtype of the gate");
   if (grad_bias) {
     check_bias(*grad_bias, layer, shape.features);
+    expect(layer.bias && grad_bias->dims == layer.bias->dims && grad_bias->dtype == layer.bias->dtype,
+           "grad_bias: expected the shape and dtype of the bias");
     expect(grad_bias->is_contiguous(), "grad_bias: expected contiguous memory");
   }
   cpu::unlocked([&] {
@@ -510,10 +540,7 @@ class Fitting {
     if (found->device_kind != kind_ || found->device != device_) return std::nullopt;
     return found;
   }
-  // in the dtype of x, or float32 beside one of 16 bits
-  bool beside(const PythonTensor& p) const {
-    return p.dtype && (*p.dtype == x_ || (*p.dtype == DType::f32 && size_of(x_) == 2));
-  }
+  bool beside(const PythonTensor& p) const { return p.dtype && cuda::beside(p, x_); }
   bool count(int64_t tasks) {
     if (num_tasks_ < 0) num_tasks_ = tasks;
     return tasks == num_tasks_;

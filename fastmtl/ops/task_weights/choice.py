@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmtl.core.dispatch import unavailable
+from fastmtl.core.dispatch import forced_backend, unavailable
 from fastmtl.core.task_weights import Geometry, TaskConvCall
 from fastmtl.ops.task_weights import cuda
 from fastmtl.ops.task_weights.arguments import triton_declines
@@ -43,4 +43,6 @@ def _of(product: str, x: Tensor, shape: torch.Size, geometry: Geometry, offsets:
         return Choice(declined, None)
     num_tasks = offsets.shape[0] - 1
     declined["cuda"] = cuda.declines(x, shape, geometry, num_tasks)
+    if declined["cuda"] is None and forced_backend() is None and not gpu.may_run("cuda", x.device):
+        declined["cuda"] = "its kernels have not run on a card so far: use_backend('cuda') asks for them"
     return Choice(declined, gpu.order(product, x, shape))

@@ -41,6 +41,8 @@ def _declines(
     sizes = (channels, features, *size, *geometry.output_size(size, (kh, kw)), kh, kw)
     if min(sizes) < 1:
         return "its kernels take no pictures or filters without elements"
+    if max(*geometry.padding, *geometry.dilation) >= 1 << 29:
+        return "its kernels take no padding or dilation from 2^29 on"
     found = extension.task_conv_refusal(
         _DTYPES[dtype], *sizes, *geometry.stride, *geometry.padding, *geometry.dilation, num_tasks
     )
@@ -101,7 +103,10 @@ def _readable(x: Tensor, moves: Moves) -> Tensor:
 
 def _written(promised: Tensor, moves: Moves) -> Tensor:
     """Memory that the kernels write: that of a result, or some to be copied from."""
-    if moves is None or promised.stride(1) == 1 or promised.shape[1] == 1:
+    if moves is None:
+        lies_as_rows = promised.is_contiguous()
+        return promised if lies_as_rows else torch.empty_like(promised, memory_format=torch.contiguous_format)
+    if promised.stride(1) == 1 or promised.shape[1] == 1:
         return promised
     return torch.empty_like(promised, memory_format=torch.channels_last)
 

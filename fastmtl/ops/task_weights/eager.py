@@ -93,11 +93,12 @@ class Layer:
         groups = 1 if moves is None else moves[3]
         if type(groups) is not int or getattr(ids, "dtype", None) not in _IDS:
             return None
+        x = cast_by_autocast(x)
         if not extension.task_layer_fits(weight, delta, gate, bias, ids, order, offsets, moves is None, groups, x):
             return None
         tasks: list[int] = []
         deltas: list[Tensor] = []
-        if type(delta) is list or type(delta) is tuple:
+        if isinstance(delta, (list, tuple)):
             tasks = [t for t, d in enumerate(delta) if d is not None]
             deltas = list(delta) if len(tasks) == len(delta) else [delta[t] for t in tasks]
         elif delta is not None:
@@ -109,7 +110,7 @@ class Layer:
                 geometry = _geometry(x.shape, shape_of_one(weights), *moves)
             except (TypeError, ValueError):
                 return None
-        return self(cast_by_autocast(x), TaskConvCall(weights, SortedBatch(order, offsets), geometry, bias))
+        return self(x, TaskConvCall(weights, SortedBatch(order, offsets), geometry, bias))
 
     def launched(
         self,
