@@ -305,8 +305,20 @@ check_setuptools()
 ext_modules, commands, missing = ([], {}, {}) if WITHOUT_EXTENSION & set(sys.argv) else extension()
 
 
+# of pytest, and of a checkout: nothing that is installed reads them
+LEFT_OUT = {
+    "fastmtl": ["kernels/__init__.py"],
+    "fastmtl.benchmarks": ["conftest.py", "test_cases.py", "results/*", "results/**/*"],
+    "fastmtl.benchmarks.gpu": ["gpu_check.sh"],
+}
+
+
 class BuildPy(build_py):
     """Begins with an empty folder, and leaves a note of what was not built and why, for `fastmtl info`."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [module for module in found if Path(module[2]).name not in LEFT_OUT.get(package, ())]
 
     def run(self) -> None:
         if not self.editable_mode:  # modules that are gone would be in the wheel; objects lie in build/temp-...
@@ -325,6 +337,7 @@ setup(
     ],
     package_dir={"fastmtl.benchmarks": "benchmarks", "fastmtl.kernels": "kernels"},
     package_data={"fastmtl": ["py.typed"], "fastmtl.tuning": ["tables/*.json"]},
+    exclude_package_data=LEFT_OUT,
     ext_modules=ext_modules,
     cmdclass={"build_py": BuildPy, **commands},
 )
