@@ -262,3 +262,14 @@ def test_a_given_folder_that_is_passed_over_is_named(
     monkeypatch.delitem(os.environ, "FASTMTL_CUDA", raising=False)
     assert setup_file["find_cuda_home"](None) == (other, None)
     assert f"CUDA_HOME={tmp_path / 'nowhere'} has no bin/nvcc: taking {other}" in capsys.readouterr().err
+
+
+def test_a_wheel_has_no_files_of_pytest(setup_file: dict[str, Any]) -> None:
+    distribution = setuptools.Distribution({"name": "x", "packages": []})
+    distribution.script_name = "setup.py"
+    command = setup_file["BuildPy"](distribution)
+    command.ensure_finalized()
+    found = {
+        Path(file).name for _, _, file in command.find_package_modules("fastmtl.benchmarks", str(ROOT / "benchmarks"))
+    }
+    assert found == {"__init__.py"}
