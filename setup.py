@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def check_setuptools() -> None:
 
 def find_cxx() -> str | None:
     if os.environ.get("CXX"):
-        found = shutil.which(os.environ["CXX"].split()[0])
+        found = shutil.which(shlex.split(os.environ["CXX"])[0])
         if found is None:
             raise SystemExit(f"fastmtl: CXX={os.environ['CXX']!r} is no program that can be found")
         return found
@@ -80,7 +81,7 @@ def find_cxx() -> str | None:
 
 def program(command: str) -> str:
     """What a compiler calls itself."""
-    said = subprocess.run([*command.split(), "--version"], capture_output=True, text=True).stdout.strip()
+    said = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True).stdout.strip()
     return f"{command} ({said.splitlines()[0] if said else 'which names no version'})"
 
 
@@ -92,7 +93,7 @@ def why(output: str) -> str:
 
 def check_cxx(cxx: str) -> None:
     """Ends the build where the compiler is too old for csrc/, before it compiles for minutes."""
-    command = [*cxx.split(), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    command = [*shlex.split(cxx), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
     done = subprocess.run(command, input=CXX_PROBE, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(
@@ -122,6 +123,11 @@ def check_nvcc(home: Path) -> None:
 def find_cuda_home(torch_cuda: str | None) -> tuple[Path | None, str | None]:
     """The toolkit's root, or None and the reason. torch_cuda: the release of CUDA that torch was built with, if any."""
     wanted = os.environ.get("FASTMTL_CUDA", "")
+    if wanted not in ("", "auto", "0", "1"):
+        raise SystemExit(
+            f"fastmtl: FASTMTL_CUDA={wanted!r}: expected 1 (CUDA code, or no build), 0 (none), or auto (where nvcc is "
+            "found), which leaving it out means, too"
+        )
     if wanted == "0":
         return None, "FASTMTL_CUDA=0 was set when it was built"
     given = {name: Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)}
@@ -138,6 +144,9 @@ def find_cuda_home(torch_cuda: str | None) -> tuple[Path | None, str | None]:
             # torch's own build command refuses another major release
             release = None if torch_cuda is None else nvcc_release(home)
             if torch_cuda is None or (release is not None and release.split(".")[0] == torch_cuda.split(".")[0]):
+                for name, empty in given.items():
+                    if not (empty / "bin" / "nvcc").exists():
+                        print(f"fastmtl: {name}={empty} has no bin/nvcc: taking {home}", file=sys.stderr)
                 return home, None
             others.append(f"{home} has {release or 'an nvcc that does not run'}")
     without = [f"{name}={home} has none" for name, home in given.items() if not (home / "bin" / "nvcc").exists()]
@@ -206,7 +215,8 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
         from torch.utils import cpp_extension
     except ImportError as error:
         raise SystemExit(
-            f"fastmtl: building needs {error.name}, which is not installed: pip install {' '.join(BUILD_NEEDS)}"
+            f"fastmtl: building needs {error.name}, which is not installed. Install it first:\n"
+            f"    pip install {' '.join(BUILD_NEEDS)}"
         ) from error
     problem = VERSION["torch_problem"](torch.__version__)
     if problem is not None:
@@ -255,7 +265,7 @@ def extension() -> tuple[list[Extension], dict[str, type], dict[str, str | None]
             self.build_temp = str(ROOT / "build" / f"temp-{tag}")
 
         def build_extensions(self) -> None:
-            check_cxx(os.environ.get("CXX") or cxx_path)
+            check_cxx(os.environ.get("CXX") or shlex.quote(cxx_path))
             if cuda_home is not None:
                 check_nvcc(cuda_home)
             # under a CPU-only torch ninja is not told which headers a CUDA source includes
@@ -295,10 +305,24 @@ check_setuptools()
 ext_modules, commands, missing = ([], {}, {}) if WITHOUT_EXTENSION & set(sys.argv) else extension()
 
 
+# of pytest, and of a checkout: nothing that is installed reads them
+LEFT_OUT = {
+    "fastmtl": ["kernels/__init__.py"],
+    "fastmtl.benchmarks": ["conftest.py", "test_cases.py", "results/*", "results/**/*"],
+    "fastmtl.benchmarks.gpu": ["gpu_check.sh"],
+}
+
+
 class BuildPy(build_py):
-    """Leaves a note of what was not built and why, for `fastmtl info`."""
+    """Begins with an empty folder, and leaves a note of what was not built and why, for `fastmtl info`."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [module for module in found if Path(module[2]).name not in LEFT_OUT.get(package, ())]
 
     def run(self) -> None:
+        if not self.editable_mode:  # modules that are gone would be in the wheel; objects lie in build/temp-...
+            shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
         package = ROOT / "fastmtl" if self.editable_mode else Path(self.build_lib) / "fastmtl"
         package.mkdir(parents=True, exist_ok=True)
@@ -313,6 +337,7 @@ setup(
     ],
     package_dir={"fastmtl.benchmarks": "benchmarks", "fastmtl.kernels": "kernels"},
     package_data={"fastmtl": ["py.typed"], "fastmtl.tuning": ["tables/*.json"]},
+    exclude_package_data=LEFT_OUT,
     ext_modules=ext_modules,
     cmdclass={"build_py": BuildPy, **commands},
 )

@@ -74,7 +74,7 @@ def use_torch() -> None:
     raise SystemExit(
         f"fastmtl is built against the torch of the environment that it is installed into, and there is none in "
         f"{os.pathsep.join(target_folders())}.\n"
-        f'Install torch first: pip install "torch>={oldest}". On a machine without a GPU take its CPU build '
+        f'Install torch first:\n    pip install "torch>={oldest}"\nOn a machine without a GPU take its CPU build '
         "(pytorch.org says how): the usual one brings gigabytes of CUDA packages.\n"
         "Tools that make an environment for each build (uv, python -m build) do not show yours: let them build in it "
         "(--no-build-isolation, --no-isolation; it needs setuptools>=77, ninja and pybind11>=2.13), or name the torch "

@@ -162,3 +162,5 @@ def test_actions_are_pinned_and_targets_exist(path: Path) -> None:
     for target in re.findall(r"run: make ([\w-]+)", text):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     assert "permissions:" in text
+    assert text.count("persist-credentials: false") == text.count("actions/checkout@")
+    assert text.count("timeout-minutes:") == text.count("runs-on:")

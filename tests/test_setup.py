@@ -146,7 +146,10 @@ def run_setup(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any
 def test_a_source_distribution_needs_no_torch(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     assert run_setup(monkeypatch, command)["ext_modules"] == []
-    with pytest.raises(SystemExit, match=r'building needs torch, which is not installed: pip install "torch>=2\.10"'):
+    with pytest.raises(
+        SystemExit,
+        match=r'building needs torch, which is not installed\. Install it first:\n    pip install "torch>=2\.10"',
+    ):
         run_setup(monkeypatch, "bdist_wheel")
 
 
@@ -219,3 +222,54 @@ def test_nvcc_without_a_compiler_that_it_takes(
     monkeypatch.setitem(os.environ, "CC", "gcc-99")
     with pytest.raises(SystemExit, match="CC=gcc-99"):
         setup_file["check_nvcc"](home)
+
+
+def test_a_compiler_in_a_folder_with_a_space(
+    tmp_path: Path, setup_file: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my tools"
+    folder.mkdir()
+    cxx = script(folder / "g++", "exit 0")
+    monkeypatch.setitem(os.environ, "CXX", f"'{cxx}' -m64")
+    assert setup_file["find_cxx"]() == str(cxx)
+    setup_file["check_cxx"](os.environ["CXX"])
+
+
+@pytest.mark.parametrize("value", ["yes", "off", "2"])
+def test_other_values_of_fastmtl_cuda(value: str, setup_file: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "FASTMTL_CUDA", value)
+    with pytest.raises(SystemExit, match=rf"FASTMTL_CUDA='{value}': expected 1 .*, 0 .*, or auto"):
+        setup_file["find_cuda_home"](None)
+
+
+def test_a_stale_build_is_not_packed(tmp_path: Path, setup_file: dict[str, Any]) -> None:
+    (tmp_path / "lib" / "fastmtl").mkdir(parents=True)
+    (tmp_path / "lib" / "fastmtl" / "gone.py").touch()
+    distribution = setuptools.Distribution({"name": "x", "packages": []})
+    command = setup_file["BuildPy"](distribution)
+    command.build_lib = str(tmp_path / "lib")
+    command.ensure_finalized()
+    command.run()
+    assert [path.name for path in (tmp_path / "lib").rglob("*.*")] == ["_build.json"]
+
+
+def test_a_given_folder_that_is_passed_over_is_named(
+    tmp_path: Path, setup_file: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = toolkit(tmp_path / "other")
+    monkeypatch.setitem(os.environ, "CUDA_HOME", str(tmp_path / "nowhere"))
+    monkeypatch.setitem(os.environ, "CUDA_PATH", str(other))
+    monkeypatch.delitem(os.environ, "FASTMTL_CUDA", raising=False)
+    assert setup_file["find_cuda_home"](None) == (other, None)
+    assert f"CUDA_HOME={tmp_path / 'nowhere'} has no bin/nvcc: taking {other}" in capsys.readouterr().err
+
+
+def test_a_wheel_has_no_files_of_pytest(setup_file: dict[str, Any]) -> None:
+    distribution = setuptools.Distribution({"name": "x", "packages": []})
+    distribution.script_name = "setup.py"
+    command = setup_file["BuildPy"](distribution)
+    command.ensure_finalized()
+    found = {
+        Path(file).name for _, _, file in command.find_package_modules("fastmtl.benchmarks", str(ROOT / "benchmarks"))
+    }
+    assert found == {"__init__.py"}

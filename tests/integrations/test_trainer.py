@@ -147,6 +147,141 @@ def test_the_plain_sum_is_what_the_trainer_does_itself(kind: type, tmp_path: Pat
         assert (a - b).norm() <= 2e-2 * (a - c).norm() and not torch.equal(a, c)
 
 
+def items_of(kind: type) -> list[dict[str, Any]]:
+    return ITEMS if issubclass(kind, InOnePass) else without_ids(ITEMS)
+
+
+def net_of(kind: type) -> nn.Module:
+    torch.manual_seed(3)
+    return OneHead() if issubclass(kind, InOnePass) else Net()
+
+
+def weights_of(trainer: Any) -> list[Tensor]:
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+class StopsOnce(transformers.TrainerCallback):
+    """Ends the first training between two micro-batches of a step."""
+
+    def __init__(self) -> None:
+        self.to_come = True
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.to_come:
+            self.to_come = False
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", [OnLosses, InOnePass])
+def test_each_training_begins_with_nothing_collected(kind: type, tmp_path: Path) -> None:
+    """A new model each time, and an interrupted accumulation before: the weights are those of a trainer's first run."""
+    found = []
+    for callbacks in ([], [StopsOnce()]):
+        trainer = kind(
+            None,
+            arguments(tmp_path, learning_rate=0.1),
+            train_dataset=items_of(kind),
+            model_init=lambda: net_of(kind),
+            callbacks=callbacks,
+        )
+        if callbacks:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        for _ in range(2):
+            trainer.train()
+            found.append(weights_of(trainer))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [OnLosses, InOnePass])
+def test_a_step_that_raises_leaves_nothing_for_the_next(kind: type, tmp_path: Path) -> None:
+    """Its second micro-batch fails and is passed over: that step changes nothing, and the next one is whole."""
+    calls = []
+
+    class Passing(kind):
+        def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append(1)
+            try:
+                return super().training_step(
+                    model, {**inputs, "x": "broken"} if len(calls) == 2 else inputs, *args, **kwargs
+                )
+            except (TypeError, AttributeError):
+                return torch.zeros(())
+
+    settings = {"train_sampling_strategy": "sequential"}
+    passing = trained(Passing, net_of(kind), tmp_path / "a", items_of(kind), **settings)
+    straight = trained(kind, net_of(kind), tmp_path / "b", items_of(kind), max_steps=1, **settings)
+    assert len(calls) == 4
+    torch.testing.assert_close(weights_of(passing), weights_of(straight))
+
+
+@pytest.mark.parametrize("kind", [OnLosses, InOnePass])
+def test_a_resumed_training_has_the_state_of_its_method(kind: type, tmp_path: Path) -> None:
+    def run(resume: str | None = None) -> Any:
+        own = type("Own", (kind,), {"method": fastmtl.methods.GradVac(beta=0.5)})
+        settings = arguments(tmp_path, learning_rate=0.1, max_steps=4, save_strategy="steps", save_steps=2)
+        trainer = own(net_of(kind), settings, train_dataset=items_of(kind))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    straight = run()
+    checkpoint = tmp_path / "checkpoint-2"
+    resumed = run(str(checkpoint))
+    torch.testing.assert_close(weights_of(resumed), weights_of(straight))
+    found, expected = (
+        {name: x for name, x in trainer.method.state_dict().items() if isinstance(x, Tensor)}
+        for trainer in (resumed, straight)
+    )
+    assert expected
+    torch.testing.assert_close(found, expected)
+    (checkpoint / "surgery_method.pt").unlink()
+    with pytest.warns(UserWarning, match=r"has no surgery_method\.pt: GradVac goes on from the state that it has"):
+        anew = run(str(checkpoint))
+    assert not all(torch.equal(a, b) for a, b in zip(weights_of(anew), weights_of(straight), strict=True))
+
+
+def test_the_trainer_comes_last() -> None:
+    with pytest.raises(TypeError, match=r"LossesTraining must come before.*class Wrong\(LossesTraining, Trainer\)"):
+        type("Wrong", (transformers.Trainer, LossesTraining), {})
+    with pytest.raises(TypeError, match="OnePassTraining must come before the Trainer"):
+        type("Wrong", (transformers.Seq2SeqTrainer, OnePassTraining), {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "error", "words"),
+    [
+        (InOnePass, {"optim": "galore_adamw_layerwise"}, ValueError, "changes parameters during the backward pass"),
+        (OnLosses, {"optim": "adalomo"}, ValueError, "optim='adalomo' changes parameters"),
+    ],
+)
+def test_arguments_without_a_place_for_surgery(
+    kind: type, settings: dict[str, Any], error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words):
+        trained(kind, net_of(kind), tmp_path, items_of(kind), **settings)
+
+
+def test_training_that_they_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = type("Bare", (OnePassTraining, transformers.Trainer), {})
+    with pytest.raises(TypeError, match=r"Bare\.tasks: expected the names of the tasks"):
+        trained(bare, OneHead(), tmp_path, ITEMS)
+    trainer = OnLosses(Net(), arguments(tmp_path), train_dataset=without_ids(ITEMS))
+    trainer.args.label_smoothing_factor = 0.1
+    with pytest.raises(ValueError, match="label_smoothing_factor does not reach task_losses"):
+        trainer.train()
+    trainer.args.label_smoothing_factor = 0.0
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs["loss"]
+    with pytest.raises(ValueError, match="compute_loss_func does not reach task_losses"):
+        trainer.train()
+    monkeypatch.setattr(trainer.args, "_n_gpu", 2)
+    with pytest.raises(RuntimeError, match=r"one process on 2 GPUs is nn\.DataParallel.*torchrun"):
+        trainer._check_training()
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(RuntimeError, match="DeepSpeed owns the gradients"):
+        trainer._check_training()
+
+
 def test_what_they_refuse(tmp_path: Path) -> None:
     with pytest.raises(
         KeyError, match=r"task_ids.*the batch has no ids of tasks, only x, labels.*remove_unused_columns"
