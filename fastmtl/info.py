@@ -82,13 +82,19 @@ def _age(date: str) -> str:
     return "of today" if days == 0 else f"{days} day{'s' if days > 1 else ''} old" if days > 0 else f"of {date}"
 
 
+def _when(tuned: dict[str, Any]) -> str:
+    """A user's own table has an age; one that is shipped was measured elsewhere, and has a date."""
+    date = tuned["origin"]["date"]
+    return f"measured on {date.split('T')[0]}" if tuned["place"] == search.SHIPPED else _age(date)
+
+
 def _tuned_lines(tuned: dict[str, Any]) -> list[str]:
     origin = tuned["origin"]
     if not origin:
         lines = ["tuned       by the defaults: no table can be read"]
     else:
         lines = [
-            f"tuned       by {tuned['path']} ({tuned['place']}, {_age(origin['date'])})",
+            f"tuned       by {tuned['path']} ({tuned['place']}, {_when(tuned)})",
             f"  measured  on {origin['name']}, {origin['level']}, {origin['threads']} threads, by fastmtl "
             f"{origin.get('fastmtl')} with torch {origin.get('torch')}, commit {str(origin.get('commit'))[:7]}",
         ]

@@ -14,6 +14,8 @@ import torch
 from paths import ROOT
 from torch import nn
 
+import fastmtl
+
 PAGES = ROOT / "docs/migration"
 # page -> the package of its old side; None: there is none to install
 PEERS = {"torchjd": "torchjd", "libmtl": "LibMTL", "pytorch-pcgrad": None, "peft": "peft", "taps": None}
@@ -81,6 +83,40 @@ def test_a_loop(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if PEERS[page]:
         old = trained(run(side(diff, "-"), begin())["model"])
         torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("row", ["heads", "vector", "one-pass", "constant"])
+def test_a_row_of_torchjd(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`autojac.backward` and what takes its place: all parameters are in the Jacobian, heads too."""
+    need(monkeypatch, "torchjd")
+    aggregation, autojac = (importlib.import_module(f"torchjd.{name}") for name in ("aggregation", "autojac"))
+    torch.manual_seed(0)
+    tasks, samples = 3, 5
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, tasks if row in ("heads", "constant") else 1))
+    x, y, weights = torch.randn(samples, 6), torch.randn(samples, model[2].out_features), torch.tensor([0.5, 2.0, 0.1])
+
+    def losses() -> torch.Tensor:
+        errors = (model(x) - y) ** 2
+        return errors.mean(0) if row in ("heads", "constant") else errors[:, 0]
+
+    def gradients() -> list[torch.Tensor]:
+        found = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        return found
+
+    autojac.backward(losses())
+    aggregator = aggregation.Constant(weights) if row == "constant" else aggregation.UPGrad()
+    autojac.jac_to_grad(model.parameters(), aggregator)
+    want = gradients()
+    if row == "one-pass":
+        with fastmtl.one_pass(model, torch.arange(samples), samples) as bank:
+            losses().sum().backward()
+        bank.apply("upgrad")
+    else:
+        method = (lambda gram: weights) if row == "constant" else "upgrad"
+        surgery = fastmtl.backward(losses(), model, shared=model, method=method)
+        assert row != "constant" or torch.equal(surgery.weights, weights)
+    torch.testing.assert_close(gradients(), want, rtol=1e-4, atol=1e-6)
 
 
 def test_a_weighting_for_the_trainer_of_libmtl(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def read(name: str) -> list[str]:
 
 
 SETUP, *SNIPPETS = read("guides/training-loops.md")
-SNIPPETS += read("guides/amp-compile-graphs.md") + read("guides/monitoring.md") + read("start/conflict.md")
+SNIPPETS += read("guides/amp-compile-graphs.md") + read("guides/monitoring.md")
 
 
 def first_words(snippet: str) -> str:
@@ -132,6 +132,20 @@ def test_first_steps(snippet: str, capsys: pytest.CaptureFixture[str]) -> None:
     begin = {"losses": 7.0, "loss": 1.09}["losses" if "losses" in names else "loss"]
     assert loss.item() < begin
     assert "losses" not in names or "'left': 0." in capsys.readouterr().out
+
+
+def test_whether_tasks_conflict(capsys: pytest.CaptureFixture[str]) -> None:
+    """The script prints what the page shows, but for the last digits, and the tasks conflict as it says."""
+    (snippet,) = read("start/conflict.md")
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "conflict", "exec"), names)
+    shown = re.search(r"^```text\n(.*?)^```$", (DOCS / "start/conflict.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    number = re.compile(r"-?\d+(?:\.\d+)?")
+    found, want = ([float(x) for x in number.findall(text)] for text in (capsys.readouterr().out, shown[1]))
+    assert names["seen"] == 100 and found == pytest.approx(want, abs=0.03)
+    off_diagonal = ~torch.eye(3, dtype=torch.bool)
+    assert (names["cosines"] / names["seen"])[off_diagonal].max() < -0.2
 
 
 def test_one_pass_snippet() -> None:

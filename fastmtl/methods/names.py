@@ -79,7 +79,7 @@ def get(method: str | Weighting) -> Weighting:
         if method.lower() not in METHODS:
             raise ValueError(
                 f"method: expected one of {', '.join(sorted(METHODS))}, or an instance of "
-                f"{', '.join(WITH_ARGUMENTS)}, got {method!r}"
+                f"{', '.join(WITH_ARGUMENTS)} (classes in fastmtl.methods), got {method!r}"
             )
         return METHODS[method.lower()]()
     if isinstance(method, type):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Surgery:
@@ -86,11 +87,18 @@ class Surgery:
         return out
 
     def __repr__(self) -> str:
-        # no values: showing them would wait for the device
         if isinstance(self.present, Tensor):
-            return f"Surgery({', '.join(self.names)})"
-        tasks = zip(self.names, self.present, strict=True)
-        return f"Surgery({', '.join(name if here else f'{name} (absent)' for name, here in tasks)})"
+            text = ", ".join(self.names)
+        else:
+            tasks = zip(self.names, self.present, strict=True)
+            text = ", ".join(name if here else f"{name} (absent)" for name, here in tasks)
+        return f"Surgery({text}{self._shown()})"
+
+    def _shown(self) -> str:
+        """The cosines for `repr`, of tensors on the CPU; elsewhere showing values would wait for the device."""
+        if type(self) is not Surgery or self.gram.device.type != "cpu" or isinstance(self.gram, FakeTensor):
+            return ""
+        return f"; cosines {[[round(x, 2) for x in row] for row in self.cosines().tolist()]}"
 
 
 class PartitionSurgery(Surgery):

@@ -300,8 +300,9 @@ def read_losses(
     if isinstance(losses, Tensor):
         if losses.dim() != 1:
             raise ValueError(
-                f"{argument}: expected a 1-D tensor of scalars or a sequence, "
+                f"{argument}: expected a 1-D tensor of scalars, a sequence or a dict, "
                 f"got a tensor of shape {list(losses.shape)}"
+                + ("; pass the losses, not their sum" if losses.dim() == 0 else "")
             )
         with torch.enable_grad():  # under no_grad the elements would lose the graph
             tasks: list[Tensor | None] = list(losses.unbind())

@@ -16,6 +16,7 @@ from fastmtl.tuning.processor import Processor, this_processor
 from fastmtl.tuning.table import DEFAULTS, Table, TableError, read
 
 VARIABLE = "FASTMTL_TUNED"
+SHIPPED = "shipped with fastmtl"  # the place of a table that the package brings
 
 
 class Found(NamedTuple):
@@ -92,7 +93,7 @@ def find(processor: Processor) -> Found:
             near.append((_distance(table, processor), path, table))
     if near:
         _, path, table = min(near, key=lambda entry: entry[:2])
-        return Found(table, path, "shipped with fastmtl", refused)
+        return Found(table, path, SHIPPED, refused)
     return Found(DEFAULTS, None, "the defaults", refused)
 
 

@@ -50,7 +50,8 @@ def test_get_passes_instances_and_callables_through():
 
 
 def test_get_rejects_what_is_no_method():
-    with pytest.raises(ValueError, match=f"{', '.join(sorted(BY_NAME))}, or an instance of .*, got 'no such method'"):
+    known = f"{', '.join(sorted(BY_NAME))}, or an instance of"
+    with pytest.raises(ValueError, match=rf"{known} .* \(classes in fastmtl.methods\), got 'no such method'"):
         methods.get("no such method")
     with pytest.raises(TypeError, match=r"write PCGrad\(\)"):
         methods.get(methods.PCGrad)

@@ -113,7 +113,7 @@ def test_grad_scaler_steps_or_skips(bad):
         (lambda good: {"a": good[0], "b": torch.tensor(3)}, TypeError, "loss 'b'.*int64"),
         (lambda good: [good[0] * 1j], TypeError, "loss '0'.*complex64"),
         (lambda good: [good[0], 0.0], TypeError, "loss '1'.*float"),
-        (lambda good: good[0], ValueError, r"1-D tensor.*shape \[\]"),
+        (lambda good: good[0], ValueError, r"1-D tensor.*dict.*shape \[\]; pass the losses, not their sum"),
         (lambda good: torch.stack(good)[None], ValueError, r"shape \[1, 3\]"),
         (lambda good: "abc", TypeError, "got str"),
         (lambda good: 3, TypeError, "got int"),

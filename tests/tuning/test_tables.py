@@ -380,6 +380,14 @@ def test_tune_writes_a_table_that_is_read(
     assert cli._condition(path) == " with FASTMTL_TUNED set to it"
 
 
+def test_info_dates_a_shipped_table(tmp_path: Path) -> None:
+    if (reason := unavailable("cpu", "cpu")) is not None:
+        skip_or_fail(reason)
+    path = put(tmp_path / "shipped/table.json", table_of(this_processor()))
+    date = read(path).origin["date"].split("T")[0]
+    assert f"tuned       by {path} (shipped with fastmtl, measured on {date})" in info.report()
+
+
 def test_tune_that_is_interrupted_leaves_nothing(
     tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
