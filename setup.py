@@ -322,7 +322,7 @@ class BuildPy(build_py):
 
     def run(self) -> None:
         if not self.editable_mode:  # modules that are gone would be in the wheel; objects lie in build/temp-...
-            shutil.rmtree(self.build_lib, ignore_errors=True)
+            shutil.rmtree(Path(self.build_lib) / "fastmtl", ignore_errors=True)
         super().run()
         package = ROOT / "fastmtl" if self.editable_mode else Path(self.build_lib) / "fastmtl"
         package.mkdir(parents=True, exist_ok=True)
