@@ -358,6 +358,7 @@ def layer(**changes: Any) -> list[Any]:
         ({"weight": "none"}, "weight: expected a dense tensor"),
         ({"x": torch.empty(3, 4, 5, 5, device="meta")}, "x: expected a dense tensor with memory on the device"),
         ({"moves": (1, 1)}, "expected stride, padding and dilation"),
+        ({"weight": torch.randn(6, 4)}, "weight: expected one filter"),
         ({"moves": (1, 1, 2**29, 1, 1, 1)}, r"a padding and a dilation below 2\^29"),
         ({"deltas": [torch.randn(6, 4, 1, 1)] * 2}, "delta: expected the shape and dtype of the weight"),
         ({"deltas": [torch.randn(6, 4, 3, 3).half()] * 2}, "delta: expected the shape and dtype of the weight"),

@@ -359,8 +359,8 @@ bool run_forward(PyObject* const* args) {
   if (!x || !y) return false;
   expect(x->dtype == y->dtype, "y: expected the dtype of x");
   const PythonTensor& one = like(layer, {});
-  const ConvShape shape = shape_of(layer, one, *x, *y);
   check_layer(layer, {}, one, x->dtype);
+  const ConvShape shape = shape_of(layer, one, *x, *y);
   if (layer.bias) check_bias(*layer.bias, layer, y->c);
   cpu::unlocked([&] {
     f.on_device(reader.device(), [&](Stream stream) {
@@ -408,8 +408,8 @@ bool run_backward(PyObject* const* args) {
   const std::optional<PythonTensor> grad_gate = reader.optional(args[14], "grad_gate");
   const std::optional<PythonTensor> grad_bias = reader.optional(args[15], "grad_bias");
   const PythonTensor& one = like(layer, grads);
-  const ConvShape shape = shape_of(layer, one, *x, *grad_out);
   check_layer(layer, grads, one, x->dtype);
+  const ConvShape shape = shape_of(layer, one, *x, *grad_out);
   const int64_t dims = layer.linear ? 2 : 4;
   for (const std::optional<PythonTensor>* each :
        std::initializer_list<const std::optional<PythonTensor>*>{&grad_weight, &layer.weight})
