@@ -277,6 +277,14 @@ def test_rows_whose_memory_is_that_of_pictures() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_batches_of_gradients_are_the_ops() -> None:
+    """Which says, as on every backend, that it has no rule for them."""
+    made = CONV.make().leaves()
+    y = CONV.run(made)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.autograd.grad(y, [made.x], torch.ones(3, *y.shape), is_grads_batched=True)
+
+
 def test_gradients_are_nobodys_views() -> None:
     """A step may write into them, and into the result."""
     made = LINEAR.make().leaves()

@@ -168,7 +168,9 @@ class _Launched(torch.autograd.Function):
         call = TaskConvCall(weights, SortedBatch(order, offsets), geometry, bias)
         backend = None
         # gradients that are recorded themselves are the op's
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # and those of a batch of gradients (`is_grads_batched`), which has no memory that a launcher reads
+        batched = torch._C._functorch.is_legacy_batchedtensor(grad_out)
+        if not (batched or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             backend = layer.launched("backward", layer.backward, x, call, (grad_out,))
         if backend is not None:
             with torch._C._AutoDispatchBelowADInplaceOrView():
