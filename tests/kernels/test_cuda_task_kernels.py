@@ -40,7 +40,7 @@ from host.ptx.mutations import faults_in
 from torch import Tensor
 
 from fastmtl.benchmarks.machine_code.kernel_table import nvcc
-from fastmtl.core.task_weights import STILL, TaskConvCall
+from fastmtl.core.task_weights import STILL, SortedBatch, TaskConvCall, TaskWeights
 from fastmtl.ops.task_weights import reference
 
 ALL = os.environ.get("FASTMTL_AOT") == "all"
@@ -317,6 +317,21 @@ def test_long_sums_of_float32(translated: None) -> None:
     x, call, _ = as_conv(case, made)
     want = expected_of(case, made)
     assert_as(case, {"y": as_given(case, task.forward(x, call))}, want)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(F16, 8192), (F32, 32768)], ids=str)
+def test_rows_of_a_piece(dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits, whose sums lose digits, a piece is bounded; in float32 the tiles alone keep the device busy here."""
+    x, grad_out = (torch.zeros(32768, 512, 1, 1, dtype=dtype) for _ in range(2))
+    batch = SortedBatch(torch.arange(32768), torch.tensor([0, 32768]))
+    call = TaskConvCall(TaskWeights(torch.zeros(512, 512, 1, 1), [], [], None), batch, STILL, None)
+    with host.using(host.TASK):
+        planned: list[int] = []
+        monkeypatch.setattr(
+            task._library(), "host_weight_grads", lambda params, plan, *_: planned.append(plan._obj.split_rows) or 0
+        )
+        task.weight_gradients(grad_out, x, call, [True, False, False], [])
+    assert planned == [most]
 
 
 # --- that the run sees what it should

@@ -13,6 +13,9 @@ constexpr int64_t round_up(int64_t x, int64_t y) { return ceil_div(x, y) * y; }
 constexpr int64_t kAlignBytes = 256;             // of parts of a workspace
 constexpr int64_t kMostSplits = 65535;           // blocks along y
 constexpr int64_t kMostRows = int64_t{1} << 30;  // of a piece
+// Of 16 bits: tensor cores cut digits off when they add, and only float32's sums are added to a total in between. What
+// pieces leave is added in float32.
+constexpr int64_t kMostNarrowRows = 8192;
 
 inline bool on_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
@@ -209,9 +212,10 @@ struct WeightGradLayout {
 };
 
 // Rows of a piece: `wanted` of them in all, of a multiple of `step` rows
-inline int64_t rows_of_piece(const BatchSize& load, const TaskBatch& batch, int64_t wanted, int64_t step) {
+inline int64_t rows_of_piece(const BatchSize& load, const TaskBatch& batch, int64_t wanted, int64_t step,
+                             int64_t most = kMostRows) {
   int64_t rows = round_up(std::max<int64_t>(1, ceil_div(load.rows, std::max<int64_t>(1, wanted))), step);
-  rows = std::min(rows, kMostRows);
+  rows = std::min(rows, most);
   while (load.most_pieces(batch, rows) > kMostSplits) rows *= 2;
   return rows;
 }
@@ -240,7 +244,8 @@ inline WeightGradPlan plan_pieces(const WeightGradParams& p, int num_sms, const 
   for (int64_t waves = 1; waves <= 4; ++waves) {
     const int64_t wanted = std::max(load.parts, waves * num_sms * tile.blocks / tiles);
     const int64_t rows = choice.split_rows > 0 ? round_up(choice.split_rows, step_rows)
-                                               : rows_of_piece(load, batch, wanted, 4 * step_rows);
+                                               : rows_of_piece(load, batch, wanted, 4 * step_rows,
+                                                               p.dtype == DType::f32 ? kMostRows : kMostNarrowRows);
     const int64_t pieces = load.likely_pieces(rows), blocks = pieces * tiles;
     const auto busiest = std::max(static_cast<double>(ceil_div(blocks, num_sms)), 1.5);
     const double steps = static_cast<double>(std::min(rows, load.rows_of_task)) / step_rows;
