@@ -269,6 +269,19 @@ def test_deltas_in_a_tuple_with_names() -> None:
     assert torch.equal(task_linear(x, weight, pair, plan), task_linear(x, weight, list(pair), plan))
 
 
+def test_out_of_memory_is_torchs_own_error() -> None:
+    """The staged weights of 1024 tasks of 64 MB each."""
+    resource = pytest.importorskip("resource")
+    weight, plan = torch.zeros(4096, 4096), task_plan(torch.tensor([0, 1]), 1024)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (60 << 30, before[1]))
+    try:
+        with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match=r"no workspace of \d{11} bytes"):
+            task_linear(torch.randn(2, 4096), weight, [weight] * 1024, plan)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def test_rows_whose_memory_is_that_of_pictures() -> None:
     x = torch.randn(3, 5, 2, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
     weight, ids = torch.randn(6, 4), torch.tensor([0, 1, 1])

@@ -280,6 +280,9 @@ Values values_of(const std::optional<PythonTensor>& x) {
 
 // --- a call on its device
 
+// how a message begins by which Python knows that memory was lacking
+const std::string kNoMemory = "fastmtl: out of memory: no workspace of ";
+
 // What the call holds until its launches are queued
 struct Queue {
   const ConvFunctions& f;
@@ -303,8 +306,13 @@ struct Queue {
     using torch::headeronly::DeviceType;
     const bool host = f.device_kind == cpu::kOnCpu;
     const torch::stable::Device where(host ? DeviceType::CPU : DeviceType::CUDA, host ? 0 : device);
-    return torch::stable::empty({std::max<int64_t>((bytes + 7) / 8, 1)}, torch::headeronly::ScalarType::Long,
-                                std::nullopt, where);
+    try {
+      return torch::stable::empty({std::max<int64_t>((bytes + 7) / 8, 1)}, torch::headeronly::ScalarType::Long,
+                                  std::nullopt, where);
+    } catch (const std::exception&) {
+      // whose text names a file of torch's and no size
+      throw std::runtime_error(kNoMemory + std::to_string(bytes) + " bytes");
+    }
   }
 };
 

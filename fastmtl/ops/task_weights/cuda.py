@@ -5,7 +5,7 @@ the extension is called. One call of it makes a whole layer, or all gradients of
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -135,6 +135,16 @@ def _alike(delta: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+def _launch(launcher: Callable[..., bool], *args: Any) -> bool:
+    """What a launcher answers; memory that is lacking raises what torch's own allocations raise."""
+    try:
+        return launcher(*args)
+    except RuntimeError as error:
+        if str(error).startswith("fastmtl: out of memory"):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
+
+
 def _done(launched: bool) -> None:
     assert launched, "the CUDA kernels' launcher does not read what it is given, though its layout has been evened"
 
@@ -143,8 +153,8 @@ def _forward(x: Tensor, call: TaskConvCall, moves: Moves, y: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
     x, made = _readable(x, moves), _written(y, moves)
-    if not extension.task_conv_launch(*_told(call, moves), x, made):
-        _done(extension.task_conv_launch(*_told(_evened(call), moves), x, made))
+    if not _launch(extension.task_conv_launch, *_told(call, moves), x, made):
+        _done(_launch(extension.task_conv_launch, *_told(_evened(call), moves), x, made))
     return y if made is y else y.copy_(made)
 
 
@@ -165,10 +175,11 @@ def _backward(
     tasks = [weights.delta_tasks[k] for k in wanted_delta] if weights.delta_tasks else []
     made_x = None if grad_x is None else _written(grad_x, moves)
     given = (_readable(x, moves), _readable(grad_out, moves), made_x, grad_weight)
-    if not extension.task_conv_launch_backward(*_told(call, moves), *given, grads, tasks, grad_gate, grad_bias):
+    launcher = extension.task_conv_launch_backward
+    if not _launch(launcher, *_told(call, moves), *given, grads, tasks, grad_gate, grad_bias):
         made = _alike(grads) if tasks else grads
         told = _told(_evened(call), moves)
-        _done(extension.task_conv_launch_backward(*told, *given, made, tasks, grad_gate, grad_bias))
+        _done(_launch(launcher, *told, *given, made, tasks, grad_gate, grad_bias))
         for grad, one in zip(grads, made, strict=True):
             if one is not grad:
                 grad.copy_(one)
@@ -209,4 +220,5 @@ def _weight_grad(x: Tensor, grad_out: Tensor, batch: SortedBatch, moves: Moves, 
     none = None, [], [], None, None
     given = _readable(x, moves), _readable(grad_out, moves)
     batch = SortedBatch(batch.order.contiguous(), batch.offsets.contiguous())
-    _done(extension.task_conv_launch_backward(*none, *batch, moves, *given, None, None, [out], [], None, None))
+    launcher = extension.task_conv_launch_backward
+    _done(_launch(launcher, *none, *batch, moves, *given, None, None, [out], [], None, None))
