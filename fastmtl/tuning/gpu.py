@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmtl.tuning.table import Shape, TableError
+from fastmtl.tuning.table import Shape, TableError, read_shape
 
 SCHEMA = 1
 # what is computed: y; all gradients; each task's gradient of a shared weight
@@ -113,20 +113,15 @@ def parse(text: str) -> GpuTable:
             entries = _object(by_product.get(product)).get(name)
             if not isinstance(entries, dict) or not entries:
                 raise TableError(f"it is damaged: it has no entries of {product}, {name}")
-            fastest[product][name] = {_shape(text): _backend(one, name) for text, one in entries.items()}
+            fastest[product][name] = {
+                read_shape(text, f"it is damaged: {name}"): _backend(one, name) for text, one in entries.items()
+            }
     return GpuTable(found["card"], "measured", fastest, _object(found.get("origin")), _object(found.get("measured")))
 
 
 def _object(entry: Any) -> dict[str, Any]:
     """Of JSON; what is none has no entries."""
     return entry if isinstance(entry, dict) else {}
-
-
-def _shape(text: str) -> Shape:
-    found = re.fullmatch(r"([1-9]\d{0,15})x([1-9]\d{0,15})", text)
-    if found is None:
-        raise TableError(f"it is damaged: expected a shape such as 576x64, got {text!r}")
-    return Shape(int(found[1]), int(found[2]))
 
 
 def _backend(name: Any, entry: str) -> str:

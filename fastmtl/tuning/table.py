@@ -122,7 +122,12 @@ def _limit(value: Any, where: str) -> int | None:
     return value
 
 
-def _shape(text: str, where: str) -> Shape:
+def read_shape(text: str, where: str) -> Shape:
+    """The shape that `str` has written.
+
+    Raises:
+        TableError: it is none; `where` begins the message.
+    """
     if not re.fullmatch("[1-9][0-9]{0,15}x[1-9][0-9]{0,15}", text):
         raise TableError(f"{where}: expected the shape of a weight, such as 256x768, got {text!r}")
     return Shape(*map(int, text.split("x")))
@@ -136,7 +141,7 @@ def _by_shape(entries: Any, where: str) -> ByShape:
         if not isinstance(entry, dict) or set(entry) != set(Limits._fields):
             raise TableError(f"{where}, {text}: expected direct and matmul, got {entry!r}")
         limits = Limits(*(_limit(entry[f], f"{where}, {text}") for f in Limits._fields))
-        read[_shape(text, where)] = limits
+        read[read_shape(text, where)] = limits
     return ByShape(read)
 
 

@@ -53,7 +53,7 @@ def test_a_file_is_read_as_it_was_written(cache: Path) -> None:
         ({"source": "model"}, "was not measured"),
         ({"card": "another"}, "of another card: 'another'"),
         *(({"fastest": entry}, "no entries of forward, pixelwise float32") for entry in ({}, [1], "x", {"forward": 3})),
-        ({"fastest": fastest({"0x64": "cuda"})}, "a shape such as 576x64"),
+        ({"fastest": fastest({"0x64": "cuda"})}, "the shape of a weight, such as 256x768, got '0x64'"),
         ({"fastest": fastest({"9x64": "cpu"})}, "one of cuda, triton, got 'cpu'"),
     ],
 )

@@ -244,6 +244,10 @@ def test_limits_measured_in_pairs_hold_for_products_in_pairs_alone(level: Backen
                 ways = Ways(dtype, weight, True, True)
                 assert ways.direct_limits() == (100 if in_pairs(dtype) else widened,) * 3
                 assert ways.of_torch("forward", 200) == "matmul"
+                # a segment beside others may have more rows, but for those that are widened
+                ways.beside_others([1, 1, 1000])
+                most = 200 if in_pairs(dtype) or widened == 100 else widened
+                assert ways.direct_limits() == (most,) * 3
             few = {
                 product: dict.fromkeys(entries, ByShape({ANY: Limits(3, 0)})) for product, entries in measured.items()
             }

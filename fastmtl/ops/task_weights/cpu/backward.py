@@ -86,7 +86,7 @@ class _Walk:
         rest = [t for t in batch.present if t not in alone] if grads.weight is not None else []
         done: set[int] = set()
         jobs: list[Job] = []
-        for segment in batch.segments():
+        for segment in batch.segments:
             members = [segment.task] if segment.task is not None else [t for t in batch.present if not batch.is_open(t)]
             own = segment.task is not None and segment.task in alone
             joint = segment.task is None and members == rest

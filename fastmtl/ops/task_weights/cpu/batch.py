@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -70,7 +71,8 @@ class Batch:
         """Whether the task sees its Delta. A gate that is NaN is open."""
         return self.deltas[task] is not None and self.gate(task) != 0
 
-    def segments(self) -> list[Segment]:
+    @functools.cached_property
+    def segments(self) -> Sequence[Segment]:
         """One per task that sees its Delta, and one for all others."""
         found = [Segment(t, self.samples([t])) for t in self.present if self.is_open(t)]
         shared = [t for t in self.present if not self.is_open(t)]

@@ -61,7 +61,7 @@ class Direct:
             self.weight = self.rows(weights.weight)
             self.serves = self.weight is not None
         if self.serves:
-            ways.beside_others([len(segment.samples) * pixels for segment in batch.segments()])
+            ways.beside_others([len(segment.samples) * pixels for segment in batch.segments])
         self._deltas: dict[int, Tensor | None] = {}
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 

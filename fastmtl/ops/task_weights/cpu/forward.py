@@ -39,7 +39,7 @@ def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
     weight_bytes = shape.numel() * x.element_size()
     few: list[Segment] = []
     many: list[Segment] = []
-    for segment in batch.segments():
+    for segment in batch.segments:
         (few if direct.takes("forward", segment) else many).append(segment)
     if few:
         for _ in few:

@@ -75,6 +75,7 @@ class Ways:
     def __init__(self, dtype: torch.dtype, weight: torch.Size, matrix: bool, channels_last: bool) -> None:
         kind = "contiguous" if not channels_last else "pixelwise" if weight[2:].numel() == 1 else "channels_last"
         self._matrix = matrix
+        self._exact = False  # no segment may have more rows than its limit says
         table = current()
         limits = table.limits
         if dtype == torch.float64:
@@ -91,6 +92,7 @@ class Ways:
             }
         if dtype.itemsize == 2 and not in_pairs(dtype) and table.origin.get("level", "").endswith(PAIRS):
             # measured with products in pairs, and these are float32's, beside torch's of 16 bits
+            self._exact = True
             self._of = {p: limit._replace(direct=_at_most(limit.direct)) for p, limit in self._of.items()}
 
     def beside_others(self, rows: Sequence[int]) -> None:
@@ -99,6 +101,8 @@ class Ways:
         A single call of torch's beside the direct product's finds its scratch weight, and oneDNN's copy of it, in no
         cache, where calls that follow each other share them, as they did when the limits were measured.
         """
+        if self._exact:
+            return
         for product, limits in self._of.items():
             most = limits.direct
             if most and 2 * sum(n <= most for n in rows) >= len(rows):
