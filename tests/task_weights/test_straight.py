@@ -9,10 +9,12 @@ from cases_task import BF16, F64, GEOMETRIES, ConvCase, LinearCase, TaskCase
 from conftest import Backend
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.core import dispatch
 from fastmtl.ops import task_plan
+from fastmtl.ops.task_weights.cpu.ways import watching
 from fastmtl.tuning.search import use_table
-from fastmtl.tuning.table import Limits, uniform
+from fastmtl.tuning.table import PRODUCTS, Limits, uniform
 
 pytestmark = pytest.mark.skipif(dispatch.extension is None, reason="without the extension there is no other way")
 
@@ -92,6 +94,42 @@ def test_a_limit_of_rows_sends_it_to_the_op(layer: TaskCase) -> None:
         y = case.run(made)
         assert not is_straight(y)
         table.assert_result(case, y, want)
+
+
+@pytest.mark.parametrize(
+    ("samples", "gate", "straight"),
+    [
+        ([4, 12], None, True),
+        ([4, 13], None, False),
+        ([4, 5, 5], None, False),
+        ([5, 5], None, False),
+        # those that see W alone are one segment
+        ([4, 6, 6], [1.0, 0.0, 0.0], True),
+        ([4, 6, 7], [1.0, 0.0, 0.0], False),
+        ([0, 4, 12], None, True),
+    ],
+)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_segments_beside_others_as_in_the_op(
+    product: str, samples: list[int], gate: list[float] | None, straight: bool
+) -> None:
+    """The limit is stretched for what is served beside segments below it, forward and backward."""
+    ids = torch.arange(len(samples)).repeat_interleave(torch.tensor(samples))
+    x, weight = torch.randn(len(ids), 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    deltas = [torch.randn(4, 8, requires_grad=True) for _ in samples]
+    gates = None if gate is None else torch.tensor(gate)
+    table = uniform(Limits(None, 0))
+    with use_table(table._replace(limits=table.limits | {product: uniform(Limits(4, 0)).limits[product]})):
+        y = ops.task_linear(x, weight, deltas, ids, gate=gates)
+        with watching() as taken:
+            of_op = ops.task_linear(x, weight, deltas, ids, gate=gates)
+            of_op.sum().backward()
+        assert is_straight(y) == (straight or product != "forward")
+        y.sum().backward()
+    # backward, the op makes dx and dW of those that see W alone in one call of torch's
+    if gate is None or product == "forward":
+        assert ({way for of, way in taken if of == product} == {"direct"}) == straight
+    assert torch.equal(y, of_op)
 
 
 @pytest.mark.parametrize(

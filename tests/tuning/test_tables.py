@@ -196,12 +196,12 @@ def test_a_refused_table_is_warned_of_once_and_read_once(tmp_path: Path, monkeyp
 def test_the_table_decides_which_way_an_op_takes() -> None:
     if (reason := unavailable("cpu", "cpu")) is not None:
         skip_or_fail(reason)
-    x, ids = torch.randn(7, 8), torch.tensor([0, 0, 0, 0, 0, 1, 1])
+    x, ids = torch.randn(9, 8), torch.tensor([0] * 7 + [1] * 2)
     weight, delta = torch.randn(4, 8), torch.randn(2, 4, 8)
     expected = torch.einsum("nc,noc->no", x, weight + delta[ids])
     for limits, ways in (
-        (Limits(2, 4), {("forward", "direct"): 1, ("forward", "convolution"): 1}),
-        (Limits(2, 5), {("forward", "direct"): 1, ("forward", "matmul"): 1}),
+        (Limits(2, 6), {("forward", "direct"): 1, ("forward", "convolution"): 1}),
+        (Limits(2, 7), {("forward", "direct"): 1, ("forward", "matmul"): 1}),
         (Limits(0, None), {("forward", "matmul"): 2}),
     ):
         with search.use_table(uniform(limits)), watching() as taken:
@@ -213,15 +213,15 @@ def test_the_table_decides_which_way_an_op_takes() -> None:
 @pytest.mark.parametrize(
     ("samples", "ways"),
     [
-        ([4, 4, 8], {"direct": 3}),
-        ([4, 8], {"direct": 2}),
-        ([4, 9], {"direct": 1, "convolution": 1}),
+        ([4, 4, 12], {"direct": 3}),
+        ([4, 12], {"direct": 2}),
+        ([4, 13], {"direct": 1, "convolution": 1}),
         ([4, 5, 5], {"direct": 1, "convolution": 2}),
         ([5, 5], {"convolution": 2}),
     ],
 )
 def test_a_segment_beside_others_that_are_multiplied_directly(samples: list[int], ways: dict[str, int]) -> None:
-    """It may have twice the limit's rows if at least half of the segments keep to the limit."""
+    """It may have three times the limit's rows if at least half of the segments keep to the limit."""
     if (reason := unavailable("cpu", "cpu")) is not None:
         skip_or_fail(reason)
     ids = torch.arange(len(samples)).repeat_interleave(torch.tensor(samples))
@@ -246,7 +246,7 @@ def test_limits_measured_in_pairs_hold_for_products_in_pairs_alone(level: Backen
                 assert ways.of_torch("forward", 200) == "matmul"
                 # a segment beside others may have more rows, but for those that are widened
                 ways.beside_others([1, 1, 1000])
-                most = 200 if in_pairs(dtype) or widened == 100 else widened
+                most = 300 if in_pairs(dtype) or widened == 100 else widened
                 assert ways.direct_limits() == (most,) * 3
             few = {
                 product: dict.fromkeys(entries, ByShape({ANY: Limits(3, 0)})) for product, entries in measured.items()
@@ -259,8 +259,8 @@ def test_limits_measured_in_pairs_hold_for_products_in_pairs_alone(level: Backen
 def test_filters_of_one_pixel_that_skip_pixels_have_the_higher_limit() -> None:
     if (reason := unavailable("cpu", "cpu")) is not None:
         skip_or_fail(reason)
-    x = torch.randn(4, 8, 4, 4).contiguous(memory_format=torch.channels_last)
-    deltas, ids = [torch.randn(4, 8, 1, 1) for _ in range(2)], torch.tensor([0, 0, 0, 1])
+    x = torch.randn(5, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    deltas, ids = [torch.randn(4, 8, 1, 1) for _ in range(2)], torch.tensor([0, 0, 0, 0, 1])
     for matrices, larger in ((4, 0), (0, 4)):
         limits = {
             product: {

@@ -30,11 +30,11 @@ PyObject* all_closed(PyObject* module, PyObject* const* args, Py_ssize_t count);
 PyObject* task_batch_norm_given(PyObject* module, PyObject* const* args, Py_ssize_t count);
 
 // A layer with per-task weights, forward and backward -> bool: whether the direct product serves all of it, and did it.
-// (weight, deltas, tasks, gate, order, offsets, geometry, num_tasks, ids, x, bias, limit, y)
+// (weight, deltas, tasks, gate, order, offsets, geometry, num_tasks, ids, x, bias, limit, times, y)
 PyObject* task_conv_few(PyObject* module, PyObject* const* args, Py_ssize_t count);
 
-// (weight, deltas, tasks, gate, order, offsets, geometry, x, grad_out, limit_x, limit_weight, grad_x, grad_weight,
-// grad_deltas, grad_gate, grad_bias)
+// (weight, deltas, tasks, gate, order, offsets, geometry, x, grad_out, limit_x, limit_weight, times, grad_x,
+// grad_weight, grad_deltas, grad_gate, grad_bias)
 PyObject* task_conv_few_backward(PyObject* module, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace fastmtl::cpu

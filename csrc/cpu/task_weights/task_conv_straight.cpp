@@ -225,8 +225,24 @@ bool agree(const Image& x, const Image& y, const Layer& layer) {
   return true;
 }
 
-bool few(int64_t samples, const Image& y, int64_t limit) {
-  return limit < 0 || samples * y.size[2] * y.size[3] <= limit;
+int64_t rows_in(int64_t samples, const Image& y) { return samples * y.size[2] * y.size[3]; }
+
+bool few(int64_t samples, const Image& y, int64_t limit) { return limit < 0 || rows_in(samples, y) <= limit; }
+
+// the limit of a batch: `times` as high where at least half of its segments are below it (`Ways.beside_others`)
+int64_t limit_beside_others(int64_t limit, int64_t times, const Layer& layer, const Image& y) {
+  if (limit <= 0) return limit;
+  int64_t segments = 0, below = 0, closed = 0;
+  auto tell = [&](int64_t samples) {
+    ++segments;
+    below += few(samples, y, limit);
+  };
+  for (int64_t t = 0; t < layer.num_tasks; ++t) {
+    if (!layer.is_open(t)) closed += layer.count(t);
+    else if (layer.count(t)) tell(layer.count(t));
+  }
+  if (closed) tell(closed);
+  return 2 * below >= segments ? times * limit : limit;
 }
 
 RowMap rows_of(const Part& part, const Image& y) { return {part.samples, part.count, y.size[2], y.size[3]}; }
@@ -238,16 +254,17 @@ void advise(const Image& x) {
 
 // --- forward
 
-// (*layer, number of tasks, ids, x, bias, limit, y)
+// (*layer, number of tasks, ids, x, bias, limit, how many times as high beside others, y)
 bool run_forward(PyObject* const* args) {
   Kept kept;
   Layer layer;
-  const int64_t num_tasks = PyLong_AsSsize_t(args[7]), limit = PyLong_AsSsize_t(args[11]);
+  const int64_t num_tasks = PyLong_AsSsize_t(args[7]);
   if (num_tasks < 1 || !read_layer(args, num_tasks, kept, &layer)) return false;
   if (!leads(args[8], args[9], layer.linear, layer.num_samples)) return false;
   const std::optional<Image> x = read_pictures(args[9], layer.linear, layer.num_samples);
-  const std::optional<Image> y = read_pictures(args[12], layer.linear, layer.num_samples);
+  const std::optional<Image> y = read_pictures(args[13], layer.linear, layer.num_samples);
   if (!x || !y || !agree(*x, *y, layer)) return false;
+  const int64_t limit = limit_beside_others(PyLong_AsSsize_t(args[11]), PyLong_AsSsize_t(args[12]), layer, *y);
   const float* bias = nullptr;
   bool bias_by_task = false;
   if (args[10] != Py_None) {
@@ -364,8 +381,8 @@ void bias_gradient(const Image& g, const Layer& layer, const Wanted& wanted) {
   torch::stable::parallel_for(0, parts, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(each, 1)), run);
 }
 
-// (*layer, x, grad_out, limit of dx, limit of weight gradients, *wanted), of these x, weight, deltas, gate and bias or
-// None
+// (*layer, x, grad_out, limit of dx, limit of weight gradients, how many times as high beside others, *wanted), of
+// these x, weight, deltas, gate and bias or None
 bool run_backward(PyObject* const* args) {
   Kept kept;
   Layer layer;
@@ -375,9 +392,11 @@ bool run_backward(PyObject* const* args) {
   if (!read_layer(args, num_tasks, kept, &layer)) return false;
   const std::optional<Image> x = read_pictures(args[7], layer.linear, layer.num_samples);
   const std::optional<Image> g = read_pictures(args[8], layer.linear, layer.num_samples);
-  const int64_t limit_x = PyLong_AsSsize_t(args[9]), limit_weight = PyLong_AsSsize_t(args[10]);
   Wanted wanted;
-  if (!x || !g || !agree(*x, *g, layer) || !read_wanted(args + 11, layer, kept, &wanted)) return false;
+  if (!x || !g || !agree(*x, *g, layer) || !read_wanted(args + 12, layer, kept, &wanted)) return false;
+  const int64_t limit_alone = PyLong_AsSsize_t(args[10]), times = PyLong_AsSsize_t(args[11]);
+  const int64_t limit_x = limit_beside_others(PyLong_AsSsize_t(args[9]), times, layer, *g);
+  const int64_t limit_weight = limit_beside_others(limit_alone, times, layer, *g);
   if (wanted.x && !std::equal(x->size, x->size + 4, wanted.x->size)) return false;
   if ((wanted.weight && !layer.shared.weight) || (wanted.gate && !layer.gates)) return false;
 
@@ -390,7 +409,7 @@ bool run_backward(PyObject* const* args) {
   if (wanted.weight) rest = layer.samples([&](int64_t t) { return !of_own(t); });
   if (!closed.empty() && !layer.shared.weight) return false;
   if (!few(static_cast<int64_t>(closed.size()), *g, limit_x)) return false;
-  if (!few(static_cast<int64_t>(rest.size()), *g, limit_weight)) return false;
+  if (!few(static_cast<int64_t>(rest.size()), *g, limit_alone)) return false;
   for (int64_t t = 0; t < num_tasks; ++t) {
     if (wanted.x && layer.is_open(t) && !few(layer.count(t), *g, limit_x)) return false;
     if (of_own(t) && !few(layer.count(t), *g, limit_weight)) return false;
@@ -436,11 +455,11 @@ bool run_backward(PyObject* const* args) {
 }  // namespace
 
 PyObject* task_conv_few(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return answered(run_forward, args, count, kLayerArguments + 6);
+  return answered(run_forward, args, count, kLayerArguments + 7);
 }
 
 PyObject* task_conv_few_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return answered(run_backward, args, count, kLayerArguments + 9);
+  return answered(run_backward, args, count, kLayerArguments + 10);
 }
 
 }  // namespace fastmtl::cpu

@@ -22,7 +22,7 @@ from fastmtl.core.tensors import PLAIN, is_channels_last, memory_format
 from fastmtl.ops.task_weights.arguments import Delta, Pair, read_geometry
 from fastmtl.ops.task_weights.cpu.memory import fresh
 from fastmtl.ops.task_weights.cpu.task_plan import task_plan
-from fastmtl.ops.task_weights.cpu.ways import Ways, watched
+from fastmtl.ops.task_weights.cpu.ways import BESIDE_OTHERS, Ways, watched
 from fastmtl.ops.task_weights.operators import by_argument, wanted_deltas
 
 _IDS = frozenset({torch.int64, torch.int32})
@@ -157,7 +157,7 @@ class _Layer:
         weight, deltas, gate, bias = self.weight, self.deltas, self.gate, self.bias
         if not extension.task_conv_few(
             weight, deltas, self.tasks, gate, self.order, self.offsets, moves,
-            self.num_tasks, self.ids, x, bias, _limits(x, self.shape, moves)[0], y,
+            self.num_tasks, self.ids, x, bias, _limits(x, self.shape, moves)[0], BESIDE_OTHERS, y,
         ):  # fmt: skip
             return None
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, gate, bias, deltas)):
@@ -210,7 +210,7 @@ class _Few(torch.autograd.Function):
             grad_x, grad_weight, grad_gate, grad_bias = found
             if extension.task_conv_few_backward(
                 weight, deltas, tasks, gate, order, offsets, moves,
-                x, _dense(grad_out, x), *_limits(x, filters, moves)[1:],
+                x, _dense(grad_out, x), *_limits(x, filters, moves)[1:], BESIDE_OTHERS,
                 grad_x, grad_weight, grads, grad_gate, grad_bias,
             ):  # fmt: skip
                 return None, None, grad_x, grad_weight, grad_gate, grad_bias, None, None, *grads

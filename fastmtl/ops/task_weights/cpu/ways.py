@@ -20,7 +20,7 @@ Way = Literal["direct", "matmul", "convolution"]
 # the limits that hold in a dtype: those of float64 are nobody's, and it is always torch's convolution
 _NEVER = Limits(0, 0)
 # a segment beyond the direct product's limit, beside others that are not, may have so many times as many rows
-_BESIDE_OTHERS = 2
+BESIDE_OTHERS = 3
 # rows of a segment of 16 bits that is widened to float32, which torch's own products of 16 bits are not
 _MOST_WIDENED = 28
 
@@ -106,7 +106,7 @@ class Ways:
         for product, limits in self._of.items():
             most = limits.direct
             if most and 2 * sum(n <= most for n in rows) >= len(rows):
-                self._of[product] = limits._replace(direct=_BESIDE_OTHERS * most)
+                self._of[product] = limits._replace(direct=BESIDE_OTHERS * most)
 
     def takes_direct(self, product: str, rows: int) -> bool:
         """Whether a segment is for the direct product, if that serves it."""
