@@ -11,6 +11,16 @@ namespace {
 
 // results larger than this go past the cache: they would only push the gradients out of it
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
+// up to so many rows of 32 or 64 bits are read as they come: to follow them is what the hardware does best
+constexpr size_t kFewRows = 8;
+// results of one pass over a tile
+constexpr int64_t kFewResults = 4;
+
+// rows of which the kernel keeps nothing between two passes: a call for each block would take a fifth of their time
+bool passes_once(const Param& p, int64_t num_out) {
+  return num_out <= kFewResults && p.rows.size() <= kFewRows && size_of(p.dtype) > 2 &&
+         std::all_of(p.rows.begin(), p.rows.end(), [](const Row& row) { return row.stride == 1; });
+}
 
 // weights_of(p): the [num_out, T] weights of a parameter
 template <class WeightsOf>
@@ -33,13 +43,13 @@ void combine_with(const WeightsOf& weights_of, int64_t num_out, const Rows& rows
     void* out[kMaxTasks];
     const Param* prepared = nullptr;
     int64_t prepared_out = -1;
+    auto joined = [&](const Param& p) { return passes_once(p, num_out); };
     for (int64_t chunk = first; chunk < last; ++chunk)
-      for_each_block(rows, plan, chunk, [&](const Block& block) {
+      for_each_block(rows, plan, chunk, joined, [&](const Block& block) {
         const Param& p = *block.param;
         const int count = static_cast<int>(p.rows.size());
         block_rows.read(block);
-        // rows in 16 bits alone: to follow up to 8 wider ones is what the hardware does best
-        const bool fetched = count <= 8 && size_of(p.dtype) == 2;
+        const bool fetched = p.rows.size() <= kFewRows && size_of(p.dtype) == 2;
         for (int64_t o = 0; o < num_out; o += kMaxTasks) {
           const int group = static_cast<int>(std::min<int64_t>(kMaxTasks, num_out - o));
           if (prepared != &p || prepared_out != o) {

@@ -53,17 +53,26 @@ struct Block {
   int64_t next_offset;
 };
 
-template <class F>
-void for_each_block(const Rows& rows, const Plan& plan, int64_t chunk, const F& visit) {
+// joined(param): whether blocks that follow each other in it are visited as one, which may have any length
+template <class Joined, class F>
+void for_each_block(const Rows& rows, const Plan& plan, int64_t chunk, const Joined& joined, const F& visit) {
   const int64_t begin = plan.block_of_chunk[chunk], end = plan.block_of_chunk[chunk + 1];
   int64_t i =
       std::upper_bound(plan.first_block.begin(), plan.first_block.end() - 1, begin) - plan.first_block.begin() - 1;
-  for (int64_t block = begin; block < end; ++block) {
+  for (int64_t block = begin; block < end;) {
     while (block >= plan.first_block[i + 1]) ++i;
     const Param& p = rows.params[i];
-    const int64_t offset = (block - plan.first_block[i]) * kBlock, next = offset + kBlock;
-    visit(Block{&p, offset, std::min(kBlock, p.numel - offset), next < p.numel && block + 1 < end, next});
+    const int64_t offset = (block - plan.first_block[i]) * kBlock;
+    const int64_t blocks = joined(p) ? std::min(end, plan.first_block[i + 1]) - block : 1;
+    const int64_t next = offset + blocks * kBlock;
+    block += blocks;
+    visit(Block{&p, offset, std::min(blocks * kBlock, p.numel - offset), next < p.numel && block < end, next});
   }
+}
+
+template <class F>
+void for_each_block(const Rows& rows, const Plan& plan, int64_t chunk, const F& visit) {
+  for_each_block(rows, plan, chunk, [](const Param&) { return false; }, visit);
 }
 
 // chunks over torch's threads, each thread a contiguous range
