@@ -8,8 +8,8 @@ beside this file. With `--compile` that is made anew first: nvcc and Triton comp
 Of a step of a main loop, four things take their clocks of a multiprocessor, side by side where enough warps are there:
 products in the matrix units; what shared memory gives (`ldmatrix`: four clocks for four matrices of a warp) and takes
 (copies: 128 bytes a clock); issued instructions, one a clock and scheduler; and bytes from the L2 cache. The share of
-the products in the longest of them is the fraction of the rate that the loop can reach. Latencies, the beginning and
-the end of a tile, and waves that are not full come on top.
+the products in the longest of them, times the share of a tile that the layer fills, is the fraction of the rate that
+the loop can reach. Latencies, the beginning and the end of a tile, and waves that are not full come on top.
 """
 
 from __future__ import annotations
@@ -91,10 +91,12 @@ class Step(NamedTuple):
     bytes: int
     warps: int
 
-    def fraction(self, card: Card) -> float:
-        """Of the rate of the matrix units."""
+    def fraction(self, card: Card, again: float = 0.0) -> float:
+        """Of the rate of the matrix units. again: the share of the bytes that the first-level cache has, which gives
+        them by way of shared memory."""
         units = self.products * card.clocks / 4
-        return units / max(units, self.shared, self.instructions / 4, self.bytes / card.l2)
+        shared = self.shared + again * self.bytes / 128
+        return units / max(units, shared, self.instructions / 4, (1 - again) * self.bytes / card.l2)
 
 
 _MATRICES = re.compile(r"LDSM\.16\.M?T?88(?:\.(\d))?")
@@ -218,6 +220,46 @@ def load() -> tuple[dict[str, Step], dict[str, list[Step]]]:
     )
 
 
+def of_tile(kernel: str) -> tuple[str, int, int]:
+    """The name, rows and columns of a kernel with its tile."""
+    name, tile = kernel.split()
+    rows, columns = _names(name)[int(tile)].split("x")
+    return name, int(rows), int(columns)
+
+
+def again(layer: Layer, card: Card, kernel: str) -> float:
+    """The share of a step's bytes that were read not long before, for another tap, by copies that go through the
+    first-level cache. kernel: with its tile."""
+    if card.arch < 90:
+        return 0.0
+    name, rows, columns = of_tile(kernel)
+    if name == "task_pieces_kernel":
+        # taps of a line of the filter, of 32 pixels
+        taps = min(layer.kernel, columns // layer.channels) if columns > 128 else 1
+        return columns * (1 - (32 + taps - 1) / (32 * max(1, taps))) / (rows + columns)
+    # all taps of a tile's pixels, which are lines of a picture
+    distinct = rows + (layer.kernel - 1) * layer.size
+    return rows * (1 - min(1.0, distinct / (rows * layer.kernel**2))) / (rows + columns)
+
+
+def in_use(layer: Layer, product: str, kernel: str) -> float:
+    """The share of its tiles that a product fills; that a task's rows may end within a tile is not counted."""
+    _, rows, columns = of_tile(kernel)
+    if product != "weight gradient":
+        wide = layer.features if product == "forward" else layer.channels
+        return wide / (-(-wide // columns) * columns)
+    depth = layer.channels * layer.kernel**2
+    return layer.features * depth / (-(-layer.features // rows) * rows * -(-depth // columns) * columns)
+
+
+def fractions(layer: Layer, card: Card, loops: dict[str, Step]) -> list[float]:
+    """Of the rate of the matrix units, of the products by CUDA C++."""
+    return [
+        loops[f"{kernel} sm_{card.arch}"].fraction(card, again(layer, card, kernel)) * in_use(layer, product, kernel)
+        for product, kernel in zip(PRODUCTS, _cuda_kernels(layer, card), strict=True)
+    ]
+
+
 def seconds(card: Card) -> dict[str, dict[str, float]]:
     """By product of the ops and backend, what the main loops of all layers take together, in no unit: products over the
     fraction of the rate. A backward is an input gradient and a weight gradient."""
@@ -225,9 +267,9 @@ def seconds(card: Card) -> dict[str, dict[str, float]]:
     found = {product: {"cuda": 0.0, "triton": 0.0} for product in ("forward", "backward", "weight_grad")}
     for layer in LAYERS:
         work = layer.channels * layer.features * (layer.kernel * layer.size) ** 2
-        steps = [cuda[f"{name} sm_{card.arch}"] for name in _cuda_kernels(layer, card)]
-        for backend, of_backend in (("cuda", steps), ("triton", triton[layer.name])):
-            forward, back, weight = (work / step.fraction(card) for step in of_backend)
+        of_triton = [step.fraction(card) for step in triton[layer.name]]
+        for backend, of_backend in (("cuda", fractions(layer, card, cuda)), ("triton", of_triton)):
+            forward, back, weight = (work / fraction for fraction in of_backend)
             for product, took in (("forward", forward), ("backward", back + weight), ("weight_grad", weight)):
                 found[product][backend] += took
     return found
@@ -250,10 +292,9 @@ def table() -> list[str]:
     for layer in LAYERS:
         cells = []
         for card in CARDS:
-            for name in _cuda_kernels(layer, card):
-                kernel, tile = name.split()
-                step = cuda[f"{name} sm_{card.arch}"]
-                cells.append(f"{_names(kernel)[int(tile)]}: {step.fraction(card):.2f}")
+            for kernel, fraction in zip(_cuda_kernels(layer, card), fractions(layer, card, cuda), strict=True):
+                _, rows, columns = of_tile(kernel)
+                cells.append(f"{rows}x{columns}: {fraction:.2f}")
         others = "; ".join(f"{step.fraction(CARDS[0]):.2f}" for step in triton[layer.name])
         lines.append(f"| {layer.name}, {layer.channels} to {layer.features} | {' | '.join(cells)} | {others} |")
     return lines
@@ -261,7 +302,7 @@ def table() -> list[str]:
 
 def _names(kernel: str) -> tuple[str, ...]:
     """The tiles in the order of their tables (product.cuh, weight_grads.cuh)."""
-    return ("128x128", "128x64", "64x64") if kernel == "task_product_kernel" else ("128x128", "64x64")
+    return ("128x128", "128x64", "64x64") if kernel == "task_product_kernel" else ("128x128", "64x192", "64x64")
 
 
 def main() -> int:

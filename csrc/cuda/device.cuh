@@ -139,12 +139,24 @@ __device__ inline void copy_async(void* to, const void* from) {
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from))
                : "memory");
 }
-// the first `bytes` of them, 16 or 0, and zeros behind
+// The first `bytes` of them, 16 or 0, and zeros behind. kAgain: this multiprocessor soon reads them again, by way of
+// its first-level cache; only from sm_90 on, where the second level gives less than a product asks for.
+template <bool kAgain = false>
 __device__ inline void copy_async(void* to, const void* from, int bytes) {
+  const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  const auto global = __cvta_generic_to_global(from);
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kAgain) {
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :
+                 : "r"(shared), "l"(global), "r"(bytes)
+                 : "memory");
+    return;
+  }
+#endif
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                :
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)),
-                 "r"(bytes)
+               : "r"(shared), "l"(global), "r"(bytes)
                : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }

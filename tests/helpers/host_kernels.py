@@ -118,7 +118,7 @@ PTX_MUTATIONS_RACES = _of_ptx("ptx_mutations_races", SOME, 90, races=True, fault
 PTX_EVERY = {arch: _of_ptx(f"ptx_every_{arch}", EVERY, arch) for arch in (80, 90)}
 PTX_EVERY_RACES = _of_ptx("ptx_every_races", EVERY, 90, races=True)
 TASK_FAULTY = (
-    "task_(product_kernelI13__nv_bfloat16Li2|pieces_kernelI13__nv_bfloat16Li1|stage_kernelI13__nv_bfloat16Li2)E"
+    "task_(product_kernelI13__nv_bfloat16Li2|pieces_kernelI13__nv_bfloat16Li2|stage_kernelI13__nv_bfloat16Li2)E"
 )
 TASK_PTX = _in_place("task_ptx", TASK_SOURCES, task_ptx_sources(SOME), 80, races=True, faulty=TASK_FAULTY)
 TASK_PTX_EVERY = {

@@ -497,6 +497,7 @@ void store16(void* to, const V& x) {
 inline void copy_async(void* to, const void* from) {
   cuda_on_host::begin_copy(to, from, 16, 16, __builtin_return_address(0));
 }
+template <bool kAgain = false>
 inline void copy_async(void* to, const void* from, int bytes) {
   cuda_on_host::begin_copy(to, from, 16, static_cast<uint32_t>(bytes), __builtin_return_address(0));
 }

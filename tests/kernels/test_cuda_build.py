@@ -63,7 +63,7 @@ def _task_kernels_of(dtype: str) -> set[Kernel]:
     narrow = dtype != "f32"
     return {
         *(Kernel("task_product_kernel", dtype, (n,)) for n in range(0 if narrow else 1, 4)),
-        *(Kernel("task_pieces_kernel", dtype, (n,)) for n in range(0 if narrow else 1, 3)),
+        *(Kernel("task_pieces_kernel", dtype, (n,)) for n in range(0 if narrow else 2, 4)),
         *(
             Kernel(f"task_stage_{line}kernel", dtype, (n,))
             for line in ("", "line_", "taps_")
@@ -144,11 +144,12 @@ PRODUCTS = {
     ("f32", 1): MainLoop(2, 96, 12, 6, 400),
     ("f32", 2): MainLoop(3, 48, 8, 4, 280),
 }
-# of weight gradients: 128 x 128, 64 x 64; of float32 fragments come number by number
+# of weight gradients: 128 x 128, 64 x 192, 64 x 64; of float32 fragments come number by number
 PIECES = {
     ("f16", 0): MainLoop(2, 64, 16, 8, 290),
-    ("f16", 1): MainLoop(4, 16, 8, 4, 150),
-    ("f32", 1): MainLoop(3, 48, 0, 4, 330),
+    ("f16", 1): MainLoop(2, 48, 14, 8, 290),
+    ("f16", 2): MainLoop(4, 16, 8, 4, 150),
+    ("f32", 2): MainLoop(3, 48, 0, 4, 330),
 }
 
 

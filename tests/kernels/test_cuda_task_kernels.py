@@ -92,7 +92,7 @@ def as_given(case: TaskCase, picture: Tensor) -> Tensor:
 def run(case: TaskCase, made: Made, choice: task.Choice = CHOSEN, schedule: int = host.FORWARD) -> dict[str, Tensor]:
     """The result and every gradient, by name."""
     x, call, grad_out = as_conv(case, made)
-    of_weights = task.Choice.of(min(choice.tile, 2), -1, choice.split_rows, choice.chunks)  # one tile less
+    of_weights = task.Choice.of(choice.tile, -1, choice.split_rows, choice.chunks)
     deltas = range(len(call.weights.delta))
     found = [
         as_given(case, task.input_gradient(grad_out, x, call, choice, schedule)),
@@ -151,7 +151,7 @@ CASES: dict[str, TaskCase] = {
 }
 # several tiles in each direction, of every size
 LARGE = ConvCase(
-    n=7, cin=72, cout=136, size=(6, 7), num_tasks=3, gate="values", delta="list", kernel=(1, 2), padding=0, **LAST
+    n=7, cin=72, cout=136, size=(6, 7), num_tasks=3, gate="values", delta="list", kernel=(1, 3), padding=0, **LAST
 )
 
 
@@ -348,7 +348,7 @@ def test_faults_of_order_are_seen(kernel: str, least: int, translated: None, thr
     kernels = (one for one in build.kernels_of("kernels_task_bf16", 80) if re.search(host.TASK_FAULTY, one.name))
     (found,) = (one for one in kernels if f"task_{kernel}" in one.name)
     # several tiles to a block, and several groups of rows to a piece
-    choice = task.Choice.of(1, split_rows=256) if kernel == "pieces" else task.Choice.of(2, 1, 400)
+    choice = task.Choice.of(2, split_rows=256) if kernel == "pieces" else task.Choice.of(2, 1, 400)
     chosen = {order: functools.partial(check, STEPS, choice, schedule) for order, schedule in SCHEDULES.items()}
     tried = ptx.Tried(faults_in(found, ORDER), chosen, seconds=3)
     assert tried.not_seen == []

@@ -220,6 +220,12 @@ inline int64_t rows_of_piece(const BatchSize& load, const TaskBatch& batch, int6
   return rows;
 }
 
+// The same of weight gradients, whose smaller tiles load more for a product, too.
+inline double piece_rate(DType dtype, const TileSize& tile) {
+  if (dtype == DType::f32 || tile.warp_columns == 64) return 1.0;
+  return tile.warp_columns == 48 ? 0.83 : 0.45;
+}
+
 inline WeightGradPlan plan_pieces(const WeightGradParams& p, int num_sms, const Choice& choice) {
   const ConvShape& s = p.shape;
   WeightGradPlan plan{};
@@ -229,31 +235,34 @@ inline WeightGradPlan plan_pieces(const WeightGradParams& p, int num_sms, const 
   const int64_t pixels = int64_t{s.out_height} * s.out_width, depth = int64_t{s.kh} * s.kw * s.channels;
   const BatchSize load(batch, pixels);
   const int step_rows = p.dtype == DType::f32 ? 16 : 32;
+  int first = p.dtype == DType::f32 ? 2 : 0, last = kPieceTiles - 2;  // tiles to choose from
   if (!is_aligned16(p.x, p.x_strides, s.channels, p.dtype) ||
       !is_aligned16(p.grad_out, p.grad_out_strides, s.features, p.dtype))
-    plan.tile = kPieceTiles - 1;
-  else if (choice.tile >= 0) plan.tile = choice.tile;
-  else plan.tile = p.dtype != DType::f32 && s.features > 64 && depth > 64 ? 0 : 1;
-  const TileSize& tile = piece_tile(p.dtype, plan.tile);
-  const int64_t tiles = std::max<int64_t>(1, ceil_div(s.features, tile.rows) * ceil_div(depth, tile.columns));
+    first = last = kPieceTiles - 1;
+  else if (choice.tile >= 0) first = last = choice.tile;
 
   // The least of a model, in microseconds: steps of the busiest multiprocessor, and parts that are written and read.
-  const double step_us =
-      0.25 * (p.dtype == DType::f32 ? 3.0 : 1.0) * tile.rows * tile.columns / (128 * 128) / tile_rate(p.dtype, tile);
   double least = 0.0;
-  for (int64_t waves = 1; waves <= 4; ++waves) {
-    const int64_t wanted = std::max(load.parts, waves * num_sms * tile.blocks / tiles);
-    const int64_t rows = choice.split_rows > 0 ? round_up(choice.split_rows, step_rows)
-                                               : rows_of_piece(load, batch, wanted, 4 * step_rows,
-                                                               p.dtype == DType::f32 ? kMostRows : kMostNarrowRows);
-    const int64_t pieces = load.likely_pieces(rows), blocks = pieces * tiles;
-    const auto busiest = std::max(static_cast<double>(ceil_div(blocks, num_sms)), 1.5);
-    const double steps = static_cast<double>(std::min(rows, load.rows_of_task)) / step_rows;
-    const double time =
-        busiest * (steps + 12.0) * step_us + 8.0 * static_cast<double>(pieces * depth * s.features) / 3e6;
-    if (least == 0.0 || time < least) {
-      least = time;
-      plan.split_rows = rows;
+  for (int k = first; k <= last; ++k) {
+    const TileSize& tile = piece_tile(p.dtype, k);
+    const int64_t tiles = std::max<int64_t>(1, ceil_div(s.features, tile.rows) * ceil_div(depth, tile.columns));
+    const double step_us =
+        0.25 * (p.dtype == DType::f32 ? 3.0 : 1.0) * tile.rows * tile.columns / (128 * 128) / piece_rate(p.dtype, tile);
+    for (int64_t waves = 1; waves <= 4; ++waves) {
+      const int64_t wanted = std::max(load.parts, waves * num_sms * tile.blocks / tiles);
+      const int64_t rows = choice.split_rows > 0 ? round_up(choice.split_rows, step_rows)
+                                                 : rows_of_piece(load, batch, wanted, 4 * step_rows,
+                                                                 p.dtype == DType::f32 ? kMostRows : kMostNarrowRows);
+      const int64_t pieces = load.likely_pieces(rows), blocks = pieces * tiles;
+      const auto busiest = std::max(static_cast<double>(ceil_div(blocks, num_sms)), 1.5);
+      const double steps = static_cast<double>(std::min(rows, load.rows_of_task)) / step_rows;
+      const double time =
+          busiest * (steps + 12.0) * step_us + 8.0 * static_cast<double>(pieces * depth * s.features) / 3e6;
+      if (least == 0.0 || time < least) {
+        least = time;
+        plan.tile = k;
+        plan.split_rows = rows;
+      }
     }
   }
   plan.splits = load.most_pieces(batch, plan.split_rows);

@@ -3,9 +3,11 @@
 //   out[row, column] = sum over (tap, c) of in[row moved by tap, c] weights[slot of the row's task][column, tap, c]
 //
 // A block walks over tiles that hold one task each. Operands go to shared memory by copies that run some steps ahead;
-// depth is counted over taps and channels together, in steps of 64 bytes. A row's place, and which taps lie inside the
-// picture for it, are found once for a tile, and wait in shared memory. Forward, all taps meet every row. For the input
-// gradient of a strided convolution, rows are the pixels of one residue class (blockIdx.y), which the same taps meet.
+// depth is counted over taps and channels together, in steps of 64 bytes: where these are channels of one tap, all taps
+// of the same channels behind each other, which read much the same of `in`. A row's place, and which taps lie inside
+// the picture for it, are found once for a tile, and wait in shared memory. Forward, all taps meet every row. For the
+// input gradient of a strided convolution, rows are the pixels of one residue class (blockIdx.y), which the same taps
+// meet.
 #pragma once
 
 #include "cuda/task_weights/fragments.cuh"
@@ -118,6 +120,17 @@ struct DepthPlace {
       ++h;
     }
   }
+  // to the next tap of the same channels, and behind the last tap to the channels that are `channels` further
+  __device__ void move_tap(int channels, int taps_h, int taps_w) {
+    if (++w == taps_w) {
+      w = 0;
+      ++h;
+    }
+    if (h == taps_h) {
+      h = 0;
+      c += channels;
+    }
+  }
 };
 
 template <class In, int kTile>
@@ -142,6 +155,7 @@ __global__ void __launch_bounds__((ProductShape<In, kTile>::kThreads), (ProductS
   if (pixels <= 0) return;
   const int depth = walk_h.count * walk_w.count * p.inner;
   const int all_steps = (depth + Shape::kDepth - 1) / Shape::kDepth;
+  const bool taps_inside = p.inner % Shape::kDepth == 0;
   const int step_taps = Shape::kDepth / p.inner, step_channels = Shape::kDepth - step_taps * p.inner;
   const int64_t per_tap_h = walk_h.per_tap * p.in_strides.h, per_tap_w = walk_w.per_tap * p.in_strides.w;
   const int tiles_across = (p.columns + kColumns - 1) / kColumns;
@@ -219,7 +233,7 @@ __global__ void __launch_bounds__((ProductShape<In, kTile>::kThreads), (ProductS
 #pragma unroll
         for (int k = 0; k < kRowsOfThread; ++k) {
           const bool ok = is_there && (inside[k] & needed) == needed;
-          copy_async(into + k * kApart * kDepthBytes, ok ? from[k] + moved : in, ok ? kUnit : 0);
+          copy_async<true>(into + k * kApart * kDepthBytes, ok ? from[k] + moved : in, ok ? kUnit : 0);
         }
       } else {
         Vector<In, kPer> value[kRowsOfThread] = {};
@@ -259,7 +273,8 @@ __global__ void __launch_bounds__((ProductShape<In, kTile>::kThreads), (ProductS
 #pragma unroll
         for (int k = 0; k < kColumnsOfThread; ++k) memcpy(into + k * kApart * kDepthBytes, &value[k], kUnit);
       }
-      at.move(step_taps, step_channels, p.inner, walk_w.count);
+      if (taps_inside) at.move_tap(Shape::kDepth, walk_h.count, walk_w.count);
+      else at.move(step_taps, step_channels, p.inner, walk_w.count);
     };
 
     // rows of no task become NaN: no weight is read for them

@@ -21,11 +21,13 @@ struct PiecesArguments {
   float* parts;     // [splits, Cout, kh, kw, Cin]
 };
 
-constexpr int kPieceTiles = 3;
+constexpr int kPieceTiles = 4;
+// The second is for few output channels: 64 of them, and of 64 channels the three taps of a line. Of float32 all are
+// the third, whose three products for one are what bounds it.
 constexpr TileSize kPieceTile16[kPieceTiles] = {
-    {128, 128, 64, 64, 2, true}, {64, 64, 32, 32, 4, true}, {64, 64, 32, 32, 3, false}};
+    {128, 128, 64, 64, 2, true}, {64, 192, 64, 48, 2, true}, {64, 64, 32, 32, 4, true}, {64, 64, 32, 32, 3, false}};
 constexpr TileSize kPieceTile32[kPieceTiles] = {
-    {64, 64, 32, 32, 3, true}, {64, 64, 32, 32, 3, true}, {64, 64, 32, 32, 3, false}};
+    {64, 64, 32, 32, 3, true}, {64, 64, 32, 32, 3, true}, {64, 64, 32, 32, 3, true}, {64, 64, 32, 32, 3, false}};
 
 constexpr int kOutside = -(1 << 30);
 
@@ -38,6 +40,9 @@ struct PieceShape {
   static constexpr int kStages = 4;
   static constexpr int kDepth = sizeof(In) == 4 ? 16 : 32;  // rows of pictures in a step
   static constexpr int kUnitsA = kRows / kPer16<In>, kUnitsB = kColumns / kPer16<In>;
+  // a thread copies the same unit of each stretch of so many channels, and the same lines of both operands
+  static constexpr int kStretch = 64, kUnitsOfStretch = kStretch / kPer16<In>;
+  static_assert(kRows % kStretch == 0 && kColumns % kStretch == 0);
   static constexpr int kStageBytes = kDepth * (kUnitsA + kUnitsB) * kUnit;
   // places of rows are found a group ahead, one by each thread
   static constexpr int kGroup = kThreads, kStepsOfGroup = kGroup / kDepth;
@@ -62,11 +67,12 @@ __global__ void __launch_bounds__((PieceShape<In, kTile>::kThreads), (PieceShape
   using Shared = typename Shape::Shared;
   using Pixel = typename Shape::Pixel;
   constexpr int kPer = kPer16<In>, kThreads = Shape::kThreads, kDepth = Shape::kDepth;
-  constexpr int kUnitsA = Shape::kUnitsA, kUnitsB = Shape::kUnitsB;
-  // a thread copies the same unit of several lines
-  constexpr int kApartA = kThreads / kUnitsA, kLinesA = kDepth / kApartA;
-  constexpr int kApartB = kThreads / kUnitsB, kLinesB = kDepth / kApartB;
-  static_assert(kLinesA * kApartA == kDepth && kLinesB * kApartB == kDepth);
+  constexpr int kUnitsA = Shape::kUnitsA, kUnitsB = Shape::kUnitsB, kStretch = Shape::kStretch;
+  constexpr int kStretchesA = Shape::kRows / kStretch, kStretchesB = Shape::kColumns / kStretch;
+  constexpr int kApart = kThreads / Shape::kUnitsOfStretch, kLines = kDepth / kApart;
+  static_assert(kLines * kApart == kDepth && kApart % 8 == 0);
+  // taps next to each other read much the same pixels
+  constexpr bool kReadAgain = Shape::kColumns > 2 * kStretch;
   FASTMTL_BIG_SHARED(Shared, shared);
   const int tid = static_cast<int>(threadIdx.x), lane = tid % kWarp, warp = tid / kWarp;
   const int warp_row = warp / Shape::kWarpsAcross * Shape::kSize.warp_rows;
@@ -104,9 +110,9 @@ __global__ void __launch_bounds__((PieceShape<In, kTile>::kThreads), (PieceShape
     shared.grad_out[group % 2][tid] = grad_out;
   };
 
-  // what this thread copies: always the same channels, and for x the same tap
-  const int line_a = tid / kUnitsA, unit_a = tid % kUnitsA, line_b = tid / kUnitsB, unit_b = tid % kUnitsB;
-  const int feature = first_feature + unit_a * kPer, column = first_column + unit_b * kPer;
+  // what this thread copies: always the same channels, and for x the same taps
+  const int first_line = tid / Shape::kUnitsOfStretch, unit = tid % Shape::kUnitsOfStretch;
+  const int feature = first_feature + unit * kPer, column = first_column + unit * kPer;
   const auto* grad_out = static_cast<const In*>(p.grad_out);
   const auto* x = static_cast<const In*>(p.x);
   struct Column {
@@ -118,7 +124,9 @@ __global__ void __launch_bounds__((PieceShape<In, kTile>::kThreads), (PieceShape
     const int c = k - tap * s.channels, h = kh * s.dilation_h, w = (tap - kh * s.kw) * s.dilation_w;
     return {c, h, w, h * p.x_strides.h + w * p.x_strides.w + c};
   };
-  const Column mine = column_at(column);
+  Column mine[kStretchesB];
+#pragma unroll
+  for (int j = 0; j < kStretchesB; ++j) mine[j] = column_at(column + j * kStretch);
   auto is_inside = [&](const Pixel& pixel, const Column& one) {
     // both at once, without a branch
     return (static_cast<unsigned>(pixel.h + one.h) < static_cast<unsigned>(s.height)) &
@@ -129,37 +137,41 @@ __global__ void __launch_bounds__((PieceShape<In, kTile>::kThreads), (PieceShape
     unsigned char* a = shared.stage[stage];
     unsigned char* b = a + kDepth * kUnitsA * kUnit;
 #pragma unroll
-    for (int k = 0; k < kLinesA; ++k) {
-      const int line = line_a + k * kApartA;
+    for (int k = 0; k < kLines; ++k) {
+      const int line = first_line + k * kApart;
       const int64_t from = shared.grad_out[group][first + line];
-      unsigned char* to = a + place_across<In, kUnitsA>(line, unit_a);
-      if constexpr (Shape::kSize.aligned16) {
-        const bool ok = from >= 0 && feature < s.features;
-        copy_async(to, ok ? grad_out + from + feature : grad_out, ok ? kUnit : 0);
-      } else {
-        Vector<In, kPer> value = {};
+      unsigned char* to = a + place_across<In, kUnitsA>(line, unit);
 #pragma unroll
-        for (int e = 0; e < kPer; ++e)
-          if (from >= 0 && feature + e < s.features) value.v[e] = grad_out[from + feature + e];
-        memcpy(to, &value, kUnit);
-      }
-    }
+      for (int j = 0; j < kStretchesA; ++j, to += Shape::kUnitsOfStretch * kUnit) {
+        const int here = feature + j * kStretch;
+        if constexpr (Shape::kSize.aligned16) {
+          const bool ok = from >= 0 && here < s.features;
+          copy_async(to, ok ? grad_out + from + here : grad_out, ok ? kUnit : 0);
+        } else {
+          Vector<In, kPer> value = {};
 #pragma unroll
-    for (int k = 0; k < kLinesB; ++k) {
-      const int line = line_b + k * kApartB;
-      const Pixel pixel = shared.pixel[group][first + line];
-      unsigned char* to = b + place_across<In, kUnitsB>(line, unit_b);
-      if constexpr (Shape::kSize.aligned16) {
-        const bool ok = (column < depth) & is_inside(pixel, mine);
-        copy_async(to, ok ? x + pixel.at + mine.moved : x, ok ? kUnit : 0);
-      } else {
-        Vector<In, kPer> value = {};
-#pragma unroll
-        for (int e = 0; e < kPer; ++e) {
-          const Column one = column_at(column + e);
-          if (column + e < depth && is_inside(pixel, one)) value.v[e] = x[pixel.at + one.moved];
+          for (int e = 0; e < kPer; ++e)
+            if (from >= 0 && here + e < s.features) value.v[e] = grad_out[from + here + e];
+          memcpy(to, &value, kUnit);
         }
-        memcpy(to, &value, kUnit);
+      }
+      const Pixel pixel = shared.pixel[group][first + line];
+      to = b + place_across<In, kUnitsB>(line, unit);
+#pragma unroll
+      for (int j = 0; j < kStretchesB; ++j, to += Shape::kUnitsOfStretch * kUnit) {
+        const int here = column + j * kStretch;
+        if constexpr (Shape::kSize.aligned16) {
+          const bool ok = (here < depth) & is_inside(pixel, mine[j]);
+          copy_async<kReadAgain>(to, ok ? x + pixel.at + mine[j].moved : x, ok ? kUnit : 0);
+        } else {
+          Vector<In, kPer> value = {};
+#pragma unroll
+          for (int e = 0; e < kPer; ++e) {
+            const Column one = column_at(here + e);
+            if (here + e < depth && is_inside(pixel, one)) value.v[e] = x[pixel.at + one.moved];
+          }
+          memcpy(to, &value, kUnit);
+        }
       }
     }
   };
