@@ -90,7 +90,7 @@ def tune_gpus() -> int:
         except (OSError, ValueError) as error:
             print(f"fastmtl tune: {path} is not written: {error}", file=sys.stderr)
             return 2
-        print(f"written: {path}, by which CUDA C++ or Triton makes the layers by task on {card}")
+        print(f"written: {path}, by which CUDA C++, Triton or torch's own operators make the layers by task on {card}")
     return 0
 
 

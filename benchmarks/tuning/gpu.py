@@ -1,4 +1,4 @@
-"""What `fastmtl tune` measures of a GPU: each layer by CUDA C++ and by Triton, in turn."""
+"""What `fastmtl tune` measures of a GPU: each layer by CUDA C++, by Triton and by torch's operators, in turn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.core.task_weights import STILL, Geometry, SortedBatch, TaskConvCall, TaskWeights
-from fastmtl.ops.task_weights import reference
+from fastmtl.ops.task_weights import plain, reference
 from fastmtl.tuning.gpu import BACKENDS, DTYPES, KINDS, PRODUCTS, GpuTable, key
 from fastmtl.tuning.table import Shape
 
@@ -61,7 +61,8 @@ def calls_of(
     product: str, kind: str, dtype: torch.dtype, pair: tuple[int, int], sizes: Sizes, device: torch.device
 ) -> dict[str, Callable[[], list[Tensor]]]:
     """By backend, the call of its launcher, to its results."""
-    linear = kind == "pixelwise"
+    linear, one_weight = kind.startswith("pixelwise"), kind.endswith("of one weight")
+    tasks = 1 if one_weight else sizes.tasks
     op = importlib.import_module(f"fastmtl.ops.task_weights.task_{'linear' if linear else 'conv2d'}")
     inner, outer = pair
     shape = (outer, inner) if linear else (outer, inner, 3, 3)
@@ -70,17 +71,17 @@ def calls_of(
         x = 0.1 * torch.randn(size, device=device)
         return x.to(dtype).contiguous(memory_format=torch.channels_last if len(size) == 4 else torch.contiguous_format)
 
-    ids = torch.randint(sizes.tasks, (sizes.samples,), device=device)
-    batch = SortedBatch(*reference.task_plan(ids, sizes.tasks))
+    ids = torch.randint(tasks, (sizes.samples,), device=device)
+    batch = SortedBatch(*reference.task_plan(ids, tasks))
     geometry = STILL if linear else Geometry(padding=(1, 1))
     lead = (sizes.samples, sizes.rows) if linear else (sizes.samples,)
     x, grad_out = (
         draw(*lead, width) if linear else draw(sizes.samples, width, sizes.side, sizes.side) for width in (inner, outer)
     )
-    deltas = [draw(*shape) for _ in range(sizes.tasks)]
-    call = TaskConvCall(TaskWeights(draw(*shape), deltas, list(range(sizes.tasks)), None), batch, geometry, None)
-    out = torch.empty(sizes.tasks, *shape, dtype=dtype, device=device)
-    wanted, each = [True, True, False, False], list(range(sizes.tasks))
+    each = list(range(tasks))
+    call = TaskConvCall(TaskWeights(draw(*shape), [draw(*shape) for _ in each], each, None), batch, geometry, None)
+    out = torch.empty(tasks, *shape, dtype=dtype, device=device)
+    wanted = [True, True, False, False]
 
     def weight_grad(backend: str) -> list[Tensor]:
         op._WEIGHT_GRAD[backend](x, grad_out, batch, geometry, out)
@@ -91,7 +92,9 @@ def calls_of(
         "backward": lambda backend: op._BACKWARD[backend](grad_out, x, call, wanted, each),
         "weight_grad": weight_grad,
     }
-    return {backend: lambda backend=backend: runs[product](backend) for backend in BACKENDS}
+    declined = plain.declines(x, shape, geometry, one_weight)
+    asked = [backend for backend in BACKENDS if backend != "torch" or declined is None]
+    return {backend: lambda backend=backend: runs[product](backend) for backend in asked}
 
 
 def check(what: str, calls: dict[str, Callable[[], list[Tensor]]], dtype: torch.dtype) -> None:
@@ -128,9 +131,10 @@ def measured(
     for product, kind, dtype_name in _groups():
         progress(f"{product}, {kind}, {dtype_name}")
         entries = fastest.setdefault(product, {}).setdefault(key(kind, dtype_name), {})
-        for pair in sizes.matrices if kind == "pixelwise" else sizes.filters:
+        linear = kind.startswith("pixelwise")
+        for pair in sizes.matrices if linear else sizes.filters:
             calls = calls_of(product, kind, getattr(torch, dtype_name), pair, sizes, device)
-            shape = Shape(pair[0] * (1 if kind == "pixelwise" else 9), pair[1])
+            shape = Shape(pair[0] * (1 if linear else 9), pair[1])
             check(f"{product}, {kind}, {dtype_name}, {shape}", calls, getattr(torch, dtype_name))
             timers = {backend: timer(call, sizes.calls) for backend, call in calls.items()}
             rounds = [{backend: one() for backend, one in timers.items()} for _ in range(3)]

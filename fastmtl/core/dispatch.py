@@ -89,7 +89,7 @@ def forced_backend() -> str | None:
 
 def unavailable(backend: str, device_type: str) -> str | None:
     """Why `backend` cannot serve tensors on `device_type` in this process; None if it can."""
-    if backend == "reference":
+    if backend in ("reference", "torch"):
         return None
     return _triton_unavailable(device_type) if backend == "triton" else _compiled_unavailable(backend, device_type)
 

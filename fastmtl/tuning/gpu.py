@@ -1,4 +1,5 @@
-"""Whether CUDA C++ or Triton makes a layer with per-task weights, by shape of its weight: a table for each card.
+"""Whether CUDA C++, Triton or torch's own operators make a layer with per-task weights, by shape of its weight: a table
+for each card.
 
 `fastmtl tune` measures one on a machine with a GPU. Where none was measured it is a *model*, which says so, and whose
 kernels are not asked first before they have run on a card. docs/kernels/tuning.md explains both.
@@ -21,14 +22,14 @@ from torch import Tensor
 
 from fastmtl.tuning.table import Shape, TableError, read_shape
 
-SCHEMA = 1
+SCHEMA = 2
 # what is computed: y; all gradients; each task's gradient of a shared weight
 PRODUCTS = ("forward", "backward", "weight_grad")
-# one pixel to one pixel, or several
-KINDS = ("pixelwise", "filter")
+# one pixel to one pixel, or several; and the same where all samples see one weight
+KINDS = ("pixelwise", "filter", "pixelwise of one weight", "filter of one weight")
 # float16 counts as bfloat16
 DTYPES = ("float32", "bfloat16")
-BACKENDS = ("cuda", "triton")
+BACKENDS = ("cuda", "triton", "torch")
 # whose kernels have run on a card: a model alone puts no other one in front
 HAVE_RUN = frozenset({"triton"})
 
@@ -83,10 +84,10 @@ def _model(arch: str, **fastest: str) -> GpuTable:
 
 
 # By the main loops of ResNet-50's layers together (docs/kernels/task-kernels-cuda.md): before sm_90 both multiply by
-# mma.sync, and forward and backward take CUDA C++ less time, weight gradients by themselves Triton. On sm_90 Triton
-# multiplies by wgmma, and was measured at the rate that L2 leaves to the loops of CUDA C++.
+# mma.sync, which takes CUDA C++ less time. On sm_90 Triton multiplies by wgmma, and was measured at the rate that L2
+# leaves to most loops of CUDA C++. Torch's own operators have no model.
 MODELS = {
-    80: _model("sm_80", forward="cuda", backward="cuda", weight_grad="triton"),
+    80: _model("sm_80", forward="cuda", backward="cuda", weight_grad="cuda"),
     90: _model("sm_90", forward="triton", backward="triton", weight_grad="triton"),
 }
 
@@ -179,16 +180,19 @@ def may_run(backend: str, device: torch.device) -> bool:
     return backend in HAVE_RUN or current(device).source == "measured"
 
 
-def order(product: str, x: Tensor, shape: Sequence[int]) -> tuple[str, ...]:
-    """The backends, the one to be asked first in front, for x and a weight `[Cout, Cin, ...]`."""
-    return _order(product, x.device, x.dtype, tuple(shape))
+def order(product: str, x: Tensor, shape: Sequence[int], one_weight: bool) -> tuple[str, ...]:
+    """The backends, the one to be asked first in front, for x and a weight `[Cout, Cin, ...]`; one_weight: which all
+    samples see."""
+    return _order(product, x.device, x.dtype, tuple(shape), one_weight)
 
 
 @functools.lru_cache(4096)
-def _order(product: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, ...]:
+def _order(
+    product: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], one_weight: bool
+) -> tuple[str, ...]:
     inner = 1
     for size in shape[1:]:
         inner *= max(1, size)
-    kind = "pixelwise" if inner == max(1, shape[1]) else "filter"
+    kind = KINDS[(inner != max(1, shape[1])) + 2 * one_weight]
     name = "float32" if dtype == torch.float32 else "bfloat16"
     return current(device).order(product, kind, name, Shape(inner, max(1, shape[0])))

@@ -3,8 +3,9 @@ it the kernels on the host (tests/helpers/cuda_layers_on_host.py), against the f
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import host_kernels as host
@@ -17,6 +18,7 @@ from cases_task import (
     F16,
     F32,
     F64,
+    FEW_CASES,
     GEOMETRIES,
     LINEAR_CASES,
     TASK_TOLERANCE,
@@ -35,6 +37,7 @@ from conftest import skip_or_fail
 from torch import Tensor
 
 import fastmtl
+from fastmtl.benchmarks.machine_code.kernel_table import nvcc
 from fastmtl.core import dispatch
 from fastmtl.core.task_weights import Geometry, SortedBatch
 from fastmtl.ops import task_conv2d, task_conv2d_weight_grad, task_linear, task_linear_weight_grad, task_plan
@@ -49,6 +52,7 @@ from cuda_layers_on_host import running
 SLACK = {F32: 4.0, BF16: 1.0, F16: 1.0}
 # what these kernels take of the whole table
 TABLE = [c for c in (*CONV_CASES, *LINEAR_CASES) if c.dtype != F64 and getattr(c, "groups", 1) == 1]
+ALL = os.environ.get("FASTMTL_AOT") == "all"
 CONV = ConvCase(n=5, cin=8, cout=16, size=(5, 6), num_tasks=4, ids="absent", gate="zeros", bias="per_task")
 LINEAR = LinearCase(leading=(3, 5), cin=16, cout=8, gate="values", bias="shared")
 
@@ -74,13 +78,26 @@ def check(case: TaskCase, with_plan: bool = False) -> None:
     assert_gradients(case, made, gradients(y, made), want, tolerance)
 
 
-@pytest.mark.parametrize("part", range(8))
-def test_whole_table(part: int) -> None:
-    for case in TABLE[part::8]:
+def check_all(cases: Sequence[TaskCase], with_plan: bool) -> None:
+    for case in cases:
         try:
-            check(case, with_plan=part % 2 == 0)
+            check(case, with_plan)
         except Exception as error:
             raise AssertionError(f"{type(case).__name__} {case}: {error}") from error
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_whole_table(part: int) -> None:
+    check_all(TABLE[part::8], with_plan=part % 2 == 0)
+
+
+@pytest.mark.skipif(nvcc() is None, reason="no nvcc")
+@pytest.mark.parametrize("part", range(16) if ALL else range(1))
+def test_table_on_ptx(part: int) -> None:
+    """By what nvcc makes of the kernels, with races looked for: the whole table, or a few of it."""
+    cases = TABLE[part::16] if ALL else [case for case in FEW_CASES if case.dtype in (F32, BF16)]
+    with running(host.TASK_PTX_EVERY[80] if ALL else host.TASK_PTX, host.REVERSE):
+        check_all(cases, with_plan=part % 2 == 0)
 
 
 @pytest.mark.parametrize("case", [CONV, LINEAR, CONV.but(x_layout="channels_last", delta="stacked")], ids=str)

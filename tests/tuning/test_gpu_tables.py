@@ -43,18 +43,18 @@ def test_a_file_is_read_as_it_was_written(cache: Path) -> None:
     found, refused = gpu.find(CARD, 90)
     assert refused is None and found == table()
     assert found.nearest("forward", "filter", "float32", Shape(600, 70)) == "triton"
-    assert found.order("backward", "filter", "bfloat16", Shape(4000, 500)) == ("cuda", "triton")
+    assert found.order("backward", "filter", "bfloat16", Shape(4000, 500)) == ("cuda", "triton", "torch")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "no table of a GPU of schema 1"),
+        ({"schema": 1}, "no table of a GPU of schema 2"),
         ({"source": "model"}, "was not measured"),
         ({"card": "another"}, "of another card: 'another'"),
         *(({"fastest": entry}, "no entries of forward, pixelwise float32") for entry in ({}, [1], "x", {"forward": 3})),
         ({"fastest": fastest({"0x64": "cuda"})}, "the shape of a weight, such as 256x768, got '0x64'"),
-        ({"fastest": fastest({"9x64": "cpu"})}, "one of cuda, triton, got 'cpu'"),
+        ({"fastest": fastest({"9x64": "cpu"})}, "one of cuda, triton, torch, got 'cpu'"),
     ],
 )
 def test_a_file_that_is_refused(change: dict[str, Any], message: str, cache: Path) -> None:
@@ -84,17 +84,33 @@ def test_models(capability: int, card: str, cache: Path) -> None:
                 assert sorted(order) == sorted(BACKENDS) and order[0] in gpu.HAVE_RUN
 
 
-def test_order_of_tensors() -> None:
+def test_order_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By kind of layer, and whether all samples see one weight."""
     x = torch.empty(3, 4, 5, 5)
-    assert set(gpu.order("forward", x, (6, 4, 3, 3))) == set(BACKENDS) == set(gpu.order("forward", x, (6, 4)))
-    assert set(gpu.order("forward", x, (0, 0, 3, 3))) == set(BACKENDS)
+    first = dict(zip(KINDS, ("cuda", "triton", "torch", "cuda"), strict=True))
+    entries = {gpu.key(kind, dtype): {Shape(1, 1): one} for kind, one in first.items() for dtype in DTYPES}
+    monkeypatch.setattr(gpu, "current", lambda device: GpuTable(CARD, "measured", dict.fromkeys(PRODUCTS, entries)))
+    gpu._order.cache_clear()
+    for shape, one_weight, kind in (
+        ((6, 4), False, "pixelwise"),
+        ((6, 4, 1, 1), True, "pixelwise of one weight"),
+        ((6, 4, 3, 3), False, "filter"),
+        ((0, 0, 3, 3), True, "filter of one weight"),
+    ):
+        found = gpu.order("forward", x, shape, one_weight)
+        assert found[0] == first[kind] and sorted(found) == sorted(BACKENDS)
+    gpu._order.cache_clear()
 
 
 def test_what_tune_measures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All groups and shapes, on tensors of the CPU with launchers and clock of its own."""
     import importlib
 
-    took = {"cuda": {"forward": 1.0, "backward": 3.0, "weight_grad": 1.0}, "triton": dict.fromkeys(PRODUCTS, 2.0)}
+    took = {
+        "cuda": {"forward": 1.0, "backward": 3.0, "weight_grad": 1.0},
+        "triton": dict.fromkeys(PRODUCTS, 2.0),
+        "torch": dict.fromkeys(PRODUCTS, 0.5),
+    }
     called: list[tuple[str, str]] = []
     for layer in ("task_linear", "task_conv2d"):
         op = importlib.import_module(f"fastmtl.ops.task_weights.{layer}")
@@ -113,12 +129,15 @@ def test_what_tune_measures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         backend, product = called[-1]
         return lambda: took[backend][product]
 
-    sizes = measuring.Sizes(matrices=((4, 6),), filters=((3, 5),), samples=4, rows=2, side=3, tasks=2)
+    sizes = measuring.Sizes(matrices=((8, 16),), filters=((3, 5),), samples=4, rows=2, side=3, tasks=2)
     found = measuring.measured(CARD, torch.device("cpu"), {}, sizes, timer, lambda part: None)
-    # once to be checked, and once as it is measured
-    assert len(called) == 2 * 2 * len(PRODUCTS) * len(KINDS) * len(DTYPES)
+    # torch in bfloat16 alone, linear layers and where all see one weight; once to be checked, once as it is measured
+    assert len(called) == 2 * len(PRODUCTS) * (2 * len(KINDS) * len(DTYPES) + 3)
     assert found.nearest("forward", "filter", "bfloat16", Shape(1, 1)) == "cuda"
     assert found.nearest("backward", "pixelwise", "float32", Shape(1, 1)) == "triton"
+    for kind in ("pixelwise", "pixelwise of one weight", "filter of one weight"):
+        assert found.nearest("forward", kind, "bfloat16", Shape(1, 1)) == "torch"
+        assert found.nearest("forward", kind, "float32", Shape(1, 1)) == "cuda"
     assert set(found.fastest["forward"]["filter float32"]) == {Shape(27, 5)}
     assert gpu.parse(found.to_json()) == found
 
@@ -140,6 +159,8 @@ def test_kernels_that_have_run_on_no_card_are_not_chosen(monkeypatch: pytest.Mon
     monkeypatch.setattr(choice, "unavailable", lambda backend, device: None)
     monkeypatch.setattr(choice.cuda, "declines", lambda *a: None)
     assert "have not run on a card" in str(choice.of_layer("forward", x, call).unsupported["cuda"])
+    narrow = choice.of_layer("forward", x.bfloat16(), call)
+    assert "has not run on a card" in str(narrow.unsupported["torch"]) and narrow.order[0] == "triton"
     with fastmtl.use_backend("cuda"):
         assert choice.of_layer("forward", x, call).unsupported["cuda"] is None
     measured = gpu.MODELS[80]._replace(source="measured")
@@ -147,4 +168,4 @@ def test_kernels_that_have_run_on_no_card_are_not_chosen(monkeypatch: pytest.Mon
     gpu._order.cache_clear()
     found = choice.of_layer("forward", x, call)
     gpu._order.cache_clear()
-    assert found.unsupported["cuda"] is None and found.order == ("cuda", "triton")
+    assert found.unsupported["cuda"] is None and found.order == ("cuda", "triton", "torch")

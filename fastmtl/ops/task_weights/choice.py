@@ -10,9 +10,15 @@ from torch import Tensor
 
 from fastmtl.core.dispatch import forced_backend, unavailable
 from fastmtl.core.task_weights import Geometry, TaskConvCall
-from fastmtl.ops.task_weights import cuda
+from fastmtl.ops.task_weights import cuda, plain
 from fastmtl.ops.task_weights.arguments import triton_declines
 from fastmtl.tuning import gpu
+
+# why they are not chosen on a card that `fastmtl tune` has not measured
+_UNPROVEN = {
+    "cuda": "its kernels have not run on a card so far: use_backend('cuda') asks for them",
+    "torch": "it has not run on a card so far: `fastmtl tune` measures it",
+}
 
 
 class Choice(NamedTuple):
@@ -24,25 +30,36 @@ class Choice(NamedTuple):
 
 def of_layer(product: str, x: Tensor, call: TaskConvCall) -> Choice:
     """Of `"forward"` or `"backward"`."""
-    return _of(product, x, call.weights.shape, call.geometry, call.batch.offsets)
+    return _of(product, x, call.weights.shape, call.geometry, call.batch.offsets, plain.sees_one_weight(call))
 
 
 def of_weight_grad(x: Tensor, out: Tensor, geometry: Geometry, offsets: Tensor) -> Choice:
     """out: `[T, ...]`, each task's gradient of a shared weight."""
-    found = _of("weight_grad", x, out.shape[1:], geometry, offsets, out)
+    found = _of("weight_grad", x, out.shape[1:], geometry, offsets, offsets.shape[0] == 2, out)
     if found.unsupported.get("cuda") is None and out.dtype not in (x.dtype, torch.float32):
         declined = {**found.unsupported, "cuda": f"it writes {x.dtype} or float32, got {out.dtype}"}
         return found._replace(unsupported=declined)
     return found
 
 
-def _of(product: str, x: Tensor, shape: torch.Size, geometry: Geometry, offsets: Tensor, *others: Tensor) -> Choice:
+def _of(
+    product: str,
+    x: Tensor,
+    shape: torch.Size,
+    geometry: Geometry,
+    offsets: Tensor,
+    one_weight: bool,
+    *others: Tensor,
+) -> Choice:
     declined = triton_declines(x, *others, offsets=offsets)
     device_type = x.device.type
     if unavailable("cuda", device_type) is not None:
         return Choice(declined, None)
     num_tasks = offsets.shape[0] - 1
     declined["cuda"] = cuda.declines(x, shape, geometry, num_tasks)
-    if declined["cuda"] is None and forced_backend() is None and not gpu.may_run("cuda", x.device):
-        declined["cuda"] = "its kernels have not run on a card so far: use_backend('cuda') asks for them"
-    return Choice(declined, gpu.order(product, x, shape))
+    declined["torch"] = plain.declines(x, shape, geometry, one_weight)
+    if forced_backend() is None:
+        for backend, reason in _UNPROVEN.items():
+            if declined[backend] is None and not gpu.may_run(backend, x.device):
+                declined[backend] = reason
+    return Choice(declined, gpu.order(product, x, shape, one_weight))

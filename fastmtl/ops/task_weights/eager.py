@@ -32,7 +32,7 @@ from fastmtl.ops.task_weights.operators import by_argument, spelled_out, wanted_
 from fastmtl.ops.task_weights.precision import cast_by_autocast
 
 # whose launchers are called past the op; the CPU has ways of its own (`straight.py`)
-LAUNCHED = frozenset({"cuda", "triton"})
+LAUNCHED = frozenset({"cuda", "triton", "torch"})
 _IDS = frozenset({torch.int64, torch.int32})
 
 

@@ -13,7 +13,7 @@ from fastmtl.core.dispatch import choose, triton_kernels
 from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskPlan, shape_of_one
 from fastmtl.core.tensors import memory_format
 from fastmtl.ops.gradients.combine import check_unrecorded, mark_written
-from fastmtl.ops.task_weights import cuda, reference, straight
+from fastmtl.ops.task_weights import cuda, plain, reference, straight
 from fastmtl.ops.task_weights.arguments import (
     Delta,
     Pair,
@@ -285,16 +285,24 @@ def _weight_grad_fake(
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
 
 
-_FORWARD = {"cpu": conv2d_on_cpu, "cuda": cuda.conv2d, "triton": _triton, "reference": reference.task_conv2d}
+_FORWARD = {
+    "cpu": conv2d_on_cpu,
+    "cuda": cuda.conv2d,
+    "torch": plain.conv2d,
+    "triton": _triton,
+    "reference": reference.task_conv2d,
+}
 _BACKWARD = {
     "cpu": conv2d_backward_on_cpu,
     "cuda": cuda.conv2d_backward,
+    "torch": plain.conv2d_backward,
     "triton": _triton_backward,
     "reference": reference.task_conv2d_backward,
 }
 _WEIGHT_GRAD = {
     "cpu": weight_grad_on_cpu,
     "cuda": cuda.conv2d_weight_grad,
+    "torch": plain.conv2d_weight_grad,
     "triton": _triton_weight_grad,
     "reference": reference.task_conv2d_weight_grad_out,
 }

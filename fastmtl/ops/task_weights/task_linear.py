@@ -15,7 +15,7 @@ from torch import Tensor
 from fastmtl.core.dispatch import triton_kernels
 from fastmtl.core.task_weights import STILL, Geometry, SortedBatch, TaskConvCall, TaskPlan, TaskWeights, shape_of_one
 from fastmtl.ops.gradients.combine import mark_written
-from fastmtl.ops.task_weights import cuda, reference, straight
+from fastmtl.ops.task_weights import cuda, plain, reference, straight
 from fastmtl.ops.task_weights.arguments import (
     Delta,
     agreed_tasks,
@@ -245,16 +245,24 @@ def _weight_grad_fake(
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
 
 
-_FORWARD = {"cpu": _cpu, "cuda": cuda.linear, "triton": _triton, "reference": reference.task_linear}
+_FORWARD = {
+    "cpu": _cpu,
+    "cuda": cuda.linear,
+    "torch": plain.linear,
+    "triton": _triton,
+    "reference": reference.task_linear,
+}
 _BACKWARD = {
     "cpu": _cpu_backward,
     "cuda": cuda.linear_backward,
+    "torch": plain.linear_backward,
     "triton": _triton_backward,
     "reference": reference.task_linear_backward,
 }
 _WEIGHT_GRAD = {
     "cpu": _cpu_weight_grad,
     "cuda": cuda.linear_weight_grad,
+    "torch": plain.linear_weight_grad,
     "triton": _triton_weight_grad,
     "reference": reference.task_linear_weight_grad_out,
 }
