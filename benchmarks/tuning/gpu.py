@@ -92,7 +92,7 @@ def calls_of(
         "backward": lambda backend: op._BACKWARD[backend](grad_out, x, call, wanted, each),
         "weight_grad": weight_grad,
     }
-    declined = plain.declines(x, shape, geometry, one_weight)
+    declined = plain.declines(x, shape, one_weight)
     asked = [backend for backend in BACKENDS if backend != "torch" or declined is None]
     return {backend: lambda backend=backend: runs[product](backend) for backend in asked}
 

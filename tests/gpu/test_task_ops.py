@@ -29,6 +29,7 @@ from cases_task import (
     gradients,
     make_ids,
 )
+from gpu_tables import fastest_everywhere
 from torch import Tensor
 
 import fastmtl
@@ -492,6 +493,49 @@ def test_the_table_chooses(dtype: torch.dtype) -> None:
     """Whatever it says of this card, an unforced layer is right, also where CUDA C++ declines it."""
     check(ConvCase(n=9, cin=32, cout=48, size=(9, 8), gate="zeros", dtype=dtype, x_layout="channels_last"))
     check(ConvCase(**GEOMETRIES["depthwise"], dtype=dtype))
+
+
+ONE_WEIGHT: dict[str, TaskCase] = {
+    "conv": ConvCase(num_tasks=1, cin=16, cout=24, size=(9, 8), gate="values", bias="per_task", dtype=BF16),
+    "depthwise": ConvCase(**GEOMETRIES["depthwise"], num_tasks=1, x_layout="channels_last", dtype=F16),
+    "linear": LinearCase(leading=(9, 5), num_tasks=1, cin=16, cout=24, gate="values", bias="shared", dtype=BF16),
+    "no delta": LinearCase(leading=(9, 5), cin=16, cout=24, delta=None, gate="zeros", bias="shared", dtype=BF16),
+    "several": LinearCase(leading=(9, 5), num_tasks=4, cin=16, cout=24, ids="absent", gate="zeros", bias="per_task",
+                          dtype=BF16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ONE_WEIGHT.values(), ids=ONE_WEIGHT)
+def test_by_torchs_operators(case: TaskCase) -> None:
+    """Where a table chooses cuDNN, cuBLAS and `torch._grouped_mm`: values, no wait for the host, replays of a graph."""
+    with fastest_everywhere("torch"):
+        check(case)
+        made = made_on_device(case)
+
+        def run() -> list[Tensor]:
+            y = case.run(made, task_plan(made.task_ids, case.num_tasks))
+            return [y.detach(), *torch.autograd.grad(y, list(made.named().values()), made.grad_out.detach())]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            expected_now = run()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        graph.replay()
+        assert_same_bits(captured, expected_now)
+        # ids out of range: NaN, and in no sum
+        made.task_ids.view(-1)[0] = -1
+        graph.replay()
+        assert captured[0][0].isnan().all() and captured[0][1:].isfinite().all()
+        assert captured[1][0].isnan().all() and all(g.isfinite().all() for g in captured[2:])
 
 
 def test_memory_that_is_aligned_otherwise_each_time(compiled: str) -> None:

@@ -4,7 +4,7 @@ against the float64 oracle."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -28,17 +28,13 @@ from cases_task import (
     gradients,
     make_ids,
 )
+from gpu_tables import fastest_everywhere
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmtl.core.task_weights import STILL, Geometry, SortedBatch, TaskConvCall
-from fastmtl.ops.task_weights import choice, plain, reference
+from fastmtl.ops.task_weights import choice, eager, plain, reference, task_conv2d, task_linear
 from fastmtl.ops.task_weights.precision import WIDENED, is_misread
-from fastmtl.tuning import gpu
-from fastmtl.tuning.gpu import GpuTable
-from fastmtl.tuning.table import Shape
 
-ALWAYS = MappingProxyType({name: MappingProxyType({Shape(1, 1): "torch"}) for name in gpu.KEYS})
-TABLE = GpuTable("a card", "measured", MappingProxyType(dict.fromkeys(gpu.PRODUCTS, ALWAYS)))
 declines = plain.declines
 
 
@@ -47,11 +43,9 @@ def asked_first(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a card whose table says so everywhere. float32 is taken too, which no process has set to tf32 here."""
     monkeypatch.setattr(choice, "unavailable", lambda backend, device: None)
     monkeypatch.setattr(choice.cuda, "declines", lambda *a: "there is none")
-    monkeypatch.setattr(gpu, "current", lambda device: TABLE)
     monkeypatch.setattr(plain, "declines", lambda x, *rest: declines(x.to(BF16), *rest))
-    gpu._order.cache_clear()
-    yield
-    gpu._order.cache_clear()
+    with fastest_everywhere("torch"):
+        yield
 
 
 def is_taken(case: TaskCase) -> bool:
@@ -61,9 +55,8 @@ def is_taken(case: TaskCase) -> bool:
     x, call = args[0], TaskConvCall.of(*args[1:])
     if call.weights.weight is None and not call.weights.delta:
         return False
-    geometry = call.geometry
-    return declines(x.to(BF16), call.weights.shape, geometry, plain.sees_one_weight(call)) is None and not (
-        isinstance(case, ConvCase) and is_misread(x, geometry, case.kernel)
+    return declines(x.to(BF16), call.weights.shape, plain.sees_one_weight(call)) is None and not (
+        isinstance(case, ConvCase) and is_misread(x, call.geometry, case.kernel)
     )
 
 
@@ -91,6 +84,23 @@ def test_whole_table(cases: list[TaskCase]) -> None:
             assert_gradients(case, made, gradients(y, made), want, tolerance)
         except Exception as error:
             raise AssertionError(f"{type(case).__name__} {case}: {error}") from error
+
+
+@pytest.mark.parametrize(
+    "case", [ConvCase(num_tasks=1), LinearCase(cin=16, cout=24, bias="per_task")], ids=["conv", "linear"]
+)
+def test_as_the_op(case: TaskCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the op, as eager calls go on a GPU, and through it."""
+    monkeypatch.setattr(eager, "forced_backend", lambda: "triton")  # or a tensor of the CPU goes other ways
+    made = case.make().leaves()
+    x, *rest = case.op_arguments(made)
+    layer = task_conv2d._layer if isinstance(case, ConvCase) else task_linear._layer
+    y, op = layer(x, TaskConvCall.of(*rest)), by_op(case, made)
+    assert "Launched" in y.grad_fn.name() and torch.equal(y, op) and not y._is_view()
+    of_op: Any = gradients(op, made)
+    for name, grad in gradients(y, made).items():
+        assert (grad is None) == (of_op[name] is None)
+        assert grad is None or (torch.equal(grad, of_op[name]) and grad.stride() == of_op[name].stride()), name
 
 
 def without_tasks(case: TaskCase) -> tuple[torch.Tensor, TaskConvCall, torch.Tensor]:
@@ -209,7 +219,7 @@ def test_weight_grads(num_tasks: int) -> None:
 def test_what_is_declined(case: TaskCase, reason: str) -> None:
     x, *rest = case.op_arguments(case.make())
     call = TaskConvCall.of(*rest)
-    assert reason in str(declines(x, call.weights.shape, call.geometry, plain.sees_one_weight(call)))
+    assert reason in str(declines(x, call.weights.shape, plain.sees_one_weight(call)))
 
 
 def test_gradients_have_memory_of_their_own() -> None:

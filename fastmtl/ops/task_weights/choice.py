@@ -57,7 +57,7 @@ def _of(
         return Choice(declined, None)
     num_tasks = offsets.shape[0] - 1
     declined["cuda"] = cuda.declines(x, shape, geometry, num_tasks)
-    declined["torch"] = plain.declines(x, shape, geometry, one_weight)
+    declined["torch"] = plain.declines(x, shape, one_weight)
     if forced_backend() is None:
         for backend, reason in _UNPROVEN.items():
             if declined[backend] is None and not gpu.may_run(backend, x.device):

@@ -2,12 +2,14 @@
 linear layers of several tasks by `torch._grouped_mm`.
 
 Nothing here waits for the device, so all of it may be captured. Samples of no task, which the device alone knows, are
-overwritten: with NaN in results, with zeros in copies of both operands of a weight gradient.
+overwritten: with NaN in results, with zeros in copies of both operands of a weight gradient. Convolutions are asked for
+algorithms of cuDNN that give the same bits each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ def sees_one_weight(call: TaskConvCall) -> bool:
     return tasks == 1 or (not call.weights.delta and (bias is None or bias.dim() == 1))
 
 
-def declines(x: Tensor, shape: Sequence[int], geometry: Geometry, one_weight: bool) -> str | None:
+def declines(x: Tensor, shape: Sequence[int], one_weight: bool) -> str | None:
     """Why torch's operators are not asked for a layer; None: they may be.
 
     shape: of one weight; one_weight: as `sees_one_weight` says, and of weight gradients whether there is one task.
@@ -42,15 +44,16 @@ def declines(x: Tensor, shape: Sequence[int], geometry: Geometry, one_weight: bo
         return "it has no convolution of several weights"
     if x.dtype != torch.bfloat16 or shape[0] % _ALIGNED or shape[1] % _ALIGNED:
         return "its products in groups take bfloat16 and channels in multiples of 8"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9:
-        return "its products in groups wait for the host before sm_90"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] not in (9, 10):
+        return "its products in groups wait for the host but on sm_90 and sm_100"
     return None
 
 
 def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
     """Forward, where all samples see one weight: `[N, Cout, Ho, Wo]`, NaN for samples of no task."""
     bias = None if call.bias is None else call.bias.reshape(-1).to(x.dtype)
-    y = F.conv2d(x, _one_weight(call, x.dtype), bias, *call.geometry)
+    with _same_bits():
+        y = F.conv2d(x, _one_weight(call, x.dtype), bias, *call.geometry)
     y.masked_fill_(_without_task(call.batch)[:, None, None, None], torch.nan)
     return y.contiguous(memory_format=memory_format(x))
 
@@ -168,9 +171,21 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     stride, padding, dilation, groups = geometry
     wanted = [of_x, of_weight, False]
-    return torch.ops.aten.convolution_backward(
-        grad_out, x, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
-    )
+    with _same_bits():
+        return torch.ops.aten.convolution_backward(
+            grad_out, x, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
+        )
+
+
+@contextlib.contextmanager
+def _same_bits() -> Iterator[None]:
+    """Inside the block cuDNN takes no algorithm whose sums have another order each time."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 # --- several weights
