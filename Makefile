@@ -103,7 +103,7 @@ format: dev  ## formats Python and C++
 
 aot: dev  ## compiles every configuration of every GPU kernel and checks registers, spills and instructions; runs its PTX
 	FASTMTL_AOT=all $(BIN)/python -m pytest tests/kernels/test_cuda_build.py tests/kernels/test_triton_build.py tests/kernels/test_cuda_ptx.py tests/kernels/test_cuda_task_kernels.py \
-		tests/kernels/test_triton_ptx.py
+		tests/kernels/test_cuda_task_ops.py tests/kernels/test_triton_ptx.py
 
 abi: dev  ## one build under several torch releases; downloads gigabytes
 	bash tests/abi/check.sh $(BIN)/python

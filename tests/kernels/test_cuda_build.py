@@ -146,8 +146,8 @@ PRODUCTS = {
 }
 # of weight gradients: 128 x 128, 64 x 192, 64 x 64; of float32 fragments come number by number
 PIECES = {
-    ("f16", 0): MainLoop(2, 64, 16, 8, 290),
-    ("f16", 1): MainLoop(2, 48, 14, 8, 290),
+    ("f16", 0): MainLoop(2, 64, 16, 8, 265),
+    ("f16", 1): MainLoop(2, 48, 14, 8, 255),
     ("f16", 2): MainLoop(4, 16, 8, 4, 150),
     ("f32", 2): MainLoop(3, 48, 0, 4, 330),
 }

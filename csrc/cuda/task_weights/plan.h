@@ -223,7 +223,7 @@ inline int64_t rows_of_piece(const BatchSize& load, const TaskBatch& batch, int6
 // The same of weight gradients, whose smaller tiles load more for a product, too.
 inline double piece_rate(DType dtype, const TileSize& tile) {
   if (dtype == DType::f32 || tile.warp_columns == 64) return 1.0;
-  return tile.warp_columns == 48 ? 0.83 : 0.45;
+  return tile.warp_columns == 48 ? 0.87 : 0.5;
 }
 
 inline WeightGradPlan plan_pieces(const WeightGradParams& p, int num_sms, const Choice& choice) {
@@ -248,7 +248,7 @@ inline WeightGradPlan plan_pieces(const WeightGradParams& p, int num_sms, const 
     const int64_t tiles = std::max<int64_t>(1, ceil_div(s.features, tile.rows) * ceil_div(depth, tile.columns));
     const double step_us =
         0.25 * (p.dtype == DType::f32 ? 3.0 : 1.0) * tile.rows * tile.columns / (128 * 128) / piece_rate(p.dtype, tile);
-    for (int64_t waves = 1; waves <= 4; ++waves) {
+    for (int64_t waves = 0; waves <= 4; ++waves) {  // 0: a piece for each task
       const int64_t wanted = std::max(load.parts, waves * num_sms * tile.blocks / tiles);
       const int64_t rows = choice.split_rows > 0 ? round_up(choice.split_rows, step_rows)
                                                  : rows_of_piece(load, batch, wanted, 4 * step_rows,

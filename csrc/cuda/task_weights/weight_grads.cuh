@@ -136,10 +136,21 @@ __global__ void __launch_bounds__((PieceShape<In, kTile>::kThreads), (PieceShape
     const int group = step / Shape::kStepsOfGroup % 2, first = step % Shape::kStepsOfGroup * kDepth;
     unsigned char* a = shared.stage[stage];
     unsigned char* b = a + kDepth * kUnitsA * kUnit;
+    // all places before the first copy: between a load from shared memory and a copy ptxas puts three loads of nothing
+    constexpr bool kAhead = Shape::kSize.aligned16;
+    int64_t grad_outs[kLines];
+    Pixel seen[kLines];
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int k = 0; k < kLines; ++k) {
+        grad_outs[k] = shared.grad_out[group][first + first_line + k * kApart];
+        seen[k] = shared.pixel[group][first + first_line + k * kApart];
+      }
+    }
 #pragma unroll
     for (int k = 0; k < kLines; ++k) {
       const int line = first_line + k * kApart;
-      const int64_t from = shared.grad_out[group][first + line];
+      const int64_t from = kAhead ? grad_outs[k] : shared.grad_out[group][first + line];
       unsigned char* to = a + place_across<In, kUnitsA>(line, unit);
 #pragma unroll
       for (int j = 0; j < kStretchesA; ++j, to += Shape::kUnitsOfStretch * kUnit) {
@@ -155,7 +166,7 @@ __global__ void __launch_bounds__((PieceShape<In, kTile>::kThreads), (PieceShape
           memcpy(to, &value, kUnit);
         }
       }
-      const Pixel pixel = shared.pixel[group][first + line];
+      const Pixel pixel = kAhead ? seen[k] : shared.pixel[group][first + line];
       to = b + place_across<In, kUnitsB>(line, unit);
 #pragma unroll
       for (int j = 0; j < kStretchesB; ++j, to += Shape::kUnitsOfStretch * kUnit) {
