@@ -14,12 +14,6 @@ from fastmtl.ops.task_weights import cuda, plain
 from fastmtl.ops.task_weights.arguments import triton_declines
 from fastmtl.tuning import gpu
 
-# why they are not chosen on a card that `fastmtl tune` has not measured
-_UNPROVEN = {
-    "cuda": "its kernels have not run on a card so far: use_backend('cuda') asks for them",
-    "torch": "it has not run on a card so far: `fastmtl tune` measures it",
-}
-
 
 class Choice(NamedTuple):
     """The last arguments of `choose`."""
@@ -57,9 +51,10 @@ def _of(
         return Choice(declined, None)
     num_tasks = offsets.shape[0] - 1
     declined["cuda"] = cuda.declines(x, shape, geometry, num_tasks)
-    declined["torch"] = plain.declines(x, shape, one_weight)
     if forced_backend() is None:
-        for backend, reason in _UNPROVEN.items():
-            if declined[backend] is None and not gpu.may_run(backend, x.device):
-                declined[backend] = reason
+        if declined["cuda"] is None and not gpu.may_run("cuda", x.device):
+            declined["cuda"] = "its kernels have not run on a card so far: use_backend('cuda') asks for them"
+        may_run = gpu.may_run("torch", x.device)
+        unmeasured = "it has not run on a card so far: `fastmtl tune` measures it"
+        declined["torch"] = plain.declines(x, shape, one_weight) if may_run else unmeasured
     return Choice(declined, gpu.order(product, x, shape, one_weight))

@@ -44,6 +44,8 @@ def declines(x: Tensor, shape: Sequence[int], one_weight: bool) -> str | None:
         return "it has no convolution of several weights"
     if x.dtype != torch.bfloat16 or shape[0] % _ALIGNED or shape[1] % _ALIGNED:
         return "its products in groups take bfloat16 and channels in multiples of 8"
+    if x.shape[:-1].numel() >= 1 << 31:
+        return "its products in groups take less than 2^31 rows"
     if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] not in (9, 10):
         return "its products in groups wait for the host but on sm_90 and sm_100"
     return None
