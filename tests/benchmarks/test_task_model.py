@@ -39,6 +39,28 @@ def test_the_model_that_chooses() -> None:
         assert MODELS[90].nearest(product, "filter", "bfloat16", Shape(576, 64)) == "triton"
 
 
+def test_what_is_asked_of_3x3_filters() -> None:
+    """On an A100 every product of theirs has 0.8 of the matrix units' rate."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    loops, _ = task_model.load()
+    for layer in task_model.LAYERS:
+        if layer.kernel == 3:
+            assert min(task_model.fractions(layer, CARDS[0], loops)) >= 0.8, layer
+
+
+def test_shares_of_a_step() -> None:
+    """How much of a tile is in use, and what other taps of the same pixels have read before."""
+    layers = {layer.name: layer for layer in task_model.LAYERS}
+    a100, h100 = CARDS
+    small, out = layers["layer1, 3x3"], layers["layer1, 1x1 out"]
+    assert task_model.in_use(out, "weight gradient", "task_pieces_kernel 0") == 0.5
+    assert task_model.in_use(small, "forward", "task_product_kernel 0") == 0.5
+    assert task_model.again(small, a100, "task_pieces_kernel 1") == 0
+    assert task_model.again(small, h100, "task_pieces_kernel 1") == pytest.approx(0.75 * (96 - 34) / 96)
+    assert task_model.again(small, h100, "task_product_kernel 1") == pytest.approx(2 / 3 * (1 - (128 + 2 * 56) / 1152))
+    assert task_model.again(out, h100, "task_product_kernel 0") == 0
+
+
 def instruction(name: str, address: int = 0) -> Instruction:
     return Instruction(address, name, "", False, 1, 7, frozenset())
 
