@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) task_stage_kernel(const __grid_const
       const int column = first_column + c, inner = first_inner + i;
       float value = 0.0f;
       if (column < p.columns && inner < p.inner) {
-        if (weight != nullptr) value = widen(weight[column * w_column + inner * w_inner + w_tap]);
+        if (weight != nullptr) value = widen(in_global(weight)[column * w_column + inner * w_inner + w_tap]);
         if (delta != nullptr) value += how.scale * widen(in_global(delta)[column * d_column + inner * d_inner + d_tap]);
       }
       shared.tile[c][i] = value;
