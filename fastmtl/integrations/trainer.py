@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -142,22 +143,31 @@ class LossesTraining(_SurgeryTraining):
         'pcgrad'
     """
 
+    # as of the `Trainer`: whether the losses are parts of that of the whole step; None: where they had the number
+    loss_is_scaled_for_ga: bool | None = None
+
     def task_losses(self, model: Any, inputs: dict[str, Any]) -> Mapping[str, Tensor | None]:
         """The losses of a batch by task, to be written by the user.
 
         Args:
             model: the model as the `Trainer` has prepared it (in DDP, compiled): call this one.
             inputs: the batch, on the device.
+            num_items_in_batch: handed over if the method takes it: what the `Trainer` has counted, the labels other
+                than -100 under `labels` in all micro-batches of the step, on all ranks (0-d); None where it counts
+                none, as for a model that neither takes `**kwargs` nor has `accepts_loss_kwargs = True`.
 
         Returns:
             Scalars by the task's name, the same names in every step; None: the batch has nothing of that task. With
-            accumulation a task's loss is the mean over the micro-batches, so each is to be a mean of its own.
+            accumulation a task's loss is the mean over the micro-batches, so each is to be a mean of its own. Where
+            `num_items_in_batch` is handed over and not None it is their sum, and that over ranks: each loss is to be
+            a sum divided by that number.
         """
         raise NotImplementedError(f"{type(self).__name__}.task_losses: return a dict from the task's name to its loss")
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         """The sum of the losses, for evaluation. It knows no outputs: `prediction_loss_only=True`."""
-        total = sum(x for x in self._losses(model, inputs).values() if x is not None)
+        losses = self._losses(model, inputs, kwargs.get("num_items_in_batch"))
+        total = sum(x for x in losses.values() if x is not None)
         return (total, {}) if return_outputs else total
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -171,12 +181,14 @@ class LossesTraining(_SurgeryTraining):
             # the bank averages over ranks
             with self.accelerator.no_sync(model):
                 with trainer.compute_loss_context_manager():
-                    losses = self._losses(model, inputs)
+                    losses = self._losses(model, inputs, num_items_in_batch)
                 if self._bank is None:
                     self._bank = GradientBank(model, list(losses), shared=self.shared)
-                here = {
-                    name: x / trainer.current_gradient_accumulation_steps for name, x in losses.items() if x is not None
-                }
+                scaled = self.loss_is_scaled_for_ga
+                if scaled is None:
+                    scaled = num_items_in_batch is not None and self._takes_number()
+                parts = 1 if scaled else trainer.current_gradient_accumulation_steps
+                here = {name: x / parts for name, x in losses.items() if x is not None}
                 for k, (name, loss) in enumerate(here.items()):
                     with self._bank.task(name):
                         self.accelerator.backward(loss, retain_graph=k < len(here) - 1)
@@ -201,14 +213,21 @@ class LossesTraining(_SurgeryTraining):
                 "out, and write it there (F.cross_entropy has label_smoothing=)"
             )
 
-    def _losses(self, model: Any, inputs: dict[str, Any]) -> Mapping[str, Tensor | None]:
-        losses = self.task_losses(model, inputs)
+    def _takes_number(self) -> bool:
+        return "num_items_in_batch" in inspect.signature(self.task_losses).parameters
+
+    def _losses(self, model: Any, inputs: dict[str, Any], number: Tensor | None) -> Mapping[str, Tensor | None]:
+        given = {"num_items_in_batch": number} if self._takes_number() else {}
+        losses = self.task_losses(model, inputs, **given)
         if not isinstance(losses, Mapping):
             raise TypeError(
                 f"task_losses: expected a dict from the task's name to its loss, got {type(losses).__name__}"
             )
         if not any(x is not None for x in losses.values()):
             raise ValueError("task_losses: expected the loss of at least one task, got none")
+        if given and number is not None and self.args.average_tokens_across_devices:
+            # it counts the labels of all ranks, over which the gradients are averaged
+            losses = {name: None if x is None else x * self.accelerator.num_processes for name, x in losses.items()}
         return losses
 
 

@@ -112,6 +112,62 @@ def test_several_losses(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(by_hand(**BATCH)["loss"].detach()), rel=1e-4)
 
 
+class Counted(LossesTraining, transformers.Trainer):
+    """Losses of single labels, of which some are left out, over the number of all in the step."""
+
+    def task_losses(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], num_items_in_batch: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        labels, h = inputs["labels"], model.trunk(inputs["x"])
+        return {
+            name: F.cross_entropy(model.heads[name](h), labels[:, k], reduction="sum") / num_items_in_batch
+            for k, name in enumerate(NAMES)
+        }
+
+
+def test_each_label_counts_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The `Trainer`'s number reaches the losses: as one call on the whole batch, however labels are spread."""
+    items = without_ids(ITEMS)
+    for k, item in enumerate(items):
+        item["labels"] = [-100 if k < 3 else item["labels"][0], -100 if k % 4 == 0 else item["labels"][1]]
+    batch = BATCH | {"labels": torch.tensor([item["labels"] for item in items])}
+    model = Net()
+    model.accepts_loss_kwargs = True
+    by_hand, start = copy.deepcopy(model), copy.deepcopy(model)
+    trainer = trained(Counted, model, tmp_path, items, prediction_loss_only=True)
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.5)
+    number = batch["labels"].ne(-100).sum()
+    for _ in range(2):
+        losses = Counted.task_losses(trainer, by_hand, batch, number)
+        optimizer.zero_grad()
+        surgery = fastmtl.backward(losses, by_hand)
+        optimizer.step()
+    assert_same_weights(model, by_hand, start)
+    torch.testing.assert_close(trainer.surgery.gram, surgery.gram, rtol=1e-4, atol=1e-6)
+    total = float(sum(losses.values()).detach())
+    assert trainer.state.log_history[1]["loss"] == pytest.approx(total, rel=1e-4)
+    # gradients are means over ranks, and the number is that of all of them
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 3)
+    with torch.no_grad():
+        found = trainer.compute_loss(by_hand, batch, num_items_in_batch=number)
+        torch.testing.assert_close(found, 3 * sum(Counted.task_losses(trainer, by_hand, batch, number).values()))
+
+
+def test_losses_that_say_they_are_scaled(tmp_path: Path) -> None:
+    class Halved(OnLosses):
+        loss_is_scaled_for_ga = True
+
+        def task_losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: loss / 2 for name, loss in super().task_losses(model, inputs).items()}
+
+    transformers.set_seed(0)
+    found = trained(Halved, net_of(Halved), tmp_path / "a", items_of(Halved))
+    transformers.set_seed(0)
+    torch.testing.assert_close(
+        weights_of(found), weights_of(trained(OnLosses, net_of(OnLosses), tmp_path / "b", items_of(OnLosses)))
+    )
+
+
 def test_one_pass(tmp_path: Path) -> None:
     """As `fastmtl.backward` on the tasks' parts of the loss of the whole batch."""
     model = OneHead()
