@@ -119,6 +119,64 @@ def test_a_row_of_torchjd(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(gradients(), want, rtol=1e-4, atol=1e-6)
 
 
+def test_features_of_torchjd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`features=` there names the trunk's output; left out here it is the same update, and handed over another one."""
+    need(monkeypatch, "torchjd")
+    aggregation, autojac = (importlib.import_module(f"torchjd.{name}") for name in ("aggregation", "autojac"))
+    torch.manual_seed(1)
+    trunk, heads = nn.Linear(6, 8), nn.ModuleList(nn.Linear(8, 1) for _ in range(3))
+    x, y = torch.randn(16, 6), torch.randn(16, 3)
+
+    def update(step: Any) -> torch.Tensor:
+        h = trunk(x).tanh()
+        step([(head(h)[:, 0] - y[:, t]).square().mean() for t, head in enumerate(heads)], h)
+        found = torch.cat([p.grad.flatten() for p in trunk.parameters()])
+        for module in (trunk, heads):
+            module.zero_grad()
+        return found
+
+    def theirs(losses: list[torch.Tensor], h: torch.Tensor) -> None:
+        autojac.mtl_backward(losses, features=h)
+        autojac.jac_to_grad(trunk.parameters(), aggregation.UPGrad())
+
+    want = update(theirs)
+    found = update(lambda losses, h: fastmtl.backward(losses, method="upgrad"))
+    torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-5)
+    other = update(lambda losses, h: fastmtl.backward(losses, features=h, method="upgrad"))
+    assert (other - want).norm() > 0.05 * want.norm()
+
+
+def test_mgda_of_torchjd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both go for the shortest combination; theirs comes nearer with every hundred steps."""
+    need(monkeypatch, "torchjd")
+    aggregation = importlib.import_module("torchjd.aggregation")
+    jacobian = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
+    ours = fastmtl.methods.MGDA().weights(jacobian @ jacobian.T) @ jacobian
+    away = [(aggregation.MGDA(1e-12, k)(jacobian) - ours).norm() / ours.norm() for k in (10, 100, 1000)]
+    assert away[0] > 2 * away[1] > 4 * away[2] and away[1] > 5e-3 > away[2]
+    assert ours.norm() < aggregation.MGDA()(jacobian).norm()
+
+
+def test_cagrad_of_torchjd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same c; small gradients and a gradient of zero, of which theirs makes no update."""
+    need(monkeypatch, "torchjd")
+    aggregation = importlib.import_module("torchjd.aggregation")
+    jacobian = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.3
+
+    def ours(rows: torch.Tensor, **c: float) -> torch.Tensor:
+        return fastmtl.methods.CAGrad(**c).weights(rows @ rows.T) @ rows
+
+    for c in (0.2, 0.5, 1.5):
+        want = aggregation.CAGrad(c)(jacobian)
+        torch.testing.assert_close(ours(jacobian, c=c), want, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours(jacobian), ours(jacobian, c=0.5))
+    torch.testing.assert_close(ours(jacobian * 1e-3), ours(jacobian) * 1e-3)
+    assert not aggregation.CAGrad(0.5)(jacobian * 1e-3).any()
+    jacobian[2] = 0
+    assert not aggregation.CAGrad(0.5)(jacobian).any()
+    torch.testing.assert_close(ours(jacobian), jacobian.mean(0))
+
+
 def test_a_weighting_for_the_trainer_of_libmtl(monkeypatch: pytest.MonkeyPatch) -> None:
     need(monkeypatch, "LibMTL")
     (weighting,) = blocks("libmtl", "python")
