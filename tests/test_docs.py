@@ -113,9 +113,10 @@ def leads_somewhere(link: str, text: str, page: Path) -> bool:
 
 
 def anchors(text: str) -> set[str]:
-    """What the headings of a page are called in links to them."""
+    """What the headings of a page are called in links to them, and rows that name themselves."""
     headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    named = re.findall(r'<a id="([\w-]+)"></a>', text)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings} | {*named}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
