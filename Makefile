@@ -91,7 +91,7 @@ $(DIST)/.installed:
 
 .PHONY: dist
 dist: $(DIST)/.installed  ## source distribution and a wheel for each of PYTHONS (3.10 to 3.13, as far as at hand), each tried in an environment of its own
-	$(DIST)/bin/python build_backend/dist.py --torch "$(TORCH)" $(if $(PYTHONS),--pythons "$(PYTHONS)")
+	$(DIST)/bin/python build_backend/dist.py --torch "$(TORCH)" $(if $(PYTHONS),--pythons "$(PYTHONS)") $(if $(ALSO_TORCH),--also-torch $(ALSO_TORCH))
 
 lint: dev  ## checks style and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,19 +1,24 @@
 """Makes what is published, and tries it: `make dist`.
 
 A source distribution, and of it a wheel for each Python, built as pip builds it, with auditwheel's tag. Each wheel is
-then installed into an environment of its own, and `tests/abi/smoke.py` runs there. A Python for which the package index
-has no CPU build of torch is left out and named, unless `--any-torch` allows the gigabytes of the other one.
+then installed into an environment of its own, and `tests/abi/smoke.py` runs there; `--also-torch` has it run under
+other releases of torch too. A Python for which the package index has no CPU build of torch is left out and named,
+unless `--any-torch` allows the gigabytes of the other one. An environment is deleted as soon as it has served.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,17 +70,27 @@ def find_pythons() -> list[str]:
     return found
 
 
-def environment(name: str, python: str) -> Path:
+@contextlib.contextmanager
+def environment(name: str, python: str, *packages: str | Path) -> Iterator[Path]:
+    """The Python of an environment that has these packages and no others."""
     folder = WORK / name
-    run(python, "-m", "venv", "--without-pip", folder)
-    return folder / "bin" / "python"
+    try:
+        run(python, "-m", "venv", "--without-pip", folder)
+        own = folder / "bin" / "python"
+        if packages:
+            pip(own, "install", "-q", *packages)
+        yield own
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def without_cpu_build(python: Path, torch: str) -> str | None:
+@functools.cache
+def without_cpu_build(python: str, torch: str) -> str | None:
     """Why torch is not installed here: it would bring CUDA's packages, or there is none; None: it can be."""
     report = WORK / "report.json"
-    command = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--dry-run", "--report", report, torch)
-    done = subprocess.run([str(x) for x in command], cwd=WORK, capture_output=True, text=True)
+    with environment("ask", python) as own:
+        command = (sys.executable, "-m", "pip", "--python", own, "install", "-q", "--dry-run", "--report", report)
+        done = subprocess.run([*map(str, command), torch], cwd=WORK, capture_output=True, text=True)
     if done.returncode != 0:
         return f"pip finds no {torch}: {done.stderr.strip().splitlines()[-1]}"
     names = [item["metadata"]["name"] for item in json.loads(report.read_text())["install"]]
@@ -99,17 +114,17 @@ def make_wheel(python: Path, source: Path, out: Path) -> Path:
     return made
 
 
-def try_wheel(name: str, python: str, torch: str, wheel: Path) -> str:
+def try_wheel(python: str, torch: str, wheel: Path) -> str:
     """What the smoke test prints in an environment that has torch and this wheel, outside of the checkout."""
-    own = environment(name, python)
-    pip(own, "install", "-q", torch, wheel)
-    return run(own, ROOT / "tests" / "abi" / "smoke.py", cwd=WORK).strip().splitlines()[-1]
+    with environment("try", python, torch, wheel) as own:
+        return run(own, ROOT / "tests" / "abi" / "smoke.py", cwd=WORK).strip().splitlines()[-1]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Source distribution and wheels, each tried where nothing else is.")
     parser.add_argument("--pythons", help="interpreters, separated by spaces; default: those of 3.10 to 3.13 at hand")
     parser.add_argument("--torch", default="torch==2.13.0", help="built against, and tried under")
+    parser.add_argument("--also-torch", nargs="+", default=[], help="tried under, too: torch==2.10.0 torch")
     parser.add_argument("--any-torch", action="store_true", help="a build of torch that brings CUDA's packages, too")
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     options = parser.parse_args()
@@ -120,20 +135,24 @@ def main() -> int:
     run(sys.executable, "-m", "build", "--sdist", "--outdir", options.out, log=WORK / "sdist.txt")
     (source,) = options.out.glob("*.tar.gz")
     print(f"{source.name}: {source.stat().st_size / 1e6:.1f} MB", flush=True)
+    why_not = (lambda *_: None) if options.any_torch else without_cpu_build
     tried = 0
     for python in options.pythons.split() if options.pythons else find_pythons():
         release = release_of(python)
         if release is None:
             raise SystemExit(f"--pythons: {python} does not run")
-        own = environment(release, python)
-        reason = None if options.any_torch else without_cpu_build(own, options.torch)
+        reason = why_not(python, options.torch)
         if reason is not None:
             print(f"Python {release}: no wheel: {reason}", flush=True)
             continue
-        pip(own, "install", "-q", options.torch, "numpy")
-        wheel = make_wheel(own, source, options.out)
-        print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB", flush=True)
-        print(f"  {try_wheel(f'try-{release}', python, options.torch, wheel)}", flush=True)
+        with environment(release, python, options.torch, "numpy") as own:
+            start = time.monotonic()
+            wheel = make_wheel(own, source, options.out)
+        seconds = time.monotonic() - start
+        print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, built in {seconds:.0f} s", flush=True)
+        for torch in (options.torch, *options.also_torch):
+            reason = why_not(python, torch)
+            print(f"  {try_wheel(python, torch, wheel) if reason is None else f'not tried: {reason}'}", flush=True)
         tried += 1
     if not tried:
         print("no wheel was made", file=sys.stderr)
