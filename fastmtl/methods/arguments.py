@@ -37,18 +37,20 @@ class Argument(Generic[_T]):
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
+        # dynamo of torch 2.10 asks the descriptor again where the value lies under its name
+        self._place = f"_argument_{name}"
         self._argument = self._argument or name  # what errors call it
 
     def __get__(self, method: Any, owner: type | None = None) -> Any:
         if method is None:
             return self
         try:
-            return method.__dict__[self._name]
+            return method.__dict__[self._place]
         except KeyError:
             raise AttributeError(f"{type(method).__name__}: {self._name} was not set") from None
 
     def __set__(self, method: Any, value: Any) -> None:
-        method.__dict__[self._name] = self._read(value, self._argument)
+        method.__dict__[self._place] = self._read(value, self._argument)
 
 
 # --- one number

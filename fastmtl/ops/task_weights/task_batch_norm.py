@@ -90,7 +90,7 @@ def task_batch_norm(
     means = _read(running_mean, "running_mean", x, tasks, shared=False)
     variances = _read(running_var, "running_var", x, tasks, shared=False)
     tracked = _read_tracked(num_batches_tracked, x, tasks)
-    if bool(means) != bool(variances):
+    if (len(means) == 0) != (len(variances) == 0):  # dynamo of torch 2.10 takes no `bool` of a list
         given, missing = ("running_mean", "running_var") if means else ("running_var", "running_mean")
         raise ValueError(f"{missing}: expected statistics beside {given}, got None")
     if not training and not means:
