@@ -12,10 +12,11 @@ from fastmtl.tuning.table import Limits
 
 # a way that was not tried, because it was hopeless with fewer rows, counts as so many times as slow as the best
 UNTRIED = 3.0
-# The direct product's time counts so much: torch's ways leave a scratch weight and oneDNN's copy of it in the cache,
-# which costs the products that follow in a step, and is not seen where one product is measured alone. Forward and
-# backward of ViT-B's fc2, whose products take as long either way, took 62 ms by the direct product and 70 otherwise.
-OF_DIRECT = 0.95
+# By dtype, what part of its time the direct product counts with. Convolutions leave a scratch weight and oneDNN's copy
+# of it in the cache, which costs the products that follow in a step: that is not seen where one is measured alone.
+# Forward and backward of ViT-B's fc2, whose products take as long either way, took 62 ms by the direct product and 70
+# otherwise. In 16 bits none was seen to gain.
+OF_DIRECT = {"float32": 0.95}
 # what is tried for the cost of one more call
 CALL_BYTES = tuple(round(1e5 * 2 ** (k / 2)) for k in range(15))
 WEIGHT_PASSES = tuple(k / 4 for k in range(41))
@@ -47,11 +48,11 @@ def losses(limits: Limits, timed: Sequence[Timed]) -> list[float]:
     return found
 
 
-def choose(timed: Sequence[Timed]) -> Choice:
+def choose(timed: Sequence[Timed], of_direct: float = 1.0) -> Choice:
     """The pair of limits under which all layers together lose least, each counted by its ratio to the best way, and the
-    direct product as `OF_DIRECT` says. The losses told are of what was measured."""
+    direct product by `of_direct` of its time. The losses told are of what was measured."""
     counted = [
-        one._replace(seconds={w: s * OF_DIRECT if w == "direct" else s for w, s in one.seconds.items()})
+        one._replace(seconds={w: s * of_direct if w == "direct" else s for w, s in one.seconds.items()})
         for one in timed
     ]
     rows = sorted({one.rows for one in timed})

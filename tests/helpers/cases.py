@@ -171,7 +171,7 @@ BANK_SHAPES = (
     (128, 64),
     (128, 1025),
 )
-LAYOUT_SHAPES = ((1, 1), (3, 65), (8, 1000), (17, 1025))
+LAYOUT_SHAPES = ((1, 1), (3, 65), (8, 1000), (3, 4097), (17, 1025))
 
 # results of 4 MB and more take another way to memory, and more columns than 128 chunks of 8192 make chunks longer
 LARGE_BANKS = (BankCase(3, 1_200_003), BankCase(2, 2_200_003, torch.bfloat16))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cases_task as table
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.core import dispatch
 from fastmtl.ops import task_plan
+from fastmtl.ops.task_weights import straight as straight_calls
 from fastmtl.ops.task_weights.cpu.ways import watching
 from fastmtl.tuning.search import use_table
 from fastmtl.tuning.table import PRODUCTS, Limits, uniform
@@ -40,6 +43,20 @@ TASKS = [
 CASES = [layer.but(**tasks) for layer in LAYERS for tasks in TASKS]
 # a stack in the order of a channels_last filter is the op's
 CASES = [c for c in CASES if not (c.weight_layout == "channels_last" and c.delta == "stacked" and c.shared)]
+
+
+class Spied:
+    """The extension, which writes down whether it served a layer's gradients."""
+
+    def __init__(self, extension: Any, answers: list[bool]) -> None:
+        self.extension, self.answers = extension, answers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.extension, name)
+
+    def task_conv_few_backward(self, *args: Any) -> bool:
+        self.answers.append(self.extension.task_conv_few_backward(*args))
+        return self.answers[-1]
 
 
 def is_straight(y: Tensor) -> bool:
@@ -99,19 +116,19 @@ def test_a_limit_of_rows_sends_it_to_the_op(layer: TaskCase) -> None:
 @pytest.mark.parametrize(
     ("samples", "gate", "straight"),
     [
-        ([4, 12], None, True),
-        ([4, 13], None, False),
-        ([4, 5, 5], None, False),
+        ([4, 4, 12], None, True),
+        ([4, 4, 13], None, False),
+        ([4, 12], None, False),
         ([5, 5], None, False),
         # those that see W alone are one segment
-        ([4, 6, 6], [1.0, 0.0, 0.0], True),
-        ([4, 6, 7], [1.0, 0.0, 0.0], False),
-        ([0, 4, 12], None, True),
+        ([4, 4, 6, 6], [1.0, 1.0, 0.0, 0.0], True),
+        ([4, 4, 6, 7], [1.0, 1.0, 0.0, 0.0], False),
+        ([0, 4, 4, 12], None, True),
     ],
 )
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_segments_beside_others_as_in_the_op(
-    product: str, samples: list[int], gate: list[float] | None, straight: bool
+    product: str, samples: list[int], gate: list[float] | None, straight: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit is stretched for what is served beside segments below it, forward and backward."""
     ids = torch.arange(len(samples)).repeat_interleave(torch.tensor(samples))
@@ -125,7 +142,13 @@ def test_segments_beside_others_as_in_the_op(
             of_op = ops.task_linear(x, weight, deltas, ids, gate=gates)
             of_op.sum().backward()
         assert is_straight(y) == (straight or product != "forward")
+        answers: list[bool] = []
+        few = Spied(dispatch.extension, answers)
+        monkeypatch.setattr(straight_calls, "extension", few)
         y.sum().backward()
+    if product != "forward":
+        # samples that see W alone have no weight gradient of their own: the limit is that of one segment for them
+        assert answers == [straight and not (gate is not None and product == "weight_gradient")]
     # backward, the op makes dx and dW of those that see W alone in one call of torch's
     if gate is None or product == "forward":
         assert ({way for of, way in taken if of == product} == {"direct"}) == straight

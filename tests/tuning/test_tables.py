@@ -18,7 +18,7 @@ from conftest import Backend, skip_or_fail
 from fastmtl import __main__ as command
 from fastmtl import info
 from fastmtl.benchmarks.tuning import cli, probes
-from fastmtl.benchmarks.tuning.choose import choose, fit_calls, way_of
+from fastmtl.benchmarks.tuning.choose import OF_DIRECT, choose, fit_calls, way_of
 from fastmtl.benchmarks.tuning.probes import CallCost, Sizes, Timed
 from fastmtl.core.dispatch import unavailable
 from fastmtl.ops import task_conv2d, task_linear
@@ -214,14 +214,14 @@ def test_the_table_decides_which_way_an_op_takes() -> None:
     ("samples", "ways"),
     [
         ([4, 4, 12], {"direct": 3}),
-        ([4, 12], {"direct": 2}),
-        ([4, 13], {"direct": 1, "convolution": 1}),
+        ([4, 4, 13], {"direct": 2, "convolution": 1}),
+        ([4, 5], {"direct": 1, "convolution": 1}),
         ([4, 5, 5], {"direct": 1, "convolution": 2}),
         ([5, 5], {"convolution": 2}),
     ],
 )
 def test_a_segment_beside_others_that_are_multiplied_directly(samples: list[int], ways: dict[str, int]) -> None:
-    """It may have three times the limit's rows if at least half of the segments keep to the limit."""
+    """It may have three times the limit's rows if more than half of the segments keep to the limit."""
     if (reason := unavailable("cpu", "cpu")) is not None:
         skip_or_fail(reason)
     ids = torch.arange(len(samples)).repeat_interleave(torch.tensor(samples))
@@ -337,6 +337,11 @@ def test_limits_lose_least() -> None:
     # two layers that disagree: the one that would lose more decides
     disagree = [timed(4, direct=1.0, convolution=2.0), timed(4, direct=1.1, convolution=1.0)]
     assert way_of(choose(disagree).limits, 4) == "direct" and choose(disagree).largest_loss == pytest.approx(0.1)
+    # a near tie goes to the direct product in float32, and counts as the loss that it is
+    tie = [timed(4, direct=1.0, convolution=2.0), timed(16, direct=1.03, convolution=1.0)]
+    assert choose(tie).limits == Limits(8, 0)
+    near = choose(tie, OF_DIRECT["float32"])
+    assert near.limits == Limits(16, 0) and near.largest_loss == pytest.approx(0.03)
 
 
 def test_the_cost_of_a_call_is_fitted() -> None:

@@ -229,7 +229,7 @@ int64_t rows_in(int64_t samples, const Image& y) { return samples * y.size[2] * 
 
 bool few(int64_t samples, const Image& y, int64_t limit) { return limit < 0 || rows_in(samples, y) <= limit; }
 
-// the limit of a batch: `times` as high where at least half of its segments are below it (`Ways.beside_others`)
+// the limit of a batch: `times` as high where more than half of its segments keep to it (`Ways.beside_others`)
 int64_t limit_beside_others(int64_t limit, int64_t times, const Layer& layer, const Image& y) {
   if (limit <= 0) return limit;
   int64_t segments = 0, below = 0, closed = 0;
@@ -242,7 +242,7 @@ int64_t limit_beside_others(int64_t limit, int64_t times, const Layer& layer, co
     else if (layer.count(t)) tell(layer.count(t));
   }
   if (closed) tell(closed);
-  return 2 * below >= segments ? times * limit : limit;
+  return 2 * below > segments ? times * limit : limit;
 }
 
 RowMap rows_of(const Part& part, const Image& y) { return {part.samples, part.count, y.size[2], y.size[3]}; }

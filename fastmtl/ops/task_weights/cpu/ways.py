@@ -105,7 +105,7 @@ class Ways:
             return
         for product, limits in self._of.items():
             most = limits.direct
-            if most and 2 * sum(n <= most for n in rows) >= len(rows):
+            if most and 2 * sum(n <= most for n in rows) > len(rows):
                 self._of[product] = limits._replace(direct=BESIDE_OTHERS * most)
 
     def takes_direct(self, product: str, rows: int) -> bool:
