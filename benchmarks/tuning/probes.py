@@ -63,7 +63,8 @@ class Sizes(NamedTuple):
     longest_s: float
 
 
-_PICTURES = ((2, 2, 1), (4, 4, 1), (7, 7, 1), (7, 7, 2), (7, 7, 4), (14, 14, 2), (14, 14, 4))
+# of one size each as networks have them: oneDNN takes less for one large picture than for several small ones
+_PICTURES = ((2, 2, 1), (4, 4, 1), (7, 7, 1), (7, 7, 2), (7, 7, 4), (14, 14, 2), (28, 28, 1))
 # more inputs than outputs, and the other way: their crossovers differ
 _MATRICES = ((64, 256), (256, 256), (1024, 256), (768, 768), (512, 2048), (768, 3072), (3072, 768))
 SHORT = Sizes(_MATRICES, (4, 16, 49, 98, 196, 392, 784), (64, 256, 512), _PICTURES, 4, 2, 5, 0.3)
@@ -71,7 +72,7 @@ FULL = Sizes(
     _MATRICES,
     (1, 4, 16, 49, 98, 196, 392, 784, 1568),
     (64, 128, 256, 512),
-    ((1, 1, 1), *_PICTURES, (14, 14, 8)),
+    ((1, 1, 1), *_PICTURES, (28, 28, 2)),
     4,
     2,
     5,
