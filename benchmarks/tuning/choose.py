@@ -12,11 +12,6 @@ from fastmtl.tuning.table import Limits
 
 # a way that was not tried, because it was hopeless with fewer rows, counts as so many times as slow as the best
 UNTRIED = 3.0
-# By dtype, what part of its time the direct product counts with. Convolutions leave a scratch weight and oneDNN's copy
-# of it in the cache, which costs the products that follow in a step: that is not seen where one is measured alone.
-# Forward and backward of ViT-B's fc2, whose products take as long either way, took 62 ms by the direct product and 70
-# otherwise. In 16 bits none was seen to gain.
-OF_DIRECT = {"float32": 0.95}
 # what is tried for the cost of one more call
 CALL_BYTES = tuple(round(1e5 * 2 ** (k / 2)) for k in range(15))
 WEIGHT_PASSES = tuple(k / 4 for k in range(41))
@@ -48,12 +43,24 @@ def losses(limits: Limits, timed: Sequence[Timed]) -> list[float]:
     return found
 
 
-def choose(timed: Sequence[Timed], of_direct: float = 1.0) -> Choice:
+def of_direct(product: str, kind: str, dtype: str) -> float:
+    """What part of its time the direct product counts with, since a product that is measured alone is not in a step.
+
+    Convolutions leave a scratch weight and oneDNN's copy of it in the cache, which costs the products that follow:
+    forward and backward of ViT-B's fc2, whose products take as long either way, took 62 ms by the direct product and 70
+    otherwise. But where dx of a filter is oneDNN's, dW comes from the same call, and shares its copies of the pictures:
+    ResNet-18's layer2 with 32 tasks, whose dW takes as long either way, took 8% less so. In 16 bits nothing was seen.
+    """
+    if dtype != "float32":
+        return 1.0
+    return 1.1 if product == "weight_gradient" and kind != "pixelwise" else 0.95
+
+
+def choose(timed: Sequence[Timed], part: float = 1.0) -> Choice:
     """The pair of limits under which all layers together lose least, each counted by its ratio to the best way, and the
-    direct product by `of_direct` of its time. The losses told are of what was measured."""
+    direct product by `part` of its time. The losses told are of what was measured."""
     counted = [
-        one._replace(seconds={w: s * of_direct if w == "direct" else s for w, s in one.seconds.items()})
-        for one in timed
+        one._replace(seconds={w: s * part if w == "direct" else s for w, s in one.seconds.items()}) for one in timed
     ]
     rows = sorted({one.rows for one in timed})
     # between two measured numbers of rows, as far from either in ratio

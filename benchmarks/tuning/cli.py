@@ -154,8 +154,8 @@ def tuned(sizes: Sizes, progress: Callable[[int, int, str, str], None]) -> Table
     measured: dict[str, object] = {}
     for group in found:
         times = by_shape(probes.fastest(timed[group]))
-        part_of = choose.OF_DIRECT.get(group.dtype_name, 1.0)
-        choices = {shape: choose.choose(of_shape, part_of) for shape, of_shape in times.items()}
+        part = choose.of_direct(group.product, group.kind, group.dtype_name)
+        choices = {shape: choose.choose(of_shape, part) for shape, of_shape in times.items()}
         chosen = ByShape({shape: choice.limits for shape, choice in choices.items()})
         limits[group.product][key(group.kind, group.dtype_name)] = chosen
         measured[str(group)] = {str(shape): _compact(times[shape], choice) for shape, choice in choices.items()}

@@ -18,7 +18,7 @@ from conftest import Backend, skip_or_fail
 from fastmtl import __main__ as command
 from fastmtl import info
 from fastmtl.benchmarks.tuning import cli, probes
-from fastmtl.benchmarks.tuning.choose import OF_DIRECT, choose, fit_calls, way_of
+from fastmtl.benchmarks.tuning.choose import choose, fit_calls, of_direct, way_of
 from fastmtl.benchmarks.tuning.probes import CallCost, Sizes, Timed
 from fastmtl.core.dispatch import unavailable
 from fastmtl.ops import task_conv2d, task_linear
@@ -275,6 +275,15 @@ def test_filters_of_one_pixel_that_skip_pixels_have_the_higher_limit() -> None:
         torch.testing.assert_close(y, expected)
 
 
+def test_weight_gradients_of_filters_that_skip_pixels_have_twice_the_limit() -> None:
+    with search.use_table(uniform(Limits(4, 0))):
+        for weight, limits in ((torch.Size([4, 8, 3, 3]), (4, 4, 8)), (torch.Size([4, 8, 1, 1]), (4, 4, 4))):
+            assert Ways(torch.float32, weight, False, True, strided=True).direct_limits() == limits
+            assert Ways(torch.float32, weight, False, True).direct_limits() == (4, 4, 4)
+    with search.use_table(uniform(Limits(None, 0))):
+        assert Ways(torch.float32, torch.Size([4, 8, 3, 3]), False, True, strided=True).direct_limits() == (-1, -1, -1)
+
+
 def test_the_shipped_tables_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     tables = [read(path) for path in search.shipped_tables()]
@@ -340,8 +349,13 @@ def test_limits_lose_least() -> None:
     # a near tie goes to the direct product in float32, and counts as the loss that it is
     tie = [timed(4, direct=1.0, convolution=2.0), timed(16, direct=1.03, convolution=1.0)]
     assert choose(tie).limits == Limits(8, 0)
-    near = choose(tie, OF_DIRECT["float32"])
+    near = choose(tie, of_direct("forward", "filter", "float32"))
     assert near.limits == Limits(16, 0) and near.largest_loss == pytest.approx(0.03)
+    # but not of a filter's weight gradient, which one call of torch's makes beside dx
+    close = [timed(4, direct=1.0, convolution=2.0), timed(16, direct=0.97, convolution=1.0)]
+    assert choose(close, of_direct("weight_gradient", "channels_last", "float32")).limits == Limits(8, 0)
+    assert choose(close, of_direct("weight_gradient", "pixelwise", "float32")).limits == Limits(16, 0)
+    assert of_direct("forward", "pixelwise", "bfloat16") == 1
 
 
 def test_the_cost_of_a_call_is_fitted() -> None:

@@ -96,7 +96,8 @@ def _moves(
 def _limits(x: Tensor, filters: torch.Size, moves: Moves) -> tuple[int, int, int]:
     """The most rows of a segment of which the direct product makes y, dx and weight gradients; -1: however many."""
     last = moves is None or is_channels_last(x)
-    return Ways(x.dtype, filters, moves is None or moves[:4] == (1, 1, 0, 0), last).direct_limits()
+    strided = moves is not None and moves[:2] != (1, 1)
+    return Ways(x.dtype, filters, moves is None or moves[:4] == (1, 1, 0, 0), last, strided).direct_limits()
 
 
 class _Layer:

@@ -74,7 +74,7 @@ class _Walk:
         x, g = source.x, grad_out.x
         self.stage = Stage(weights, batch, x.dtype)
         matrix = source.joined and geometry.groups == 1
-        self.ways = Ways(x.dtype, weights.shape, matrix, source.channels_last)
+        self.ways = Ways(x.dtype, weights.shape, matrix, source.channels_last, geometry.stride != (1, 1))
         self.direct = Direct(x, weights, batch, geometry, g.shape[2] * g.shape[3], self.ways)
         self.weight_bytes = weights.shape.numel() * x.element_size()
         self.sample_bytes = source.sample_bytes + grad_out.sample_bytes

@@ -33,7 +33,7 @@ def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
     batch = Batch(weights, sorted_batch)
     stage = Stage(weights, batch, x.dtype)
     source, target = Samples(x, pixelwise=geometry.pixelwise(shape[2:])), Samples(y, like=x)
-    ways = Ways(x.dtype, shape, source.joined and geometry.groups == 1, source.channels_last)
+    ways = Ways(x.dtype, shape, source.joined and geometry.groups == 1, source.channels_last, geometry.stride != (1, 1))
     direct = Direct(x, weights, batch, geometry, size[2] * size[3], ways)
     shared_bias = None if bias is None or bias.dim() == 2 else bias.detach().to(x.dtype)
     weight_bytes = shape.numel() * x.element_size()

@@ -21,6 +21,9 @@ Way = Literal["direct", "matmul", "convolution"]
 _NEVER = Limits(0, 0)
 # a segment beyond the direct product's limit, beside others that are not, may have so many times as many rows
 BESIDE_OTHERS = 3
+# where a filter of several pixels skips some, weight gradients are made directly of so many times as many rows: oneDNN
+# takes longer for them, and no table was measured with a stride
+_OF_STRIDES = 2
 # rows of a segment of 16 bits that is widened to float32, which torch's own products of 16 bits are not
 _MOST_WIDENED = 28
 
@@ -69,10 +72,12 @@ class Ways:
     `weight`: the shape of one, a matrix `[Cout, Cin]` or filters. `matrix`: the filters are pixelwise, of one group,
     and all rows of a cut lie side by side, so that a product of matrices is the same. Filters of one pixel that skip
     pixels (a stride) are no such product, and were not measured: oneDNN is slow with them, so that they have the higher
-    one of the direct product's limits of matrices and of larger filters.
+    one of the direct product's limits of matrices and of larger filters. `strided`: the filter skips pixels.
     """
 
-    def __init__(self, dtype: torch.dtype, weight: torch.Size, matrix: bool, channels_last: bool) -> None:
+    def __init__(
+        self, dtype: torch.dtype, weight: torch.Size, matrix: bool, channels_last: bool, strided: bool = False
+    ) -> None:
         kind = "contiguous" if not channels_last else "pixelwise" if weight[2:].numel() == 1 else "channels_last"
         self._matrix = matrix
         self._exact = False  # no segment may have more rows than its limit says
@@ -90,6 +95,10 @@ class Ways:
                 p: limit._replace(direct=_higher(limit.direct, limits[p][other].nearest(shape).direct))
                 for p, limit in self._of.items()
             }
+        elif kind != "pixelwise" and strided:
+            limit = self._of["weight_gradient"]
+            most = None if limit.direct is None else _OF_STRIDES * limit.direct
+            self._of["weight_gradient"] = limit._replace(direct=most)
         if dtype.itemsize == 2 and not in_pairs(dtype) and table.origin.get("level", "").endswith(PAIRS):
             # measured with products in pairs, and these are float32's, beside torch's of 16 bits
             self._exact = True
