@@ -235,8 +235,8 @@ def again(layer: Layer, card: Card, kernel: str) -> float:
     name, rows, columns = of_tile(kernel)
     if name == "task_pieces_kernel":
         # taps of a line of the filter, of 32 pixels
-        taps = min(layer.kernel, columns // layer.channels) if columns > 128 else 1
-        return columns * (1 - (32 + taps - 1) / (32 * max(1, taps))) / (rows + columns)
+        taps = max(1, min(layer.kernel, columns // layer.channels)) if columns > 128 else 1
+        return columns * (1 - (32 + taps - 1) / (32 * taps)) / (rows + columns)
     # all taps of a tile's pixels, which are lines of a picture
     distinct = rows + (layer.kernel - 1) * layer.size
     return rows * (1 - min(1.0, distinct / (rows * layer.kernel**2))) / (rows + columns)

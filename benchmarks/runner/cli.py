@@ -44,7 +44,8 @@ def run(options: argparse.Namespace) -> int:
     suites = [name.strip() for name in options.suite.split(",") if name.strip()]
     missing = missing_extras(suites)
     if missing:
-        print(f'fastmtl bench needs {", ".join(missing)}: pip install "{DISTRIBUTION}[bench]"', file=sys.stderr)
+        way = f'pip install "{DISTRIBUTION}[bench]", in a checkout pip install ".[bench]"'
+        print(f"fastmtl bench needs {', '.join(missing)}: {way}", file=sys.stderr)
         return 2
     if options.device == "cuda" and not torch.cuda.is_available():
         print("fastmtl bench: --device cuda, but torch sees no CUDA device", file=sys.stderr)
@@ -110,7 +111,8 @@ def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, 
                 progress.console.print(line, highlight=False, markup=False)
         except KeyboardInterrupt:
             if not rows:
-                raise
+                progress.console.print("interrupted before the first case was done: nothing is written")
+                return {"rows": rows}
             interrupted = True
             progress.console.print(f"interrupted in {current[0]}: {len(rows)} of {len(cases)} cases are kept")
     how = {"quick": quick, "budget_s": settings.budget_s, "longest_s": settings.longest_s}
@@ -123,6 +125,12 @@ def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, 
         "rows": rows,
     }
     report.print_table(results, console)
+    console.print(
+        "x floor, x shared: of a lower bound of the time, smaller is better; vs: how many times as fast as that, larger "
+        "is faster; docs/benchmarks explains every column",
+        highlight=False,
+        markup=False,
+    )
     path, images = report.write(results, out)
     console.print("written: " + ", ".join(str(x) for x in (path, *images)), highlight=False, markup=False)
     return results

@@ -17,7 +17,6 @@ from fastmtl.benchmarks.runner.machine import describe
 from fastmtl.benchmarks.tuning import choose, gpu, probes
 from fastmtl.benchmarks.tuning.probes import FULL, SHORT, Group, Sizes, Timed
 from fastmtl.core.dispatch import unavailable
-from fastmtl.tuning.gpu import GpuTable
 from fastmtl.tuning.gpu import cache_path as gpu_path
 from fastmtl.tuning.processor import this_processor
 from fastmtl.tuning.search import VARIABLE, cache_path
@@ -43,26 +42,26 @@ def run(options: argparse.Namespace) -> int:
         return 2
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # beside its place, so that it gets there in one step; made first, so that no minutes are lost
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass  # so that no minutes are lost
     except OSError as error:
         print(f"fastmtl tune: {path} cannot be written: {error}", file=sys.stderr)
         return 2
-    unfinished = Path(name)
+    print(
+        f"measures which way layers by task are multiplied fastest on this CPU: {'four' if options.full else 'two'} "
+        "minutes where nothing else runs, several times that beside other work\n"
+        f"writes {path} when it is done: delete that file to undo it",
+        flush=True,
+    )
     try:
-        with os.fdopen(handle, "w") as file:
-            table = tuned(FULL if options.full else SHORT, Progress())
-            file.write(table.to_json())
-        unfinished.chmod(0o644)
-        unfinished.replace(path)
+        table = tuned(FULL if options.full else SHORT, Progress())
+        write_whole(table.to_json(), path)
     except KeyboardInterrupt:
         print("\nfastmtl tune: interrupted, nothing is written", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
         print(f"fastmtl tune: {path} cannot be written: {error}", file=sys.stderr)
         return 2
-    finally:
-        unfinished.unlink(missing_ok=True)
     print(summary(table))
     print(f"written: {path}; read by every process that starts from now on{_condition(options.out)}")
     return tune_gpus()
@@ -83,7 +82,7 @@ def tune_gpus() -> int:
         try:
             with torch.cuda.device(device):
                 table = gpu.measured(card, device, origin())
-            write_gpu_table(table, path)
+            write_whole(table.to_json(), path)
         except KeyboardInterrupt:
             print(f"\nfastmtl tune: interrupted, nothing is written of {card}", file=sys.stderr)
             return INTERRUPTED
@@ -94,13 +93,14 @@ def tune_gpus() -> int:
     return 0
 
 
-def write_gpu_table(table: GpuTable, path: Path) -> None:
+def write_whole(text: str, path: Path) -> None:
     """In one step: a process that reads it meanwhile finds the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w") as file:
-            file.write(table.to_json())
+            file.write(text)
+        Path(name).chmod(0o644)
         Path(name).replace(path)
     finally:
         Path(name).unlink(missing_ok=True)
@@ -141,9 +141,9 @@ def tuned(sizes: Sizes, progress: Callable[[int, int, str, str], None]) -> Table
     done = 0
     # all groups once, then all again: what else the machine does then seldom hits the same one twice
     timed: dict[Group, list[list[Timed]]] = {group: [] for group in found}
-    for _ in range(sizes.rounds):
+    for turn in range(sizes.rounds):
         for group in found:
-            part = str(group)
+            part = f"round {turn + 1} of {sizes.rounds}: {group}"
             progress(done, total, part, "")
             timed[group].append([])
             for one in probes.measure(group, sizes):

@@ -92,7 +92,7 @@ def calls_of(
         "backward": lambda backend: op._BACKWARD[backend](grad_out, x, call, wanted, each),
         "weight_grad": weight_grad,
     }
-    declined = plain.declines(x, shape, one_weight)
+    declined = plain.declines(product, x, shape, one_weight, tasks, wider=False)
     asked = [backend for backend in BACKENDS if backend != "torch" or declined is None]
     return {backend: lambda backend=backend: runs[product](backend) for backend in asked}
 
@@ -119,14 +119,14 @@ def measured(
     timer: Callable[[Callable[[], Any], int], Callable[[], float]] = graph_seconds,
     progress: Callable[[str], None] = print,
 ) -> GpuTable:
-    """The table of a card: of each shape the backend whose median is the least, of calls that take turns.
+    """The table of a card: of each shape the backends by their medians, of calls that take turns.
 
     timer: of a call and how often it is to be made at a time, to a function that says how long one took.
 
     Raises:
         ValueError: the backends do not give the same results.
     """
-    fastest: dict[str, dict[str, dict[Shape, str]]] = {}
+    fastest: dict[str, dict[str, dict[Shape, Sequence[str]]]] = {}
     times: dict[str, Any] = {}
     for product, kind, dtype_name in _groups():
         progress(f"{product}, {kind}, {dtype_name}")
@@ -139,7 +139,7 @@ def measured(
             timers = {backend: timer(call, sizes.calls) for backend, call in calls.items()}
             rounds = [{backend: one() for backend, one in timers.items()} for _ in range(3)]
             seconds = {backend: median(each[backend] for each in rounds) for backend in timers}
-            entries[shape] = min(seconds, key=lambda backend: seconds[backend])
+            entries[shape] = tuple(sorted(seconds, key=lambda backend: seconds[backend]))
             microseconds = {backend: round(1e6 * s, 1) for backend, s in seconds.items()}
             times[f"{product}, {kind}, {dtype_name}, {shape}"] = microseconds
     return GpuTable(card, "measured", fastest, origin, times)

@@ -1,5 +1,6 @@
 """Which implementation of an op runs: the compiled C++ (`cpu`), the compiled CUDA C++ (`cuda`), Triton
-(`triton`) or plain PyTorch (`reference`)."""
+(`triton`), plain PyTorch (`reference`), or, for some layers on a GPU that was measured, torch's own operators
+(`torch`), which nobody can force."""
 
 from __future__ import annotations
 

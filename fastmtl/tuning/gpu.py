@@ -40,35 +40,38 @@ def key(kind: str, dtype: str) -> str:
 
 
 KEYS = tuple(key(kind, dtype) for kind in KINDS for dtype in DTYPES)
-Fastest = Mapping[str, Mapping[str, Mapping[Shape, str]]]
+Rankings = Mapping[str, Mapping[str, Mapping[Shape, Sequence[str]]]]
 
 
 class GpuTable(NamedTuple):
     """`card`: as the driver calls it, or the architecture of a model. `source`: `"measured"` or `"model"`. `fastest`:
-    product -> kind and dtype -> backend by shape of the weight. `origin` and `measured` are for readers alone."""
+    product -> kind and dtype -> backends by shape of the weight, the fastest first. `origin` and `measured` are for readers alone."""
 
     card: str
     source: str
-    fastest: Fastest
+    fastest: Rankings
     origin: Mapping[str, Any] = MappingProxyType({})
     measured: Mapping[str, Any] = MappingProxyType({})
 
-    def nearest(self, product: str, kind: str, dtype: str, shape: Shape) -> str:
-        """What was the fastest for the nearest shape; of two that are as near, for the first."""
+    def nearest(self, product: str, kind: str, dtype: str, shape: Shape) -> Sequence[str]:
+        """How fast the backends were for the nearest shape; of two that are as near, for the first."""
         entries = self.fastest[product][key(kind, dtype)]
         return entries[min(entries, key=shape.distance)]
 
     def order(self, product: str, kind: str, dtype: str, shape: Shape) -> tuple[str, ...]:
         """The backends, the one to be asked first in front."""
-        first = self.nearest(product, kind, dtype, shape)
-        found = (first, *(other for other in BACKENDS if other != first))
+        ranking = self.nearest(product, kind, dtype, shape)
+        found = (*ranking, *(other for other in BACKENDS if other not in ranking))
         if self.source == "model":
             return tuple(sorted(found, key=lambda backend: backend not in HAVE_RUN))
         return found
 
     def to_json(self) -> str:
         fastest = {
-            product: {name: {str(shape): one for shape, one in entries.items()} for name, entries in by_key.items()}
+            product: {
+                name: {str(shape): list(ranking) for shape, ranking in entries.items()}
+                for name, entries in by_key.items()
+            }
             for product, by_key in self.fastest.items()
         }
         found = {"schema": SCHEMA, **self._asdict(), "fastest": fastest}
@@ -77,7 +80,7 @@ class GpuTable(NamedTuple):
 
 def _model(arch: str, **fastest: str) -> GpuTable:
     entries = {
-        product: MappingProxyType(dict.fromkeys(KEYS, MappingProxyType({Shape(1, 1): backend})))
+        product: MappingProxyType(dict.fromkeys(KEYS, MappingProxyType({Shape(1, 1): (backend,)})))
         for product, backend in fastest.items()
     }
     return GpuTable(arch, "model", MappingProxyType(entries))
@@ -106,7 +109,7 @@ def parse(text: str) -> GpuTable:
         raise TableError(f"it is no table of a GPU of schema {SCHEMA}")
     if not isinstance(found.get("card"), str) or found.get("source") != "measured":
         raise TableError("it is damaged: it has no card, or was not measured")
-    fastest: dict[str, dict[str, dict[Shape, str]]] = {}
+    fastest: dict[str, dict[str, dict[Shape, Sequence[str]]]] = {}
     by_product = _object(found.get("fastest"))
     for product in PRODUCTS:
         fastest[product] = {}
@@ -115,7 +118,7 @@ def parse(text: str) -> GpuTable:
             if not isinstance(entries, dict) or not entries:
                 raise TableError(f"it is damaged: it has no entries of {product}, {name}")
             fastest[product][name] = {
-                read_shape(text, f"it is damaged: {name}"): _backend(one, name) for text, one in entries.items()
+                read_shape(text, f"it is damaged: {name}"): _ranking(one, name) for text, one in entries.items()
             }
     return GpuTable(found["card"], "measured", fastest, _object(found.get("origin")), _object(found.get("measured")))
 
@@ -125,10 +128,11 @@ def _object(entry: Any) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
-def _backend(name: Any, entry: str) -> str:
-    if name not in BACKENDS:
-        raise TableError(f"it is damaged: {entry}: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
+def _ranking(names: Any, entry: str) -> tuple[str, ...]:
+    is_one = isinstance(names, list) and len(names) > 0 and all(isinstance(name, str) for name in names)
+    if not is_one or len(set(names)) < len(names) or not {*names} <= {*BACKENDS}:
+        raise TableError(f"it is damaged: {entry}: expected a list of {', '.join(BACKENDS)}, got {names!r}")
+    return tuple(names)
 
 
 # --- which table is used

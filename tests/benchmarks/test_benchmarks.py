@@ -430,7 +430,7 @@ def written(tmp_path_factory, step):
     return out, results
 
 
-def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
+def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
     options = argparse.Namespace(
@@ -452,8 +452,11 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
     assert path.stem.endswith("-interrupted")  # beside an earlier whole run, not in its place
     assert [row["case"] for row in json.loads(path.read_text())["rows"]] == measured == names[:1]
     monkeypatch.setattr(Runner, "run_case", lambda self, case: (_ for _ in ()).throw(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        cli.run(options)
+    capsys.readouterr()
+    before = path.read_text()
+    assert cli.run(options) == 1
+    assert "interrupted before the first case was done: nothing is written" in capsys.readouterr().out
+    assert [*tmp_path.glob("*.json")] == [path] and path.read_text() == before
 
 
 def test_results_are_written(written, capsys):

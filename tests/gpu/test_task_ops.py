@@ -34,7 +34,8 @@ from torch import Tensor
 
 import fastmtl
 from fastmtl.core import dispatch
-from fastmtl.core.task_weights import Geometry, SortedBatch
+from fastmtl.core.dispatch import unavailable
+from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall
 from fastmtl.ops import (
     task_batch_norm,
     task_conv2d,
@@ -44,7 +45,7 @@ from fastmtl.ops import (
     task_plan,
     task_scale_shift,
 )
-from fastmtl.ops.task_weights import reference
+from fastmtl.ops.task_weights import choice, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -497,7 +498,7 @@ def test_the_table_chooses(dtype: torch.dtype) -> None:
 
 ONE_WEIGHT: dict[str, TaskCase] = {
     "conv": ConvCase(num_tasks=1, cin=16, cout=24, size=(9, 8), gate="values", bias="per_task", dtype=BF16),
-    "depthwise": ConvCase(**GEOMETRIES["depthwise"], num_tasks=1, x_layout="channels_last", dtype=F16),
+    "depthwise": ConvCase(**GEOMETRIES["depthwise"], num_tasks=1, x_layout="channels_last", dtype=BF16),
     "linear": LinearCase(leading=(9, 5), num_tasks=1, cin=16, cout=24, gate="values", bias="shared", dtype=BF16),
     "no delta": LinearCase(leading=(9, 5), cin=16, cout=24, delta=None, gate="zeros", bias="shared", dtype=BF16),
     "several": LinearCase(leading=(9, 5), num_tasks=4, cin=16, cout=24, ids="absent", gate="zeros", bias="per_task",
@@ -508,7 +509,15 @@ ONE_WEIGHT: dict[str, TaskCase] = {
 @pytest.mark.parametrize("case", ONE_WEIGHT.values(), ids=ONE_WEIGHT)
 def test_by_torchs_operators(case: TaskCase) -> None:
     """Where a table chooses cuDNN, cuBLAS and `torch._grouped_mm`: values, no wait for the host, replays of a graph."""
+    if (reason := unavailable("cuda", "cuda")) is not None:
+        pytest.skip(f"torch's operators are asked beside the kernels of CUDA C++ alone: {reason}")
     with fastest_everywhere("torch"):
+        args = case.op_arguments(made_on_device(case))
+        for product in ("forward", "backward"):
+            found = choice.of_layer(product, args[0], TaskConvCall.of(*args[1:]))
+            if case.num_tasks > 1 and found.unsupported["torch"] is not None:
+                pytest.skip(found.unsupported["torch"])
+            assert found.order[0] == "torch" and found.unsupported["torch"] is None
         check(case)
         made = made_on_device(case)
 

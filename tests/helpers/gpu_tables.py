@@ -14,7 +14,7 @@ from fastmtl.tuning.table import Shape
 @contextlib.contextmanager
 def fastest_everywhere(backend: str) -> Iterator[GpuTable]:
     """Inside the block every card has a measured table of which `backend` is the first choice."""
-    entries = {product: {name: {Shape(1, 1): backend} for name in gpu.KEYS} for product in gpu.PRODUCTS}
+    entries = {product: {name: {Shape(1, 1): (backend,)} for name in gpu.KEYS} for product in gpu.PRODUCTS}
     table = GpuTable("a card", "measured", entries)
     gpu._order.cache_clear()
     try:

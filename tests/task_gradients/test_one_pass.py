@@ -293,6 +293,26 @@ def test_accumulation_adds_rows() -> None:
         torch.testing.assert_close(g, h)
 
 
+def test_rows_of_weights_that_have_changed_are_not_added_up() -> None:
+    model = _mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with fastmtl.one_pass(model, IDS, T) as bank:
+        cross_entropy(model(_x())).sum().backward()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"bank: parameter '0\.weight' .*was changed since the block that filled it"):
+        fastmtl.one_pass(model, IDS, T, bank=bank)
+    bank.clear()
+    with fastmtl.one_pass(model, IDS, T, bank=bank):
+        cross_entropy(model(_x())).sum().backward()
+    bank.apply(pcgrad)
+    optimizer.step()
+    # an applied bank is an empty one
+    with fastmtl.one_pass(model, IDS, T, bank=bank):
+        cross_entropy(model(_x())).sum().backward()
+
+
 def test_frozen_parameters_and_inputs_with_gradients() -> None:
     model, x = _mlp(), _x().requires_grad_()
     model[0].weight.requires_grad_(False)

@@ -3,6 +3,7 @@ against the float64 oracle."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,12 +41,19 @@ declines = plain.declines
 
 @pytest.fixture(autouse=True)
 def asked_first(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a card whose table says so everywhere. float32 is taken too, which no process has set to tf32 here."""
+    """As on a card whose table says so everywhere. float32 is taken too, which no process has set to tf32 here, and
+    weights of more digits than x."""
     monkeypatch.setattr(choice, "unavailable", lambda backend, device: None)
     monkeypatch.setattr(choice.cuda, "declines", lambda *a: "there is none")
-    monkeypatch.setattr(plain, "declines", lambda x, *rest: declines(x.to(BF16), *rest))
+    monkeypatch.setattr(plain, "declines", taken)
     with fastest_everywhere("torch"):
         yield
+
+
+def taken(
+    product: str, x: torch.Tensor, shape: torch.Size, one_weight: bool, num_tasks: int, wider: bool
+) -> str | None:
+    return declines(product, x.to(BF16), shape, one_weight, num_tasks, False)
 
 
 def is_taken(case: TaskCase) -> bool:
@@ -55,7 +63,8 @@ def is_taken(case: TaskCase) -> bool:
     x, call = args[0], TaskConvCall.of(*args[1:])
     if call.weights.weight is None and not call.weights.delta:
         return False
-    return declines(x.to(BF16), call.weights.shape, plain.sees_one_weight(call)) is None and not (
+    one_weight = plain.sees_one_weight(call)
+    return taken("backward", x, call.weights.shape, one_weight, case.num_tasks, False) is None and not (
         isinstance(case, ConvCase) and is_misread(x, call.geometry, case.kernel)
     )
 
@@ -212,14 +221,59 @@ def test_weight_grads(num_tasks: int) -> None:
         (CONV.but(n=0, dtype=BF16), "nothing to multiply"),
         (CONV.but(num_tasks=2, dtype=BF16), "no convolution of several weights"),
         (GROUPED.but(cin=12, dtype=BF16), "channels in multiples of 8"),
-        (GROUPED.but(dtype=F16), "take bfloat16"),
+        (GROUPED.but(dtype=F16), "before they meet a gate"),
+        (GROUPED.but(n=1100, num_tasks=1024, ids="turns", dtype=BF16, delta="stacked"), "less than 1024 groups"),
+        (CONV.but(dtype=BF16, weight_dtype=F32), "the digits of x alone"),
     ],
-    ids=["float32", "empty", "conv", "channels", "float16"],
+    ids=["float32", "empty", "conv", "channels", "float16", "groups", "wider"],
 )
 def test_what_is_declined(case: TaskCase, reason: str) -> None:
     x, *rest = case.op_arguments(case.make())
     call = TaskConvCall.of(*rest)
-    assert reason in str(declines(x, call.weights.shape, plain.sees_one_weight(call)))
+    wider = call.weights.like.dtype != x.dtype
+    told = (x, call.weights.shape, plain.sees_one_weight(call), case.num_tasks, wider)
+    assert reason in str(declines("backward", *told))
+    # of a forward pass the weight is rounded as every backend does
+    assert (declines("forward", *told) is None) == wider
+
+
+def test_the_gate_of_a_task_without_delta_is_not_read() -> None:
+    """Whatever it is, and whatever that task's samples are, beside tasks that have one."""
+    case = LinearCase(leading=(8, 2), cin=16, cout=24, num_tasks=4, ids="turns", gate="values", delta="list")
+    x, *rest = case.op_arguments(case.make())
+    call = TaskConvCall.of(*rest)
+    weight, deltas, tasks, gate = call.weights
+    gate = gate.clone()
+    gate[1] = torch.inf
+    weights = call.weights._replace(delta=[d for t, d in zip(tasks, deltas, strict=True) if t != 1],
+                                    delta_tasks=[t for t in tasks if t != 1], gate=gate)  # fmt: skip
+    call = call._replace(weights=weights)
+    y = plain.linear(x, call)
+    torch.testing.assert_close(y, reference.task_linear(x, call), atol=1e-5, rtol=1e-5)
+    assert y.isfinite().all()
+    x = x.clone()
+    x[1] = torch.inf  # of task 1
+    found = plain.linear_backward(torch.ones_like(y), x, call, [False, False, True, False], [])[0]
+    assert found[1] == 0 and found.isfinite().all()
+
+
+def test_the_setting_of_cudnn_is_put_back_by_whoever_is_last() -> None:
+    before = torch.backends.cudnn.deterministic
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with plain._SAME_BITS:
+            inside.set()
+            leave.wait(20)
+
+    other = threading.Thread(target=hold)
+    with plain._SAME_BITS:
+        other.start()
+        assert inside.wait(20) and torch.backends.cudnn.deterministic
+    assert torch.backends.cudnn.deterministic  # the other one still needs it
+    leave.set()
+    other.join()
+    assert torch.backends.cudnn.deterministic == before
 
 
 def test_gradients_have_memory_of_their_own() -> None:

@@ -27,7 +27,7 @@ def fastest(entries: Any) -> dict[str, dict[str, Any]]:
 
 def table() -> GpuTable:
     """Large filters by CUDA C++, small ones by Triton."""
-    entries = {Shape(576, 64): "triton", Shape(4608, 512): "cuda"}
+    entries = {Shape(576, 64): ("triton", "torch", "cuda"), Shape(4608, 512): ("cuda",)}
     return GpuTable(CARD, "measured", fastest(entries), {"date": "?"})
 
 
@@ -38,11 +38,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_file_is_read_as_it_was_written(cache: Path) -> None:
-    cli.write_gpu_table(table(), cache)
+    cli.write_whole(table().to_json(), cache)
     assert cache.name == "tuned-gpu-nvidia-test-80gb.json" and list(cache.parent.iterdir()) == [cache]
     found, refused = gpu.find(CARD, 90)
     assert refused is None and found == table()
-    assert found.nearest("forward", "filter", "float32", Shape(600, 70)) == "triton"
+    assert found.nearest("forward", "filter", "float32", Shape(600, 70))[0] == "triton"
+    # what the fastest declines goes to the next, and to what was not measured last
+    assert found.order("forward", "filter", "bfloat16", Shape(600, 70)) == ("triton", "torch", "cuda")
     assert found.order("backward", "filter", "bfloat16", Shape(4000, 500)) == ("cuda", "triton", "torch")
 
 
@@ -53,8 +55,11 @@ def test_a_file_is_read_as_it_was_written(cache: Path) -> None:
         ({"source": "model"}, "was not measured"),
         ({"card": "another"}, "of another card: 'another'"),
         *(({"fastest": entry}, "no entries of forward, pixelwise float32") for entry in ({}, [1], "x", {"forward": 3})),
-        ({"fastest": fastest({"0x64": "cuda"})}, "the shape of a weight, such as 256x768, got '0x64'"),
-        ({"fastest": fastest({"9x64": "cpu"})}, "one of cuda, triton, torch, got 'cpu'"),
+        ({"fastest": fastest({"0x64": ["cuda"]})}, "the shape of a weight, such as 256x768, got '0x64'"),
+        *(
+            ({"fastest": fastest({"9x64": names})}, f"a list of cuda, triton, torch, got {names!r}")
+            for names in (["cpu"], "cuda", [], ["cuda", "cuda"], [["cuda"]])
+        ),
     ],
 )
 def test_a_file_that_is_refused(change: dict[str, Any], message: str, cache: Path) -> None:
@@ -133,11 +138,11 @@ def test_what_tune_measures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     found = measuring.measured(CARD, torch.device("cpu"), {}, sizes, timer, lambda part: None)
     # torch in bfloat16 alone, linear layers and where all see one weight; once to be checked, once as it is measured
     assert len(called) == 2 * len(PRODUCTS) * (2 * len(KINDS) * len(DTYPES) + 3)
-    assert found.nearest("forward", "filter", "bfloat16", Shape(1, 1)) == "cuda"
-    assert found.nearest("backward", "pixelwise", "float32", Shape(1, 1)) == "triton"
+    assert found.nearest("forward", "filter", "bfloat16", Shape(1, 1)) == ("cuda", "triton")
+    assert found.nearest("backward", "pixelwise", "float32", Shape(1, 1)) == ("triton", "cuda")
     for kind in ("pixelwise", "pixelwise of one weight", "filter of one weight"):
-        assert found.nearest("forward", kind, "bfloat16", Shape(1, 1)) == "torch"
-        assert found.nearest("forward", kind, "float32", Shape(1, 1)) == "cuda"
+        assert found.nearest("forward", kind, "bfloat16", Shape(1, 1)) == ("torch", "cuda", "triton")
+        assert found.nearest("forward", kind, "float32", Shape(1, 1)) == ("cuda", "triton")
     assert set(found.fastest["forward"]["filter float32"]) == {Shape(27, 5)}
     assert gpu.parse(found.to_json()) == found
 

@@ -220,10 +220,12 @@ inline int64_t rows_of_piece(const BatchSize& load, const TaskBatch& batch, int6
   return rows;
 }
 
-// The same of weight gradients, whose smaller tiles load more for a product, too.
-inline double piece_rate(DType dtype, const TileSize& tile) {
+// The same of weight gradients, whose smaller tiles load more for a product, too. A tile of whole taps reads a
+// picture's lines for all of them, and is near the largest one on both cards of the table; of other columns it is not.
+inline double piece_rate(DType dtype, const TileSize& tile, int channels) {
   if (dtype == DType::f32 || tile.warp_columns == 64) return 1.0;
-  return tile.warp_columns == 48 ? 0.87 : 0.5;
+  if (tile.warp_columns != 48) return 0.5;
+  return channels < tile.columns && tile.columns % channels == 0 ? 0.93 : 0.75;
 }
 
 inline WeightGradPlan plan_pieces(const WeightGradParams& p, int num_sms, const Choice& choice) {
@@ -246,8 +248,8 @@ inline WeightGradPlan plan_pieces(const WeightGradParams& p, int num_sms, const 
   for (int k = first; k <= last; ++k) {
     const TileSize& tile = piece_tile(p.dtype, k);
     const int64_t tiles = std::max<int64_t>(1, ceil_div(s.features, tile.rows) * ceil_div(depth, tile.columns));
-    const double step_us =
-        0.25 * (p.dtype == DType::f32 ? 3.0 : 1.0) * tile.rows * tile.columns / (128 * 128) / piece_rate(p.dtype, tile);
+    const double step_us = 0.25 * (p.dtype == DType::f32 ? 3.0 : 1.0) * tile.rows * tile.columns / (128 * 128) /
+                           piece_rate(p.dtype, tile, s.channels);
     for (int64_t waves = 0; waves <= 4; ++waves) {  // 0: a piece for each task
       const int64_t wanted = std::max(load.parts, waves * num_sms * tile.blocks / tiles);
       const int64_t rows = choice.split_rows > 0 ? round_up(choice.split_rows, step_rows)

@@ -24,12 +24,14 @@ class Choice(NamedTuple):
 
 def of_layer(product: str, x: Tensor, call: TaskConvCall) -> Choice:
     """Of `"forward"` or `"backward"`."""
-    return _of(product, x, call.weights.shape, call.geometry, call.batch.offsets, plain.sees_one_weight(call))
+    wider = call.weights.like.dtype != x.dtype
+    return _of(product, x, call.weights.shape, call.geometry, call.batch.offsets, plain.sees_one_weight(call), wider)
 
 
 def of_weight_grad(x: Tensor, out: Tensor, geometry: Geometry, offsets: Tensor) -> Choice:
     """out: `[T, ...]`, each task's gradient of a shared weight."""
-    found = _of("weight_grad", x, out.shape[1:], geometry, offsets, offsets.shape[0] == 2, out)
+    wider = out.dtype != x.dtype
+    found = _of("weight_grad", x, out.shape[1:], geometry, offsets, offsets.shape[0] == 2, wider, out)
     if found.unsupported.get("cuda") is None and out.dtype not in (x.dtype, torch.float32):
         declined = {**found.unsupported, "cuda": f"it writes {x.dtype} or float32, got {out.dtype}"}
         return found._replace(unsupported=declined)
@@ -43,6 +45,7 @@ def _of(
     geometry: Geometry,
     offsets: Tensor,
     one_weight: bool,
+    wider: bool,
     *others: Tensor,
 ) -> Choice:
     declined = triton_declines(x, *others, offsets=offsets)
@@ -56,5 +59,6 @@ def _of(
             declined["cuda"] = "its kernels have not run on a card so far: use_backend('cuda') asks for them"
         may_run = gpu.may_run("torch", x.device)
         unmeasured = "it has not run on a card so far: `fastmtl tune` measures it"
-        declined["torch"] = plain.declines(x, shape, one_weight) if may_run else unmeasured
+        why = plain.declines(product, x, shape, one_weight, num_tasks, wider) if may_run else unmeasured
+        declined["torch"] = why
     return Choice(declined, gpu.order(product, x, shape, one_weight))

@@ -8,8 +8,8 @@ algorithms of cuDNN that give the same bits each time.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,9 @@ from torch import Tensor
 from fastmtl.core.task_weights import Geometry, SortedBatch, TaskConvCall, TaskWeights
 from fastmtl.core.tensors import memory_format
 
-# of `torch._grouped_mm`: elements of 16 bytes
+# of `torch._grouped_mm`: elements of 16 bytes, and fewer groups than this
 _ALIGNED = 8
+_MOST_GROUPS = 1024
 
 
 def sees_one_weight(call: TaskConvCall) -> bool:
@@ -29,21 +30,31 @@ def sees_one_weight(call: TaskConvCall) -> bool:
     return tasks == 1 or (not call.weights.delta and (bias is None or bias.dim() == 1))
 
 
-def declines(x: Tensor, shape: Sequence[int], one_weight: bool) -> str | None:
-    """Why torch's operators are not asked for a layer; None: they may be.
+def declines(
+    product: str, x: Tensor, shape: Sequence[int], one_weight: bool, num_tasks: int, wider: bool
+) -> str | None:
+    """Why torch's operators are not asked for a product (`"forward"`, `"backward"`, `"weight_grad"`) of a layer; None:
+    they may be.
 
-    shape: of one weight; one_weight: as `sees_one_weight` says, and of weight gradients whether there is one task.
+    shape: of one weight; one_weight: as `sees_one_weight` says, and of weight gradients whether there is one task;
+    wider: weights, or the weight gradients that are asked for, have more digits than x.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16):
+    if x.dtype == torch.float16:
+        return "its gradients of a weight are float16 before they meet a gate, and may be infinite there"
+    if x.dtype != torch.bfloat16:
         return "what its float32 is depends on a setting of the process"
+    if wider and product != "forward":
+        return "its gradients of a weight have the digits of x alone"
     if x.numel() == 0 or min(shape) < 1:
         return "there is nothing to multiply"
     if one_weight:
         return None
     if len(shape) != 2:
         return "it has no convolution of several weights"
-    if x.dtype != torch.bfloat16 or shape[0] % _ALIGNED or shape[1] % _ALIGNED:
-        return "its products in groups take bfloat16 and channels in multiples of 8"
+    if shape[0] % _ALIGNED or shape[1] % _ALIGNED:
+        return "its products in groups take channels in multiples of 8"
+    if num_tasks >= _MOST_GROUPS:
+        return "its products in groups take less than 1024 groups"
     if x.shape[:-1].numel() >= 1 << 31:
         return "its products in groups take less than 2^31 rows"
     if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] not in (9, 10):
@@ -54,7 +65,7 @@ def declines(x: Tensor, shape: Sequence[int], one_weight: bool) -> str | None:
 def conv2d(x: Tensor, call: TaskConvCall) -> Tensor:
     """Forward, where all samples see one weight: `[N, Cout, Ho, Wo]`, NaN for samples of no task."""
     bias = None if call.bias is None else call.bias.reshape(-1).to(x.dtype)
-    with _same_bits():
+    with _SAME_BITS:
         y = F.conv2d(x, _one_weight(call, x.dtype), bias, *call.geometry)
     y.masked_fill_(_without_task(call.batch)[:, None, None, None], torch.nan)
     return y.contiguous(memory_format=memory_format(x))
@@ -128,8 +139,7 @@ def linear_backward(
     if of_filter:
         grad_eff = rows.weight_grads(g, rows.sorted(x))
     if _wants_bias(call, wanted):
-        # the weight gradient beside a channel of ones
-        sums = rows.weight_grads(g, g.new_ones(g.shape[0], _ALIGNED))[..., 0].float()
+        sums = rows.sums(g)
     return _gradients(call, grad_x, grad_eff, sums, wanted, wanted_delta)
 
 
@@ -173,21 +183,37 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     stride, padding, dilation, groups = geometry
     wanted = [of_x, of_weight, False]
-    with _same_bits():
+    with _SAME_BITS:
         return torch.ops.aten.convolution_backward(
             grad_out, x, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
         )
 
 
-@contextlib.contextmanager
-def _same_bits() -> Iterator[None]:
-    """Inside the block cuDNN takes no algorithm whose sums have another order each time."""
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = before
+class _Deterministic:
+    """Inside the block cuDNN takes no algorithm whose sums have another order each time.
+
+    All threads of a process share that setting: the first one inside keeps what it was, and the last puts it back.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside, self.before = 0, False
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.before = torch._C._get_cudnn_deterministic()
+            self.inside += 1
+            torch._C._set_cudnn_deterministic(True)
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                torch._C._set_cudnn_deterministic(self.before)
+
+
+_SAME_BITS = _Deterministic()
 
 
 # --- several weights
@@ -223,6 +249,13 @@ class _Rows:
         found = torch._grouped_mm(grad_out.mT, x, offs=self.ends)
         return found.masked_fill_(~self.present[:, None, None], 0)
 
+    def sums(self, rows: Tensor) -> Tensor:
+        """`[T, C]` float32: of each task's rows."""
+        tasks = torch.arange(self.batch.num_tasks, device=rows.device)
+        # each number is exact in a product of tf32, too
+        of_task = (self.task == tasks[:, None]).float()
+        return of_task @ rows.float().masked_fill_(self.no_task[:, None], 0)
+
 
 def _staged(call: TaskConvCall, dtype: torch.dtype) -> Tensor:
     """`W + s_t Delta_t` of all tasks, `[T, ...]`, in `dtype`, added in float32."""
@@ -236,6 +269,8 @@ def _staged(call: TaskConvCall, dtype: torch.dtype) -> Tensor:
         s = gate.to(wide).reshape(-1, *[1] * (found.dim() - 1))
         # a closed gate's delta may be anything
         found = torch.where(s == 0, 0.0, s * found)
+        for task in _without_delta(call.weights, tasks):
+            found[task].zero_()  # whatever its gate is
     return (found if weight is None else found + weight).to(dtype).contiguous()
 
 
@@ -245,6 +280,13 @@ def _stacked(weights: TaskWeights, num_tasks: int) -> Tensor:
         return weights.delta[0]
     nothing = torch.zeros_like(weights.delta[0])
     return torch.stack([nothing if d is None else d for d in weights.by_task(num_tasks)])
+
+
+def _without_delta(weights: TaskWeights, num_tasks: int) -> list[int]:
+    """The tasks of a list that have no delta."""
+    if weights.stacked:
+        return []
+    return [task for task, d in enumerate(weights.by_task(num_tasks)) if d is None]
 
 
 # --- gradients
@@ -296,6 +338,8 @@ def _gradients(
     if wanted[2] and gate is not None:
         if delta:
             products = (grad_eff.float() * _stacked(call.weights, tasks)).flatten(1).sum(1)
+            for task in _without_delta(call.weights, tasks):
+                products[task].zero_()
             out.append(torch.where(offsets.diff() == 0, 0.0, products).to(gate.dtype))
         else:
             out.append(torch.zeros_like(gate))

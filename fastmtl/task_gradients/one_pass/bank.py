@@ -45,6 +45,7 @@ class OnePassBank:
         self.params = list(params)
         self.names = tuple(names)
         self._batch: Batch | None = None
+        self._report: Report | None = None  # of the block that `apply` has ended
         self.clear()
 
     def clear(self) -> None:
@@ -56,6 +57,7 @@ class OnePassBank:
         self._present: Tensor | None = None  # where the host doesn't know
         self._poison: Tensor | None = None
         self._by_samples = False
+        self._versions: dict[Tensor, int] = {}  # of the parameters, when the rows were made
         self._filled = self._applied = False
 
     # --- inside the block
@@ -223,11 +225,13 @@ class OnePassBank:
         In a compiled model calls are followed when it is traced, and not counted.
 
         Raises:
-            RuntimeError: no block has used this bank, or `apply` has emptied it.
+            RuntimeError: no block has used this bank.
         """
-        if self._batch is None:
-            raise RuntimeError("OnePassBank.report: no block has used this bank, or apply has emptied it")
-        return self._batch.tracker.report()
+        if self._batch is not None:
+            return self._batch.tracker.report()
+        if self._report is None:
+            raise RuntimeError("OnePassBank.report: no block has used this bank")
+        return self._report
 
     def row(self, task: int | str) -> list[Tensor | None]:
         """Task t's gradients, aligned with `params`; None: zero, for want of a sample or of a way from the loss to it.
@@ -311,7 +315,7 @@ class OnePassBank:
         batch.tracker.boundaries.clear()
         self.clear()
         self._applied = True
-        self._batch = None
+        self._batch, self._report = None, batch.tracker.report()
         accumulate(updates, run_hooks=True)
         return surgery
 
@@ -397,6 +401,8 @@ class OnePassBank:
         if collected.poison is not None:
             self._poison = collected.poison if self._poison is None else self._poison + collected.poison
         self._by_samples |= collected.by_samples
+        assert self._batch is not None
+        self._versions = self._batch.versions
         self._filled = True
 
     def _add_presence(self, collected: Collected) -> None:
@@ -436,6 +442,12 @@ class OnePassBank:
             raise ValueError(f"bank: expected the tasks {list(names)}, got a bank of {list(self.names)}")
         if len(self.params) != len(params) or any(a is not b for a, b in zip(self.params, params, strict=True)):
             raise ValueError("bank: expected a bank of the same parameters in the same order")
+        for p, version in self._versions.items():
+            if p._version != version:
+                raise RuntimeError(
+                    f"bank: {describe(p, self._named[p])} was changed since the block that filled it: rows of "
+                    "different weights don't add up (apply the bank, or clear it, before optimizer.step())"
+                )
 
     def _check_unseen(self, x: Tensor) -> None:
         """No parameter may have gone into `x` unseen."""

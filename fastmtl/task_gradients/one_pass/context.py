@@ -75,7 +75,8 @@ class one_pass:
             without waiting, and the update is NaN); inside the block, a call in which a parameter of the bank meets
             samples and that can't be followed, naming both; a batch norm in training mode.
         RuntimeError: a block inside another one; `backward` called twice inside one, outside it or through
-            `torch.autograd.backward`; a model changed inside it.
+            `torch.autograd.backward`; a model changed inside it, or since the
+            block that filled `bank`.
 
     Source: the gradient of a shared weight apart by task is the weight gradient over each task's samples; PCGrad and
     every method of the Gram matrix as in `fastmtl.backward`.
@@ -181,7 +182,10 @@ def _read_bank_params(model: Params, shared: Params | None) -> dict[Tensor, str]
         named = {p: name for p, name in named.items() if p in chosen}
     params = {p: name.replace("_orig_mod.", "") for p, name in named.items() if p.requires_grad and not is_per_task(p)}
     if not params:
-        raise ValueError("model: expected at least one parameter that needs a gradient and is shared, got none")
+        raise ValueError(
+            "model: expected at least one parameter that needs a gradient and is shared, got none (of a network that "
+            "fastmtl.nn.convert has frozen: joint=True trains the shared weights too)"
+        )
     first = next(iter(params))
     for p, name in params.items():
         if type(p) is not nn.Parameter and type(p) is not Tensor:

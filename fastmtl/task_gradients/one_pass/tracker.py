@@ -205,8 +205,9 @@ class Tracker(ParameterRows, TorchFunctionMode):
             raise ValueError(
                 "one_pass: a batch norm in training mode takes its statistics over samples of all tasks, so that "
                 "'the gradient of one task's loss' is ambiguous. Ways out: statistics in eval mode "
-                "(`module.eval()`, the affine part still learns), a norm without batch statistics (GroupNorm), "
-                "statistics by these very tasks (`fastmtl.nn.TaskBatchNorm2d`), "
+                "(`norm.eval()` of these norms alone, the affine part still learns), a norm without batch statistics "
+                "(GroupNorm), statistics by these very tasks (`fastmtl.nn.convert(model, tasks, 'patch', joint=True)` "
+                "makes all norms `TaskBatchNorm2d`; call the model inside `fastmtl.nn.tasks(task_ids)`), "
                 "a `fastmtl.GradientBank` with a forward per task; or mixing='partition', which takes each sample's "
                 "part of the gradient for its task's (see docs/guides/one-pass.md)"
             )
