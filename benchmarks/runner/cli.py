@@ -126,8 +126,8 @@ def run_cases(cases: list[registry.Case], device: torch.device, *, quick: bool, 
     }
     report.print_table(results, console)
     console.print(
-        "x floor, x shared: of a lower bound of the time, smaller is better; vs: how many times as fast as that, larger "
-        "is faster; docs/benchmarks explains every column",
+        "x floor, x shared: of a lower bound of the time, smaller is better; vs: how many times as fast as that, "
+        "larger is faster; docs/benchmarks explains every column",
         highlight=False,
         markup=False,
     )

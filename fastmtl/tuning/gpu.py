@@ -45,7 +45,8 @@ Rankings = Mapping[str, Mapping[str, Mapping[Shape, Sequence[str]]]]
 
 class GpuTable(NamedTuple):
     """`card`: as the driver calls it, or the architecture of a model. `source`: `"measured"` or `"model"`. `fastest`:
-    product -> kind and dtype -> backends by shape of the weight, the fastest first. `origin` and `measured` are for readers alone."""
+    product -> kind and dtype -> backends by shape of the weight, the fastest first. `origin` and
+    `measured` are for readers alone."""
 
     card: str
     source: str

@@ -294,10 +294,10 @@ def test_accumulation_adds_rows() -> None:
 
 
 def test_rows_of_weights_that_have_changed_are_not_added_up() -> None:
-    model = _mlp()
+    model, x = _mlp(), _x()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with fastmtl.one_pass(model, IDS, T) as bank:
-        cross_entropy(model(_x())).sum().backward()
+        cross_entropy(model(x)).sum().backward()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -305,12 +305,12 @@ def test_rows_of_weights_that_have_changed_are_not_added_up() -> None:
         fastmtl.one_pass(model, IDS, T, bank=bank)
     bank.clear()
     with fastmtl.one_pass(model, IDS, T, bank=bank):
-        cross_entropy(model(_x())).sum().backward()
+        cross_entropy(model(x)).sum().backward()
     bank.apply(pcgrad)
     optimizer.step()
     # an applied bank is an empty one
     with fastmtl.one_pass(model, IDS, T, bank=bank):
-        cross_entropy(model(_x())).sum().backward()
+        cross_entropy(model(x)).sum().backward()
 
 
 def test_frozen_parameters_and_inputs_with_gradients() -> None:

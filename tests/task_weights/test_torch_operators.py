@@ -222,7 +222,10 @@ def test_weight_grads(num_tasks: int) -> None:
         (CONV.but(num_tasks=2, dtype=BF16), "no convolution of several weights"),
         (GROUPED.but(cin=12, dtype=BF16), "channels in multiples of 8"),
         (GROUPED.but(dtype=F16), "before they meet a gate"),
-        (GROUPED.but(n=1100, num_tasks=1024, ids="turns", dtype=BF16, delta="stacked"), "less than 1024 groups"),
+        (
+            GROUPED.but(leading=(1100,), num_tasks=1024, ids="turns", dtype=BF16, delta="stacked"),
+            "less than 1024 groups",
+        ),
         (CONV.but(dtype=BF16, weight_dtype=F32), "the digits of x alone"),
     ],
     ids=["float32", "empty", "conv", "channels", "float16", "groups", "wider"],
@@ -242,7 +245,7 @@ def test_the_gate_of_a_task_without_delta_is_not_read() -> None:
     case = LinearCase(leading=(8, 2), cin=16, cout=24, num_tasks=4, ids="turns", gate="values", delta="list")
     x, *rest = case.op_arguments(case.make())
     call = TaskConvCall.of(*rest)
-    weight, deltas, tasks, gate = call.weights
+    _, deltas, tasks, gate = call.weights
     gate = gate.clone()
     gate[1] = torch.inf
     weights = call.weights._replace(delta=[d for t, d in zip(tasks, deltas, strict=True) if t != 1],

@@ -93,7 +93,7 @@ def test_order_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """By kind of layer, and whether all samples see one weight."""
     x = torch.empty(3, 4, 5, 5)
     first = dict(zip(KINDS, ("cuda", "triton", "torch", "cuda"), strict=True))
-    entries = {gpu.key(kind, dtype): {Shape(1, 1): one} for kind, one in first.items() for dtype in DTYPES}
+    entries = {gpu.key(kind, dtype): {Shape(1, 1): (one,)} for kind, one in first.items() for dtype in DTYPES}
     monkeypatch.setattr(gpu, "current", lambda device: GpuTable(CARD, "measured", dict.fromkeys(PRODUCTS, entries)))
     gpu._order.cache_clear()
     for shape, one_weight, kind in (
