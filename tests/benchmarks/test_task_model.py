@@ -35,8 +35,8 @@ def test_the_model_that_chooses() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     for product, took in task_model.seconds(CARDS[0]).items():
         least = min(took, key=lambda backend: took[backend])
-        assert MODELS[80].nearest(product, "filter", "bfloat16", Shape(576, 64)) == least, (product, took)
-        assert MODELS[90].nearest(product, "filter", "bfloat16", Shape(576, 64)) == "triton"
+        assert MODELS[80].nearest(product, "filter", "bfloat16", Shape(576, 64)) == (least,), (product, took)
+        assert MODELS[90].nearest(product, "filter", "bfloat16", Shape(576, 64)) == ("triton",)
 
 
 def test_what_is_asked_of_3x3_filters() -> None:

@@ -222,10 +222,11 @@ inline int64_t rows_of_piece(const BatchSize& load, const TaskBatch& batch, int6
 
 // The same of weight gradients, whose smaller tiles load more for a product, too. A tile of whole taps reads a
 // picture's lines for all of them, and is near the largest one on both cards of the table; of other columns it is not.
-inline double piece_rate(DType dtype, const TileSize& tile, int channels) {
+inline double piece_rate(DType dtype, const TileSize& tile, int channels, int64_t depth) {
   if (dtype == DType::f32 || tile.warp_columns == 64) return 1.0;
   if (tile.warp_columns != 48) return 0.5;
-  return channels < tile.columns && tile.columns % channels == 0 ? 0.93 : 0.75;
+  const bool of_whole_taps = channels < tile.columns && tile.columns % channels == 0 && depth >= tile.columns;
+  return of_whole_taps ? 0.93 : 0.75;
 }
 
 inline WeightGradPlan plan_pieces(const WeightGradParams& p, int num_sms, const Choice& choice) {
@@ -249,7 +250,7 @@ inline WeightGradPlan plan_pieces(const WeightGradParams& p, int num_sms, const 
     const TileSize& tile = piece_tile(p.dtype, k);
     const int64_t tiles = std::max<int64_t>(1, ceil_div(s.features, tile.rows) * ceil_div(depth, tile.columns));
     const double step_us = 0.25 * (p.dtype == DType::f32 ? 3.0 : 1.0) * tile.rows * tile.columns / (128 * 128) /
-                           piece_rate(p.dtype, tile, s.channels);
+                           piece_rate(p.dtype, tile, s.channels, depth);
     for (int64_t waves = 0; waves <= 4; ++waves) {  // 0: a piece for each task
       const int64_t wanted = std::max(load.parts, waves * num_sms * tile.blocks / tiles);
       const int64_t rows = choice.split_rows > 0 ? round_up(choice.split_rows, step_rows)
