@@ -16,7 +16,7 @@ from fastmtl import methods, ops
 from fastmtl.benchmarks.baselines import surgery as baselines
 from fastmtl.benchmarks.report import report
 from fastmtl.benchmarks.runner import cli, measure, registry
-from fastmtl.benchmarks.runner.runner import QUICK, Runner, Settings
+from fastmtl.benchmarks.runner.runner import Runner, Settings
 from fastmtl.benchmarks.suites import surgery
 from fastmtl.benchmarks.workloads import digits, gradients
 from fastmtl.core.schemas import PUBLIC_OPS
@@ -428,24 +428,6 @@ def written(tmp_path_factory, step):
     cases += [wrong(surgery.bank_case("gram", 2, 500, quick=True), lambda x: x.grads), step.training_case(1, 4, WIDTHS)]
     results = cli.run_cases(cases, CPU, quick=True, out=out)
     return out, results
-
-
-@pytest.mark.parametrize(("quick", "slower", "code"), [(True, True, 0), (False, True, 1), (True, False, 1)])
-def test_a_slower_choice_fails_no_quick_run(quick, slower, code, tmp_path, monkeypatch):
-    pytest.importorskip("rich")
-    pytest.importorskip("matplotlib")
-    options = argparse.Namespace(
-        suite="surgery", quick=quick, out=tmp_path, device="cpu", filter="pcgrad_coefficients T=8", list=False
-    )
-    run_case = Runner.run_case
-
-    def failed(self, case):
-        self.settings = QUICK
-        found = {"status": "failed", "error": "as the test says"}
-        return run_case(self, case) | found | ({"slower_choice": True} if slower else {})
-
-    monkeypatch.setattr(Runner, "run_case", failed)
-    assert cli.run(options) == code
 
 
 def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
