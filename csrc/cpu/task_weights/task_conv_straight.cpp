@@ -225,9 +225,9 @@ bool agree(const Image& x, const Image& y, const Layer& layer) {
   return true;
 }
 
-int64_t rows_in(int64_t samples, const Image& y) { return samples * y.size[2] * y.size[3]; }
-
-bool few(int64_t samples, const Image& y, int64_t limit) { return limit < 0 || rows_in(samples, y) <= limit; }
+bool few(int64_t samples, const Image& y, int64_t limit) {
+  return limit < 0 || samples * y.size[2] * y.size[3] <= limit;
+}
 
 // the limit of a batch: `times` as high where more than half of its segments keep to it (`Ways.beside_others`)
 int64_t limit_beside_others(int64_t limit, int64_t times, const Layer& layer, const Image& y) {
